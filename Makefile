@@ -1,0 +1,57 @@
+# Every target works from a bare clone: it makes .venv and installs exactly what it needs, once per change of pyproject.toml.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# moshi stays beside a newer torch (--no-deps), which pip would otherwise report as a conflict on every later install.
+INSTALL := $(BIN)/python -m pip install -qq --no-warn-conflicts --disable-pip-version-check
+SAY := @printf '==> %s\n'
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test parity lint bench
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.run ## transcribe a real recording with the model inside the package
+	@$(BIN)/python examples/demo.py
+
+test: .venv/.dev ## the tests: no network, no GPU, no torch
+	@$(BIN)/python -m pytest
+
+parity: .venv/.parity ## the PyTorch references, live, side by side with this library
+	@NO_TORCH_COMPILE=1 NO_CUDA_GRAPH=1 $(BIN)/python -m pytest tests/parity
+
+lint: .venv/.dev ## ruff and pyright
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+bench: .venv/.parity ## speed against the references on this machine, as JSON lines
+	@NO_TORCH_COMPILE=1 NO_CUDA_GRAPH=1 $(BIN)/python -m tests.benchmarks
+
+$(BIN)/python:
+	$(SAY) 'making .venv'
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or \
+	  sys.exit(f"found Python {v}, need 3.11 or newer: name one, as in make PYTHON=python3.11")'
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+.venv/.run: pyproject.toml | $(BIN)/python
+	$(SAY) 'installing the library into .venv'
+	@$(INSTALL) -e .
+	@touch $@
+
+# The links show pyright, which cannot follow an editable install's mapping, where dsm_jax.convert is.
+.venv/.dev: pyproject.toml | $(BIN)/python
+	$(SAY) 'installing the library and its development tools into .venv'
+	@$(INSTALL) -e '.[dev]'
+	@mkdir -p .venv/types/dsm_jax
+	@ln -sfn ../../../convert ../../../dsm_jax/__init__.py .venv/types/dsm_jax/
+	@touch .venv/.run $@
+
+.venv/.parity: pyproject.toml Makefile .venv/.dev | $(BIN)/python
+	$(SAY) 'installing the PyTorch references into .venv'
+	@$(INSTALL) -e '.[dev,parity]'
+	@$(INSTALL) --no-deps 'moshi>=0.2.13'
+	@touch $@

@@ -1,0 +1,37 @@
+"""JAX implementation of Kyutai's delayed streams models: the public names, each imported on first use."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # What an editor and a type checker see; _MODULE_OF is what runs.
+    from dsm_jax.checkpoints import load
+    from dsm_jax.errors import DsmError
+    from dsm_jax.stt import stream, transcribe
+
+    __version__: str
+
+__all__ = ["DsmError", "load", "stream", "transcribe"]
+
+_MODULE_OF = {
+    "DsmError": "dsm_jax.errors",
+    "load": "dsm_jax.checkpoints",
+    "stream": "dsm_jax.stt",
+    "transcribe": "dsm_jax.stt",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib import metadata
+
+        value = metadata.version("dsm_jax")
+    elif name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -1,0 +1,25 @@
+"""What callers can catch: every error that a user can put right is one of these."""
+
+
+class DsmError(Exception):
+    """Base of the library's own errors. The message says what was found, what was expected and what to do."""
+
+
+class ConfigError(DsmError):
+    """A configuration with a key or a value that the library does not understand."""
+
+
+class AudioError(DsmError):
+    """Audio that cannot be read, is empty, or holds values that are not numbers."""
+
+
+class CheckpointError(DsmError):
+    """Weights, a tokenizer or a folder that do not fit the model they are meant for."""
+
+
+class StreamError(DsmError):
+    """A chunk or a state that does not fit the stream it was given to."""
+
+
+class PromptError(DsmError):
+    """A prompt that the model cannot follow."""

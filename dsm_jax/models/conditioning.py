@@ -1,0 +1,90 @@
+"""Conditioning: what a stream is told once, before it starts (a voice, a guidance value, a description).
+
+Each conditioner turns its value into vectors of the model's width. Those fused by "sum" are added to every step's input;
+those fused by "cross" are laid end to end for the cross-attention. Always float32, as the reference keeps it.
+
+Shape letters: B batch rows, X steps of a condition, C a conditioner's own width, D model width, L entries.
+Source: kyutai-labs/moshi@e6a55d2 moshi/conditioners.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsm_jax.configs import LMConfig
+from dsm_jax.errors import ConfigError
+from dsm_jax.nn.attention import sinusoids
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """What the backbone needs at every step: a vector to add, and every layer's cross-attention keys and values."""
+
+    sum_BD: jax.Array | None
+    cross: tuple[tuple[jax.Array, jax.Array], ...] | None
+
+
+class Conditioner(nnx.Module):
+    """Projects values to the model's width; where a value is masked, a learnt vector stands in.
+
+    With `entries` the values are indices into a table (the last entry stands for "not given"), else vectors.
+    """
+
+    def __init__(self, width: int, model_width: int, *, entries: int | None, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal()
+        self.table_LC = nnx.Param(init(rngs.params(), (entries, width))) if entries else None
+        self.output_proj_CD = nnx.Param(init(rngs.params(), (width, model_width)))
+        self.learnt_padding_D = nnx.Param(nnx.initializers.normal(0.2)(rngs.params(), (model_width,)))
+
+    def __call__(self, value: jax.Array, mask_BX: jax.Array) -> jax.Array:
+        """Values [B, X] of indices, or [B, X, C] of vectors, to [B, X, D]."""
+        x_BXC = value if self.table_LC is None else self.table_LC[value]
+        y_BXD = x_BXC @ self.output_proj_CD[...]
+        return jnp.where(mask_BX[..., None], y_BXD, self.learnt_padding_D[...])
+
+
+class Conditioning(nnx.Module):
+    """The conditioners of a config, and how their results are fused."""
+
+    def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
+        fuser = dict(config.fuser or {})
+        self.summed = tuple(fuser.get("sum", ()))
+        self.crossed = tuple(fuser.get("cross", ()))
+        self.positions = bool(fuser.get("cross_attention_pos_emb", False))
+        self.position_scale = float(fuser.get("cross_attention_pos_emb_scale", 1.0))
+        known = {"sum", "cross", "prepend", "cross_attention_pos_emb", "cross_attention_pos_emb_scale"}
+        if (unknown := set(fuser) - known) or fuser.get("prepend"):
+            raise ConfigError(f"fuser has {sorted(unknown) or 'prepend'}; the library fuses by sum and by cross")
+        conditioners = {}
+        for name, spec in config.conditioners.items():
+            kind = spec["type"]
+            if kind not in ("lut", "tensor"):
+                raise ConfigError(f"conditioner {name} is of type {kind!r}; choose 'lut' or 'tensor'")
+            entries = spec[kind]["n_bins"] + 1 if kind == "lut" else None
+            conditioners[name] = Conditioner(spec[kind]["dim"], config.dim, entries=entries, rngs=rngs)
+        self.conditioners = nnx.Dict(conditioners)
+
+    def __call__(
+        self, values: dict[str, jax.Array], masks: dict[str, jax.Array]
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+        """Fuses the conditions of every row.
+
+        Args:
+          values: for each conditioner, indices [B, X] or vectors [B, X, C].
+          masks: for each, bool [B, X]: whether the value is given.
+
+        Returns:
+          What to add to each step's input [B, D], and what to attend to [B, X, D]; None where nothing is fused so.
+        """
+        made = {name: conditioner(values[name], masks[name]) for name, conditioner in self.conditioners.items()}
+        sum_BD = sum(made[name][:, 0] for name in self.summed) if self.summed else None
+        if not self.crossed:
+            return sum_BD, None
+        cross_BXD = jnp.concatenate([made[name] for name in self.crossed], axis=1)
+        if self.positions:
+            position_1X = jnp.arange(cross_BXD.shape[1])[None]
+            cross_BXD = cross_BXD + self.position_scale * sinusoids(position_1X, cross_BXD.shape[2], 10_000.0)
+        return sum_BD, cross_BXD

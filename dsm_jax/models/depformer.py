@@ -1,0 +1,108 @@
+"""The depformer: a small transformer that walks over the codebooks of one frame.
+
+Step k of the walk is fed the backbone's hidden state and the token of step k - 1 (the text token first), and scores
+codebook k. Each step has weights of its own, or shares a set by the config's schedule. A walk never looks beyond its
+frame, so teacher-forced training treats every frame as a row.
+
+Shape letters: B batch rows, T frames, N = B * T, Q generated codebooks = steps of the walk, K streams, D model width,
+W depformer width, E projected width, F inner width, V vocabulary, A heads, H head width.
+Source: Moshi (Défossez et al. 2024), section 3.4; kyutai-labs/moshi@e6a55d2 moshi/models/lm.py:forward_depformer_training.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsm_jax.configs import LMConfig, gating_dim
+from dsm_jax.errors import ConfigError
+from dsm_jax.nn.attention import self_attention
+from dsm_jax.nn.embedding import Embedding
+from dsm_jax.nn.transformer import GatedFeedForward, make_norm
+
+
+class Linear(nnx.Module):
+    """A matrix product without bias."""
+
+    def __init__(self, width_in: int, width_out: int, *, rngs: nnx.Rngs):
+        self.weight_DE = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (width_in, width_out)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies to the last axis."""
+        return x @ self.weight_DE[...]
+
+
+class DepformerLayer(nnx.Module):
+    """Pre-norm attention and gated feed-forward; the norms are shared by all steps, the weights are per set."""
+
+    def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
+        width, sets = config.depformer_dim, max(config.depformer_schedule) + 1
+        inner = gating_dim(width, config.depformer_feedforward)
+        self.heads = config.depformer_num_heads
+        self.schedule = config.depformer_schedule
+        self.norm1 = make_norm(config.norm, width)
+        self.in_projs = nnx.List([Linear(width, 3 * width, rngs=rngs) for _ in range(sets)])
+        self.out_projs = nnx.List([Linear(width, width, rngs=rngs) for _ in range(sets)])
+        self.norm2 = make_norm(config.norm, width)
+        self.gating = nnx.List([GatedFeedForward(width, inner, rngs=rngs) for _ in range(sets)])
+
+    def _per_step(self, modules: nnx.List, x_NQW: jax.Array) -> jax.Array:
+        return jnp.stack([modules[s](x_NQW[:, q]) for q, s in enumerate(self.schedule)], axis=1)
+
+    def __call__(self, x_NQW: jax.Array) -> jax.Array:
+        """All steps of every walk at once."""
+        N, Q, W = x_NQW.shape
+        packed = self._per_step(self.in_projs, self.norm1(x_NQW)).reshape(N, Q, 3, self.heads, W // self.heads)
+        y_NQW = self_attention(packed[:, :, 0], packed[:, :, 1], packed[:, :, 2])
+        x_NQW = x_NQW + self._per_step(self.out_projs, y_NQW)
+        return x_NQW + self._per_step(self.gating, self.norm2(x_NQW))
+
+
+class Depformer(nnx.Module):
+    """Scores the codebooks of each frame in turn."""
+
+    def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
+        fixed = {
+            "depformer_multi_linear": True,
+            "depformer_weights_per_step": True,
+            "depformer_pos_emb": "none",
+            "depformer_gating": "silu",
+            "depformer_layer_scale": None,
+            "depformer_norm": None,
+        }
+        for name, value in fixed.items():
+            if getattr(config, name) != value:
+                raise ConfigError(f"{name} is {getattr(config, name)!r}; every published depformer has {value!r}")
+        width, rank = config.depformer_dim, config.depformer_low_rank_embeddings
+        self.config = config
+        self.inputs = nnx.List(
+            [Linear(config.dim, width, rngs=rngs) for _ in range(max(config.depformer_schedule) + 1)]
+        )
+        self.text_emb = Embedding(
+            config.text_card + 1, width, rank=rank, demux=config.demux_second_stream, rngs=rngs
+        )
+        self.audio_embs = nnx.List(
+            [Embedding(config.card + 1, width, rank=rank, rngs=rngs) for _ in range(config.dep_q - 1)]
+        )
+        self.layers = nnx.List([DepformerLayer(config, rngs=rngs) for _ in range(config.depformer_num_layers)])
+        self.linears = nnx.List([Linear(width, config.card, rngs=rngs) for _ in range(config.dep_q)])
+
+    def __call__(self, hidden_BTD: jax.Array, target_BKT: jax.Array) -> jax.Array:
+        """Teacher-forced scores.
+
+        Args:
+          hidden_BTD: the backbone's output.
+          target_BKT: the tokens of the frame being predicted, text first, in delayed time.
+
+        Returns:
+          Logits [B, Q, T, V], float32.
+        """
+        B, T, _ = hidden_BTD.shape
+        inputs = []
+        for q, s in enumerate(self.config.depformer_schedule):
+            token = self.text_emb(target_BKT[:, 0]) if q == 0 else self.audio_embs[q - 1](target_BKT[:, q])
+            inputs.append(self.inputs[s](hidden_BTD) + token)
+        x_NQW = jnp.stack(inputs, axis=2).reshape(B * T, self.config.dep_q, -1)
+        for layer in self.layers:
+            x_NQW = layer(x_NQW)
+        logits_NQV = jnp.stack([linear(x_NQW[:, q]) for q, linear in enumerate(self.linears)], axis=1)
+        return logits_NQV.reshape(B, T, self.config.dep_q, -1).swapaxes(1, 2).astype(jnp.float32)

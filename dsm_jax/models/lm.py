@@ -1,0 +1,160 @@
+"""The delayed-streams language model: one stream of text and many of audio codes, all a step of 80 ms apart.
+
+At each step the model is fed one token of every stream and says what the next text token is; models that also generate
+audio have a depformer, which then walks over the codebooks. Token ids: `card` and `text_card` start a stream, -1 adds
+nothing to the input (and is left out of losses).
+
+Shape letters: B batch rows, T steps, K streams (text first), Q audio streams, V vocabulary, D model width, L entries of
+an embedding, R rank, P extra heads, O outputs of an extra head.
+Source: Zeghidour et al. 2025 (Delayed Streams Modeling); kyutai-labs/moshi@e6a55d2 moshi/models/lm.py.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsm_jax.configs import LMConfig
+from dsm_jax.errors import StreamError
+from dsm_jax.models.conditioning import Conditions, Conditioning
+from dsm_jax.models.depformer import Depformer
+from dsm_jax.nn.embedding import Embedding
+from dsm_jax.nn.transformer import Transformer, TransformerState, make_norm
+
+ZERO_TOKEN = -1  # an input that is not there
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LMOutput:
+    """Logits aligned with the codes they predict, and where they mean something."""
+
+    text_logits_BTV: jax.Array
+    text_mask_BT: jax.Array
+    audio_logits_BQTV: jax.Array | None
+    audio_mask_BQT: jax.Array | None
+
+
+class DelayedStreamsLM(nnx.Module):
+    """The backbone with its embeddings and heads; conditioning and depformer where the config has them."""
+
+    def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        init = nnx.initializers.normal(config.dim**-0.5)
+        self.audio_emb_QLD = nnx.Param(init(rngs.params(), (config.n_q, config.card + 1, config.dim)))
+        self.text_emb = Embedding(config.text_card + 1, config.dim, demux=config.demux_second_stream, rngs=rngs)
+        self.transformer = Transformer(config.transformer, rngs=rngs)
+        self.out_norm = make_norm(config.norm, config.dim)
+        self.text_linear_DV = nnx.Param(init(rngs.params(), (config.dim, config.text_logits)))
+        self.text_bias_V = nnx.Param(jnp.zeros((config.text_logits,))) if config.bias_proj else None
+        heads = config.extra_heads_num_heads
+        self.extra_heads_PDO = (
+            nnx.Param(init(rngs.params(), (heads, config.dim, config.extra_heads_dim))) if heads else None
+        )
+        self.conditioning = Conditioning(config, rngs=rngs) if config.conditioners else None
+        self.depformer = Depformer(config, rngs=rngs) if config.dep_q else None
+
+    @property
+    def initial_K(self) -> jax.Array:
+        """What every stream is fed before its first token, int32 [K]."""
+        return jnp.array([self.config.text_card] + [self.config.card] * self.config.n_q, jnp.int32)
+
+    def embed(self, tokens_BKT: jax.Array) -> jax.Array:
+        """The sum over streams of their tokens' embeddings; a token of -1 adds exactly nothing."""
+        audio_BTQ = tokens_BKT[:, 1:].swapaxes(1, 2)
+        rows_BTQD = self.audio_emb_QLD[jnp.arange(self.config.n_q), jnp.maximum(audio_BTQ, 0)]
+        audio_BTD = jnp.where((audio_BTQ == ZERO_TOKEN)[..., None], jnp.zeros((), rows_BTQD.dtype), rows_BTQD).sum(2)
+        return audio_BTD + self.text_emb(tokens_BKT[:, 0])
+
+    def init_state(self, batch_size: int) -> TransformerState:
+        """The state of `batch_size` fresh streams."""
+        return self.transformer.init_state(batch_size)
+
+    def step(
+        self,
+        tokens_BKT: jax.Array,
+        state: TransformerState,
+        active_B: jax.Array | None = None,
+        conditions: Conditions | None = None,
+    ) -> tuple[jax.Array, TransformerState]:
+        """Feeds T steps of tokens, already delayed, and returns the normalised hidden states [B, T, D].
+
+        Raises:
+          StreamError: the tokens are not those of `n_q` audio streams and a text stream.
+        """
+        if tokens_BKT.shape[1] != self.config.n_q + 1:
+            raise StreamError(
+                f"the model got {tokens_BKT.shape[1]} streams; it has {self.config.n_q + 1}: text, then "
+                f"{self.config.n_q} of audio, [batch, streams, steps]"
+            )
+        x_BTD = self.embed(tokens_BKT)
+        if conditions is not None and conditions.sum_BD is not None:
+            x_BTD = x_BTD + conditions.sum_BD[:, None].astype(x_BTD.dtype)
+        x_BTD, state = self.transformer.step(x_BTD, state, active_B, None if conditions is None else conditions.cross)
+        return self.out_norm(x_BTD), state
+
+    def condition(self, values: dict[str, jax.Array], masks: dict[str, jax.Array]) -> Conditions:
+        """Turns condition values into what `step` adds and attends to, once per stream."""
+        sum_BD, cross_BXD = self.conditioning(values, masks)
+        if cross_BXD is None:
+            return Conditions(sum_BD, None)
+        return Conditions(sum_BD, self.transformer.cross_keys_values(cross_BXD.astype(self.text_linear_DV.dtype)))
+
+    def text_logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Scores of the next text token [B, T, V], float32."""
+        logits_BTV = hidden_BTD @ self.text_linear_DV[...]
+        if self.text_bias_V is not None:
+            logits_BTV = logits_BTV + self.text_bias_V[...]
+        return logits_BTV.astype(jnp.float32)
+
+    def extra_probabilities(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Softmax of every extra head [B, T, P, O], float32. In STT models class 0 of head p is a pause to come."""
+        if self.extra_heads_PDO is None:
+            return jnp.zeros((*hidden_BTD.shape[:2], 0, self.config.extra_heads_dim), jnp.float32)
+        logits_BTPO = jnp.einsum("BTD,PDO->BTPO", hidden_BTD, self.extra_heads_PDO[...])
+        return jax.nn.softmax(logits_BTPO.astype(jnp.float32), axis=-1)
+
+    def __call__(self, codes_BKT: jax.Array, conditions: Conditions | None = None) -> LMOutput:
+        """Teacher-forced scores of a whole clip: every token predicted from the ones before it.
+
+        Args:
+          codes_BKT: int32 tokens of every stream, text first, undelayed: column t is frame t. -1 is fed as nothing and
+            masked out.
+          conditions: from `condition`, for models that have conditioners.
+
+        Returns:
+          Logits aligned with `codes_BKT`: those at t predict codes[..., t]. Where a stream's delay runs past the end
+          they are zero and masked.
+        """
+        config = self.config
+        start_BK1 = jnp.broadcast_to(self.initial_K[None, :, None], (*codes_BKT.shape[:2], 1))
+        delayed_BKT = jnp.concatenate([start_BK1, delay(codes_BKT, self.initial_K, config.delays)], axis=2)
+        fed_BKT, target_BKT = delayed_BKT[:, :, :-1], delayed_BKT[:, :, 1:]
+        hidden_BTD, _ = self.step(fed_BKT, self.init_state(codes_BKT.shape[0]), conditions=conditions)
+
+        text_BTV, valid_1T = undelay(self.text_logits(hidden_BTD)[:, None], config.delays[:1])
+        text_mask_BT = valid_1T & (codes_BKT[:, 0] != ZERO_TOKEN)
+        if self.depformer is None:
+            return LMOutput(text_BTV[:, 0], text_mask_BT, None, None)
+        logits_BQTV = self.depformer(hidden_BTD, target_BKT)
+        generated = slice(1, 1 + config.dep_q)
+        logits_BQTV, valid_QT = undelay(logits_BQTV, config.delays[generated])
+        return LMOutput(text_BTV[:, 0], text_mask_BT, logits_BQTV, valid_QT & (codes_BKT[:, generated] != ZERO_TOKEN))
+
+
+def delay(codes_BKT: jax.Array, initial_K: jax.Array, delays: tuple[int, ...]) -> jax.Array:
+    """Shifts stream k right by `delays[k]` steps, filling with its initial token."""
+    time = jnp.arange(codes_BKT.shape[2])
+    from_KT = time - jnp.array(delays)[:, None]
+    shifted_BKT = jnp.take_along_axis(codes_BKT, jnp.maximum(from_KT, 0)[None], axis=2)
+    return jnp.where(from_KT[None] >= 0, shifted_BKT, initial_K[None, :, None])
+
+
+def undelay(logits_BQTV: jax.Array, delays: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Shifts stream q left by `delays[q]` steps; returns the logits, zero past the end, and which are real [Q, T]."""
+    steps = logits_BQTV.shape[2]
+    from_QT = jnp.arange(steps) + jnp.array(delays)[:, None]
+    valid_QT = from_QT < steps
+    moved = jnp.take_along_axis(logits_BQTV, jnp.minimum(from_QT, steps - 1)[None, :, :, None], axis=2)
+    return jnp.where(valid_QT[None, :, :, None], moved, 0.0), valid_QT

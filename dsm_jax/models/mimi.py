@@ -1,0 +1,172 @@
+"""Mimi, the neural codec: 24 kHz audio to 12.5 frames of codes a second, and back.
+
+Always float32: in less, a visible share of codes comes out differently.
+
+Shape letters: B batch rows, T samples or frames, C audio channels, D latent width, Q codebooks.
+Source: Moshi (Défossez et al. 2024), section 3.3; kyutai-labs/moshi@e6a55d2 moshi/models/compression.py. Differs on
+purpose: the attention window stays exact however the audio is cut, where the reference's streaming loses a key once
+10 s have passed. Codes equal the reference's offline codes.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsm_jax.configs import MimiConfig
+from dsm_jax.errors import StreamError
+from dsm_jax.nn.conv import CausalConv1d, ConvState, DepthwiseUpsample
+from dsm_jax.nn.rvq import SplitQuantizer
+from dsm_jax.nn.seanet import seanet_decoder, seanet_encoder
+from dsm_jax.nn.transformer import Transformer, TransformerState
+from dsm_jax.streaming import step_in_blocks
+
+# Long clips run in blocks of this many frames: the widest activations of a block stay in a CPU's cache.
+BLOCK_FRAMES = 8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CodecState:
+    """The state of the encoder, or of the decoder."""
+
+    seanet: tuple
+    transformer: TransformerState
+    resample: ConvState
+
+
+class MimiEncoder(nnx.Module):
+    """Samples [B, T, C] to continuous latents [B, T / frame, D]."""
+
+    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+        self.frame_size = config.frame_size
+        width, stride = config.seanet.dimension, config.resample_stride
+        self.seanet = seanet_encoder(config.seanet, rngs=rngs)
+        self.transformer = Transformer(config.transformer, rngs=rngs)
+        self.downsample = CausalConv1d(
+            width, width, kernel=2 * stride, stride=stride, bias=False, replicate=True, rngs=rngs
+        )
+
+    def init_state(self, batch_size: int) -> CodecState:
+        """The state of `batch_size` fresh streams."""
+        return CodecState(
+            self.seanet.init_state(batch_size),
+            self.transformer.init_state(batch_size),
+            self.downsample.init_state(batch_size),
+        )
+
+    def step(
+        self, x_BTC: jax.Array, state: CodecState, active_B: jax.Array | None = None
+    ) -> tuple[jax.Array, CodecState]:
+        """Runs a whole number of frames.
+
+        Raises:
+          StreamError: T is not a positive multiple of the frame size.
+        """
+        if x_BTC.shape[1] == 0 or x_BTC.shape[1] % self.frame_size:
+            raise StreamError(
+                f"Mimi got {x_BTC.shape[1]} samples; a chunk is a positive multiple of {self.frame_size} samples, "
+                "so hold back what is over, or pad the end of the clip with zeros"
+            )
+
+        def block(x_BTC: jax.Array, state: CodecState) -> tuple[jax.Array, CodecState]:
+            y_BTD, seanet = self.seanet.step(x_BTC, state.seanet, active_B)
+            y_BTD, transformer = self.transformer.step(y_BTD, state.transformer, active_B)
+            y_BTD, resample = self.downsample.step(y_BTD, state.resample, active_B)
+            return y_BTD, CodecState(seanet, transformer, resample)
+
+        return step_in_blocks(block, x_BTC, state, BLOCK_FRAMES * self.frame_size)
+
+    def __call__(self, x_BTC: jax.Array) -> jax.Array:
+        """One step over the whole clip."""
+        return self.step(x_BTC, self.init_state(x_BTC.shape[0]))[0]
+
+
+class MimiDecoder(nnx.Module):
+    """Latents [B, T, D] to samples [B, T * frame, C], not clipped."""
+
+    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+        self.upsample = DepthwiseUpsample(config.seanet.dimension, stride=config.resample_stride, rngs=rngs)
+        self.transformer = Transformer(config.transformer, rngs=rngs)
+        self.seanet = seanet_decoder(config.seanet, rngs=rngs)
+
+    def init_state(self, batch_size: int) -> CodecState:
+        """The state of `batch_size` fresh streams."""
+        return CodecState(
+            self.seanet.init_state(batch_size),
+            self.transformer.init_state(batch_size),
+            self.upsample.init_state(batch_size),
+        )
+
+    def step(
+        self, x_BTD: jax.Array, state: CodecState, active_B: jax.Array | None = None
+    ) -> tuple[jax.Array, CodecState]:
+        """Runs any number of frames."""
+
+        def block(x_BTD: jax.Array, state: CodecState) -> tuple[jax.Array, CodecState]:
+            y_BTD, resample = self.upsample.step(x_BTD, state.resample, active_B)
+            y_BTD, transformer = self.transformer.step(y_BTD, state.transformer, active_B)
+            y_BTC, seanet = self.seanet.step(y_BTD, state.seanet, active_B)
+            return y_BTC, CodecState(seanet, transformer, resample)
+
+        return step_in_blocks(block, x_BTD, state, BLOCK_FRAMES)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """One step over the whole clip."""
+        return self.step(x_BTD, self.init_state(x_BTD.shape[0]))[0]
+
+
+class Mimi(nnx.Module):
+    """The codec: an encoder, a quantiser and a decoder, each usable on its own."""
+
+    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = MimiEncoder(config, rngs=rngs)
+        self.quantizer = SplitQuantizer(config.quantizer, rngs=rngs)
+        self.decoder = MimiDecoder(config, rngs=rngs)
+
+    def encode_step(
+        self, x_BTC: jax.Array, state: CodecState, active_B: jax.Array | None = None, *, codebooks: int | None = None
+    ) -> tuple[jax.Array, CodecState]:
+        """Turns a chunk of audio into codes.
+
+        Args:
+          x_BTC: samples at 24 kHz in [-1, 1]; T is a positive multiple of 1920.
+          state: from `encoder.init_state`, or from the previous call.
+          active_B: rows that run; None means all.
+          codebooks: how many to compute, from 1; None means all.
+
+        Returns:
+          codes: int32 [B, codebooks, T / 1920] in [0, 2048), coarsest first.
+          The state to pass next time.
+
+        Raises:
+          StreamError: T is not a whole number of frames.
+        """
+        y_BTD, state = self.encoder.step(x_BTC, state, active_B)
+        return self.quantizer.encode(y_BTD, self.config.quantizer.n_q if codebooks is None else codebooks), state
+
+    def decode_step(
+        self, codes_BQT: jax.Array, state: CodecState, active_B: jax.Array | None = None
+    ) -> tuple[jax.Array, CodecState]:
+        """Turns codes of any number of codebooks and frames into samples [B, T * 1920, C], not clipped."""
+        return self.decoder.step(self.quantizer.decode(codes_BQT), state, active_B)
+
+    def latents(self, x_BTC: jax.Array) -> jax.Array:
+        """Continuous latents [B, T, D] of a whole clip, before quantisation; the end is padded with zeros."""
+        return self.encoder(pad_to_frames(x_BTC, self.config.frame_size))
+
+    def encode(self, x_BTC: jax.Array, *, codebooks: int | None = None) -> jax.Array:
+        """Codes [B, codebooks, T] of a whole clip; the end is padded with zeros to a whole frame."""
+        state = self.encoder.init_state(x_BTC.shape[0])
+        return self.encode_step(pad_to_frames(x_BTC, self.config.frame_size), state, codebooks=codebooks)[0]
+
+    def decode(self, codes_BQT: jax.Array) -> jax.Array:
+        """Samples [B, T * 1920, C] of a whole clip, not clipped."""
+        return self.decode_step(codes_BQT, self.decoder.init_state(codes_BQT.shape[0]))[0]
+
+
+def pad_to_frames(x_BTC: jax.Array, frame_size: int) -> jax.Array:
+    """Pads the end with zeros to a whole number of frames."""
+    return jnp.pad(x_BTC, ((0, 0), (0, -x_BTC.shape[1] % frame_size), (0, 0)))

@@ -1,0 +1,160 @@
+"""Causal convolutions, forward and transposed, that run over a whole clip or one chunk at a time.
+
+Shape letters: B batch rows, T time steps, C channels in, D channels out, K taps, S stride, M taps per output phase,
+E = S * D.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsm_jax.errors import StreamError
+from dsm_jax.streaming import select_rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ConvState:
+    """The input steps that the next chunk still needs, oldest first, and whether there has been a first chunk."""
+
+    tail_BTC: jax.Array
+    started_B: jax.Array
+
+
+def _convolve(x_BTC: jax.Array, kernel_KCD: jax.Array, stride: int = 1, dilation: int = 1) -> jax.Array:
+    # Codes must not depend on the backend's idea of a fast float32 product (TF32, bfloat16 passes).
+    return jax.lax.conv_general_dilated(
+        x_BTC,
+        kernel_KCD,
+        window_strides=(stride,),
+        padding="VALID",
+        rhs_dilation=(dilation,),
+        dimension_numbers=("NTC", "TIO", "NTC"),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
+class _Tailed(nnx.Module):
+    """What both convolutions share: the input they keep between chunks."""
+
+    channels: int
+    tail: int  # input steps kept between chunks
+    replicate: bool = False  # before the first chunk: repeat its first step, instead of zeros
+
+    def init_state(self, batch_size: int, dtype: jnp.dtype = jnp.float32) -> ConvState:
+        """The state of `batch_size` fresh streams."""
+        return ConvState(jnp.zeros((batch_size, self.tail, self.channels), dtype), jnp.zeros((batch_size,), bool))
+
+    def _extend(self, x_BTC: jax.Array, state: ConvState, active_B: jax.Array | None) -> tuple[jax.Array, ConvState]:
+        """The chunk with the tail before it, and the state after it."""
+        tail_BTC = state.tail_BTC
+        if self.replicate:
+            tail_BTC = jnp.where(state.started_B[:, None, None], tail_BTC, x_BTC[:, :1])
+        seen_BTC = jnp.concatenate([tail_BTC, x_BTC], axis=1)
+        after = ConvState(seen_BTC[:, seen_BTC.shape[1] - self.tail :], jnp.ones_like(state.started_B))
+        return seen_BTC, select_rows(active_B, after, state)
+
+
+class CausalConv1d(_Tailed):
+    """1-D convolution whose output never looks ahead.
+
+    The input is padded on the left by (taps - 1) * dilation + 1 - stride steps, as in kyutai-labs/moshi@e6a55d2
+    moshi/modules/conv.py; there is no padding on the right.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        *,
+        kernel: int,
+        stride: int = 1,
+        dilation: int = 1,
+        bias: bool = True,
+        replicate: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.channels, self.stride, self.dilation, self.replicate = channels_in, stride, dilation, replicate
+        self.tail = (kernel - 1) * dilation + 1 - stride
+        init = nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
+        self.kernel_KCD = nnx.Param(init(rngs.params(), (kernel, channels_in, channels_out)))
+        self.bias_D = nnx.Param(jnp.zeros((channels_out,))) if bias else None
+
+    def step(
+        self, x_BTC: jax.Array, state: ConvState, active_B: jax.Array | None = None
+    ) -> tuple[jax.Array, ConvState]:
+        """Consumes T steps, a multiple of the stride, and returns T / stride steps.
+
+        Raises:
+          StreamError: T is not a positive multiple of the stride.
+        """
+        if x_BTC.shape[1] == 0 or x_BTC.shape[1] % self.stride:
+            raise StreamError(
+                f"a convolution of stride {self.stride} got a chunk of {x_BTC.shape[1]} steps; "
+                f"send a positive multiple of {self.stride}, and pad the end of the clip if need be"
+            )
+        seen_BTC, state = self._extend(x_BTC, state, active_B)
+        y_BTD = _convolve(seen_BTC, self.kernel_KCD[...], self.stride, self.dilation)
+        return (y_BTD if self.bias_D is None else y_BTD + self.bias_D[...]), state
+
+    def __call__(self, x_BTC: jax.Array) -> jax.Array:
+        """One step over the whole clip."""
+        return self.step(x_BTC, self.init_state(x_BTC.shape[0], x_BTC.dtype))[0]
+
+
+class CausalConvTranspose1d(_Tailed):
+    """Transposed 1-D convolution with a kernel of M strides, cut on the right so that it never looks ahead.
+
+    Output step t * S + j is the sum over m of x[t - m] times the kernel's tap m * S + j: an ordinary causal convolution
+    of M taps with S * D output channels, whose channels are then laid out in time. So the state is the last M - 1 input
+    steps, and there is no overlap to add up between chunks.
+
+    Source: kyutai-labs/moshi@e6a55d2 moshi/modules/conv.py:StreamingConvTranspose1d, which keeps partial outputs
+    instead; the sums are the same.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, *, stride: int, bias: bool = True, rngs: nnx.Rngs):
+        self.channels, self.stride, self.tail = channels_in, stride, 1
+        init = nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
+        self.kernel_MCE = nnx.Param(init(rngs.params(), (2, channels_in, stride * channels_out)))
+        self.bias_D = nnx.Param(jnp.zeros((channels_out,))) if bias else None
+
+    def step(
+        self, x_BTC: jax.Array, state: ConvState, active_B: jax.Array | None = None
+    ) -> tuple[jax.Array, ConvState]:
+        """Consumes T steps and returns T * stride steps."""
+        seen_BTC, state = self._extend(x_BTC, state, active_B)
+        y_BTE = _convolve(seen_BTC, self.kernel_MCE[...])
+        y_BTD = y_BTE.reshape(y_BTE.shape[0], y_BTE.shape[1] * self.stride, -1)
+        return (y_BTD if self.bias_D is None else y_BTD + self.bias_D[...]), state
+
+    def __call__(self, x_BTC: jax.Array) -> jax.Array:
+        """One step over the whole clip."""
+        return self.step(x_BTC, self.init_state(x_BTC.shape[0], x_BTC.dtype))[0]
+
+
+class DepthwiseUpsample(_Tailed):
+    """The transposed convolution that Mimi upsamples with: each channel on its own, kernel of two strides, no bias.
+
+    Source: kyutai-labs/moshi@e6a55d2 moshi/modules/resample.py:ConvTrUpsample1d with `channel_wise`.
+    """
+
+    def __init__(self, channels: int, *, stride: int, rngs: nnx.Rngs):
+        self.channels, self.tail = channels, 1
+        self.kernel_MSC = nnx.Param(nnx.initializers.normal(0.5)(rngs.params(), (2, stride, channels)))
+
+    def step(
+        self, x_BTC: jax.Array, state: ConvState, active_B: jax.Array | None = None
+    ) -> tuple[jax.Array, ConvState]:
+        """Consumes T steps and returns T * stride steps."""
+        seen_BTC, state = self._extend(x_BTC, state, active_B)
+        kernel_MSC = self.kernel_MSC[...]
+        older_BTSC = seen_BTC[:, :-1, None] * kernel_MSC[0]
+        y_BTSC = older_BTSC + seen_BTC[:, 1:, None] * kernel_MSC[1]
+        return y_BTSC.reshape(y_BTSC.shape[0], -1, self.channels), state
+
+    def __call__(self, x_BTC: jax.Array) -> jax.Array:
+        """One step over the whole clip."""
+        return self.step(x_BTC, self.init_state(x_BTC.shape[0], x_BTC.dtype))[0]

@@ -1,0 +1,92 @@
+"""SEANet, the convolutional encoder and decoder of Mimi: samples to latents at the hop rate, and back.
+
+Shape letters: B batch rows, T time steps, C channels, D latent width.
+Source: Moshi (Défossez et al. 2024), section 3.3; kyutai-labs/moshi@e6a55d2 moshi/modules/seanet.py.
+"""
+
+import jax
+from flax import nnx
+
+from dsm_jax.configs import SeanetConfig
+from dsm_jax.nn.conv import CausalConv1d, CausalConvTranspose1d
+
+
+class Chain(nnx.Module):
+    """Streaming modules one after another, with an ELU before each but the first."""
+
+    def __init__(self, layers: list[nnx.Module]):
+        self.layers = nnx.List(layers)
+
+    def init_state(self, batch_size: int) -> tuple:
+        """The state of `batch_size` fresh streams: one entry per layer."""
+        return tuple(layer.init_state(batch_size) for layer in self.layers)
+
+    def step(self, x_BTC: jax.Array, state: tuple, active_B: jax.Array | None = None) -> tuple[jax.Array, tuple]:
+        """Runs one chunk through every layer."""
+        states = []
+        for i, (layer, before) in enumerate(zip(self.layers, state, strict=True)):
+            # A residual block starts with its own activation, on the branch that it adds.
+            x_in = x_BTC if i == 0 or isinstance(layer, ResidualBlock) else jax.nn.elu(x_BTC)
+            x_BTC, after = layer.step(x_in, before, active_B)
+            states.append(after)
+        return x_BTC, tuple(states)
+
+    def __call__(self, x_BTC: jax.Array) -> jax.Array:
+        """One step over the whole clip."""
+        return self.step(x_BTC, self.init_state(x_BTC.shape[0]))[0]
+
+
+class ResidualBlock(nnx.Module):
+    """x + conv1(elu(conv3(elu(x)))): the kernels are the config's residual kernel and 1."""
+
+    def __init__(self, channels: int, config: SeanetConfig, *, dilation: int, rngs: nnx.Rngs):
+        hidden = channels // config.compress
+        self.wide = CausalConv1d(
+            channels, hidden, kernel=config.residual_kernel_size, dilation=dilation, rngs=rngs
+        )
+        self.narrow = CausalConv1d(hidden, channels, kernel=1, rngs=rngs)
+
+    def init_state(self, batch_size: int) -> tuple:
+        """The state of `batch_size` fresh streams."""
+        return self.wide.init_state(batch_size), self.narrow.init_state(batch_size)
+
+    def step(self, x_BTC: jax.Array, state: tuple, active_B: jax.Array | None = None) -> tuple[jax.Array, tuple]:
+        """Runs one chunk."""
+        y_BTC, wide = self.wide.step(jax.nn.elu(x_BTC), state[0], active_B)
+        y_BTC, narrow = self.narrow.step(jax.nn.elu(y_BTC), state[1], active_B)
+        return x_BTC + y_BTC, (wide, narrow)
+
+    def __call__(self, x_BTC: jax.Array) -> jax.Array:
+        """One step over the whole clip."""
+        return self.step(x_BTC, self.init_state(x_BTC.shape[0]))[0]
+
+
+def _residuals(channels: int, config: SeanetConfig, rngs: nnx.Rngs) -> list[nnx.Module]:
+    return [
+        ResidualBlock(channels, config, dilation=config.dilation_base**j, rngs=rngs)
+        for j in range(config.n_residual_layers)
+    ]
+
+
+def seanet_encoder(config: SeanetConfig, *, rngs: nnx.Rngs) -> Chain:
+    """Samples [B, T, channels] to latents [B, T / hop, dimension]."""
+    width = config.n_filters
+    layers: list[nnx.Module] = [CausalConv1d(config.channels, width, kernel=config.kernel_size, rngs=rngs)]
+    for ratio in reversed(config.ratios):
+        layers += _residuals(width, config, rngs)
+        layers.append(CausalConv1d(width, 2 * width, kernel=2 * ratio, stride=ratio, rngs=rngs))
+        width *= 2
+    layers.append(CausalConv1d(width, config.dimension, kernel=config.last_kernel_size, rngs=rngs))
+    return Chain(layers)
+
+
+def seanet_decoder(config: SeanetConfig, *, rngs: nnx.Rngs) -> Chain:
+    """Latents [B, T, dimension] to samples [B, T * hop, channels]."""
+    width = config.n_filters * 2 ** len(config.ratios)
+    layers: list[nnx.Module] = [CausalConv1d(config.dimension, width, kernel=config.kernel_size, rngs=rngs)]
+    for ratio in config.ratios:
+        layers.append(CausalConvTranspose1d(width, width // 2, stride=ratio, rngs=rngs))
+        width //= 2
+        layers += _residuals(width, config, rngs)
+    layers.append(CausalConv1d(width, config.channels, kernel=config.last_kernel_size, rngs=rngs))
+    return Chain(layers)

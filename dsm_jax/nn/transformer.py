@@ -1,0 +1,169 @@
+"""A causal transformer with a sliding window: layers in a Python loop under jit, each with a ring of its own.
+
+Shape letters: B batch rows, T steps, D model width, F inner width of the feed-forward, G = 2 * F, X steps of the
+cross-attention source.
+Source: kyutai-labs/moshi@e6a55d2 moshi/modules/transformer.py.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsm_jax.configs import TransformerConfig
+from dsm_jax.nn.attention import Attention, CrossAttention, sinusoids
+from dsm_jax.streaming import KVCache, step_in_blocks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TransformerState:
+    """Each layer's cache, and how many steps each row has taken."""
+
+    caches: tuple[KVCache, ...]
+    position_B: jax.Array
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with scale and bias, computed in float32."""
+
+    def __init__(self, width: int, *, epsilon: float):
+        self.epsilon = epsilon
+        self.scale_D = nnx.Param(jnp.ones((width,)))
+        self.bias_D = nnx.Param(jnp.zeros((width,)))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Normalises the last axis."""
+        x32 = x_BTD.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + self.epsilon)
+        return (y * self.scale_D[...].astype(jnp.float32) + self.bias_D[...].astype(jnp.float32)).astype(x_BTD.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x * alpha / rms(x), computed in float32; the epsilon is added to the mean square."""
+
+    def __init__(self, width: int, *, epsilon: float):
+        self.epsilon = epsilon
+        self.alpha_D = nnx.Param(jnp.ones((width,)))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Normalises the last axis."""
+        x32 = x_BTD.astype(jnp.float32)
+        scale = self.alpha_D[...].astype(jnp.float32) * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + self.epsilon)
+        return (x32 * scale).astype(x_BTD.dtype)
+
+
+def make_norm(name: str, width: int) -> LayerNorm | RMSNorm:
+    """The norm that a config names; `_f32` in the name means an epsilon of 1e-8, without it 1e-5."""
+    kind = RMSNorm if name.startswith("rms_norm") else LayerNorm
+    return kind(width, epsilon=1e-8 if name.endswith("_f32") else 1e-5)
+
+
+class FeedForward(nnx.Module):
+    """linear2(gelu(linear1(x))) with the exact GELU, no biases."""
+
+    def __init__(self, width: int, inner: int, *, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal()
+        self.linear1_DF = nnx.Param(init(rngs.params(), (width, inner)))
+        self.linear2_FD = nnx.Param(init(rngs.params(), (inner, width)))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Applies to every step."""
+        return jax.nn.gelu(x_BTD @ self.linear1_DF[...], approximate=False) @ self.linear2_FD[...]
+
+
+class GatedFeedForward(nnx.Module):
+    """linear_out(silu(a) * b), where linear_in gives a and b side by side; no biases."""
+
+    def __init__(self, width: int, inner: int, *, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal()
+        self.linear_in_DG = nnx.Param(init(rngs.params(), (width, 2 * inner)))
+        self.linear_out_FD = nnx.Param(init(rngs.params(), (inner, width)))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Applies to every step."""
+        a, b = jnp.split(x_BTD @ self.linear_in_DG[...], 2, axis=-1)
+        return (jax.nn.silu(a) * b) @ self.linear_out_FD[...]
+
+
+class TransformerLayer(nnx.Module):
+    """Pre-norm self-attention, cross-attention where the config has it, and feed-forward."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        width = config.d_model
+        self.norm1 = make_norm(config.norm, width)
+        self.self_attn = Attention(config, rngs=rngs)
+        self.norm2 = make_norm(config.norm, width)
+        self.feedforward = (
+            FeedForward(width, config.dim_feedforward, rngs=rngs)
+            if config.gating == "none"
+            else GatedFeedForward(width, config.gating_dim, rngs=rngs)
+        )
+        self.norm_cross = LayerNorm(width, epsilon=1e-5) if config.cross_attention else None
+        self.cross_attention = CrossAttention(config, rngs=rngs) if config.cross_attention else None
+        scale = None if config.layer_scale is None else jnp.full((width,), config.layer_scale)
+        self.layer_scale_1_D = None if scale is None else nnx.Param(scale)
+        self.layer_scale_2_D = None if scale is None else nnx.Param(scale)
+
+    def step(
+        self,
+        x_BTD: jax.Array,
+        cache: KVCache,
+        position_B: jax.Array,
+        active_B: jax.Array | None,
+        cross: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Runs one chunk."""
+        y_BTD, cache = self.self_attn.step(self.norm1(x_BTD), cache, position_B, active_B)
+        x_BTD = x_BTD + (y_BTD if self.layer_scale_1_D is None else self.layer_scale_1_D[...] * y_BTD)
+        if self.cross_attention is not None and cross is not None:
+            x_BTD = x_BTD + self.cross_attention(self.norm_cross(x_BTD), *cross)
+        y_BTD = self.feedforward(self.norm2(x_BTD))
+        return x_BTD + (y_BTD if self.layer_scale_2_D is None else self.layer_scale_2_D[...] * y_BTD), cache
+
+
+class Transformer(nnx.Module):
+    """A stack of layers. Chunks longer than the window run as a scan over windows."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.layers = nnx.List([TransformerLayer(config, rngs=rngs) for _ in range(config.num_layers)])
+
+    def init_state(self, batch_size: int) -> TransformerState:
+        """The state of `batch_size` fresh streams."""
+        caches = tuple(layer.self_attn.init_cache(batch_size) for layer in self.layers)
+        return TransformerState(caches, jnp.zeros((batch_size,), jnp.int32))
+
+    def cross_keys_values(self, source_BXD: jax.Array) -> tuple[tuple[jax.Array, jax.Array], ...]:
+        """Every layer's keys and values for the cross-attention source; pass them to each `step`."""
+        return tuple(layer.cross_attention.keys_values(source_BXD) for layer in self.layers)
+
+    def step(
+        self,
+        x_BTD: jax.Array,
+        state: TransformerState,
+        active_B: jax.Array | None = None,
+        cross: tuple[tuple[jax.Array, jax.Array], ...] | None = None,
+    ) -> tuple[jax.Array, TransformerState]:
+        """Runs T steps and returns as many."""
+
+        def block(x_BTD: jax.Array, state: TransformerState) -> tuple[jax.Array, TransformerState]:
+            if self.config.positional_embedding in ("sin", "sin_rope"):
+                position_BT = state.position_B[:, None] + jnp.arange(x_BTD.shape[1])
+                x_BTD = x_BTD + sinusoids(position_BT, x_BTD.shape[2], self.config.max_period).astype(x_BTD.dtype)
+            caches = []
+            for i, (layer, cache) in enumerate(zip(self.layers, state.caches, strict=True)):
+                x_BTD, cache = layer.step(
+                    x_BTD, cache, state.position_B, active_B, None if cross is None else cross[i]
+                )
+                caches.append(cache)
+            taken = x_BTD.shape[1] if active_B is None else x_BTD.shape[1] * active_B.astype(jnp.int32)
+            return x_BTD, TransformerState(tuple(caches), state.position_B + taken)
+
+        return step_in_blocks(block, x_BTD, state, self.config.context)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """One step over the whole clip."""
+        return self.step(x_BTD, self.init_state(x_BTD.shape[0]))[0]

@@ -1,0 +1,286 @@
+"""Audio comes in as the same mono samples whatever its container, rate, channels or block length, or says why not."""
+
+import io
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from dsm_jax import audio
+from dsm_jax.errors import AudioError
+
+DATA = Path(__file__).parent / "data"
+SPEECH = DATA / "librispeech-1272-128104-0000.flac"
+
+
+def tone(seconds: float, rate: int, hz: float = 440.0) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+class Pipe(io.BytesIO):
+    """Bytes that can be read once, as from another program."""
+
+    name = None
+
+    def seekable(self) -> bool:
+        return False
+
+    def seek(self, *_: int) -> int:
+        raise io.UnsupportedOperation("seek")
+
+
+@pytest.mark.parametrize(
+    "container,subtype,rate,channels,tolerance",
+    [
+        ("wav", "PCM_16", 8_000, 1, 1e-3),
+        ("wav", "FLOAT", 24_000, 6, 1e-6),
+        ("wav", "PCM_24", 192_000, 2, 1e-3),
+        ("flac", "PCM_16", 44_100, 2, 1e-3),
+        ("ogg", "VORBIS", 22_050, 2, 5e-2),  # lossy, as the two below: the tone's size, not its samples, is kept
+        ("ogg", "OPUS", 48_000, 1, 5e-2),
+        ("mp3", "MPEG_LAYER_III", 16_000, 1, 5e-2),
+    ],
+)
+def test_a_tone_survives_any_container_rate_and_channel_count(tmp_path, container, subtype, rate, channels, tolerance):
+    gains = np.linspace(0.5, 1.5, channels) if channels > 1 else np.ones(1)  # unequal, but their mean is 1
+    path = tmp_path / f"tone.{container}"
+    soundfile.write(path, tone(2.0, rate)[:, None] * gains, rate, subtype=subtype)
+    pcm = audio.read(path)
+    assert pcm.dtype == np.float32
+    assert pcm.shape == (48_000,)
+    np.testing.assert_allclose(pcm[2_400:-2_400], tone(2.0, 24_000)[2_400:-2_400], atol=tolerance)
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 24_000, 44_100, 192_000])
+def test_blocks_join_to_the_same_samples_whatever_their_length(tmp_path, rate):
+    samples = round(1.7 * rate) + 1
+    path = tmp_path / "noise.wav"
+    soundfile.write(path, np.random.default_rng(0).uniform(-1, 1, (samples, 2)), rate, subtype="FLOAT")
+    whole = audio.read(path)
+    assert len(whole) == int(samples * 24_000 / rate + 0.5)
+    for block_seconds in (0.004, 0.08, 0.3, 1.0, 1e6):
+        pieces = list(audio.blocks(path, block_seconds=block_seconds))
+        assert {len(piece) for piece in pieces[:-1]} <= {round(block_seconds * 24_000)}
+        np.testing.assert_array_equal(np.concatenate(pieces), whole)
+
+
+def test_matching_rate_passes_samples_through(tmp_path):
+    pcm = np.random.default_rng(0).uniform(-1, 1, 50_000).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", pcm, 24_000, subtype="FLOAT")
+    np.testing.assert_array_equal(audio.read(tmp_path / "a.wav"), pcm)
+
+
+def test_paths_files_pipes_and_standard_input_read_alike(monkeypatch):
+    content = SPEECH.read_bytes()
+    whole = audio.read(SPEECH)
+    assert whole.shape == (140_520,)
+    file = io.BytesIO(content)
+    file.seek(100)  # read from the start wherever it stands
+    np.testing.assert_array_equal(audio.read(file), whole)
+    np.testing.assert_array_equal(audio.read(str(SPEECH)), whole)
+    np.testing.assert_array_equal(audio.read(Pipe(content)), whole)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Pipe(content)))
+    np.testing.assert_array_equal(audio.read("-"), whole)
+
+
+def test_arrays_are_taken_at_the_given_rate():
+    pcm = tone(1.0, 16_000)
+    np.testing.assert_array_equal(audio.read(pcm, 16_000), pcm)
+    np.testing.assert_array_equal(audio.read(np.stack([pcm, -pcm])), np.zeros_like(pcm))
+    np.testing.assert_array_equal(audio.read(np.array([-32768, 16384], np.int16)), np.array([-1.0, 0.5], np.float32))
+    copy = audio.read(pcm)
+    copy[:] = 0
+    assert pcm.any()
+
+
+def test_an_mp3_is_decoded_in_pieces_as_in_one(tmp_path):
+    """An mp3 frame borrows bits from earlier ones, so a decoder that seeks between pieces garbles their starts."""
+    soundfile.write(tmp_path / "tone.mp3", tone(4.0, 24_000), 24_000)
+    one, _ = soundfile.read(tmp_path / "tone.mp3", dtype="float32")
+    np.testing.assert_allclose(audio.read(tmp_path / "tone.mp3"), one, atol=1e-6)
+
+
+def test_an_mp3_whose_length_is_guessed_short_is_refused(tmp_path):
+    loud = np.random.default_rng(0).uniform(-0.9, 0.9, 16_000 * 4)
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, np.concatenate([loud, np.zeros(16_000 * 60)]), 16_000, bitrate_mode="VARIABLE")
+    assert len(audio.read(path, 16_000)) == 16_000 * 64
+    content = path.read_bytes()
+    path.write_bytes(content[content.index(content[:2], 4) :])  # without its first frame, which holds the length
+    with pytest.raises(AudioError, match=r"a\.mp3 decodes up to \d\.\d s and then fails \(\d+ bytes are left over\)"):
+        audio.read(path)
+
+
+def peak_bytes(run) -> int:
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_hour_streams_in_constant_memory(tmp_path):
+    path = tmp_path / "hour.wav"
+    with soundfile.SoundFile(path, "w", 1_000, 1, subtype="PCM_U8") as sound:
+        for _ in range(60):
+            sound.write(np.zeros(60_000, np.float32))
+    lengths = []
+    streamed = peak_bytes(lambda: lengths.extend(len(block) for block in audio.blocks(path, 4_000)))
+    assert sum(lengths) == 3_600 * 4_000
+    assert streamed < 2e6
+    assert peak_bytes(lambda: audio.read(path, 4_000)) > 50e6  # what the bound above would catch
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        (b"", r"is empty \(0 bytes\); expected audio\. Record or fetch it again"),
+        (b"these are words, not samples" * 9, r"is not audio that can be decoded: its first bytes are b'these are wo'"),
+        (b"RIFF", r"is not audio that can be decoded: its first bytes are b'RIFF'"),
+        (b"\x00\x00\x00\x18ftypM4A " * 9, r"is MP4 \(m4a, mov\); expected wav, flac, mp3 or ogg"),
+        (b"\x1aE\xdf\xa3" * 9, r"is WebM or Matroska; .* convert it: ffmpeg -i .*a\.bin .*a-converted\.wav"),
+    ],
+)
+def test_what_is_not_audio_is_refused(tmp_path, content, message):
+    path = tmp_path / "a.bin"
+    path.write_bytes(content)
+    with pytest.raises(AudioError, match=message) as error:
+        audio.read(path)
+    assert str(path) in str(error.value)
+    assert audio.duration(path) is None
+    with pytest.raises(AudioError, match="the file object " + message.split("; ")[0]):
+        audio.read(Pipe(content))
+
+
+def test_headerless_samples_are_refused(tmp_path):
+    path = tmp_path / "a.raw"
+    path.write_bytes(b"\x01\x00" * 100)
+    with pytest.raises(AudioError, match=r"a\.raw is not audio that can be decoded"):
+        audio.read(path)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    with pytest.raises(AudioError, match=r"absent\.wav does not exist; expected an audio file\. Check the path"):
+        audio.read(tmp_path / "absent.wav")
+    with pytest.raises(AudioError, match=r"is a folder; expected an audio file\. Name the files in it"):
+        audio.read(tmp_path)
+
+
+def test_a_file_without_samples_is_refused(tmp_path):
+    soundfile.write(tmp_path / "none.wav", np.zeros(0), 16_000)
+    with pytest.raises(AudioError, match=r"none\.wav holds no samples; expected at least one"):
+        audio.read(tmp_path / "none.wav")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_samples_that_are_not_finite_are_refused_with_their_time(tmp_path, bad):
+    pcm = np.zeros((40_000, 2), np.float32)
+    pcm[24_000, 1] = bad
+    soundfile.write(tmp_path / "bad.wav", pcm, 16_000, subtype="FLOAT")
+    with pytest.raises(AudioError, match=r"bad\.wav holds NaN or infinity at 1\.500 s; expected finite samples"):
+        audio.read(tmp_path / "bad.wav")
+    with pytest.raises(AudioError, match=r"the array holds NaN or infinity at 1\.000 s"):
+        audio.read(pcm.T)
+
+
+def test_a_truncated_flac_says_where_it_fails(tmp_path):
+    path = tmp_path / "cut.flac"
+    path.write_bytes(SPEECH.read_bytes()[:80_000])
+    with pytest.raises(
+        AudioError, match=r"cut\.flac decodes up to [23]\.\d s and then fails \(flac decoder lost sync\)"
+    ):
+        audio.read(path)
+    first = next(audio.blocks(path, block_seconds=1.0))
+    np.testing.assert_array_equal(first, audio.read(SPEECH)[:24_000])
+
+
+@pytest.mark.parametrize("container", ["wav", "ogg", "mp3"])
+def test_other_truncated_files_give_what_is_there(tmp_path, container):
+    whole, path = tmp_path / f"whole.{container}", tmp_path / f"cut.{container}"
+    soundfile.write(whole, np.random.default_rng(0).uniform(-0.9, 0.9, 96_000), 24_000)
+    path.write_bytes(whole.read_bytes()[: whole.stat().st_size * 3 // 4])
+    assert 2.0 < len(audio.read(path)) / 24_000 < 3.5
+
+
+@pytest.mark.parametrize("rate", [10, 2_000_000])
+def test_sample_rates_out_of_range_are_refused(tmp_path, rate):
+    path = tmp_path / "odd.wav"
+    soundfile.write(path, np.zeros(100), rate)
+    with pytest.raises(AudioError, match=rf"the sample rate of .*odd\.wav is {rate} Hz; expected 1000 to 768000 Hz"):
+        audio.read(path)
+    with pytest.raises(AudioError, match=rf"sample_rate is {rate} Hz; expected 1000 to 768000 Hz"):
+        audio.blocks(SPEECH, rate)
+    with pytest.raises(AudioError, match=rf"sample_rate is {rate} Hz; expected 1000 to 768000 Hz"):
+        audio.write(tmp_path / "out.wav", np.zeros(100), rate)
+
+
+@pytest.mark.parametrize(
+    "pcm,message",
+    [
+        (np.zeros(0), r"the array is empty \(shape \(0,\)\); expected at least one sample"),
+        (np.zeros((2, 0)), r"the array is empty \(shape \(2, 0\)\)"),
+        (np.zeros(9, np.int32), r"the array has dtype int32; expected float in \[-1, 1\], or int16"),
+        (np.zeros(9, bool), r"the array has dtype bool"),
+        (np.zeros((9, 2)), r"the array has shape \(9, 2\); expected \[samples\], or .*at most 8 channels\. Transpose"),
+        (np.zeros(()), r"the array has shape \(\)"),
+        (np.full(9, 1e300), r"the array holds NaN or infinity at 0\.000 s"),
+        ([0.0, 0.0], r"audio was given as list; expected a path, '-', a file opened in binary mode, or an array"),
+        (io.StringIO("text"), r"audio was given as StringIO"),
+    ],
+)
+def test_arrays_that_are_not_audio_are_refused(pcm, message):
+    with pytest.raises(AudioError, match=message):
+        audio.read(pcm)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_a_block_has_a_positive_length(seconds):
+    with pytest.raises(ValueError, match="expected a positive number of seconds"):
+        audio.blocks(SPEECH, block_seconds=seconds)
+
+
+@pytest.mark.parametrize("suffix,tolerance", [(".wav", 1e-4), (".flac", 1e-4), (".OGG", 5e-2)])
+def test_what_is_written_reads_back(tmp_path, suffix, tolerance):
+    pcm = tone(1.0, 24_000)
+    pcm[:900] *= 6  # clipped: neither wrapped around nor kept
+    audio.write(tmp_path / f"out{suffix}", pcm, 24_000)
+    back = audio.read(tmp_path / f"out{suffix}")
+    np.testing.assert_allclose(back[1_000:-1_000], pcm[1_000:-1_000], atol=tolerance)
+    np.testing.assert_allclose(np.abs(back).max(), 1.0, atol=0.3)
+    assert (back[10:20] > 0.5).all()
+    audio.write(tmp_path / f"out{suffix}", np.stack([pcm, pcm]), 24_000)
+    assert soundfile.info(tmp_path / f"out{suffix}").channels == 2
+
+
+def test_four_minutes_of_ogg_can_be_written(tmp_path):
+    """libsndfile 1.2.2 crashes the process when it is given them in one call; so this runs in another process."""
+    path = tmp_path / "long.ogg"
+    script = "import numpy, sys; from dsm_jax import audio; audio.write(sys.argv[1], numpy.zeros(24_000 * 240), 24_000)"
+    subprocess.run([sys.executable, "-c", script, path], check=True, cwd=DATA.parents[1])
+    assert soundfile.info(path).frames == 24_000 * 240
+
+
+def test_places_that_cannot_be_written_are_refused(tmp_path):
+    with pytest.raises(AudioError, match=r"a\.aac ends in '\.aac'; expected \.wav, \.flac or \.ogg\. Rename"):
+        audio.write(tmp_path / "a.aac", np.zeros(9), 24_000)
+    with pytest.raises(AudioError, match=r"there is no folder .*absent\. Create it first"):
+        audio.write(tmp_path / "absent" / "a.wav", np.zeros(9), 24_000)
+    (tmp_path / "folder.wav").mkdir()
+    with pytest.raises(AudioError, match=r"folder\.wav cannot be written as PCM_16 at 24000 Hz \(.*\)\. Check"):
+        audio.write(tmp_path / "folder.wav", np.zeros(9), 24_000)
+    with pytest.raises(AudioError, match=r"the audio for .*empty\.wav is empty"):
+        audio.write(tmp_path / "empty.wav", np.zeros(0), 24_000)
+
+
+def test_duration_comes_from_the_header(tmp_path):
+    assert audio.duration(SPEECH) == pytest.approx(5.855)
+    assert audio.duration(DATA / "bria.mp3") == pytest.approx(44.955, abs=1e-3)
+    assert audio.duration("-") is None
+    assert audio.duration(Pipe(SPEECH.read_bytes())) is None
+    assert audio.duration(tmp_path / "absent.wav") is None
+    assert audio.duration(tmp_path) is None

@@ -1,0 +1,68 @@
+"""Trains tiny sentencepiece models of an exact size, in the id layout of Kyutai's tokenizers."""
+
+import io
+import random
+from pathlib import Path
+
+import sentencepiece
+
+_SENTENCES = (
+    "mister quilter is the apostle of the middle classes and we are glad to welcome his gospel",
+    "the quick brown fox jumps over the lazy dog while five boxing wizards watch in silence",
+    "good morning everyone and thank you for coming to the station at such an early hour",
+    "she said that the weather would be fine tomorrow but nobody in the room believed her",
+    "please turn left at the second light then walk about two hundred metres along the river",
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen",
+    "we could hear the music from the street and people were dancing under the old trees",
+    "what time does the train leave and when will it arrive in the city",
+    "it was a bright cold day in spring and the clocks were striking just before noon",
+    "bonjour tout le monde nous allons préparer des crêpes avec du sucre et du beurre",
+)
+_MADE_UP_FROM = 300  # the sentences alone hold no more pieces than that
+_BYTE_FALLBACK_FROM = 1000  # 256 byte pieces would leave nothing but bytes in a smaller vocabulary
+
+
+def make_tokenizer(path: Path, vocab_size: int) -> Path:
+    """Trains a unigram model of exactly `vocab_size` pieces: 0 is the unknown piece, 1 `<s>`, 2 `</s>`, 3 `<pad>`.
+
+    Kyutai's language models give these ids their own meaning: 0 opens a word and 3 is padding. Two calls with the
+    same size give the same file, byte for byte. From 300 pieces on made-up words join the real ones, and from 1,000
+    on there are byte pieces.
+
+    Args:
+        path: File to write, replaced if it exists.
+        vocab_size: Number of pieces, 48 or more: the letters alone need that many.
+
+    Returns:
+        `path`.
+
+    Raises:
+        RuntimeError: From sentencepiece, when `vocab_size` is too small for the letters.
+    """
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(_sentences(vocab_size)),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=vocab_size,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        byte_fallback=vocab_size >= _BYTE_FALLBACK_FROM,
+        character_coverage=1.0,
+        num_threads=1,
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def _sentences(vocab_size: int) -> list[str]:
+    return [*_SENTENCES, *_made_up_words(3 * vocab_size if vocab_size >= _MADE_UP_FROM else 0)]
+
+
+def _made_up_words(count: int) -> list[str]:
+    draw = random.Random(0)
+    syllables = [f"{onset}{rest}" for onset in "bdfgklmnprstvz" for rest in ("a", "e", "i", "o", "u", "an", "or")]
+    return ["".join(draw.choices(syllables, k=draw.randint(3, 4))) for _ in range(count)]
