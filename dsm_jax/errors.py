@@ -23,3 +23,17 @@ class StreamError(DsmError):
 
 class PromptError(DsmError):
     """A prompt that the model cannot follow."""
+
+
+class BatchError(DsmError):
+    """Some inputs of several failed.
+
+    Attributes:
+      results: what came of each input, in order; None for those that failed.
+      errors: for the place of each that failed, why.
+    """
+
+    def __init__(self, results: list, errors: dict[int, DsmError]):
+        reasons = "; ".join(str(errors[index]) for index in sorted(errors))
+        super().__init__(f"{len(errors)} of {len(results)} inputs failed, the others are in `.results`: {reasons}")
+        self.results, self.errors = results, errors

@@ -94,9 +94,9 @@ def step_in_blocks(
       What `step` would return for the whole of `x`: the outputs joined in time, and the last state.
     """
     length = jax.tree.leaves(x)[0].shape[1]
-    blocks, rest = divmod(length, block)
-    if blocks < 2:
+    if length <= block:
         return step(x, state)
+    blocks, rest = divmod(length, block)
     whole = blocks * block
 
     def to_blocks(a: jax.Array) -> jax.Array:

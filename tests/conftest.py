@@ -6,9 +6,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Two devices, so that a test can shard.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
 os.environ.update(
-    # A silent broadcast or a silent cast is a wrong answer with the right shape.
+    # A silent cast is a wrong answer with the right shape.
     JAX_NUMPY_DTYPE_PROMOTION="strict",
-    JAX_NUMPY_RANK_PROMOTION="raise",
     # A test measures what this run compiles, and leaves nothing behind.
     JAX_ENABLE_COMPILATION_CACHE="false",
     HF_HUB_OFFLINE="1",

@@ -122,7 +122,9 @@ class Attention(nnx.Module):
 
         if T == 1:
             # The new key takes the place of the one that just left the window, so the ring alone is the window, and
-            # writing before reading lets XLA update the donated cache in place.
+            # writing before reading lets XLA update the donated cache in place. What is not a number stays out of the
+            # ring: masked, it would still count (0 * nan is nan), so the row would be lost even after a reset.
+            slot_BT = jnp.where(jnp.isfinite(v_BKUH).all((1, 2, 3))[:, None], slot_BT, S)
             cache = _write(cache, k_BKUH, v_BKUH, slot_BT)
             # An idle row of a fresh stream has no key at all; its slot 0 keeps its softmax finite.
             filled_BTS = jnp.arange(S) <= position_BT[..., None]
@@ -136,6 +138,8 @@ class Attention(nnx.Module):
             y_BTE = _attend(
                 q_BTKGH, [(cache.k_BKSH, cache.v_BKSH, seen_BTS), (k_BKUH, v_BKUH, causal_BTU)]
             )
+            # The same rule by the result. It also makes the write wait for the read, without which XLA copies the ring.
+            slot_BT = jnp.where(jnp.isfinite(y_BTE).all((1, 2))[:, None], slot_BT, S)
             cache = _write(cache, k_BKUH, v_BKUH, slot_BT)
         return y_BTE @ self.out_proj_ED[...], cache
 

@@ -139,3 +139,9 @@ def _clock(milliseconds: int, point: str) -> str:
 
 def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def text_with_pauses(transcript: Transcript) -> str:
+    """The words in order, with "[pause]" wherever the model foresaw that nobody would speak."""
+    told = [(word.end, word.text) for word in transcript.words] + [(p.time, "[pause]") for p in transcript.pauses]
+    return " ".join(text for _, text in sorted(told, key=lambda item: item[0]))

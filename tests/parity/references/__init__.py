@@ -23,6 +23,7 @@ from tests.parity.references.drivers import (
 )
 from tests.parity.references.kyutai import (
     PUBLISHED,
+    SEED,
     Size,
     Spelling,
     make_kyutai_stt,
@@ -41,6 +42,7 @@ from tests.parity.references.transformers_layout import (
 
 __all__ = [
     "PUBLISHED",
+    "SEED",
     "TextRun",
     "inference",
     "kyutai_stt",
@@ -72,7 +74,7 @@ __all__ = [
 def kyutai_stt(
     *,
     size: Size = "small",
-    seed: int = 0,
+    seed: int = SEED,
     extra_heads: bool = False,
     spelling: Spelling = "in_proj_weight",
     dtype: torch.dtype = torch.float32,

@@ -14,6 +14,7 @@ from tests.tokenizer_maker import make_tokenizer
 Size = Literal["small", "stt-1b", "stt-2.6b"]
 Spelling = Literal["in_proj_weight", "in_projs"]
 
+SEED = 2  # of the first few, the one whose tokens vary most on the short recording
 PUBLISHED = Path(__file__).parents[2] / "published"
 MIMI_CONFIG_NAME = "mimi_config.json"
 
@@ -48,7 +49,7 @@ def make_kyutai_stt(
     folder: Path,
     *,
     size: Size = "small",
-    seed: int = 0,
+    seed: int = SEED,
     extra_heads: bool = False,
     spelling: Spelling = "in_proj_weight",
     dtype: torch.dtype = torch.float32,
@@ -79,7 +80,7 @@ def make_kyutai_stt(
     return folder
 
 
-def make_mimi(path: Path, *, published: bool = False, seed: int = 0, spelling: Spelling = "in_proj_weight") -> Path:
+def make_mimi(path: Path, *, published: bool = False, seed: int = SEED, spelling: Spelling = "in_proj_weight") -> Path:
     """Writes one Mimi weight file, float32: of the published shape (370 MB), or in miniature."""
     config = mimi_config(published)
     state = random_mimi(config, config["quantizer"]["n_q"], seed).state_dict()

@@ -108,13 +108,23 @@ def transformers_codes(folder: Path, pcm_S: np.ndarray) -> np.ndarray:
         return _stt(folder).codec_model.encode(_batch(pcm_S)).audio_codes[0].numpy().astype(np.int32)
 
 
-def transformers_tokens(folder: Path, pcm_S: np.ndarray) -> np.ndarray:
-    """Greedy text tokens [T], int32, that `generate` adds after the initial token, for an unpadded clip."""
-    processor = KyutaiSpeechToTextProcessor.from_pretrained(folder)
-    inputs = processor(audio=pcm_S, sampling_rate=24_000)
+def transformers_tokens(folder: Path, pcm_S: np.ndarray, audio_window_frames: int | None = None) -> np.ndarray:
+    """Greedy text tokens [T], int32, that `generate` adds after the initial token, for an unpadded clip.
+
+    Args:
+        folder: A `-trfs` folder.
+        pcm_S: The clip, at 24 kHz; the processor pads it.
+        audio_window_frames: Frames that `generate` encodes at a time; None: the whole clip. The released setting is
+            1, which encodes the first window twice: see the tests.
+
+    Returns:
+        One token per full frame of the padded clip. The last frame has no part in them.
+    """
+    inputs = KyutaiSpeechToTextProcessor.from_pretrained(folder)(audio=pcm_S, sampling_rate=24_000)
+    model = _stt(folder)
+    model.generation_config.audio_window_size = audio_window_frames
     with inference():
-        output = _stt(folder).generate(**inputs, do_sample=False)
-    return output[0, 1:].numpy().astype(np.int32)
+        return model.generate(**inputs, do_sample=False)[0, 1:].numpy().astype(np.int32)
 
 
 def mimi_state(state: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,187 @@
+"""Reads and writes safetensors files one tensor at a time, so that memory never holds a file twice."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dsm_jax.convert.pieces import DTYPES, Outgoing, Rows, Tensor
+from dsm_jax.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+_NAME_OF_DTYPE = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+
+
+def tensors_in(path: Path) -> dict[str, Tensor]:
+    """What a safetensors file holds; only its header is read now.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The tensors by name.
+
+    Raises:
+      CheckpointError: the file is missing, cut short, or no safetensors file.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; fetch the whole repository again")
+    try:
+        with safe_open(path, "np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118: not a mapping
+            return {
+                name: Tensor(tuple(s.get_shape()), s.get_dtype(), _reader(path, name)) for name, s in slices.items()
+            }
+    except SafetensorError as error:
+        raise CheckpointError(_unreadable(path, error)) from None
+
+
+def _reader(path: Path, name: str) -> Callable[[Rows | None], np.ndarray]:
+    def read(rows: Rows | None) -> np.ndarray:
+        # The file is opened anew each time: the pages of a file that stays mapped would count as memory in use.
+        with safe_open(path, "np") as file:
+            return file.get_tensor(name) if rows is None else file.get_slice(name)[slice(*rows)]
+
+    return read
+
+
+def _unreadable(path: Path, error: SafetensorError) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        is_header = file.read(9)[8:] == b"{"
+    if is_header or size < 9:
+        return f"{path} is cut short or damaged: it has {size} bytes, its header announces others; fetch it again"
+    return f"{path} is not a safetensors file ({error}); give the .safetensors file of the checkpoint"
+
+
+def sharded_tensors_in(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of `model.safetensors`, or of the files that `model.safetensors.index.json` lists.
+
+    Args:
+      folder: the checkpoint.
+
+    Returns:
+      tensors: by name.
+      faults: tensors that are in two files, or not where the index says.
+
+    Raises:
+      CheckpointError: a file is missing or unreadable.
+    """
+    index_path = folder / INDEX_NAME
+    if not index_path.is_file():
+        return tensors_in(folder / "model.safetensors"), []
+    where = read_json(index_path).get("weight_map")
+    if not isinstance(where, dict):
+        raise CheckpointError(f"{index_path} has no weight_map; fetch it again")
+    tensors: dict[str, Tensor] = {}
+    faults = []
+    for file in sorted(set(where.values())):
+        for name, tensor in tensors_in(folder / file).items():
+            if name in tensors:
+                faults.append(f"twice: {name} is in two files, one of them {file}")
+            elif where.get(name) != file:
+                faults.append(f"index: {name} is in {file}, where {INDEX_NAME} says {where.get(name)}")
+            tensors[name] = tensor
+    return tensors, faults
+
+
+_WEIGHT_NORM = re.compile(r"(.+)\.(?:weight_([gv])|parametrizations\.weight\.original([01]))")
+
+
+def fold_weight_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Replaces each pair of length g and direction v by weight = g v / |v|, the norm over all axes but the first."""
+    pairs: dict[str, dict[str, str]] = {}
+    for name in tensors:
+        if match := _WEIGHT_NORM.fullmatch(name):
+            part = match[2] or "gv"[int(match[3])]
+            pairs.setdefault(f"{match[1]}.weight", {})[part] = name
+    pairs = {name: pair for name, pair in pairs.items() if len(pair) == 2 and name not in tensors}
+    folded = {name: tensor for name, tensor in tensors.items() if not any(name in p.values() for p in pairs.values())}
+    for name, pair in pairs.items():
+        g, v = tensors[pair["g"]], tensors[pair["v"]]
+
+        def read(rows: Rows | None, g: Tensor = g, v: Tensor = v) -> np.ndarray:
+            length, direction = (t.read(rows).astype(np.float32) for t in (g, v))
+            norm = np.sqrt(np.square(direction).sum(tuple(range(1, direction.ndim)), keepdims=True))
+            return direction * (length.reshape(norm.shape) / norm)
+
+        folded[name] = Tensor(v.shape, "F32", read, (pair["g"], pair["v"]))
+    return folded
+
+
+def write_safetensors(path: Path, tensors: list[Outgoing]) -> Iterator[Outgoing]:
+    """Writes a file, computing each tensor when its turn comes.
+
+    Args:
+      path: the file to write.
+      tensors: what to write, in order.
+
+    Yields:
+      Each tensor, once it is written.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not say so
+    offset = 0
+    for tensor in tensors:
+        end = offset + _bytes(tensor)
+        dtype = _NAME_OF_DTYPE[np.dtype(tensor.dtype)]
+        header[tensor.name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors:
+            array = np.ascontiguousarray(tensor.make())
+            file.write(array.reshape(-1).view(np.uint8).data)
+            yield tensor
+
+
+def write_sharded(folder: Path, tensors: list[Outgoing], shard_bytes: int = SHARD_BYTES) -> Iterator[Outgoing]:
+    """Writes `model.safetensors`, or several files and their index when the tensors take more than `shard_bytes`."""
+    shards: list[list[Outgoing]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(map(_bytes, shards[-1])) + _bytes(tensor) > shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    if len(shards) == 1:
+        yield from write_safetensors(folder / "model.safetensors", tensors)
+        return
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    where = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    index = {"metadata": {"total_size": sum(map(_bytes, tensors))}, "weight_map": where}
+    write_json(folder / INDEX_NAME, index)
+    for name, shard in zip(names, shards, strict=True):
+        yield from write_safetensors(folder / name, shard)
+
+
+def _bytes(tensor: Outgoing) -> int:
+    return int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(tensor.dtype).itemsize
+
+
+def total_bytes(tensors: Iterable[Outgoing]) -> int:
+    """Bytes that the tensors take in a file."""
+    return sum(map(_bytes, tensors))
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+      CheckpointError: it is missing, unreadable or no object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, expected an object; fetch it again")
+    return value
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Writes an object as readable JSON."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,258 @@
+"""The rule engine: a layout is a table of pieces, and one table serves both directions.
+
+A piece says that a block of a published tensor is, up to a transposition or the like, a block of one of this library's
+parameters. `plan` holds a table against the tensors of a file and the parameters of a model: every tensor claimed
+exactly once and completely, every parameter filled exactly once and completely, all faults in one error. `load` and
+`save` then move one parameter or tensor at a time.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dsm_jax.convert.transforms import IDENTITY, Transform
+from dsm_jax.errors import CheckpointError
+
+DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+Spellings = tuple[str, ...]  # names that one tensor goes by; the first is the one written
+Rows = tuple[int, int]  # a range of a tensor's first axis
+Box = tuple[tuple[int, int], ...]  # a range of every axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of a file: what its header says, and how to read rows of it (None: all of it)."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors spells it
+    read: Callable[[Rows | None], np.ndarray]
+    made_of: Spellings = ()  # the tensors it was computed from, where it is not in the file itself
+
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """What a model expects: the shape, and the dtype wanted."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A block that moves: `rows` of the tensor (or tensors) that `sources` name is `at` of the parameter `target`."""
+
+    sources: tuple[Spellings, ...]
+    target: str
+    how: Transform = IDENTITY
+    rows: Rows | None = None
+    at: tuple[int | slice, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """A tensor, or rows of one, that no parameter holds: it is written with `value`, and not read.
+
+    A whole tensor of that kind may be missing. A file that holds another value is noted.
+    """
+
+    source: Spellings
+    shape: tuple[int, ...]  # of the whole tensor, or of the rows
+    value: float
+    why: str
+    rows: Rows | None = None
+
+
+Table = Sequence[Piece | Constant]
+
+
+def piece(
+    source: str | Spellings,
+    target: str,
+    how: Transform = IDENTITY,
+    *,
+    rows: Rows | None = None,
+    at: tuple[int | slice, ...] = (),
+) -> Piece:
+    """A piece of one source."""
+    return Piece(((source,) if isinstance(source, str) else source,), target, how, rows, at)
+
+
+def box(shape: tuple[int, ...], at: tuple[int | slice, ...]) -> Box:
+    """The range of every axis that an index of a parameter covers."""
+    full = at + (slice(None),) * (len(shape) - len(at))
+    return tuple((i, i + 1) if isinstance(i, int) else i.indices(n)[:2] for i, n in zip(full, shape, strict=True))
+
+
+def saved_shapes(item: Piece, parameters: Mapping[str, Parameter]) -> list[tuple[int, ...]]:
+    """The shapes of the published blocks that a piece makes, without making them."""
+    block = np.broadcast_to(np.zeros((), np.int8), parameters[item.target].shape)[item.at]
+    return [a.shape for a in item.how.save(block)]
+
+
+def load(item: Piece, names: Spellings, tensors: Tensors) -> np.ndarray:
+    """Reads the block of a parameter that a piece fills."""
+    return item.how.load(*(tensors[name].read(item.rows) for name in names))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outgoing:
+    """A tensor to be written: `make` computes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+    make: Callable[[], np.ndarray]
+
+
+def save(table: Table, parameters: Mapping[str, Parameter], get: Callable[[str], np.ndarray]) -> Iterator[Outgoing]:
+    """The published tensors of a table, each computed only when it is written.
+
+    Args:
+      table: pieces and constants of the layout.
+      parameters: the model's.
+      get: hands out a parameter by name.
+
+    Yields:
+      The tensors in the order of the table.
+    """
+    blocks: dict[str, list[tuple[Rows | None, tuple[int, ...], Any, Callable[[], np.ndarray]]]] = {}
+    for item in table:
+        if isinstance(item, Constant):
+            made = [(item.source, item.shape, None, lambda item=item: np.full(item.shape, item.value, np.float32))]
+        else:
+            made = [
+                (
+                    names,
+                    shape,
+                    parameters[item.target].dtype,
+                    lambda i=i, item=item: item.how.save(get(item.target)[item.at])[i],
+                )
+                for i, (names, shape) in enumerate(zip(item.sources, saved_shapes(item, parameters), strict=True))
+            ]
+        for names, shape, dtype, make in made:
+            blocks.setdefault(names[0], []).append((item.rows, shape, dtype, make))
+    for name, parts in blocks.items():
+        dtype = next((d for _, _, d, _ in parts if d is not None), np.float32)
+        if len(parts) == 1:
+            shape = parts[0][1]
+        else:
+            shape = (max(rows[1] for rows, _, _, _ in parts if rows), *parts[0][1][1:])
+
+        def make(parts: list = parts, shape: tuple[int, ...] = shape, dtype: Any = dtype) -> np.ndarray:
+            if len(parts) == 1:
+                return parts[0][3]().astype(dtype, copy=False)
+            whole = np.empty(shape, dtype)
+            for rows, _, _, block in parts:
+                whole[slice(*rows)] = block()
+            return whole
+
+        yield Outgoing(name, shape, dtype, make)
+
+
+def shown(shape: Sequence[int]) -> str:
+    """A shape as the listings write it: 4x2x1."""
+    return "x".join(map(str, shape)) or "scalar"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A table's item with the spelling that the file uses for each of its sources."""
+
+    item: Piece | Constant
+    names: Spellings
+
+
+def plan(table: Table, tensors: Tensors, parameters: Mapping[str, Parameter]) -> tuple[list[Claim], list[str]]:
+    """Holds a table against a file and a model.
+
+    Args:
+      table: pieces and constants of the layout.
+      tensors: of the file.
+      parameters: of the model, all of them.
+
+    Returns:
+      claims: what to move, in the order of the table; complete only if there is no fault.
+      faults: one line per fault, none if the file is exactly what the model needs.
+    """
+    faults: list[str] = []
+    claims: list[Claim] = []
+    needed: dict[str, list[tuple[Rows | None, tuple[int, ...], bool]]] = {}
+    for item in table:
+        if isinstance(item, Piece) and item.target not in parameters:
+            faults.append(f"the table fills {item.target}, which the model does not have")
+            continue
+        sources = item.sources if isinstance(item, Piece) else (item.source,)
+        shapes = saved_shapes(item, parameters) if isinstance(item, Piece) else [item.shape]
+        names = []
+        for spellings, shape in zip(sources, shapes, strict=True):
+            present = [name for name in spellings if name in tensors]
+            if len(present) > 1:
+                faults.append(f"twice: {' and '.join(present)} are spellings of one tensor")
+            if present:
+                loose = isinstance(item, Piece) and item.how.any_leading_ones
+                needed.setdefault(present[0], []).append((item.rows, shape, loose))
+                names.append(present[0])
+            elif isinstance(item, Piece) or item.rows:
+                faults.append(f"missing: {spellings[0]}, expected {shown(shape)}")
+        if len(names) == len(sources):
+            claims.append(Claim(item, tuple(names)))
+    for name, tensor in tensors.items():
+        if name not in needed:
+            faults.append(f"unknown: {name}, {shown(tensor.shape)}; the model has no place for it")
+        else:
+            faults += _source_faults(name, tensor, needed[name])
+    faults += _target_faults(table, parameters)
+    return claims, list(dict.fromkeys(faults))
+
+
+def _source_faults(name: str, tensor: Tensor, needed: list[tuple[Rows | None, tuple[int, ...], bool]]) -> list[str]:
+    if tensor.dtype not in DTYPES:
+        return [f"dtype: {name} is {tensor.dtype}, expected one of {', '.join(DTYPES)}"]
+    rows = sorted(r for r, _, _ in needed if r is not None)
+    if not rows:
+        if len(needed) > 1:
+            return [f"twice: {name} is claimed by {len(needed)} pieces of the table"]
+        expected = needed[0][1]
+    else:
+        if len(rows) < len(needed) or rows[0][0] or any(a[1] != b[0] for a, b in zip(rows, rows[1:], strict=False)):
+            return [f"twice: the rows of {name} that the table claims overlap, or leave a gap: {rows}"]
+        expected = (rows[-1][1], *needed[0][1][1:])
+    found = tensor.shape
+    if needed[0][2] and found[-1:] == expected[-1:] and math.prod(found) == math.prod(expected):
+        return []
+    return [] if found == expected else [f"shape: {name} is {shown(found)}, expected {shown(expected)}"]
+
+
+def _target_faults(table: Table, parameters: Mapping[str, Parameter]) -> list[str]:
+    boxes: dict[str, list[Box]] = {name: [] for name in parameters}
+    for item in table:
+        if isinstance(item, Piece) and item.target in boxes:
+            boxes[item.target].append(box(parameters[item.target].shape, item.at))
+    faults = []
+    for name, filled in boxes.items():
+        size = sum(math.prod(stop - start for start, stop in b) for b in filled)
+        if size != math.prod(parameters[name].shape) or any(
+            all(a[0] < b[1] and b[0] < a[1] for a, b in zip(one, other, strict=True))
+            for i, one in enumerate(filled)
+            for other in filled[:i]
+        ):
+            faults.append(
+                f"unfilled: the table fills {size} of the {math.prod(parameters[name].shape)} values of {name}"
+            )
+    return faults
+
+
+def fit_error(where: str, faults: Sequence[str]) -> CheckpointError:
+    """The one error for everything that does not fit."""
+    lines = "".join(f"\n  {fault}" for fault in faults)
+    return CheckpointError(
+        f"{where}: the weights are not those of the model that the config describes; use the config.json that was "
+        f"published with them. Faults ({len(faults)}):{lines}"
+    )

@@ -1,0 +1,272 @@
+"""transformers' layout of Mimi: `kyutai/mimi`, and the codec inside its speech-to-text checkpoints.
+
+It differs from Kyutai's own in names, and in queries and keys, which it rotates by halves and stores apart. Of its
+config every key is mapped, or must have the one value that the library computes with, or changes nothing; any other is
+an error.
+
+Source: transformers 5.23, models/mimi.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dsm_jax.configs import MimiConfig, QuantizerConfig, SeanetConfig, TransformerConfig
+from dsm_jax.convert.kyutai import codebook, convolution, seanet_layers
+from dsm_jax.convert.pieces import Constant, Piece, Table, piece
+from dsm_jax.convert.transforms import CONV, LINEAR, POINTWISE, depthwise, half_split
+from dsm_jax.errors import ConfigError
+
+# Bookkeeping of transformers: none of these changes what the model computes.
+_IGNORED = frozenset(
+    "architectures auto_map _name_or_path transformers_version torch_dtype dtype use_cache use_streaming "
+    "initializer_range attention_dropout max_position_embeddings chunk_size_feed_forward id2label label2id "
+    "is_encoder_decoder output_attentions output_hidden_states return_dict problem_type _attn_implementation "
+    "_attn_implementation_autoset _attn_implementation_internal frame_size bos_token_id eos_token_id tie_word_embeddings "
+    "normalize".split()
+)
+_FIXED_MIMI = {
+    "model_type": "mimi",
+    "use_causal_conv": True,
+    "pad_mode": "constant",
+    "trim_right_ratio": 1.0,
+    "use_conv_shortcut": False,
+    "hidden_act": "gelu",
+    "norm_eps": 1e-5,
+    "attention_bias": False,
+}
+_DEFAULT_MIMI = {  # of transformers' MimiConfig
+    "sampling_rate": 24_000,
+    "audio_channels": 1,
+    "hidden_size": 512,
+    "num_filters": 64,
+    "num_residual_layers": 1,
+    "upsampling_ratios": [8, 6, 5, 4],
+    "kernel_size": 7,
+    "last_kernel_size": 3,
+    "residual_kernel_size": 3,
+    "dilation_growth_rate": 2,
+    "compress": 2,
+    "codebook_size": 2048,
+    "codebook_dim": 256,
+    "num_quantizers": 32,
+    "num_semantic_quantizers": 1,
+    "num_hidden_layers": 8,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "sliding_window": 250,
+    "layer_scale_initial_scale": 0.01,
+}
+
+
+def mimi_table(config: MimiConfig, prefix: str = "") -> Table:
+    """The table of the codec; inside a speech-to-text checkpoint its names have a prefix."""
+    table: list[Piece | Constant] = []
+    for side in ("encoder", "decoder"):
+        for there, here, stride in seanet_layers(config.seanet, side):
+            stem = f"{prefix}{side}.layers.{there}.conv"
+            table += convolution(f"{stem}.weight", f"{stem}.bias", here, stride)
+        table += _codec_layers(config.transformer, f"{prefix}{side}_transformer", f"{side}.transformer")
+    table.append(piece(f"{prefix}downsample.conv.weight", "encoder.downsample.kernel_KCD", CONV))
+    upsample = depthwise(config.resample_stride)
+    table.append(piece(f"{prefix}upsample.conv.weight", "decoder.upsample.kernel_MSC", upsample))
+    semantic = config.quantizer.n_q_semantic
+    for branch, books in (("semantic", semantic), ("acoustic", config.quantizer.n_q - semantic)):
+        there, here = f"{prefix}quantizer.{branch}_residual_vector_quantizer", f"quantizer.{branch}"
+        table.append(piece(f"{there}.input_proj.weight", f"{here}.input_proj_DC", POINTWISE))
+        table.append(piece(f"{there}.output_proj.weight", f"{here}.output_proj_CD", POINTWISE))
+        for q in range(books):
+            names = [(f"{there}.layers.{q}.codebook.{name}",) for name in ("embed_sum", "cluster_usage", "initialized")]
+            table += codebook(*names, f"{here}.codebooks.{q}.embedding_VC", config.quantizer.bins)
+    return table
+
+
+def _codec_layers(config: TransformerConfig, there: str, here: str) -> Iterator[Piece]:
+    for i in range(config.num_layers):
+        old, new = f"{there}.layers.{i}", f"{here}.layers.{i}"
+        for norm, name in (("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm")):
+            yield piece(f"{old}.{name}.weight", f"{new}.{norm}.scale_D")
+            yield piece(f"{old}.{name}.bias", f"{new}.{norm}.bias_D")
+        yield from attention(config, f"{old}.self_attn", f"{new}.self_attn", "_proj.weight")
+        yield piece(f"{old}.mlp.fc1.weight", f"{new}.feedforward.linear1_DF", LINEAR)
+        yield piece(f"{old}.mlp.fc2.weight", f"{new}.feedforward.linear2_FD", LINEAR)
+        yield piece(f"{old}.self_attn_layer_scale.scale", f"{new}.layer_scale_1_D")
+        yield piece(f"{old}.mlp_layer_scale.scale", f"{new}.layer_scale_2_D")
+
+
+def attention(config: TransformerConfig, there: str, here: str, ending: str) -> Iterator[Piece]:
+    """Queries, keys and values of their own to one packed projection; and the one out."""
+    keys = config.num_kv_heads * config.head_dim
+    start = 0
+    for name, width, how in (
+        ("q", config.d_model, half_split(config.num_heads)),
+        ("k", keys, half_split(config.num_kv_heads)),
+        ("v", keys, LINEAR),
+    ):
+        at = (slice(None), slice(start, start + width))
+        yield piece(f"{there}.{name}{ending}", f"{here}.in_proj_DE", how, at=at)
+        start += width
+    yield piece(f"{there}.o{ending}", f"{here}.out_proj_ED", LINEAR)
+
+
+def read_config(values: Mapping[str, Any], where: str) -> MimiConfig:
+    """Reads the config of a Mimi checkpoint, or the `codec_config` of a speech-to-text one.
+
+    Args:
+      values: the decoded JSON; a key that is absent has transformers' default.
+      where: what it was read from, for the error.
+
+    Returns:
+      The config.
+
+    Raises:
+      ConfigError: a key or a value that the library does not understand.
+    """
+    rest = dict(values)
+    theta = pop_theta(rest, 10_000.0, where)
+    v = {key: rest.pop(key, default) for key, default in _DEFAULT_MIMI.items()}
+    width, heads = v["hidden_size"], v["num_attention_heads"]
+    rates = [rest.pop(key, None) for key in ("frame_rate", "_frame_rate")]
+    kv_heads = rest.pop("num_key_value_heads", heads)
+    check_rest(
+        rest,
+        _FIXED_MIMI
+        | {
+            "vector_quantization_hidden_dimension": v["codebook_dim"],
+            "upsample_groups": width,
+            "head_dim": width // heads,
+        },
+        where,
+    )
+    return MimiConfig(
+        sample_rate=v["sampling_rate"],
+        frame_rate=next(
+            (r for r in rates if r is not None), v["sampling_rate"] / (2 * math.prod(v["upsampling_ratios"]))
+        ),
+        channels=v["audio_channels"],
+        seanet=SeanetConfig(
+            channels=v["audio_channels"],
+            dimension=width,
+            n_filters=v["num_filters"],
+            n_residual_layers=v["num_residual_layers"],
+            ratios=tuple(v["upsampling_ratios"]),
+            kernel_size=v["kernel_size"],
+            residual_kernel_size=v["residual_kernel_size"],
+            last_kernel_size=v["last_kernel_size"],
+            dilation_base=v["dilation_growth_rate"],
+            compress=v["compress"],
+        ),
+        quantizer=QuantizerConfig(
+            dimension=v["codebook_dim"],
+            n_q=v["num_quantizers"],
+            bins=v["codebook_size"],
+            input_dimension=width,
+            output_dimension=width,
+            n_q_semantic=v["num_semantic_quantizers"],
+        ),
+        transformer=TransformerConfig(
+            d_model=width,
+            num_heads=heads,
+            num_layers=v["num_hidden_layers"],
+            dim_feedforward=v["intermediate_size"],
+            context=v["sliding_window"],
+            layer_scale=v["layer_scale_initial_scale"],
+            max_period=theta,
+            kv_repeat=heads // kv_heads,
+            input_dimension=width,
+            output_dimensions=(width,),
+        ),
+    )
+
+
+def write_config(config: MimiConfig) -> dict[str, Any]:
+    """The content of the config.json of `kyutai/mimi` for this codec.
+
+    Raises:
+      ConfigError: transformers cannot express the config.
+    """
+    seanet, transformer, quantizer = config.seanet, config.transformer, config.quantizer
+    width = seanet.dimension
+    values = _DEFAULT_MIMI | {
+        "sampling_rate": config.sample_rate,
+        "frame_rate": config.frame_rate,
+        "audio_channels": config.channels,
+        "hidden_size": width,
+        "num_filters": seanet.n_filters,
+        "num_residual_layers": seanet.n_residual_layers,
+        "upsampling_ratios": list(seanet.ratios),
+        "kernel_size": seanet.kernel_size,
+        "last_kernel_size": seanet.last_kernel_size,
+        "residual_kernel_size": seanet.residual_kernel_size,
+        "dilation_growth_rate": seanet.dilation_base,
+        "compress": seanet.compress,
+        "codebook_size": quantizer.bins,
+        "codebook_dim": quantizer.dimension,
+        "vector_quantization_hidden_dimension": quantizer.dimension,
+        "num_quantizers": quantizer.n_q,
+        "num_semantic_quantizers": quantizer.n_q_semantic,
+        "upsample_groups": width,
+        "num_hidden_layers": transformer.num_layers,
+        "intermediate_size": transformer.dim_feedforward,
+        "num_attention_heads": transformer.num_heads,
+        "num_key_value_heads": transformer.num_kv_heads,
+        "head_dim": transformer.head_dim,
+        "sliding_window": transformer.context,
+        "layer_scale_initial_scale": transformer.layer_scale,
+        "rope_parameters": {"rope_theta": transformer.max_period, "rope_type": "default"},
+    }
+    values |= _FIXED_MIMI | {"architectures": ["MimiModel"], "dtype": "float32"}
+    check_expressible(_computed(read_config(values, "this codec")), _computed(config))
+    return values
+
+
+def _computed(config: MimiConfig) -> dict[str, Any]:
+    """What of a config changes what is computed, flat."""
+    values = {}
+    for part in ("seanet", "transformer", "quantizer"):
+        values |= {f"{part}.{key}": value for key, value in dataclasses.asdict(getattr(config, part)).items()}
+    for key in ("seanet.norm", "seanet.disable_norm_outer_blocks"):  # the weights are folded here
+        del values[key]
+    for key in ("transformer.input_dimension", "transformer.output_dimensions", "transformer.conv_layout"):
+        del values[key]
+    return values | {"sample_rate": config.sample_rate, "frame_rate": config.frame_rate, "channels": config.channels}
+
+
+def check_expressible(expressed: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Compares what transformers would compute with what the model computes.
+
+    Raises:
+      ConfigError: they differ.
+    """
+    if lost := [f"{key} {wanted[key]!r}" for key in wanted if expressed.get(key) != wanted[key]]:
+        raise ConfigError(
+            f"transformers' model has no setting for {', '.join(lost)}; convert this model to another layout"
+        )
+
+
+def check_rest(rest: Mapping[str, Any], fixed: Mapping[str, Any], where: str) -> None:
+    """Checks every key that is not mapped.
+
+    Raises:
+      ConfigError: a key is unknown, or has another value than the one the library computes with.
+    """
+    if unknown := sorted(rest.keys() - fixed.keys() - _IGNORED):
+        raise ConfigError(f"{where}: unknown keys {unknown}; remove them if they do not change what the model computes")
+    for key, value in fixed.items():
+        if key in rest and rest[key] != value and not (rest[key] is None and key == "head_dim"):
+            raise ConfigError(f"{where}: {key} is {rest[key]!r}; the library computes with {value!r} only")
+
+
+def pop_theta(rest: dict[str, Any], default: float | None, where: str) -> float:
+    """Takes the period of the rotary positions out of a config: today's spelling or the one before.
+
+    Raises:
+      ConfigError: there is none, or it is scaled.
+    """
+    rope = dict(rest.pop("rope_parameters", None) or {})
+    scaling, old = rest.pop("rope_scaling", None), rest.pop("rope_theta", default)
+    theta = rope.pop("rope_theta", old)
+    if theta is None or scaling or rope not in ({}, {"rope_type": "default"}):
+        raise ConfigError(f"{where}: rope_theta is {theta}, rope scaling is {scaling or rope}; expected a theta alone")
+    return float(theta)

@@ -1,0 +1,189 @@
+"""transformers' layout of Kyutai's speech-to-text models: the `-trfs` repositories.
+
+Token embeddings lie in one table: text, then each audio stream, then a row of zeros for padding. The text head has a
+row for the initial token, which is never predicted. There is no place for pause heads.
+
+Source: transformers 5.23, models/kyutai_speech_to_text.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dsm_jax.configs import LMConfig, ModelConfig, SttConfig, gating_dim
+from dsm_jax.convert import transformers_mimi as mimi
+from dsm_jax.convert.pieces import Constant, Piece, Table, piece
+from dsm_jax.convert.transforms import LINEAR
+from dsm_jax.errors import ConfigError
+
+CODEC_PREFIX = "codec_model."
+NO_PAUSE_HEADS = "transformers' model has no pause heads"
+_FIXED_STT = {"model_type": "kyutai_speech_to_text", "hidden_act": "silu", "attention_bias": False}
+_STT_KEYS = (
+    "codebook_vocab_size vocab_size hidden_size num_hidden_layers num_attention_heads sliding_window ffn_dim "
+    "rms_norm_eps num_codebooks pad_token_id".split()
+)
+# Of fields that mean nothing without a depformer, or that the step does not read.
+_WITHOUT_EFFECT = ("depformer_", "extra_heads_", "existing_text_end_padding_id", "fuser")
+_NORMS = {1e-8: "rms_norm_f32", 1e-5: "rms_norm"}
+
+
+def lm_table(config: LMConfig) -> Table:
+    """The table of the language model; pause heads have no place in it."""
+    text, audio = config.text_card + 1, config.card + 1
+    tokens = "model.embed_tokens.embed_tokens.weight"
+    table: list[Piece | Constant] = [piece(tokens, "text_emb.table_LW", rows=(0, text))]
+    for q in range(config.n_q):
+        rows = (text + q * audio, text + (q + 1) * audio)
+        table.append(piece(tokens, "audio_emb_QLD", rows=rows, at=(q,)))
+    last = text + config.n_q * audio
+    table.append(Constant((tokens,), (1, config.dim), 0.0, "the padding token adds nothing", rows=(last, last + 1)))
+    for i in range(config.num_layers):
+        there, here = f"model.layers.{i}", f"transformer.layers.{i}"
+        for norm, name in (("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm")):
+            table.append(piece(f"{there}.{name}.weight", f"{here}.{norm}.alpha_D"))
+        table += mimi.attention(config.transformer, f"{there}.self_attn", f"{here}.self_attn", "_proj.linear.weight")
+        table.append(piece(f"{there}.mlp.fc1.weight", f"{here}.feedforward.linear_in_DG", LINEAR))
+        table.append(piece(f"{there}.mlp.fc2.weight", f"{here}.feedforward.linear_out_FD", LINEAR))
+    table.append(piece("model.norm.weight", "out_norm.alpha_D"))
+    table.append(piece("lm_head.weight", "text_linear_DV", LINEAR, rows=(0, config.text_card)))
+    start = (config.text_card, config.text_card + 1)
+    why = "the initial token is never predicted"
+    table.append(Constant(("lm_head.weight",), (1, config.dim), 0.0, why, rows=start))
+    return table
+
+
+def read_config(values: Mapping[str, Any], extractor: Mapping[str, Any], where: str) -> ModelConfig:
+    """Reads the config of a speech-to-text checkpoint.
+
+    Args:
+      values: the decoded config.json.
+      extractor: the feature extractor's settings, from preprocessor_config.json or processor_config.json.
+      where: what they were read from, for the error.
+
+    Returns:
+      The config.
+
+    Raises:
+      ConfigError: a key or a value that the library does not understand.
+    """
+    rest = dict(values)
+    theta = mimi.pop_theta(rest, None, where)
+    if missing := [key for key in (*_STT_KEYS, "codec_config") if key not in rest]:
+        raise ConfigError(f"{where}: the keys {missing} are missing; fetch the published config.json again")
+    v = {key: rest.pop(key) for key in _STT_KEYS}
+    codec = rest.pop("codec_config")
+    width, heads = v["hidden_size"], v["num_attention_heads"]
+    kv_heads = rest.pop("num_key_value_heads", None) or heads
+    rows = v["vocab_size"] + v["num_codebooks"] * v["codebook_vocab_size"]
+    fixed = {"head_dim": width // heads, "audio_bos_token_id": v["codebook_vocab_size"] - 1, "audio_pad_token_id": rows}
+    if rest.get("tie_word_embeddings"):
+        raise ConfigError(f"{where}: tie_word_embeddings is true; the text head has weights of its own")
+    mimi.check_rest(rest, _FIXED_STT | fixed, where)
+    if v["rms_norm_eps"] not in _NORMS:
+        raise ConfigError(f"{where}: rms_norm_eps is {v['rms_norm_eps']}; expected one of {list(_NORMS)}")
+    lm = LMConfig(
+        card=v["codebook_vocab_size"] - 1,
+        n_q=v["num_codebooks"],
+        dep_q=0,
+        delays=(0,) * (v["num_codebooks"] + 1),
+        dim=width,
+        text_card=v["vocab_size"] - 1,
+        existing_text_padding_id=v["pad_token_id"],
+        num_heads=heads,
+        num_layers=v["num_hidden_layers"],
+        hidden_scale=_hidden_scale(width, v["ffn_dim"], where),
+        context=v["sliding_window"],
+        max_period=theta,
+        norm=_NORMS[v["rms_norm_eps"]],
+        kv_repeat=heads // kv_heads,
+    )
+    stt = SttConfig(
+        audio_delay_seconds=float(extractor.get("audio_delay_seconds") or 0.0),
+        audio_silence_prefix_seconds=float(extractor.get("audio_silence_prefix_seconds") or 0.0),
+    )
+    return ModelConfig(model_type="stt", lm=lm, mimi=mimi.read_config(codec, f"{where}: codec_config"), stt=stt)
+
+
+def write_config(config: ModelConfig, lm: LMConfig, dtype: str) -> dict[str, dict[str, Any]]:
+    """The JSON files of a speech-to-text checkpoint, by name; tokenizer apart.
+
+    Args:
+      config: the model's.
+      lm: its language model's.
+      dtype: of the weights, as transformers spells it.
+
+    Returns:
+      Contents by file name.
+
+    Raises:
+      ConfigError: transformers cannot express the config.
+    """
+    audio_rows = lm.n_q * (lm.card + 1)
+    values = _FIXED_STT | {
+        "architectures": ["KyutaiSpeechToTextForConditionalGeneration"],
+        "dtype": dtype,
+        "codebook_vocab_size": lm.card + 1,
+        "vocab_size": lm.text_card + 1,
+        "hidden_size": lm.dim,
+        "num_hidden_layers": lm.num_layers,
+        "num_attention_heads": lm.num_heads,
+        "num_key_value_heads": lm.transformer.num_kv_heads,
+        "head_dim": lm.transformer.head_dim,
+        "max_position_embeddings": 2 * lm.context,  # as released; nothing is computed from it
+        "rope_parameters": {"rope_theta": lm.max_period, "rope_type": "default"},
+        "sliding_window": lm.context,
+        "ffn_dim": 2 * lm.transformer.gating_dim,
+        "rms_norm_eps": next((eps for eps, name in _NORMS.items() if name == lm.norm), None),
+        "num_codebooks": lm.n_q,
+        "audio_bos_token_id": lm.card,
+        "audio_pad_token_id": lm.text_card + 1 + audio_rows,
+        "pad_token_id": lm.existing_text_padding_id,
+        "bos_token_id": lm.text_card,
+        "tie_word_embeddings": False,
+        "codec_config": mimi.write_config(config.mimi),
+    }
+    mimi.check_expressible(_computed(read_config(values, {}, "this model").lm), _computed(lm))
+    return {
+        "config.json": values,
+        "generation_config.json": {  # as released: one frame per window, and a ring of the window's length
+            "audio_window_size": 1,
+            "bos_token_id": lm.text_card,
+            "pad_token_id": lm.existing_text_padding_id,
+            "cache_implementation": "sliding_window",
+            "codec_cache_implementation": "sliding_window",
+            "codec_use_cache": True,
+            "use_cache": True,
+        },
+        "preprocessor_config.json": {
+            "feature_extractor_type": "KyutaiSpeechToTextFeatureExtractor",
+            "processor_class": "KyutaiSpeechToTextProcessor",
+            "audio_delay_seconds": config.stt.audio_delay_seconds,
+            "audio_silence_prefix_seconds": config.stt.audio_silence_prefix_seconds,
+            "feature_size": 1,
+            "padding_side": "right",
+            "padding_value": 0.0,
+            "return_attention_mask": True,
+            "sampling_rate": config.mimi.sample_rate,
+        },
+    }
+
+
+def _computed(lm: LMConfig | None) -> dict[str, Any]:
+    """What of a config changes what is computed; the pause heads apart, which are beside it."""
+    if lm is None:
+        return {}
+    values = {key: value for key, value in dataclasses.asdict(lm).items() if not key.startswith(_WITHOUT_EFFECT)}
+    values["text_card_out"] = lm.text_logits
+    return values | {"hidden_scale": lm.transformer.gating_dim}
+
+
+def _hidden_scale(width: int, ffn_dim: int, where: str) -> float:
+    """The `hidden_scale` from which the reference derives an inner width of `ffn_dim` / 2."""
+    for feedforward in (4 * width, math.ceil(ffn_dim * 3 / 4), math.ceil(ffn_dim * 3 / 4) + 1):
+        scale = feedforward / width
+        scale = scale if int(scale * width) == feedforward else math.nextafter(scale, math.inf)
+        if 2 * gating_dim(width, int(scale * width)) == ffn_dim:
+            return scale
+    raise ConfigError(f"{where}: ffn_dim is {ffn_dim}, which no hidden_scale of a model {width} wide gives")

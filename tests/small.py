@@ -1,0 +1,77 @@
+"""The published models in miniature: every feature of their configs, a few thousand parameters each.
+
+The windows are a handful of steps, so that a test of a few dozen runs well past them.
+"""
+
+from dsm_jax.configs import LMConfig, MimiConfig, QuantizerConfig, SeanetConfig, TransformerConfig
+
+# 16 samples a frame, 8 a latent, two latents a frame: as the published 1920, 960 and two.
+MIMI = MimiConfig(
+    sample_rate=400,
+    frame_rate=25.0,
+    seanet=SeanetConfig(dimension=16, n_filters=2, ratios=(4, 2)),
+    quantizer=QuantizerConfig(dimension=8, n_q=4, bins=16, input_dimension=16, output_dimension=16),
+    transformer=TransformerConfig(
+        d_model=16,
+        num_heads=2,
+        num_layers=2,
+        dim_feedforward=24,
+        context=5,
+        layer_scale=0.3,
+        input_dimension=16,
+        output_dimensions=(16,),
+    ),
+)
+
+# Listens only, has pause heads: stt-1b-en_fr and its `-candle` twin. A bias, delays and a text head of its own width are
+# in the config format, though no published speech-to-text model uses them.
+STT = LMConfig(
+    card=12,
+    n_q=3,
+    dep_q=0,
+    delays=(2, 0, 1, 0),
+    dim=16,
+    text_card=20,
+    text_card_out=18,
+    num_heads=4,
+    num_layers=2,
+    hidden_scale=4.125,
+    context=5,
+    max_period=100_000.0,
+    bias_proj=True,
+    extra_heads_num_heads=4,
+)
+
+# Speaks, is told a voice and a guidance value, reads two texts at once: tts-1.6b-en_fr. Like moshi it also hears.
+TTS = LMConfig(
+    card=12,
+    n_q=6,
+    dep_q=4,
+    delays=(0, 0, 2, 2, 2, 0, 1),
+    dim=16,
+    text_card=20,
+    num_heads=4,
+    num_layers=2,
+    hidden_scale=4.0,
+    context=5,
+    demux_second_stream=True,
+    cross_attention=True,
+    conditioners={
+        "speaker_wavs": {"type": "tensor", "tensor": {"dim": 10}},
+        "cfg": {"type": "lut", "lut": {"n_bins": 3, "dim": 6, "tokenizer": "noop", "possible_values": ["1", "2", "3"]}},
+        "control": {"type": "lut", "lut": {"n_bins": 1, "dim": 16, "tokenizer": "noop", "possible_values": ["ok"]}},
+    },
+    fuser={
+        "cross_attention_pos_emb": True,
+        "cross_attention_pos_emb_scale": 1,
+        "sum": ["control", "cfg"],
+        "prepend": [],
+        "cross": ["speaker_wavs"],
+    },
+    depformer_dim=8,
+    depformer_num_heads=2,
+    depformer_num_layers=2,
+    depformer_dim_feedforward=24,
+    depformer_weights_per_step_schedule=(0, 1, 2, 2),
+    depformer_low_rank_embeddings=4,
+)

@@ -1,0 +1,156 @@
+"""`check_streaming` itself: one planted fault per clause, each caught by name, beside the sound modules they come from.
+
+Shape letters: B batch rows, T time steps, C channels.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsm_jax.nn.conv import CausalConv1d, ConvState
+from dsm_jax.streaming import select_rows
+from tests.check import check_streaming
+
+X_BTC = np.random.default_rng(0).normal(size=(2, 24, 3)).astype(np.float32)
+WINDOW = 5
+
+
+class Conv(CausalConv1d):
+    """Sound; the faults below each break it in one place."""
+
+    def __init__(self):
+        super().__init__(3, 3, kernel=3, replicate=True, rngs=nnx.Rngs(0))
+
+
+class ForgetsItsTail(Conv):
+    def step(self, x_BTC, state, active_B=None):
+        forgotten = dataclasses.replace(state, tail_BTC=jnp.zeros_like(state.tail_BTC))
+        return super().step(x_BTC, forgotten, active_B)
+
+
+class LeaksBetweenRows(Conv):
+    def step(self, x_BTC, state, active_B=None):
+        y_BTC, state = super().step(x_BTC, state, active_B)
+        return y_BTC + 1e-6 * x_BTC.mean(0, keepdims=True), state
+
+
+class DoesNotRearmReplicate(Conv):
+    """Keeps `first` instead of `started`, so that the zeros of a reset mean the opposite."""
+
+    def init_state(self, batch_size, dtype=jnp.float32):
+        return dataclasses.replace(super().init_state(batch_size, dtype), started_B=jnp.ones(batch_size, bool))
+
+    def step(self, x_BTC, state, active_B=None):
+        y_BTC, state = super().step(x_BTC, dataclasses.replace(state, started_B=~state.started_B), active_B)
+        return y_BTC, dataclasses.replace(state, started_B=~state.started_B)
+
+
+class WritesWhileIdle(Conv):
+    def step(self, x_BTC, state, active_B=None):
+        return super().step(x_BTC, state)
+
+
+class IsNanWhileIdle(Conv):
+    """Divides by what it has heard, which is nothing for a row that has been idle from the start."""
+
+    def step(self, x_BTC, state, active_B=None):
+        y_BTC, state = super().step(x_BTC, state, active_B)
+        one_B = state.started_B.astype(jnp.float32)
+        return y_BTC * (one_B / one_B)[:, None, None], state
+
+
+class IdlesWithTheWholeBatch(Conv):
+    def step(self, x_BTC, state, active_B=None):
+        return super().step(x_BTC, state, None if active_B is None else jnp.broadcast_to(active_B.all(), active_B.shape))
+
+
+class ChangesDtype(Conv):
+    def step(self, x_BTC, state, active_B=None):
+        y_BTC, state = super().step(x_BTC, dataclasses.replace(state, tail_BTC=state.tail_BTC.astype(x_BTC.dtype)))
+        return y_BTC, dataclasses.replace(state, tail_BTC=state.tail_BTC.astype(jnp.bfloat16))
+
+
+class WindowSum:
+    """Sums the last WINDOW steps, kept in a ring as a cache keeps keys."""
+
+    def init_state(self, batch_size):
+        return ConvState(jnp.zeros((batch_size, WINDOW, 3)), jnp.zeros((batch_size,), jnp.int32))
+
+    def step(self, x_BTC, state, active_B=None):
+        ring_BTC, position_B = state.tail_BTC, state.started_B
+        rows = jnp.arange(x_BTC.shape[0])
+        ys = []
+        for t in range(x_BTC.shape[1]):
+            ring_BTC = self.write(ring_BTC, rows, position_B, x_BTC, t)
+            ys.append(ring_BTC.sum(1))
+            position_B = position_B + 1
+        return jnp.stack(ys, axis=1), select_rows(active_B, ConvState(ring_BTC, position_B), state)
+
+    def write(self, ring_BTC, rows, position_B, x_BTC, t):
+        return ring_BTC.at[rows, position_B % WINDOW].set(x_BTC[:, t])
+
+    def __call__(self, x_BTC):
+        return self.step(x_BTC, self.init_state(x_BTC.shape[0]))[0]
+
+
+class LosesAKeyOnceFull(WindowSum):
+    """Clears the slot of the next step of its chunk too soon, as a ring does that is written before it is read.
+
+    Off by one, and only past the window: before that the slot is empty anyway.
+    """
+
+    def write(self, ring_BTC, rows, position_B, x_BTC, t):
+        ring_BTC = super().write(ring_BTC, rows, position_B, x_BTC, t)
+        last = t + 1 == x_BTC.shape[1]
+        return ring_BTC if last else ring_BTC.at[rows, (position_B + 1) % WINDOW].set(0.0)
+
+
+@pytest.mark.parametrize("module", [Conv(), WindowSum()])
+def test_a_sound_module_passes(module):
+    check_streaming(module, X_BTC, window=WINDOW, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("module", "clause"),
+    [
+        (ForgetsItsTail(), "cuts: chunks of"),
+        (LosesAKeyOnceFull(), "cuts: chunks of"),
+        (LeaksBetweenRows(), "rows: row 0 depends on what row 1 hears"),
+        (DoesNotRearmReplicate(), "reset: the row is not as a fresh stream"),
+        (WritesWhileIdle(), "idle: the row's state changed"),
+        (IsNanWhileIdle(), "idle: an output is not finite"),
+        (IdlesWithTheWholeBatch(), "idle: the row is not as without its idle steps"),
+        (ChangesDtype(), "shapes: a step turned a state of"),
+    ],
+)
+def test_each_fault_is_caught_by_its_clause(module, clause):
+    with pytest.raises(AssertionError, match=f"^{clause}"):
+        check_streaming(module, X_BTC, window=WINDOW, atol=1e-5)
+
+
+def test_a_reset_that_reaches_other_rows_is_caught(monkeypatch):
+    monkeypatch.setattr("tests.check.reset_rows", lambda state, reset_B: jax.tree.map(jnp.zeros_like, state))
+    with pytest.raises(AssertionError, match="^reset: another row felt it"):
+        check_streaming(Conv(), X_BTC, window=WINDOW, atol=1e-5)
+
+
+def test_the_ring_fault_does_not_show_within_the_window():
+    # Hence `window`: a check on a short clip would pass the module that loses a key.
+    module, short_BTC = LosesAKeyOnceFull(), X_BTC[:, :WINDOW]
+    singles, state = [], module.init_state(2)
+    for t in range(WINDOW):
+        y_BTC, state = module.step(short_BTC[:, t : t + 1], state)
+        singles.append(y_BTC)
+    np.testing.assert_allclose(jnp.concatenate(singles, axis=1), module(short_BTC), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x_BTC", "window", "block"), [(X_BTC[:, :15], 5, 1), (X_BTC[:1], 1, 1), (X_BTC, 8, 1), (X_BTC[:, :23], 1, 2)]
+)
+def test_a_clip_that_proves_nothing_is_refused(x_BTC, window, block):
+    with pytest.raises(ValueError, match=r"needs 2 rows or more.*more than 3 windows"):
+        check_streaming(Conv(), x_BTC, window=window, block=block, atol=1e-5)

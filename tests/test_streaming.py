@@ -1,0 +1,147 @@
+"""Every streaming module keeps the contract: any cut, past the window, with rows that idle and are reset.
+
+Shape letters: B batch rows, T time steps, C channels, K streams.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsm_jax.configs import TransformerConfig
+from dsm_jax.models.lm import DelayedStreamsLM
+from dsm_jax.models.mimi import MimiDecoder, MimiEncoder
+from dsm_jax.nn.conv import CausalConv1d, CausalConvTranspose1d, DepthwiseUpsample
+from dsm_jax.nn.seanet import ResidualBlock, seanet_decoder, seanet_encoder
+from dsm_jax.nn.transformer import Transformer
+from dsm_jax.streaming import KVCache, reset_rows, select_rows, step_in_blocks
+from tests import small
+from tests.check import check_streaming
+
+ROUNDING = 2e-5  # float32 sums of values about 1, added up in another order
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel": 7},
+        {"kernel": 1},
+        {"kernel": 3, "dilation": 4, "bias": False},
+        {"kernel": 8, "stride": 4},
+        {"kernel": 5, "stride": 2, "dilation": 2},
+        {"kernel": 4, "stride": 2, "bias": False, "replicate": True},
+        {"kernel": 3, "dilation": 2, "replicate": True},
+    ],
+)
+def test_convolutions_stream(options):
+    conv = CausalConv1d(3, 4, **options, rngs=nnx.Rngs(0))
+    block = options.get("stride", 1)
+    check_streaming(conv, noise(2, 26 * block, 3), block=block, window=conv.tail, atol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        CausalConvTranspose1d(3, 4, stride=5, rngs=nnx.Rngs(0)),
+        CausalConvTranspose1d(3, 4, stride=2, bias=False, rngs=nnx.Rngs(0)),
+        DepthwiseUpsample(3, stride=2, rngs=nnx.Rngs(0)),
+    ],
+)
+def test_transposed_convolutions_stream(module):
+    check_streaming(module, noise(2, 17, 3), window=1, atol=ROUNDING)
+
+
+def test_seanet_streams():
+    config, rngs = small.MIMI.seanet, nnx.Rngs(0)
+    check_streaming(ResidualBlock(4, config, dilation=2, rngs=rngs), noise(2, 17, 4), window=4, atol=ROUNDING)
+    encoder = seanet_encoder(config, rngs=rngs)
+    check_streaming(encoder, noise(2, 17 * 8, 1), block=8, window=38, atol=ROUNDING)
+    check_streaming(seanet_decoder(config, rngs=rngs), noise(2, 24, 16), window=7, atol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm": "layer_norm", "positional_embedding": "rope", "layer_scale": 0.3},
+        {"norm": "rms_norm_f32", "positional_embedding": "sin", "gating": "silu", "kv_repeat": 2},
+        {"norm": "layer_norm_f32", "positional_embedding": "sin_rope", "kv_repeat": 4},
+        {"norm": "rms_norm", "positional_embedding": "none", "gating": "silu", "layer_scale": 0.3},
+    ],
+)
+def test_transformers_stream_past_their_window(options):
+    config = TransformerConfig(d_model=16, num_heads=4, num_layers=2, dim_feedforward=24, context=4, **options)
+    # The longest chunk of the check lies between one and two windows.
+    check_streaming(Transformer(config, rngs=nnx.Rngs(0)), noise(2, 17, 16), window=4, atol=ROUNDING)
+
+
+def test_mimi_streams():
+    frames, config = 17, small.MIMI
+    window = config.transformer.context * config.seanet.hop
+    samples = noise(2, frames * config.frame_size, 1)
+    encoder, decoder = MimiEncoder(config, rngs=nnx.Rngs(0)), MimiDecoder(config, rngs=nnx.Rngs(0))
+    check_streaming(encoder, samples, block=config.frame_size, window=window, atol=ROUNDING, seeds=(0,))
+    check_streaming(decoder, noise(2, frames, config.seanet.dimension), window=3, atol=ROUNDING, seeds=(0,))
+
+
+@dataclasses.dataclass
+class HiddenStates:
+    """The language model from tokens [B, T, K]: its own have time last."""
+
+    lm: DelayedStreamsLM
+
+    def init_state(self, batch_size):
+        return self.lm.init_state(batch_size)
+
+    def step(self, tokens_BTK, state, active_B=None):
+        return self.lm.step(tokens_BTK.swapaxes(1, 2), state, active_B)
+
+    def __call__(self, tokens_BTK):
+        return self.step(tokens_BTK, self.init_state(tokens_BTK.shape[0]))[0]
+
+
+def test_the_language_model_streams():
+    lm = DelayedStreamsLM(small.STT, rngs=nnx.Rngs(0))
+    tokens_BTK = np.random.default_rng(0).integers(-1, 12, size=(2, 17, 4)).astype(np.int32)
+    check_streaming(HiddenStates(lm), tokens_BTK, window=small.STT.context, atol=ROUNDING)
+
+
+def test_a_fresh_state_is_zeros_and_resets_leave_caches_alone():
+    state = MimiEncoder(small.MIMI, rngs=nnx.Rngs(0)).init_state(3)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(state))
+    used = jax.tree.map(lambda a: a + jnp.ones((), a.dtype), state)
+    reset = reset_rows(used, jnp.array([False, True, False]))
+    assert all(cache.k_BKSH.all() and cache.v_BKSH.all() for cache in reset.transformer.caches)
+    assert reset.transformer.position_B.tolist() == [1, 0, 1]
+    assert [tail_TC.any() for tail_TC in reset.resample.tail_BTC] == [True, False, True]
+
+
+def test_select_rows_takes_active_rows_and_whole_caches():
+    old = {"cache": KVCache(jnp.zeros((2, 1)), jnp.zeros((2, 1))), "tail_BT": jnp.zeros((2, 3))}
+    new = jax.tree.map(lambda a: a + 1, old)
+    picked = select_rows(jnp.array([True, False]), new, old)
+    assert picked["tail_BT"].tolist() == [[1, 1, 1], [0, 0, 0]]
+    assert picked["cache"].k_BKSH.tolist() == [[1], [1]]
+    assert select_rows(None, new, old) is new
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 6, 9, 11])
+def test_no_block_is_longer_than_it_may_be(length):
+    lengths = []
+
+    def running_sum(x, total):
+        lengths.append(x["a"].shape[1])
+        sums = total[:, None] + jnp.cumsum(x["a"], axis=1)
+        return {"y": sums}, sums[:, -1]
+
+    x = {"a": jnp.arange(2 * length).reshape(2, length)}
+    y, total = step_in_blocks(running_sum, x, jnp.array([5, 7]), block=3)
+    np.testing.assert_array_equal(y["y"], np.cumsum(x["a"], axis=1) + np.array([[5], [7]]))
+    np.testing.assert_array_equal(total, y["y"][:, -1])
+    assert max(lengths) <= 3
