@@ -9,6 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dsm_jax.convert.pieces import DTYPES, Outgoing, Rows, Tensor
+from dsm_jax.convert.transforms import contiguous
 from dsm_jax.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -32,7 +33,7 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is missing; fetch the whole repository again")
     try:
         with safe_open(path, "np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118: not a mapping
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a mapping
             return {
                 name: Tensor(tuple(s.get_shape()), s.get_dtype(), _reader(path, name)) for name, s in slices.items()
             }
@@ -135,7 +136,7 @@ def write_safetensors(path: Path, tensors: list[Outgoing]) -> Iterator[Outgoing]
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
-            array = np.ascontiguousarray(tensor.make())
+            array = contiguous(tensor.make())
             file.write(array.reshape(-1).view(np.uint8).data)
             yield tensor
 

@@ -8,7 +8,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dsm_jax import strict
-from dsm_jax.configs import LMConfig, MimiConfig, ModelConfig, SeanetConfig, SttConfig, TransformerConfig
+from dsm_jax.configs import (
+    LMConfig,
+    MimiConfig,
+    ModelConfig,
+    QuantizerConfig,
+    SeanetConfig,
+    SttConfig,
+    TransformerConfig,
+)
 from dsm_jax.convert.pieces import Constant, Piece, Spellings, Table, Tensors, piece
 from dsm_jax.convert.transforms import ALPHA, CODEBOOK, CONV, LINEAR, POINTWISE, conv_transpose, depthwise
 
@@ -16,10 +24,10 @@ LM_NAME = "model.safetensors"
 MIMI_NAME = "mimi-pytorch-e351c8d8@125.safetensors"
 MIMI_CONFIG_NAME = "mimi_config.json"
 # Keys that the published files always have; the others are written when they say something.
-_ALWAYS = frozenset(
-    "existing_text_padding_id causal layer_scale max_period gating norm positional_embedding depformer_dim "
-    "depformer_num_heads depformer_num_layers depformer_dim_feedforward depformer_multi_linear depformer_pos_emb "
-    "depformer_weights_per_step conditioners cross_attention".split()
+_ALWAYS = (
+    *("existing_text_padding_id", "causal", "layer_scale", "max_period", "gating", "norm", "positional_embedding"),
+    *("depformer_dim", "depformer_num_heads", "depformer_num_layers", "depformer_dim_feedforward"),
+    *("depformer_multi_linear", "depformer_pos_emb", "depformer_weights_per_step", "conditioners", "cross_attention"),
 )
 
 
@@ -33,7 +41,7 @@ class Files:
     tokenizer: str | None
 
 
-def read_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, Files]:
+def read_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, LMConfig, Files]:
     """Reads the content of a config.json.
 
     Args:
@@ -41,19 +49,23 @@ def read_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, Fil
       where: what it was read from, for the error.
 
     Returns:
-      The config, with the published codec; and the files it names.
+      The config, with the published codec; its language model's; and the files it names.
 
     Raises:
       ConfigError: a key or a value that the library does not understand.
     """
     rest = dict(values)
     names = {key: rest.pop(key, None) for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name")}
-    settings = {key: rest.pop(key) for key in ("model_type", "model_id", "lm_gen_config", "tts_config") if key in rest}
+    model_type, stt = rest.pop("model_type", "stt"), rest.pop("stt_config", None) or {}
+    model_id, generation, tts = (rest.pop(key, None) or {} for key in ("model_id", "lm_gen_config", "tts_config"))
+    lm = strict.from_dict(LMConfig, rest, where)
     config = ModelConfig(
-        model_type=settings.pop("model_type", "stt"),
-        lm=strict.from_dict(LMConfig, {k: v for k, v in rest.items() if k != "stt_config"}, where),
-        stt=strict.from_dict(SttConfig, rest.get("stt_config") or {}, f"{where}: stt_config"),
-        **{key: value or {} for key, value in settings.items()},
+        model_type=model_type,
+        lm=lm,
+        stt=strict.from_dict(SttConfig, stt, f"{where}: stt_config"),
+        lm_gen_config=generation,
+        tts_config=tts,
+        model_id=model_id,
     )
     files = Files(
         names["moshi_name"] or LM_NAME,
@@ -61,23 +73,33 @@ def read_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, Fil
         names["mimi_config_name"],
         names["tokenizer_name"],
     )
-    return config, files
+    return config, lm, files
 
 
-def write_config(config: ModelConfig, files: Files) -> dict[str, Any]:
-    """The content of a config.json that `read_config` and the PyTorch package read."""
-    assert config.lm is not None
-    values = strict.to_dict(config.lm)
+def write_config(config: ModelConfig, lm: LMConfig, files: Files) -> dict[str, Any]:
+    """The content of a config.json that `read_config` and the PyTorch package read; `lm` is the config's."""
+    values = strict.to_dict(lm)
     for field in dataclasses.fields(LMConfig):
         default = field.default_factory() if callable(field.default_factory) else field.default
-        if field.name not in _ALWAYS and getattr(config.lm, field.name) == default:
+        if field.name not in _ALWAYS and getattr(lm, field.name) == default:
             del values[field.name]
     for key in ("model_id", "lm_gen_config", "tts_config"):
         values |= {key: dict(getattr(config, key))} if getattr(config, key) else {}
     values |= {"stt_config": strict.to_dict(config.stt)} if config.model_type == "stt" else {}
-    values |= {"model_type": config.model_type, "moshi_name": files.lm, "mimi_name": files.mimi}
+    values |= {"model_type": config.model_type, "mimi_name": files.mimi}
+    values |= {"moshi_name": files.lm} if files.lm != LM_NAME else {}
     values |= {"mimi_config_name": files.mimi_config} if files.mimi_config else {}
     return values | ({"tokenizer_name": files.tokenizer} if files.tokenizer else {})
+
+
+def write_mimi_config(config: MimiConfig) -> dict[str, Any]:
+    """The content of the file that `mimi_config_name` names."""
+    values = strict.to_dict(config)
+    if values["quantizer"]["n_q_semantic"] == QuantizerConfig.n_q_semantic:  # the PyTorch package takes no such key
+        del values["quantizer"]["n_q_semantic"]
+    plain = ("kv_repeat", "cross_attention")
+    values["transformer"] = {k: v for k, v in values["transformer"].items() if k not in plain or v not in (1, False)}
+    return values
 
 
 def with_extra_heads(config: LMConfig, tensors: Tensors) -> LMConfig:

@@ -7,14 +7,17 @@ exactly once and completely, every parameter filled exactly once and completely,
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
-from dsm_jax.convert.transforms import IDENTITY, Transform
+from dsm_jax.convert.transforms import IDENTITY, Transform, contiguous
 from dsm_jax.errors import CheckpointError
 
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
@@ -34,14 +37,7 @@ class Tensor:
 
 
 Tensors = Mapping[str, Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Parameter:
-    """What a model expects: the shape, and the dtype wanted."""
-
-    shape: tuple[int, ...]
-    dtype: Any
+Parameters = Mapping[str, jax.ShapeDtypeStruct]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +86,7 @@ def box(shape: tuple[int, ...], at: tuple[int | slice, ...]) -> Box:
     return tuple((i, i + 1) if isinstance(i, int) else i.indices(n)[:2] for i, n in zip(full, shape, strict=True))
 
 
-def saved_shapes(item: Piece, parameters: Mapping[str, Parameter]) -> list[tuple[int, ...]]:
+def saved_shapes(item: Piece, parameters: Parameters) -> list[tuple[int, ...]]:
     """The shapes of the published blocks that a piece makes, without making them."""
     block = np.broadcast_to(np.zeros((), np.int8), parameters[item.target].shape)[item.at]
     return [a.shape for a in item.how.save(block)]
@@ -111,7 +107,7 @@ class Outgoing:
     make: Callable[[], np.ndarray]
 
 
-def save(table: Table, parameters: Mapping[str, Parameter], get: Callable[[str], np.ndarray]) -> Iterator[Outgoing]:
+def save(table: Table, parameters: Parameters, get: Callable[[str], np.ndarray]) -> Iterator[Outgoing]:
     """The published tensors of a table, each computed only when it is written.
 
     Args:
@@ -122,38 +118,49 @@ def save(table: Table, parameters: Mapping[str, Parameter], get: Callable[[str],
     Yields:
       The tensors in the order of the table.
     """
-    blocks: dict[str, list[tuple[Rows | None, tuple[int, ...], Any, Callable[[], np.ndarray]]]] = {}
+    blocks: dict[str, list[_Block]] = {}
     for item in table:
-        if isinstance(item, Constant):
-            made = [(item.source, item.shape, None, lambda item=item: np.full(item.shape, item.value, np.float32))]
-        else:
-            made = [
-                (
-                    names,
-                    shape,
-                    parameters[item.target].dtype,
-                    lambda i=i, item=item: item.how.save(get(item.target)[item.at])[i],
-                )
-                for i, (names, shape) in enumerate(zip(item.sources, saved_shapes(item, parameters), strict=True))
-            ]
-        for names, shape, dtype, make in made:
-            blocks.setdefault(names[0], []).append((item.rows, shape, dtype, make))
+        for names, block in _blocks(item, parameters, get):
+            blocks.setdefault(names[0], []).append(block)
     for name, parts in blocks.items():
-        dtype = next((d for _, _, d, _ in parts if d is not None), np.float32)
-        if len(parts) == 1:
-            shape = parts[0][1]
-        else:
-            shape = (max(rows[1] for rows, _, _, _ in parts if rows), *parts[0][1][1:])
+        dtype = next((part.dtype for part in parts if part.dtype is not None), np.dtype(np.float32))
+        rows = max(part.rows[1] if part.rows else part.shape[0] for part in parts)
+        shape = (rows, *parts[0].shape[1:])
 
-        def make(parts: list = parts, shape: tuple[int, ...] = shape, dtype: Any = dtype) -> np.ndarray:
+        def make(parts: list[_Block] = parts, shape: tuple[int, ...] = shape, dtype: Any = dtype) -> np.ndarray:
             if len(parts) == 1:
-                return parts[0][3]().astype(dtype, copy=False)
+                return parts[0].make().astype(dtype, copy=False)
             whole = np.empty(shape, dtype)
-            for rows, _, _, block in parts:
-                whole[slice(*rows)] = block()
+            for part in parts:
+                whole[slice(*(part.rows or (0, None)))] = contiguous(part.make())
             return whole
 
         yield Outgoing(name, shape, dtype, make)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """Rows of a tensor to be written, or all of it; a constant takes the dtype of the rows beside it."""
+
+    rows: Rows | None
+    shape: tuple[int, ...]
+    dtype: Any
+    make: Callable[[], np.ndarray]
+
+
+def _blocks(
+    item: Piece | Constant, parameters: Parameters, get: Callable[[str], np.ndarray]
+) -> Iterator[tuple[Spellings, _Block]]:
+    if isinstance(item, Constant):
+        constant = functools.partial(np.full, item.shape, item.value, np.float32)
+        yield item.source, _Block(item.rows, item.shape, None, constant)
+        return
+
+    def made(i: int) -> np.ndarray:
+        return item.how.save(get(item.target)[item.at])[i]
+
+    for i, (names, shape) in enumerate(zip(item.sources, saved_shapes(item, parameters), strict=True)):
+        yield names, _Block(item.rows, shape, parameters[item.target].dtype, functools.partial(made, i))
 
 
 def shown(shape: Sequence[int]) -> str:
@@ -169,7 +176,7 @@ class Claim:
     names: Spellings
 
 
-def plan(table: Table, tensors: Tensors, parameters: Mapping[str, Parameter]) -> tuple[list[Claim], list[str]]:
+def plan(table: Table, tensors: Tensors, parameters: Parameters) -> tuple[list[Claim], list[str]]:
     """Holds a table against a file and a model.
 
     Args:
@@ -221,7 +228,7 @@ def _source_faults(name: str, tensor: Tensor, needed: list[tuple[Rows | None, tu
             return [f"twice: {name} is claimed by {len(needed)} pieces of the table"]
         expected = needed[0][1]
     else:
-        if len(rows) < len(needed) or rows[0][0] or any(a[1] != b[0] for a, b in zip(rows, rows[1:], strict=False)):
+        if len(rows) < len(needed) or rows[0][0] or any(a[1] != b[0] for a, b in itertools.pairwise(rows)):
             return [f"twice: the rows of {name} that the table claims overlap, or leave a gap: {rows}"]
         expected = (rows[-1][1], *needed[0][1][1:])
     found = tensor.shape
@@ -230,7 +237,7 @@ def _source_faults(name: str, tensor: Tensor, needed: list[tuple[Rows | None, tu
     return [] if found == expected else [f"shape: {name} is {shown(found)}, expected {shown(expected)}"]
 
 
-def _target_faults(table: Table, parameters: Mapping[str, Parameter]) -> list[str]:
+def _target_faults(table: Table, parameters: Parameters) -> list[str]:
     boxes: dict[str, list[Box]] = {name: [] for name in parameters}
     for item in table:
         if isinstance(item, Piece) and item.target in boxes:

@@ -19,13 +19,14 @@ from dsm_jax.convert.transforms import CONV, LINEAR, POINTWISE, depthwise, half_
 from dsm_jax.errors import ConfigError
 
 # Bookkeeping of transformers: none of these changes what the model computes.
-_IGNORED = frozenset(
-    "architectures auto_map _name_or_path transformers_version torch_dtype dtype use_cache use_streaming "
-    "initializer_range attention_dropout max_position_embeddings chunk_size_feed_forward id2label label2id "
-    "is_encoder_decoder output_attentions output_hidden_states return_dict problem_type _attn_implementation "
-    "_attn_implementation_autoset _attn_implementation_internal frame_size bos_token_id eos_token_id tie_word_embeddings "
-    "normalize".split()
-)
+_IGNORED = {
+    *("architectures", "auto_map", "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"),
+    *("use_streaming", "initializer_range", "attention_dropout", "max_position_embeddings", "chunk_size_feed_forward"),
+    *("id2label", "label2id", "is_encoder_decoder", "output_attentions", "output_hidden_states", "return_dict"),
+    *("problem_type", "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal"),
+    *("frame_size", "bos_token_id", "eos_token_id", "tie_word_embeddings"),
+}
+_CODEBOOK = ("embed_sum", "cluster_usage", "initialized")
 _FIXED_MIMI = {
     "model_type": "mimi",
     "use_causal_conv": True,
@@ -35,6 +36,7 @@ _FIXED_MIMI = {
     "hidden_act": "gelu",
     "norm_eps": 1e-5,
     "attention_bias": False,
+    "normalize": False,
 }
 _DEFAULT_MIMI = {  # of transformers' MimiConfig
     "sampling_rate": 24_000,
@@ -60,26 +62,26 @@ _DEFAULT_MIMI = {  # of transformers' MimiConfig
 }
 
 
-def mimi_table(config: MimiConfig, prefix: str = "") -> Table:
+def table(config: MimiConfig, prefix: str = "") -> Table:
     """The table of the codec; inside a speech-to-text checkpoint its names have a prefix."""
-    table: list[Piece | Constant] = []
+    items: list[Piece | Constant] = []
     for side in ("encoder", "decoder"):
         for there, here, stride in seanet_layers(config.seanet, side):
             stem = f"{prefix}{side}.layers.{there}.conv"
-            table += convolution(f"{stem}.weight", f"{stem}.bias", here, stride)
-        table += _codec_layers(config.transformer, f"{prefix}{side}_transformer", f"{side}.transformer")
-    table.append(piece(f"{prefix}downsample.conv.weight", "encoder.downsample.kernel_KCD", CONV))
+            items += convolution(f"{stem}.weight", f"{stem}.bias", here, stride)
+        items += _codec_layers(config.transformer, f"{prefix}{side}_transformer", f"{side}.transformer")
+    items.append(piece(f"{prefix}downsample.conv.weight", "encoder.downsample.kernel_KCD", CONV))
     upsample = depthwise(config.resample_stride)
-    table.append(piece(f"{prefix}upsample.conv.weight", "decoder.upsample.kernel_MSC", upsample))
+    items.append(piece(f"{prefix}upsample.conv.weight", "decoder.upsample.kernel_MSC", upsample))
     semantic = config.quantizer.n_q_semantic
     for branch, books in (("semantic", semantic), ("acoustic", config.quantizer.n_q - semantic)):
         there, here = f"{prefix}quantizer.{branch}_residual_vector_quantizer", f"quantizer.{branch}"
-        table.append(piece(f"{there}.input_proj.weight", f"{here}.input_proj_DC", POINTWISE))
-        table.append(piece(f"{there}.output_proj.weight", f"{here}.output_proj_CD", POINTWISE))
+        items.append(piece(f"{there}.input_proj.weight", f"{here}.input_proj_DC", POINTWISE))
+        items.append(piece(f"{there}.output_proj.weight", f"{here}.output_proj_CD", POINTWISE))
         for q in range(books):
-            names = [(f"{there}.layers.{q}.codebook.{name}",) for name in ("embed_sum", "cluster_usage", "initialized")]
-            table += codebook(*names, f"{here}.codebooks.{q}.embedding_VC", config.quantizer.bins)
-    return table
+            sums, usage, flag = ((f"{there}.layers.{q}.codebook.{x}",) for x in _CODEBOOK)
+            items += codebook(sums, usage, flag, f"{here}.codebooks.{q}.embedding_VC", config.quantizer.bins)
+    return items
 
 
 def _codec_layers(config: TransformerConfig, there: str, here: str) -> Iterator[Piece]:
@@ -216,9 +218,27 @@ def write_config(config: MimiConfig) -> dict[str, Any]:
         "layer_scale_initial_scale": transformer.layer_scale,
         "rope_parameters": {"rope_theta": transformer.max_period, "rope_type": "default"},
     }
-    values |= _FIXED_MIMI | {"architectures": ["MimiModel"], "dtype": "float32"}
+    values |= {key: value for key, value in _FIXED_MIMI.items() if key != "normalize"}
+    values |= {"architectures": ["MimiModel"], "dtype": "float32"}
     check_expressible(_computed(read_config(values, "this codec")), _computed(config))
     return values
+
+
+def write_files(config: MimiConfig) -> dict[str, dict[str, Any]]:
+    """The JSON files of `kyutai/mimi` for this codec, by name.
+
+    Raises:
+      ConfigError: transformers cannot express the config.
+    """
+    extractor = {
+        "feature_extractor_type": "EncodecFeatureExtractor",
+        "feature_size": config.channels,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": True,
+        "sampling_rate": config.sample_rate,
+    }
+    return {"config.json": write_config(config), "preprocessor_config.json": extractor}
 
 
 def _computed(config: MimiConfig) -> dict[str, Any]:

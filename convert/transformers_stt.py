@@ -21,40 +21,40 @@ CODEC_PREFIX = "codec_model."
 NO_PAUSE_HEADS = "transformers' model has no pause heads"
 _FIXED_STT = {"model_type": "kyutai_speech_to_text", "hidden_act": "silu", "attention_bias": False}
 _STT_KEYS = (
-    "codebook_vocab_size vocab_size hidden_size num_hidden_layers num_attention_heads sliding_window ffn_dim "
-    "rms_norm_eps num_codebooks pad_token_id".split()
+    *("codebook_vocab_size", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("sliding_window", "ffn_dim", "rms_norm_eps", "num_codebooks", "pad_token_id"),
 )
 # Of fields that mean nothing without a depformer, or that the step does not read.
 _WITHOUT_EFFECT = ("depformer_", "extra_heads_", "existing_text_end_padding_id", "fuser")
 _NORMS = {1e-8: "rms_norm_f32", 1e-5: "rms_norm"}
 
 
-def lm_table(config: LMConfig) -> Table:
+def table(config: LMConfig) -> Table:
     """The table of the language model; pause heads have no place in it."""
     text, audio = config.text_card + 1, config.card + 1
     tokens = "model.embed_tokens.embed_tokens.weight"
-    table: list[Piece | Constant] = [piece(tokens, "text_emb.table_LW", rows=(0, text))]
+    items: list[Piece | Constant] = [piece(tokens, "text_emb.table_LW", rows=(0, text))]
     for q in range(config.n_q):
         rows = (text + q * audio, text + (q + 1) * audio)
-        table.append(piece(tokens, "audio_emb_QLD", rows=rows, at=(q,)))
+        items.append(piece(tokens, "audio_emb_QLD", rows=rows, at=(q,)))
     last = text + config.n_q * audio
-    table.append(Constant((tokens,), (1, config.dim), 0.0, "the padding token adds nothing", rows=(last, last + 1)))
+    items.append(Constant((tokens,), (1, config.dim), 0.0, "the padding token adds nothing", rows=(last, last + 1)))
     for i in range(config.num_layers):
         there, here = f"model.layers.{i}", f"transformer.layers.{i}"
         for norm, name in (("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm")):
-            table.append(piece(f"{there}.{name}.weight", f"{here}.{norm}.alpha_D"))
-        table += mimi.attention(config.transformer, f"{there}.self_attn", f"{here}.self_attn", "_proj.linear.weight")
-        table.append(piece(f"{there}.mlp.fc1.weight", f"{here}.feedforward.linear_in_DG", LINEAR))
-        table.append(piece(f"{there}.mlp.fc2.weight", f"{here}.feedforward.linear_out_FD", LINEAR))
-    table.append(piece("model.norm.weight", "out_norm.alpha_D"))
-    table.append(piece("lm_head.weight", "text_linear_DV", LINEAR, rows=(0, config.text_card)))
+            items.append(piece(f"{there}.{name}.weight", f"{here}.{norm}.alpha_D"))
+        items += mimi.attention(config.transformer, f"{there}.self_attn", f"{here}.self_attn", "_proj.linear.weight")
+        items.append(piece(f"{there}.mlp.fc1.weight", f"{here}.feedforward.linear_in_DG", LINEAR))
+        items.append(piece(f"{there}.mlp.fc2.weight", f"{here}.feedforward.linear_out_FD", LINEAR))
+    items.append(piece("model.norm.weight", "out_norm.alpha_D"))
+    items.append(piece("lm_head.weight", "text_linear_DV", LINEAR, rows=(0, config.text_card)))
     start = (config.text_card, config.text_card + 1)
     why = "the initial token is never predicted"
-    table.append(Constant(("lm_head.weight",), (1, config.dim), 0.0, why, rows=start))
-    return table
+    items.append(Constant(("lm_head.weight",), (1, config.dim), 0.0, why, rows=start))
+    return items
 
 
-def read_config(values: Mapping[str, Any], extractor: Mapping[str, Any], where: str) -> ModelConfig:
+def read_config(values: Mapping[str, Any], extractor: Mapping[str, Any], where: str) -> tuple[ModelConfig, LMConfig]:
     """Reads the config of a speech-to-text checkpoint.
 
     Args:
@@ -63,7 +63,7 @@ def read_config(values: Mapping[str, Any], extractor: Mapping[str, Any], where: 
       where: what they were read from, for the error.
 
     Returns:
-      The config.
+      The config, and its language model's.
 
     Raises:
       ConfigError: a key or a value that the library does not understand.
@@ -103,10 +103,11 @@ def read_config(values: Mapping[str, Any], extractor: Mapping[str, Any], where: 
         audio_delay_seconds=float(extractor.get("audio_delay_seconds") or 0.0),
         audio_silence_prefix_seconds=float(extractor.get("audio_silence_prefix_seconds") or 0.0),
     )
-    return ModelConfig(model_type="stt", lm=lm, mimi=mimi.read_config(codec, f"{where}: codec_config"), stt=stt)
+    config = ModelConfig(model_type="stt", lm=lm, mimi=mimi.read_config(codec, f"{where}: codec_config"), stt=stt)
+    return config, lm
 
 
-def write_config(config: ModelConfig, lm: LMConfig, dtype: str) -> dict[str, dict[str, Any]]:
+def write_files(config: ModelConfig, lm: LMConfig, dtype: str) -> dict[str, dict[str, Any]]:
     """The JSON files of a speech-to-text checkpoint, by name; tokenizer apart.
 
     Args:
@@ -144,7 +145,7 @@ def write_config(config: ModelConfig, lm: LMConfig, dtype: str) -> dict[str, dic
         "tie_word_embeddings": False,
         "codec_config": mimi.write_config(config.mimi),
     }
-    mimi.check_expressible(_computed(read_config(values, {}, "this model").lm), _computed(lm))
+    mimi.check_expressible(_computed(read_config(values, {}, "this model")[1]), _computed(lm))
     return {
         "config.json": values,
         "generation_config.json": {  # as released: one frame per window, and a ring of the window's length
@@ -170,10 +171,8 @@ def write_config(config: ModelConfig, lm: LMConfig, dtype: str) -> dict[str, dic
     }
 
 
-def _computed(lm: LMConfig | None) -> dict[str, Any]:
+def _computed(lm: LMConfig) -> dict[str, Any]:
     """What of a config changes what is computed; the pause heads apart, which are beside it."""
-    if lm is None:
-        return {}
     values = {key: value for key, value in dataclasses.asdict(lm).items() if not key.startswith(_WITHOUT_EFFECT)}
     values["text_card_out"] = lm.text_logits
     return values | {"hidden_scale": lm.transformer.gating_dim}

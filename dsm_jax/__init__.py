@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # What an editor and a type checker see; _MODULE_OF is what runs.
     from dsm_jax.checkpoints import load
     from dsm_jax.errors import DsmError
-    from dsm_jax.stt import stream, transcribe
+    from dsm_jax.stt import Listener, Options, Prompt, Transcript, stream, transcribe
 
     __version__: str
 
-__all__ = ["DsmError", "load", "stream", "transcribe"]
+__all__ = ["DsmError", "Listener", "Options", "Prompt", "Transcript", "load", "stream", "transcribe"]
 
 _MODULE_OF = {
     "DsmError": "dsm_jax.errors",
+    "Listener": "dsm_jax.stt",
+    "Options": "dsm_jax.stt",
+    "Prompt": "dsm_jax.stt",
+    "Transcript": "dsm_jax.stt",
     "load": "dsm_jax.checkpoints",
     "stream": "dsm_jax.stt",
     "transcribe": "dsm_jax.stt",

@@ -1,4 +1,4 @@
-"""The one check of the streaming contract (`dsm_jax.streaming`), for any module with `init_state`, `step`, `__call__`.
+"""The checks of the streaming contract (`dsm_jax.streaming`), for any module with `init_state`, `step`, `__call__`.
 
 Shape letters: B batch rows, T time steps.
 """
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsm_jax.streaming import reset_rows
+from dsm_jax.streaming import KVCache, reset_rows
 
 CUTS = (1, 5)  # chunk lengths that are drawn from, in blocks: each is one more compilation
 
@@ -44,6 +44,32 @@ def check_streaming(
         check.row_isolation(random)
         check.reset(random)
         check.idle_rows(random)
+
+
+def check_in_place(step: Any, x: Any, state: Any) -> None:
+    """Raises AssertionError unless the compiled step updates a donated state's caches where they lie.
+
+    Args:
+      step: maps (x, state) to (y, state).
+      x: one chunk.
+      state: holds at least one KVCache, much larger than everything else in the step.
+
+    Raises:
+      AssertionError: a cache is copied.
+    """
+    memory = jax.jit(step, donate_argnums=1).lower(x, state).compile().memory_analysis()
+    caches = [c for c in jax.tree.leaves(state, is_leaf=_is_cache) if _is_cache(c)]
+    one, every = (sum(a.nbytes for a in jax.tree.leaves(tree)) for tree in (caches[0], caches))
+    assert memory.alias_size_in_bytes >= every, (
+        f"donation: {memory.alias_size_in_bytes} bytes are updated in place, the caches have {every}"
+    )
+    assert memory.temp_size_in_bytes < one, (
+        f"copies: the step needs {memory.temp_size_in_bytes} bytes beside its state, the cache of a layer has {one}"
+    )
+
+
+def _is_cache(node: Any) -> bool:
+    return isinstance(node, KVCache)
 
 
 class _Check:

@@ -3,7 +3,17 @@
 The windows are a handful of steps, so that a test of a few dozen runs well past them.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
 from dsm_jax.configs import LMConfig, MimiConfig, QuantizerConfig, SeanetConfig, TransformerConfig
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 # 16 samples a frame, 8 a latent, two latents a frame: as the published 1920, 960 and two.
 MIMI = MimiConfig(
@@ -75,3 +85,24 @@ TTS = LMConfig(
     depformer_weights_per_step_schedule=(0, 1, 2, 2),
     depformer_low_rank_embeddings=4,
 )
+
+
+def build(make: Callable[[nnx.Rngs], Module], seed: int = 0) -> Module:
+    """A module with random weights, none of them 0 or 1, in a fraction of the time that its own initialisers compile.
+
+    Args:
+      make: builds the module from random streams.
+      seed: of the weights.
+
+    Returns:
+      The module; outputs are about as large as inputs.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    random = np.random.default_rng(seed)
+
+    def draw(spec: jax.ShapeDtypeStruct) -> jax.Array:
+        noise = random.normal(size=spec.shape)
+        value = noise / np.sqrt(np.prod(spec.shape[:-1])) if len(spec.shape) > 1 else 1 + 0.3 * noise
+        return jnp.asarray(value.astype(np.float32))
+
+    return nnx.merge(graphdef, jax.tree.map(draw, state))

@@ -1,4 +1,4 @@
-"""`check_streaming` itself: one planted fault per clause, each caught by name, beside the sound modules they come from.
+"""The checks themselves: one planted fault per clause, each caught by name, beside the sound modules they come from.
 
 Shape letters: B batch rows, T time steps, C channels.
 """
@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 from dsm_jax.nn.conv import CausalConv1d, ConvState
-from dsm_jax.streaming import select_rows
-from tests.check import check_streaming
+from dsm_jax.streaming import KVCache, select_rows
+from tests.check import check_in_place, check_streaming
 
 X_BTC = np.random.default_rng(0).normal(size=(2, 24, 3)).astype(np.float32)
 WINDOW = 5
@@ -154,3 +154,28 @@ def test_the_ring_fault_does_not_show_within_the_window():
 def test_a_clip_that_proves_nothing_is_refused(x_BTC, window, block):
     with pytest.raises(ValueError, match=r"needs 2 rows or more.*more than 3 windows"):
         check_streaming(Conv(), x_BTC, window=window, block=block, atol=1e-5)
+
+
+def write_then_read(x_BKH, cache):
+    k_BKSH, v_BKSH = cache.k_BKSH.at[:, :, 0].set(x_BKH), cache.v_BKSH.at[:, :, 0].set(x_BKH)
+    return (k_BKSH * v_BKSH).sum(2), KVCache(k_BKSH, v_BKSH)
+
+
+def read_after_write(x_BKH, cache):
+    """Needs the old ring when the new one is there already."""
+    y_BKH, written = write_then_read(x_BKH, cache)
+    return y_BKH + (cache.k_BKSH * cache.v_BKSH * y_BKH[:, :, None]).sum(2), written
+
+
+def copied_out(x_BKH, cache):
+    y_BKH, written = write_then_read(x_BKH, cache)
+    return y_BKH, KVCache(written.k_BKSH.astype(jnp.bfloat16), written.v_BKSH)
+
+
+def test_a_ring_that_is_copied_is_caught():
+    x_BKH, cache = jnp.ones((2, 2, 8)), KVCache(jnp.zeros((2, 2, 4096, 8)), jnp.zeros((2, 2, 4096, 8)))
+    check_in_place(write_then_read, x_BKH, cache)
+    with pytest.raises(AssertionError, match="^copies: the step needs"):
+        check_in_place(read_after_write, x_BKH, cache)
+    with pytest.raises(AssertionError, match="^donation: 524288 bytes are updated in place, the caches have 1048576"):
+        check_in_place(copied_out, x_BKH, cache)

@@ -12,13 +12,13 @@ import dsm_jax
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (
-    ("configs", "errors", "strict"),
+    ("configs", "errors", "presets", "strict"),
     ("streaming", "audio", "tokenizers"),
     ("nn",),
     ("models",),
     ("checkpoints", "convert"),
-    ("stt", "tts"),
-    ("training", "serving", "evaluate"),
+    ("codec", "stt", "tts"),
+    ("benchmark", "training", "serving", "evaluate"),
     ("cli",),
     ("dsm_jax",),
 )

@@ -118,29 +118,17 @@ class Attention(nnx.Module):
         q_BTKGH = q_BTNH.reshape(B, T, c.num_kv_heads, c.kv_repeat, c.head_dim)
         slot_BT = position_BT % S
         if active_B is not None:
-            slot_BT = jnp.where(active_B[:, None], slot_BT, S)
+            slot_BT = jnp.where(active_B[:, None], slot_BT, S)  # out of range: nothing is written
 
-        if T == 1:
-            # The new key takes the place of the one that just left the window, so the ring alone is the window, and
-            # writing before reading lets XLA update the donated cache in place. What is not a number stays out of the
-            # ring: masked, it would still count (0 * nan is nan), so the row would be lost even after a reset.
-            slot_BT = jnp.where(jnp.isfinite(v_BKUH).all((1, 2, 3))[:, None], slot_BT, S)
-            cache = _write(cache, k_BKUH, v_BKUH, slot_BT)
-            # An idle row of a fresh stream has no key at all; its slot 0 keeps its softmax finite.
-            filled_BTS = jnp.arange(S) <= position_BT[..., None]
-            y_BTE = _attend(q_BTKGH, [(cache.k_BKSH, cache.v_BKSH, filled_BTS)])
-        else:
-            # Slot s holds the last position before this chunk that is s modulo S, or nothing while it is negative.
-            held_BS = position_B[:, None] - 1 - (position_B[:, None] - 1 - jnp.arange(S)) % S
-            seen_BTS = (held_BS >= 0)[:, None] & (position_BT[..., None] - held_BS[:, None] < S)
-            steps_T = jnp.arange(T)
-            causal_BTU = jnp.broadcast_to(steps_T[:, None] >= steps_T, (B, T, T))
-            y_BTE = _attend(
-                q_BTKGH, [(cache.k_BKSH, cache.v_BKSH, seen_BTS), (k_BKUH, v_BKUH, causal_BTU)]
-            )
-            # The same rule by the result. It also makes the write wait for the read, without which XLA copies the ring.
-            slot_BT = jnp.where(jnp.isfinite(y_BTE).all((1, 2))[:, None], slot_BT, S)
-            cache = _write(cache, k_BKUH, v_BKUH, slot_BT)
+        # Slot s holds the last position before this chunk that is s modulo S, or nothing while it is negative.
+        held_BS = position_B[:, None] - 1 - (position_B[:, None] - 1 - jnp.arange(S)) % S
+        seen_BTS = (held_BS >= 0)[:, None] & (position_BT[..., None] - held_BS[:, None] < S)
+        steps_T = jnp.arange(T)
+        causal_BTU = jnp.broadcast_to(steps_T[:, None] >= steps_T, (B, T, T))
+        y_BTE = _attend(q_BTKGH, [(cache.k_BKSH, cache.v_BKSH, seen_BTS), (k_BKUH, v_BKUH, causal_BTU)])
+        # Reading comes before writing, so a chunk may overwrite keys that it still needed; XLA then updates the donated
+        # cache in place.
+        cache = _write(cache, k_BKUH, v_BKUH, slot_BT)
         return y_BTE @ self.out_proj_ED[...], cache
 
 

@@ -1,0 +1,191 @@
+"""This library's own layout: a folder with `dsm_jax.json`, Orbax checkpoints under `params`, and the tokenizer.
+
+Orbax copies what it saves (measured: 2.4 GB of memory for 0.75 GB), so parameters are saved in groups, each
+an Orbax checkpoint of its own, and memory is bounded by the largest group.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsm_jax import strict
+from dsm_jax.configs import ModelConfig
+from dsm_jax.convert import files
+from dsm_jax.errors import CheckpointError
+
+CONFIG_NAME = "dsm_jax.json"
+FORMAT = 1
+GROUP_BYTES = 128 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What a folder holds: its config, and each parameter ("lm.…" or "mimi.…") with the group that it is in."""
+
+    path: Path
+    config: ModelConfig
+    tokenizer: Path | None
+    parameters: dict[str, jax.ShapeDtypeStruct]
+    group_of: dict[str, str]
+
+
+def write_config(folder: Path, config: ModelConfig, dtype: str, converted_from: str, tokenizer: str | None) -> None:
+    """Writes `dsm_jax.json`."""
+    values = {
+        "format": FORMAT,
+        "dtype": dtype,
+        "converted_from": converted_from,
+        "tokenizer": tokenizer,
+        "config": strict.to_dict(config),
+    }
+    files.write_json(folder / CONFIG_NAME, values)
+
+
+def write_params(folder: Path, arrays: Iterable[tuple[str, Any]]) -> Iterator[str]:
+    """Saves parameters, group by group.
+
+    Args:
+      folder: the checkpoint's.
+      arrays: names, beginning with "lm." or "mimi.", and their arrays; drawn only as they are saved.
+
+    Yields:
+      Each name, once it is on disk.
+    """
+    import orbax.checkpoint
+
+    group: dict[str, Any] = {}
+    count = 0
+
+    def save() -> None:
+        nonlocal count
+        with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+            checkpointer.save((folder / "params" / f"{count:04}").absolute(), group)
+        count += 1
+
+    for name, array in arrays:
+        if group and sum(a.nbytes for a in group.values()) + array.nbytes > GROUP_BYTES:
+            save()
+            yield from group
+            group = {}
+        group[name] = array
+    save()
+    yield from group
+
+
+def open_folder(path: Path) -> Held:
+    """Reads what a folder holds, weights apart.
+
+    Raises:
+      CheckpointError: it was written by a later version, or is damaged.
+      ConfigError: the config is not understood.
+    """
+    import orbax.checkpoint
+
+    where = path / CONFIG_NAME
+    values = files.read_json(where)
+    if values.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{where} is of format {values.get('format')}; this version reads {FORMAT}; upgrade dsm_jax"
+        )
+    config = strict.from_dict(ModelConfig, values.get("config", {}), str(where))
+    parameters, group_of = {}, {}
+    for group in sorted(p for p in (path / "params").glob("*") if p.is_dir()):
+        try:
+            with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+                tree = checkpointer.metadata(group.absolute()).item_metadata.tree
+        except Exception as error:  # Orbax raises many kinds
+            raise CheckpointError(f"{group} cannot be read ({type(error).__name__}); convert the model again") from None
+        for name, found in tree.items():
+            parameters[name] = jax.ShapeDtypeStruct(found.shape, found.dtype)
+            group_of[name] = group.name
+    tokenizer = path / values["tokenizer"] if values.get("tokenizer") else None
+    return Held(path, config, tokenizer, parameters, group_of)
+
+
+def faults(held: Held, expected: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]) -> list[str]:
+    """Holds a folder against the networks that its config describes; one line per fault."""
+    wanted = {f"{part}.{name}": p for part, parameters in expected.items() for name, p in parameters.items()}
+    lines = [f"missing: {name}, expected {list(p.shape)}" for name, p in wanted.items() if name not in held.parameters]
+    for name, found in held.parameters.items():
+        if name not in wanted:
+            lines.append(f"unknown: {name}, {list(found.shape)}; the model has no place for it")
+        elif found.shape != wanted[name].shape:
+            lines.append(f"shape: {name} is {list(found.shape)}, expected {list(wanted[name].shape)}")
+    return lines
+
+
+def restore(held: Held, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
+    """Restores parameters, group by group, straight to their devices.
+
+    Args:
+      held: the opened folder.
+      wanted: shape, dtype and sharding of every parameter; a sharding of None is the default device.
+
+    Yields:
+      Names and arrays.
+    """
+    for group in sorted(set(held.group_of.values())):
+        targets = {
+            name: np.empty(p.shape, p.dtype) if p.sharding is None else p
+            for name, p in wanted.items()
+            if held.group_of[name] == group
+        }
+        for name, array in _restore_group(held, group, targets).items():
+            yield name, jax.device_put(array, wanted[name].sharding)
+
+
+def reader(held: Held) -> Callable[[str, str], np.ndarray]:
+    """Hands out parameters as numpy arrays, by network and name; a group is read once and kept."""
+
+    @functools.cache
+    def group(name: str) -> dict[str, np.ndarray]:
+        members = [(member, held.parameters[member]) for member, where in held.group_of.items() if where == name]
+        return _restore_group(held, name, {member: np.empty(p.shape, p.dtype) for member, p in members})
+
+    return lambda part, name: group(held.group_of[f"{part}.{name}"])[f"{part}.{name}"]
+
+
+def _restore_group(held: Held, group: str, targets: dict[str, Any]) -> dict[str, Any]:
+    import orbax.checkpoint
+
+    try:
+        with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore((held.path / "params" / group).absolute(), targets)
+    except Exception as error:  # Orbax raises many kinds
+        raise CheckpointError(
+            f"{held.path}/params/{group} cannot be read ({type(error).__name__}); fetch it again"
+        ) from None
+
+
+@contextlib.contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """A temporary sibling of `destination`, renamed to it at the end; on an error nothing is left behind.
+
+    Raises:
+      CheckpointError: the destination exists, or the disk cannot hold it.
+    """
+    import shutil
+    import tempfile
+
+    if destination.exists():
+        raise CheckpointError(f"{destination} exists; remove it, or give another destination")
+    folder = None
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+        yield folder
+        folder.chmod(0o755)  # temporary folders are private
+        folder.rename(destination)
+    except OSError as error:
+        raise CheckpointError(
+            f"{destination} could not be written ({error.strerror or error}); make room, or give another destination"
+        ) from error
+    finally:
+        if folder is not None and folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,99 @@
+"""What a conversion did, tensor by tensor."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from dsm_jax.convert.pieces import Constant, Outgoing, Piece, shown
+from dsm_jax.convert.sources import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """A tensor of a file, or rows of it, and the parameter that it is or is part of."""
+
+    network: str
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: str
+    parameter: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """A tensor or a parameter that has no counterpart, and why."""
+
+    network: str
+    name: str
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+      source: name of the source.
+      source_layout: "kyutai", "transformers" or "orbax".
+      destination: name of the folder that was written.
+      destination_layout: likewise.
+      moved: every tensor that was read, and into what.
+      written: names of the tensors or parameters written, with shapes and dtypes.
+      unused: tensors that were deliberately not read.
+      dropped: parameters that the destination has no place for.
+      notes: what a user should know.
+    """
+
+    source: str
+    source_layout: str
+    destination: str
+    destination_layout: str
+    moved: tuple[Moved, ...]
+    written: tuple[tuple[str, tuple[int, ...], str], ...]
+    unused: tuple[LeftOut, ...]
+    dropped: tuple[LeftOut, ...]
+    notes: tuple[str, ...]
+
+    def text(self) -> str:
+        """The report for reading."""
+        lines = [f"{self.source} ({self.source_layout}) -> {self.destination} ({self.destination_layout})"]
+        lines += [f"  {m.tensor}  {shown(m.shape)} {m.dtype} -> {m.network}: {m.parameter}" for m in self.moved]
+        tensors = len({(m.network, m.tensor) for m in self.moved})
+        parameters = len({(m.network, m.parameter) for m in self.moved})
+        lines.append(f"read {tensors} tensors into {parameters} parameters; wrote {len(self.written)} tensors")
+        for heading, left in (("not used", self.unused), ("not written", self.dropped)):
+            lines += [f"{heading}: {one.name} ({one.why})" for one in left]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+def moved_by(source: Source) -> Iterator[Moved]:
+    """Every tensor of a source and the parameter it goes to."""
+    for part, parameters in source.stored.items():
+        if part not in source.claims:
+            yield from (Moved(part, name, p.shape, p.dtype.name, name) for name, p in parameters.items())
+            continue
+        for claim in source.claims[part]:
+            if isinstance(claim.item, Piece):
+                for name in claim.names:
+                    tensor = source.tensors[part][name]
+                    for file_name in tensor.made_of or (name,):
+                        yield Moved(part, file_name, tensor.shape, tensor.dtype, claim.item.target)
+
+
+def unused_by(source: Source) -> Iterator[LeftOut]:
+    """Every tensor, or rows of one, that the tables deliberately leave out."""
+    for part, claims in source.claims.items():
+        for claim in claims:
+            if isinstance(claim.item, Constant):
+                rows = f"[{claim.item.rows[0]}:{claim.item.rows[1]}]" if claim.item.rows else ""
+                yield LeftOut(part, claim.names[0] + rows, claim.item.why)
+
+
+def written_as(tensor: Outgoing) -> tuple[str, tuple[int, ...], str]:
+    """A written tensor, as the report lists it."""
+    return tensor.name, tensor.shape, str(tensor.dtype)

@@ -1,0 +1,116 @@
+"""Text to token ids and back, from a sentencepiece `.model` or a `tokenizer.json`."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsm_jax.errors import CheckpointError
+
+SPACE = "▁"  # what pieces write for a space
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A vocabulary of pieces. `load_tokenizer` makes one.
+
+    Attributes:
+      path: the file it was read from.
+      size: number of pieces.
+      eos_id: the id that ends a text; -1 where there is none.
+    """
+
+    path: Path
+    size: int
+    eos_id: int
+    _encode: Callable[[str], list[int]]
+    _decode: Callable[[list[int]], str]
+    _piece: Callable[[int], str | None]
+    _silent: frozenset[int]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, no markers added."""
+        return self._encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; those that stand for no text (markers, padding, the unknown piece) are left out.
+
+        Raises:
+          CheckpointError: an id is not in the vocabulary.
+        """
+        self._check(ids)
+        return self._decode([int(i) for i in ids if int(i) not in self._silent])
+
+    def piece(self, token: int) -> str:
+        """The piece of an id, with ▁ for a space.
+
+        Raises:
+          CheckpointError: the id is not in the vocabulary.
+        """
+        self._check([token])
+        return self._piece(int(token)) or ""
+
+    def _check(self, ids: Sequence[int]) -> None:
+        if wrong := [int(i) for i in ids if not 0 <= i < self.size]:
+            raise CheckpointError(
+                f"ids {wrong} are not in the vocabulary of {self.size} pieces; use the model's own ids"
+            )
+
+
+def load_tokenizer(path: Path, *, expected_size: int | None = None) -> Tokenizer:
+    """Reads a tokenizer.
+
+    Args:
+      path: a sentencepiece `.model`, or a `tokenizer.json` of the tokenizers library.
+      expected_size: `text_card` of the model it is for.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      CheckpointError: the file is missing, unreadable, or has another number of pieces.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"the tokenizer {path} is missing; fetch the whole repository again")
+    try:
+        tokenizer = _from_json(path) if path.suffix == ".json" else _from_sentencepiece(path)
+    except Exception:  # the libraries raise Exception and RuntimeError, and say nothing that a user could act on
+        tokenizer = None
+    if tokenizer is None or not tokenizer.size:
+        raise CheckpointError(f"{path} cannot be read as a tokenizer; fetch it again")
+    if expected_size is not None and tokenizer.size != expected_size:
+        raise CheckpointError(
+            f"the tokenizer {path.name} has {tokenizer.size} pieces, the model's text_card is {expected_size}: use the "
+            "tokenizer that was published with the weights"
+        )
+    return tokenizer
+
+
+def _from_sentencepiece(path: Path) -> Tokenizer | None:
+    import sentencepiece
+
+    if not path.stat().st_size:
+        return None
+    # From bytes: given a path the library prints to stderr before it raises.
+    model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    size = model.get_piece_size()
+    silent = frozenset(i for i in range(size) if model.is_control(i) or model.is_unknown(i))
+    return Tokenizer(path, size, model.eos_id(), model.encode, model.decode, model.id_to_piece, silent)
+
+
+def _from_json(path: Path) -> Tokenizer:
+    import tokenizers
+
+    text = path.read_text(encoding="utf-8")
+    model = tokenizers.Tokenizer.from_str(text)
+    silent = frozenset(token["id"] for token in json.loads(text).get("added_tokens", []) if token["special"])
+    settings = path.with_name("tokenizer_config.json")
+    eos = json.loads(settings.read_text(encoding="utf-8")).get("eos_token") if settings.is_file() else None
+    eos = eos["content"] if isinstance(eos, dict) else eos or "</s>"
+    eos_id = model.token_to_id(eos)
+    size = model.get_vocab_size(with_added_tokens=True)
+
+    def encode(text: str) -> list[int]:
+        return model.encode(text, add_special_tokens=False).ids
+
+    return Tokenizer(path, size, -1 if eos_id is None else eos_id, encode, model.decode, model.id_to_token, silent)

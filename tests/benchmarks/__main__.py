@@ -1,0 +1,141 @@
+"""Times the library against the reference packages, in one go on this machine: `python -m tests.benchmarks`.
+
+Each measurement runs in a process of its own, and contenders take turns, so that whatever else slows the machine down
+slows all of them. That is not enough for torch, whose threads wait for each other at every operation: each row says how
+many cores other programs used meanwhile, and only rows near zero are worth keeping. Rows go to standard output and, as
+JSON lines, to a file that `tests.benchmarks.table` reads.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from tests.benchmarks import rows
+from tests.benchmarks.tasks import OURS, PACKAGES, TASKS, missing
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parent / "results"
+_LAST_LINES = 20  # of a failed worker's complaint
+
+
+def environment(threads: int) -> dict[str, str]:
+    """What every worker runs under: so many threads, the CPU, no network, and the reference without its compiler."""
+    count = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
+    switches = dict.fromkeys(("NO_TORCH_COMPILE", "NO_CUDA_GRAPH", "HF_HUB_OFFLINE"), "1")
+    # An empty list hides GPUs from torch.
+    return {**os.environ, **count, **switches, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run_worker(command: Sequence[str], threads: int, timeout_s: float) -> rows.Row:
+    """Runs a module and returns the JSON object on its last line with the cores that others used, or one with "error"."""
+    before = time.monotonic(), others_seconds()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=ROOT,
+            env=environment(threads),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"took longer than {timeout_s:.0f} s"}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["nothing on standard error"]
+        print(*lines[-_LAST_LINES:], sep="\n", file=sys.stderr)
+        # What Python says of an exception is not indented, and a backtrace is.
+        reason = next((line for line in reversed(lines) if line[:1].strip()), lines[-1])
+        return {"error": f"exit code {done.returncode}: {reason}"}
+    elapsed_s, others_s = time.monotonic() - before[0], others_seconds() - before[1]
+    return {**json.loads(done.stdout.strip().splitlines()[-1]), "others_cores": max(0.0, others_s / elapsed_s)}
+
+
+def others_seconds() -> float:
+    """Processor time that neither this process nor its children have used since the machine started; 0 off Linux."""
+    try:
+        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    except OSError:
+        return 0.0
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    mine = sum(usage.ru_utime + usage.ru_stime for usage in used)
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - mine
+
+
+def measure(task: str, contenders: Sequence[str], args: argparse.Namespace) -> list[rows.Row]:
+    """The row of every contender of a task, with the ratios after them."""
+    found: dict[str, list[rows.Row]] = {contender: [] for contender in contenders}
+    rounds = TASKS[task].rounds or args.rounds
+    for number in range(rounds):
+        for contender in contenders:
+            if any("error" in earlier for earlier in found[contender]):
+                continue
+            why_not = missing(contender)
+            command = ["tests.benchmarks.worker", task, contender, "--folder", str(args.checkpoints)]
+            command += ["--threads", str(args.threads), *(["--tiny"] if args.tiny else [])]
+            command += ["--steps", str(args.steps)] if args.steps else []
+            result = {"error": why_not} if why_not else run_worker(command, args.threads, args.timeout)
+            found[contender].append(result)
+            said = result.get("error") or (
+                f"{result['p50_ms']:.1f} ms, {result['peak_rss_mb']:.0f} MB; others used {result['others_cores']:.2f} cores"
+            )
+            print(f"{task}, round {number + 1} of {rounds}: {contender}: {said}", file=sys.stderr)
+    about = rows.about(args.threads) | {"tiny": args.tiny}
+    measured = [rows.contender_row(task, contender, results, about) for contender, results in found.items()]
+    return measured + rows.ratio_rows(task, measured)
+
+
+def main() -> None:
+    """Runs from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--contender", nargs="+", choices=PACKAGES, default=list(PACKAGES))
+    parser.add_argument("--rounds", type=int, default=3, help="how often contenders take turns (45 s tasks: once)")
+    parser.add_argument("--steps", type=int, help="timed steps in each round, at most")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds that one worker may take")
+    parser.add_argument("--tiny", action="store_true", help="miniature models: tells whether it runs, not how fast")
+    parser.add_argument("--checkpoints", type=Path, help="made on first use (9 GB); by default, in out/benchmarks")
+    parser.add_argument("--out", type=Path, help="JSON lines; by default, in tests/benchmarks/results")
+    args = parser.parse_args()
+    size = "tiny" if args.tiny else "stt-1b"
+    args.checkpoints = (args.checkpoints or ROOT / "out" / "benchmarks" / size).resolve()
+    about = rows.about(args.threads)
+    name = f"{rows.slug(about['device'])}-{about['date']}.jsonl"
+    out = args.out or (ROOT / "out" / "benchmarks" if args.tiny else RESULTS) / name
+
+    if set(args.contender) != {OURS} or "transcribe_45s" in args.task:
+        command = ["tests.benchmarks.checkpoints", str(args.checkpoints), *(["--tiny"] if args.tiny else [])]
+        _make_checkpoints(command, args)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w") as file:
+        for task in args.task:
+            contenders = [contender for contender in TASKS[task].contenders if contender in args.contender]
+            for row in measure(task, contenders, args) if contenders else []:
+                _emit(row, file)
+    print(f"rows are in {out}", file=sys.stderr)
+
+
+def _make_checkpoints(command: list[str], args: argparse.Namespace) -> None:
+    """In a process of its own: what the others inherit from a large parent would count as their memory."""
+    print(f"checkpoints: {args.checkpoints}", file=sys.stderr)
+    env = environment(args.threads)
+    if subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=env, timeout=args.timeout).returncode:
+        print("checkpoints: could not be made; what needs them will say so in its row", file=sys.stderr)
+
+
+def _emit(row: rows.Row, file: TextIO) -> None:
+    line = json.dumps(row)
+    print(line, flush=True)
+    file.write(line + "\n")
+    file.flush()
+
+
+if __name__ == "__main__":
+    main()

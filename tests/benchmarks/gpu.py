@@ -1,0 +1,157 @@
+"""Times a frame of speech to text on one GPU, ours and moshi's, in one go: `python -m tests.benchmarks.gpu --out FILE`.
+
+Parts run in order of importance, each in a process of its own with the GPU to itself, until the time is up; what has
+been measured by then is in the file. `--part` picks some, as in `--part largest-1b largest-2.6b`.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.rows import versions
+from tests.benchmarks.tasks import missing
+
+Row = dict[str, Any]
+Attempt = Callable[[int], Row]  # a number of streams to the row of it
+
+ROOT = Path(__file__).resolve().parents[2]
+BATCHES = (1, 64, 256, 512)
+PARTS = {  # seconds that each process of a part may take
+    "ours-1b": 240,
+    "moshi-1b": 150,
+    "check": 120,
+    "ours-2.6b": 300,
+    "moshi-2.6b": 150,
+    "largest-1b": 100,
+    "largest-2.6b": 130,
+}
+_LEAST_S = 20  # with less time left than this nothing is started
+
+
+def largest(attempt: Attempt, start: int, finest: int) -> Iterator[Row]:
+    """Looks for the largest number of streams that the device holds: doubles until one fails, then halves the gap.
+
+    Args:
+        attempt: measures; a row with "error" is a failure.
+        start: tried first.
+        finest: a gap of this many streams is not halved again.
+
+    Yields:
+        The row of each attempt, then one that sums them up: what fits, and what does not.
+    """
+    fits, fails, batch = 0, None, start
+    while batch >= finest and (fails is None or fails - fits > finest):
+        row = attempt(batch)
+        yield row
+        if "error" not in row:
+            fits = batch
+        elif row["error"] == "out of memory":
+            fails = batch
+        else:
+            break  # out of time, or broken: of the number of streams that tells nothing
+        batch = 2 * fits if fails is None else (fits + fails) // 2
+    yield {"bench": "largest", "fits": fits, "does_not_fit": fails}
+
+
+class Run:
+    """One call of the script: where rows go, and when it has to end."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.end = args, time.monotonic() + 60 * args.minutes
+        self.about = {"date": datetime.date.today().isoformat(), "versions": versions(), "tiny": args.tiny}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        self.file = args.out.open("a")
+
+    def emit(self, row: Row) -> None:
+        line = json.dumps(row | self.about)
+        print(line, flush=True)
+        self.file.write(line + "\n")
+        self.file.flush()
+
+    def say(self, text: str) -> None:
+        print(f"[{self.end - time.monotonic():.0f} s left] {text}", file=sys.stderr, flush=True)
+
+    def work(self, part: str, *command: str) -> Iterator[Row]:
+        """The rows of one process; when it fails or is stopped, one with "error" comes last."""
+        limit_s = min(PARTS[part], self.end - time.monotonic())
+        if limit_s < _LEAST_S:
+            yield {"part": part, "error": "no time left"}
+            return
+        self.say(f"{part}: {' '.join(command)}")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.benchmarks.gpu_worker", *command, *self._common()],
+            cwd=ROOT,
+            env=environment(os.environ),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        stop = threading.Timer(limit_s, process.kill)
+        stop.start()
+        try:
+            for line in process.stdout or ():
+                if line.startswith("{"):
+                    yield json.loads(line)
+            code = process.wait()
+        finally:
+            in_time = stop.is_alive()
+            stop.cancel()
+            process.kill()
+        if code:
+            yield {"part": part, "error": f"exit code {code}" if in_time else f"stopped after {limit_s:.0f} s"}
+
+    def _common(self) -> list[str]:
+        return ["--steps", str(self.args.steps), "--device", self.args.device, *(["--tiny"] if self.args.tiny else [])]
+
+    def part(self, part: str, batches: Sequence[int]) -> None:
+        """Runs one of `PARTS` and emits its rows."""
+        what, _, size = part.partition("-")
+        if what == "moshi" and (why_not := missing("moshi")):
+            self.emit({"part": part, "error": why_not})
+        elif what == "check":
+            for row in self.work(part, "check"):
+                self.emit(row)
+        elif what == "largest":
+
+            def attempt(batch: int) -> Row:
+                return list(self.work(part, "ours", "--size", f"stt-{size}", "--batches", str(batch)))[-1]
+
+            for row in largest(attempt, 2 * max(batches), max(batches) // 8):
+                self.emit({"size": f"stt-{size}"} | row)
+        else:
+            for row in self.work(part, what, "--size", f"stt-{size}", "--batches", ",".join(map(str, batches))):
+                self.emit(row)
+
+
+def environment(outer: "os._Environ[str] | dict[str, str]") -> dict[str, str]:
+    """JAX may take nearly all of the memory; the reference runs with its CUDA graphs and without its compiler."""
+    inner = {**outer, "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95", "NO_TORCH_COMPILE": "1", "HF_HUB_OFFLINE": "1"}
+    inner.pop("NO_CUDA_GRAPH", None)
+    return inner
+
+
+def main() -> None:
+    """Runs from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu", description=__doc__)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--minutes", type=float, default=9, help="after these nothing is started and all is stopped")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="miniature models: tells whether it runs, not how fast")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended")
+    run = Run(args := parser.parse_args())
+    for part in args.part:
+        run.part(part, args.batches)
+    run.say(f"done; rows are in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

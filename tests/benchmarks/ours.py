@@ -1,0 +1,54 @@
+"""What the library itself is timed on: jitted steps with random weights, and `transcribe` on the shared checkpoint.
+
+Shape letters: B batch rows, T samples, C audio channels.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import dsm_jax
+from dsm_jax import benchmark, presets
+from dsm_jax.configs import MimiConfig, ModelConfig
+from dsm_jax.models.mimi import Mimi
+from tests import small
+from tests.benchmarks.worker import Step
+
+
+def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
+    """The step of `task`; the number of threads is the number of cores that the process may use."""
+    if task == "transcribe_45s":
+        return _transcribe(folder)
+    if task == "mimi_encode_10s":
+        return _encode_10s(small.MIMI if tiny else MimiConfig())
+    if task.startswith("lm_step_b"):
+        config = ModelConfig(model_type="stt", lm=small.STT) if tiny else presets.STT_1B
+        return _threaded(*benchmark.lm_step(config, int(task.removeprefix("lm_step_b")), jnp.dtype("float32")))
+    return _threaded(*benchmark.mimi_step(1, task.split("_")[1]))
+
+
+def _threaded(step: benchmark.Step, state: Any) -> Step:
+    def run() -> None:
+        nonlocal state
+        output, state = step(state)
+        jax.block_until_ready(output)
+
+    return run
+
+
+def _encode_10s(config: MimiConfig) -> Step:
+    graph, params = benchmark.random_params(lambda: Mimi(config, rngs=nnx.Rngs(0)), jnp.dtype("float32"))
+    encode = jax.jit(lambda params, pcm_BTC: nnx.merge(graph, params).encode(pcm_BTC))
+    pcm_BTC = 0.1 * jax.random.normal(jax.random.key(1), (1, 10 * config.sample_rate, 1))
+    return lambda: jax.block_until_ready(encode(params, pcm_BTC))
+
+
+def _transcribe(folder: Path) -> Step:
+    model = dsm_jax.load(str(folder / "kyutai"))
+    pcm_T = np.load(folder / "pcm.npy")
+    dsm_jax.transcribe(model, pcm_T[:48_000])  # 2 s have chunks of both lengths, and so compile all there is
+    return lambda: dsm_jax.transcribe(model, pcm_T).text

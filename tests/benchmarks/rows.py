@@ -1,0 +1,97 @@
+"""Turns what the workers measured into rows: one for each task and contender, and one for each ratio."""
+
+import datetime
+import platform
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.tasks import OURS, TASKS
+
+Row = dict[str, Any]
+
+_PACKAGES = ("jax", "flax", "torch", "moshi", "transformers", "rustymimi")
+_FIGURES = ("p50_ms", "p99_ms", "peak_rss_mb", "others_cores")
+QUIET_CORES = 0.1  # other programs that use more than this disturb a measurement
+
+
+def about(threads: int) -> Row:
+    """What is the same for every row of a run: device, threads, date and versions of what is installed."""
+    return {
+        "device": cpu_name(),
+        "threads": threads,
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Version of each package that takes part; None for those that are not installed."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def cpu_name() -> str:
+    """The processor's name."""
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.processor() or platform.machine()
+
+
+def slug(device: str) -> str:
+    """A device's name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def contender_row(task: str, contender: str, rounds: Sequence[Mapping[str, Any]], about: Row) -> Row:
+    """The median over rounds of each figure.
+
+    Args:
+        task: of `TASKS`.
+        contender: of `PACKAGES`.
+        rounds: what the worker printed in each round; one with "error" makes the row say so and nothing else.
+        about: from `about`.
+    """
+    head = {"task": task, "contender": contender}
+    error = next((found["error"] for found in rounds if "error" in found), None)
+    if error is not None:
+        return head | {"error": error} | about
+    figures = {name: round(statistics.median(found[name] for found in rounds), 3) for name in _FIGURES}
+    return head | figures | {"rounds": len(rounds), "steps": rounds[0]["steps"]} | about
+
+
+def ratio_rows(task: str, rows: Sequence[Row]) -> list[Row]:
+    """Ours over the best of the others, for time and where a target says so for peak memory.
+
+    Args:
+        task: of `TASKS`.
+        rows: of any tasks; those of this one are picked.
+
+    Returns:
+        A row per measure, with "error" in place of the ratio when there is nothing to divide.
+    """
+    by_contender = {row["contender"]: row for row in rows if row["task"] == task and "contender" in row}
+    targets = {"p50_ms": TASKS[task].target, "peak_rss_mb": TASKS[task].memory_target}
+    return [_ratio(task, measure, target, by_contender) for measure, target in targets.items() if target is not None]
+
+
+def _ratio(task: str, measure: str, target: float, by_contender: Mapping[str, Row]) -> Row:
+    head = {"task": task, "measure": measure, "target": target}
+    figures = {contender: row[measure] for contender, row in by_contender.items() if measure in row}
+    ours = figures.pop(OURS, None)
+    if ours is None or not figures:
+        return head | {"error": f"no figure of {OURS if ours is None else 'any other'}, so no ratio"}
+    best = min(figures, key=figures.__getitem__)
+    ratio = round(ours / figures[best], 3)
+    return head | {"ratio": ratio, "best_peer": best, "met": ratio <= target}

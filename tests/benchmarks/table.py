@@ -1,0 +1,143 @@
+"""Writes stored results into the README: `python -m tests.benchmarks.table tests/benchmarks/results/FILE.jsonl...`.
+
+The table stands between two markers and names the files it was made from, so that a test can make it again.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.benchmarks.rows import QUIET_CORES, Row
+from tests.benchmarks.tasks import OURS, PACKAGES, TASKS
+
+ROOT = Path(__file__).resolve().parents[2]
+BEGIN, END = "<!-- benchmark -->", "<!-- /benchmark -->"
+_SOURCE = re.compile(r"\[rows\]\(([^)]+)\)")
+_MISSING = "–"
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a results file."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def block(paths: Sequence[str], root: Path = ROOT) -> str:
+    """What stands between the markers.
+
+    Args:
+        paths: results files, relative to `root`.
+        root: the repository's root.
+
+    Raises:
+        ValueError: if a file holds no measurements, or some of miniature models.
+    """
+    parts = []
+    for path in paths:
+        rows = read(root / path)
+        if not rows or any(row.get("tiny") for row in rows):
+            raise ValueError(
+                f"{path} holds {len(rows)} rows, some of them of miniature models or none; give a full run"
+            )
+        table = cpu_table(rows) if any("task" in row for row in rows) else gpu_table(rows)
+        parts.append(f"{table}\n\n{_caption(rows)} [rows]({path})")
+    return "\n\n".join(parts)
+
+
+def cpu_table(rows: Sequence[Row]) -> str:
+    """One line per task: milliseconds of every contender, and ours over the best of the others against the target."""
+    figures = {(row["task"], row["contender"]): row for row in rows if "contender" in row}
+    ratios = {(row["task"], row["measure"]): row for row in rows if "measure" in row}
+    lines = [_line("median ms (99 %)", *("dsm_jax" if c == OURS else c for c in PACKAGES), "ratio", "target")]
+    lines.append("|---" + "|--:" * (len(PACKAGES) + 2) + "|")
+    for task in TASKS:
+        cells = [figures.get((task, contender), {}) for contender in PACKAGES]
+        if any(cells):
+            times = (f"{_ms(row['p50_ms'])} ({_ms(row['p99_ms'])})" if "p50_ms" in row else _MISSING for row in cells)
+            lines.append(_line(f"`{task}`", *times, *_ratio_cells(ratios.get((task, "p50_ms")))))
+        if any(cells) and TASKS[task].memory_target is not None:
+            peaks = (f"{row['peak_rss_mb']:.0f}" if "peak_rss_mb" in row else _MISSING for row in cells)
+            lines.append(_line(f"`{task}`, peak MB", *peaks, *_ratio_cells(ratios.get((task, "peak_rss_mb")))))
+    notes = [
+        f"{row['task']}: {row['contender']}: {row['error']}" for row in rows if "error" in row and "contender" in row
+    ]
+    busy = [row["task"] for row in figures.values() if row.get("others_cores", 0) > QUIET_CORES]
+    if busy:
+        notes.append(f"other programs were running during {', '.join(dict.fromkeys(busy))}")
+    return "\n".join(lines) + "".join(f"\n\n{note}" for note in notes)
+
+
+def gpu_table(rows: Sequence[Row]) -> str:
+    """One line per model and batch: milliseconds a frame of ours and moshi, streams that keep up, share of the limit."""
+    steps = [row for row in rows if row.get("bench") == "stt_step" and "p50_ms" in row]
+    pairs = sorted({(row["size"], row["batch"]) for row in steps})
+    found = {(row["size"], row["batch"], row["who"]): row for row in steps}
+    lines = [_line("model, streams", "dsm_jax, median ms (99 %)", "moshi", "keeps up", "share of the bandwidth limit")]
+    lines.append("|---|--:|--:|--:|--:|")
+    for size, batch in pairs:
+        ours, moshi = found.get((size, batch, OURS), {}), found.get((size, batch, "moshi"), {})
+        times = (f"{_ms(row['p50_ms'])} ({_ms(row['p99_ms'])})" if row else _MISSING for row in (ours, moshi))
+        keeps_up = ("yes" if ours["streams"] else "no") if ours else _MISSING
+        share = f"{100 * ours['share_of_limit']:.0f} %" if ours else _MISSING
+        lines.append(_line(f"{size}, {batch}", *times, keeps_up, share))
+    return "\n".join(lines)
+
+
+def rewrite(text: str, content: str) -> str:
+    """A text with what stands between its markers replaced.
+
+    Raises:
+        ValueError: if it does not have each marker once.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(
+            f"found {text.count(BEGIN)} {BEGIN} and {text.count(END)} {END}, expected one of each: add them"
+        )
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+
+
+def is_current(text: str, root: Path = ROOT) -> bool:
+    """Whether the table in a text is what the files that it names give; without markers there is none to be wrong."""
+    if BEGIN not in text:
+        return True
+    sources = _SOURCE.findall(text.partition(BEGIN)[2].partition(END)[0])
+    return rewrite(text, block(sources, root)) == text
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _ratio_cells(row: Row | None) -> tuple[str, str]:
+    if row is None or "ratio" not in row:
+        return _MISSING, f"{row['target']:.2f}" if row else _MISSING
+    return f"**{row['ratio']:.2f}** of {row['best_peer']}", f"{row['target']:.2f}"
+
+
+def _caption(rows: Sequence[Row]) -> str:
+    first = next(row for row in rows if "versions" in row)
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items() if version)
+    threads = f", {first['threads']} threads, float32" if "threads" in first else ""
+    return f"{first['device']}{threads}, {first['date']}; {versions}; compilation and warm-up not counted;"
+
+
+def main(paths: Sequence[str]) -> None:
+    """Rewrites the README's table."""
+    if not paths:
+        sys.exit("give the results files to make the table from, as in tests/benchmarks/results/cpu.jsonl")
+    readme = ROOT / "README.md"
+    try:
+        relative = [Path(path).resolve().relative_to(ROOT).as_posix() for path in paths]
+        readme.write_text(rewrite(readme.read_text(), block(relative)))
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

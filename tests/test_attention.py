@@ -1,0 +1,131 @@
+"""Attention and positions against the same formulas written out in numpy.
+
+Shape letters: B batch rows, T steps, D model width, N query heads, K key/value heads, H head width, X source steps.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsm_jax.configs import TransformerConfig
+from dsm_jax.nn.attention import Attention, CrossAttention, rope, self_attention, sinusoids
+from dsm_jax.nn.transformer import Transformer
+from dsm_jax.streaming import reset_rows
+from tests import small
+
+CONFIG = TransformerConfig(d_model=16, num_heads=4, num_layers=1, dim_feedforward=24, context=5, kv_repeat=2)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def softmax_attention(q_TH: np.ndarray, k_XH: np.ndarray, v_XH: np.ndarray, seen_TX: np.ndarray) -> np.ndarray:
+    score_TX = np.where(seen_TX, q_TH @ k_XH.T / np.sqrt(q_TH.shape[1]), -np.inf)
+    weight_TX = np.exp(score_TX - score_TX.max(1, keepdims=True))
+    return weight_TX / weight_TX.sum(1, keepdims=True) @ v_XH
+
+
+def test_rope_multiplies_complex_numbers():
+    x_BTNH, position_BT = noise(2, 3, 4, 6), np.array([[0, 1, 2], [700, 701, 702]])
+    z = x_BTNH[..., 0::2] + 1j * x_BTNH[..., 1::2]
+    angle = position_BT[..., None, None] * 100.0 ** (-2 * np.arange(3) / 6)
+    z = z * np.exp(1j * angle)
+    found = np.array(rope(jnp.asarray(x_BTNH), jnp.asarray(position_BT), 100.0))
+    np.testing.assert_allclose(found[..., 0::2], z.real, atol=2e-4)  # the angle, up to 700, is itself rounded
+    np.testing.assert_allclose(found[..., 1::2], z.imag, atol=2e-4)
+    np.testing.assert_array_equal(found[0, 0], x_BTNH[0, 0])
+
+
+def test_rope_turns_in_float32_whatever_it_turns():
+    # At position 2001 bfloat16 knows multiples of 8 only.
+    x_BTNH, position_BT = jnp.ones((1, 1, 1, 2), jnp.bfloat16), jnp.array([[2001]])
+    y = np.array(rope(x_BTNH, position_BT, 10_000.0), np.float32).ravel()
+    wanted = [np.cos(2001) - np.sin(2001), np.sin(2001) + np.cos(2001)]
+    np.testing.assert_allclose(y, wanted, atol=0.01)
+
+
+def test_sinusoids_are_cosines_then_sines():
+    position_BT = np.array([[0, 3], [5, 1000]])
+    rate = 10_000.0 ** (np.arange(4) / 3)  # 3, not 4: the slowest turns once in max_period * 2 pi
+    angle = position_BT[..., None] / rate
+    wanted = np.concatenate([np.cos(angle), np.sin(angle)], axis=-1)
+    np.testing.assert_allclose(sinusoids(jnp.asarray(position_BT), 8, 10_000.0), wanted, atol=2e-4)
+
+
+def test_self_attention_is_causal_softmax_attention():
+    q, k, v = noise(3, 2, 6, 2, 4)
+    y_BTE = np.array(self_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)))
+    for b in range(2):
+        for n in range(2):
+            wanted = softmax_attention(q[b, :, n], k[b, :, n], v[b, :, n], np.tri(6, dtype=bool))
+            np.testing.assert_allclose(y_BTE[b, :, n * 4 : n * 4 + 4], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_attention_sees_its_window_and_shares_keys_among_heads(chunk):
+    config = dataclasses.replace(CONFIG, positional_embedding="none")
+    attention = small.build(lambda rngs: Attention(config, rngs=rngs))
+    x_BTD = noise(2, 20, 16)
+    cache, ys, step = attention.init_cache(2), [], jax.jit(attention.step)
+    for t in range(0, 20, chunk):
+        y, cache = step(jnp.asarray(x_BTD[:, t : t + chunk]), cache, jnp.full((2,), t), None)
+        ys.append(y)
+    q_BTNH, k_BTKH, v_BTKH = (
+        part.reshape(2, 20, -1, 4) for part in np.split(x_BTD @ np.array(attention.in_proj_DE[...]), [16, 24], axis=2)
+    )
+    delta = np.arange(20)[:, None] - np.arange(20)
+    seen = (delta >= 0) & (delta < config.context)
+    heads = [
+        np.stack([softmax_attention(q_BTNH[b, :, n], k_BTKH[b, :, n // 2], v_BTKH[b, :, n // 2], seen) for b in (0, 1)])
+        for n in range(4)
+    ]
+    wanted = np.concatenate(heads, axis=2) @ np.array(attention.out_proj_ED[...])
+    np.testing.assert_allclose(np.concatenate(ys, axis=1), wanted, atol=1e-5)
+
+
+def test_cross_attention_sees_all_of_its_source_from_every_step():
+    cross = small.build(lambda rngs: CrossAttention(dataclasses.replace(CONFIG, kv_repeat=1), rngs=rngs))
+    x_BTD, source_BXD = noise(2, 3, 16), noise(2, 7, 16) + 1
+    q, k, v = (
+        (x @ w).reshape(2, -1, 4, 4)
+        for x, w in zip((x_BTD, source_BXD, source_BXD), np.split(np.array(cross.in_proj_DE[...]), 3, axis=1), strict=True)
+    )
+    heads = [
+        np.stack([softmax_attention(q[b, :, n], k[b, :, n], v[b, :, n], np.ones((3, 7), bool)) for b in (0, 1)])
+        for n in range(4)
+    ]
+    found = cross(jnp.asarray(x_BTD), *cross.keys_values(jnp.asarray(source_BXD)))
+    np.testing.assert_allclose(found, np.concatenate(heads, axis=2) @ np.array(cross.out_proj_ED[...]), atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_weights_are_added_up_in_float32(steps):
+    # 1000 equal weights times values of 1: a sum kept in bfloat16 stops growing at 256 of them.
+    config = dataclasses.replace(CONFIG, context=1000, kv_repeat=1, positional_embedding="none")
+    attention = small.build(lambda rngs: Attention(config, rngs=rngs))
+    ones = jnp.zeros((16, 48), jnp.bfloat16).at[:, 32:].set(1 / 16)
+    attention.in_proj_DE, attention.out_proj_ED = nnx.Param(ones), nnx.Param(jnp.eye(16, dtype=jnp.bfloat16))
+    cache = attention.init_cache(1)
+    assert cache.k_BKSH.dtype == jnp.bfloat16
+    cache = dataclasses.replace(cache, v_BKSH=jnp.ones_like(cache.v_BKSH))
+    y, _ = attention.step(jnp.ones((1, steps, 16), jnp.bfloat16), cache, jnp.array([1000]), None)
+    np.testing.assert_array_equal(np.array(y, np.float32), 1)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_what_is_not_a_number_does_not_outlive_a_reset(steps):
+    transformer = small.build(lambda rngs: Transformer(dataclasses.replace(CONFIG, num_layers=2), rngs=rngs))
+    step, fresh = jax.jit(transformer.step), transformer.init_state(2)
+    x_BTD = jnp.asarray(noise(2, steps, 16))
+    _, bad = step(x_BTD.at[0, 0, 0].set(jnp.nan), fresh)
+    _, good = step(x_BTD, fresh)
+    y_BTD, _ = step(x_BTD, reset_rows(bad, jnp.array([True, False])))
+    fresh_BTD, _ = step(x_BTD, fresh)
+    went_on_BTD, _ = step(x_BTD, good)
+    np.testing.assert_array_equal(y_BTD[0], fresh_BTD[0])
+    np.testing.assert_array_equal(y_BTD[1], went_on_BTD[1])

@@ -1,0 +1,84 @@
+"""Convolutions against sums written out in numpy. That they stream is in test_streaming.py.
+
+Shape letters: B batch rows, T time steps, C channels in, D channels out, K taps, S stride, M taps per output phase.
+"""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsm_jax.errors import StreamError
+from dsm_jax.nn.conv import CausalConv1d, CausalConvTranspose1d, DepthwiseUpsample
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    kernel=st.integers(1, 5),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 3),
+    replicate=st.booleans(),
+    steps=st.integers(1, 4),
+)
+def test_a_convolution_is_a_sum_over_the_past(kernel, stride, dilation, replicate, steps):
+    reach = (kernel - 1) * dilation
+    stride = min(stride, reach + 1)  # a kernel shorter than its stride would skip input
+    conv = CausalConv1d(
+        2, 3, kernel=kernel, stride=stride, dilation=dilation, replicate=replicate, rngs=nnx.Rngs(kernel)
+    )
+    conv.bias_D[...] = jnp.array([1.0, 2.0, 3.0])
+    x_BTC = noise(2, steps * stride, 2)
+    y_BTD = np.array(conv(x_BTC))
+    first_BC = x_BTC[:, 0] if replicate else np.zeros((2, 2), np.float32)
+    for t in range(steps):
+        now = t * stride + stride - 1  # an output comes with the last of its stride's inputs
+        wanted_BD = np.array([1.0, 2.0, 3.0])
+        for k in range(kernel):
+            at = now - reach + k * dilation
+            wanted_BD = wanted_BD + (x_BTC[:, at] if at >= 0 else first_BC) @ np.array(conv.kernel_KCD[k])
+        np.testing.assert_allclose(y_BTD[:, t], wanted_BD, rtol=1e-5, atol=1e-5)
+    assert y_BTD.shape == (2, steps, 3)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 5])
+def test_a_transposed_convolution_adds_every_input_to_two_strides_of_output(stride):
+    conv = CausalConvTranspose1d(3, 2, stride=stride, rngs=nnx.Rngs(0))
+    conv.bias_D[...] = jnp.array([1.0, 2.0])
+    x_BTC = noise(2, 4, 3)
+    taps_MCSD = np.array(conv.kernel_MCE[...]).reshape(2, 3, stride, 2)[::-1]  # stored oldest input first
+    wanted_BTD = np.zeros((2, 5 * stride, 2)) + [1.0, 2.0]
+    for t in range(4):
+        for m in range(2):
+            wanted_BTD[:, (t + m) * stride : (t + m + 1) * stride] += np.einsum("bc,csd->bsd", x_BTC[:, t], taps_MCSD[m])
+    np.testing.assert_allclose(conv(x_BTC), wanted_BTD[:, : 4 * stride], rtol=1e-5, atol=1e-5)
+
+
+def test_the_depthwise_upsample_is_a_transposed_convolution_with_a_diagonal_kernel():
+    upsample = DepthwiseUpsample(3, stride=2, rngs=nnx.Rngs(0))
+    full = CausalConvTranspose1d(3, 3, stride=2, bias=False, rngs=nnx.Rngs(0))
+    diagonal = jnp.einsum("MSC,CD->MCSD", upsample.kernel_MSC[...], jnp.eye(3))
+    full.kernel_MCE[...] = diagonal.reshape(2, 3, 6)
+    x_BTC = noise(2, 5, 3)
+    np.testing.assert_allclose(upsample(x_BTC), full(x_BTC), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_a_chunk_must_be_a_positive_multiple_of_the_stride(steps):
+    conv = CausalConv1d(3, 4, kernel=8, stride=4, rngs=nnx.Rngs(0))
+    message = f"a convolution of stride 4 got a chunk of {steps} steps; send a positive multiple of 4, and pad the end"
+    with pytest.raises(StreamError, match=re.escape(message)):
+        conv(noise(1, steps, 3))
+
+
+def test_the_state_of_a_convolution_has_the_dtype_that_is_asked_for():
+    conv = CausalConv1d(3, 4, kernel=4, rngs=nnx.Rngs(0))
+    assert conv.init_state(2, jnp.bfloat16).tail_BTC.dtype == jnp.bfloat16
+    assert conv.init_state(2).tail_BTC.shape == (2, 3, 3)

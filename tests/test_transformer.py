@@ -1,0 +1,118 @@
+"""Norms, feed-forwards and the stack: formulas in numpy, memory, gradients, and where the reference differs.
+
+Shape letters: B batch rows, T steps, D model width.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsm_jax.configs import TransformerConfig
+from dsm_jax.nn.transformer import FeedForward, GatedFeedForward, LayerNorm, RMSNorm, Transformer, make_norm
+from tests import small
+from tests.check import check_in_place
+from tests.goldens import compare
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "epsilon"),
+    [
+        ("layer_norm", LayerNorm, 1e-5),
+        ("layer_norm_f32", LayerNorm, 1e-8),
+        ("rms_norm", RMSNorm, 1e-5),
+        ("rms_norm_f32", RMSNorm, 1e-8),
+    ],
+)
+def test_each_norm_has_its_formula_and_its_epsilon(name, kind, epsilon):
+    norm = make_norm(name, 6)
+    assert isinstance(norm, kind)
+    x_BTD = noise(2, 3, 6) * 1e-3  # so small that the epsilon matters
+    scale_D, bias_D = noise(2, 6)
+    if kind is LayerNorm:
+        norm.scale_D[...], norm.bias_D[...] = jnp.asarray(scale_D), jnp.asarray(bias_D)
+        wanted = scale_D * (x_BTD - x_BTD.mean(-1, keepdims=True)) / np.sqrt(x_BTD.var(-1, keepdims=True) + epsilon)
+        wanted = wanted + bias_D
+    else:
+        norm.alpha_D[...] = jnp.asarray(scale_D)
+        wanted = scale_D * x_BTD / np.sqrt((x_BTD**2).mean(-1, keepdims=True) + epsilon)
+    np.testing.assert_allclose(norm(jnp.asarray(x_BTD)), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm_f32"])
+def test_norms_are_computed_in_float32(name):
+    # In bfloat16 the mean square of 4096 equal values is off by far more than one rounding of the result.
+    norm = jax.tree.map(lambda a: a.astype(jnp.bfloat16), make_norm(name, 4096))
+    x_BTD = jnp.asarray(noise(1, 2, 4096)).astype(jnp.bfloat16)
+    y_BTD = norm(x_BTD)
+    assert y_BTD.dtype == jnp.bfloat16
+    in_32 = make_norm(name, 4096)(x_BTD.astype(jnp.float32))
+    np.testing.assert_array_equal(y_BTD, in_32.astype(jnp.bfloat16))
+
+
+def test_feed_forwards_have_their_formulas():
+    x_BTD = noise(2, 3, 6)
+    plain = small.build(lambda rngs: FeedForward(6, 8, rngs=rngs))
+    gated = small.build(lambda rngs: GatedFeedForward(6, 8, rngs=rngs))
+    inner = x_BTD @ np.array(plain.linear1_DF[...])
+    erf = np.array(jax.scipy.special.erf(inner / np.sqrt(2, dtype=np.float32)))
+    wanted = 0.5 * inner * (1 + erf) @ np.array(plain.linear2_FD[...])
+    np.testing.assert_allclose(plain(jnp.asarray(x_BTD)), wanted, atol=1e-5)
+    a, b = np.split(x_BTD @ np.array(gated.linear_in_DG[...]), 2, axis=-1)
+    np.testing.assert_allclose(
+        gated(jnp.asarray(x_BTD)), a / (1 + np.exp(-a)) * b @ np.array(gated.linear_out_FD[...]), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("feedforward", "inner"), [(64, 42), (66, 44), (60, 40)], ids=["four widths", "as published", "any other"]
+)
+def test_the_gated_inner_width_follows_the_reference(feedforward, inner):
+    config = TransformerConfig(
+        d_model=16, num_heads=2, num_layers=1, dim_feedforward=feedforward, context=4, gating="silu"
+    )
+    layer = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))).layers[0]
+    assert layer.feedforward.linear_in_DG.shape == (16, 2 * inner)
+
+
+def test_a_chunk_sees_what_single_steps_see_where_the_reference_loses_keys():
+    config, arrays = compare.read("transformer_mimi")
+    transformer = compare.filled_transformer(config, arrays)
+    step, state, ys = jax.jit(transformer.step), transformer.init_state(2), []
+    for t in range(0, arrays["in.x"].shape[1], 2):
+        y, state = step(arrays["in.x"][:, t : t + 2], state)
+        ys.append(y)
+    compare.expect("pairs", np.concatenate(ys, axis=1), arrays["out.offline"])
+    lost_T = np.abs(arrays["out.pairs"] - arrays["out.offline"]).max(axis=(0, 2)) > 1e-3
+    assert lost_T.tolist() == [t >= config["context"] - 1 for t in range(len(lost_T))]
+
+
+def test_gradients_pass_through_windows():
+    config = TransformerConfig(d_model=8, num_heads=2, num_layers=2, dim_feedforward=12, context=4, layer_scale=0.1)
+    graphdef, params = nnx.split(small.build(lambda rngs: Transformer(config, rngs=rngs)))
+    x_BTD = jnp.asarray(noise(1, 11, 8))
+
+    def last(params, x_BTD):
+        return jnp.sum(nnx.merge(graphdef, params)(x_BTD)[:, -1] ** 2)
+
+    of_params, of_x_BTD = jax.jit(jax.grad(last, argnums=(0, 1)))(params, x_BTD)
+    assert all(np.isfinite(g).all() and np.any(g) for g in jax.tree.leaves(of_params))
+    # Two layers look back twice 3 steps.
+    assert np.any(of_x_BTD, axis=(0, 2)).tolist() == [False] * 4 + [True] * 7
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_step_updates_its_rings_in_place(steps):
+    config = TransformerConfig(d_model=16, num_heads=4, num_layers=2, dim_feedforward=24, context=8192)
+    transformer = small.build(lambda rngs: Transformer(config, rngs=rngs))
+    active_B = jnp.array([True, False])
+    check_in_place(
+        lambda x_BTD, state: transformer.step(x_BTD, state, active_B),
+        jnp.zeros((2, steps, 16)),
+        transformer.init_state(2),
+    )
