@@ -56,7 +56,10 @@ def convert(
         stored = {part: with_dtype(part, stored[part], read_dtype(dtype)) for part in stored}
     writer = {"orbax": _write_orbax, "kyutai": _write_kyutai, "transformers": _write_transformers}[to]
     total = sum(_bytes(p) for parameters in stored.values() for p in parameters.values())
-    with byte_bar(f"converting {opened.name}", total, progress) as advance, native.new_folder(destination) as folder:
+    with (
+        byte_bar(f"converting {opened.name}", total, progress) as advance,
+        native.new_folder(destination, total) as folder,
+    ):
         written = []
         for name, shape, kind in writer(opened, stored, folder):
             written.append((name, shape, kind))

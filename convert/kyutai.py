@@ -14,7 +14,6 @@ from dsm_jax.configs import (
     ModelConfig,
     QuantizerConfig,
     SeanetConfig,
-    SttConfig,
     TransformerConfig,
 )
 from dsm_jax.convert.pieces import Constant, Piece, Spellings, Table, Tensors, piece
@@ -23,6 +22,7 @@ from dsm_jax.convert.transforms import ALPHA, CODEBOOK, CONV, LINEAR, POINTWISE,
 LM_NAME = "model.safetensors"
 MIMI_NAME = "mimi-pytorch-e351c8d8@125.safetensors"
 MIMI_CONFIG_NAME = "mimi_config.json"
+_SETTINGS = ("stt_config", "model_id", "lm_gen_config", "tts_config")
 # Keys that the published files always have; the others are written when they say something.
 _ALWAYS = (
     *("existing_text_padding_id", "causal", "layer_scale", "max_period", "gating", "norm", "positional_embedding"),
@@ -56,17 +56,11 @@ def read_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, LMC
     """
     rest = dict(values)
     names = {key: rest.pop(key, None) for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name")}
-    model_type, stt = rest.pop("model_type", "stt"), rest.pop("stt_config", None) or {}
-    model_id, generation, tts = (rest.pop(key, None) or {} for key in ("model_id", "lm_gen_config", "tts_config"))
-    lm = strict.from_dict(LMConfig, rest, where)
-    config = ModelConfig(
-        model_type=model_type,
-        lm=lm,
-        stt=strict.from_dict(SttConfig, stt, f"{where}: stt_config"),
-        lm_gen_config=generation,
-        tts_config=tts,
-        model_id=model_id,
-    )
+    settings = {key: rest.pop(key) or {} for key in _SETTINGS if key in rest}
+    lm = strict.from_dict(LMConfig, {key: value for key, value in rest.items() if key != "model_type"}, where)
+    settings = {"model_type": rest.get("model_type"), **settings}
+    settings["stt"] = settings.pop("stt_config", {})
+    config = dataclasses.replace(strict.from_dict(ModelConfig, settings, where), lm=lm)
     files = Files(
         names["moshi_name"] or LM_NAME,
         names["mimi_name"] or MIMI_NAME,
@@ -83,7 +77,7 @@ def write_config(config: ModelConfig, lm: LMConfig, files: Files) -> dict[str, A
         default = field.default_factory() if callable(field.default_factory) else field.default
         if field.name not in _ALWAYS and getattr(lm, field.name) == default:
             del values[field.name]
-    for key in ("model_id", "lm_gen_config", "tts_config"):
+    for key in _SETTINGS[1:]:
         values |= {key: dict(getattr(config, key))} if getattr(config, key) else {}
     values |= {"stt_config": strict.to_dict(config.stt)} if config.model_type == "stt" else {}
     values |= {"model_type": config.model_type, "mimi_name": files.mimi}

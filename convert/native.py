@@ -64,8 +64,11 @@ def write_params(folder: Path, arrays: Iterable[tuple[str, Any]]) -> Iterator[st
 
     def save() -> None:
         nonlocal count
-        with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-            checkpointer.save((folder / "params" / f"{count:04}").absolute(), group)
+        try:
+            with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+                checkpointer.save((folder / "params" / f"{count:04}").absolute(), group)
+        except ValueError as error:  # how tensorstore passes on what the file system says
+            raise OSError(str(error).rpartition(": ")[2]) from error
         count += 1
 
     for name, array in arrays:
@@ -164,8 +167,15 @@ def _restore_group(held: Held, group: str, targets: dict[str, Any]) -> dict[str,
 
 
 @contextlib.contextmanager
-def new_folder(destination: Path) -> Iterator[Path]:
+def new_folder(destination: Path, size: int) -> Iterator[Path]:
     """A temporary sibling of `destination`, renamed to it at the end; on an error nothing is left behind.
+
+    Args:
+      destination: a folder that does not exist yet.
+      size: bytes that are going to be written.
+
+    Yields:
+      The folder to write to.
 
     Raises:
       CheckpointError: the destination exists, or the disk cannot hold it.
@@ -178,6 +188,12 @@ def new_folder(destination: Path) -> Iterator[Path]:
     folder = None
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(destination.parent).free
+        if free < size:
+            raise CheckpointError(
+                f"{destination} needs {size / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free; make room, or "
+                "give another destination"
+            )
         folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
         yield folder
         folder.chmod(0o755)  # temporary folders are private

@@ -141,7 +141,7 @@ def read_config(values: Mapping[str, Any], where: str) -> MimiConfig:
         },
         where,
     )
-    return MimiConfig(
+    config = MimiConfig(
         sample_rate=v["sampling_rate"],
         frame_rate=next(
             (r for r in rates if r is not None), v["sampling_rate"] / (2 * math.prod(v["upsampling_ratios"]))
@@ -180,6 +180,9 @@ def read_config(values: Mapping[str, Any], where: str) -> MimiConfig:
             output_dimensions=(width,),
         ),
     )
+    if config.resample_stride != 2:
+        raise ConfigError(f"{where}: a frame is {config.resample_stride} latents; transformers' Mimi resamples by 2")
+    return config
 
 
 def write_config(config: MimiConfig) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def save(model: Model, destination: str | Path) -> None:
     }
     dtype = arrays["lm.text_linear_DV"].dtype.name if model.lm_params is not None else "float32"
     tokenizer = model.tokenizer.path if model.tokenizer else None
-    with native.new_folder(Path(destination)) as folder:
+    with native.new_folder(Path(destination), sum(array.nbytes for array in arrays.values())) as folder:
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / tokenizer.name)
         native.write_config(folder, model.config, dtype, model.name, tokenizer and tokenizer.name)
@@ -203,8 +203,8 @@ def _fetch(name: str) -> Path:
         ) from None
     except errors.LocalEntryNotFoundError:
         raise CheckpointError(
-            f"{name} is not in the local cache and could not be fetched: there is no network, or HF_HUB_OFFLINE is set; "
-            "give a local folder instead"
+            f"{name} is not in the local cache and could not be fetched: there is no network, or HF_HUB_OFFLINE is "
+            "set; give a local folder instead"
         ) from None
     except Exception as error:  # of the network, the disk, or the hub
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -4,14 +4,21 @@ Nothing here knows about arrays. `dsm_jax.strict` reads and writes these as JSON
 """
 
 import dataclasses
+import json
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from dsm_jax.errors import ConfigError
 
 NORMS = ("layer_norm", "layer_norm_f32", "rms_norm", "rms_norm_f32")
 POSITIONS = ("none", "rope", "sin", "sin_rope")
+
+
+class Table(dict[str, Any]):
+    """A JSON object that nobody changes, so that a config that holds one can be hashed."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return hash(json.dumps(self, sort_keys=True))
 
 
 def _require(ok: bool, found: str, remedy: str) -> None:
@@ -199,8 +206,8 @@ class LMConfig:
     extra_heads_dim: int = 6
     demux_second_stream: bool = False
     cross_attention: bool = False
-    conditioners: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    fuser: Mapping[str, Any] | None = None
+    conditioners: Table = Table()
+    fuser: Table | None = None
     depformer_dim: int = 1024
     depformer_num_heads: int = 16
     depformer_num_layers: int = 6
@@ -290,6 +297,6 @@ class ModelConfig:
     lm: LMConfig | None = None
     mimi: MimiConfig = MimiConfig()
     stt: SttConfig = SttConfig()
-    lm_gen_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    tts_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    model_id: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lm_gen_config: Table = Table()
+    tts_config: Table = Table()
+    model_id: Table = Table()

@@ -1,6 +1,6 @@
 """The published speech-to-text models as configs; tests hold them against the published files."""
 
-from dsm_jax.configs import LMConfig, ModelConfig, SttConfig
+from dsm_jax.configs import LMConfig, ModelConfig, SttConfig, Table
 
 
 def _stt(*, heads: int, layers: int, context: int, text_card: int, delay: float, prefix: float) -> ModelConfig:
@@ -18,7 +18,7 @@ def _stt(*, heads: int, layers: int, context: int, text_card: int, delay: float,
         max_period=100_000.0,
     )
     stt = SttConfig(audio_delay_seconds=delay, audio_silence_prefix_seconds=prefix)
-    generation = {"temp": 0.0, "temp_text": 0.0, "top_k": 250, "top_k_text": 50}
+    generation = Table(temp=0.0, temp_text=0.0, top_k=250, top_k_text=50)
     return ModelConfig(model_type="stt", lm=lm, stt=stt, lm_gen_config=generation)
 
 

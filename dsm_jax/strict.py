@@ -10,6 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from dsm_jax.configs import Table
 from dsm_jax.errors import ConfigError
 
 Config = TypeVar("Config")
@@ -48,12 +49,12 @@ def _read_value(kind: Any, value: Any, where: str) -> Any:
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     for option in options:
         origin = typing.get_origin(option) or option
-        if dataclasses.is_dataclass(origin):
-            return from_dict(origin, value, where) if value is not None else None
+        if dataclasses.is_dataclass(origin) and value is not None:
+            return from_dict(origin, value, where)
         if origin is tuple and isinstance(value, (list, tuple)):
             return tuple(_read_value(typing.get_args(option)[0], v, where) for v in value)
-        if origin is Mapping and isinstance(value, Mapping):
-            return dict(value)
+        if origin is Table and isinstance(value, Mapping):
+            return Table(value)
         if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if isinstance(origin, type) and isinstance(value, origin) and isinstance(value, bool) == (origin is bool):

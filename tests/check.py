@@ -147,7 +147,9 @@ class _Check:
             heard_B = np.where(active_B, np.arange(self.rows), np.arange(self.rows) - 1)
             steps_BT = start_B[:, None] + np.arange(length)
             before = state
-            y, state = self.step(jax.tree.map(lambda a, at=(heard_B[:, None], steps_BT): a[at], self.x), state, active_B)
+            y, state = self.step(
+                jax.tree.map(lambda a, at=(heard_B[:, None], steps_BT): a[at], self.x), state, active_B
+            )
             _expect_finite("idle", y)
             for r in range(self.rows):
                 if active_B[r]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsm_jax.configs import LMConfig, MimiConfig, QuantizerConfig, SeanetConfig, TransformerConfig
+from dsm_jax.configs import LMConfig, MimiConfig, QuantizerConfig, SeanetConfig, Table, TransformerConfig
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -33,8 +33,8 @@ MIMI = MimiConfig(
     ),
 )
 
-# Listens only, has pause heads: stt-1b-en_fr and its `-candle` twin. A bias, delays and a text head of its own width are
-# in the config format, though no published speech-to-text model uses them.
+# Listens only, has pause heads: stt-1b-en_fr and its `-candle` twin. A bias, delays and a text head of its own width
+# are in the config format, though no published speech-to-text model uses them.
 STT = LMConfig(
     card=12,
     n_q=3,
@@ -66,18 +66,18 @@ TTS = LMConfig(
     context=5,
     demux_second_stream=True,
     cross_attention=True,
-    conditioners={
-        "speaker_wavs": {"type": "tensor", "tensor": {"dim": 10}},
-        "cfg": {"type": "lut", "lut": {"n_bins": 3, "dim": 6, "tokenizer": "noop", "possible_values": ["1", "2", "3"]}},
-        "control": {"type": "lut", "lut": {"n_bins": 1, "dim": 16, "tokenizer": "noop", "possible_values": ["ok"]}},
-    },
-    fuser={
-        "cross_attention_pos_emb": True,
-        "cross_attention_pos_emb_scale": 1,
-        "sum": ["control", "cfg"],
-        "prepend": [],
-        "cross": ["speaker_wavs"],
-    },
+    conditioners=Table(
+        speaker_wavs={"type": "tensor", "tensor": {"dim": 10}},
+        cfg={"type": "lut", "lut": {"n_bins": 3, "dim": 6, "tokenizer": "noop", "possible_values": ["1", "2", "3"]}},
+        control={"type": "lut", "lut": {"n_bins": 1, "dim": 16, "tokenizer": "noop", "possible_values": ["ok"]}},
+    ),
+    fuser=Table(
+        cross_attention_pos_emb=True,
+        cross_attention_pos_emb_scale=1,
+        sum=["control", "cfg"],
+        prepend=[],
+        cross=["speaker_wavs"],
+    ),
     depformer_dim=8,
     depformer_num_heads=2,
     depformer_num_layers=2,

@@ -93,7 +93,9 @@ def test_cross_attention_sees_all_of_its_source_from_every_step():
     x_BTD, source_BXD = noise(2, 3, 16), noise(2, 7, 16) + 1
     q, k, v = (
         (x @ w).reshape(2, -1, 4, 4)
-        for x, w in zip((x_BTD, source_BXD, source_BXD), np.split(np.array(cross.in_proj_DE[...]), 3, axis=1), strict=True)
+        for x, w in zip(
+            (x_BTD, source_BXD, source_BXD), np.split(np.array(cross.in_proj_DE[...]), 3, axis=1), strict=True
+        )
     )
     heads = [
         np.stack([softmax_attention(q[b, :, n], k[b, :, n], v[b, :, n], np.ones((3, 7), bool)) for b in (0, 1)])

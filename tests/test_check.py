@@ -65,7 +65,9 @@ class IsNanWhileIdle(Conv):
 
 class IdlesWithTheWholeBatch(Conv):
     def step(self, x_BTC, state, active_B=None):
-        return super().step(x_BTC, state, None if active_B is None else jnp.broadcast_to(active_B.all(), active_B.shape))
+        return super().step(
+            x_BTC, state, None if active_B is None else jnp.broadcast_to(active_B.all(), active_B.shape)
+        )
 
 
 class ChangesDtype(Conv):
@@ -134,7 +136,7 @@ def test_each_fault_is_caught_by_its_clause(module, clause):
 
 def test_a_reset_that_reaches_other_rows_is_caught(monkeypatch):
     monkeypatch.setattr("tests.check.reset_rows", lambda state, reset_B: jax.tree.map(jnp.zeros_like, state))
-    with pytest.raises(AssertionError, match="^reset: another row felt it"):
+    with pytest.raises(AssertionError, match=r"^reset: another row felt it"):
         check_streaming(Conv(), X_BTC, window=WINDOW, atol=1e-5)
 
 
@@ -175,7 +177,7 @@ def copied_out(x_BKH, cache):
 def test_a_ring_that_is_copied_is_caught():
     x_BKH, cache = jnp.ones((2, 2, 8)), KVCache(jnp.zeros((2, 2, 4096, 8)), jnp.zeros((2, 2, 4096, 8)))
     check_in_place(write_then_read, x_BKH, cache)
-    with pytest.raises(AssertionError, match="^copies: the step needs"):
+    with pytest.raises(AssertionError, match=r"^copies: the step needs"):
         check_in_place(read_after_write, x_BKH, cache)
-    with pytest.raises(AssertionError, match="^donation: 524288 bytes are updated in place, the caches have 1048576"):
+    with pytest.raises(AssertionError, match=r"^donation: 524288 bytes are updated in place, the caches have 1048576"):
         check_in_place(copied_out, x_BKH, cache)

@@ -54,10 +54,12 @@ def test_a_transposed_convolution_adds_every_input_to_two_strides_of_output(stri
     conv.bias_D[...] = jnp.array([1.0, 2.0])
     x_BTC = noise(2, 4, 3)
     taps_MCSD = np.array(conv.kernel_MCE[...]).reshape(2, 3, stride, 2)[::-1]  # stored oldest input first
-    wanted_BTD = np.zeros((2, 5 * stride, 2)) + [1.0, 2.0]
+    wanted_BTD = np.full((2, 5 * stride, 2), [1.0, 2.0])
     for t in range(4):
         for m in range(2):
-            wanted_BTD[:, (t + m) * stride : (t + m + 1) * stride] += np.einsum("bc,csd->bsd", x_BTC[:, t], taps_MCSD[m])
+            wanted_BTD[:, (t + m) * stride : (t + m + 1) * stride] += np.einsum(
+                "bc,csd->bsd", x_BTC[:, t], taps_MCSD[m]
+            )
     np.testing.assert_allclose(conv(x_BTC), wanted_BTD[:, : 4 * stride], rtol=1e-5, atol=1e-5)
 
 

@@ -16,7 +16,7 @@ def test_one_wrong_weight_is_noticed(name):
     config, arrays = compare.read(name)
     weights = [key for key in arrays if key.startswith("weights.") and not key.endswith("_initialized")]
     key = weights[np.random.default_rng(0).integers(len(weights))]
-    with pytest.raises(AssertionError, match="off by|differ"):
+    with pytest.raises(AssertionError, match=r"off by|differ"):
         compare.CASES[name](config, arrays | {key: arrays[key] * 1.5})
 
 

@@ -70,7 +70,9 @@ def test_the_end_is_padded_with_zeros_to_a_whole_frame(samples_BTC):
 
 @pytest.mark.parametrize("samples", [0, 1, FRAME - 1, FRAME + 1])
 def test_a_chunk_must_be_whole_frames(mimi, samples):
-    message = f"Mimi got {samples} samples; a chunk is a positive multiple of {FRAME} samples, so hold back what is over"
+    message = (
+        f"Mimi got {samples} samples; a chunk is a positive multiple of {FRAME} samples, so hold back what is over"
+    )
     with pytest.raises(StreamError, match=re.escape(message)):
         mimi.encode_step(jnp.zeros((1, samples, 1)), mimi.encoder.init_state(1))
 

@@ -68,6 +68,7 @@ class Depformer(nnx.Module):
             "depformer_gating": "silu",
             "depformer_layer_scale": None,
             "depformer_norm": None,
+            "bias_proj": False,
         }
         for name, value in fixed.items():
             if getattr(config, name) != value:

@@ -20,6 +20,7 @@ from dsm_jax.errors import StreamError
 from dsm_jax.models.conditioning import Conditions, Conditioning
 from dsm_jax.models.depformer import Depformer
 from dsm_jax.nn.embedding import Embedding
+from dsm_jax.nn.precision import full_precision
 from dsm_jax.nn.transformer import Transformer, TransformerState, make_norm
 
 ZERO_TOKEN = -1  # an input that is not there
@@ -60,6 +61,7 @@ class DelayedStreamsLM(nnx.Module):
         """What every stream is fed before its first token, int32 [K]."""
         return jnp.array([self.config.text_card] + [self.config.card] * self.config.n_q, jnp.int32)
 
+    @full_precision
     def embed(self, tokens_BKT: jax.Array) -> jax.Array:
         """The sum over streams of their tokens' embeddings; a token of -1 adds exactly nothing."""
         audio_BTQ = tokens_BKT[:, 1:].swapaxes(1, 2)
@@ -94,6 +96,7 @@ class DelayedStreamsLM(nnx.Module):
         x_BTD, state = self.transformer.step(x_BTD, state, active_B, None if conditions is None else conditions.cross)
         return self.out_norm(x_BTD), state
 
+    @full_precision
     def condition(self, values: dict[str, jax.Array], masks: dict[str, jax.Array]) -> Conditions:
         """Turns condition values into what `step` adds and attends to, once per stream."""
         sum_BD, cross_BXD = self.conditioning(values, masks)
@@ -101,6 +104,7 @@ class DelayedStreamsLM(nnx.Module):
             return Conditions(sum_BD, None)
         return Conditions(sum_BD, self.transformer.cross_keys_values(cross_BXD.astype(self.text_linear_DV.dtype)))
 
+    @full_precision
     def text_logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Scores of the next text token [B, T, V], float32."""
         logits_BTV = hidden_BTD @ self.text_linear_DV[...]
@@ -108,6 +112,7 @@ class DelayedStreamsLM(nnx.Module):
             logits_BTV = logits_BTV + self.text_bias_V[...]
         return logits_BTV.astype(jnp.float32)
 
+    @full_precision
     def extra_probabilities(self, hidden_BTD: jax.Array) -> jax.Array:
         """Softmax of every extra head [B, T, P, O], float32. In STT models class 0 of head p is a pause to come."""
         if self.extra_heads_PDO is None:
@@ -115,6 +120,7 @@ class DelayedStreamsLM(nnx.Module):
         logits_BTPO = jnp.einsum("BTD,PDO->BTPO", hidden_BTD, self.extra_heads_PDO[...])
         return jax.nn.softmax(logits_BTPO.astype(jnp.float32), axis=-1)
 
+    @full_precision
     def __call__(self, codes_BKT: jax.Array, conditions: Conditions | None = None) -> LMOutput:
         """Teacher-forced scores of a whole clip: every token predicted from the ones before it.
 

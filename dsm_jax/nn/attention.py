@@ -126,8 +126,10 @@ class Attention(nnx.Module):
         steps_T = jnp.arange(T)
         causal_BTU = jnp.broadcast_to(steps_T[:, None] >= steps_T, (B, T, T))
         y_BTE = _attend(q_BTKGH, [(cache.k_BKSH, cache.v_BKSH, seen_BTS), (k_BKUH, v_BKUH, causal_BTU)])
-        # Reading comes before writing, so a chunk may overwrite keys that it still needed; XLA then updates the donated
-        # cache in place.
+        # Reading comes before writing, so a chunk may overwrite keys that it still needed. What is not a number is not
+        # written: masked, it would still count (0 * nan is nan), so the row would be lost even after a reset. It also
+        # makes the write depend on the read: otherwise XLA copies the donated cache and does not update it in place.
+        slot_BT = jnp.where(jnp.isfinite(y_BTE).all((1, 2))[:, None], slot_BT, S)
         cache = _write(cache, k_BKUH, v_BKUH, slot_BT)
         return y_BTE @ self.out_proj_ED[...], cache
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsm_jax.errors import StreamError
+from dsm_jax.nn.precision import full_precision
 from dsm_jax.streaming import select_rows
 
 
@@ -23,8 +24,8 @@ class ConvState:
     started_B: jax.Array
 
 
+@full_precision
 def _convolve(x_BTC: jax.Array, kernel_KCD: jax.Array, stride: int = 1, dilation: int = 1) -> jax.Array:
-    # Codes must not depend on the backend's idea of a fast float32 product (TF32, bfloat16 passes).
     return jax.lax.conv_general_dilated(
         x_BTC,
         kernel_KCD,
@@ -32,7 +33,6 @@ def _convolve(x_BTC: jax.Array, kernel_KCD: jax.Array, stride: int = 1, dilation
         padding="VALID",
         rhs_dilation=(dilation,),
         dimension_numbers=("NTC", "TIO", "NTC"),
-        precision=jax.lax.Precision.HIGHEST,
     )
 
 

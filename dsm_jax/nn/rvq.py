@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsm_jax.configs import QuantizerConfig
-
-# Codes are decisions: a product in TF32 or bfloat16 takes some of them differently.
-_EXACT = jax.lax.Precision.HIGHEST
+from dsm_jax.nn.precision import full_precision
 
 
 class Codebook(nnx.Module):
@@ -23,13 +21,12 @@ class Codebook(nnx.Module):
     def __init__(self, entries: int, width: int, *, rngs: nnx.Rngs):
         self.embedding_VC = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (entries, width)))
 
+    @full_precision
     def nearest(self, x_NC: jax.Array) -> jax.Array:
         """Index of the nearest entry, int32 [N]."""
         embedding_VC = self.embedding_VC[...]
         # |x - e|^2 without |x|^2, which is the same for every entry.
-        score_VN = jnp.sum(embedding_VC**2, axis=1)[:, None] - 2.0 * jnp.matmul(
-            embedding_VC, x_NC.T, precision=_EXACT
-        )
+        score_VN = jnp.sum(embedding_VC**2, axis=1)[:, None] - 2.0 * (embedding_VC @ x_NC.T)
         # The first entry at the minimum, by two plain reductions: XLA's argmin takes twice as long on CPU.
         entries_V1 = jnp.arange(embedding_VC.shape[0], dtype=jnp.int32)[:, None]
         last = embedding_VC.shape[0] - 1
@@ -45,19 +42,21 @@ class ResidualQuantizer(nnx.Module):
         self.output_proj_CD = nnx.Param(init(rngs.params(), (config.dimension, config.output_dimension)))
         self.codebooks = nnx.List([Codebook(config.bins, config.dimension, rngs=rngs) for _ in range(codebooks)])
 
+    @full_precision
     def encode(self, x_BTD: jax.Array, codebooks: int) -> jax.Array:
         """Codes of the first `codebooks` stages, int32 [B, codebooks, T]."""
-        x_NC = jnp.matmul(x_BTD, self.input_proj_DC[...], precision=_EXACT).reshape(-1, self.input_proj_DC.shape[1])
+        x_NC = (x_BTD @ self.input_proj_DC[...]).reshape(-1, self.input_proj_DC.shape[1])
         codes = []
         for codebook in self.codebooks[:codebooks]:
             codes.append(codebook.nearest(x_NC))
             x_NC = x_NC - codebook.embedding_VC[codes[-1]]
         return jnp.stack(codes).reshape(codebooks, *x_BTD.shape[:2]).swapaxes(0, 1)
 
+    @full_precision
     def decode(self, codes_BQT: jax.Array) -> jax.Array:
         """The latents [B, T, D] that the codes stand for."""
         stages = [book.embedding_VC[codes_BQT[:, q]] for q, book in enumerate(self.codebooks[: codes_BQT.shape[1]])]
-        return jnp.matmul(sum(stages), self.output_proj_CD[...], precision=_EXACT)
+        return sum(stages) @ self.output_proj_CD[...]
 
 
 class SplitQuantizer(nnx.Module):

@@ -13,6 +13,7 @@ from flax import nnx
 
 from dsm_jax.configs import TransformerConfig
 from dsm_jax.nn.attention import Attention, CrossAttention, sinusoids
+from dsm_jax.nn.precision import full_precision
 from dsm_jax.streaming import KVCache, step_in_blocks
 
 
@@ -136,10 +137,12 @@ class Transformer(nnx.Module):
         caches = tuple(layer.self_attn.init_cache(batch_size) for layer in self.layers)
         return TransformerState(caches, jnp.zeros((batch_size,), jnp.int32))
 
+    @full_precision
     def cross_keys_values(self, source_BXD: jax.Array) -> tuple[tuple[jax.Array, jax.Array], ...]:
         """Every layer's keys and values for the cross-attention source; pass them to each `step`."""
         return tuple(layer.cross_attention.keys_values(source_BXD) for layer in self.layers)
 
+    @full_precision
     def step(
         self,
         x_BTD: jax.Array,

@@ -137,7 +137,9 @@ def _say(
         if prompt_BP.shape[1]:
             ids_V = jnp.arange(logits_BV.shape[1])
             silent_V = (ids_V == config.existing_text_padding_id) | (ids_V == config.existing_text_end_padding_id)
-            allowed_BV = silent_V | (ids_V == wanted_B[:, None]) | (wanted_B == 0)[:, None]
+            # The first step belongs to no frame, so what it said would be lost.
+            sayable_B = jnp.where(text.step_B == 0, -1, wanted_B)
+            allowed_BV = silent_V | (ids_V == sayable_B[:, None]) | (wanted_B == 0)[:, None]
             logits_BV = jnp.where(allowed_BV, logits_BV, -jnp.inf)
         keys_B = None if how.temperature <= 0 else jax.vmap(lambda step: jax.random.fold_in(key, step))(text.step_B)
         return sample(logits_BV, keys_B, temperature=how.temperature, top_k=how.top_k)

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import TextIO
 
 from tests.benchmarks import rows
+from tests.benchmarks.table import RESULTS, ROOT
 from tests.benchmarks.tasks import OURS, PACKAGES, TASKS, missing
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = Path(__file__).parent / "results"
 _LAST_LINES = 20  # of a failed worker's complaint
 
 
@@ -34,7 +33,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def run_worker(command: Sequence[str], threads: int, timeout_s: float) -> rows.Row:
-    """Runs a module and returns the JSON object on its last line with the cores that others used, or one with "error"."""
+    """Runs a module: what its last line says, in JSON, and the cores that others used meanwhile, or an "error"."""
     before = time.monotonic(), others_seconds()
     try:
         done = subprocess.run(
@@ -57,10 +56,10 @@ def run_worker(command: Sequence[str], threads: int, timeout_s: float) -> rows.R
     return {**json.loads(done.stdout.strip().splitlines()[-1]), "others_cores": max(0.0, others_s / elapsed_s)}
 
 
-def others_seconds() -> float:
+def others_seconds(statistics: Path = Path("/proc/stat")) -> float:
     """Processor time that neither this process nor its children have used since the machine started; 0 off Linux."""
     try:
-        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        user, nice, system, _, _, irq, softirq, steal = map(int, statistics.read_text().split()[1:9])
     except OSError:
         return 0.0
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -82,9 +81,9 @@ def measure(task: str, contenders: Sequence[str], args: argparse.Namespace) -> l
             command += ["--steps", str(args.steps)] if args.steps else []
             result = {"error": why_not} if why_not else run_worker(command, args.threads, args.timeout)
             found[contender].append(result)
-            said = result.get("error") or (
-                f"{result['p50_ms']:.1f} ms, {result['peak_rss_mb']:.0f} MB; others used {result['others_cores']:.2f} cores"
-            )
+            said = result.get(
+                "error"
+            ) or "{p50_ms:.1f} ms, {peak_rss_mb:.0f} MB, others {others_cores:.2f} cores".format(**result)
             print(f"{task}, round {number + 1} of {rounds}: {contender}: {said}", file=sys.stderr)
     about = rows.about(args.threads) | {"tiny": args.tiny}
     measured = [rows.contender_row(task, contender, results, about) for contender, results in found.items()]
@@ -108,7 +107,7 @@ def main() -> None:
     args.checkpoints = (args.checkpoints or ROOT / "out" / "benchmarks" / size).resolve()
     about = rows.about(args.threads)
     name = f"{rows.slug(about['device'])}-{about['date']}.jsonl"
-    out = args.out or (ROOT / "out" / "benchmarks" if args.tiny else RESULTS) / name
+    out = args.out or (ROOT / "out" / "benchmarks" if args.tiny else ROOT / RESULTS) / name
 
     if set(args.contender) != {OURS} or "transcribe_45s" in args.task:
         command = ["tests.benchmarks.checkpoints", str(args.checkpoints), *(["--tiny"] if args.tiny else [])]

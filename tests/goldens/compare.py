@@ -50,7 +50,9 @@ def filled(make: Callable[[nnx.Rngs], Module], table: pieces.Table, arrays: Arra
       root: what the table writes before the names of both sides.
     """
     tensors = {
-        root + name.removeprefix("weights."): pieces.Tensor(a.shape, "F32", lambda rows, a=a: a[slice(*rows or (None,))])
+        root + name.removeprefix("weights."): pieces.Tensor(
+            a.shape, "F32", lambda rows, a=a: a[slice(*rows or (None,))]
+        )
         for name, a in arrays.items()
         if name.startswith("weights.")
     }
@@ -82,7 +84,9 @@ def _time_second(x_BCT: np.ndarray) -> jax.Array:
 
 
 def _one_kernel(make: Callable[[nnx.Rngs], Any], table: pieces.Table, arrays: Arrays) -> None:
-    expect("output", filled(make, table, arrays, root=".")(_time_second(arrays["in.x"])).swapaxes(1, 2), arrays["out.y"])
+    expect(
+        "output", filled(make, table, arrays, root=".")(_time_second(arrays["in.x"])).swapaxes(1, 2), arrays["out.y"]
+    )
 
 
 def convolution(config: dict[str, Any], arrays: Arrays) -> None:

@@ -1,0 +1,77 @@
+"""Checkpoint folders with random weights in miniature, written by the library's own export: no torch needed."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsm_jax import checkpoints
+from dsm_jax.configs import LMConfig, ModelConfig, SttConfig
+from dsm_jax.convert.command import convert
+from dsm_jax.convert.networks import flatten, networks
+from dsm_jax.tokenizers import load_tokenizer
+from tests import small
+from tests.tokenizer_maker import make_tokenizer
+
+# What the published models have in common, so that every layout can hold it.
+PLAIN_STT = dataclasses.replace(
+    small.STT, delays=(0,) * 4, text_card=64, text_card_out=None, bias_proj=False, extra_heads_num_heads=0
+)
+
+
+def model_config(lm: LMConfig | None) -> ModelConfig:
+    stt = SttConfig(audio_delay_seconds=0.5, audio_silence_prefix_seconds=1.0)
+    return ModelConfig(model_type="stt" if lm else "mimi", lm=lm, mimi=small.MIMI, stt=stt if lm else SttConfig())
+
+
+def random_model(folder: Path, lm: LMConfig | None, *, seed: int = 0) -> checkpoints.Model:
+    """A model of `small.MIMI` and this language model; every parameter is drawn, norms and biases too."""
+    config, tokenizer = model_config(lm), None
+    if lm is not None and lm.text_card >= 48:
+        tokenizer = load_tokenizer(make_tokenizer(folder / "words.model", lm.text_card))
+    made = networks(config)
+
+    def draw(part: str) -> nnx.State:
+        keys = jax.random.split(jax.random.key(seed), len(made[part].parameters))
+        parameters = zip(keys, made[part].parameters.items(), strict=True)
+        return made[part].fill({name: jax.random.normal(key, p.shape) for key, (name, p) in parameters})
+
+    return checkpoints.Model(
+        config=config,
+        lm_def=made["lm"].graph if lm else None,
+        lm_params=draw("lm") if lm else None,
+        mimi_def=made["mimi"].graph,
+        mimi_params=draw("mimi"),
+        tokenizer=tokenizer,
+        name="random",
+    )
+
+
+def make_checkpoint(folder: Path, to: str, *, lm: LMConfig | None = PLAIN_STT, dtype: str = "float32") -> Path:
+    """Writes a random model in a layout and returns its folder."""
+    native = folder / "made"
+    checkpoints.save(random_model(folder, lm), native)
+    convert(native, folder / to, to=to, dtype=dtype)
+    return folder / to
+
+
+def arrays_of(model: checkpoints.Model) -> dict[str, np.ndarray]:
+    """Every parameter of a model by network and dotted path, in float32."""
+    states = {"lm": model.lm_params, "mimi": model.mimi_params}
+    return {
+        f"{part}.{name}": np.asarray(jnp.asarray(array, jnp.float32))
+        for part, state in states.items()
+        if state is not None
+        for name, array in flatten(state).items()
+    }
+
+
+def assert_same_weights(model: checkpoints.Model, expected: checkpoints.Model, *, without: str = "-") -> None:
+    """Fails unless the models have the same parameters, bit for bit; `without` names one that may be missing."""
+    found, wanted = arrays_of(model), arrays_of(expected)
+    assert found.keys() | {without} == wanted.keys() | {without}
+    different = [name for name, array in found.items() if not np.array_equal(array, wanted[name])]
+    assert different == []

@@ -1,0 +1,41 @@
+"""The stored miniature of stt-1b-en_fr with pause heads, its recording, and what moshi made of it."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+import dsm_jax
+from dsm_jax import audio
+from dsm_jax.checkpoints import Model
+
+DATA = Path(__file__).with_name("data")
+RECORDING = DATA / "librispeech-1272-128104-0000.flac"
+CHECKPOINT = Path(__file__).parent / "goldens/stt/checkpoint"
+
+
+@functools.cache
+def model() -> Model:
+    """The miniature, loaded from Kyutai's layout."""
+    return dsm_jax.load(CHECKPOINT)
+
+
+@functools.cache
+def recording() -> np.ndarray:
+    """5.9 s of read speech at 24 kHz."""
+    pcm = audio.read(RECORDING)
+    pcm.setflags(write=False)
+    return pcm
+
+
+@functools.cache
+def expected() -> dict[str, np.ndarray]:
+    """codes_QT, tokens_T, logits_TV and pauses_TH of the padded recording, and first_token."""
+    return load_file(CHECKPOINT.with_name("expected.safetensors"))
+
+
+def expected_words() -> list[tuple[str, float, float]]:
+    """Word, start and end by the published script's rules."""
+    return [tuple(row) for row in json.loads(CHECKPOINT.with_name("expected_words.json").read_text(encoding="utf-8"))]

@@ -1,0 +1,292 @@
+"""The benchmarks' arithmetic: rows, ratios, tables and the search for what fits. What takes time is not tested here."""
+
+import json
+import math
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsm_jax import presets
+from tests.benchmarks import __main__ as runner
+from tests.benchmarks import gpu, gpu_worker, rows, table, tasks, worker
+
+ABOUT = {"device": "A CPU", "threads": 2, "date": "2026-01-02", "versions": {"jax": "0.10.0", "moshi": None}}
+README = table.ROOT / "README.md"
+PUBLISHED = table.ROOT / "tests" / "published"
+
+
+def measured(p50_ms: float, peak_rss_mb: float = 100.0, others_cores: float = 0.0) -> rows.Row:
+    return {
+        "p50_ms": p50_ms,
+        "p99_ms": 2 * p50_ms,
+        "peak_rss_mb": peak_rss_mb,
+        "others_cores": others_cores,
+        "steps": 5,
+    }
+
+
+def run_of(task: str, figures: dict[str, rows.Row]) -> list[rows.Row]:
+    found = [rows.contender_row(task, contender, [figure], ABOUT) for contender, figure in figures.items()]
+    return found + rows.ratio_rows(task, found)
+
+
+# Rows and ratios.
+
+
+def test_a_row_is_the_median_over_rounds():
+    row = rows.contender_row("lm_step_b1", "ours", [measured(3.0), measured(1.0), measured(2.0)], ABOUT)
+    assert (row["p50_ms"], row["p99_ms"], row["rounds"], row["device"]) == (2.0, 4.0, 3, "A CPU")
+
+
+def test_a_round_that_failed_makes_the_row_say_so():
+    row = rows.contender_row("lm_step_b1", "moshi", [measured(1.0), {"error": "exit code 1"}], ABOUT)
+    assert row["error"] == "exit code 1"
+    assert "p50_ms" not in row
+
+
+def test_a_ratio_is_to_the_best_of_the_others():
+    found = run_of("lm_step_b1", {"ours": measured(60), "moshi": measured(160), "transformers": measured(100)})
+    assert found[-1] == {
+        "task": "lm_step_b1",
+        "measure": "p50_ms",
+        "target": 0.65,
+        "ratio": 0.6,
+        "best_peer": "transformers",
+        "met": True,
+    }
+
+
+def test_memory_has_a_best_and_a_target_of_its_own():
+    figures = {"ours": measured(50, 120), "moshi": measured(100, 110), "transformers": measured(90, 300)}
+    time, memory = rows.ratio_rows("transcribe_45s", run_of("transcribe_45s", figures))
+    assert (time["best_peer"], time["met"]) == ("transformers", True)
+    assert (memory["best_peer"], memory["ratio"], memory["met"]) == ("moshi", 1.091, False)
+
+
+@pytest.mark.parametrize(
+    "figures, error",
+    [
+        ({"ours": measured(1), "moshi": {"error": "moshi is not installed"}}, "no figure of any other, so no ratio"),
+        ({"ours": {"error": "it broke"}, "moshi": measured(1)}, "no figure of ours, so no ratio"),
+    ],
+)
+def test_without_two_figures_there_is_no_ratio(figures: dict[str, rows.Row], error: str):
+    ratio = run_of("lm_step_b1", figures)[-1]
+    assert ratio["error"] == error
+    assert "ratio" not in ratio
+
+
+def test_a_contender_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(tasks.PACKAGES, "moshi", "no_such_package")
+    assert tasks.missing("moshi") == "no_such_package is not installed"
+    assert tasks.missing("ours") is None
+
+
+def test_a_device_becomes_part_of_a_file_name():
+    assert rows.slug("AMD EPYC 9B14 (96-Core)") == "amd-epyc-9b14-96-core"
+
+
+# Workers.
+
+
+def test_warm_up_is_not_timed():
+    calls = []
+    assert len(worker.time_steps(lambda: calls.append(1), 3, 2)) == 2
+    assert len(calls) == 5
+
+
+def test_figures_are_in_milliseconds_and_megabytes():
+    found = worker.figures([0.001, 0.002, 0.003])
+    assert (found["p50_ms"], found["steps"]) == (2.0, 3)
+    assert found["p50_ms"] < found["p99_ms"] <= 3.0
+    assert 10 < found["peak_rss_mb"] < 100_000
+
+
+def run_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, timeout_s: float = 60) -> rows.Row:
+    (tmp_path / "script.py").write_text(script)
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    return runner.run_worker(["script"], threads=2, timeout_s=timeout_s)
+
+
+def test_the_last_line_of_a_worker_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    script = "import json, os; print('hello'); print(json.dumps({'threads': os.environ['OMP_NUM_THREADS']}))"
+    found = run_script(tmp_path, monkeypatch, script)
+    assert found["threads"] == "2"
+    assert found["others_cores"] >= 0
+
+
+@pytest.mark.parametrize(
+    "script, timeout_s, error",
+    [
+        ("raise ValueError('no\\n  1: backtrace')", 60, "exit code 1: ValueError: no"),
+        ("import time; time.sleep(60)", 0.2, "took longer than 0 s"),
+    ],
+)
+def test_a_worker_that_fails_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, timeout_s: float, error: str
+):
+    assert run_script(tmp_path, monkeypatch, script, timeout_s) == {"error": error}
+
+
+def test_processor_time_of_others_is_all_but_idle_time_and_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ticks = os.sysconf("SC_CLK_TCK")
+    (tmp_path / "stat").write_text("cpu  " + " ".join(str(1000 * n * ticks) for n in range(1, 11)) + "\ncpu0 1\n")
+    own = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    found = runner.others_seconds(tmp_path / "stat")
+    assert found == pytest.approx(1000 * (1 + 2 + 3 + 6 + 7 + 8) - own, abs=1)
+    assert runner.others_seconds(tmp_path / "no such file") == 0
+
+
+# Tables.
+
+
+def results(root: Path, found: Sequence[rows.Row], name: str = "cpu.jsonl") -> str:
+    (root / name).write_text("".join(json.dumps(row) + "\n" for row in found))
+    return name
+
+
+FOUND = run_of("lm_step_b1", {"ours": measured(60), "moshi": measured(160), "transformers": {"error": "it broke"}})
+
+
+def test_the_table_shows_every_contender_the_ratio_and_what_failed(tmp_path: Path):
+    shown = table.block([results(tmp_path, FOUND)], tmp_path)
+    assert "| `lm_step_b1` | 60 (120) | 160 (320) | – | – | **0.38** of moshi | 0.65 |" in shown
+    assert "lm_step_b1: transformers: it broke" in shown
+    assert "A CPU, 2 threads, float32, 2026-01-02; jax 0.10.0;" in shown
+
+
+def test_the_table_says_when_the_machine_was_busy(tmp_path: Path):
+    busy = run_of("lm_step_b1", {"ours": measured(60), "moshi": measured(160, others_cores=0.5)})
+    note = "other programs were running during lm_step_b1"
+    assert note in table.block([results(tmp_path, busy)], tmp_path)
+    assert note not in table.block([results(tmp_path, FOUND)], tmp_path)
+
+
+def test_peak_memory_has_a_line(tmp_path: Path):
+    found = run_of("transcribe_45s", {"ours": measured(50, 120), "moshi": measured(100, 100)})
+    shown = table.block([results(tmp_path, found)], tmp_path)
+    assert "| `transcribe_45s`, peak MB | 120 | 100 | – | – | **1.20** of moshi | 1.00 |" in shown
+
+
+def test_the_gpu_table_pairs_ours_and_moshi(tmp_path: Path):
+    head = {"bench": "stt_step", "size": "stt-1b", "batch": 64, **ABOUT}
+    found = [
+        head | gpu_worker.timing([0.01] * 4, 64) | {"who": "ours", "share_of_limit": 0.5},
+        head | {"who": "moshi", "error": "out of memory"},
+    ]
+    shown = table.block([results(tmp_path, found)], tmp_path)
+    assert "| stt-1b, 64 | 10 (10) | – | yes | 50 % |" in shown
+
+
+@pytest.mark.parametrize("found", [[], [FOUND[0] | {"tiny": True}]])
+def test_a_run_of_miniature_models_makes_no_table(tmp_path: Path, found: list[rows.Row]):
+    with pytest.raises(ValueError, match=r"of miniature models or none; give a full run"):
+        table.block([results(tmp_path, found)], tmp_path)
+
+
+def test_only_what_is_between_the_markers_is_rewritten(tmp_path: Path):
+    text = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
+    assert table.rewrite(text, "new") == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
+    with pytest.raises(ValueError, match=r"found 0 .* expected one of each: add them"):
+        table.rewrite("no markers", "new")
+
+
+def test_a_changed_table_and_changed_results_are_noticed(tmp_path: Path):
+    name = results(tmp_path, FOUND)
+    text = table.rewrite(f"{table.BEGIN}{table.END}", table.block([name], tmp_path))
+    assert table.is_current(text, tmp_path)
+    assert not table.is_current(text.replace("0.38", "0.18"), tmp_path)
+    assert not table.is_current(table.rewrite(text, "| numbers | from nowhere |"), tmp_path)
+    results(tmp_path, FOUND[:1])
+    assert not table.is_current(text, tmp_path)
+
+
+def test_the_table_may_be_empty_until_there_are_results(tmp_path: Path):
+    (tmp_path / table.RESULTS).mkdir(parents=True)
+    assert table.is_current("no markers", tmp_path)
+    assert table.is_current(f"{table.BEGIN}\n{table.END}", tmp_path)
+    results(tmp_path / table.RESULTS, FOUND)
+    assert not table.is_current(f"{table.BEGIN}\n{table.END}", tmp_path)
+
+
+def test_the_table_in_the_readme_is_what_the_stored_results_give():
+    assert table.is_current(README.read_text())
+
+
+# The GPU script.
+
+
+def attempts(capacity: int, broken_at: int | None = None) -> tuple[list[int], rows.Row]:
+    def attempt(batch: int) -> rows.Row:
+        if batch == broken_at:
+            return {"batch": batch, "error": "no time left"}
+        return {"batch": batch} | ({} if batch <= capacity else {"error": "out of memory"})
+
+    *tried, summary = gpu.largest(attempt, 1024, 64)
+    return [row["batch"] for row in tried], summary
+
+
+@pytest.mark.parametrize(
+    "capacity, tried, fits, fails",
+    [
+        (1300, [1024, 2048, 1536, 1280, 1408, 1344], 1280, 1344),
+        (700, [1024, 512, 768, 640, 704], 640, 704),
+        (10, [1024, 512, 256, 128, 64], 0, 64),
+        (10**9, [1024, 2048, 4096, 8192, 16384], 16384, None),
+    ],
+)
+def test_the_largest_batch_is_bracketed(capacity: int, tried: list[int], fits: int, fails: int | None):
+    assert attempts(capacity) == (tried, {"bench": "largest", "fits": fits, "does_not_fit": fails})
+
+
+def test_an_attempt_that_failed_otherwise_ends_the_search():
+    tried, summary = attempts(1300, broken_at=1536)
+    assert tried == [1024, 2048, 1536]
+    assert (summary["fits"], summary["does_not_fit"]) == (1024, 2048)
+
+
+@pytest.mark.parametrize("slowest_s, streams", [(0.079, 64), (0.5, 0)])
+def test_streams_keep_up_when_the_slowest_frames_do(slowest_s: float, streams: int):
+    assert gpu_worker.timing([0.01] * 98 + [slowest_s] * 2, 64)["streams"] == streams
+
+
+def test_the_first_batch_that_does_not_fit_is_the_last(capsys: pytest.CaptureFixture[str]):
+    def run(batch: int) -> rows.Row:
+        if batch == 2:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+        return {"p50_ms": 1.0}
+
+    gpu_worker.each_batch({"size": "stt-1b"}, [1, 2, 3], run)
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert found == [
+        {"size": "stt-1b", "batch": 1, "p50_ms": 1.0},
+        {"size": "stt-1b", "batch": 2, "error": "out of memory"},
+    ]
+
+
+def test_the_check_of_a_device_catches_a_wrong_code_a_wrong_sample_and_a_wrong_token():
+    codes, pcm = np.arange(160).reshape(1, 4, 40), np.linspace(-1, 1, 64)
+    wrong_codes, wrong_pcm = codes.copy(), pcm.copy()
+    wrong_codes[0, 3, 7] = 0
+    wrong_pcm[5] += 2e-4
+    pair = {"cpu": codes, "device": codes}
+    assert gpu_worker.codec_row("miniature", pair, {"cpu": pcm, "device": pcm})["passed"]
+    assert not gpu_worker.codec_row("miniature", pair | {"device": wrong_codes}, {"cpu": pcm, "device": pcm})["passed"]
+    assert not gpu_worker.codec_row("miniature", pair, {"cpu": pcm, "device": wrong_pcm})["passed"]
+    assert gpu_worker.lm_row(pair)["passed"]
+    assert not gpu_worker.lm_row(pair | {"device": wrong_codes})["passed"]
+
+
+def test_the_bytes_of_a_step_are_weights_without_tables_and_keys_and_values():
+    half, full = (gpu_worker.bytes_per_step(presets.STT_1B, 1, itemsize) for itemsize in (2, 4))
+    keys_values = 750 * 16 * 2 * 2048
+    assert gpu_worker.bytes_per_step(presets.STT_1B, 3, 2) - half == 2 * 2 * keys_values
+    tensors = [line.split("\t") for line in (PUBLISHED / "stt-1b-en_fr.tensors.tsv").read_text().splitlines()]
+    weights = sum(math.prod(map(int, shape.split("x"))) for name, _, shape in tensors if "emb." not in name)
+    assert (full - half) // 2 - keys_values == weights
+    # What is left is Mimi's, in float32: less than its whole file, more than its 32 codebooks.
+    assert 32 * 2048 * 256 * 4 < half - 2 * (weights + keys_values) < 370e6

@@ -1,0 +1,100 @@
+"""Conditioning against the same sums written out in numpy. Values of the whole are in test_goldens.py.
+
+Shape letters: B batch rows, X steps of a condition, C a conditioner's own width, D model width.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsm_jax.configs import Table
+from dsm_jax.errors import ConfigError
+from dsm_jax.models.conditioning import Conditioning
+from dsm_jax.models.lm import DelayedStreamsLM
+from dsm_jax.nn.attention import sinusoids
+from tests import small
+
+VOICE_BXC = np.random.default_rng(0).normal(size=(2, 5, 10)).astype(np.float32)
+VALUES = {"speaker_wavs": VOICE_BXC, "cfg": np.array([[1], [3]]), "control": np.array([[0], [0]])}
+MASKS = {
+    "speaker_wavs": np.array([[True] * 5, [True] * 3 + [False] * 2]),
+    "cfg": np.array([[True], [False]]),
+    "control": np.array([[True], [True]]),
+}
+
+
+@functools.cache
+def conditioning() -> Conditioning:
+    return small.build(lambda rngs: Conditioning(small.TTS, rngs=rngs))
+
+
+def parts(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    conditioner = conditioning().conditioners[name]
+    table = None if conditioner.table_LC is None else np.array(conditioner.table_LC[...])
+    return table, np.array(conditioner.output_proj_CD[...]), np.array(conditioner.learnt_padding_D[...])
+
+
+def test_summed_conditions_are_added_and_a_missing_one_is_its_learnt_vector():
+    sum_BD, _ = conditioning()(VALUES, MASKS)
+    cfg, control = parts("cfg"), parts("control")
+    both = control[0][0] @ control[1]
+    np.testing.assert_allclose(sum_BD[0], cfg[0][1] @ cfg[1] + both, atol=1e-5)
+    np.testing.assert_allclose(sum_BD[1], cfg[2] + both, atol=1e-5)
+
+
+def test_crossed_conditions_get_positions():
+    _, cross_BXD = conditioning()(VALUES, MASKS)
+    _, projection_CD, padding_D = parts("speaker_wavs")
+    wanted_BXD = np.where(MASKS["speaker_wavs"][..., None], VOICE_BXC @ projection_CD, padding_D)
+    wanted_BXD = wanted_BXD + np.array(sinusoids(jnp.arange(5)[None], 16, 10_000.0))
+    np.testing.assert_allclose(cross_BXD, wanted_BXD, atol=1e-5)
+
+
+def test_crossed_conditions_lie_end_to_end():
+    fuser = Table(cross=["speaker_wavs", "cfg"], sum=[])
+    model = small.build(lambda rngs: Conditioning(dataclasses.replace(small.TTS, fuser=fuser), rngs=rngs))
+    sum_BD, cross_BXD = model(VALUES, MASKS)
+    assert sum_BD is None
+    assert cross_BXD.shape == (2, 6, 16)
+    alone_BXD = model.conditioners["cfg"](VALUES["cfg"], MASKS["cfg"])
+    np.testing.assert_array_equal(cross_BXD[:, 5:], alone_BXD)
+
+
+def test_conditions_change_what_the_model_says():
+    lm = small.build(lambda rngs: DelayedStreamsLM(small.TTS, rngs=rngs))
+    tokens_BKT = np.zeros((2, 7, 1), np.int32)
+
+    def three_ways(values, masks):
+        conditions = lm.condition(values, masks)
+        assert (len(conditions.cross), conditions.cross[0][0].shape) == (2, (2, 4, 5, 4))
+        only_sum = dataclasses.replace(conditions, cross=None)
+        return [lm.step(tokens_BKT, lm.init_state(2), conditions=told)[0] for told in (conditions, only_sum, None)]
+
+    told, half_told, untold = map(np.array, jax.jit(three_ways)(VALUES, MASKS))
+    assert np.abs(told - half_told).max() > 1e-2
+    assert np.abs(half_told - untold).max() > 1e-2
+    np.testing.assert_array_equal(untold[0], untold[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"fuser": Table(sum=["cfg"], prepend=["control"])},
+            "fuser has prepend; the library fuses by sum and by cross",
+        ),
+        ({"fuser": Table(sum=["cfg"], concat=[])}, r"fuser has \['concat'\]; the library fuses by sum and by cross"),
+        (
+            {"conditioners": Table(x={"type": "t5"}), "fuser": Table()},
+            "conditioner x is of type 't5'; choose 'lut' or 'tensor'",
+        ),
+    ],
+)
+def test_what_the_library_cannot_fuse_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        Conditioning(dataclasses.replace(small.TTS, **change), rngs=nnx.Rngs(0))

@@ -1,0 +1,89 @@
+"""The walk over a frame's codebooks: what each step may see, and which weights it has. Values are in test_goldens.py.
+
+Shape letters: B batch rows, T frames, K streams, Q generated codebooks, V vocabulary, D model width.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsm_jax.errors import ConfigError
+from dsm_jax.models.depformer import Depformer
+from tests import small
+
+
+@functools.cache
+def depformer() -> Depformer:
+    return small.build(lambda rngs: Depformer(small.TTS, rngs=rngs))
+
+
+@functools.cache
+def clip() -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    return random.normal(size=(2, 3, 16)).astype(np.float32), random.integers(0, 12, (2, 7, 3)).astype(np.int32)
+
+
+@functools.cache
+def scores():
+    return jax.jit(depformer().__call__)
+
+
+def test_a_codebook_depends_on_the_text_and_on_the_codebooks_before_it():
+    hidden_BTD, target_BKT = clip()
+    before_BQTV = np.array(scores()(hidden_BTD, target_BKT))
+    assert before_BQTV.shape == (2, 4, 3, 12)
+    assert before_BQTV.dtype == np.float32
+    for stream in range(7):
+        changed_BKT = target_BKT.copy()
+        changed_BKT[:, stream] = (changed_BKT[:, stream] + 1) % 12
+        moved_Q = (np.array(scores()(hidden_BTD, changed_BKT)) != before_BQTV).any(axis=(0, 2, 3))
+        # Stream k is codebook k - 1, so step k is the first that is fed it. The last codebook, and those not generated,
+        # are fed to no one.
+        assert moved_Q.tolist() == [q >= stream for q in range(4)]
+
+
+def test_frames_do_not_see_each_other():
+    hidden_BTD, target_BKT = clip()
+    before_BQTV = np.array(scores()(hidden_BTD, target_BKT))
+    other_BTD, other_BKT = hidden_BTD.copy(), target_BKT.copy()
+    other_BTD[:, 1] += 1
+    other_BKT[:, :, 1] = 5
+    after_BQTV = np.array(scores()(other_BTD, other_BKT))
+    assert (after_BQTV != before_BQTV).any(axis=(0, 1, 3)).tolist() == [False, True, False]
+
+
+def test_steps_share_weights_as_the_schedule_says():
+    model = depformer()
+    assert (len(model.inputs), len(model.linears), len(model.audio_embs)) == (3, 4, 3)
+    assert [len(part) for part in (model.layers[0].in_projs, model.layers[0].out_projs, model.layers[0].gating)] == [
+        3
+    ] * 3
+    own = dataclasses.replace(small.TTS, depformer_weights_per_step_schedule=None)
+    assert len(nnx.eval_shape(lambda: Depformer(own, rngs=nnx.Rngs(0))).inputs) == 4
+    hidden_BTD, target_BKT = clip()
+    changed = nnx.merge(*nnx.split(model))
+    changed.layers[0].gating = nnx.List([*model.layers[0].gating[:2], model.layers[0].gating[0]])
+    moved = np.array(changed(hidden_BTD, target_BKT)) != np.array(scores()(hidden_BTD, target_BKT))
+    assert moved.any(axis=(0, 2, 3))[2:].all()  # the last set serves the third and the fourth codebook
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "published"),
+    [
+        ("depformer_multi_linear", False, True),
+        ("depformer_weights_per_step", False, True),
+        ("depformer_pos_emb", "sin", "none"),
+        ("depformer_gating", "none", "silu"),
+        ("depformer_layer_scale", 0.1, None),
+        ("depformer_norm", "rms_norm", None),
+        ("bias_proj", True, False),
+    ],
+)
+def test_a_depformer_that_was_never_published_is_refused(key, value, published):
+    config = dataclasses.replace(small.TTS, **{key: value})
+    with pytest.raises(ConfigError, match=f"{key} is {value!r}; every published depformer has {published!r}"):
+        Depformer(config, rngs=nnx.Rngs(0))

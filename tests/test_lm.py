@@ -1,0 +1,171 @@
+"""The language model around its transformer: embeddings, delays, heads, masks. Its values are in test_goldens.py.
+
+Shape letters: B batch rows, T steps, K streams, Q audio streams, V vocabulary, D model width.
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsm_jax.errors import StreamError
+from dsm_jax.models.lm import DelayedStreamsLM, delay, undelay
+from dsm_jax.nn.embedding import Embedding
+from tests import small
+from tests.check import check_in_place
+
+
+@functools.cache
+def stt() -> DelayedStreamsLM:
+    return small.build(lambda rngs: DelayedStreamsLM(small.STT, rngs=rngs))
+
+
+def tokens(steps: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 12, size=(2, 4, steps)).astype(np.int32)
+
+
+def test_an_absent_token_adds_exactly_nothing():
+    lm, codes_BKT = stt(), tokens(3)
+    np.testing.assert_array_equal(lm.embed(jnp.full((1, 4, 2), -1)), np.zeros((1, 2, 16)))
+    for stream in range(4):
+        only_BKT = np.where(np.arange(4)[None, :, None] == stream, codes_BKT, -1)
+        table_LD = lm.text_emb.table_LW[...] if stream == 0 else lm.audio_emb_QLD[stream - 1]
+        np.testing.assert_array_equal(lm.embed(only_BKT), np.array(table_LD)[codes_BKT[:, stream]])
+
+
+def test_the_embedding_is_the_sum_over_streams():
+    lm, codes_BKT = stt(), tokens(3)
+    wanted_BTD = np.array(lm.text_emb.table_LW[...])[codes_BKT[:, 0]]
+    for q in range(3):
+        wanted_BTD = wanted_BTD + np.array(lm.audio_emb_QLD[q])[codes_BKT[:, q + 1]]
+    np.testing.assert_allclose(lm.embed(codes_BKT), wanted_BTD, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_an_embedding_looks_up_then_widens(rank):
+    embedding = small.build(lambda rngs: Embedding(9, 6, rank=rank, rngs=rngs))
+    found = embedding(jnp.array([[4, -1, 0]]))
+    rows = np.array(embedding.table_LW[...])[[4, 0, 0]]
+    rows = rows if embedding.low_rank_WD is None else rows @ np.array(embedding.low_rank_WD[...])
+    np.testing.assert_allclose(found[0], rows * [[1], [0], [1]], atol=1e-6)
+    assert not np.any(found[0, 1])
+
+
+@settings(max_examples=20, deadline=None)
+@given(first=st.integers(0, 8), second=st.integers(-1, 8), absent=st.booleans(), rank=st.sampled_from([None, 3]))
+def test_a_folded_token_is_two(first, second, absent, rank):
+    embedding = demuxed(rank)
+    token = -1 if absent else (second + 1) * 9 + first
+    table = np.array(embedding.table_LW[...])
+    wanted = table[first] @ np.array(embedding.first_WD[...])
+    if second >= 0:
+        wanted = wanted + table[second] @ np.array(embedding.second_WD[...])
+    np.testing.assert_allclose(embedding(jnp.array([token]))[0], 0 * wanted if absent else wanted, atol=1e-6)
+
+
+@functools.cache
+def demuxed(rank: int | None) -> Embedding:
+    return small.build(lambda rngs: Embedding(9, 6, rank=rank, demux=True, rngs=rngs))
+
+
+@settings(max_examples=25, deadline=None)
+@given(delays=st.lists(st.integers(0, 6), min_size=1, max_size=3), steps=st.integers(1, 5))
+def test_delaying_shifts_each_stream_right_and_undelaying_brings_it_back(delays, steps):
+    K = len(delays)
+    codes_BKT = np.arange(2 * K * steps).reshape(2, K, steps)
+    initial_K = np.arange(K) - 100
+    delayed_BKT = np.array(delay(jnp.asarray(codes_BKT), jnp.asarray(initial_K), tuple(delays)))
+    for k, by in enumerate(delays):
+        for t in range(steps):
+            wanted = codes_BKT[:, k, t - by] if t >= by else [initial_K[k]] * 2
+            np.testing.assert_array_equal(delayed_BKT[:, k, t], wanted)
+    back_BKT, valid_KT = undelay(jnp.asarray(delayed_BKT, jnp.float32)[..., None], tuple(delays))
+    np.testing.assert_array_equal(valid_KT, [[t + by < steps for t in range(steps)] for by in delays])
+    np.testing.assert_array_equal(back_BKT[..., 0], np.where(valid_KT, codes_BKT, 0))
+
+
+def test_the_forward_pass_is_the_steps_one_after_another():
+    lm, codes_BKT = stt(), tokens(13)
+    codes_BKT[0, 2, 5] = codes_BKT[1, 0, 4] = -1
+    output = jax.jit(lm.__call__)(codes_BKT)
+
+    def one(column_BK1, state):
+        hidden_B1D, state = lm.step(column_BK1, state)
+        return lm.text_logits(hidden_B1D), state
+
+    step, state, fed_BK1, logits = jax.jit(one), lm.init_state(2), np.tile(lm.initial_K, (2, 1))[..., None], []
+    for t in range(13):
+        y_B1V, state = step(fed_BK1.astype(np.int32), state)
+        logits.append(y_B1V)
+        late = [codes_BKT[:, k, t - by] if t >= by else fed_BK1[:, k, 0] for k, by in enumerate(small.STT.delays)]
+        fed_BK1 = np.stack(late, axis=1)[..., None]
+    # The text is 2 frames late: what predicts frame t comes at step t + 2, and the last two frames are never predicted.
+    np.testing.assert_allclose(output.text_logits_BTV[:, :11], np.concatenate(logits[2:], axis=1), atol=1e-5)
+    assert not np.any(output.text_logits_BTV[:, 11:])
+    mask_BT = np.ones((2, 13), bool)
+    mask_BT[:, 11:] = mask_BT[1, 4] = False
+    np.testing.assert_array_equal(output.text_mask_BT, mask_BT)
+    assert output.audio_logits_BQTV is output.audio_mask_BQT is None
+
+
+def test_every_stream_starts_with_a_token_of_its_own():
+    assert stt().initial_K.tolist() == [20, 12, 12, 12]
+    assert stt().initial_K.dtype == jnp.int32
+
+
+def test_heads_score_in_float32():
+    lm = stt()
+    hidden_BTD = jax.random.normal(jax.random.key(0), (2, 3, 16))
+    wanted = np.array(hidden_BTD) @ np.array(lm.text_linear_DV[...]) + np.array(lm.text_bias_V[...])
+    np.testing.assert_allclose(lm.text_logits(hidden_BTD), wanted, atol=1e-5)
+    probability_BTPO = lm.extra_probabilities(hidden_BTD)
+    score = np.stack([np.array(hidden_BTD) @ np.array(lm.extra_heads_PDO[p]) for p in range(4)], axis=2)
+    np.testing.assert_allclose(probability_BTPO, np.exp(score) / np.exp(score).sum(-1, keepdims=True), atol=1e-6)
+    low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), lm)
+    assert low.text_logits(hidden_BTD.astype(jnp.bfloat16)).dtype == jnp.float32
+    assert low.extra_probabilities(hidden_BTD.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_a_model_without_extra_heads_says_nothing_of_pauses():
+    config = dataclasses.replace(small.STT, extra_heads_num_heads=0, bias_proj=False)
+    lm = small.build(lambda rngs: DelayedStreamsLM(config, rngs=rngs))
+    assert lm.extra_heads_PDO is lm.text_bias_V is None
+    assert lm.extra_probabilities(jnp.zeros((2, 3, 16))).shape == (2, 3, 0, 6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_forward_pass_has_finite_gradients_in_every_weight(dtype):
+    config = dataclasses.replace(small.STT, extra_heads_num_heads=0)
+    graphdef, params = nnx.split(small.build(lambda rngs: DelayedStreamsLM(config, rngs=rngs)))
+    params = jax.tree.map(lambda a: a.astype(dtype), params)
+
+    def loss(params, codes_BKT):
+        output = nnx.merge(graphdef, params)(codes_BKT)
+        score_BT = jnp.take_along_axis(jax.nn.log_softmax(output.text_logits_BTV), codes_BKT[:, 0, :, None], axis=2)
+        return -jnp.where(output.text_mask_BT, score_BT[..., 0], 0).mean()
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params, tokens(8))
+    assert np.isfinite(value)
+    for path, gradient in jax.tree.leaves_with_path(gradients):
+        assert np.isfinite(np.asarray(gradient, np.float32)).all(), path
+        assert np.asarray(gradient, np.float32).any(), path
+
+
+def test_the_number_of_streams_must_be_the_models():
+    message = "the model got 3 streams; it has 4: text, then 3 of audio, [batch, streams, steps]"
+    with pytest.raises(StreamError, match=re.escape(message)):
+        stt().step(jnp.zeros((1, 3, 1), jnp.int32), stt().init_state(1))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_step_updates_its_rings_in_place(steps):
+    config = dataclasses.replace(small.STT, context=8192)
+    lm = small.build(lambda rngs: DelayedStreamsLM(config, rngs=rngs))
+    check_in_place(lm.step, jnp.zeros((2, 4, steps), jnp.int32), lm.init_state(2))

@@ -1,0 +1,157 @@
+"""The published checkpoints, by structure: every listed tensor has its place, and every parameter of the model is filled."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import pytest
+
+from dsm_jax import presets
+from dsm_jax.configs import ModelConfig
+from dsm_jax.convert import kyutai, pieces, transformers_mimi, transformers_stt
+from dsm_jax.convert.networks import networks
+
+PUBLISHED = Path(__file__).with_name("published")
+NAMES = ("stt-1b-en_fr", "stt-2.6b-en", "tts-1.6b-en_fr")
+
+
+def listing(name: str) -> dict[str, pieces.Tensor]:
+    """The tensors of a published file, as its listing has them; they cannot be read."""
+    lines = (PUBLISHED / f"{name}.tensors.tsv").read_text().splitlines()
+    rows = [line.split("\t") for line in lines]
+    assert len({row[0] for row in rows}) == len(rows)
+
+    def read(rows):
+        raise NotImplementedError("a listing holds no values")
+
+    return {name: pieces.Tensor(tuple(map(int, shape.split("x"))), dtype, read) for name, dtype, shape in rows}
+
+
+def published_config(name: str) -> ModelConfig:
+    config, _, _ = kyutai.read_config(json.loads((PUBLISHED / f"{name}.config.json").read_text()), name)
+    return config
+
+
+@functools.cache
+def parameters(config: ModelConfig, network: str):
+    return networks(config)[network].parameters
+
+
+def faults_of(name: str, tensors: dict[str, pieces.Tensor] | None = None) -> list[str]:
+    tensors = listing(name) if tensors is None else tensors
+    if name == "mimi":
+        config = ModelConfig(model_type="mimi")
+        return pieces.plan(kyutai.mimi_table(config.mimi), tensors, parameters(config, "mimi"))[1]
+    config = published_config(name)
+    config = dataclasses.replace(config, lm=kyutai.with_extra_heads(config.lm, tensors))
+    return pieces.plan(kyutai.lm_table(config.lm), tensors, parameters(config, "lm"))[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("mimi", 318), ("stt-1b-en_fr", 131), ("stt-2.6b-en", 323), ("tts-1.6b-en_fr", 418)]
+)
+def test_every_published_tensor_has_its_place_and_every_parameter_is_filled(name, count):
+    tensors = listing(name)
+    assert len(tensors) == count
+    assert faults_of(name, tensors) == []
+
+
+def test_the_twin_with_four_pause_heads_has_its_place():
+    tensors = listing("stt-1b-en_fr")
+    like = tensors["text_linear.weight"]
+    tensors |= {f"extra_heads.{p}.weight": dataclasses.replace(like, shape=(6, 2048)) for p in range(4)}
+    assert len(tensors) == 135
+    assert faults_of("stt-1b-en_fr", tensors) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_published_config_is_read(name):
+    assert published_config(name).lm is not None
+
+
+@pytest.mark.parametrize(("name", "preset"), [("stt-1b-en_fr", presets.STT_1B), ("stt-2.6b-en", presets.STT_2_6B)])
+def test_the_presets_are_the_published_configs(name, preset):
+    assert dataclasses.replace(published_config(name), model_id=preset.model_id) == preset
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_published_config_is_written_back_key_for_key(name):
+    published = json.loads((PUBLISHED / f"{name}.config.json").read_text())
+    config, lm, files = kyutai.read_config(published, name)
+    written = kyutai.write_config(config, lm, files)
+    written |= {key: None for key in ("text_card_out",) if key in published}  # said, and None by default
+    assert json.loads(json.dumps(written)) == published
+
+
+def without_first(tensors: dict[str, pieces.Tensor], name: str) -> dict[str, pieces.Tensor]:
+    return {other: tensor for other, tensor in tensors.items() if other != name}
+
+
+@pytest.mark.parametrize("name", ["mimi", *NAMES])
+def test_a_missing_tensor_is_reported_with_its_shape(name):
+    tensors = listing(name)
+    for first in [n for n in tensors if not n.endswith("_initialized")][:: len(tensors) // 5]:
+        shape = pieces.shown(tensors[first].shape)
+        (fault,) = faults_of(name, without_first(tensors, first))
+        assert fault.startswith(f"missing: {first}, expected ")
+        assert shape in fault or "gating" not in first
+
+
+@pytest.mark.parametrize("name", ["mimi", *NAMES])
+def test_an_extra_tensor_is_reported(name):
+    tensors = listing(name)
+    extra = {"stowaway.weight": next(iter(tensors.values()))}
+    (fault,) = faults_of(name, tensors | extra)
+    assert fault.startswith("unknown: stowaway.weight, ")
+    assert fault.endswith("; the model has no place for it")
+
+
+@pytest.mark.parametrize("name", ["mimi", *NAMES])
+def test_a_reshaped_tensor_is_reported_with_both_shapes(name):
+    tensors = listing(name)
+    for victim in list(tensors)[:: len(tensors) // 5]:
+        shape = tensors[victim].shape
+        changed = dataclasses.replace(tensors[victim], shape=(*shape[:-1], shape[-1] + 1))
+        (fault,) = faults_of(name, tensors | {victim: changed})
+        assert fault == f"shape: {victim} is {pieces.shown(changed.shape)}, expected {pieces.shown(shape)}"
+
+
+def test_a_tensor_in_two_spellings_is_reported():
+    tensors = listing("stt-1b-en_fr")
+    name = "transformer.layers.3.self_attn.in_proj_weight"
+    other = "transformer.layers.3.self_attn.in_projs.0.weight"
+    faults = faults_of("stt-1b-en_fr", tensors | {other: tensors[name]})
+    assert f"twice: {name} and {other} are spellings of one tensor" in faults
+
+
+def test_all_faults_are_reported_at_once():
+    tensors = listing("stt-1b-en_fr")
+    victim = dataclasses.replace(tensors["out_norm.alpha"], shape=(1, 1, 7))
+    faults = faults_of("stt-1b-en_fr", without_first(tensors, "emb.0.weight") | {"out_norm.alpha": victim, "x": victim})
+    assert [fault.partition(":")[0] for fault in faults] == ["missing", "shape", "unknown"]
+    message = str(pieces.fit_error("somewhere", faults))
+    assert all(fault in message for fault in faults)
+    assert "Faults (3)" in message
+
+
+def test_transformers_default_configs_are_read_and_name_the_published_shapes():
+    values = json.loads((PUBLISHED / "stt-2.6b-en-trfs.defaults.config.json").read_text())
+    # The class default of the rotary period is not the released model's.
+    values["rope_parameters"]["rope_theta"] = 100_000.0
+    extractor = {"audio_delay_seconds": 2.5, "audio_silence_prefix_seconds": 1.0}
+    config, lm = transformers_stt.read_config(values, extractor, "trfs")
+    published = published_config("stt-2.6b-en")
+    assert (lm, config.mimi, config.stt) == (published.lm, published.mimi, published.stt)
+    mimi = json.loads((PUBLISHED / "mimi-trfs.defaults.config.json").read_text())
+    assert transformers_mimi.read_config(mimi, "mimi") == published.mimi
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_what_is_written_for_transformers_has_the_published_sizes(name):
+    config = published_config(name)
+    shapes = parameters(config, "lm")
+    written = {o.name: o.shape for o in pieces.save(transformers_stt.table(config.lm), shapes, shapes.get)}
+    assert written["model.embed_tokens.embed_tokens.weight"] == (config.lm.text_card + 1 + 32 * 2049 + 1, 2048)
+    assert written["lm_head.weight"] == (config.lm.text_card + 1, 2048)
+    assert written["model.layers.0.mlp.fc1.weight"] == (11264, 2048)

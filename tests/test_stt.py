@@ -1,0 +1,272 @@
+"""Speech to text: equal to the reference, however it is cut, batched, streamed, prompted or sampled."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dsm_jax
+from dsm_jax.errors import AudioError, BatchError, CheckpointError, ConfigError, PromptError
+from dsm_jax.stt import Options, Prompt, WordEnded, WordStarted, engine, transcribe_each
+from dsm_jax.stt.engine import Sampling
+from tests import stt_model
+
+SAMPLED = Options(temperature=1.0, top_k=20, seed=3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return stt_model.model()
+
+
+@pytest.fixture(scope="module")
+def whole(model):
+    return dsm_jax.transcribe(model, stt_model.recording(), frames=True)
+
+
+def clips() -> list[np.ndarray]:
+    """Recordings of five lengths, none of them a whole number of frames."""
+    pcm = stt_model.recording()
+    return [pcm[:70_001], pcm[30_000:], pcm[60_000:61_111], pcm[10_000:100_003], pcm[:5]]
+
+
+def tokens(transcript) -> tuple[int, ...]:
+    return transcript.frames.text_tokens
+
+
+def test_tokens_and_pauses_equal_the_reference(whole):
+    expected = stt_model.expected()
+    np.testing.assert_array_equal(whole.frames.text_tokens, expected["tokens_T"])
+    assert len(set(whole.frames.text_tokens)) > 20, "a constant output would prove nothing"
+    # float32 against float32: two orders of summation.
+    np.testing.assert_allclose(whole.frames.pause_probabilities, expected["pauses_TH"], rtol=0, atol=1e-5)
+
+
+def test_words_equal_the_reference_rules(whole):
+    # Ours also has what comes before the first boundary, and all pieces of the last word.
+    ours = [(w.text, w.start, w.end) for w in whole.words]
+    theirs = stt_model.expected_words()
+    start = len(ours) - len(theirs)
+    assert 0 <= start <= 1
+    assert [w for w, _, _ in ours[start:-1]] == [w for w, _, _ in theirs[:-1]]
+    np.testing.assert_allclose([t for _, *t in ours[start:-1]], [t for _, *t in theirs[:-1]], atol=1e-6)
+    assert ours[-1][0].startswith(theirs[-1][0])
+
+
+def test_duration_and_probabilities_make_sense(whole):
+    assert whole.duration == pytest.approx(stt_model.recording().size / 24_000)
+    assert all(0 < word.probability <= 1 for word in whole.words)
+    assert "".join(word.text for word in whole.words) == whole.text.replace(" ", "")
+
+
+@pytest.mark.parametrize("options", [Options(), SAMPLED], ids=["greedy", "sampled"])
+def test_each_of_a_ragged_batch_equals_itself_alone(model, options):
+    alone = [dsm_jax.transcribe(model, [clip], options, frames=True)[0] for clip in clips()]
+    # Two rows for five recordings: rows are refilled while the other runs on.
+    together = dsm_jax.transcribe(model, clips(), options, batch_size=2, frames=True)
+    assert [tokens(t) for t in together] == [tokens(t) for t in alone]
+    assert [t.duration for t in together] == [clip.size / 24_000 for clip in clips()]
+    assert len({tokens(t) for t in together}) == len(together)
+
+
+@pytest.mark.parametrize("size", [1, 1_919, 5_000, 200_000])
+def test_streaming_equals_transcribing(model, size):
+    pcm = stt_model.recording()[: 2_500 if size == 1 else None]
+    events = list(dsm_jax.stream(model, (pcm[i : i + size] for i in range(0, pcm.size, size))))
+    expected = dsm_jax.transcribe(model, pcm)
+    assert [e.word for e in events if isinstance(e, WordEnded)] == list(expected.words)
+    assert [e for e in events if not isinstance(e, (WordEnded, WordStarted))] == list(expected.pauses)
+
+
+def test_every_word_starts_before_it_ends(model):
+    events = list(dsm_jax.stream(model, [stt_model.recording()]))
+    started = [e for e in events if isinstance(e, WordStarted)]
+    ended = [e.word for e in events if isinstance(e, WordEnded)]
+    assert [e.start for e in started] == [w.start for w in ended]
+    for start, word in zip(started, ended, strict=True):
+        assert events.index(start) < events.index(WordEnded(word))
+
+
+def test_a_listener_hears_frames_as_they_complete(model):
+    listener = dsm_jax.Listener(model)
+    pcm = stt_model.recording()
+    assert listener.feed(pcm[:0]) == []
+    events = [event for i in range(0, pcm.size, 960) for event in listener.feed(pcm[i : i + 960])]
+    assert any(isinstance(e, WordEnded) for e in events), "words come before the audio is over"
+    listener.finish()
+    assert listener.text == dsm_jax.transcribe(model, pcm).text
+
+
+@pytest.fixture
+def compilations():
+    """Counts programs compiled while a test runs."""
+    names = []
+
+    def listen(event: str, _seconds: float, **_facts) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_ten_files_of_ten_lengths_compile_nothing_new(model, compilations):
+    pcm = stt_model.recording()
+    files = [pcm[: 20_000 + 7_001 * i] for i in range(10)]
+    dsm_jax.transcribe(model, files[:3], batch_size=4)
+    warm = len(compilations)
+    dsm_jax.transcribe(model, files, batch_size=4)
+    assert len(compilations) == warm
+    jax.jit(lambda x: x * 2 + warm)(jnp.zeros((3, warm + 1)))
+    assert len(compilations) > warm, "the counter counts"
+
+
+def test_a_long_recording_is_never_held_whole(model, monkeypatch):
+    from dsm_jax.stt.hearing import Hearing
+
+    held = []
+    take = Hearing.take
+
+    def spy(self: Hearing, frames: int) -> np.ndarray:
+        held.append(self._buffer.size)
+        return take(self, frames)
+
+    monkeypatch.setattr(Hearing, "take", spy)
+    dsm_jax.transcribe(model, np.tile(stt_model.recording(), 8))
+    assert max(held) < 15 * 24_000 < 8 * stt_model.recording().size
+
+
+def test_a_text_prompt_is_said_first_and_in_order(model):
+    prompt = Prompt(text="the quick fox")
+    wanted = model.tokenizer.encode(prompt.text)
+    said = tokens(dsm_jax.transcribe(model, stt_model.recording(), Options(prompt=prompt), frames=True))
+    pieces = [t for t in said if t > 3]
+    assert pieces[: len(wanted)] == wanted
+    free = tokens(dsm_jax.transcribe(model, stt_model.recording(), frames=True))
+    assert said != free
+
+
+def test_a_cut_text_prompt_leaves_no_word_of_it(model):
+    prompt = Prompt(text="the quick fox", cut=True)
+    whole = dsm_jax.transcribe(model, stt_model.recording(), Options(prompt=dataclasses.replace(prompt, cut=False)))
+    cut = dsm_jax.transcribe(model, stt_model.recording(), Options(prompt=prompt))
+    said = model.tokenizer.decode(model.tokenizer.encode("the quick fox"))
+    assert whole.text.startswith(said)
+    assert cut.text
+    assert whole.text.replace(" ", "") == (said + cut.text).replace(" ", "")
+
+
+def test_an_audio_prompt_is_heard_first_and_cut_in_frames(model):
+    pcm = stt_model.recording()
+    heard, rest = pcm[:48_001], pcm[48_001:]
+    options = Options(prompt=Prompt(audio=heard, cut=True))
+    prompted = dsm_jax.transcribe(model, rest, options, frames=True)
+    frames = -(-heard.size // 1_920)
+    silence = np.zeros(frames * 1_920 - heard.size + 10 * 1_920, np.float32)
+    joined = dsm_jax.transcribe(model, np.concatenate([heard, silence, rest]), frames=True)
+    assert tokens(prompted) == tokens(joined)
+    skipped = frames + int(0.5 * 12.5)
+    assert prompted.text == model.tokenizer.decode([t for t in tokens(joined)[skipped:] if t > 3])
+    assert prompted.duration == pytest.approx(rest.size / 24_000)
+    shift = (frames + 10) / 12.5
+    late = [w for w in joined.words if w.start > shift + 1]
+    np.testing.assert_allclose([w.start for w in prompted.words][-len(late) :], [w.start - shift for w in late])
+
+
+@pytest.mark.parametrize(("text", "message"), [("  ", "has no words"), ("語", "cannot spell")])
+def test_a_prompt_that_cannot_be_followed_says_why(model, text, message):
+    with pytest.raises(PromptError, match=message):
+        dsm_jax.transcribe(model, stt_model.recording(), Options(prompt=Prompt(text=text)))
+
+
+def test_sampling_depends_on_the_seed_alone(model):
+    runs = [tokens(dsm_jax.transcribe(model, clips()[0], SAMPLED, frames=True)) for _ in range(2)]
+    other = tokens(dsm_jax.transcribe(model, clips()[0], dataclasses.replace(SAMPLED, seed=4), frames=True))
+    assert runs[0] == runs[1] != other
+
+
+def test_one_bad_file_costs_only_itself(model, tmp_path):
+    (tmp_path / "talk.wav").write_text("not audio")
+    sources = [stt_model.RECORDING, tmp_path / "talk.wav", tmp_path / "missing.flac", clips()[0]]
+    with pytest.raises(BatchError, match=r"2 of 4 inputs failed.*talk\.wav.*missing\.flac") as caught:
+        dsm_jax.transcribe(model, sources)
+    good = dsm_jax.transcribe(model, [sources[0], sources[3]])
+    assert [caught.value.results[0], caught.value.results[3]] == good
+    assert sorted(caught.value.errors) == [1, 2]
+    results = dict(transcribe_each(model, sources))
+    assert isinstance(results[1], AudioError)
+    assert results[0] == good[0]
+
+
+def test_a_single_bad_file_raises_its_own_error(model, tmp_path):
+    with pytest.raises(AudioError, match="missing"):
+        dsm_jax.transcribe(model, tmp_path / "missing.flac")
+
+
+def test_nothing_to_do_is_nothing(model):
+    assert dsm_jax.transcribe(model, []) == []
+
+
+def test_models_that_do_not_transcribe_are_refused(model):
+    codec = dataclasses.replace(model, lm_def=None, lm_params=None, tokenizer=None, name="some-codec")
+    with pytest.raises(CheckpointError, match="some-codec is a codec without a language model"):
+        dsm_jax.transcribe(codec, stt_model.recording())
+    lm = dataclasses.replace(model.config.lm, dep_q=4)
+    speaker = dataclasses.replace(model, config=dataclasses.replace(model.config, lm=lm))
+    with pytest.raises(CheckpointError, match="generates 4 audio streams"):
+        dsm_jax.transcribe(speaker, stt_model.recording())
+
+
+def test_a_negative_temperature_is_refused(model):
+    with pytest.raises(ConfigError, match=r"temperature is -1.*neither can be below 0"):
+        dsm_jax.transcribe(model, stt_model.recording(), Options(temperature=-1))
+
+
+@pytest.fixture(scope="module")
+def parts(model):
+    lm, mimi = nnx.merge(model.lm_def, model.lm_params), nnx.merge(model.mimi_def, model.mimi_params)
+    pcm = jnp.asarray(stt_model.recording()[: 8 * 1_920])[None, :, None]
+    return lm, mimi, jnp.concatenate([pcm, 0.5 * pcm])
+
+
+def run(lm, mimi, pcm_BTC, frames_B, state=None):
+    none, key = jnp.zeros((pcm_BTC.shape[0], 0), jnp.int32), jax.random.key(0)
+    if state is None:
+        state = engine.init_state(lm, mimi, pcm_BTC.shape[0])
+        state = engine.start(lm, state, frames_B >= 0, none, key, Sampling())
+    return engine.advance(lm, mimi, state, pcm_BTC, frames_B, none, key, Sampling())
+
+
+def test_a_row_without_frames_is_untouched(parts):
+    lm, mimi, pcm = parts
+    _, state = run(lm, mimi, pcm, jnp.array([8, 8]))
+    outputs, after = run(lm, mimi, pcm, jnp.array([8, 0]), state)
+    for before, now in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(before[1], now[1])
+    assert not np.array_equal(state.text.lm.position_B[0], after.text.lm.position_B[0])
+    assert np.isfinite(outputs.probabilities_BF).all()
+
+
+def test_vmap_over_recordings_equals_a_batch(parts):
+    lm, mimi, pcm = parts
+    batch, _ = run(lm, mimi, pcm, jnp.array([8, 8]))
+    one_by_one = jax.vmap(lambda clip: run(lm, mimi, clip[None], jnp.array([8]))[0])(pcm)
+    np.testing.assert_array_equal(batch.tokens_BF, one_by_one.tokens_BF[:, 0])
+
+
+def test_the_loss_of_a_clip_has_finite_gradients(model, parts):
+    _, mimi, pcm = parts
+    codes = mimi.encode(pcm)
+    text = jnp.ones((2, 1, codes.shape[2]), jnp.int32)
+
+    def loss(params):
+        logits = nnx.merge(model.lm_def, params)(jnp.concatenate([text, codes], axis=1)).text_logits_BTV
+        return -jax.nn.log_softmax(logits)[..., 1].mean()
+
+    grads = jax.grad(loss)(model.lm_params)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    assert sum(float(jnp.abs(g).sum()) for g in jax.tree.leaves(grads)) > 0
