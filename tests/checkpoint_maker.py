@@ -1,9 +1,9 @@
 """Checkpoint folders with random weights in miniature, written by the library's own export: no torch needed."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -34,10 +34,11 @@ def random_model(folder: Path, lm: LMConfig | None, *, seed: int = 0) -> checkpo
         tokenizer = load_tokenizer(make_tokenizer(folder / "words.model", lm.text_card))
     made = networks(config)
 
+    random = np.random.default_rng(seed)
+
     def draw(part: str) -> nnx.State:
-        keys = jax.random.split(jax.random.key(seed), len(made[part].parameters))
-        parameters = zip(keys, made[part].parameters.items(), strict=True)
-        return made[part].fill({name: jax.random.normal(key, p.shape) for key, (name, p) in parameters})
+        parameters = made[part].parameters.items()
+        return made[part].fill({name: jnp.asarray(random.normal(size=p.shape), jnp.float32) for name, p in parameters})
 
     return checkpoints.Model(
         config=config,
@@ -56,6 +57,11 @@ def make_checkpoint(folder: Path, to: str, *, lm: LMConfig | None = PLAIN_STT, d
     checkpoints.save(random_model(folder, lm), native)
     convert(native, folder / to, to=to, dtype=dtype)
     return folder / to
+
+
+def copy_of(source: Path, target: Path) -> Path:
+    """A copy of a folder, to be spoilt."""
+    return Path(shutil.copytree(source, target))
 
 
 def arrays_of(model: checkpoints.Model) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The published checkpoints, by structure: every listed tensor has its place, and every parameter of the model is filled."""
+"""The published checkpoints, by structure: every listed tensor has its place, and every parameter is filled."""
 
 import dataclasses
 import functools

@@ -1,8 +1,8 @@
 """From the text token of each frame to words with times, and back out as events, one frame at a time.
 
 Token 0 (`existing_text_end_padding_id`) is a word boundary; ids up to 3 are never text. A segment is what lies between
-two boundaries: usually one word, whose time is the segment's. Of several words in one segment each but the last takes as
-many frames as it has tokens, and the last takes the rest. The last segment ends at the end-of-stream token (2), or a
+two boundaries: usually one word, whose time is the segment's. Of several words in one segment each but the last takes
+as many frames as it has tokens, and the last takes the rest. The last segment ends at the end-of-stream token (2), or a
 second after it began.
 
 Text before the first boundary is a segment too, and a last word longer than a second keeps all its pieces; the
@@ -15,6 +15,7 @@ kyutai-labs/delayed-streams-modeling@f6074cb6 scripts/stt_from_file_pytorch.py.
 import dataclasses
 import math
 
+from dsm_jax.errors import ConfigError
 from dsm_jax.stt.transcript import Event, Pause, Word, WordEnded, WordStarted
 from dsm_jax.tokenizers import Tokenizer
 
@@ -44,6 +45,10 @@ class PauseRule:
 
     horizon: float = 2.0  # seconds, one of PAUSE_HORIZONS
     threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.horizon not in PAUSE_HORIZONS:
+            raise ConfigError(f"a pause of {self.horizon} s was asked for; the heads know {PAUSE_HORIZONS} s")
 
 
 class WordReader:

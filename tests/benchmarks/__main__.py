@@ -81,9 +81,8 @@ def measure(task: str, contenders: Sequence[str], args: argparse.Namespace) -> l
             command += ["--steps", str(args.steps)] if args.steps else []
             result = {"error": why_not} if why_not else run_worker(command, args.threads, args.timeout)
             found[contender].append(result)
-            said = result.get(
-                "error"
-            ) or "{p50_ms:.1f} ms, {peak_rss_mb:.0f} MB, others {others_cores:.2f} cores".format(**result)
+            figures = "{p50_ms:.1f} ms, {peak_rss_mb:.0f} MB, others {others_cores:.2f} cores"
+            said = result.get("error") or figures.format(**result)
             print(f"{task}, round {number + 1} of {rounds}: {contender}: {said}", file=sys.stderr)
     about = rows.about(args.threads) | {"tiny": args.tiny}
     measured = [rows.contender_row(task, contender, results, about) for contender, results in found.items()]
@@ -101,7 +100,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=1800, help="seconds that one worker may take")
     parser.add_argument("--tiny", action="store_true", help="miniature models: tells whether it runs, not how fast")
     parser.add_argument("--checkpoints", type=Path, help="made on first use (9 GB); by default, in out/benchmarks")
-    parser.add_argument("--out", type=Path, help="JSON lines; by default, in tests/benchmarks/results")
+    parser.add_argument("--out", type=Path, help="JSON lines, added to; by default, in tests/benchmarks/results")
     args = parser.parse_args()
     size = "tiny" if args.tiny else "stt-1b"
     args.checkpoints = (args.checkpoints or ROOT / "out" / "benchmarks" / size).resolve()
@@ -113,7 +112,7 @@ def main() -> None:
         command = ["tests.benchmarks.checkpoints", str(args.checkpoints), *(["--tiny"] if args.tiny else [])]
         _make_checkpoints(command, args)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w") as file:
+    with out.open("a") as file:
         for task in args.task:
             contenders = [contender for contender in TASKS[task].contenders if contender in args.contender]
             for row in measure(task, contenders, args) if contenders else []:

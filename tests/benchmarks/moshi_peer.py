@@ -39,12 +39,14 @@ def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
 
 def checkpoint(folder: Path) -> CheckpointInfo:
     """A folder in Kyutai's layout as the package itself reads one, without looking anything up on the network."""
-    config = folder / "config.json"
-    info = CheckpointInfo.from_hf_repo(
-        "local", folder / "model.safetensors", next(folder.glob("mimi*.safetensors")), next(folder.glob("*.model")),
-        config, mimi_config_path=next(folder.glob("mimi*.json"), None),
-    )  # fmt: skip
-    return info
+    return CheckpointInfo.from_hf_repo(
+        "local",
+        moshi_weights=folder / "model.safetensors",
+        mimi_weights=next(folder.glob("mimi*.safetensors")),
+        tokenizer=next(folder.glob("*.model")),
+        config_path=folder / "config.json",
+        mimi_config_path=next(folder.glob("mimi*.json"), None),
+    )
 
 
 def _lm_step(info: CheckpointInfo, batch: int) -> Step:

@@ -79,7 +79,8 @@ def ratio_rows(task: str, rows: Sequence[Row]) -> list[Row]:
         rows: of any tasks; those of this one are picked.
 
     Returns:
-        A row per measure, with "error" in place of the ratio when there is nothing to divide.
+        A row per measure, with "error" in place of the ratio when there is nothing to divide. A target is met only by
+        figures that no other program disturbed.
     """
     by_contender = {row["contender"]: row for row in rows if row["task"] == task and "contender" in row}
     targets = {"p50_ms": TASKS[task].target, "peak_rss_mb": TASKS[task].memory_target}
@@ -94,4 +95,5 @@ def _ratio(task: str, measure: str, target: float, by_contender: Mapping[str, Ro
         return head | {"error": f"no figure of {OURS if ours is None else 'any other'}, so no ratio"}
     best = min(figures, key=figures.__getitem__)
     ratio = round(ours / figures[best], 3)
-    return head | {"ratio": ratio, "best_peer": best, "met": ratio <= target}
+    disturbed = any(by_contender[contender]["others_cores"] > QUIET_CORES for contender in (OURS, best))
+    return head | {"ratio": ratio, "best_peer": best, "disturbed": disturbed, "met": ratio <= target and not disturbed}

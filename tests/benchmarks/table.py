@@ -47,7 +47,10 @@ def block(paths: Sequence[str], root: Path = ROOT) -> str:
 
 
 def cpu_table(rows: Sequence[Row]) -> str:
-    """One line per task: milliseconds of every contender, and ours over the best of the others against the target."""
+    """One line per task: milliseconds of every contender, and ours over the best of the others against the target.
+
+    Of several rows for one task and contender the last counts: a file is added to when a task is run again.
+    """
     figures = {(row["task"], row["contender"]): row for row in rows if "contender" in row}
     ratios = {(row["task"], row["measure"]): row for row in rows if "measure" in row}
     lines = [_line("median ms (99 %)", *("dsm_jax" if c == OURS else c for c in PACKAGES), "ratio", "target")]
@@ -60,9 +63,8 @@ def cpu_table(rows: Sequence[Row]) -> str:
         if any(cells) and TASKS[task].memory_target is not None:
             peaks = (f"{row['peak_rss_mb']:.0f}" if "peak_rss_mb" in row else _MISSING for row in cells)
             lines.append(_line(f"`{task}`, peak MB", *peaks, *_ratio_cells(ratios.get((task, "peak_rss_mb")))))
-    notes = [
-        f"{row['task']}: {row['contender']}: {row['error']}" for row in rows if "error" in row and "contender" in row
-    ]
+    failed = [row for row in figures.values() if "error" in row]
+    notes = [f"{row['task']}: {row['contender']}: {row['error']}" for row in failed]
     busy = [row["task"] for row in figures.values() if row.get("others_cores", 0) > QUIET_CORES]
     if busy:
         notes.append(f"other programs were running during {', '.join(dict.fromkeys(busy))}")

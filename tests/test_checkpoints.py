@@ -1,0 +1,356 @@
+"""Loading: every layout is recognised and placed as asked, and what is wrong with a checkpoint is said."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from huggingface_hub import errors
+from safetensors.numpy import load_file, save_file
+
+from dsm_jax import checkpoints
+from dsm_jax.configs import MimiConfig
+from dsm_jax.convert import files, kyutai, native
+from dsm_jax.convert.command import convert
+from dsm_jax.convert.networks import flatten
+from dsm_jax.errors import CheckpointError, ConfigError
+from tests import small
+from tests.checkpoint_maker import arrays_of, assert_same_weights, copy_of, make_checkpoint, random_model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    return {to: make_checkpoint(tmp_path_factory.mktemp(to), to) for to in ("orbax", "kyutai", "transformers")}
+
+
+@pytest.fixture
+def spoilt(folders, tmp_path) -> Path:
+    """A copy of the Kyutai folder, to be spoilt."""
+    return copy_of(folders["kyutai"], tmp_path / "in")
+
+
+LAYOUTS = ["orbax", "kyutai", "transformers"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_runs_as_loaded(folders, layout):
+    model = checkpoints.load(folders[layout])
+    codes_BQT = nnx.merge(model.mimi_def, model.mimi_params).encode(jnp.ones((1, 64, 1)))
+    tokens_BKT = jnp.concatenate([jnp.zeros((1, 1, 4), jnp.int32), codes_BQT[:, :3] % 12], axis=1)
+    output = nnx.merge(model.lm_def, model.lm_params)(tokens_BKT)
+    assert output.text_logits_BTV.shape == (1, 4, 64)
+    assert jnp.isfinite(output.text_logits_BTV).all()
+    assert model.name == layout
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_language_model_has_the_dtype_asked_for_and_the_codec_float32(folders, layout):
+    for asked in ("bfloat16", jnp.bfloat16, jnp.dtype("bfloat16")):
+        model = checkpoints.load(folders[layout], dtype=asked)
+        assert {a.dtype for a in jax.tree.leaves(model.lm_params)} == {jnp.dtype("bfloat16")}
+        assert {a.dtype for a in jax.tree.leaves(model.mimi_params)} == {jnp.dtype("float32")}
+
+
+def test_the_default_dtype_on_a_cpu_is_float32(tmp_path):
+    folder = make_checkpoint(tmp_path, "kyutai", dtype="bfloat16")
+    assert {a.dtype for a in jax.tree.leaves(checkpoints.load(folder).lm_params)} == {jnp.dtype("float32")}
+
+
+def test_the_conditioning_stays_float32(tmp_path):
+    folder = make_checkpoint(tmp_path, "kyutai", lm=small.TTS)
+    arrays = flatten(checkpoints.load(folder, dtype="bfloat16").lm_params)
+    kept = {name for name, array in arrays.items() if array.dtype == jnp.float32}
+    assert kept == {name for name in arrays if name.startswith("conditioning.")} != set()
+
+
+def mesh(*names: str) -> jax.sharding.Mesh:
+    return jax.make_mesh((2,) + (1,) * (len(names) - 1), names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_mesh_splits_projections_and_vocabularies_and_changes_no_value(folders, layout):
+    model = checkpoints.load(folders[layout], mesh=mesh("model"))
+    specs = {name: tuple(array.sharding.spec) for name, array in flatten(model.lm_params).items()}
+    layer = "transformer.layers.0"
+    assert specs[f"{layer}.self_attn.in_proj_DE"] == (None, "model")
+    assert specs[f"{layer}.self_attn.out_proj_ED"] == ("model", None)
+    assert specs[f"{layer}.feedforward.linear_in_DG"] == (None, "model")
+    # 11 is odd, so the inner width cannot be halved.
+    inner = model.config.lm.transformer.gating_dim
+    assert (inner, specs[f"{layer}.feedforward.linear_out_FD"]) == (44, ("model", None)) or inner % 2
+    assert specs["text_linear_DV"] == (None, "model")
+    assert specs["text_emb.table_LW"] == (None, None)
+    assert all(array.sharding.is_fully_replicated for array in jax.tree.leaves(model.mimi_params))
+    assert len(flatten(model.lm_params)["text_linear_DV"].sharding.device_set) == 2
+    assert_same_weights(model, checkpoints.load(folders[layout]))
+
+
+def test_an_axis_that_does_not_divide_stays_whole(tmp_path):
+    folder = make_checkpoint(tmp_path, "kyutai", lm=dataclasses.replace(small.STT, text_card=65, text_card_out=None))
+    arrays = flatten(checkpoints.load(folder, mesh=mesh("model")).lm_params)
+    assert arrays["text_linear_DV"].sharding.is_fully_replicated
+
+
+def test_a_mesh_without_the_axis_keeps_everything_whole_and_rules_choose_another(folders):
+    whole = checkpoints.load(folders["kyutai"], mesh=mesh("data"))
+    assert all(a.sharding.is_fully_replicated for a in jax.tree.leaves(whole.lm_params))
+    ruled = checkpoints.load(folders["kyutai"], mesh=mesh("data"), rules={"L": "data", "E": "data"})
+    arrays = flatten(ruled.lm_params)
+    assert tuple(arrays["transformer.layers.1.self_attn.in_proj_DE"].sharding.spec) == (None, "data")
+    assert arrays["text_linear_DV"].sharding.is_fully_replicated
+
+
+def test_rules_for_an_axis_that_the_mesh_lacks_are_refused(folders):
+    with pytest.raises(CheckpointError, match=r"the rules name the mesh axes \['model'\]; the mesh has \['data'\]"):
+        checkpoints.load(folders["kyutai"], mesh=mesh("data"), rules={"E": "model"})
+
+
+def test_a_saved_model_is_the_same_when_loaded(tmp_path):
+    model = random_model(tmp_path, small.STT)
+    checkpoints.save(model, tmp_path / "saved")
+    assert_same_weights(checkpoints.load(tmp_path / "saved"), model)
+    with pytest.raises(CheckpointError, match=r"saved exists; remove it, or give another destination"):
+        checkpoints.save(model, tmp_path / "saved")
+
+
+def test_a_codecs_file_is_a_codec(folders):
+    whole = checkpoints.load(folders["kyutai"])
+    codec = checkpoints.load(folders["kyutai"] / kyutai.MIMI_NAME)
+    assert (codec.config.lm, codec.lm_params, codec.lm_def, codec.tokenizer) == (None, None, None, None)
+    wanted = {name: array for name, array in arrays_of(whole).items() if name.startswith("mimi.")}
+    assert all(np.array_equal(array, wanted[name]) for name, array in arrays_of(codec).items())
+
+
+def test_a_codecs_file_alone_is_taken_for_the_published_codec(folders, tmp_path):
+    shutil.copyfile(folders["kyutai"] / kyutai.MIMI_NAME, tmp_path / "mimi.safetensors")
+    with pytest.raises(CheckpointError, match=r"shape: encoder.model.0.conv.conv.weight is 2x1x7, expected 64x1x7"):
+        checkpoints.load(tmp_path / "mimi.safetensors")
+    assert MimiConfig().seanet.n_filters == 64
+
+
+# Bad input.
+
+
+def test_a_language_models_file_alone_is_refused(folders):
+    with pytest.raises(CheckpointError, match=r"model.safetensors is a language model; give its folder, which also"):
+        checkpoints.load(folders["kyutai"] / "model.safetensors")
+
+
+@pytest.mark.parametrize("size", [0, 5, 40, -100, -1])
+def test_a_truncated_file_is_refused(spoilt, size):
+    path = spoilt / kyutai.LM_NAME
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=r"model.safetensors is cut short or damaged: it has \d+ bytes, its head"):
+        checkpoints.load(spoilt)
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04 a zipped pickle" * 9, b"<!DOCTYPE html><html>" * 9])
+def test_a_file_that_is_no_safetensors_is_refused(spoilt, content):
+    (spoilt / kyutai.LM_NAME).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model.safetensors is not a safetensors file .*; give the .safetensors"):
+        checkpoints.load(spoilt)
+
+
+def test_a_foreign_safetensors_file_is_refused_with_every_fault(spoilt):
+    save_file({"bert.embeddings.weight": np.zeros((3, 2), np.float32)}, spoilt / kyutai.LM_NAME)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.load(spoilt)
+    message = str(caught.value)
+    assert "the weights are not those of the model that the config describes; use the config.json" in message
+    assert "unknown: bert.embeddings.weight, 3x2; the model has no place for it" in message
+    assert message.count("\n  missing: ") == len(kyutai.lm_table(small.STT)) - 4 - 1  # no pause heads, no bias
+
+
+def test_missing_extra_and_reshaped_tensors_of_both_files_are_one_error(spoilt):
+    lm, mimi = (load_file(spoilt / name) for name in (kyutai.LM_NAME, kyutai.MIMI_NAME))
+    del lm["emb.1.weight"]
+    lm["stowaway"] = np.zeros(3, np.float32)
+    lm["out_norm.alpha"] = np.zeros((1, 1, 5), np.float32)
+    del mimi["downsample.conv.conv.conv.weight"]
+    save_file(lm, spoilt / kyutai.LM_NAME)
+    save_file(mimi, spoilt / kyutai.MIMI_NAME)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.load(spoilt)
+    for fault in (
+        "missing: emb.1.weight, expected 13x16",
+        "unknown: stowaway, 3; the model has no place for it",
+        "shape: out_norm.alpha is 1x1x5, expected 1x1x16",
+        "missing: downsample.conv.conv.conv.weight, expected 16x16x4",
+        "Faults (4)",
+    ):
+        assert fault in str(caught.value)
+
+
+def test_an_alpha_without_axes_of_one_is_the_same(folders, spoilt):
+    tensors = {n: t.reshape(-1) if n.endswith("alpha") else t for n, t in load_file(spoilt / kyutai.LM_NAME).items()}
+    save_file(tensors, spoilt / kyutai.LM_NAME)
+    assert_same_weights(checkpoints.load(spoilt), checkpoints.load(folders["kyutai"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"quantum": 1}, ConfigError, r"config.json: unknown keys \['quantum'\]"),
+        ({"lora_name": "x"}, ConfigError, r"unknown keys \['lora_name'\]"),
+        ({"context": "long"}, ConfigError, r"config.json: context is 'long'; expected int"),
+        ({"stt_config": {"delay": 1}}, ConfigError, r"stt: unknown keys \['delay'\]"),
+        ({"tokenizer_name": "gone.model"}, CheckpointError, r"the tokenizer .*gone.model is missing"),
+        ({"mimi_name": "gone.safetensors"}, CheckpointError, r"gone.safetensors is missing; fetch the whole repos"),
+    ],
+)
+def test_a_config_that_is_not_understood_is_refused(spoilt, change, error, message):
+    files.write_json(spoilt / "config.json", files.read_json(spoilt / "config.json") | change)
+    with pytest.raises(error, match=message):
+        checkpoints.load(spoilt)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"model_type": "csm"}'])
+def test_a_config_that_is_no_models_is_refused(spoilt, content):
+    (spoilt / "config.json").write_text(content)
+    match = r"cannot be read as JSON|holds list, expected an object|is of model_type 'csm'; expected Kyutai's own"
+    with pytest.raises(CheckpointError, match=match):
+        checkpoints.load(spoilt)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"has no config.json, no dsm_jax.json and 0 safetensors files; expected a"
+    ):
+        checkpoints.load(tmp_path)
+
+
+def test_a_transformers_folder_without_its_delay_is_refused(folders, tmp_path):
+    folder = copy_of(folders["transformers"], tmp_path / "in")
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"has no audio_delay_seconds in preprocessor_config.json or processor_co"
+    ):
+        checkpoints.load(folder)
+
+
+def test_an_index_that_does_not_fit_is_refused(folders, tmp_path):
+    folder = copy_of(folders["transformers"], tmp_path / "in")
+    files.write_json(folder / files.INDEX_NAME, {"weight_map": {"model.norm.weight": "gone.safetensors"}})
+    with pytest.raises(CheckpointError, match=r"gone.safetensors is missing; fetch the whole repository again"):
+        checkpoints.load(folder)
+    names = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
+    files.write_json(folder / files.INDEX_NAME, {"weight_map": names | {"lm_head.weight": "other"}})
+    (folder / "other").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"index: lm_head.weight is in model.safetensors, where .* says other"):
+        checkpoints.load(folder)
+    files.write_json(folder / files.INDEX_NAME, {})
+    with pytest.raises(CheckpointError, match=r"has no weight_map; fetch it again"):
+        checkpoints.load(folder)
+
+
+def test_a_native_folder_of_a_later_format_is_refused(folders, tmp_path):
+    folder = copy_of(folders["orbax"], tmp_path / "in")
+    values = files.read_json(folder / native.CONFIG_NAME)
+    files.write_json(folder / native.CONFIG_NAME, values | {"format": 99})
+    with pytest.raises(CheckpointError, match=r"dsm_jax.json is of format 99; this version reads 1; upgrade dsm_jax"):
+        checkpoints.load(folder)
+
+
+def test_a_native_folder_with_other_parameters_than_its_config_is_refused(folders, tmp_path):
+    folder = copy_of(folders["orbax"], tmp_path / "in")
+    values = files.read_json(folder / native.CONFIG_NAME)
+    values["config"]["lm"] |= {"num_layers": 3, "num_heads": 4}
+    files.write_json(folder / native.CONFIG_NAME, values)
+    with pytest.raises(CheckpointError, match=r"missing: lm.transformer.layers.2.norm1.alpha_D, expected \[16\]"):
+        checkpoints.load(folder)
+    values["config"]["lm"] |= {"num_layers": 1, "text_card": 63}
+    files.write_json(folder / native.CONFIG_NAME, values)
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.load(folder)
+    assert "unknown: lm.transformer.layers.1.norm1.alpha_D, [16]; the model has no place for it" in str(caught.value)
+    assert "shape: lm.text_emb.table_LW is [65, 16], expected [64, 16]" in str(caught.value)
+
+
+def test_a_damaged_native_folder_is_refused(folders, tmp_path):
+    folder = copy_of(folders["orbax"], tmp_path / "in")
+    shutil.rmtree(next((folder / "params").glob("*/d"), folder / "params" / "0000" / "ocdbt.process_0"))
+    shutil.rmtree(folder / "params" / "0000" / "ocdbt.process_0", ignore_errors=True)
+    with pytest.raises(CheckpointError, match=r"0000 cannot be read \(\w+\); convert the model again"):
+        checkpoints.load(folder)
+
+
+# Finding.
+
+
+@pytest.mark.parametrize("name", ["gone", "./gone", "gone/there/model", "/gone", "kyutai/mimi.safetensors", ""])
+def test_what_is_neither_here_nor_a_hub_name_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    if not name:
+        tmp_path = tmp_path / "empty"
+        name = str(tmp_path / "gone")
+    match = r"is no file or folder, and no name on the hub, which has one slash, as kyutai/stt-1b-en_fr has"
+    with pytest.raises(CheckpointError, match=match):
+        checkpoints.load(name)
+
+
+def _hub_that(monkeypatch, outcome):
+    asked = []
+
+    def snapshot_download(name, *, allow_patterns):
+        asked.append((name, allow_patterns))
+        if isinstance(outcome, Exception):
+            raise outcome
+        return str(outcome)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_a_hub_name_is_fetched_weights_configs_and_tokenizers_only(folders, monkeypatch):
+    asked = _hub_that(monkeypatch, folders["kyutai"])
+    model = checkpoints.load("kyutai/stt-1b-en_fr")
+    ((name, patterns),) = asked
+    assert (name, model.name) == ("kyutai/stt-1b-en_fr", "kyutai/stt-1b-en_fr")
+    assert set(patterns) == {"*.json", "*.safetensors", "*.model", "params/*"}
+
+
+def test_the_default_is_the_published_model(folders, monkeypatch):
+    asked = _hub_that(monkeypatch, folders["kyutai"])
+    checkpoints.load()
+    assert asked[0][0] == checkpoints.DEFAULT == "kyutai/stt-1b-en_fr"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (errors.RepositoryNotFoundError, r"no folder kyutai/gone here, and no repository of that name on the hub"),
+        (errors.GatedRepoError, r"kyutai/gone is on the hub but gated; ask for access there"),
+        (errors.LocalEntryNotFoundError, r"there is no network, or HF_HUB_OFFLINE is set; give a local folder instead"),
+        (OSError, r"kyutai/gone could not be fetched \(disk quota\); try again, or give a local folder"),
+    ],
+)
+def test_what_the_hub_cannot_give_is_said_in_one_sentence(monkeypatch, error, message):
+    raised = error.__new__(error)
+    Exception.__init__(raised, "disk quota")
+    _hub_that(monkeypatch, raised)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        checkpoints.load("kyutai/gone")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_network_and_cache_the_hub_is_said_to_be_offline(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"there is no network, or HF_HUB_OFFLINE is set; give a local folder"):
+        checkpoints.load("kyutai/stt-1b-en_fr")
+
+
+def test_a_model_inside_the_package_is_found_by_name(folders, tmp_path, monkeypatch):
+    copy_of(folders["kyutai"], tmp_path / "tiny")
+    monkeypatch.setattr(checkpoints, "_ASSETS", tmp_path)
+    assert checkpoints.load("tiny").name == "tiny"
+
+
+def test_a_conversion_finds_hub_names_too(folders, tmp_path, monkeypatch):
+    _hub_that(monkeypatch, folders["kyutai"])
+    convert("kyutai/stt-1b-en_fr", tmp_path / "out")
+    assert_same_weights(checkpoints.load(tmp_path / "out"), checkpoints.load(folders["kyutai"]))

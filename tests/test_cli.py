@@ -1,0 +1,192 @@
+"""The command line, as a user meets it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import dsm_jax
+from dsm_jax import audio, cli
+from tests import stt_model
+
+MODEL = ["--model", str(stt_model.CHECKPOINT), "--no-cache"]
+CLIP = str(stt_model.RECORDING)
+
+
+@pytest.fixture(scope="module")
+def result():
+    return dsm_jax.transcribe(stt_model.model(), CLIP, frames=True)
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    code = cli.main([str(a) for a in arguments])
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+@pytest.mark.parametrize("command", [[], ["transcribe"], ["codec", "encode"], ["convert"], ["bench"]])
+def test_help_is_instant(command):
+    code = f"""
+import sys
+from dsm_jax import cli
+try:
+    cli.main({[*command, "--help"]!r})
+except SystemExit as stop:
+    assert stop.code == 0
+print(sorted({{"jax", "numpy", "torch", "flax", "rich"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: dsm-jax")
+    assert done.stdout.endswith("[]\n"), "help must not import what it does not need"
+
+
+def test_text(capsys, result):
+    assert run(capsys, "transcribe", CLIP, *MODEL) == (0, result.text + "\n", "")
+
+
+def test_json_has_what_was_promised(capsys, result):
+    code, out, _ = run(capsys, "transcribe", CLIP, *MODEL, "--format", "json", "--frames")
+    read = json.loads(out)
+    assert code == 0
+    assert list(read) == ["audio", "model", "duration", "text", "words", "pauses", "frames"]
+    assert read["audio"] == CLIP
+    assert read["frames"]["text_tokens"] == list(result.frames.text_tokens)
+    assert len(read["frames"]["pause_probabilities"]) == len(result.frames.text_tokens)
+    assert set(read["words"][0]) == {"text", "start", "end", "probability"}
+
+
+def test_files_into_a_folder_with_one_bad_among_them(capsys, tmp_path, result):
+    shutil.copy(CLIP, tmp_path / "good.flac")
+    (tmp_path / "bad.flac").write_bytes(b"nothing")
+    code, out, err = run(
+        capsys, "transcribe", tmp_path / "*.flac", *MODEL, "--output-dir", tmp_path / "out", "--format", "srt"
+    )
+    assert code == 1
+    assert out == ""
+    assert err.startswith("dsm-jax: ")
+    assert "bad.flac" in err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["good.srt"]
+    assert result.words[0].text in (tmp_path / "out/good.srt").read_text(encoding="utf-8")
+
+
+def test_several_files_are_printed_in_order_by_name(capsys, tmp_path, result):
+    short = tmp_path / "short.wav"
+    audio.write(short, stt_model.recording()[:30_000], 24_000)
+    code, out, _ = run(capsys, "transcribe", CLIP, short, *MODEL)
+    assert code == 0
+    assert [line.split(": ")[0] for line in out.splitlines()] == [CLIP, str(short)]
+    assert out.splitlines()[0] == f"{CLIP}: {result.text}"
+    code, out, _ = run(capsys, "transcribe", short, CLIP, *MODEL, "--format", "json")
+    assert [json.loads(line)["audio"] for line in out.splitlines()] == [str(short), CLIP]
+
+
+def test_standard_input(result):
+    command = [sys.executable, "-m", "dsm_jax.cli", "transcribe", "-", *MODEL]
+    done = subprocess.run(command, input=stt_model.RECORDING.read_bytes(), capture_output=True, check=True)
+    assert done.stdout.decode() == result.text + "\n"
+
+
+def test_vad_marks_pauses(capsys, result):
+    assert result.pauses
+    code, out, _ = run(capsys, "transcribe", CLIP, *MODEL, "--vad")
+    assert code == 0
+    assert out.count("[pause]") == len(result.pauses)
+    assert [word for word in out.split() if word != "[pause]"] == [w.text for w in result.words]
+
+
+def test_prompts(capsys, tmp_path, result):
+    prompt = tmp_path / "prompt.wav"
+    audio.write(prompt, stt_model.recording()[:48_000], 24_000)
+    given = ["--prompt-text", "the fox", "--prompt-audio", prompt]
+    code, out, _ = run(capsys, "transcribe", CLIP, *MODEL, *given)
+    assert code == 0
+    assert out.startswith("the fox") or out.startswith("thefox")
+    code, cut, _ = run(capsys, "transcribe", CLIP, *MODEL, *given, "--cut-prompt")
+    assert code == 0
+    assert "fox" not in cut.split()[:1]
+    assert 0 < len(cut) < len(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--frames"], "--frames is part of the JSON, and --format is text"),
+        (["--cut-prompt"], "--cut-prompt has nothing to cut"),
+        ([CLIP, "--format", "srt"], "2 recordings as srt need a file each; add --output-dir"),
+        (["nothing*.wav"], r"nothing\*.wav matches no file"),
+        (["-", "-"], "standard input"),
+        ([CLIP, "--output-dir", "out"], "several recordings would be written to librispeech"),
+        (["--prompt-text", "語"], "cannot spell"),
+        (["--temperature", "-1"], "neither can be below 0"),
+    ],
+)
+def test_arguments_that_do_not_go_together(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "transcribe", CLIP, *arguments, *MODEL)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert re.search(message, err), err
+
+
+def test_a_model_that_cannot_be_read(capsys, tmp_path):
+    code, out, err = run(capsys, "transcribe", CLIP, "--model", tmp_path / "nowhere", "--no-cache")
+    assert (code, out) == (2, "")
+    assert "nowhere" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_codec_there_and_back(capsys, tmp_path):
+    codes, sound = tmp_path / "codes.safetensors", tmp_path / "again.wav"
+    assert run(capsys, "codec", "encode", CLIP, codes, *MODEL)[0] == 0
+    whole = load_file(codes)["codes"]
+    expected = stt_model.expected()["codes_QT"]
+    np.testing.assert_array_equal(whole[:, :-1], expected[:, : whole.shape[1] - 1])
+    assert run(capsys, "codec", "encode", CLIP, codes, *MODEL, "--codebooks", "3")[0] == 0
+    np.testing.assert_array_equal(load_file(codes)["codes"], whole[:3])
+    assert run(capsys, "codec", "decode", codes, sound, *MODEL)[0] == 0
+    assert audio.read(sound).size == whole.shape[1] * 1_920
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"codes": np.zeros((9, 4), np.int32)}, r"codes are int32 \[9, 4\]"),
+        ({"codes": np.full((2, 4), 128, np.int32)}, "codes go from 128 to 128"),
+        ({"other": np.zeros((2, 4), np.int32)}, "expected a tensor called 'codes'"),
+    ],
+)
+def test_codes_that_the_codec_cannot_have_made(capsys, tmp_path, tensors, message):
+    save_file(tensors, tmp_path / "codes.safetensors")
+    code, _, err = run(capsys, "codec", "decode", tmp_path / "codes.safetensors", tmp_path / "x.wav", *MODEL)
+    assert code == 2
+    assert re.search(message, err), err
+
+
+def test_convert(capsys, tmp_path, result):
+    code, out, _ = run(capsys, "convert", stt_model.CHECKPOINT, tmp_path / "native", "--no-cache")
+    assert code == 0
+    assert "emb.0.weight" in out
+    code, out, _ = run(capsys, "transcribe", CLIP, "--model", tmp_path / "native", "--no-cache")
+    assert out == result.text + "\n"
+    code, _, err = run(capsys, "convert", stt_model.CHECKPOINT, tmp_path / "native", "--no-cache")
+    assert code == 2
+    assert "native" in err
+
+
+def test_programs_are_kept_unless_told_otherwise(tmp_path):
+    command = [sys.executable, "-m", "dsm_jax.cli", "codec", "encode", CLIP, str(tmp_path / "c.safetensors")]
+    command += ["--model", str(stt_model.CHECKPOINT)]
+    env = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path / "home")}
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    assert any((tmp_path / "home/dsm_jax/compiled").iterdir())
+    subprocess.run([*command, "--cache-dir", str(tmp_path / "mine")], env=env, check=True, capture_output=True)
+    assert any((tmp_path / "mine").iterdir())
+    shutil.rmtree(tmp_path / "home")
+    subprocess.run([*command, "--no-cache"], env=env, check=True, capture_output=True)
+    assert not (tmp_path / "home").exists()

@@ -1,0 +1,85 @@
+"""The blocks that a conversion moves, and the tables that say which: exact inverses, no gap, no overlap."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsm_jax.convert import pieces, transforms
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(["conv", "transpose", "depthwise", "halves", "linear", "pointwise"]), st.data())
+def test_every_transform_is_undone_exactly(kind, data):
+    n = st.integers(1, 4)
+    a, b, stride = data.draw(n), data.draw(n), data.draw(n)
+    how, shape = {
+        "conv": (transforms.CONV, (a, b, stride)),
+        "transpose": (transforms.conv_transpose(stride), (a, b, 2 * stride)),
+        "depthwise": (transforms.depthwise(stride), (a, 1, 2 * stride)),
+        "halves": (transforms.half_split(a), (a * 2 * stride, b)),
+        "linear": (transforms.LINEAR, (a, b)),
+        "pointwise": (transforms.POINTWISE, (a, b, 1)),
+    }[kind]
+    tensor = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    (back,) = how.save(how.load(tensor))
+    np.testing.assert_array_equal(back, tensor)
+
+
+def test_a_transposed_convolution_has_the_tap_of_the_older_step_first():
+    w_CDM = np.arange(2 * 3 * 4.0).reshape(2, 3, 4)
+    w_MCE = transforms.conv_transpose(2).load(w_CDM)
+    for c in range(2):
+        for s in range(2):
+            np.testing.assert_array_equal(w_MCE[0, c, s * 3 : s * 3 + 3], w_CDM[c, :, 2 + s])
+            np.testing.assert_array_equal(w_MCE[1, c, s * 3 : s * 3 + 3], w_CDM[c, :, s])
+
+
+def test_halves_become_neighbours():
+    w_D1 = np.arange(8.0)[:, None]  # two heads, [0, 1 | 2, 3] and [4, 5 | 6, 7]
+    assert transforms.half_split(2).load(w_D1)[0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_a_codebook_is_sums_over_counts_and_an_unused_entry_is_not_divided_by_zero():
+    sums = np.array([[2.0, 4.0], [3.0, 3.0]], np.float32)
+    loaded = transforms.CODEBOOK.load(sums, np.array([2.0, 0.0], np.float32))
+    np.testing.assert_array_equal(loaded, np.array([[1.0, 2.0], sums[1] / np.float32(1e-5)], np.float32))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_a_copy_in_strips_changes_nothing(rows, columns):
+    matrix = np.arange(rows * columns).reshape(rows, columns).T
+    copy = transforms.contiguous(matrix)
+    np.testing.assert_array_equal(copy, matrix)
+    assert copy.flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    ("table", "fault"),
+    [
+        ([pieces.piece("a", "w", at=(slice(0, 1),))], "unfilled: the table fills 3 of the 6 values of w"),
+        ([pieces.piece("a", "w"), pieces.piece("b", "w")], "unfilled: the table fills 12 of the 6 values of w"),
+        (
+            [pieces.piece("a", "w", at=(slice(0, 1),)), pieces.piece("b", "w", at=(slice(0, 1),))],
+            "unfilled: the table fills 6 of the 6 values of w",
+        ),
+        ([pieces.piece("a", "w"), pieces.piece("b", "gone")], "the table fills gone, which the model does not have"),
+        (
+            [pieces.piece("a", "w", at=(0,), rows=(0, 3)), pieces.piece("a", "w", at=(1,), rows=(4, 7))],
+            "twice: the rows of a that the table claims overlap, or leave a gap: [(0, 3), (4, 7)]",
+        ),
+        ([pieces.piece("a", "w"), pieces.piece("a", "v")], "twice: a is claimed by 2 pieces of the table"),
+    ],
+)
+def test_a_fault_in_a_table_is_caught(table, fault):
+    tensors = {name: pieces.Tensor((2, 3), "F32", lambda rows: np.zeros((2, 3))) for name in "ab"}
+    parameters = {name: jax.ShapeDtypeStruct((2, 3), np.float32) for name in "wv"}
+    assert fault in pieces.plan(table, tensors, parameters)[1]
+
+
+def test_a_quantised_tensor_is_refused():
+    tensors = {"a": pieces.Tensor((2, 3), "I8", lambda rows: np.zeros((2, 3)))}
+    _, faults = pieces.plan([pieces.piece("a", "w")], tensors, {"w": jax.ShapeDtypeStruct((2, 3), np.float32)})
+    assert faults == ["dtype: a is I8, expected one of BF16, F16, F32, F64"]

@@ -1,0 +1,120 @@
+"""Words, their times and the pauses between them, from the tokens of each frame."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsm_jax.errors import ConfigError
+from dsm_jax.stt.transcript import Pause, WordEnded, WordStarted
+from dsm_jax.stt.words import PauseRule, Timing, WordReader
+from tests import stt_model
+
+NO_OFFSET = Timing(frame_rate=12.5, text_offset=0.0, audio_offset=0.0)
+
+
+def reader(timing: Timing = NO_OFFSET, **settings) -> WordReader:
+    settings = {"padding": 3, "boundary": 0, "pauses": PauseRule(), **settings}
+    return WordReader(stt_model.model().tokenizer, timing, **settings)
+
+
+def read(tokens: list[int], timing: Timing = NO_OFFSET, **settings) -> list:
+    r = reader(timing, **settings)
+    events = [event for token in tokens for event in r.read(token, 0.5)]
+    return events + r.finish()
+
+
+def spans(events: list) -> list[tuple[str, float, float]]:
+    """Word, and its first and last frame."""
+    return [(e.word.text, round(e.word.start * 12.5), round(e.word.end * 12.5)) for e in events if isinstance(e, WordEnded)]
+
+
+def ids(text: str) -> list[int]:
+    return stt_model.model().tokenizer.encode(text)
+
+
+def test_a_word_lies_between_its_boundaries():
+    word = ids("the")
+    events = read([3, 0, *word, 3, 3, 0, 3])
+    assert spans(events) == [("the", 2, 2 + len(word) + 2)]
+
+
+def test_words_that_share_a_segment_split_it_by_their_tokens():
+    first, both = len(ids("the")), ids("the fox")
+    (a, b) = spans(read([0, *both, 3, 0]))
+    assert a == ("the", 1, 1 + first)
+    assert b == ("fox", 1 + first, 1 + len(both) + 1)
+
+
+def test_the_last_word_ends_after_a_second_at_the_end_of_the_stream_or_with_the_audio():
+    word = ids("the")
+    assert spans(read([0, *word, *[3] * 40])) == [("the", 1, 13)]
+    assert spans(read([0, *word, 3, 3, 2, 3, 3])) == [("the", 1, 3 + len(word))]
+    assert spans(read([0, *word, 3])) == [("the", 1, 2 + len(word))]
+
+
+def test_text_before_the_first_boundary_and_a_long_last_word_are_kept():
+    word = ids("the")
+    assert spans(read([3, *word, 0])) == [("the", 1, 1 + len(word))]
+    fox = ids("fox")
+    (only,) = spans(read([0, fox[0], *[3] * 14, *fox[1:]]))
+    assert only == ("fox", 1, 1 + len(fox) + 14)
+
+
+def test_times_are_in_the_audio_and_never_negative():
+    word = ids("the")
+    delayed = Timing(frame_rate=12.5, text_offset=0.5, audio_offset=0.0)
+    (e,) = [e for e in read([*[3] * 9, 0, *word, 0], delayed) if isinstance(e, WordEnded)]
+    assert e.word.start == pytest.approx(10 / 12.5 - 0.5)
+    (e,) = [e for e in read([0, *word, 0], delayed) if isinstance(e, WordEnded)]
+    assert e.word.start == 0.0
+
+
+def test_a_word_is_as_sure_as_the_geometric_mean_of_its_pieces():
+    r, word = reader(), ids("fox")
+    assert len(word) > 1
+    r.read(0, 1.0)
+    for token, probability in zip(word, [0.9] + [0.4] * (len(word) - 1), strict=True):
+        r.read(token, probability)
+    (end,) = [e for e in r.read(0, 1.0) if isinstance(e, WordEnded)]
+    assert end.word.probability == pytest.approx((0.9 * 0.4 ** (len(word) - 1)) ** (1 / len(word)))
+
+
+@given(st.lists(st.sampled_from([0, 0, 0, 2, 3, 3, 3, 5, 9, 12, 17, 20, 33, 50]), max_size=80))
+def test_no_piece_is_lost_and_every_word_starts_once_and_in_order(tokens):
+    events = read(tokens)
+    words = [e.word for e in events if isinstance(e, WordEnded)]
+    text = stt_model.model().tokenizer.decode([t for t in tokens if t > 3])
+    assert "".join(w.text for w in words) == text.replace(" ", "")
+    assert [e.start for e in events if isinstance(e, WordStarted)] == [w.start for w in words]
+    assert all(w.start <= w.end for w in words)
+    assert all(a.start <= b.start for a, b in zip(words, words[1:], strict=False))
+
+
+def pauses(probabilities: list[float], tokens: list[int] | None = None, **settings) -> list[Pause]:
+    r = reader(**settings)
+    tokens = tokens or [3] * len(probabilities)
+    rows = [(0.0, 0.0, p, 0.0) for p in probabilities]
+    events = [e for t, row in zip(tokens, rows, strict=True) for e in r.read(t, 1.0, row)]
+    return [e for e in events if isinstance(e, Pause)]
+
+
+def test_a_pause_is_told_once_until_somebody_speaks():
+    assert pauses([0.4, 0.6, 0.9, 0.2, 0.7]) == [Pause(2 / 12.5, 2.0, 0.6)]
+    word = ids("the")[0]
+    assert len(pauses([0.6, 0.1, 0.7, 0.8], [3, word, 3, 3])) == 2
+
+
+def test_another_head_or_threshold_can_decide():
+    assert pauses([0.9] * 3, pauses=PauseRule(horizon=0.5)) == []
+    assert pauses([0.9] * 3, pauses=PauseRule(threshold=0.95)) == []
+
+
+def test_a_horizon_that_no_head_has_is_refused():
+    with pytest.raises(ConfigError, match=r"5\.0 s was asked for; the heads know \(0\.5, 1\.0, 2\.0, 3\.0\)"):
+        PauseRule(horizon=5.0)
+
+
+def test_a_prompt_is_left_out_by_frames_and_by_tokens():
+    word, name = ids("the"), ids("fox")
+    assert [w for w, *_ in spans(read([0, *word, 0, *name, 0], skip=2 + len(word)))] == ["fox"]
+    assert [w for w, *_ in spans(read([0, *word, 3, 0, *name, 0], skip_ids=tuple(word)))] == ["fox"]
