@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -141,11 +141,11 @@ def write_safetensors(path: Path, tensors: list[Outgoing]) -> Iterator[Outgoing]
             yield tensor
 
 
-def write_sharded(folder: Path, tensors: list[Outgoing], shard_bytes: int = SHARD_BYTES) -> Iterator[Outgoing]:
-    """Writes `model.safetensors`, or several files and their index when the tensors take more than `shard_bytes`."""
+def write_sharded(folder: Path, tensors: list[Outgoing]) -> Iterator[Outgoing]:
+    """Writes `model.safetensors`, or several files and their index when the tensors take more than `SHARD_BYTES`."""
     shards: list[list[Outgoing]] = [[]]
     for tensor in tensors:
-        if shards[-1] and sum(map(_bytes, shards[-1])) + _bytes(tensor) > shard_bytes:
+        if shards[-1] and sum(map(_bytes, shards[-1])) + _bytes(tensor) > SHARD_BYTES:
             shards.append([])
         shards[-1].append(tensor)
     if len(shards) == 1:
@@ -161,11 +161,6 @@ def write_sharded(folder: Path, tensors: list[Outgoing], shard_bytes: int = SHAR
 
 def _bytes(tensor: Outgoing) -> int:
     return int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(tensor.dtype).itemsize
-
-
-def total_bytes(tensors: Iterable[Outgoing]) -> int:
-    """Bytes that the tensors take in a file."""
-    return sum(map(_bytes, tensors))
 
 
 def read_json(path: Path) -> dict:

@@ -135,7 +135,7 @@ def write_files(config: ModelConfig, lm: LMConfig, dtype: str) -> dict[str, dict
         "max_position_embeddings": 2 * lm.context,  # as released; nothing is computed from it
         "rope_parameters": {"rope_theta": lm.max_period, "rope_type": "default"},
         "sliding_window": lm.context,
-        "ffn_dim": 2 * lm.transformer.gating_dim,
+        "ffn_dim": 2 * gating_dim(lm.dim, lm.transformer.dim_feedforward),
         "rms_norm_eps": next((eps for eps, name in _NORMS.items() if name == lm.norm), None),
         "num_codebooks": lm.n_q,
         "audio_bos_token_id": lm.card,
@@ -175,7 +175,7 @@ def _computed(lm: LMConfig) -> dict[str, Any]:
     """What of a config changes what is computed; the pause heads apart, which are beside it."""
     values = {key: value for key, value in dataclasses.asdict(lm).items() if not key.startswith(_WITHOUT_EFFECT)}
     values["text_card_out"] = lm.text_logits
-    return values | {"hidden_scale": lm.transformer.gating_dim}
+    return values | {"hidden_scale": gating_dim(lm.dim, lm.transformer.dim_feedforward)}
 
 
 def _hidden_scale(width: int, ffn_dim: int, where: str) -> float:

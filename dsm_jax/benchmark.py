@@ -19,6 +19,7 @@ from flax import nnx
 
 from dsm_jax import presets
 from dsm_jax.configs import MimiConfig, ModelConfig
+from dsm_jax.errors import ConfigError
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.stt import engine
@@ -42,10 +43,18 @@ def random_params(make: Callable[[], nnx.Module], dtype: jnp.dtype) -> tuple[nnx
     return graph, jax.tree.unflatten(tree, made)
 
 
+def _random_lm(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.State]:
+    lm = config.lm
+    if lm is None:
+        raise ConfigError("a codec alone has no language model to time; give a speech-to-text config")
+    return random_params(lambda: DelayedStreamsLM(lm, rngs=nnx.Rngs(0)), dtype)
+
+
 def lm_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, Any]:
     """One frame through the language model, greedy token included."""
-    graph, params = random_params(lambda: DelayedStreamsLM(config.lm, rngs=nnx.Rngs(0)), dtype)
-    tokens_BKT = jnp.zeros((batch, config.lm.n_q + 1, 1), jnp.int32)
+    graph, params = _random_lm(config, dtype)
+    streams = nnx.merge(graph, params).config.n_q + 1
+    tokens_BKT = jnp.zeros((batch, streams, 1), jnp.int32)
 
     def step(params: nnx.State, state: Any):
         lm = nnx.merge(graph, params)
@@ -56,9 +65,8 @@ def lm_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, An
     return lambda state: jitted(params, state), jax.jit(lambda p: nnx.merge(graph, p).init_state(batch))(params)
 
 
-def mimi_step(batch: int, way: str) -> tuple[Step, Any]:
+def mimi_step(batch: int, way: str, config: MimiConfig = MimiConfig()) -> tuple[Step, Any]:
     """One frame through the codec, "encode" or "decode"."""
-    config = MimiConfig()
     graph, params = random_params(lambda: Mimi(config, rngs=nnx.Rngs(0)), jnp.float32)
     pcm_BTC = 0.1 * jax.random.normal(jax.random.key(1), (batch, config.frame_size, 1))
     codes_BQT = jax.random.randint(jax.random.key(2), (batch, config.quantizer.n_q, 1), 0, config.quantizer.bins)
@@ -75,7 +83,7 @@ def mimi_step(batch: int, way: str) -> tuple[Step, Any]:
 
 def stt_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, Any]:
     """One frame of speech to text: codec, language model and sampling, as a server runs it."""
-    lm_def, lm_params = random_params(lambda: DelayedStreamsLM(config.lm, rngs=nnx.Rngs(0)), dtype)
+    lm_def, lm_params = _random_lm(config, dtype)
     mimi_def, mimi_params = random_params(lambda: Mimi(config.mimi, rngs=nnx.Rngs(0)), jnp.float32)
     pcm_BTC = 0.1 * jax.random.normal(jax.random.key(1), (batch, config.mimi.frame_size, 1))
     all_B, prompt_BP = jnp.ones((batch,), jnp.int32), jnp.zeros((batch, 0), jnp.int32)

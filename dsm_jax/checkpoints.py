@@ -101,7 +101,7 @@ def load(
         mimi_def=mimi.graph,
         mimi_params=states["mimi"],
         tokenizer=tokenizer,
-        name=path.resolve().name if path == Path(source) else str(source),
+        name=path.resolve().name if Path(source).expanduser().exists() else str(source),
     )
 
 

@@ -9,7 +9,6 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,9 +59,7 @@ def transcribe(args: argparse.Namespace) -> int:
             bar.start_task(tasks[index])
             bar.update(tasks[index], completed=seconds)
 
-        results = transcribe_each(
-            model, names, options, batch_size=args.batch_size, frames=args.frames, progress=heard
-        )
+        results = transcribe_each(model, names, options, batch_size=args.batch_size, frames=args.frames, progress=heard)
         for index, result in results:
             finished[index] = result
             bar.remove_task(tasks[index])
@@ -156,9 +153,7 @@ def _output_files(names: list[str], folder: Path | None, kind: str) -> list[Path
 
 def _check_vad(args: argparse.Namespace, model: "Model") -> None:
     if args.vad and not (model.config.lm and model.config.lm.extra_heads_num_heads):
-        raise UsageError(
-            f"{model.name} has no pause heads, which --vad needs; kyutai/stt-1b-en_fr-candle has them"
-        )
+        raise UsageError(f"{model.name} has no pause heads, which --vad needs; kyutai/stt-1b-en_fr-candle has them")
 
 
 def _render(transcript: "Transcript", args: argparse.Namespace, *, several: bool) -> str:
@@ -212,7 +207,8 @@ def _progress(args: argparse.Namespace) -> "Progress":
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f} s"), TimeRemainingColumn())
+    seconds = TextColumn("{task.completed:.0f} s")
+    columns = (TextColumn("{task.description}"), BarColumn(), seconds, TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=args.quiet or not console.is_terminal)
 
 
@@ -222,24 +218,34 @@ def _parser() -> argparse.ArgumentParser:
     device = argparse.ArgumentParser(add_help=False)
     group = device.add_argument_group("device")
     group.add_argument("--device", choices=_PLATFORMS, help="default: the best that JAX finds")
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: bfloat16 on GPU and "
-                       "TPU, float32 on CPU; the codec is always float32")
-    group.add_argument("--cache-dir", type=Path, metavar="FOLDER", help="keep compiled programs here; default: "
-                       f"{_cache_folder()}")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the weights; default: bfloat16 on GPU and TPU, float32 on CPU; the codec is always float32",
+    )
+    group.add_argument(
+        "--cache-dir", type=Path, metavar="FOLDER", help=f"keep compiled programs here; default: {_cache_folder()}"
+    )
     group.add_argument("--no-cache", action="store_true", help="compile anew, keep nothing")
     model = argparse.ArgumentParser(add_help=False, parents=[device])
-    model.add_argument("--model", default="kyutai/stt-1b-en_fr", help="a published name or a local folder, in any "
-                       "supported layout (default: %(default)s)")
+    model.add_argument(
+        "--model",
+        default="kyutai/stt-1b-en_fr",
+        help="a published name or a local folder, in any supported layout (default: %(default)s)",
+    )
 
     p = commands.add_parser("transcribe", parents=[model], help="turn recordings into text with word times")
-    p.add_argument("audio", nargs="+", help="files (wav, flac, mp3, ogg, opus; any rate), patterns, or - for standard "
-                   "input")
+    p.add_argument(
+        "audio", nargs="+", help="files (wav, flac, mp3, ogg, opus; any rate), patterns, or - for standard input"
+    )
     p.add_argument("--format", choices=FORMATS, default="text", help="default: %(default)s")
     p.add_argument("--output-dir", type=Path, metavar="FOLDER", help="write a file per recording; default: print")
-    p.add_argument("--frames", action="store_true", help="add every frame's text token and pause probabilities to the "
-                   "JSON")
-    p.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="recordings at a time (default: "
-                   "%(default)s)")
+    p.add_argument(
+        "--frames", action="store_true", help="add every frame's text token and pause probabilities to the JSON"
+    )
+    p.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="recordings at a time (default: %(default)s)"
+    )
     p.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; default: the checkpoint's")
     p.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     p.add_argument("--prompt-text", metavar="TEXT", help="words that the model is made to say first, in your spelling")

@@ -106,14 +106,9 @@ class TransformerConfig:
         """Heads of keys and values: each serves `kv_repeat` heads of queries."""
         return self.num_heads // self.kv_repeat
 
-    @property
-    def gating_dim(self) -> int:
-        """Inner width of the gated feed-forward (kyutai-labs/moshi@e6a55d2 moshi/modules/gating.py)."""
-        return gating_dim(self.d_model, self.dim_feedforward)
-
 
 def gating_dim(width: int, feedforward: int) -> int:
-    """The inner width that the reference derives from `dim_feedforward`: 2/3 of it, or 21/8 of the width."""
+    """Inner width of a gated feed-forward, as kyutai-labs/moshi@e6a55d2 moshi/modules/gating.py derives it."""
     return 21 * width // 8 if feedforward == 4 * width else 2 * feedforward // 3
 
 
@@ -238,7 +233,7 @@ class LMConfig:
             f"give one per generated codebook, {self.dep_q}",
         )
         _require(not self.norm_emb, "norm_emb is true", "no published model normalises its embeddings")
-        _require(min(self.delays) >= 0, f"delays {self.delays}", "a delay cannot be negative")
+        _require(min(self.delays) >= 0, f"the delays are {self.delays}", "none can be negative")
         _ = self.transformer  # checks what the transformer can check
 
     @property

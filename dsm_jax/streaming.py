@@ -6,9 +6,9 @@ is a frozen, registered dataclass whose leaves have the batch as their first axi
 Modules hold parameters only. Rows are independent streams: a row whose `active_B` is False is left untouched (what the
 step returns for it is finite and means nothing), and any row can be reset while the others run.
 
-A fresh state is all zeros, and stays the only kind of zero there is: resetting a row means zeroing its leaves. Caches of
-keys and values are the exception: positions decide which of their slots are valid, so zeroing the position hides them,
-and neither reset nor an idle row ever has to copy a cache.
+A fresh state is all zeros, so resetting a row means zeroing its leaves. Caches of keys and values are the exception:
+positions decide which of their slots are valid, so zeroing the position hides them, and neither reset nor an idle row
+ever has to copy a cache.
 
 Shape letters: B batch rows, T steps, S cache slots, K key/value heads, H head width.
 """

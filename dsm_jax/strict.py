@@ -48,9 +48,9 @@ def from_dict(kind: type[Config], values: Mapping[str, Any], where: str) -> Conf
 def _read_value(kind: Any, value: Any, where: str) -> Any:
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     for option in options:
-        origin = typing.get_origin(option) or option
-        if dataclasses.is_dataclass(origin) and value is not None:
-            return from_dict(origin, value, where)
+        origin: Any = typing.get_origin(option) or option
+        if isinstance(origin, type) and dataclasses.is_dataclass(origin) and value is not None:
+            return from_dict(origin, value, where)  # pyright: ignore[reportArgumentType]  it checks what it is given
         if origin is tuple and isinstance(value, (list, tuple)):
             return tuple(_read_value(typing.get_args(option)[0], v, where) for v in value)
         if origin is Table and isinstance(value, Mapping):

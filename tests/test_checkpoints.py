@@ -1,4 +1,4 @@
-"""Loading: every layout is recognised and placed as asked, and what is wrong with a checkpoint is said."""
+"""Loading: every layout is recognised and placed as asked, wherever it is."""
 
 import dataclasses
 import shutil
@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from huggingface_hub import errors
-from safetensors.numpy import load_file, save_file
 
 from dsm_jax import checkpoints
 from dsm_jax.configs import MimiConfig
-from dsm_jax.convert import files, kyutai, native
+from dsm_jax.convert import kyutai
 from dsm_jax.convert.command import convert
 from dsm_jax.convert.networks import flatten
-from dsm_jax.errors import CheckpointError, ConfigError
+from dsm_jax.errors import CheckpointError
 from tests import small
 from tests.checkpoint_maker import arrays_of, assert_same_weights, copy_of, make_checkpoint, random_model
 
@@ -28,24 +27,26 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {to: make_checkpoint(tmp_path_factory.mktemp(to), to) for to in ("orbax", "kyutai", "transformers")}
 
 
-@pytest.fixture
-def spoilt(folders, tmp_path) -> Path:
-    """A copy of the Kyutai folder, to be spoilt."""
-    return copy_of(folders["kyutai"], tmp_path / "in")
-
-
 LAYOUTS = ["orbax", "kyutai", "transformers"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_model_runs_as_loaded(folders, layout):
-    model = checkpoints.load(folders[layout])
-    codes_BQT = nnx.merge(model.mimi_def, model.mimi_params).encode(jnp.ones((1, 64, 1)))
-    tokens_BKT = jnp.concatenate([jnp.zeros((1, 1, 4), jnp.int32), codes_BQT[:, :3] % 12], axis=1)
-    output = nnx.merge(model.lm_def, model.lm_params)(tokens_BKT)
-    assert output.text_logits_BTV.shape == (1, 4, 64)
-    assert jnp.isfinite(output.text_logits_BTV).all()
-    assert model.name == layout
+def test_a_loaded_model_is_named_after_its_folder(folders, layout):
+    assert checkpoints.load(folders[layout]).name == layout
+
+
+def test_a_model_runs_as_loaded(folders):
+    model = checkpoints.load(folders["orbax"])
+
+    @jax.jit
+    def run(lm: nnx.State, mimi: nnx.State) -> jax.Array:
+        codes_BQT = nnx.merge(model.mimi_def, mimi).encode(jnp.ones((1, 64, 1)))
+        tokens_BKT = jnp.concatenate([jnp.zeros((1, 1, 4), jnp.int32), codes_BQT[:, :3] % 12], axis=1)
+        return nnx.merge(model.lm_def, lm)(tokens_BKT).text_logits_BTV
+
+    logits_BTV = run(model.lm_params, model.mimi_params)
+    assert logits_BTV.shape == (1, 4, 64)
+    assert jnp.isfinite(logits_BTV).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -131,155 +132,6 @@ def test_a_codecs_file_alone_is_taken_for_the_published_codec(folders, tmp_path)
     with pytest.raises(CheckpointError, match=r"shape: encoder.model.0.conv.conv.weight is 2x1x7, expected 64x1x7"):
         checkpoints.load(tmp_path / "mimi.safetensors")
     assert MimiConfig().seanet.n_filters == 64
-
-
-# Bad input.
-
-
-def test_a_language_models_file_alone_is_refused(folders):
-    with pytest.raises(CheckpointError, match=r"model.safetensors is a language model; give its folder, which also"):
-        checkpoints.load(folders["kyutai"] / "model.safetensors")
-
-
-@pytest.mark.parametrize("size", [0, 5, 40, -100, -1])
-def test_a_truncated_file_is_refused(spoilt, size):
-    path = spoilt / kyutai.LM_NAME
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match=r"model.safetensors is cut short or damaged: it has \d+ bytes, its head"):
-        checkpoints.load(spoilt)
-
-
-@pytest.mark.parametrize("content", [b"PK\x03\x04 a zipped pickle" * 9, b"<!DOCTYPE html><html>" * 9])
-def test_a_file_that_is_no_safetensors_is_refused(spoilt, content):
-    (spoilt / kyutai.LM_NAME).write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model.safetensors is not a safetensors file .*; give the .safetensors"):
-        checkpoints.load(spoilt)
-
-
-def test_a_foreign_safetensors_file_is_refused_with_every_fault(spoilt):
-    save_file({"bert.embeddings.weight": np.zeros((3, 2), np.float32)}, spoilt / kyutai.LM_NAME)
-    with pytest.raises(CheckpointError) as caught:
-        checkpoints.load(spoilt)
-    message = str(caught.value)
-    assert "the weights are not those of the model that the config describes; use the config.json" in message
-    assert "unknown: bert.embeddings.weight, 3x2; the model has no place for it" in message
-    assert message.count("\n  missing: ") == len(kyutai.lm_table(small.STT)) - 4 - 1  # no pause heads, no bias
-
-
-def test_missing_extra_and_reshaped_tensors_of_both_files_are_one_error(spoilt):
-    lm, mimi = (load_file(spoilt / name) for name in (kyutai.LM_NAME, kyutai.MIMI_NAME))
-    del lm["emb.1.weight"]
-    lm["stowaway"] = np.zeros(3, np.float32)
-    lm["out_norm.alpha"] = np.zeros((1, 1, 5), np.float32)
-    del mimi["downsample.conv.conv.conv.weight"]
-    save_file(lm, spoilt / kyutai.LM_NAME)
-    save_file(mimi, spoilt / kyutai.MIMI_NAME)
-    with pytest.raises(CheckpointError) as caught:
-        checkpoints.load(spoilt)
-    for fault in (
-        "missing: emb.1.weight, expected 13x16",
-        "unknown: stowaway, 3; the model has no place for it",
-        "shape: out_norm.alpha is 1x1x5, expected 1x1x16",
-        "missing: downsample.conv.conv.conv.weight, expected 16x16x4",
-        "Faults (4)",
-    ):
-        assert fault in str(caught.value)
-
-
-def test_an_alpha_without_axes_of_one_is_the_same(folders, spoilt):
-    tensors = {n: t.reshape(-1) if n.endswith("alpha") else t for n, t in load_file(spoilt / kyutai.LM_NAME).items()}
-    save_file(tensors, spoilt / kyutai.LM_NAME)
-    assert_same_weights(checkpoints.load(spoilt), checkpoints.load(folders["kyutai"]))
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"quantum": 1}, ConfigError, r"config.json: unknown keys \['quantum'\]"),
-        ({"lora_name": "x"}, ConfigError, r"unknown keys \['lora_name'\]"),
-        ({"context": "long"}, ConfigError, r"config.json: context is 'long'; expected int"),
-        ({"stt_config": {"delay": 1}}, ConfigError, r"stt: unknown keys \['delay'\]"),
-        ({"tokenizer_name": "gone.model"}, CheckpointError, r"the tokenizer .*gone.model is missing"),
-        ({"mimi_name": "gone.safetensors"}, CheckpointError, r"gone.safetensors is missing; fetch the whole repos"),
-    ],
-)
-def test_a_config_that_is_not_understood_is_refused(spoilt, change, error, message):
-    files.write_json(spoilt / "config.json", files.read_json(spoilt / "config.json") | change)
-    with pytest.raises(error, match=message):
-        checkpoints.load(spoilt)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"model_type": "csm"}'])
-def test_a_config_that_is_no_models_is_refused(spoilt, content):
-    (spoilt / "config.json").write_text(content)
-    match = r"cannot be read as JSON|holds list, expected an object|is of model_type 'csm'; expected Kyutai's own"
-    with pytest.raises(CheckpointError, match=match):
-        checkpoints.load(spoilt)
-
-
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(
-        CheckpointError, match=r"has no config.json, no dsm_jax.json and 0 safetensors files; expected a"
-    ):
-        checkpoints.load(tmp_path)
-
-
-def test_a_transformers_folder_without_its_delay_is_refused(folders, tmp_path):
-    folder = copy_of(folders["transformers"], tmp_path / "in")
-    (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"has no audio_delay_seconds in preprocessor_config.json or processor_co"
-    ):
-        checkpoints.load(folder)
-
-
-def test_an_index_that_does_not_fit_is_refused(folders, tmp_path):
-    folder = copy_of(folders["transformers"], tmp_path / "in")
-    files.write_json(folder / files.INDEX_NAME, {"weight_map": {"model.norm.weight": "gone.safetensors"}})
-    with pytest.raises(CheckpointError, match=r"gone.safetensors is missing; fetch the whole repository again"):
-        checkpoints.load(folder)
-    names = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
-    files.write_json(folder / files.INDEX_NAME, {"weight_map": names | {"lm_head.weight": "other"}})
-    (folder / "other").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match=r"index: lm_head.weight is in model.safetensors, where .* says other"):
-        checkpoints.load(folder)
-    files.write_json(folder / files.INDEX_NAME, {})
-    with pytest.raises(CheckpointError, match=r"has no weight_map; fetch it again"):
-        checkpoints.load(folder)
-
-
-def test_a_native_folder_of_a_later_format_is_refused(folders, tmp_path):
-    folder = copy_of(folders["orbax"], tmp_path / "in")
-    values = files.read_json(folder / native.CONFIG_NAME)
-    files.write_json(folder / native.CONFIG_NAME, values | {"format": 99})
-    with pytest.raises(CheckpointError, match=r"dsm_jax.json is of format 99; this version reads 1; upgrade dsm_jax"):
-        checkpoints.load(folder)
-
-
-def test_a_native_folder_with_other_parameters_than_its_config_is_refused(folders, tmp_path):
-    folder = copy_of(folders["orbax"], tmp_path / "in")
-    values = files.read_json(folder / native.CONFIG_NAME)
-    values["config"]["lm"] |= {"num_layers": 3, "num_heads": 4}
-    files.write_json(folder / native.CONFIG_NAME, values)
-    with pytest.raises(CheckpointError, match=r"missing: lm.transformer.layers.2.norm1.alpha_D, expected \[16\]"):
-        checkpoints.load(folder)
-    values["config"]["lm"] |= {"num_layers": 1, "text_card": 63}
-    files.write_json(folder / native.CONFIG_NAME, values)
-    with pytest.raises(CheckpointError) as caught:
-        checkpoints.load(folder)
-    assert "unknown: lm.transformer.layers.1.norm1.alpha_D, [16]; the model has no place for it" in str(caught.value)
-    assert "shape: lm.text_emb.table_LW is [65, 16], expected [64, 16]" in str(caught.value)
-
-
-def test_a_damaged_native_folder_is_refused(folders, tmp_path):
-    folder = copy_of(folders["orbax"], tmp_path / "in")
-    shutil.rmtree(next((folder / "params").glob("*/d"), folder / "params" / "0000" / "ocdbt.process_0"))
-    shutil.rmtree(folder / "params" / "0000" / "ocdbt.process_0", ignore_errors=True)
-    with pytest.raises(CheckpointError, match=r"0000 cannot be read \(\w+\); convert the model again"):
-        checkpoints.load(folder)
-
-
-# Finding.
 
 
 @pytest.mark.parametrize("name", ["gone", "./gone", "gone/there/model", "/gone", "kyutai/mimi.safetensors", ""])

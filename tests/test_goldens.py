@@ -11,7 +11,7 @@ def test_the_library_computes_what_the_reference_computed(name):
     compare.CASES[name](*compare.read(name))
 
 
-@pytest.mark.parametrize("name", [name for name in compare.CASES if name not in ("mimi", "lm_stt", "lm_tts")])
+@pytest.mark.parametrize("name", ["conv_strided", "conv_transpose", "upsample", "rvq", "transformer_lm"])
 def test_one_wrong_weight_is_noticed(name):
     config, arrays = compare.read(name)
     weights = [key for key in arrays if key.startswith("weights.") and not key.endswith("_initialized")]

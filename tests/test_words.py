@@ -1,5 +1,7 @@
 """Words, their times and the pauses between them, from the tokens of each frame."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +27,9 @@ def read(tokens: list[int], timing: Timing = NO_OFFSET, **settings) -> list:
 
 def spans(events: list) -> list[tuple[str, float, float]]:
     """Word, and its first and last frame."""
-    return [(e.word.text, round(e.word.start * 12.5), round(e.word.end * 12.5)) for e in events if isinstance(e, WordEnded)]
+    return [
+        (e.word.text, round(e.word.start * 12.5), round(e.word.end * 12.5)) for e in events if isinstance(e, WordEnded)
+    ]
 
 
 def ids(text: str) -> list[int]:
@@ -87,7 +91,7 @@ def test_no_piece_is_lost_and_every_word_starts_once_and_in_order(tokens):
     assert "".join(w.text for w in words) == text.replace(" ", "")
     assert [e.start for e in events if isinstance(e, WordStarted)] == [w.start for w in words]
     assert all(w.start <= w.end for w in words)
-    assert all(a.start <= b.start for a, b in zip(words, words[1:], strict=False))
+    assert all(a.start <= b.start for a, b in itertools.pairwise(words))
 
 
 def pauses(probabilities: list[float], tokens: list[int] | None = None, **settings) -> list[Pause]:

@@ -1,13 +1,14 @@
 """Conditioning: what a stream is told once, before it starts (a voice, a guidance value, a description).
 
-Each conditioner turns its value into vectors of the model's width. Those fused by "sum" are added to every step's input;
-those fused by "cross" are laid end to end for the cross-attention. Always float32, as the reference keeps it.
+Each conditioner turns its value into vectors of the model's width. Those fused by "sum" are added to every step's
+input; those fused by "cross" are laid end to end for the cross-attention. Always float32, as the reference keeps it.
 
 Shape letters: B batch rows, X steps of a condition, C a conditioner's own width, D model width, L entries.
 Source: kyutai-labs/moshi@e6a55d2 moshi/conditioners.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ class Conditioning(nnx.Module):
           What to add to each step's input [B, D], and what to attend to [B, X, D]; None where nothing is fused so.
         """
         made = {name: conditioner(values[name], masks[name]) for name, conditioner in self.conditioners.items()}
-        sum_BD = sum(made[name][:, 0] for name in self.summed) if self.summed else None
+        sum_BD = functools.reduce(jnp.add, [made[name][:, 0] for name in self.summed]) if self.summed else None
         if not self.crossed:
             return sum_BD, None
         cross_BXD = jnp.concatenate([made[name] for name in self.crossed], axis=1)

@@ -6,7 +6,8 @@ frame, so teacher-forced training treats every frame as a row.
 
 Shape letters: B batch rows, T frames, N = B * T, Q generated codebooks = steps of the walk, K streams, D model width,
 W depformer width, E projected width, F inner width, V vocabulary, A heads, H head width.
-Source: Moshi (Défossez et al. 2024), section 3.4; kyutai-labs/moshi@e6a55d2 moshi/models/lm.py:forward_depformer_training.
+Source: Moshi (Défossez et al. 2024), section 3.4; kyutai-labs/moshi@e6a55d2 moshi/models/lm.py
+forward_depformer_training.
 """
 
 import jax
@@ -78,9 +79,7 @@ class Depformer(nnx.Module):
         self.inputs = nnx.List(
             [Linear(config.dim, width, rngs=rngs) for _ in range(max(config.depformer_schedule) + 1)]
         )
-        self.text_emb = Embedding(
-            config.text_card + 1, width, rank=rank, demux=config.demux_second_stream, rngs=rngs
-        )
+        self.text_emb = Embedding(config.text_card + 1, width, rank=rank, demux=config.demux_second_stream, rngs=rngs)
         self.audio_embs = nnx.List(
             [Embedding(config.card + 1, width, rank=rank, rngs=rngs) for _ in range(config.dep_q - 1)]
         )

@@ -5,7 +5,8 @@ step 0 feeds initial tokens only, and step t sees the audio of frame t - 1 and t
 models were trained. The reference's `LMGen` reaches the same by being given frame 0 twice, as `moshi.run_inference`
 does.
 
-Shape letters: B batch rows, K streams (text first), Q audio streams that are given, S ring slots, V vocabulary, D width.
+Shape letters: B batch rows, K streams (text first), Q audio streams that are given, S ring slots, V vocabulary, D model
+width.
 Source: kyutai-labs/moshi@e6a55d2 moshi/models/lm.py:LMGen.
 """
 
@@ -38,9 +39,7 @@ class GenerationState:
 def init_state(lm: DelayedStreamsLM, batch_size: int) -> GenerationState:
     """The state of `batch_size` fresh streams."""
     slots = max(lm.config.delays) + 2
-    return GenerationState(
-        lm.init_state(batch_size), jnp.zeros((batch_size, lm.config.n_q + 1, slots), jnp.int32)
-    )
+    return GenerationState(lm.init_state(batch_size), jnp.zeros((batch_size, lm.config.n_q + 1, slots), jnp.int32))
 
 
 def generate_step(

@@ -17,7 +17,7 @@ from flax import nnx
 
 from dsm_jax.configs import LMConfig
 from dsm_jax.errors import StreamError
-from dsm_jax.models.conditioning import Conditions, Conditioning
+from dsm_jax.models.conditioning import Conditioning, Conditions
 from dsm_jax.models.depformer import Depformer
 from dsm_jax.nn.embedding import Embedding
 from dsm_jax.nn.precision import full_precision
@@ -98,7 +98,13 @@ class DelayedStreamsLM(nnx.Module):
 
     @full_precision
     def condition(self, values: dict[str, jax.Array], masks: dict[str, jax.Array]) -> Conditions:
-        """Turns condition values into what `step` adds and attends to, once per stream."""
+        """Turns condition values into what `step` adds and attends to, once per stream.
+
+        Raises:
+          StreamError: the model has no conditioners.
+        """
+        if self.conditioning is None:
+            raise StreamError(f"the model takes no conditions, and was given {sorted(values)}; leave them out")
         sum_BD, cross_BXD = self.conditioning(values, masks)
         if cross_BXD is None:
             return Conditions(sum_BD, None)

@@ -2,10 +2,11 @@
 
 Shape letters: B batch rows, T steps, D model width, E projected width, N query heads, K key/value heads, G query heads
 per key/value head, H head width, S cache slots, U keys of the chunk itself, X steps of the cross-attention source.
-Source: kyutai-labs/moshi@e6a55d2 moshi/modules/transformer.py. Differs on purpose: a chunk of several steps sees exactly
-what single steps would see, where the reference drops keys once its ring is full (tests/test_transformer.py).
+Source: kyutai-labs/moshi@e6a55d2 moshi/modules/transformer.py. Differs on purpose: a chunk of several steps sees
+exactly what single steps would see, where the reference drops keys once its ring is full (tests/test_transformer.py).
 """
 
+import functools
 import math
 
 import jax
@@ -47,15 +48,14 @@ def _attend(q_BTKGH: jax.Array, sources: list[tuple[jax.Array, jax.Array, jax.Ar
     for k_BKSH, _, mask_BTS in sources:
         s = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32) * scale
         scores.append(s if mask_BTS is None else jnp.where(mask_BTS[:, None, None], s, -jnp.inf))
-    top = scores[0].max(-1, keepdims=True)
-    for s in scores[1:]:
-        top = jnp.maximum(top, s.max(-1, keepdims=True))
+    top = functools.reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores])
     weights = [jnp.exp(s - top) for s in scores]
-    total_BKGT = sum(w.sum(-1) for w in weights)
-    mixed_BKGTH = sum(
+    total_BKGT = functools.reduce(jnp.add, [w.sum(-1) for w in weights])
+    mixed = [
         jnp.einsum("BKGTS,BKSH->BKGTH", w.astype(v.dtype), v, preferred_element_type=jnp.float32)
         for w, (_, v, _) in zip(weights, sources, strict=True)
-    )
+    ]
+    mixed_BKGTH = functools.reduce(jnp.add, mixed)
     y_BTKGH = jnp.moveaxis(mixed_BKGTH / total_BKGT[..., None], 3, 1)
     return y_BTKGH.reshape(*y_BTKGH.shape[:2], -1).astype(q_BTKGH.dtype)
 
@@ -104,9 +104,7 @@ class Attention(nnx.Module):
         c = self.config
         B, T, _ = x_BTD.shape
         S = c.context
-        q, k, v = jnp.split(
-            x_BTD @ self.in_proj_DE[...], [c.d_model, c.d_model + c.num_kv_heads * c.head_dim], axis=-1
-        )
+        q, k, v = jnp.split(x_BTD @ self.in_proj_DE[...], [c.d_model, c.d_model + c.num_kv_heads * c.head_dim], axis=-1)
         q_BTNH = q.reshape(B, T, c.num_heads, c.head_dim)
         k_BUKH = k.reshape(B, T, c.num_kv_heads, c.head_dim)
         v_BKUH = v.reshape(B, T, c.num_kv_heads, c.head_dim).swapaxes(1, 2)

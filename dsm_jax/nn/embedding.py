@@ -12,14 +12,12 @@ from flax import nnx
 class Embedding(nnx.Module):
     """Looks tokens up; -1 gives exactly zero.
 
-    With `demux` a token carries two, `(second + 1) * entries + first`, where a second of -1 is none; each goes through a
-    matrix of its own and the results are added. The published files then hold a low-rank matrix too, which nothing
+    With `demux` a token carries two, `(second + 1) * entries + first`, where a second of -1 is none; each goes through
+    a matrix of its own and the results are added. The published files then hold a low-rank matrix too, which nothing
     reads: it is kept so that a file written back is complete.
     """
 
-    def __init__(
-        self, entries: int, width: int, *, rank: int | None = None, demux: bool = False, rngs: nnx.Rngs
-    ):
+    def __init__(self, entries: int, width: int, *, rank: int | None = None, demux: bool = False, rngs: nnx.Rngs):
         stored = rank or width
         init = nnx.initializers.normal(width**-0.5)
         self.entries = entries

@@ -4,6 +4,8 @@ Shape letters: B batch rows, T time steps, C channels, D latent width.
 Source: Moshi (Défossez et al. 2024), section 3.3; kyutai-labs/moshi@e6a55d2 moshi/modules/seanet.py.
 """
 
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -14,7 +16,7 @@ from dsm_jax.nn.conv import CausalConv1d, CausalConvTranspose1d
 class Chain(nnx.Module):
     """Streaming modules one after another, with an ELU before each but the first."""
 
-    def __init__(self, layers: list[nnx.Module]):
+    def __init__(self, layers: list[Any]):
         self.layers = nnx.List(layers)
 
     def init_state(self, batch_size: int) -> tuple:
@@ -41,9 +43,7 @@ class ResidualBlock(nnx.Module):
 
     def __init__(self, channels: int, config: SeanetConfig, *, dilation: int, rngs: nnx.Rngs):
         hidden = channels // config.compress
-        self.wide = CausalConv1d(
-            channels, hidden, kernel=config.residual_kernel_size, dilation=dilation, rngs=rngs
-        )
+        self.wide = CausalConv1d(channels, hidden, kernel=config.residual_kernel_size, dilation=dilation, rngs=rngs)
         self.narrow = CausalConv1d(hidden, channels, kernel=1, rngs=rngs)
 
     def init_state(self, batch_size: int) -> tuple:
@@ -61,7 +61,7 @@ class ResidualBlock(nnx.Module):
         return self.step(x_BTC, self.init_state(x_BTC.shape[0]))[0]
 
 
-def _residuals(channels: int, config: SeanetConfig, rngs: nnx.Rngs) -> list[nnx.Module]:
+def _residuals(channels: int, config: SeanetConfig, rngs: nnx.Rngs) -> list[Any]:
     return [
         ResidualBlock(channels, config, dilation=config.dilation_base**j, rngs=rngs)
         for j in range(config.n_residual_layers)
@@ -71,7 +71,7 @@ def _residuals(channels: int, config: SeanetConfig, rngs: nnx.Rngs) -> list[nnx.
 def seanet_encoder(config: SeanetConfig, *, rngs: nnx.Rngs) -> Chain:
     """Samples [B, T, channels] to latents [B, T / hop, dimension]."""
     width = config.n_filters
-    layers: list[nnx.Module] = [CausalConv1d(config.channels, width, kernel=config.kernel_size, rngs=rngs)]
+    layers: list[Any] = [CausalConv1d(config.channels, width, kernel=config.kernel_size, rngs=rngs)]
     for ratio in reversed(config.ratios):
         layers += _residuals(width, config, rngs)
         layers.append(CausalConv1d(width, 2 * width, kernel=2 * ratio, stride=ratio, rngs=rngs))
@@ -83,7 +83,7 @@ def seanet_encoder(config: SeanetConfig, *, rngs: nnx.Rngs) -> Chain:
 def seanet_decoder(config: SeanetConfig, *, rngs: nnx.Rngs) -> Chain:
     """Latents [B, T, dimension] to samples [B, T * hop, channels]."""
     width = config.n_filters * 2 ** len(config.ratios)
-    layers: list[nnx.Module] = [CausalConv1d(config.dimension, width, kernel=config.kernel_size, rngs=rngs)]
+    layers: list[Any] = [CausalConv1d(config.dimension, width, kernel=config.kernel_size, rngs=rngs)]
     for ratio in config.ratios:
         layers.append(CausalConvTranspose1d(width, width // 2, stride=ratio, rngs=rngs))
         width //= 2

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsm_jax.configs import TransformerConfig
+from dsm_jax.configs import TransformerConfig, gating_dim
 from dsm_jax.nn.attention import Attention, CrossAttention, sinusoids
 from dsm_jax.nn.precision import full_precision
 from dsm_jax.streaming import KVCache, step_in_blocks
@@ -52,8 +52,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Normalises the last axis."""
         x32 = x_BTD.astype(jnp.float32)
-        scale = self.alpha_D[...].astype(jnp.float32) * jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + self.epsilon)
-        return (x32 * scale).astype(x_BTD.dtype)
+        inverse = jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + self.epsilon)
+        return (x32 * (self.alpha_D[...].astype(jnp.float32) * inverse)).astype(x_BTD.dtype)
 
 
 def make_norm(name: str, width: int) -> LayerNorm | RMSNorm:
@@ -100,7 +100,7 @@ class TransformerLayer(nnx.Module):
         self.feedforward = (
             FeedForward(width, config.dim_feedforward, rngs=rngs)
             if config.gating == "none"
-            else GatedFeedForward(width, config.gating_dim, rngs=rngs)
+            else GatedFeedForward(width, gating_dim(width, config.dim_feedforward), rngs=rngs)
         )
         self.norm_cross = LayerNorm(width, epsilon=1e-5) if config.cross_attention else None
         self.cross_attention = CrossAttention(config, rngs=rngs) if config.cross_attention else None
@@ -119,7 +119,7 @@ class TransformerLayer(nnx.Module):
         """Runs one chunk."""
         y_BTD, cache = self.self_attn.step(self.norm1(x_BTD), cache, position_B, active_B)
         x_BTD = x_BTD + (y_BTD if self.layer_scale_1_D is None else self.layer_scale_1_D[...] * y_BTD)
-        if self.cross_attention is not None and cross is not None:
+        if self.cross_attention is not None and self.norm_cross is not None and cross is not None:
             x_BTD = x_BTD + self.cross_attention(self.norm_cross(x_BTD), *cross)
         y_BTD = self.feedforward(self.norm2(x_BTD))
         return x_BTD + (y_BTD if self.layer_scale_2_D is None else self.layer_scale_2_D[...] * y_BTD), cache
@@ -140,7 +140,8 @@ class Transformer(nnx.Module):
     @full_precision
     def cross_keys_values(self, source_BXD: jax.Array) -> tuple[tuple[jax.Array, jax.Array], ...]:
         """Every layer's keys and values for the cross-attention source; pass them to each `step`."""
-        return tuple(layer.cross_attention.keys_values(source_BXD) for layer in self.layers)
+        attentions = [layer.cross_attention for layer in self.layers]
+        return tuple(attention.keys_values(source_BXD) for attention in attentions if attention is not None)
 
     @full_precision
     def step(
@@ -158,9 +159,7 @@ class Transformer(nnx.Module):
                 x_BTD = x_BTD + sinusoids(position_BT, x_BTD.shape[2], self.config.max_period).astype(x_BTD.dtype)
             caches = []
             for i, (layer, cache) in enumerate(zip(self.layers, state.caches, strict=True)):
-                x_BTD, cache = layer.step(
-                    x_BTD, cache, state.position_B, active_B, None if cross is None else cross[i]
-                )
+                x_BTD, cache = layer.step(x_BTD, cache, state.position_B, active_B, None if cross is None else cross[i])
                 caches.append(cache)
             taken = x_BTD.shape[1] if active_B is None else x_BTD.shape[1] * active_B.astype(jnp.int32)
             return x_BTD, TransformerState(tuple(caches), state.position_B + taken)

@@ -223,7 +223,7 @@ def transcribe(
       PromptError: the model cannot follow the prompt.
     """
     several = isinstance(recordings, (list, tuple))
-    sources = list(recordings) if several else [recordings]
+    sources: list[audio.Source] = list(recordings) if several else [recordings]  # pyright: ignore[reportAssignmentType]
     results: list[Transcript | None] = [None] * len(sources)
     errors: dict[int, DsmError] = {}
     for index, result in transcribe_each(
