@@ -81,9 +81,7 @@ def test_a_mesh_splits_projections_and_vocabularies_and_changes_no_value(folders
     assert specs[f"{layer}.self_attn.in_proj_DE"] == (None, "model")
     assert specs[f"{layer}.self_attn.out_proj_ED"] == ("model", None)
     assert specs[f"{layer}.feedforward.linear_in_DG"] == (None, "model")
-    # 11 is odd, so the inner width cannot be halved.
-    inner = model.config.lm.transformer.gating_dim
-    assert (inner, specs[f"{layer}.feedforward.linear_out_FD"]) == (44, ("model", None)) or inner % 2
+    assert specs[f"{layer}.feedforward.linear_out_FD"] == ("model", None)
     assert specs["text_linear_DV"] == (None, "model")
     assert specs["text_emb.table_LW"] == (None, None)
     assert all(array.sharding.is_fully_replicated for array in jax.tree.leaves(model.mimi_params))
@@ -134,12 +132,9 @@ def test_a_codecs_file_alone_is_taken_for_the_published_codec(folders, tmp_path)
     assert MimiConfig().seanet.n_filters == 64
 
 
-@pytest.mark.parametrize("name", ["gone", "./gone", "gone/there/model", "/gone", "kyutai/mimi.safetensors", ""])
+@pytest.mark.parametrize("name", ["gone", "./gone", "gone/there/model", "/gone", "kyutai/mimi.safetensors"])
 def test_what_is_neither_here_nor_a_hub_name_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    if not name:
-        tmp_path = tmp_path / "empty"
-        name = str(tmp_path / "gone")
     match = r"is no file or folder, and no name on the hub, which has one slash, as kyutai/stt-1b-en_fr has"
     with pytest.raises(CheckpointError, match=match):
         checkpoints.load(name)

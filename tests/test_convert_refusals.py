@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dsm_jax import checkpoints
-from dsm_jax.configs import MimiConfig
+from dsm_jax.configs import MimiConfig, gating_dim
 from dsm_jax.convert import files, native
 from dsm_jax.convert import transformers_mimi as mimi_layout
 from dsm_jax.convert import transformers_stt as stt_layout
@@ -44,7 +44,7 @@ def test_what_transformers_cannot_express_is_refused(folders, tmp_path, key):
 def test_any_inner_width_has_a_hidden_scale(width, ffn_dim):
     scale = stt_layout._hidden_scale(width, ffn_dim, "x")
     lm = dataclasses.replace(PLAIN_STT, dim=width, hidden_scale=scale)
-    assert 2 * lm.transformer.gating_dim == ffn_dim
+    assert 2 * gating_dim(width, lm.transformer.dim_feedforward) == ffn_dim
 
 
 @pytest.mark.parametrize(

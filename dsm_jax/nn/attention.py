@@ -80,6 +80,16 @@ def _write(cache: KVCache, k_BKUH: jax.Array, v_BKUH: jax.Array, slot_BU: jax.Ar
     return KVCache(put(cache.k_BKSH, k_BKUH), put(cache.v_BKSH, v_BKUH))
 
 
+def _finite(slot_BT: jax.Array, outside: int, *values: jax.Array) -> jax.Array:
+    """The slots of rows whose values are all numbers, and `outside` for the others.
+
+    A key that is not a number would count even where it is masked (0 * nan is nan), so its row would be lost for good,
+    even after a reset.
+    """
+    finite = [jnp.isfinite(value).all(tuple(range(1, value.ndim))) for value in values]
+    return jnp.where(functools.reduce(jnp.logical_and, finite)[:, None], slot_BT, outside)
+
+
 class Attention(nnx.Module):
     """Self-attention over the last `context` steps. Queries, keys and values come from one packed projection."""
 
@@ -118,17 +128,23 @@ class Attention(nnx.Module):
         if active_B is not None:
             slot_BT = jnp.where(active_B[:, None], slot_BT, S)  # out of range: nothing is written
 
-        # Slot s holds the last position before this chunk that is s modulo S, or nothing while it is negative.
-        held_BS = position_B[:, None] - 1 - (position_B[:, None] - 1 - jnp.arange(S)) % S
-        seen_BTS = (held_BS >= 0)[:, None] & (position_BT[..., None] - held_BS[:, None] < S)
-        steps_T = jnp.arange(T)
-        causal_BTU = jnp.broadcast_to(steps_T[:, None] >= steps_T, (B, T, T))
-        y_BTE = _attend(q_BTKGH, [(cache.k_BKSH, cache.v_BKSH, seen_BTS), (k_BKUH, v_BKUH, causal_BTU)])
-        # Reading comes before writing, so a chunk may overwrite keys that it still needed. What is not a number is not
-        # written: masked, it would still count (0 * nan is nan), so the row would be lost even after a reset. It also
-        # makes the write depend on the read: otherwise XLA copies the donated cache and does not update it in place.
-        slot_BT = jnp.where(jnp.isfinite(y_BTE).all((1, 2))[:, None], slot_BT, S)
-        cache = _write(cache, k_BKUH, v_BKUH, slot_BT)
+        if T == 1:
+            # The new key takes the place of the one that just left the window, so after the write the ring is the
+            # window, and XLA updates the donated cache in place. An idle row of a fresh stream has no key at all; its
+            # empty slot 0 keeps its softmax finite.
+            cache = _write(cache, k_BKUH, v_BKUH, _finite(slot_BT, S, k_BKUH, v_BKUH))
+            filled_BTS = jnp.arange(S) <= position_BT[..., None]
+            y_BTE = _attend(q_BTKGH, [(cache.k_BKSH, cache.v_BKSH, filled_BTS)])
+        else:
+            # A longer chunk overwrites keys that its first steps still need, so it reads first. Slot s holds the last
+            # position before the chunk that is s modulo S, or nothing while that is negative.
+            held_BS = position_B[:, None] - 1 - (position_B[:, None] - 1 - jnp.arange(S)) % S
+            seen_BTS = (held_BS >= 0)[:, None] & (position_BT[..., None] - held_BS[:, None] < S)
+            steps_T = jnp.arange(T)
+            causal_BTU = jnp.broadcast_to(steps_T[:, None] >= steps_T, (B, T, T))
+            y_BTE = _attend(q_BTKGH, [(cache.k_BKSH, cache.v_BKSH, seen_BTS), (k_BKUH, v_BKUH, causal_BTU)])
+            # The write must depend on the read: XLA would copy the donated cache otherwise.
+            cache = _write(cache, k_BKUH, v_BKUH, _finite(slot_BT, S, y_BTE))
         return y_BTE @ self.out_proj_ED[...], cache
 
 
