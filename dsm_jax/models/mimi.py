@@ -22,8 +22,8 @@ from dsm_jax.nn.seanet import seanet_decoder, seanet_encoder
 from dsm_jax.nn.transformer import Transformer, TransformerState
 from dsm_jax.streaming import step_in_blocks
 
-# Long clips run in blocks of this many frames: the widest activations of a block stay in a CPU's cache.
-BLOCK_FRAMES = 8
+# SEANet runs over long clips in blocks of this many frames: the widest activations of a block stay in a CPU's cache.
+SEANET_BLOCK_FRAMES = 8
 
 
 @jax.tree_util.register_dataclass
@@ -70,13 +70,13 @@ class MimiEncoder(nnx.Module):
                 "so hold back what is over, or pad the end of the clip with zeros"
             )
 
-        def block(x_BTC: jax.Array, state: CodecState) -> tuple[jax.Array, CodecState]:
-            y_BTD, seanet = self.seanet.step(x_BTC, state.seanet, active_B)
-            y_BTD, transformer = self.transformer.step(y_BTD, state.transformer, active_B)
-            y_BTD, resample = self.downsample.step(y_BTD, state.resample, active_B)
-            return y_BTD, CodecState(seanet, transformer, resample)
+        def convolve(x_BTC: jax.Array, seanet: tuple) -> tuple[jax.Array, tuple]:
+            return self.seanet.step(x_BTC, seanet, active_B)
 
-        return step_in_blocks(block, x_BTC, state, BLOCK_FRAMES * self.frame_size)
+        y_BTD, seanet = step_in_blocks(convolve, x_BTC, state.seanet, SEANET_BLOCK_FRAMES * self.frame_size)
+        y_BTD, transformer = self.transformer.step(y_BTD, state.transformer, active_B)
+        y_BTD, resample = self.downsample.step(y_BTD, state.resample, active_B)
+        return y_BTD, CodecState(seanet, transformer, resample)
 
     def __call__(self, x_BTC: jax.Array) -> jax.Array:
         """One step over the whole clip."""
@@ -104,13 +104,13 @@ class MimiDecoder(nnx.Module):
     ) -> tuple[jax.Array, CodecState]:
         """Runs any number of frames."""
 
-        def block(x_BTD: jax.Array, state: CodecState) -> tuple[jax.Array, CodecState]:
-            y_BTD, resample = self.upsample.step(x_BTD, state.resample, active_B)
-            y_BTD, transformer = self.transformer.step(y_BTD, state.transformer, active_B)
-            y_BTC, seanet = self.seanet.step(y_BTD, state.seanet, active_B)
-            return y_BTC, CodecState(seanet, transformer, resample)
+        def convolve(x_BTD: jax.Array, seanet: tuple) -> tuple[jax.Array, tuple]:
+            return self.seanet.step(x_BTD, seanet, active_B)
 
-        return step_in_blocks(block, x_BTD, state, BLOCK_FRAMES)
+        y_BTD, resample = self.upsample.step(x_BTD, state.resample, active_B)
+        y_BTD, transformer = self.transformer.step(y_BTD, state.transformer, active_B)
+        y_BTC, seanet = step_in_blocks(convolve, y_BTD, state.seanet, SEANET_BLOCK_FRAMES * self.upsample.stride)
+        return y_BTC, CodecState(seanet, transformer, resample)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """One step over the whole clip."""

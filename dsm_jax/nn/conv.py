@@ -142,7 +142,7 @@ class DepthwiseUpsample(_Tailed):
     """
 
     def __init__(self, channels: int, *, stride: int, rngs: nnx.Rngs):
-        self.channels, self.tail = channels, 1
+        self.channels, self.stride, self.tail = channels, stride, 1
         self.kernel_MSC = nnx.Param(nnx.initializers.normal(0.5)(rngs.params(), (2, stride, channels)))
 
     def step(

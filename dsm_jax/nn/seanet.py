@@ -7,10 +7,18 @@ Source: Moshi (Défossez et al. 2024), section 3.3; kyutai-labs/moshi@e6a55d2 mo
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from dsm_jax.configs import SeanetConfig
 from dsm_jax.nn.conv import CausalConv1d, CausalConvTranspose1d
+
+
+def elu(x: jax.Array) -> jax.Array:
+    """x where positive, exp(x) - 1 elsewhere: half the time of `jax.nn.elu`, whose expm1 is exact to more digits near 0
+    than float32 keeps of the sums that follow.
+    """
+    return jnp.where(x > 0, x, jnp.exp(jnp.minimum(x, 0.0)) - 1.0)
 
 
 class Chain(nnx.Module):
@@ -28,7 +36,7 @@ class Chain(nnx.Module):
         states = []
         for i, (layer, before) in enumerate(zip(self.layers, state, strict=True)):
             # A residual block starts with its own activation, on the branch that it adds.
-            x_in = x_BTC if i == 0 or isinstance(layer, ResidualBlock) else jax.nn.elu(x_BTC)
+            x_in = x_BTC if i == 0 or isinstance(layer, ResidualBlock) else elu(x_BTC)
             x_BTC, after = layer.step(x_in, before, active_B)
             states.append(after)
         return x_BTC, tuple(states)
@@ -52,8 +60,8 @@ class ResidualBlock(nnx.Module):
 
     def step(self, x_BTC: jax.Array, state: tuple, active_B: jax.Array | None = None) -> tuple[jax.Array, tuple]:
         """Runs one chunk."""
-        y_BTC, wide = self.wide.step(jax.nn.elu(x_BTC), state[0], active_B)
-        y_BTC, narrow = self.narrow.step(jax.nn.elu(y_BTC), state[1], active_B)
+        y_BTC, wide = self.wide.step(elu(x_BTC), state[0], active_B)
+        y_BTC, narrow = self.narrow.step(elu(y_BTC), state[1], active_B)
         return x_BTC + y_BTC, (wide, narrow)
 
     def __call__(self, x_BTC: jax.Array) -> jax.Array:
