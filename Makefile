@@ -14,7 +14,7 @@ SAY := @printf '==> %s\n'
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: .venv/.run ## transcribe a real recording with the model inside the package
+demo: .venv/.run ## send a real recording through the codec, streaming and offline
 	@$(BIN)/python examples/demo.py
 
 test: .venv/.dev ## the tests: no network, no GPU, no torch

@@ -128,19 +128,18 @@ def restore(held: Held, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[
 
     Args:
       held: the opened folder.
-      wanted: shape, dtype and sharding of every parameter; a sharding of None is the default device.
+      wanted: shape, dtype and sharding of the parameters to restore; a sharding of None is the default device.
 
     Yields:
       Names and arrays.
     """
-    for group in sorted(set(held.group_of.values())):
-        targets = {
-            name: np.empty(p.shape, p.dtype) if p.sharding is None else p
-            for name, p in wanted.items()
-            if held.group_of[name] == group
-        }
+    for group in sorted({held.group_of[name] for name in wanted}):
+        # Orbax restores a group whole; what is not wanted of it is dropped at once.
+        members = {name: wanted.get(name, p) for name, p in held.parameters.items() if held.group_of[name] == group}
+        targets = {name: np.empty(p.shape, p.dtype) if p.sharding is None else p for name, p in members.items()}
         for name, array in _restore_group(held, group, targets).items():
-            yield name, jax.device_put(array, wanted[name].sharding)
+            if name in wanted:
+                yield name, jax.device_put(array, wanted[name].sharding)
 
 
 def reader(held: Held) -> Callable[[str, str], np.ndarray]:

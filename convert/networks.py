@@ -47,9 +47,9 @@ def flatten(state: nnx.State) -> dict[str, Any]:
     return {_dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
 
-def networks(config: ModelConfig) -> dict[str, Network]:
+def networks(config: ModelConfig, *, decoder: bool = True) -> dict[str, Network]:
     """The networks that a config describes: "mimi", and "lm" where it has one. Nothing is allocated."""
-    makers: dict[str, Callable[[], nnx.Module]] = {"mimi": lambda: Mimi(config.mimi, rngs=nnx.Rngs(0))}
+    makers: dict[str, Callable[[], nnx.Module]] = {"mimi": lambda: Mimi(config.mimi, decoder=decoder, rngs=nnx.Rngs(0))}
     if config.lm is not None:
         lm = config.lm
         makers["lm"] = lambda: DelayedStreamsLM(lm, rngs=nnx.Rngs(0))

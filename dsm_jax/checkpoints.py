@@ -11,6 +11,7 @@ from flax import nnx
 
 from dsm_jax.configs import ModelConfig
 from dsm_jax.errors import CheckpointError
+from dsm_jax.memory import return_freed
 from dsm_jax.tokenizers import Tokenizer, load_tokenizer
 
 DEFAULT = "kyutai/stt-1b-en_fr"
@@ -44,6 +45,7 @@ def load(
     dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     rules: Mapping[str, str] | None = None,
+    decoder: bool = True,
 ) -> Model:
     """Loads a model for use.
 
@@ -55,6 +57,7 @@ def load(
       mesh: the devices to spread the language model over; None uses the default device. The codec is on all of them.
       rules: which mesh axis splits the axes of parameters that have a letter in their name; None is `RULES` as far as
         the mesh has its axis. An axis that does not divide stays whole.
+      decoder: whether to load the codec's decoder, which a model that only listens does without.
 
     Returns:
       The model, each parameter placed straight on its devices.
@@ -63,7 +66,7 @@ def load(
       CheckpointError: nothing of that name, a layout that is not known, or weights that are not those of the config.
       ConfigError: a config that the library does not understand.
     """
-    from dsm_jax.convert.networks import read_dtype, with_dtype
+    from dsm_jax.convert.networks import networks, read_dtype, with_dtype
     from dsm_jax.convert.progress import byte_bar
     from dsm_jax.convert.sources import open_source
 
@@ -78,9 +81,10 @@ def load(
         dtype = "float32" if platform == "cpu" else "bfloat16"
     dtype = read_dtype(dtype)
     rules = _rules_for(mesh, rules)
+    used = networks(opened.config, decoder=decoder)
     wanted = {
         f"{part}.{name}": jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=_sharding(part, name, p.shape, mesh, rules))
-        for part, network in opened.networks.items()
+        for part, network in used.items()
         for name, p in with_dtype(part, network.parameters, dtype).items()
     }
     arrays = {}
@@ -91,9 +95,10 @@ def load(
             advance(array.nbytes)
     states = {
         part: network.fill({name: arrays[f"{part}.{name}"] for name in network.parameters})
-        for part, network in opened.networks.items()
+        for part, network in used.items()
     }
-    lm, mimi = opened.networks.get("lm"), opened.networks["mimi"]
+    return_freed()
+    lm, mimi = used.get("lm"), used["mimi"]
     return Model(
         config=opened.config,
         lm_def=lm and lm.graph,
@@ -113,13 +118,17 @@ def save(model: Model, destination: str | Path) -> None:
       destination: a folder that does not exist yet.
 
     Raises:
-      CheckpointError: it exists, or cannot be written.
+      CheckpointError: it exists, or cannot be written, or the model was loaded without its decoder.
     """
     import shutil
 
     from dsm_jax.convert import native
     from dsm_jax.convert.networks import flatten
 
+    if nnx.merge(model.mimi_def, model.mimi_params).decoder is None:
+        raise CheckpointError(
+            f"{model.name} was loaded without its codec's decoder; load it with decoder=True to save it"
+        )
     states = {"lm": model.lm_params, "mimi": model.mimi_params}
     arrays = {
         f"{part}.{name}": array

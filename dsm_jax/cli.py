@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsm_jax.arguments import PLATFORMS, cache_folder, parser
 from dsm_jax.errors import DsmError
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from dsm_jax.stt.transcript import Transcript
 
 # Heavy imports are inside the commands, so that `--help` is instant.
-
-FORMATS = ("text", "json", "srt", "vtt", "tsv")
-_PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 
 
 class UsageError(DsmError):
@@ -43,7 +41,7 @@ def transcribe(args: argparse.Namespace) -> int:
     if len(names) > 1 and not args.output_dir and args.format not in ("text", "json"):
         raise UsageError(f"{len(names)} recordings as {args.format} need a file each; add --output-dir FOLDER")
     outputs = _output_files(names, args.output_dir, args.format)
-    model = _load(args)
+    model = _load(args, decoder=False)
     _check_vad(args, model)
     heard_first = audio.read(args.prompt_audio, model.config.mimi.sample_rate) if args.prompt_audio else None
     options = Options(
@@ -84,7 +82,7 @@ def codec_encode(args: argparse.Namespace) -> int:
 
     from dsm_jax import codec
 
-    model = _load(args)
+    model = _load(args, decoder=False)
     codes_QT = codec.encode(model, args.input, codebooks=args.codebooks)
     config = model.config.mimi
     facts = {"model": model.name, "sample_rate": str(config.sample_rate), "frame_rate": str(config.frame_rate)}
@@ -97,7 +95,7 @@ def codec_decode(args: argparse.Namespace) -> int:
     """Turns codes into a recording."""
     from dsm_jax import audio, codec
 
-    model = _load(args)
+    model = _load(args, decoder=True)
     pcm = codec.decode(model, codec.read_codes(args.input))
     audio.write(args.output, pcm, model.config.mimi.sample_rate)
     print(f"{args.output}: {pcm.size / model.config.mimi.sample_rate:.2f} s", file=sys.stderr)
@@ -110,6 +108,8 @@ def convert(args: argparse.Namespace) -> int:
 
     _set_up_jax(args)
     report = command.convert(args.source, args.destination, to=args.to, dtype=args.dtype)
+    if args.report:
+        args.report.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     print(report.text())
     return 0
 
@@ -170,7 +170,7 @@ def _render(transcript: "Transcript", args: argparse.Namespace, *, several: bool
 def _set_up_jax(args: argparse.Namespace) -> None:
     """Chooses the device and the compilation cache, before JAX starts."""
     if args.device:
-        os.environ["JAX_PLATFORMS"] = _PLATFORMS[args.device]
+        os.environ["JAX_PLATFORMS"] = PLATFORMS[args.device]
     import jax
 
     try:
@@ -179,26 +179,16 @@ def _set_up_jax(args: argparse.Namespace) -> None:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {args.device} is not to be had here ({reason}); try --device cpu") from None
     if not args.no_cache:
-        folder = args.cache_dir or _cache_folder()
+        folder = args.cache_dir or cache_folder()
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def _cache_folder() -> Path:
-    if sys.platform == "darwin":
-        base = Path.home() / "Library/Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home()))
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return base / "dsm_jax" / "compiled"
-
-
-def _load(args: argparse.Namespace) -> "Model":
+def _load(args: argparse.Namespace, *, decoder: bool) -> "Model":
     _set_up_jax(args)
     from dsm_jax import checkpoints
 
-    return checkpoints.load(args.model, dtype=args.dtype)
+    return checkpoints.load(args.model, dtype=args.dtype, decoder=decoder)
 
 
 def _progress(args: argparse.Namespace) -> "Progress":
@@ -212,88 +202,20 @@ def _progress(args: argparse.Namespace) -> "Progress":
     return Progress(*columns, console=console, transient=True, disable=args.quiet or not console.is_terminal)
 
 
-def _parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="dsm-jax", description="Kyutai's delayed streams models in JAX.")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-    device = argparse.ArgumentParser(add_help=False)
-    group = device.add_argument_group("device")
-    group.add_argument("--device", choices=_PLATFORMS, help="default: the best that JAX finds")
-    group.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of the weights; default: bfloat16 on GPU and TPU, float32 on CPU; the codec is always float32",
-    )
-    group.add_argument(
-        "--cache-dir", type=Path, metavar="FOLDER", help=f"keep compiled programs here; default: {_cache_folder()}"
-    )
-    group.add_argument("--no-cache", action="store_true", help="compile anew, keep nothing")
-    model = argparse.ArgumentParser(add_help=False, parents=[device])
-    model.add_argument(
-        "--model",
-        default="kyutai/stt-1b-en_fr",
-        help="a published name or a local folder, in any supported layout (default: %(default)s)",
-    )
-
-    p = commands.add_parser("transcribe", parents=[model], help="turn recordings into text with word times")
-    p.add_argument(
-        "audio", nargs="+", help="files (wav, flac, mp3, ogg, opus; any rate), patterns, or - for standard input"
-    )
-    p.add_argument("--format", choices=FORMATS, default="text", help="default: %(default)s")
-    p.add_argument("--output-dir", type=Path, metavar="FOLDER", help="write a file per recording; default: print")
-    p.add_argument(
-        "--frames", action="store_true", help="add every frame's text token and pause probabilities to the JSON"
-    )
-    p.add_argument(
-        "--batch-size", type=_positive, default=8, metavar="N", help="recordings at a time (default: %(default)s)"
-    )
-    p.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; default: the checkpoint's")
-    p.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    p.add_argument("--prompt-text", metavar="TEXT", help="words that the model is made to say first, in your spelling")
-    p.add_argument("--prompt-audio", metavar="FILE", help="a recording that the model hears first")
-    p.add_argument("--cut-prompt", action="store_true", help="leave the prompt out of the transcript")
-    p.add_argument("--vad", action="store_true", help="mark the pauses that the model foresees in the text")
-    p.add_argument("--quiet", action="store_true", help="no progress bar")
-    p.set_defaults(run=transcribe)
-
-    codec = commands.add_parser("codec", help="turn audio into Mimi codes and back")
-    ways = codec.add_subparsers(required=True, metavar="encode|decode")
-    p = ways.add_parser("encode", parents=[model], help="audio to codes")
-    p.add_argument("input", help="an audio file, or - for standard input")
-    p.add_argument("output", type=Path, help="a safetensors file: codes, int32 [codebooks, frames]")
-    p.add_argument("--codebooks", type=_positive, metavar="N", help="default: all of the codec's")
-    p.set_defaults(run=codec_encode)
-    p = ways.add_parser("decode", parents=[model], help="codes to audio")
-    p.add_argument("input", type=Path, help="a safetensors file, as `codec encode` writes it")
-    p.add_argument("output", type=Path, help="a wav, flac or ogg file")
-    p.set_defaults(run=codec_decode)
-
-    p = commands.add_parser("convert", parents=[device], help="rewrite a checkpoint in another layout")
-    p.add_argument("source", help="a published name or a local folder, in any supported layout")
-    p.add_argument("destination", type=Path, help="a folder that does not exist yet")
-    p.add_argument("--to", choices=("orbax", "kyutai", "transformers"), default="orbax", help="default: %(default)s")
-    p.set_defaults(run=convert)
-
-    p = commands.add_parser("bench", parents=[device], help="time the published sizes here, with random weights")
-    p.add_argument("what", nargs="*", default=["lm", "mimi"], choices=("lm", "mimi", "stt"), help="default: lm mimi")
-    p.add_argument("--size", nargs="+", default=["stt-1b"], choices=("stt-1b", "stt-2.6b"), help="default: stt-1b")
-    p.add_argument("--batch", nargs="+", type=_positive, default=[1, 8], metavar="N", help="default: 1 8")
-    p.add_argument("--steps", type=_positive, default=20, help="timed steps (default: %(default)s)")
-    p.set_defaults(run=bench)
-    return top
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
+COMMANDS = {
+    "transcribe": transcribe,
+    "codec_encode": codec_encode,
+    "codec_decode": codec_decode,
+    "convert": convert,
+    "bench": bench,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
-        return args.run(args)
+        return COMMANDS[args.command](args)
     except DsmError as error:  # its message says what to do; anything else is a bug, so let it show
         print(f"dsm-jax: {error}", file=sys.stderr)
         return 2

@@ -83,7 +83,7 @@ def decode(model: Model, codes_QT: np.ndarray) -> np.ndarray:
       float32 mono samples at the codec's rate, not clipped.
 
     Raises:
-      ConfigError: codes of another shape or range than the codec's.
+      ConfigError: codes of another shape or range than the codec's, or a model loaded without its decoder.
     """
     config, codes_QT = model.config.mimi, np.asarray(codes_QT)
     books, bins = config.quantizer.n_q, config.quantizer.bins
@@ -94,7 +94,10 @@ def decode(model: Model, codes_QT: np.ndarray) -> np.ndarray:
     if codes_QT.size and (codes_QT.min() < 0 or codes_QT.max() >= bins):
         raise ConfigError(f"codes go from {codes_QT.min()} to {codes_QT.max()}; {model.name} has 0 to {bins - 1}")
     _, step = _compile(model.mimi_def, books)
-    state = nnx.merge(model.mimi_def, model.mimi_params).decoder.init_state(1)
+    decoder = nnx.merge(model.mimi_def, model.mimi_params).decoder
+    if decoder is None:
+        raise ConfigError(f"{model.name} was loaded without its codec's decoder; load it with decoder=True")
+    state = decoder.init_state(1)
     pieces, whole = [np.zeros(0, np.float32)], codes_QT.shape[1] // CHUNK_FRAMES * CHUNK_FRAMES
     starts = [(t, CHUNK_FRAMES) for t in range(0, whole, CHUNK_FRAMES)]
     starts += [(t, 1) for t in range(whole, codes_QT.shape[1])]

@@ -12,12 +12,12 @@ import pytest
 from flax import nnx
 from huggingface_hub import errors
 
-from dsm_jax import checkpoints
+from dsm_jax import checkpoints, codec
 from dsm_jax.configs import MimiConfig
 from dsm_jax.convert import kyutai
 from dsm_jax.convert.command import convert
 from dsm_jax.convert.networks import flatten
-from dsm_jax.errors import CheckpointError
+from dsm_jax.errors import CheckpointError, ConfigError
 from tests import small
 from tests.checkpoint_maker import arrays_of, assert_same_weights, copy_of, make_checkpoint, random_model
 
@@ -201,3 +201,16 @@ def test_a_conversion_finds_hub_names_too(folders, tmp_path, monkeypatch):
     _hub_that(monkeypatch, folders["kyutai"])
     convert("kyutai/stt-1b-en_fr", tmp_path / "out")
     assert_same_weights(checkpoints.load(tmp_path / "out"), checkpoints.load(folders["kyutai"]))
+
+
+def test_the_decoder_can_be_left_out_and_is_missed_clearly(folders, tmp_path):
+    for layout in ("kyutai", "orbax"):
+        whole, light = (checkpoints.load(folders[layout], decoder=wanted) for wanted in (True, False))
+        names = {name for name in flatten(whole.mimi_params) if not name.startswith("decoder.")}
+        assert names == flatten(light.mimi_params).keys() != flatten(whole.mimi_params).keys()
+        for name, array in flatten(light.mimi_params).items():
+            np.testing.assert_array_equal(array, flatten(whole.mimi_params)[name])
+        with pytest.raises(CheckpointError, match="without its codec's decoder; load it with decoder=True to save it"):
+            checkpoints.save(light, tmp_path / "saved")
+        with pytest.raises(ConfigError, match="without its codec's decoder; load it with decoder=True"):
+            codec.decode(light, np.zeros((1, 1), np.int32))

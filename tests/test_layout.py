@@ -12,14 +12,14 @@ import dsm_jax
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (
-    ("configs", "errors", "presets", "strict"),
+    ("configs", "errors", "memory", "presets", "strict"),
     ("streaming", "audio", "tokenizers"),
     ("nn",),
     ("models",),
     ("checkpoints", "convert"),
     ("codec", "stt", "tts"),
     ("benchmark", "training", "serving", "evaluate"),
-    ("cli",),
+    ("arguments", "cli"),
     ("dsm_jax",),
 )
 RANK = {part: rank for rank, parts in enumerate(LEVELS) for part in parts}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsm_jax.configs import MimiConfig
-from dsm_jax.errors import StreamError
+from dsm_jax.errors import ConfigError, StreamError
 from dsm_jax.nn.conv import CausalConv1d, ConvState, DepthwiseUpsample
 from dsm_jax.nn.rvq import SplitQuantizer
 from dsm_jax.nn.seanet import seanet_decoder, seanet_encoder
@@ -118,13 +118,16 @@ class MimiDecoder(nnx.Module):
 
 
 class Mimi(nnx.Module):
-    """The codec: an encoder, a quantiser and a decoder, each usable on its own."""
+    """The codec: an encoder, a quantiser and a decoder, each usable on its own.
 
-    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+    A codec that only listens can be made without its decoder.
+    """
+
+    def __init__(self, config: MimiConfig, *, decoder: bool = True, rngs: nnx.Rngs):
         self.config = config
         self.encoder = MimiEncoder(config, rngs=rngs)
         self.quantizer = SplitQuantizer(config.quantizer, rngs=rngs)
-        self.decoder = MimiDecoder(config, rngs=rngs)
+        self.decoder = MimiDecoder(config, rngs=rngs) if decoder else None
 
     def encode_step(
         self, x_BTC: jax.Array, state: CodecState, active_B: jax.Array | None = None, *, codebooks: int | None = None
@@ -151,7 +154,7 @@ class Mimi(nnx.Module):
         self, codes_BQT: jax.Array, state: CodecState, active_B: jax.Array | None = None
     ) -> tuple[jax.Array, CodecState]:
         """Turns codes of any number of codebooks and frames into samples [B, T * 1920, C], not clipped."""
-        return self.decoder.step(self.quantizer.decode(codes_BQT), state, active_B)
+        return self._decoder().step(self.quantizer.decode(codes_BQT), state, active_B)
 
     def latents(self, x_BTC: jax.Array) -> jax.Array:
         """Continuous latents [B, T, D] of a whole clip, before quantisation; the end is padded with zeros."""
@@ -164,7 +167,12 @@ class Mimi(nnx.Module):
 
     def decode(self, codes_BQT: jax.Array) -> jax.Array:
         """Samples [B, T * 1920, C] of a whole clip, not clipped."""
-        return self.decode_step(codes_BQT, self.decoder.init_state(codes_BQT.shape[0]))[0]
+        return self.decode_step(codes_BQT, self._decoder().init_state(codes_BQT.shape[0]))[0]
+
+    def _decoder(self) -> MimiDecoder:
+        if self.decoder is None:
+            raise ConfigError("this codec was made without its decoder; make it, or load it, with decoder=True")
+        return self.decoder
 
 
 def pad_to_frames(x_BTC: jax.Array, frame_size: int) -> jax.Array:

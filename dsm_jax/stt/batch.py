@@ -12,9 +12,11 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.errors import BatchError, DsmError
 from dsm_jax.stt.engine import FrameOutputs
 from dsm_jax.stt.hearing import Hearing
-from dsm_jax.stt.recognizer import CHUNK_FRAMES, Options, Recognizer
+from dsm_jax.stt.recognizer import Options, Recognizer
 from dsm_jax.stt.transcript import Event, Frames, Pause, Transcript, Word, WordEnded
 from dsm_jax.stt.words import WordReader
+
+CHUNK_FRAMES = 8  # heard at a time: enough for convolutions to be efficient, little to hear for nothing at the end
 
 Progress = Callable[[int, float], None]  # which recording, and how many seconds of it have been heard
 Result = tuple[int, Transcript | DsmError]  # the place of a recording, and what came of it
@@ -111,15 +113,14 @@ class _Batch:
                 except DsmError as error:
                     self.rows[row] = None
                     yield job.index, error
-        chunk = CHUNK_FRAMES if ready.max() >= CHUNK_FRAMES else 1
-        frames = np.minimum(ready, chunk)
-        pcm_BT = np.zeros((len(self.rows), chunk * self.config.frame_size), np.float32)
+        frames = np.minimum(ready, CHUNK_FRAMES)
+        pcm_BT = np.zeros((len(self.rows), CHUNK_FRAMES * self.config.frame_size), np.float32)
         parts = []
         for row, job in enumerate(self.rows):
             if job is not None:
                 samples = job.hearing.take(frames[row])
                 pcm_BT[row, : samples.size] = samples
-                last = ready[row] <= chunk
+                last = ready[row] <= CHUNK_FRAMES
                 parts.append((row, job, frames[row], last))
                 if last:
                     self.rows[row] = None
@@ -155,7 +156,7 @@ def transcribe_each(
     """
     # A power of two: so that different numbers of recordings share a compilation.
     rows = 1 << (max(1, min(batch_size, len(sources))) - 1).bit_length()
-    batch = _Batch(Recognizer(model, rows, options), sources, frames)
+    batch = _Batch(Recognizer(model, rows, CHUNK_FRAMES, options), sources, frames)
     while True:
         yield from batch.admit()
         if not any(batch.rows):

@@ -6,7 +6,7 @@ import numpy as np
 
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
-from dsm_jax.stt.recognizer import CHUNK_FRAMES, Options, Recognizer
+from dsm_jax.stt.recognizer import Options, Recognizer
 from dsm_jax.stt.transcript import Event
 
 
@@ -19,7 +19,7 @@ class Listener:
     """
 
     def __init__(self, model: Model, options: Options = Options()):
-        self._recognizer = Recognizer(model, 1, options)
+        self._recognizer = Recognizer(model, 1, 1, options)
         self._hearing = self._recognizer.hearing()
         self._reader = self._recognizer.reader()
         self._recognizer.start([0])
@@ -52,9 +52,8 @@ class Listener:
 
     def _hear(self) -> list[Event]:
         events: list[Event] = []
-        while ready := self._hearing.ready:
-            frames = CHUNK_FRAMES if ready >= CHUNK_FRAMES else 1
-            outputs = self._recognizer.advance(self._hearing.take(frames)[None], np.array([frames]))
+        while self._hearing.ready:
+            outputs = self._recognizer.advance(self._hearing.take(1)[None], np.array([1]))
             columns = (outputs.tokens_BF, outputs.probabilities_BF, outputs.pauses_BFH)
             for token, probability, row in zip(*(np.asarray(a)[0].tolist() for a in columns), strict=True):
                 events += self._reader.read(token, probability, tuple(row))

@@ -5,6 +5,7 @@ Shape letters: B batch rows, T samples, C audio channels, F frames, P prompt tok
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +14,27 @@ from flax import nnx
 
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import CheckpointError, ConfigError
+from dsm_jax.memory import return_freed
 from dsm_jax.stt import engine
 from dsm_jax.stt.engine import FrameOutputs, Sampling, SttState
 from dsm_jax.stt.hearing import Hearing, Prompt, prompt_tokens, word_reader
 from dsm_jax.stt.words import PauseRule, WordReader
 
-CHUNK_FRAMES = 8  # of audio that is there already; audio that is still arriving goes frame by frame
 _PROMPT_STEP = 64  # prompts are padded to a multiple, so that few lengths are ever compiled
 
 
-@functools.lru_cache(maxsize=8)
-def _compile(lm_def: nnx.GraphDef, mimi_def: nnx.GraphDef, how: Sampling):
-    """Jitted `init`, `start` and `advance` over parameters; the modules' structure is closed over."""
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+    """The engine's functions over parameters, jitted, and the shapes for which they have been compiled."""
 
+    init: Any
+    start: Any
+    advance: Any
+    compiled: set[tuple[int, int, int]]  # rows, frames, prompt tokens
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(lm_def: nnx.GraphDef, mimi_def: nnx.GraphDef, how: Sampling) -> _Programs:
     # The graphdef is closed over and not an argument: an argument is hashed at every call.
     def init(lm_params: nnx.State, mimi_params: nnx.State, batch_size: int) -> SttState:
         return engine.init_state(nnx.merge(lm_def, lm_params), nnx.merge(mimi_def, mimi_params), batch_size)
@@ -45,10 +54,8 @@ def _compile(lm_def: nnx.GraphDef, mimi_def: nnx.GraphDef, how: Sampling):
         lm, mimi = nnx.merge(lm_def, lm_params), nnx.merge(mimi_def, mimi_params)
         return engine.advance(lm, mimi, state, pcm_BTC, frames_B, prompt_BP, key, how)
 
-    return (
-        jax.jit(init, static_argnums=2),
-        jax.jit(start, donate_argnums=1),
-        jax.jit(advance, donate_argnums=2),
+    return _Programs(
+        jax.jit(init, static_argnums=2), jax.jit(start, donate_argnums=1), jax.jit(advance, donate_argnums=2), set()
     )
 
 
@@ -90,6 +97,7 @@ class Recognizer:
     Args:
       model: from `checkpoints.load`.
       batch_size: rows.
+      chunk: frames that the rows hear at a time.
       options: how to listen.
 
     Raises:
@@ -97,7 +105,7 @@ class Recognizer:
       PromptError: the model cannot follow the prompt.
     """
 
-    def __init__(self, model: Model, batch_size: int, options: Options):
+    def __init__(self, model: Model, batch_size: int, chunk: int, options: Options):
         lm, name = model.config.lm, model.name
         remedy = "load a speech-to-text model such as kyutai/stt-1b-en_fr"
         if model.lm_def is None or lm is None or model.tokenizer is None:
@@ -110,14 +118,29 @@ class Recognizer:
                 "take both from one checkpoint"
             )
         self.model, self.lm, self.tokenizer, self.options = model, lm, model.tokenizer, options
-        self.batch_size = batch_size
+        self.batch_size, self.chunk = batch_size, chunk
         tokens = prompt_tokens(options.prompt, model.tokenizer, lm)
-        init, self._start, self._advance = _compile(model.lm_def, model.mimi_def, options.sampling(model))
-        self._state = init(model.lm_params, model.mimi_params, batch_size)
-        self._key = jax.random.key(options.seed)
         padded = np.zeros(-(-len(tokens) // _PROMPT_STEP) * _PROMPT_STEP, np.int32)
         padded[: len(tokens)] = tokens
         self._prompt_BP = jnp.broadcast_to(padded, (batch_size, padded.size))
+        self._key = jax.random.key(options.seed)
+        self._programs = _programs(model.lm_def, model.mimi_def, options.sampling(model))
+        self._compile()
+        self._state = self._programs.init(model.lm_params, model.mimi_params, batch_size)
+
+    def _compile(self) -> None:
+        """Compiles before the state is there, so that the memory which that takes is not on top of it."""
+        shapes = (self.batch_size, self.chunk, self._prompt_BP.shape[1])
+        if shapes in self._programs.compiled:
+            return
+        lm, mimi, rows = self.model.lm_params, self.model.mimi_params, self.batch_size
+        state = jax.eval_shape(functools.partial(self._programs.init, batch_size=rows), lm, mimi)
+        pcm_BTC = np.zeros((rows, self.chunk * self.model.config.mimi.frame_size, 1), np.float32)
+        self._programs.start.lower(lm, state, np.zeros(rows, bool), self._prompt_BP, self._key).compile()
+        frames_B = np.zeros(rows, np.int32)
+        self._programs.advance.lower(lm, mimi, state, pcm_BTC, frames_B, self._prompt_BP, self._key).compile()
+        self._programs.compiled.add(shapes)
+        return_freed()
 
     def hearing(self) -> Hearing:
         """Collects the samples of a new recording."""
@@ -131,11 +154,11 @@ class Recognizer:
         """Makes rows fresh, ready for a new recording each."""
         rows_B = np.zeros(self.batch_size, bool)
         rows_B[rows] = True
-        self._state = self._start(self.model.lm_params, self._state, rows_B, self._prompt_BP, self._key)
+        self._state = self._programs.start(self.model.lm_params, self._state, rows_B, self._prompt_BP, self._key)
 
     def advance(self, pcm_BT: np.ndarray, frames_B: np.ndarray) -> FrameOutputs:
-        """Hears a chunk of 1 or `CHUNK_FRAMES` frames; returns at once, with outputs still being computed."""
-        outputs, self._state = self._advance(
+        """Hears a chunk, of which row b has `frames_B[b]` frames; returns at once, with outputs still being computed."""
+        outputs, self._state = self._programs.advance(
             self.model.lm_params,
             self.model.mimi_params,
             self._state,

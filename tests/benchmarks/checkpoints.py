@@ -1,13 +1,15 @@
 """Makes the checkpoint that every contender runs, once, with random weights: `python -m tests.benchmarks.checkpoints`.
 
-A folder holds `kyutai` (one speech-to-text checkpoint in Kyutai's layout, float32), `transformers` and
-`transformers_mimi` (the same weights in transformers' layout) and `pcm.npy` (the recording, decoded, 24 kHz mono).
+A folder holds `kyutai` (one speech-to-text checkpoint in Kyutai's layout, the language model in bfloat16 as published;
+every contender computes in float32), `transformers` and `transformers_mimi` (the same weights in transformers' layout)
+and `pcm.npy` (the recording, decoded, 24 kHz mono).
 """
 
 import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from tests.parity import references
 
@@ -19,7 +21,8 @@ def make(folder: Path, tiny: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / DONE).exists():
         return
-    kyutai = references.make_kyutai_stt(folder / "kyutai", size="small" if tiny else "stt-1b")
+    size = "small" if tiny else "stt-1b"
+    kyutai = references.make_kyutai_stt(folder / "kyutai", size=size, dtype=torch.bfloat16)
     references.make_transformers_mimi(kyutai, folder / "transformers_mimi")
     references.make_transformers_stt(kyutai, folder / "transformers")
     np.save(folder / "pcm.npy", references.speech("bria"))

@@ -48,7 +48,7 @@ def _encode_10s(config: MimiConfig) -> Step:
 
 
 def _transcribe(folder: Path) -> Step:
-    model = dsm_jax.load(str(folder / "kyutai"))
+    model = dsm_jax.load(folder / "kyutai", dtype="float32", decoder=False)  # as `dsm-jax transcribe` does
     pcm_T = np.load(folder / "pcm.npy")
-    dsm_jax.transcribe(model, pcm_T[:48_000])  # 2 s have chunks of both lengths, and so compile all there is
+    dsm_jax.transcribe(model, pcm_T[:48_000])
     return lambda: dsm_jax.transcribe(model, pcm_T).text

@@ -1,0 +1,99 @@
+"""What the `dsm-jax` command accepts. Standard library only, so that `--help` is instant."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+FORMATS = ("text", "json", "srt", "vtt", "tsv")
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # as we say it, and as JAX does
+
+
+def cache_folder() -> Path:
+    """Where compiled programs are kept unless the user says otherwise."""
+    if sys.platform == "darwin":
+        base = Path.home() / "Library/Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home()))
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return base / "dsm_jax" / "compiled"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; the chosen command's name is in `command`."""
+    top = argparse.ArgumentParser(prog="dsm-jax", description="Kyutai's delayed streams models in JAX.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    device = argparse.ArgumentParser(add_help=False)
+    group = device.add_argument_group("device")
+    group.add_argument("--device", choices=PLATFORMS, help="default: the best that JAX finds")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the weights; default: bfloat16 on GPU and TPU, float32 on CPU; the codec is always float32",
+    )
+    group.add_argument(
+        "--cache-dir", type=Path, metavar="FOLDER", help=f"keep compiled programs here; default: {cache_folder()}"
+    )
+    group.add_argument("--no-cache", action="store_true", help="compile anew, keep nothing")
+    model = argparse.ArgumentParser(add_help=False, parents=[device])
+    model.add_argument(
+        "--model",
+        default="kyutai/stt-1b-en_fr",
+        help="a published name or a local folder, in any supported layout (default: %(default)s)",
+    )
+
+    p = commands.add_parser("transcribe", parents=[model], help="turn recordings into text with word times")
+    p.add_argument(
+        "audio", nargs="+", help="files (wav, flac, mp3, ogg, opus; any rate), patterns, or - for standard input"
+    )
+    p.add_argument("--format", choices=FORMATS, default="text", help="default: %(default)s")
+    p.add_argument("--output-dir", type=Path, metavar="FOLDER", help="write a file per recording; default: print")
+    p.add_argument(
+        "--frames", action="store_true", help="add every frame's text token and pause probabilities to the JSON"
+    )
+    p.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="recordings at a time (default: %(default)s)"
+    )
+    p.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; default: the checkpoint's")
+    p.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    p.add_argument("--prompt-text", metavar="TEXT", help="words that the model is made to say first, in your spelling")
+    p.add_argument("--prompt-audio", metavar="FILE", help="a recording that the model hears first")
+    p.add_argument("--cut-prompt", action="store_true", help="leave the prompt out of the transcript")
+    p.add_argument("--vad", action="store_true", help="mark the pauses that the model foresees in the text")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    p.set_defaults(command="transcribe")
+
+    codec = commands.add_parser("codec", help="turn audio into Mimi codes and back")
+    ways = codec.add_subparsers(required=True, metavar="encode|decode")
+    p = ways.add_parser("encode", parents=[model], help="audio to codes")
+    p.add_argument("input", help="an audio file, or - for standard input")
+    p.add_argument("output", type=Path, help="a safetensors file: codes, int32 [codebooks, frames]")
+    p.add_argument("--codebooks", type=_positive, metavar="N", help="default: all of the codec's")
+    p.set_defaults(command="codec_encode")
+    p = ways.add_parser("decode", parents=[model], help="codes to audio")
+    p.add_argument("input", type=Path, help="a safetensors file, as `codec encode` writes it")
+    p.add_argument("output", type=Path, help="a wav, flac or ogg file")
+    p.set_defaults(command="codec_decode")
+
+    p = commands.add_parser("convert", parents=[device], help="rewrite a checkpoint in another layout")
+    p.add_argument("source", help="a published name or a local folder, in any supported layout")
+    p.add_argument("destination", type=Path, help="a folder that does not exist yet")
+    p.add_argument("--to", choices=("orbax", "kyutai", "transformers"), default="orbax", help="default: %(default)s")
+    p.add_argument("--report", type=Path, metavar="FILE", help="write what went where as JSON")
+    p.set_defaults(command="convert")
+
+    p = commands.add_parser("bench", parents=[device], help="time the published sizes here, with random weights")
+    p.add_argument("what", nargs="*", default=["lm", "mimi"], choices=("lm", "mimi", "stt"), help="default: lm mimi")
+    p.add_argument("--size", nargs="+", default=["stt-1b"], choices=("stt-1b", "stt-2.6b"), help="default: stt-1b")
+    p.add_argument("--batch", nargs="+", type=_positive, default=[1, 8], metavar="N", help="default: 1 8")
+    p.add_argument("--steps", type=_positive, default=20, help="timed steps (default: %(default)s)")
+    p.set_defaults(command="bench")
+    return top
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value

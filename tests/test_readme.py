@@ -1,0 +1,75 @@
+"""The README's code blocks, run word for word: its model names resolve to a stored miniature in a hub cache."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from tests import stt_model
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The code blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder with the recordings that the README speaks of, and an environment with its model in the hub's cache."""
+    desk = tmp_path_factory.mktemp("desk")
+    pcm = stt_model.recording()[:48_000]
+    soundfile.write(desk / "talk.mp3", pcm, 24_000)
+    soundfile.write(desk / "note.flac", pcm[10_000:], 24_000)
+    repository = desk / "hub/models--kyutai--stt-1b-en_fr"
+    shutil.copytree(stt_model.CHECKPOINT, repository / "snapshots/0123abc")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0123abc")
+    environment = {
+        **os.environ,
+        "HF_HUB_CACHE": str(desk / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "XDG_CACHE_HOME": str(desk / "cache"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    return desk, environment
+
+
+def test_python_blocks_run_in_order(desk):
+    folder, environment = desk
+    script = "\n".join(blocks(README, "python"))
+    assert script.count("\n") > 20
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_shell_blocks_run_in_order(desk):
+    folder, environment = desk
+    commands = [block for block in blocks(README, "sh") if "make " not in block]  # CI runs make itself
+    assert len(commands) >= 3
+    for block in commands:
+        done = subprocess.run(["bash", "-ec", block], cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, block + done.stderr
+    assert (folder / "subtitles/note.srt").is_file()
+    assert (folder / "again.wav").is_file()
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = set(re.findall(r"`?make (\w+)", README))
+    assert {"demo", "test"} <= named <= set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+
+
+def test_a_broken_block_would_be_noticed(desk):
+    folder, environment = desk
+    (script,) = blocks("```python\nimport dsm_jax\ndsm_jax.nosuch\n```\n", "python")
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "nosuch" in done.stderr
