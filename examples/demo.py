@@ -1,7 +1,7 @@
 """Sends a real recording through the Mimi codec, streaming and offline, and prints what it cost.
 
-The weights are random, as trained ones are not in this repository, so there is no sound worth hearing; the codebooks are
-drawn from the recording's own latents, so that codes mean something. Sizes, speed and exactness are the real thing.
+The weights are random, as trained ones are not in this repository, so there is no sound worth hearing; the codebooks
+are drawn from the recording's own latents, so that codes mean something. Sizes, speed and exactness are the real thing.
 """
 
 import time
@@ -26,7 +26,8 @@ def draw_codebooks(mimi: Mimi, latents_BTD: jax.Array) -> None:
         left_TC = np.asarray(latents_BTD[0] @ branch.input_proj_DC[...])
         for book in branch.codebooks:
             rows = left_TC[random.integers(len(left_TC), size=book.embedding_VC.shape[0])]
-            rows = rows * random.uniform(0.3, 1.0, (len(rows), 1)) + 0.1 * left_TC.std() * random.normal(size=rows.shape)
+            rows = rows * random.uniform(0.3, 1.0, (len(rows), 1))
+            rows += 0.1 * left_TC.std() * random.normal(size=rows.shape)
             book.embedding_VC[...] = jnp.asarray(rows, jnp.float32)
             left_TC = left_TC - rows[np.asarray(book.nearest(jnp.asarray(left_TC)))]
 

@@ -157,7 +157,7 @@ class Recognizer:
         self._state = self._programs.start(self.model.lm_params, self._state, rows_B, self._prompt_BP, self._key)
 
     def advance(self, pcm_BT: np.ndarray, frames_B: np.ndarray) -> FrameOutputs:
-        """Hears a chunk, of which row b has `frames_B[b]` frames; returns at once, with outputs still being computed."""
+        """Hears a chunk, `frames_B[b]` frames of it in row b; returns at once, with outputs still being computed."""
         outputs, self._state = self._programs.advance(
             self.model.lm_params,
             self.model.mimi_params,
