@@ -17,7 +17,7 @@ from dsm_jax.convert.progress import byte_bar
 from dsm_jax.convert.report import LeftOut, Report
 from dsm_jax.convert.sources import Source, open_source
 from dsm_jax.errors import CheckpointError
-from dsm_jax.tokenizers import load_tokenizer
+from dsm_jax.tokenizers import copy_tokenizer, load_tokenizer
 
 LAYOUTS = ("orbax", "kyutai", "transformers")
 Written = Iterator[tuple[str, tuple[int, ...], str]]
@@ -105,10 +105,7 @@ def _write_orbax(source: Source, stored: Stored, folder: Path) -> Written:
     name = None
     if source.tokenizer is not None:
         name = source.tokenizer.name
-        shutil.copyfile(source.tokenizer, folder / name)
-        settings = source.tokenizer.with_name("tokenizer_config.json")
-        if name.endswith(".json") and settings.is_file():
-            shutil.copyfile(settings, folder / settings.name)
+        copy_tokenizer(source.tokenizer, folder)
     native.write_config(folder, source.config, _lm_dtype(stored), f"{source.name} ({source.layout})", name)
     names = {f"{part}.{name}": (part, name) for part in stored for name in stored[part]}
     arrays = (

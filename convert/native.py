@@ -143,9 +143,9 @@ def restore(held: Held, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[
 
 
 def reader(held: Held) -> Callable[[str, str], np.ndarray]:
-    """Hands out parameters as numpy arrays, by network and name; a group is read once and kept."""
+    """Hands out parameters as numpy arrays, by network and name; the groups last read are kept."""
 
-    @functools.cache
+    @functools.lru_cache(maxsize=3)
     def group(name: str) -> dict[str, np.ndarray]:
         members = [(member, held.parameters[member]) for member, where in held.group_of.items() if where == name]
         return _restore_group(held, name, {member: np.empty(p.shape, p.dtype) for member, p in members})

@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(command="convert")
 
     p = commands.add_parser("bench", parents=[device], help="time the published sizes here, with random weights")
-    p.add_argument("what", nargs="*", default=["lm", "mimi"], choices=("lm", "mimi", "stt"), help="default: lm mimi")
+    p.add_argument("what", nargs="*", metavar="lm|mimi|stt", help="default: lm mimi")
     p.add_argument("--size", nargs="+", default=["stt-1b"], choices=("stt-1b", "stt-2.6b"), help="default: stt-1b")
     p.add_argument("--batch", nargs="+", type=_positive, default=[1, 8], metavar="N", help="default: 1 8")
     p.add_argument("--steps", type=_positive, default=20, help="timed steps (default: %(default)s)")

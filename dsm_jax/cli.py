@@ -7,7 +7,6 @@ read.
 import argparse
 import glob
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +35,8 @@ def transcribe(args: argparse.Namespace) -> int:
     names = _expand(args.audio)
     if args.frames and args.format != "json":
         raise UsageError(f"--frames is part of the JSON, and --format is {args.format}; add --format json")
+    if args.vad and args.format not in ("text", "json"):
+        raise UsageError(f"--vad marks pauses in text, and --format is {args.format}; leave one of them out")
     if args.cut_prompt and not (args.prompt_text or args.prompt_audio):
         raise UsageError("--cut-prompt has nothing to cut; give --prompt-text or --prompt-audio")
     if len(names) > 1 and not args.output_dir and args.format not in ("text", "json"):
@@ -50,6 +51,12 @@ def transcribe(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     failed, finished, shown = 0, {}, 0
+
+    def refuse(reason: object) -> None:
+        nonlocal failed
+        failed += 1
+        bar.console.print(f"dsm-jax: {reason}", style="red", soft_wrap=True, markup=False, highlight=False)
+
     with _progress(args) as bar:
         tasks = [bar.add_task(Path(name).name, total=audio.duration(name), start=False) for name in names]
 
@@ -64,14 +71,14 @@ def transcribe(args: argparse.Namespace) -> int:
             while shown in finished:
                 done = finished.pop(shown)
                 if isinstance(done, DsmError):
-                    failed += 1
-                    bar.console.print(f"dsm-jax: {done}", style="red", soft_wrap=True, markup=False, highlight=False)
+                    refuse(done)
+                elif outputs:
+                    try:
+                        outputs[shown].write_text(_render(done, args, several=len(names) > 1), encoding="utf-8")
+                    except OSError as error:
+                        refuse(f"{outputs[shown]} cannot be written ({error.strerror}); choose another folder")
                 else:
-                    text = _render(done, args, several=len(names) > 1)
-                    if outputs:
-                        outputs[shown].write_text(text, encoding="utf-8")
-                    else:
-                        print(text, end="" if text.endswith("\n") or not text else "\n", flush=True)
+                    print(_render(done, args, several=len(names) > 1), end="", flush=True)
                 shown += 1
     return 1 if failed else 0
 
@@ -82,6 +89,7 @@ def codec_encode(args: argparse.Namespace) -> int:
 
     from dsm_jax import codec
 
+    _check_folder_of(args.output)
     model = _load(args, decoder=False)
     codes_QT = codec.encode(model, args.input, codebooks=args.codebooks)
     config = model.config.mimi
@@ -95,6 +103,7 @@ def codec_decode(args: argparse.Namespace) -> int:
     """Turns codes into a recording."""
     from dsm_jax import audio, codec
 
+    _check_folder_of(args.output)
     model = _load(args, decoder=True)
     pcm = codec.decode(model, codec.read_codes(args.input))
     audio.write(args.output, pcm, model.config.mimi.sample_rate)
@@ -106,6 +115,8 @@ def convert(args: argparse.Namespace) -> int:
     """Rewrites a checkpoint in another layout."""
     from dsm_jax.convert import command
 
+    if args.report:
+        _check_folder_of(args.report)
     _set_up_jax(args)
     report = command.convert(args.source, args.destination, to=args.to, dtype=args.dtype)
     if args.report:
@@ -119,9 +130,18 @@ def bench(args: argparse.Namespace) -> int:
     _set_up_jax(args)
     from dsm_jax import benchmark
 
-    for row in benchmark.run(args.what, sizes=args.size, batches=args.batch, dtype=args.dtype, steps=args.steps):
+    what = args.what or ["lm", "mimi"]
+    if unknown := sorted(set(what) - {"lm", "mimi", "stt"}):
+        raise UsageError(f"{unknown[0]} cannot be timed; choose of lm, mimi and stt")
+    for row in benchmark.run(what, sizes=args.size, batches=args.batch, dtype=args.dtype, steps=args.steps):
         print(json.dumps(row), flush=True)
     return 0
+
+
+def _check_folder_of(path: Path) -> None:
+    """Says so before the work is done that the result of it cannot be written."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
 
 
 def _expand(patterns: list[str]) -> list[str]:
@@ -147,7 +167,10 @@ def _output_files(names: list[str], folder: Path | None, kind: str) -> list[Path
     stems = ["stdin" if name == "-" else Path(name).stem for name in names]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise UsageError(f"several recordings would be written to {twice[0]}{SUFFIXES[kind]}; transcribe them apart")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be made ({error.strerror}); give a folder with --output-dir") from None
     return [folder / f"{stem}{SUFFIXES[kind]}" for stem in stems]
 
 
@@ -169,15 +192,16 @@ def _render(transcript: "Transcript", args: argparse.Namespace, *, several: bool
 
 def _set_up_jax(args: argparse.Namespace) -> None:
     """Chooses the device and the compilation cache, before JAX starts."""
-    if args.device:
-        os.environ["JAX_PLATFORMS"] = PLATFORMS[args.device]
     import jax
 
+    if args.device:
+        jax.config.update("jax_platforms", PLATFORMS[args.device])
     try:
         jax.devices()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {args.device} is not to be had here ({reason}); try --device cpu") from None
+        asked = f"--device {args.device}" if args.device else "a device"
+        raise UsageError(f"{asked} is not to be had here ({reason}); try --device cpu") from None
     if not args.no_cache:
         folder = args.cache_dir or cache_folder()
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -199,7 +223,9 @@ def _progress(args: argparse.Namespace) -> "Progress":
     console = Console(stderr=True)
     seconds = TextColumn("{task.completed:.0f} s")
     columns = (TextColumn("{task.description}"), BarColumn(), seconds, TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=args.quiet or not console.is_terminal)
+    # Standard output is for the text alone: rich would send what is printed meanwhile to its own console.
+    hidden = args.quiet or not console.is_terminal
+    return Progress(*columns, console=console, transient=True, disable=hidden, redirect_stdout=sys.stdout.isatty())
 
 
 COMMANDS = {

@@ -20,7 +20,7 @@ def from_dict(kind: type[Config], values: Mapping[str, Any], where: str) -> Conf
     """Builds a config from decoded JSON.
 
     Args:
-      kind: a config class of this module.
+      kind: a config class of `dsm_jax.configs`.
       values: field names to values; nested configs as nested mappings.
       where: what the values were read from, for the error.
 

@@ -1,6 +1,7 @@
 """Text to token ids and back, from a sentencepiece `.model` or a `tokenizer.json`."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,14 @@ def load_tokenizer(path: Path, *, expected_size: int | None = None) -> Tokenizer
             "tokenizer that was published with the weights"
         )
     return tokenizer
+
+
+def copy_tokenizer(path: Path, folder: Path) -> None:
+    """Copies a tokenizer, and the settings beside a `tokenizer.json` that say which token ends a text."""
+    shutil.copyfile(path, folder / path.name)
+    settings = path.with_name("tokenizer_config.json")
+    if path.suffix == ".json" and settings.is_file():
+        shutil.copyfile(settings, folder / settings.name)
 
 
 def _from_sentencepiece(path: Path) -> Tokenizer | None:

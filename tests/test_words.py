@@ -83,6 +83,23 @@ def test_a_word_is_as_sure_as_the_geometric_mean_of_its_pieces():
     assert end.word.probability == pytest.approx((0.9 * 0.4 ** (len(word) - 1)) ** (1 / len(word)))
 
 
+def test_words_that_share_a_segment_are_each_as_sure_as_their_own_pieces():
+    r, the, fox = reader(), ids("the"), ids("fox")
+    for token in the:
+        r.read(token, 0.9)
+    for token in fox:
+        r.read(token, 0.2)
+    words = [e.word for e in r.read(0, 1.0) if isinstance(e, WordEnded)]
+    assert [(w.text, round(w.probability, 6)) for w in words] == [("the", 0.9), ("fox", 0.2)]
+
+
+def test_what_is_heard_before_the_audio_is_no_pause_of_it():
+    prompted = Timing(frame_rate=12.5, text_offset=0.4, audio_offset=0.4)
+    r = reader(prompted)
+    told = [e for _ in range(8) for e in r.read(3, 1.0, (0.0, 0.0, 0.9, 0.0))]
+    assert told == [Pause(pytest.approx(6 / 12.5 - 0.4), 2.0, 0.9)]
+
+
 @given(st.lists(st.sampled_from([0, 0, 0, 2, 3, 3, 3, 5, 9, 12, 17, 20, 33, 50]), max_size=80))
 def test_no_piece_is_lost_and_every_word_starts_once_and_in_order(tokens):
     events = read(tokens)

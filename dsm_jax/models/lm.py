@@ -65,9 +65,11 @@ class DelayedStreamsLM(nnx.Module):
     def embed(self, tokens_BKT: jax.Array) -> jax.Array:
         """The sum over streams of their tokens' embeddings; a token of -1 adds exactly nothing."""
         audio_BTQ = tokens_BKT[:, 1:].swapaxes(1, 2)
-        rows_BTQD = self.audio_emb_QLD[jnp.arange(self.config.n_q), jnp.maximum(audio_BTQ, 0)]
-        audio_BTD = jnp.where((audio_BTQ == ZERO_TOKEN)[..., None], jnp.zeros((), rows_BTQD.dtype), rows_BTQD).sum(2)
-        return audio_BTD + self.text_emb(tokens_BKT[:, 0])
+        # Tables may be kept narrower than the weights; rows are widened as they are read, which changes nothing.
+        dtype = self.text_linear_DV.dtype
+        rows_BTQD = self.audio_emb_QLD[jnp.arange(self.config.n_q), jnp.maximum(audio_BTQ, 0)].astype(dtype)
+        audio_BTD = jnp.where((audio_BTQ < 0)[..., None], jnp.zeros((), rows_BTQD.dtype), rows_BTQD).sum(2)
+        return audio_BTD + self.text_emb(tokens_BKT[:, 0]).astype(dtype)
 
     def init_state(self, batch_size: int) -> TransformerState:
         """The state of `batch_size` fresh streams."""
@@ -83,8 +85,11 @@ class DelayedStreamsLM(nnx.Module):
         """Feeds T steps of tokens, already delayed, and returns the normalised hidden states [B, T, D].
 
         Raises:
-          StreamError: the tokens are not those of `n_q` audio streams and a text stream.
+          StreamError: the tokens are not those of `n_q` audio streams and a text stream, or the model attends to
+            conditions and got none.
         """
+        if self.config.cross_attention and (conditions is None or conditions.cross is None):
+            raise StreamError("the model attends to conditions and got none; make them with `condition`")
         if tokens_BKT.shape[1] != self.config.n_q + 1:
             raise StreamError(
                 f"the model got {tokens_BKT.shape[1]} streams; it has {self.config.n_q + 1}: text, then "

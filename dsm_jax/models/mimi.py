@@ -145,15 +145,26 @@ class Mimi(nnx.Module):
           The state to pass next time.
 
         Raises:
+          ConfigError: the codec has fewer codebooks.
           StreamError: T is not a whole number of frames.
         """
+        most = self.config.quantizer.n_q
+        codebooks = most if codebooks is None else codebooks
+        if not 1 <= codebooks <= most:
+            raise ConfigError(f"{codebooks} codebooks were asked for; the codec has 1 to {most}")
         y_BTD, state = self.encoder.step(x_BTC, state, active_B)
-        return self.quantizer.encode(y_BTD, self.config.quantizer.n_q if codebooks is None else codebooks), state
+        return self.quantizer.encode(y_BTD, codebooks), state
 
     def decode_step(
         self, codes_BQT: jax.Array, state: CodecState, active_B: jax.Array | None = None
     ) -> tuple[jax.Array, CodecState]:
-        """Turns codes of any number of codebooks and frames into samples [B, T * 1920, C], not clipped."""
+        """Turns codes of any number of codebooks and frames into samples [B, T * 1920, C], not clipped.
+
+        Raises:
+          ConfigError: more codebooks than the codec has, or a codec without a decoder.
+        """
+        if codes_BQT.shape[1] > self.config.quantizer.n_q:
+            raise ConfigError(f"{codes_BQT.shape[1]} codebooks were given; the codec has {self.config.quantizer.n_q}")
         return self._decoder().step(self.quantizer.decode(codes_BQT), state, active_B)
 
     def latents(self, x_BTC: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from dsm_jax.stt.words import WordReader
 
 CHUNK_FRAMES = 8  # heard at a time: enough for convolutions to be efficient, little to hear for nothing at the end
 
-Progress = Callable[[int, float], None]  # which recording, and how many seconds of it have been heard
+Progress = Callable[[int, float], None]  # which recording, and how many seconds of it have been read
 Result = tuple[int, Transcript | DsmError]  # the place of a recording, and what came of it
 
 
@@ -31,6 +31,7 @@ class _Job:
     hearing: Hearing
     reader: WordReader
     keep_frames: bool
+    failed: bool = False
     words: list[Word] = dataclasses.field(default_factory=list)
     pauses: list[Pause] = dataclasses.field(default_factory=list)
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -111,7 +112,7 @@ class _Batch:
                     # One frame more than a chunk tells whether the chunk is the last.
                     ready[row] = job.fill(CHUNK_FRAMES + 1)
                 except DsmError as error:
-                    self.rows[row] = None
+                    self.rows[row], job.failed = None, True
                     yield job.index, error
         frames = np.minimum(ready, CHUNK_FRAMES)
         pcm_BT = np.zeros((len(self.rows), CHUNK_FRAMES * self.config.frame_size), np.float32)
@@ -132,6 +133,8 @@ class _Batch:
         outputs, parts = self.unread.pop(0)
         tokens, sure, pauses = map(np.asarray, (outputs.tokens_BF, outputs.probabilities_BF, outputs.pauses_BFH))
         for row, job, count, last in parts:
+            if job.failed:  # since this chunk was sent
+                continue
             job.read(tokens[row, :count], sure[row, :count], pauses[row, :count])
             if progress is not None:
                 progress(job.index, job.hearing.samples / self.config.sample_rate)
@@ -154,8 +157,8 @@ def transcribe_each(
 
     A recording that cannot be read yields its error, and the others go on. Otherwise as `transcribe`.
     """
-    # A power of two: so that different numbers of recordings share a compilation.
-    rows = 1 << (max(1, min(batch_size, len(sources))) - 1).bit_length()
+    # Few recordings take a power of two: so that different numbers of them share a compilation.
+    rows = max(1, min(batch_size, 1 << max(0, len(sources) - 1).bit_length()))
     batch = _Batch(Recognizer(model, rows, CHUNK_FRAMES, options), sources, frames)
     while True:
         yield from batch.admit()
@@ -207,8 +210,8 @@ def transcribe(
     Args:
       model: a speech-to-text model, from `dsm_jax.load`.
       recordings: a path, "-" for standard input, an open file, or float or int16 samples [T] or [channels, T] at the
-        model's rate; or a list of these, transcribed together. Files may have any format, rate, number of channels and
-        length.
+        model's rate; or a list of these, transcribed together. Files are wav, flac, mp3, ogg or opus, of any rate,
+        number of channels and length.
       options: how to listen: prompts, sampling, pauses.
       batch_size: at most how many recordings at a time. Each gives what it gives alone.
       frames: keep the text token and the pause probabilities of every 80 ms frame.

@@ -6,9 +6,11 @@ is heard before the recording, padded to a whole frame, with ten frames of silen
 """
 
 import dataclasses
+from typing import cast
 
 import numpy as np
 
+from dsm_jax.audio import Source
 from dsm_jax.configs import LMConfig, ModelConfig
 from dsm_jax.errors import PromptError
 from dsm_jax.stt.words import PauseRule, Timing, WordReader
@@ -23,12 +25,12 @@ class Prompt:
 
     Attributes:
       text: words that it is made to say first, in its own spelling.
-      audio: mono samples at the model's rate that it hears first.
+      audio: a recording that it hears first: a path, or samples at the model's rate.
       cut: leave out of the transcript what belongs to the prompt.
     """
 
     text: str | None = None
-    audio: np.ndarray | None = None
+    audio: Source | None = None
     cut: bool = False
 
 
@@ -52,7 +54,10 @@ def prompt_tokens(prompt: Prompt, tokenizer: Tokenizer, lm: LMConfig) -> tuple[i
 
 
 class Hearing:
-    """Collects the samples of one recording as they come and gives them out as frames."""
+    """Collects the samples of one recording as they come and gives them out as frames.
+
+    The prompt's audio has been read: float samples at the model's rate.
+    """
 
     def __init__(self, config: ModelConfig, prompt: Prompt):
         rate, stt = config.mimi.sample_rate, config.stt
@@ -62,8 +67,9 @@ class Hearing:
         self._after = np.zeros(int((stt.audio_delay_seconds + 1.0) * rate), np.float32)
         self._buffer = np.zeros(int(stt.audio_silence_prefix_seconds * rate), np.float32)
         if prompt.audio is not None:
-            gap = -prompt.audio.size % self.frame_size + PROMPT_GAP_FRAMES * self.frame_size
-            self._buffer = np.concatenate([self._buffer, prompt.audio.astype(np.float32), np.zeros(gap, np.float32)])
+            heard = cast(np.ndarray, prompt.audio)
+            gap = -heard.size % self.frame_size + PROMPT_GAP_FRAMES * self.frame_size
+            self._buffer = np.concatenate([self._buffer, heard, np.zeros(gap, np.float32)])
 
     def push(self, samples: np.ndarray) -> None:
         """More of the recording: float32 mono samples at the model's rate."""
@@ -93,7 +99,7 @@ def word_reader(
     """Reads the words of a recording that is heard through `Hearing`, timed from the recording's own start."""
     rate, frame_rate, stt = config.mimi.sample_rate, config.mimi.frame_rate, config.stt
     prefix = int(stt.audio_silence_prefix_seconds * rate) / rate
-    prompt_frames = 0 if prompt.audio is None else -(-prompt.audio.size // config.mimi.frame_size)
+    prompt_frames = 0 if prompt.audio is None else -(-cast(np.ndarray, prompt.audio).size // config.mimi.frame_size)
     gap = PROMPT_GAP_FRAMES if prompt_frames else 0
     audio_offset = prefix + (prompt_frames + gap) / frame_rate
     # What answers an audio prompt is out once the text's delay has passed; the gap after it keeps the two apart.

@@ -6,6 +6,7 @@ import numpy as np
 
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
+from dsm_jax.errors import AudioError, StreamError
 from dsm_jax.stt.recognizer import Options, Recognizer
 from dsm_jax.stt.transcript import Event
 
@@ -35,13 +36,24 @@ class Listener:
 
         Raises:
           AudioError: samples that are not numbers, or not mono.
+          StreamError: the stream has been finished.
         """
+        if self._hearing.ended:
+            raise StreamError("audio was fed to a stream that has been finished; make a new Listener")
+        if np.ndim(samples) != 1:
+            raise AudioError(f"live audio has the shape {np.shape(samples)}; feed mono samples [T]")
         if np.size(samples):
             self._hearing.push(audio.read(samples))
         return self._hear()
 
     def finish(self) -> list[Event]:
-        """Ends the audio: hears the silence that lets the last words out, and ends the last word."""
+        """Ends the audio: hears the silence that lets the last words out, and ends the last word.
+
+        Raises:
+          StreamError: the stream has been finished before.
+        """
+        if self._hearing.ended:
+            raise StreamError("the stream has been finished already; make a new Listener")
         self._hearing.end()
         return [*self._hear(), *self._reader.finish()]
 

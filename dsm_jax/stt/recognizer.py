@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.memory import return_freed
 from dsm_jax.stt import engine
 from dsm_jax.stt.engine import FrameOutputs, Sampling, SttState
 from dsm_jax.stt.hearing import Hearing, Prompt, prompt_tokens, word_reader
-from dsm_jax.stt.words import PauseRule, WordReader
+from dsm_jax.stt.words import PAUSE_HORIZONS, PauseRule, WordReader
 
 _PROMPT_STEP = 64  # prompts are padded to a multiple, so that few lengths are ever compiled
 
@@ -101,6 +102,7 @@ class Recognizer:
       options: how to listen.
 
     Raises:
+      AudioError: the audio prompt cannot be read.
       CheckpointError: the model does not transcribe.
       PromptError: the model cannot follow the prompt.
     """
@@ -108,8 +110,10 @@ class Recognizer:
     def __init__(self, model: Model, batch_size: int, chunk: int, options: Options):
         lm, name = model.config.lm, model.name
         remedy = "load a speech-to-text model such as kyutai/stt-1b-en_fr"
-        if model.lm_def is None or lm is None or model.tokenizer is None:
+        if model.lm_def is None or lm is None:
             raise CheckpointError(f"{name} is a codec without a language model; to transcribe, {remedy}")
+        if model.tokenizer is None:
+            raise CheckpointError(f"{name} has no tokenizer; add the published one, and name it in config.json")
         if lm.dep_q:
             raise CheckpointError(f"{name} generates {lm.dep_q} audio streams; to transcribe, {remedy}")
         if lm.n_q > model.config.mimi.quantizer.n_q:
@@ -117,6 +121,14 @@ class Recognizer:
                 f"{name} listens to {lm.n_q} codebooks and its codec has {model.config.mimi.quantizer.n_q}; "
                 "take both from one checkpoint"
             )
+        if lm.extra_heads_num_heads not in (0, len(PAUSE_HORIZONS)):
+            raise CheckpointError(
+                f"{name} has {lm.extra_heads_num_heads} extra heads; expected none, or {len(PAUSE_HORIZONS)}: one for "
+                f"each of the pauses of {PAUSE_HORIZONS} s"
+            )
+        if options.prompt.audio is not None:
+            heard = audio.read(options.prompt.audio, model.config.mimi.sample_rate)
+            options = dataclasses.replace(options, prompt=dataclasses.replace(options.prompt, audio=heard))
         self.model, self.lm, self.tokenizer, self.options = model, lm, model.tokenizer, options
         self.batch_size, self.chunk = batch_size, chunk
         tokens = prompt_tokens(options.prompt, model.tokenizer, lm)

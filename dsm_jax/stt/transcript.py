@@ -27,7 +27,7 @@ class Pause:
 
 @dataclass(frozen=True)
 class WordStarted:
-    """Streaming: a word began at `start`; its end is not known yet."""
+    """Streaming: a word began at `start`; its end is not known yet, and neither may be the end of its text."""
 
     text: str
     start: float

@@ -17,7 +17,7 @@ import math
 
 from dsm_jax.errors import ConfigError
 from dsm_jax.stt.transcript import Event, Pause, Word, WordEnded, WordStarted
-from dsm_jax.tokenizers import Tokenizer
+from dsm_jax.tokenizers import SPACE, Tokenizer
 
 PAUSE_HORIZONS = (0.5, 1.0, 2.0, 3.0)  # seconds, one per extra head
 
@@ -105,10 +105,11 @@ class WordReader:
                 self._last_piece = frame
                 self._paused = False
             else:
-                if token == self.tokenizer.eos_id and self._end_of_stream is None:
+                if token == self.tokenizer.eos_id and self._pieces and self._end_of_stream is None:
                     self._end_of_stream = frame
                 events += self._tell_starts()
-        if pauses and pauses[self.pause_head] > self.threshold and not self._paused:
+        heard = (frame + 1) / self.timing.frame_rate > self.timing.audio_offset  # what comes before is not the audio's
+        if heard and pauses and pauses[self.pause_head] > self.threshold and not self._paused:
             self._paused = True
             events.append(
                 Pause(self.timing.heard(frame), PAUSE_HORIZONS[self.pause_head], float(pauses[self.pause_head]))
@@ -144,10 +145,21 @@ class WordReader:
     def _spans(self, words: list[str], end: int) -> list[tuple[int, int]]:
         spans, start = [], self._start or 0
         for word in words[:-1]:
-            after = start + len(self.tokenizer.encode(word))
+            after = min(end, start + len(self.tokenizer.encode(word)))
             spans.append((start, after))
             start = after
         return [*spans, (start, end)] if words else []
+
+    def _probabilities(self, words: int) -> list[float]:
+        """How sure each word of the segment is: the geometric mean of its pieces, whatever their number."""
+        groups: list[list[float]] = []
+        for token, probability in self._pieces:
+            if not groups or self.tokenizer.piece(token).startswith(SPACE):
+                groups.append([])
+            groups[-1].append(math.log(max(probability, 1e-30)))
+        if len(groups) != words:  # pieces that are only a space, say: the segment's mean is the best there is
+            groups = [[log for group in groups for log in group]] * words
+        return [math.exp(sum(group) / len(group)) for group in groups]
 
     def _close(self, end: int) -> list[Event]:
         """Ends the segment: its words, their starts first where those have not been told."""
@@ -156,9 +168,8 @@ class WordReader:
             return []
         words = self._segment()
         events = self._tell_starts()
-        # A geometric mean: a word is as sure as its pieces, however many.
-        sure = math.exp(sum(math.log(max(p, 1e-30)) for _, p in self._pieces) / len(self._pieces))
-        for word, (start, stop) in zip(words, self._spans(words, end), strict=True):
+        sures = self._probabilities(len(words))
+        for word, sure, (start, stop) in zip(words, sures, self._spans(words, end), strict=True):
             events.append(WordEnded(Word(word, self.timing.of_text(start), self.timing.of_text(stop), sure)))
         self._pieces, self._told, self._end_of_stream = [], 0, None
         return events

@@ -1,0 +1,65 @@
+"""The pure functions behind `transcribe`, under the caller's own transformations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsm_jax.stt import engine
+from dsm_jax.stt.engine import Sampling
+from tests import stt_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return stt_model.model()
+
+
+@pytest.fixture(scope="module")
+def parts(model):
+    lm, mimi = nnx.merge(model.lm_def, model.lm_params), nnx.merge(model.mimi_def, model.mimi_params)
+    pcm = jnp.asarray(stt_model.recording()[: 8 * 1_920])[None, :, None]
+    return lm, mimi, jnp.concatenate([pcm, 0.5 * pcm])
+
+
+def run(lm, mimi, pcm_BTC, frames_B, state=None):
+    def pure(lm, mimi, pcm_BTC, frames_B, state):
+        none, key = jnp.zeros((pcm_BTC.shape[0], 0), jnp.int32), jax.random.key(0)
+        if state is None:
+            state = engine.init_state(lm, mimi, pcm_BTC.shape[0])
+            state = engine.start(lm, state, frames_B >= 0, none, key, Sampling())
+        return engine.advance(lm, mimi, state, pcm_BTC, frames_B, none, key, Sampling())
+
+    return jax.jit(pure)(lm, mimi, pcm_BTC, frames_B, state)
+
+
+def test_a_row_without_frames_is_untouched(parts):
+    lm, mimi, pcm = parts
+    _, state = run(lm, mimi, pcm, jnp.array([8, 8]))
+    outputs, after = run(lm, mimi, pcm, jnp.array([8, 0]), state)
+    for before, now in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(before[1], now[1])
+    assert not np.array_equal(state.text.lm.position_B[0], after.text.lm.position_B[0])
+    assert np.isfinite(outputs.probabilities_BF).all()
+
+
+def test_vmap_over_recordings_equals_a_batch(parts):
+    lm, mimi, pcm = parts
+    batch, _ = run(lm, mimi, pcm, jnp.array([8, 8]))
+    one_by_one = jax.vmap(lambda clip: run(lm, mimi, clip[None], jnp.array([8]))[0])(pcm)
+    np.testing.assert_array_equal(batch.tokens_BF, one_by_one.tokens_BF[:, 0])
+
+
+def test_the_loss_of_a_clip_has_finite_gradients(model, parts):
+    _, mimi, pcm = parts
+    codes = jax.jit(lambda mimi, pcm: mimi.encode(pcm))(mimi, pcm)
+    text = jnp.ones((2, 1, codes.shape[2]), jnp.int32)
+
+    def loss(params):
+        logits = nnx.merge(model.lm_def, params)(jnp.concatenate([text, codes], axis=1)).text_logits_BTV
+        return -jax.nn.log_softmax(logits)[..., 1].mean()
+
+    grads = jax.jit(jax.grad(loss))(model.lm_params)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    assert sum(float(jnp.abs(g).sum()) for g in jax.tree.leaves(grads)) > 0
