@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from dsm_jax.configs import ModelConfig
@@ -19,7 +18,6 @@ DEFAULT = "kyutai/stt-1b-en_fr"
 # The mesh axis over which an axis of a parameter is split, by its letter: projections and vocabularies, so that a
 # layer's two matrices are split along the axis they share and one sum joins the parts.
 RULES = {"E": "model", "F": "model", "G": "model", "V": "model"}
-_TABLES = ("audio_emb_QLD", "text_emb.table_LW")
 _ASSETS = Path(__file__).with_name("assets")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "params/*")
@@ -55,8 +53,7 @@ def load(
       source: a local folder, a codec's file, or a name on the hub ("organisation/name", fetched on first use); in
         Kyutai's, transformers' or this library's own layout.
       dtype: of the language model, by name or as jax has it; None is bfloat16 on GPU and TPU, float32 on CPU. The codec
-        and the conditioning are always float32. Embedding tables stay as narrow as they are stored: their rows are
-        widened as they are read, so nothing changes but the memory they take.
+        and the conditioning are always float32.
       mesh: the devices to spread the language model over; None uses the default device. The codec is on all of them.
       rules: which mesh axis splits the axes of parameters that have a letter in their name; None is `RULES` as far as
         the mesh has its axis. An axis that does not divide stays whole.
@@ -86,11 +83,7 @@ def load(
     rules = _rules_for(mesh, rules)
     used = networks(opened.config, decoder=decoder)
     wanted = {
-        f"{part}.{name}": jax.ShapeDtypeStruct(
-            p.shape,
-            _table_dtype(name, p.dtype, opened.stored[part][name].dtype),
-            sharding=_sharding(part, name, p.shape, mesh, rules),
-        )
+        f"{part}.{name}": jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=_sharding(part, name, p.shape, mesh, rules))
         for part, network in used.items()
         for name, p in with_dtype(part, network.parameters, dtype).items()
     }
@@ -149,11 +142,6 @@ def save(model: Model, destination: str | Path) -> None:
         native.write_config(folder, model.config, dtype, model.name, tokenizer and tokenizer.name)
         for _ in native.write_params(folder, arrays.items()):
             pass
-
-
-def _table_dtype(name: str, wanted: np.dtype, stored: np.dtype) -> np.dtype:
-    """The dtype to hold a parameter in: what is wanted, but for an embedding table that is stored narrower."""
-    return stored if name in _TABLES and stored.itemsize < wanted.itemsize else wanted
 
 
 def _rules_for(mesh: jax.sharding.Mesh | None, rules: Mapping[str, str] | None) -> Mapping[str, str]:

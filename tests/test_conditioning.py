@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from dsm_jax.configs import Table
-from dsm_jax.errors import ConfigError
+from dsm_jax.errors import ConfigError, StreamError
 from dsm_jax.models.conditioning import Conditioning
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.nn.attention import sinusoids
@@ -72,8 +72,9 @@ def test_conditions_change_what_the_model_says():
     def three_ways(values, masks):
         conditions = lm.condition(values, masks)
         assert (len(conditions.cross), conditions.cross[0][0].shape) == (2, (2, 4, 5, 4))
-        only_sum = dataclasses.replace(conditions, cross=None)
-        return [lm.step(tokens_BKT, lm.init_state(2), conditions=told)[0] for told in (conditions, only_sum, None)]
+        alike = dataclasses.replace(conditions, cross=jax.tree.map(lambda a: a[:1].repeat(2, 0), conditions.cross))
+        unsummed = dataclasses.replace(alike, sum_BD=None)
+        return [lm.step(tokens_BKT, lm.init_state(2), conditions=told)[0] for told in (conditions, alike, unsummed)]
 
     told, half_told, untold = map(np.array, jax.jit(three_ways)(VALUES, MASKS))
     assert np.abs(told - half_told).max() > 1e-2
@@ -98,3 +99,9 @@ def test_conditions_change_what_the_model_says():
 def test_what_the_library_cannot_fuse_is_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         Conditioning(dataclasses.replace(small.TTS, **change), rngs=nnx.Rngs(0))
+
+
+def test_a_model_that_attends_to_conditions_is_not_run_without():
+    lm = small.build(lambda rngs: DelayedStreamsLM(small.TTS, rngs=rngs))
+    with pytest.raises(StreamError, match="attends to conditions and got none; make them with `condition`"):
+        lm.step(np.zeros((2, 7, 1), np.int32), lm.init_state(2))

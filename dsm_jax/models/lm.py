@@ -65,11 +65,9 @@ class DelayedStreamsLM(nnx.Module):
     def embed(self, tokens_BKT: jax.Array) -> jax.Array:
         """The sum over streams of their tokens' embeddings; a token of -1 adds exactly nothing."""
         audio_BTQ = tokens_BKT[:, 1:].swapaxes(1, 2)
-        # Tables may be kept narrower than the weights; rows are widened as they are read, which changes nothing.
-        dtype = self.text_linear_DV.dtype
-        rows_BTQD = self.audio_emb_QLD[jnp.arange(self.config.n_q), jnp.maximum(audio_BTQ, 0)].astype(dtype)
+        rows_BTQD = self.audio_emb_QLD[jnp.arange(self.config.n_q), jnp.maximum(audio_BTQ, 0)]
         audio_BTD = jnp.where((audio_BTQ < 0)[..., None], jnp.zeros((), rows_BTQD.dtype), rows_BTQD).sum(2)
-        return audio_BTD + self.text_emb(tokens_BKT[:, 0]).astype(dtype)
+        return audio_BTD + self.text_emb(tokens_BKT[:, 0])
 
     def init_state(self, batch_size: int) -> TransformerState:
         """The state of `batch_size` fresh streams."""
