@@ -20,14 +20,12 @@ RECORDING = Path(__file__).parent / "audio" / "mister_quilter.flac"
 
 
 def draw_codebooks(mimi: Mimi, latents_BTD: jax.Array) -> None:
-    """Fills every codebook with what the ones before it leave of the latents, and a little noise."""
+    """Fills every codebook with points spread like what the ones before it leave of the latents, nearer the centre."""
     random = np.random.default_rng(0)
     for branch in (mimi.quantizer.semantic, mimi.quantizer.acoustic):
         left_TC = np.asarray(latents_BTD[0] @ branch.input_proj_DC[...])
         for book in branch.codebooks:
-            rows = left_TC[random.integers(len(left_TC), size=book.embedding_VC.shape[0])]
-            rows = rows * random.uniform(0.3, 1.0, (len(rows), 1))
-            rows += 0.1 * left_TC.std() * random.normal(size=rows.shape)
+            rows = left_TC.mean(0) + 0.3 * left_TC.std(0) * random.normal(size=book.embedding_VC.shape)
             book.embedding_VC[...] = jnp.asarray(rows, jnp.float32)
             left_TC = left_TC - rows[np.asarray(book.nearest(jnp.asarray(left_TC)))]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsm_jax import strict
+from dsm_jax import presets, strict
 from dsm_jax.configs import (
     LMConfig,
     MimiConfig,
@@ -17,6 +17,7 @@ from dsm_jax.configs import (
     SttConfig,
     Table,
     TransformerConfig,
+    gating_dim,
 )
 from dsm_jax.convert import kyutai
 from dsm_jax.errors import ConfigError
@@ -38,7 +39,15 @@ def test_the_speech_to_text_models_are_what_was_published():
     assert large_model.stt == SttConfig(audio_delay_seconds=2.5, audio_silence_prefix_seconds=1.0)
     for config in (small_model.lm, large_model.lm):
         assert (config.dep_q, config.user_q, config.delays) == (0, 32, (0,) * 33)
-        assert (config.transformer.gating_dim, config.transformer.head_dim) == (5632, 2048 // config.num_heads)
+        assert (gating_dim(config.dim, config.transformer.dim_feedforward), config.transformer.head_dim) == (
+            5632,
+            2048 // config.num_heads,
+        )
+
+
+def test_the_presets_are_what_was_published():
+    assert (presets.STT_1B.lm, presets.STT_1B.stt) == (published("stt-1b-en_fr").lm, published("stt-1b-en_fr").stt)
+    assert (presets.STT_2_6B.lm, presets.STT_2_6B.stt) == (published("stt-2.6b-en").lm, published("stt-2.6b-en").stt)
 
 
 def test_the_text_to_speech_model_is_what_was_published():
@@ -142,7 +151,7 @@ def test_what_is_not_understood_is_refused(kind, values, message):
         (LMConfig, LM | {"num_heads": 3}, "width 16, 3 heads and kv_repeat 1 do not divide; the width must be"),
         (LMConfig, LM | {"kv_repeat": 3}, "width 16, 4 heads and kv_repeat 3 do not divide; the width must be"),
         (LMConfig, LM | {"delays": [0, 1]}, "2 delays for 1 text and 3 audio streams; give 4"),
-        (LMConfig, LM | {"delays": [0, 0, -1, 0]}, "delays (0, 0, -1, 0); a delay cannot be negative"),
+        (LMConfig, LM | {"delays": [0, 0, -1, 0]}, "the delays are (0, 0, -1, 0); none can be negative"),
         (LMConfig, LM | {"dep_q": 4}, "dep_q is 4 of n_q 3; generate at most n_q"),
         (LMConfig, LM | {"norm_emb": True}, "norm_emb is true; no published model normalises its embeddings"),
         (

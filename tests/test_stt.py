@@ -10,7 +10,7 @@ import pytest
 import dsm_jax
 from dsm_jax import audio
 from dsm_jax.configs import SttConfig
-from dsm_jax.errors import AudioError, BatchError, CheckpointError, ConfigError, PromptError, StreamError
+from dsm_jax.errors import AudioError, BatchError, CheckpointError, ConfigError, PromptError
 from dsm_jax.stt import Options, Prompt, WordEnded, WordStarted, transcribe_each
 from dsm_jax.stt.recognizer import Recognizer
 from tests import stt_model
@@ -81,25 +81,6 @@ def test_streaming_equals_transcribing(model, size):
     assert expected.words
     assert [e.word for e in events if isinstance(e, WordEnded)] == list(expected.words)
     assert [e for e in events if not isinstance(e, (WordEnded, WordStarted))] == list(expected.pauses)
-
-
-def test_every_word_starts_before_it_ends(model):
-    events = list(dsm_jax.stream(model, [stt_model.recording()]))
-    started = [e for e in events if isinstance(e, WordStarted)]
-    ended = [e.word for e in events if isinstance(e, WordEnded)]
-    assert [e.start for e in started] == [w.start for w in ended]
-    for start, word in zip(started, ended, strict=True):
-        assert events.index(start) < events.index(WordEnded(word))
-
-
-def test_a_listener_hears_frames_as_they_complete(model):
-    listener = dsm_jax.Listener(model)
-    pcm = stt_model.recording()
-    assert listener.feed(pcm[:0]) == []
-    events = [event for i in range(0, pcm.size, 960) for event in listener.feed(pcm[i : i + 960])]
-    assert any(isinstance(e, WordEnded) for e in events), "words come before the audio is over"
-    listener.finish()
-    assert listener.text == dsm_jax.transcribe(model, pcm).text
 
 
 @pytest.fixture
@@ -275,17 +256,6 @@ def test_a_model_spread_over_devices_says_the_same_and_compiles_once(whole, comp
     warm = len(compilations)
     dsm_jax.transcribe(spread, stt_model.recording()[:50_000])
     assert len(compilations) == warm
-
-
-def test_a_listener_that_is_finished_hears_no_more(model):
-    listener = dsm_jax.Listener(model)
-    with pytest.raises(AudioError, match=r"shape \(2, 5\); feed mono samples"):
-        listener.feed(np.zeros((2, 5), np.float32))
-    listener.finish()
-    with pytest.raises(StreamError, match="fed to a stream that has been finished"):
-        listener.feed(np.zeros(5, np.float32))
-    with pytest.raises(StreamError, match="finished already"):
-        listener.finish()
 
 
 def test_an_audio_prompt_may_be_a_file_or_samples_of_any_kind(model, tmp_path):
