@@ -128,7 +128,7 @@ class WordReader:
     @property
     def text(self) -> str:
         """All that has been said."""
-        return self.tokenizer.decode(self.text_ids)
+        return self.tokenizer.decode(self.text_ids).strip()
 
     def _segment(self) -> list[str]:
         return self.tokenizer.decode([token for token, _ in self._pieces]).split()
