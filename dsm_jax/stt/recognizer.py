@@ -138,6 +138,7 @@ class Recognizer:
         self._key = jax.random.key(options.seed)
         self._programs = _programs(model.lm_def, model.mimi_def, options.sampling(model))
         self._compile()
+        return_freed()  # by compiling, or by the rows of a recogniser before this one
         self._state = self._programs.init(model.lm_params, model.mimi_params, batch_size)
 
     def _compile(self) -> None:
@@ -152,7 +153,6 @@ class Recognizer:
         frames_B = np.zeros(rows, np.int32)
         self._programs.advance.lower(lm, mimi, state, pcm_BTC, frames_B, self._prompt_BP, self._key).compile()
         self._programs.compiled.add(shapes)
-        return_freed()
 
     def hearing(self) -> Hearing:
         """Collects the samples of a new recording."""
