@@ -4,20 +4,55 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # What an editor and a type checker see; _MODULE_OF is what runs.
-    from dsm_jax.checkpoints import load
-    from dsm_jax.errors import DsmError
-    from dsm_jax.stt import Listener, Options, Prompt, Transcript, stream, transcribe
+    from dsm_jax.checkpoints import Model, load
+    from dsm_jax.errors import BatchError, DsmError
+    from dsm_jax.stt import (
+        Listener,
+        Options,
+        Pause,
+        PauseRule,
+        Prompt,
+        Transcript,
+        Word,
+        WordEnded,
+        WordStarted,
+        stream,
+        transcribe,
+    )
 
     __version__: str
 
-__all__ = ["DsmError", "Listener", "Options", "Prompt", "Transcript", "load", "stream", "transcribe"]
+__all__ = [
+    "BatchError",
+    "DsmError",
+    "Listener",
+    "Model",
+    "Options",
+    "Pause",
+    "PauseRule",
+    "Prompt",
+    "Transcript",
+    "Word",
+    "WordEnded",
+    "WordStarted",
+    "load",
+    "stream",
+    "transcribe",
+]
 
 _MODULE_OF = {
+    "BatchError": "dsm_jax.errors",
     "DsmError": "dsm_jax.errors",
     "Listener": "dsm_jax.stt",
+    "Model": "dsm_jax.checkpoints",
     "Options": "dsm_jax.stt",
+    "Pause": "dsm_jax.stt",
+    "PauseRule": "dsm_jax.stt",
     "Prompt": "dsm_jax.stt",
     "Transcript": "dsm_jax.stt",
+    "Word": "dsm_jax.stt",
+    "WordEnded": "dsm_jax.stt",
+    "WordStarted": "dsm_jax.stt",
     "load": "dsm_jax.checkpoints",
     "stream": "dsm_jax.stt",
     "transcribe": "dsm_jax.stt",

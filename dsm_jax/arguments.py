@@ -20,9 +20,20 @@ def cache_folder() -> Path:
     return base / "dsm_jax" / "compiled"
 
 
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib import metadata
+
+        print(f"dsm-jax {metadata.version('dsm_jax')}")
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line; the chosen command's name is in `command`."""
     top = argparse.ArgumentParser(prog="dsm-jax", description="Kyutai's delayed streams models in JAX.")
+    top.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     device = argparse.ArgumentParser(add_help=False)
     group = device.add_argument_group("device")
@@ -80,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("source", help="a published name or a local folder, in any supported layout")
     p.add_argument("destination", type=Path, help="a folder that does not exist yet")
     p.add_argument("--to", choices=("orbax", "kyutai", "transformers"), default="orbax", help="default: %(default)s")
+    p.add_argument("--verbose", action="store_true", help="print what went where, tensor by tensor")
     p.add_argument("--report", type=Path, metavar="FILE", help="write what went where as JSON")
     p.set_defaults(command="convert")
 

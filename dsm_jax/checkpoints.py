@@ -23,7 +23,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "params/*")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Model:
     """A loaded model: `nnx.merge(lm_def, lm_params)` is its `DelayedStreamsLM`, likewise its `Mimi`.
 
@@ -37,6 +37,15 @@ class Model:
     mimi_params: nnx.State
     tokenizer: Tokenizer | None
     name: str
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz of the samples that the model takes and makes: 24,000 in the published ones."""
+        return self.config.mimi.sample_rate
+
+    def __repr__(self) -> str:
+        kind = "a codec" if self.config.lm is None else self.config.model_type
+        return f"Model({self.name!r}: {kind}, {self.sample_rate} Hz, {self.config.mimi.frame_rate} frames a second)"
 
 
 def load(

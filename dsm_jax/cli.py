@@ -7,6 +7,7 @@ read.
 import argparse
 import glob
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,7 +79,9 @@ def transcribe(args: argparse.Namespace) -> int:
                     except OSError as error:
                         refuse(f"{outputs[shown]} cannot be written ({error.strerror}); choose another folder")
                 else:
+                    bar.stop()  # else it would be drawn into the text where both go to one terminal
                     print(_render(done, args, several=len(names) > 1), end="", flush=True)
+                    bar.start()
                 shown += 1
     return 1 if failed else 0
 
@@ -121,7 +124,8 @@ def convert(args: argparse.Namespace) -> int:
     report = command.convert(args.source, args.destination, to=args.to, dtype=args.dtype)
     if args.report:
         args.report.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    print(report.text())
+    lines = report.text().splitlines()
+    print("\n".join(line for line in lines if args.verbose or not line.startswith("  ")))
     return 0
 
 
@@ -198,8 +202,8 @@ def _set_up_jax(args: argparse.Namespace) -> None:
         jax.config.update("jax_platforms", PLATFORMS[args.device])
     try:
         jax.devices()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError) as error:  # the latter where jax has no such backend at all
+        reason = (str(error) or "JAX knows of none").splitlines()[0]
         asked = f"--device {args.device}" if args.device else "a device"
         raise UsageError(f"{asked} is not to be had here ({reason}); try --device cpu") from None
     if not args.no_cache:
@@ -223,9 +227,9 @@ def _progress(args: argparse.Namespace) -> "Progress":
     console = Console(stderr=True)
     seconds = TextColumn("{task.completed:.0f} s")
     columns = (TextColumn("{task.description}"), BarColumn(), seconds, TimeRemainingColumn())
-    # Standard output is for the text alone: rich would send what is printed meanwhile to its own console.
+    # Standard output is for the text alone: rich would send what is printed meanwhile to its own console, wrapped.
     hidden = args.quiet or not console.is_terminal
-    return Progress(*columns, console=console, transient=True, disable=hidden, redirect_stdout=sys.stdout.isatty())
+    return Progress(*columns, console=console, transient=True, disable=hidden, redirect_stdout=False)
 
 
 COMMANDS = {
@@ -245,6 +249,9 @@ def main(argv: list[str] | None = None) -> int:
     except DsmError as error:  # its message says what to do; anything else is a bug, so let it show
         print(f"dsm-jax: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
 

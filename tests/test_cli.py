@@ -1,5 +1,6 @@
 """The command line, as a user meets it."""
 
+import contextlib
 import json
 import os
 import pty
@@ -138,11 +139,12 @@ def test_arguments_that_do_not_go_together(capsys, tmp_path, monkeypatch, argume
     assert re.search(message, err), err
 
 
-def test_a_device_that_is_not_there():
-    command = [sys.executable, "-m", "dsm_jax.cli", "transcribe", CLIP, *MODEL, "--device", "tpu"]
+@pytest.mark.parametrize("device", ["gpu", "tpu"])
+def test_a_device_that_is_not_there(device):
+    command = [sys.executable, "-m", "dsm_jax.cli", "transcribe", CLIP, *MODEL, "--device", device]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "--device tpu is not to be had here" in done.stderr.splitlines()[-1]
+    assert f"--device {device} is not to be had here" in done.stderr.splitlines()[-1]
     assert "try --device cpu" in done.stderr
 
 
@@ -183,6 +185,9 @@ def test_codes_that_the_codec_cannot_have_made(capsys, tmp_path, tensors, messag
 def test_convert(capsys, tmp_path, result):
     code, out, _ = run(capsys, "convert", stt_model.CHECKPOINT, tmp_path / "native", "--no-cache")
     assert code == 0
+    assert "emb.0.weight" not in out
+    assert re.search(r"read \d+ tensors into \d+ parameters", out)
+    _, out, _ = run(capsys, "convert", stt_model.CHECKPOINT, tmp_path / "again", "--verbose", "--no-cache")
     assert "emb.0.weight" in out
     code, out, _ = run(capsys, "transcribe", CLIP, "--model", tmp_path / "native", "--no-cache")
     assert out == result.text + "\n"
@@ -261,3 +266,32 @@ def test_bench_prints_a_row_per_measurement(capsys, monkeypatch):
     code, _, err = run(capsys, "bench", "tea", "--no-cache")
     assert code == 2
     assert "tea cannot be timed" in err
+
+
+def test_results_on_a_terminal_are_not_wrapped(result):
+    terminal, both = pty.openpty()
+    command = [sys.executable, "-m", "dsm_jax.cli", "transcribe", CLIP, *MODEL, "--format", "json"]
+    running = subprocess.Popen(command, stdout=both, stderr=both, env={**os.environ, "COLUMNS": "40"})
+    os.close(both)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal says that nobody is at its other end
+        while piece := os.read(terminal, 10_000):
+            shown += piece
+    assert running.wait() == 0
+    text = shown.decode().replace("\r\n", "\n")
+    assert json.loads(text[text.index("{\n") : text.rindex("\n}") + 2])["text"] == result.text
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    command = [sys.executable, "-m", "dsm_jax.cli", "transcribe", CLIP, *MODEL]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running.stdout.close()
+    assert (running.wait(), running.stderr.read()) == (0, b"")
+    running.stderr.close()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"dsm-jax {dsm_jax.__version__}\n"
