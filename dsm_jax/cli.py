@@ -45,9 +45,8 @@ def transcribe(args: argparse.Namespace) -> int:
     outputs = _output_files(names, args.output_dir, args.format)
     model = _load(args, decoder=False)
     _check_vad(args, model)
-    heard_first = audio.read(args.prompt_audio, model.config.mimi.sample_rate) if args.prompt_audio else None
     options = Options(
-        prompt=Prompt(text=args.prompt_text, audio=heard_first, cut=args.cut_prompt),
+        prompt=Prompt(text=args.prompt_text, audio=args.prompt_audio, cut=args.cut_prompt),
         temperature=args.temperature,
         seed=args.seed,
     )

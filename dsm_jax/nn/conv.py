@@ -5,6 +5,7 @@ E = S * D.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +38,12 @@ def _convolve(x_BTC: jax.Array, kernel_KCD: jax.Array, stride: int = 1, dilation
 
 
 class _Tailed(nnx.Module):
-    """What both convolutions share: the input they keep between chunks."""
+    """What all convolutions share: the input they keep between chunks, and a whole clip as one `step`."""
 
     channels: int
     tail: int  # input steps kept between chunks
     replicate: bool = False  # before the first chunk: repeat its first step, instead of zeros
+    step: Callable[..., tuple[jax.Array, ConvState]]
 
     def init_state(self, batch_size: int, dtype: jnp.dtype = jnp.float32) -> ConvState:
         """The state of `batch_size` fresh streams."""
@@ -55,6 +57,10 @@ class _Tailed(nnx.Module):
         seen_BTC = jnp.concatenate([tail_BTC, x_BTC], axis=1)
         after = ConvState(seen_BTC[:, seen_BTC.shape[1] - self.tail :], jnp.ones_like(state.started_B))
         return seen_BTC, select_rows(active_B, after, state)
+
+    def __call__(self, x_BTC: jax.Array) -> jax.Array:
+        """One step over the whole clip."""
+        return self.step(x_BTC, self.init_state(x_BTC.shape[0], x_BTC.dtype))[0]
 
 
 class CausalConv1d(_Tailed):
@@ -99,10 +105,6 @@ class CausalConv1d(_Tailed):
         y_BTD = _convolve(seen_BTC, self.kernel_KCD[...], self.stride, self.dilation)
         return (y_BTD if self.bias_D is None else y_BTD + self.bias_D[...]), state
 
-    def __call__(self, x_BTC: jax.Array) -> jax.Array:
-        """One step over the whole clip."""
-        return self.step(x_BTC, self.init_state(x_BTC.shape[0], x_BTC.dtype))[0]
-
 
 class CausalConvTranspose1d(_Tailed):
     """Transposed 1-D convolution with a kernel of M strides, cut on the right so that it never looks ahead.
@@ -130,10 +132,6 @@ class CausalConvTranspose1d(_Tailed):
         y_BTD = y_BTE.reshape(y_BTE.shape[0], y_BTE.shape[1] * self.stride, -1)
         return (y_BTD if self.bias_D is None else y_BTD + self.bias_D[...]), state
 
-    def __call__(self, x_BTC: jax.Array) -> jax.Array:
-        """One step over the whole clip."""
-        return self.step(x_BTC, self.init_state(x_BTC.shape[0], x_BTC.dtype))[0]
-
 
 class DepthwiseUpsample(_Tailed):
     """The transposed convolution that Mimi upsamples with: each channel on its own, kernel of two strides, no bias.
@@ -154,7 +152,3 @@ class DepthwiseUpsample(_Tailed):
         older_BTSC = seen_BTC[:, :-1, None] * kernel_MSC[0]
         y_BTSC = older_BTSC + seen_BTC[:, 1:, None] * kernel_MSC[1]
         return y_BTSC.reshape(y_BTSC.shape[0], -1, self.channels), state
-
-    def __call__(self, x_BTC: jax.Array) -> jax.Array:
-        """One step over the whole clip."""
-        return self.step(x_BTC, self.init_state(x_BTC.shape[0], x_BTC.dtype))[0]
