@@ -4,9 +4,11 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from dsm_jax.configs import ModelConfig
@@ -14,12 +16,17 @@ from dsm_jax.errors import CheckpointError
 from dsm_jax.memory import return_freed
 from dsm_jax.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer
 
+if TYPE_CHECKING:
+    from dsm_jax.convert.sources import Source
+
 DEFAULT = "kyutai/stt-1b-en_fr"
 # The mesh axis over which an axis of a parameter is split, by its letter: projections and vocabularies, so that a
 # layer's two matrices are split along the axis they share and one sum joins the parts.
 RULES = {"E": "model", "F": "model", "G": "model", "V": "model"}
 _ASSETS = Path(__file__).with_name("assets")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_INSTEAD = "give a local folder, or use the model that came with the library: --model digits"
+_TABLES = ("audio_emb_QLD", "text_emb.table_LW")
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "params/*")
 
 
@@ -54,19 +61,21 @@ def load(
     dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     rules: Mapping[str, str] | None = None,
-    decoder: bool = True,
+    listen_only: bool = False,
 ) -> Model:
     """Loads a model for use.
 
     Args:
-      source: a local folder, a codec's file, or a name on the hub ("organisation/name", fetched on first use); in
-        Kyutai's, transformers' or this library's own layout.
+      source: a local folder, a codec's file, "digits" (the small model inside the package), or a name on the hub
+        ("organisation/name", fetched on first use); in Kyutai's, transformers' or this library's own layout.
       dtype: of the language model, by name or as jax has it; None is bfloat16 on GPU and TPU, float32 on CPU. The codec
         and the conditioning are always float32.
       mesh: the devices to spread the language model over; None uses the default device. The codec is on all of them.
       rules: which mesh axis splits the axes of parameters that have a letter in their name; None is `RULES` as far as
         the mesh has its axis. An axis that does not divide stays whole.
-      decoder: whether to load the codec's decoder, which a model that only listens does without.
+      listen_only: leave out what a model that only hears does without: the codec's decoder, and in float32 on CPU half
+        of the embedding tables, if they are stored in bfloat16 (rows are widened as they are read, to the same values).
+        Such a model cannot be saved or trained.
 
     Returns:
       The model, each parameter placed straight on its devices.
@@ -90,17 +99,22 @@ def load(
         dtype = "float32" if platform == "cpu" else "bfloat16"
     dtype = read_dtype(dtype)
     rules = _rules_for(mesh, rules)
-    used = networks(opened.config, decoder=decoder)
+    used = networks(opened.config, decoder=not listen_only)
     wanted = {
         f"{part}.{name}": jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=_sharding(part, name, p.shape, mesh, rules))
         for part, network in used.items()
         for name, p in with_dtype(part, network.parameters, dtype).items()
     }
+    packed = (
+        _tables_to_pack(opened, wanted) if listen_only and mesh is None and jax.default_backend() == "cpu" else set()
+    )
+    for name in packed:
+        wanted[name] = jax.ShapeDtypeStruct(wanted[name].shape, jnp.bfloat16, sharding=wanted[name].sharding)
     arrays = {}
     total = sum(p.size * p.dtype.itemsize for p in wanted.values())
     with byte_bar(f"loading {opened.name}", total, show=True) as advance:
         for name, array in opened.place(wanted):
-            arrays[name] = array
+            arrays[name] = jnp.asarray(np.asarray(array).view(np.uint16)) if name in packed else array
             advance(array.nbytes)
     states = {
         part: network.fill({name: arrays[f"{part}.{name}"] for name in network.parameters})
@@ -127,15 +141,13 @@ def save(model: Model, destination: str | Path) -> None:
       destination: a folder that does not exist yet.
 
     Raises:
-      CheckpointError: it exists, or cannot be written, or the model was loaded without its decoder.
+      CheckpointError: it exists, or cannot be written, or the model was loaded with `listen_only`.
     """
     from dsm_jax.convert import native
     from dsm_jax.convert.networks import flatten
 
     if nnx.merge(model.mimi_def, model.mimi_params).decoder is None:
-        raise CheckpointError(
-            f"{model.name} was loaded without its codec's decoder; load it with decoder=True to save it"
-        )
+        raise CheckpointError(f"{model.name} was loaded with listen_only=True; load it without to save it")
     states = {"lm": model.lm_params, "mimi": model.mimi_params}
     arrays = {
         f"{part}.{name}": array
@@ -151,6 +163,16 @@ def save(model: Model, destination: str | Path) -> None:
         native.write_config(folder, model.config, dtype, model.name, tokenizer and tokenizer.name)
         for _ in native.write_params(folder, arrays.items()):
             pass
+
+
+def _tables_to_pack(opened: "Source", wanted: Mapping[str, jax.ShapeDtypeStruct]) -> set[str]:
+    """The embedding tables that lose nothing by staying in 16 bits, though the model computes in 32."""
+    tables = {f"lm.{name}" for name in _TABLES} & wanted.keys()
+    return {
+        name
+        for name in tables
+        if wanted[name].dtype == jnp.float32 and opened.stored["lm"][name.removeprefix("lm.")].dtype == jnp.bfloat16
+    }
 
 
 def _rules_for(mesh: jax.sharding.Mesh | None, rules: Mapping[str, str] | None) -> Mapping[str, str]:
@@ -220,8 +242,8 @@ def _fetch(name: str) -> Path:
     except errors.LocalEntryNotFoundError:
         raise CheckpointError(
             f"{name} is not in the local cache and could not be fetched: there is no network, or HF_HUB_OFFLINE is "
-            "set; give a local folder instead"
+            f"set; {_INSTEAD}"
         ) from None
     except Exception as error:  # of the network, the disk, or the hub
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{name} could not be fetched ({reason}); try again, or give a local folder") from error
+        raise CheckpointError(f"{name} could not be fetched ({reason}); try again, or {_INSTEAD}") from error

@@ -96,7 +96,9 @@ def decode(model: Model, codes_QT: np.ndarray) -> np.ndarray:
     _, step = _compile(model.mimi_def, books)
     decoder = nnx.merge(model.mimi_def, model.mimi_params).decoder
     if decoder is None:
-        raise ConfigError(f"{model.name} was loaded without its codec's decoder; load it with decoder=True")
+        raise ConfigError(
+            f"{model.name} was loaded with listen_only=True, so without its codec's decoder; load it without"
+        )
     state = decoder.init_state(1)
     pieces, whole = [np.zeros(0, np.float32)], codes_QT.shape[1] // CHUNK_FRAMES * CHUNK_FRAMES
     starts = [(t, CHUNK_FRAMES) for t in range(0, whole, CHUNK_FRAMES)]

@@ -172,8 +172,14 @@ def test_the_default_is_the_published_model(folders, monkeypatch):
     [
         (errors.RepositoryNotFoundError, r"no folder kyutai/gone here, and no repository of that name on the hub"),
         (errors.GatedRepoError, r"kyutai/gone is on the hub but gated; ask for access there"),
-        (errors.LocalEntryNotFoundError, r"there is no network, or HF_HUB_OFFLINE is set; give a local folder instead"),
-        (OSError, r"kyutai/gone could not be fetched \(disk quota\); try again, or give a local folder"),
+        (
+            errors.LocalEntryNotFoundError,
+            r"there is no network, or HF_HUB_OFFLINE is set; give a local folder, or use .* --model digits",
+        ),
+        (
+            OSError,
+            r"kyutai/gone could not be fetched \(disk quota\); try again, or give a local folder, or .* --model digits",
+        ),
     ],
 )
 def test_what_the_hub_cannot_give_is_said_in_one_sentence(monkeypatch, error, message):
@@ -203,14 +209,29 @@ def test_a_conversion_finds_hub_names_too(folders, tmp_path, monkeypatch):
     assert_same_weights(checkpoints.load(tmp_path / "out"), checkpoints.load(folders["kyutai"]))
 
 
+def test_tables_stored_in_16_bits_stay_so_for_listening_and_say_the_same(tmp_path):
+    folder = make_checkpoint(tmp_path, "kyutai", dtype="bfloat16")
+    whole, light = checkpoints.load(folder), checkpoints.load(folder, listen_only=True)
+    tables = {name for name, array in flatten(light.lm_params).items() if array.dtype == jnp.uint16}
+    assert tables == {"audio_emb_QLD", "text_emb.table_LW"}
+    for name in tables:
+        widened = np.asarray(flatten(light.lm_params)[name]).view(jnp.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(widened, flatten(whole.lm_params)[name])
+    tokens_BKT = jnp.array(np.random.default_rng(0).integers(-1, 12, (2, 4, 6)), jnp.int32)
+    logits = [nnx.merge(model.lm_def, model.lm_params)(tokens_BKT).text_logits_BTV for model in (whole, light)]
+    np.testing.assert_array_equal(*logits)
+    in_16_bits = checkpoints.load(folder, listen_only=True, dtype="bfloat16")
+    assert {array.dtype for array in flatten(in_16_bits.lm_params).values()} == {jnp.dtype(jnp.bfloat16)}
+
+
 def test_the_decoder_can_be_left_out_and_is_missed_clearly(folders, tmp_path):
     for layout in ("kyutai", "orbax"):
-        whole, light = (checkpoints.load(folders[layout], decoder=wanted) for wanted in (True, False))
+        whole, light = (checkpoints.load(folders[layout], listen_only=only) for only in (False, True))
         names = {name for name in flatten(whole.mimi_params) if not name.startswith("decoder.")}
         assert names == flatten(light.mimi_params).keys() != flatten(whole.mimi_params).keys()
         for name, array in flatten(light.mimi_params).items():
             np.testing.assert_array_equal(array, flatten(whole.mimi_params)[name])
-        with pytest.raises(CheckpointError, match="without its codec's decoder; load it with decoder=True to save it"):
+        with pytest.raises(CheckpointError, match="was loaded with listen_only=True; load it without to save it"):
             checkpoints.save(light, tmp_path / "saved")
-        with pytest.raises(ConfigError, match="without its codec's decoder; load it with decoder=True"):
+        with pytest.raises(ConfigError, match="listen_only=True, so without its codec's decoder; load it without"):
             codec.decode(light, np.zeros((1, 1), np.int32))

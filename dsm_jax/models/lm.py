@@ -19,7 +19,7 @@ from dsm_jax.configs import LMConfig
 from dsm_jax.errors import StreamError
 from dsm_jax.models.conditioning import Conditioning, Conditions
 from dsm_jax.models.depformer import Depformer
-from dsm_jax.nn.embedding import Embedding
+from dsm_jax.nn.embedding import Embedding, look_up
 from dsm_jax.nn.precision import full_precision
 from dsm_jax.nn.transformer import Transformer, TransformerState, make_norm
 
@@ -65,7 +65,7 @@ class DelayedStreamsLM(nnx.Module):
     def embed(self, tokens_BKT: jax.Array) -> jax.Array:
         """The sum over streams of their tokens' embeddings; a token of -1 adds exactly nothing."""
         audio_BTQ = tokens_BKT[:, 1:].swapaxes(1, 2)
-        rows_BTQD = self.audio_emb_QLD[jnp.arange(self.config.n_q), jnp.maximum(audio_BTQ, 0)]
+        rows_BTQD = look_up(self.audio_emb_QLD[...], (jnp.arange(self.config.n_q), jnp.maximum(audio_BTQ, 0)))
         audio_BTD = jnp.where((audio_BTQ < 0)[..., None], jnp.zeros((), rows_BTQD.dtype), rows_BTQD).sum(2)
         return audio_BTD + self.text_emb(tokens_BKT[:, 0])
 
@@ -130,13 +130,17 @@ class DelayedStreamsLM(nnx.Module):
         return jax.nn.softmax(logits_BTPO.astype(jnp.float32), axis=-1)
 
     @full_precision
-    def __call__(self, codes_BKT: jax.Array, conditions: Conditions | None = None) -> LMOutput:
+    def __call__(
+        self, codes_BKT: jax.Array, conditions: Conditions | None = None, *, fed_BKT: jax.Array | None = None
+    ) -> LMOutput:
         """Teacher-forced scores of a whole clip: every token predicted from the ones before it.
 
         Args:
           codes_BKT: int32 tokens of every stream, text first, undelayed: column t is frame t. -1 is fed as nothing and
             masked out.
           conditions: from `condition`, for models that have conditioners.
+          fed_BKT: what the backbone is fed in place of `codes_BKT`, for training that hides part of it; the masks and
+            the depformer still go by `codes_BKT`.
 
         Returns:
           Logits aligned with `codes_BKT`: those at t predict codes[..., t]. Where a stream's delay runs past the end
@@ -144,9 +148,10 @@ class DelayedStreamsLM(nnx.Module):
         """
         config = self.config
         start_BK1 = jnp.broadcast_to(self.initial_K[None, :, None], (*codes_BKT.shape[:2], 1))
-        delayed_BKT = jnp.concatenate([start_BK1, delay(codes_BKT, self.initial_K, config.delays)], axis=2)
-        fed_BKT, target_BKT = delayed_BKT[:, :, :-1], delayed_BKT[:, :, 1:]
-        hidden_BTD, _ = self.step(fed_BKT, self.init_state(codes_BKT.shape[0]), conditions=conditions)
+        target_BKT = delay(codes_BKT, self.initial_K, config.delays)
+        given_BKT = target_BKT if fed_BKT is None else delay(fed_BKT, self.initial_K, config.delays)
+        given_BKT = jnp.concatenate([start_BK1, given_BKT[:, :, :-1]], axis=2)
+        hidden_BTD, _ = self.step(given_BKT, self.init_state(codes_BKT.shape[0]), conditions=conditions)
 
         text_BTV, valid_1T = undelay(self.text_logits(hidden_BTD)[:, None], config.delays[:1])
         text_mask_BT = valid_1T & (codes_BKT[:, 0] != ZERO_TOKEN)

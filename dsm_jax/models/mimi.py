@@ -23,6 +23,7 @@ from dsm_jax.nn.transformer import Transformer, TransformerState
 from dsm_jax.streaming import step_in_blocks
 
 # SEANet runs over long clips in blocks of this many frames: the widest activations of a block stay in a CPU's cache.
+# Not in training: gradients of convolutions inside a loop take four times as long there.
 SEANET_BLOCK_FRAMES = 8
 
 
@@ -39,8 +40,8 @@ class CodecState:
 class MimiEncoder(nnx.Module):
     """Samples [B, T, C] to continuous latents [B, T / frame, D]."""
 
-    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
-        self.frame_size = config.frame_size
+    def __init__(self, config: MimiConfig, *, block_frames: int | None = SEANET_BLOCK_FRAMES, rngs: nnx.Rngs):
+        self.frame_size, self.block_frames = config.frame_size, block_frames
         width, stride = config.seanet.dimension, config.resample_stride
         self.seanet = seanet_encoder(config.seanet, rngs=rngs)
         self.transformer = Transformer(config.transformer, rngs=rngs)
@@ -73,7 +74,8 @@ class MimiEncoder(nnx.Module):
         def convolve(x_BTC: jax.Array, seanet: tuple) -> tuple[jax.Array, tuple]:
             return self.seanet.step(x_BTC, seanet, active_B)
 
-        y_BTD, seanet = step_in_blocks(convolve, x_BTC, state.seanet, SEANET_BLOCK_FRAMES * self.frame_size)
+        block = x_BTC.shape[1] if self.block_frames is None else self.block_frames * self.frame_size
+        y_BTD, seanet = step_in_blocks(convolve, x_BTC, state.seanet, block)
         y_BTD, transformer = self.transformer.step(y_BTD, state.transformer, active_B)
         y_BTD, resample = self.downsample.step(y_BTD, state.resample, active_B)
         return y_BTD, CodecState(seanet, transformer, resample)
@@ -86,7 +88,8 @@ class MimiEncoder(nnx.Module):
 class MimiDecoder(nnx.Module):
     """Latents [B, T, D] to samples [B, T * frame, C], not clipped."""
 
-    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MimiConfig, *, block_frames: int | None = SEANET_BLOCK_FRAMES, rngs: nnx.Rngs):
+        self.block_frames = block_frames
         self.upsample = DepthwiseUpsample(config.seanet.dimension, stride=config.resample_stride, rngs=rngs)
         self.transformer = Transformer(config.transformer, rngs=rngs)
         self.seanet = seanet_decoder(config.seanet, rngs=rngs)
@@ -109,7 +112,8 @@ class MimiDecoder(nnx.Module):
 
         y_BTD, resample = self.upsample.step(x_BTD, state.resample, active_B)
         y_BTD, transformer = self.transformer.step(y_BTD, state.transformer, active_B)
-        y_BTC, seanet = step_in_blocks(convolve, y_BTD, state.seanet, SEANET_BLOCK_FRAMES * self.upsample.stride)
+        block = y_BTD.shape[1] if self.block_frames is None else self.block_frames * self.upsample.stride
+        y_BTC, seanet = step_in_blocks(convolve, y_BTD, state.seanet, block)
         return y_BTC, CodecState(seanet, transformer, resample)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -120,14 +124,22 @@ class MimiDecoder(nnx.Module):
 class Mimi(nnx.Module):
     """The codec: an encoder, a quantiser and a decoder, each usable on its own.
 
-    A codec that only listens can be made without its decoder.
+    A codec that only listens can be made without its decoder. `block_frames` is how long a piece SEANet is run on at a
+    time; None, the whole clip, is for training.
     """
 
-    def __init__(self, config: MimiConfig, *, decoder: bool = True, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: MimiConfig,
+        *,
+        decoder: bool = True,
+        block_frames: int | None = SEANET_BLOCK_FRAMES,
+        rngs: nnx.Rngs,
+    ):
         self.config = config
-        self.encoder = MimiEncoder(config, rngs=rngs)
+        self.encoder = MimiEncoder(config, block_frames=block_frames, rngs=rngs)
         self.quantizer = SplitQuantizer(config.quantizer, rngs=rngs)
-        self.decoder = MimiDecoder(config, rngs=rngs) if decoder else None
+        self.decoder = MimiDecoder(config, block_frames=block_frames, rngs=rngs) if decoder else None
 
     def encode_step(
         self, x_BTC: jax.Array, state: CodecState, active_B: jax.Array | None = None, *, codebooks: int | None = None

@@ -104,9 +104,9 @@ class TransformerLayer(nnx.Module):
         )
         self.norm_cross = LayerNorm(width, epsilon=1e-5) if config.cross_attention else None
         self.cross_attention = CrossAttention(config, rngs=rngs) if config.cross_attention else None
-        scale = None if config.layer_scale is None else jnp.full((width,), config.layer_scale)
-        self.layer_scale_1_D = None if scale is None else nnx.Param(scale)
-        self.layer_scale_2_D = None if scale is None else nnx.Param(scale)
+        scale = config.layer_scale
+        self.layer_scale_1_D = None if scale is None else nnx.Param(jnp.full((width,), scale))
+        self.layer_scale_2_D = None if scale is None else nnx.Param(jnp.full((width,), scale))
 
     def step(
         self,
