@@ -39,19 +39,21 @@ def parser() -> argparse.ArgumentParser:
     group = device.add_argument_group("device")
     group.add_argument("--device", choices=PLATFORMS, help="default: the best that JAX finds")
     group.add_argument(
+        "--cache-dir", type=Path, metavar="FOLDER", help=f"keep compiled programs here; default: {cache_folder()}"
+    )
+    group.add_argument("--no-cache", action="store_true", help="compile anew, keep nothing")
+    dtype = argparse.ArgumentParser(add_help=False)
+    dtype.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         help="of the weights; default: bfloat16 on GPU and TPU, float32 on CPU; the codec is always float32",
     )
-    group.add_argument(
-        "--cache-dir", type=Path, metavar="FOLDER", help=f"keep compiled programs here; default: {cache_folder()}"
-    )
-    group.add_argument("--no-cache", action="store_true", help="compile anew, keep nothing")
-    model = argparse.ArgumentParser(add_help=False, parents=[device])
+    model = argparse.ArgumentParser(add_help=False, parents=[device, dtype])
     model.add_argument(
         "--model",
         default="kyutai/stt-1b-en_fr",
-        help="a published name or a local folder, in any supported layout (default: %(default)s)",
+        help="a published name, a local folder in any supported layout, or digits, which came with the library "
+        "(default: %(default)s)",
     )
 
     p = commands.add_parser("transcribe", parents=[model], help="turn recordings into text with word times")
@@ -87,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("output", type=Path, help="a wav, flac or ogg file")
     p.set_defaults(command="codec_decode")
 
-    p = commands.add_parser("convert", parents=[device], help="rewrite a checkpoint in another layout")
+    p = commands.add_parser("convert", parents=[device, dtype], help="rewrite a checkpoint in another layout")
     p.add_argument("source", help="a published name or a local folder, in any supported layout")
     p.add_argument("destination", type=Path, help="a folder that does not exist yet")
     p.add_argument("--to", choices=("orbax", "kyutai", "transformers"), default="orbax", help="default: %(default)s")
@@ -95,7 +97,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--report", type=Path, metavar="FILE", help="write what went where as JSON")
     p.set_defaults(command="convert")
 
-    p = commands.add_parser("bench", parents=[device], help="time the published sizes here, with random weights")
+    p = commands.add_parser("train", parents=[device], help="fine-tune a model, or train the small one again")
+    p.add_argument("config", type=Path, help="a JSON file: `task` (finetune or digits) and its settings")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    p.set_defaults(command="train")
+
+    p = commands.add_parser("bench", parents=[device, dtype], help="time the published sizes here, with random weights")
     p.add_argument("what", nargs="*", metavar="lm|mimi|stt", help="default: lm mimi")
     p.add_argument("--size", nargs="+", default=["stt-1b"], choices=("stt-1b", "stt-2.6b"), help="default: stt-1b")
     p.add_argument("--batch", nargs="+", type=_positive, default=[1, 8], metavar="N", help="default: 1 8")

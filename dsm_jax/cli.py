@@ -43,7 +43,7 @@ def transcribe(args: argparse.Namespace) -> int:
     if len(names) > 1 and not args.output_dir and args.format not in ("text", "json"):
         raise UsageError(f"{len(names)} recordings as {args.format} need a file each; add --output-dir FOLDER")
     outputs = _output_files(names, args.output_dir, args.format)
-    model = _load(args, decoder=False)
+    model = _load(args, listen_only=True)
     _check_vad(args, model)
     options = Options(
         prompt=Prompt(text=args.prompt_text, audio=args.prompt_audio, cut=args.cut_prompt),
@@ -92,7 +92,7 @@ def codec_encode(args: argparse.Namespace) -> int:
     from dsm_jax import codec
 
     _check_folder_of(args.output)
-    model = _load(args, decoder=False)
+    model = _load(args, listen_only=True)
     codes_QT = codec.encode(model, args.input, codebooks=args.codebooks)
     config = model.config.mimi
     facts = {"model": model.name, "sample_rate": str(config.sample_rate), "frame_rate": str(config.frame_rate)}
@@ -106,7 +106,7 @@ def codec_decode(args: argparse.Namespace) -> int:
     from dsm_jax import audio, codec
 
     _check_folder_of(args.output)
-    model = _load(args, decoder=True)
+    model = _load(args, listen_only=False)
     pcm = codec.decode(model, codec.read_codes(args.input))
     audio.write(args.output, pcm, model.config.mimi.sample_rate)
     print(f"{args.output}: {pcm.size / model.config.mimi.sample_rate:.2f} s", file=sys.stderr)
@@ -125,6 +125,16 @@ def convert(args: argparse.Namespace) -> int:
         args.report.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     lines = report.text().splitlines()
     print("\n".join(line for line in lines if args.verbose or not line.startswith("  ")))
+    return 0
+
+
+def train(args: argparse.Namespace) -> int:
+    """Trains what a config file describes."""
+    _set_up_jax(args)
+    from dsm_jax.training.command import train as run
+
+    model = run(args.config, resume=args.resume)
+    print(f"trained: {model!r}", file=sys.stderr)
     return 0
 
 
@@ -211,11 +221,11 @@ def _set_up_jax(args: argparse.Namespace) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def _load(args: argparse.Namespace, *, decoder: bool) -> "Model":
+def _load(args: argparse.Namespace, *, listen_only: bool) -> "Model":
     _set_up_jax(args)
     from dsm_jax import checkpoints
 
-    return checkpoints.load(args.model, dtype=args.dtype, decoder=decoder)
+    return checkpoints.load(args.model, dtype=args.dtype, listen_only=listen_only)
 
 
 def _progress(args: argparse.Namespace) -> "Progress":
@@ -236,6 +246,7 @@ COMMANDS = {
     "codec_encode": codec_encode,
     "codec_decode": codec_decode,
     "convert": convert,
+    "train": train,
     "bench": bench,
 }
 

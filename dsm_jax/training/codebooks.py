@@ -1,0 +1,126 @@
+"""Codebooks that learn by moving averages: each entry is the mean of the vectors that were rounded to it lately.
+
+Shape letters: B batch rows, T frames, N = B * T, D latent width, C codebook width, V codebook entries, Q codebooks of
+a branch.
+Source: van den Oord et al. 2017, appendix A.1 (moving averages); Zeghidour et al. 2021 (residual codebooks, their
+dropout, replacement of dead entries); Moshi (Défossez et al. 2024), section 3.3 (the two branches). The decay, the
+threshold and the random replacement are ours.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsm_jax.nn.precision import full_precision
+from dsm_jax.nn.rvq import ResidualQuantizer, SplitQuantizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Averages:
+    """What the entries of every codebook of one branch are made of; an entry is sum / usage."""
+
+    usage_QV: jax.Array
+    sum_QVC: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodebookRule:
+    """How codebooks move."""
+
+    decay: float = 0.98
+    dead: float = 0.02  # entries used less often per step, on the average, start again at a random vector
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """What a branch makes of latents in training."""
+
+    vectors_BTC: jax.Array  # straight through: gradients pass as if nothing had been rounded
+    commitment: jax.Array  # mean squared distance to the entries, over the codebooks in use
+    perplexity_Q: jax.Array  # entries in effective use
+    averages: Averages
+    entries_QVC: jax.Array  # for the next step
+
+
+def init_averages(branch: ResidualQuantizer, *, fresh: bool) -> Averages:
+    """Averages that give the entries that the branch has; or, `fresh`, that take the first batch's vectors for them."""
+    entries_QVC = jnp.stack([book.embedding_VC[...] for book in branch.codebooks])
+    usage = 0.0 if fresh else 1.0
+    return Averages(jnp.full(entries_QVC.shape[:2], usage), usage * entries_QVC)
+
+
+@full_precision
+def quantize(
+    branch: ResidualQuantizer,
+    x_BTD: jax.Array,
+    averages: Averages,
+    rule: CodebookRule,
+    used_B: jax.Array,
+    key: jax.Array,
+) -> Quantized:
+    """Rounds latents as `ResidualQuantizer.encode` does, passes gradients through, and moves the codebooks.
+
+    Args:
+      branch: whose projection and entries are used.
+      x_BTD: latents.
+      averages: of the branch, from the step before.
+      rule: how codebooks move.
+      used_B: how many codebooks each row goes through, from 0: codebook dropout.
+      key: for the vectors that take the place of dead entries.
+    """
+    x_NC = (x_BTD @ branch.input_proj_DC[...]).reshape(-1, branch.input_proj_DC.shape[1])
+    used_N = jnp.repeat(used_B, x_BTD.shape[1])
+    residual_NC, total_NC = x_NC, jnp.zeros_like(x_NC)
+    distance, weight = jnp.zeros(()), jnp.zeros(())
+    usage, sums, entries, perplexity = [], [], [], []
+    for q, (book, book_key) in enumerate(
+        zip(branch.codebooks, jax.random.split(key, len(branch.codebooks)), strict=True)
+    ):
+        seen_NC = jax.lax.stop_gradient(residual_NC)
+        index_N = book.nearest(seen_NC)
+        entry_NC = book.embedding_VC[index_N]
+        in_use_N1 = (q < used_N)[:, None].astype(x_NC.dtype)
+        distance += jnp.sum(in_use_N1 * (residual_NC - entry_NC) ** 2) / x_NC.shape[1]
+        weight += in_use_N1.sum()
+        one_hot_NV = jax.nn.one_hot(index_N, book.embedding_VC.shape[0]) * in_use_N1
+        moved = _move(averages.usage_QV[q], averages.sum_QVC[q], one_hot_NV, seen_NC, rule, book_key)
+        usage.append(moved[0])
+        sums.append(moved[1])
+        entries.append(moved[2])
+        share_V = one_hot_NV.sum(0) / jnp.maximum(one_hot_NV.sum(), 1)
+        perplexity.append(jnp.exp(-jnp.sum(share_V * jnp.log(share_V + 1e-10))))
+        total_NC += in_use_N1 * entry_NC
+        residual_NC = residual_NC - entry_NC
+    vectors_NC = x_NC + jax.lax.stop_gradient(total_NC - x_NC)
+    return Quantized(
+        vectors_NC.reshape(*x_BTD.shape[:2], -1),
+        distance / jnp.maximum(weight, 1),
+        jnp.stack(perplexity),
+        Averages(jnp.stack(usage), jnp.stack(sums)),
+        jnp.stack(entries),
+    )
+
+
+def _move(
+    usage_V: jax.Array, sum_VC: jax.Array, one_hot_NV: jax.Array, x_NC: jax.Array, rule: CodebookRule, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One step of one codebook's averages, and its entries after it."""
+    usage_V = rule.decay * usage_V + (1 - rule.decay) * one_hot_NV.sum(0)
+    sum_VC = rule.decay * sum_VC + (1 - rule.decay) * (one_hot_NV.T @ x_NC)
+    dead_V = usage_V < rule.dead
+    fresh_VC = x_NC[jax.random.randint(key, usage_V.shape, 0, x_NC.shape[0])]
+    # A fresh entry starts well above the threshold, so that it has time to attract vectors.
+    usage_V = jnp.where(dead_V, 10 * rule.dead, usage_V)
+    sum_VC = jnp.where(dead_V[:, None], fresh_VC * 10 * rule.dead, sum_VC)
+    return usage_V, sum_VC, sum_VC / usage_V[:, None]
+
+
+def set_entries(quantizer: SplitQuantizer, semantic_QVC: jax.Array, acoustic_QVC: jax.Array) -> None:
+    """Puts entries into both branches."""
+    for branch, entries_QVC in ((quantizer.semantic, semantic_QVC), (quantizer.acoustic, acoustic_QVC)):
+        for book, entries_VC in zip(branch.codebooks, entries_QVC, strict=True):
+            book.embedding_VC = nnx.Param(entries_VC)

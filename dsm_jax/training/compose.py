@@ -1,0 +1,99 @@
+"""Strings of words put together from recordings of single words, with the time of each."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from dsm_jax.training import sounds
+
+
+@dataclasses.dataclass(frozen=True)
+class Take:
+    """One recording of one word, by one speaker; `start` and `end` are where the word is in it, in seconds."""
+
+    word: str
+    speaker: str
+    pcm_T: np.ndarray
+    start: float
+    end: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoken:
+    """Where a word lies in a recording, in seconds."""
+
+    text: str
+    start: float
+    end: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gaps:
+    """How words follow each other, in seconds; most gaps are near the shortest."""
+
+    shortest: float = 0.0
+    longest: float = 0.9
+    lead: float = 1.2  # the most there is before the first word
+
+
+def string_of(
+    random: np.random.Generator,
+    takes: Sequence[Take],
+    sample_rate: int,
+    *,
+    seconds: float,
+    words: int | None = None,
+    gaps: Gaps = Gaps(),
+    speed: float = 0.15,
+) -> tuple[np.ndarray, list[Spoken]]:
+    """A string of words by one speaker, in silence.
+
+    Args:
+      random: what to draw from.
+      takes: what to draw; those of one speaker are used.
+      sample_rate: of the takes, Hz.
+      seconds: of the result.
+      words: how many; None for as many as there is room for.
+      gaps: how they follow each other.
+      speed: each string is said up to this much faster or slower, and each word a quarter of that beside.
+
+    Returns:
+      samples: float32 [seconds * sample_rate].
+      The words, in order; those that did not fit are left out.
+    """
+    speaker = takes[int(random.integers(len(takes)))].speaker
+    own = [take for take in takes if take.speaker == speaker]
+    pcm_T = np.zeros(round(seconds * sample_rate), np.float32)
+    at, spoken = random.uniform(0, gaps.lead), []
+    tempo = np.exp(random.uniform(-speed, speed))
+    tightness = random.choice([1.0, 2.0, 4.0])
+    while words is None or len(spoken) < words:
+        take = own[int(random.integers(len(own)))]
+        factor = tempo * np.exp(random.uniform(-speed, speed) / 4)
+        said_T = sounds.change_speed(take.pcm_T, factor)
+        said_T = said_T * (sounds.gain(random.uniform(-4, 4)) * 0.1 / sounds.rms(said_T))
+        first = round(at * sample_rate)
+        if first + len(said_T) > len(pcm_T):
+            break
+        pcm_T[first : first + len(said_T)] += said_T
+        spoken.append(Spoken(take.word, at + take.start / factor, at + take.end / factor))
+        at += len(said_T) / sample_rate + gaps.shortest + (gaps.longest - gaps.shortest) * random.random() ** tightness
+    return pcm_T, spoken
+
+
+def labels_of(
+    spoken: Sequence[Spoken], vocabulary: Sequence[str], *, frames: int, frame_rate: float, parts: int
+) -> np.ndarray:
+    """What is being said in each frame, int32 [frames]: 0 for nothing, else which part of which word.
+
+    A word of the vocabulary at place w has the labels 1 + w * parts to (w + 1) * parts, from its first part to its
+    last. A frame has the label of what is said at its middle.
+    """
+    labels_T = np.zeros(frames, np.int32)
+    for word in spoken:
+        middles = (np.arange(frames) + 0.5) / frame_rate
+        inside_T = (word.start <= middles) & (middles < word.end)
+        part_T = np.minimum((middles - word.start) / (word.end - word.start) * parts, parts - 1).astype(np.int32)
+        labels_T[inside_T] = (1 + vocabulary.index(word.text) * parts + part_T)[inside_T]
+    return labels_T

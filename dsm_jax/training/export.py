@@ -1,0 +1,32 @@
+"""Writes what was learnt as a folder that others read too."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dsm_jax import checkpoints
+from dsm_jax.checkpoints import Model
+from dsm_jax.convert.command import convert
+from dsm_jax.errors import CheckpointError, TrainingError
+
+
+def write_model(model: Model, folder: Path, *, dtype: Any = None) -> None:
+    """Writes a model in Kyutai's layout, whole or not at all.
+
+    Args:
+      model: whole, codec and tokenizer too.
+      folder: one that does not exist yet, in a folder that does.
+      dtype: of the language model; None keeps the model's.
+
+    Raises:
+      TrainingError: it exists, or cannot be written; what was learnt is in the run's last checkpoint either way.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".model.", dir=folder.parent) as scratch:
+            checkpoints.save(model, Path(scratch) / "native")
+            convert(Path(scratch) / "native", folder, to="kyutai", dtype=dtype, progress=False)
+    except (CheckpointError, OSError) as error:
+        raise TrainingError(
+            f"the model could not be written ({error}); what it learnt is in the run's last checkpoint. Put that "
+            "right, then go on with --resume"
+        ) from error

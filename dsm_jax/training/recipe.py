@@ -1,0 +1,240 @@
+"""From recordings to the embedded model: a codec, then a language model over its codes, then a folder to ship.
+
+`train_digits` can be stopped at any time and resumed: each stage is a run of its own.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dsm_jax import checkpoints
+from dsm_jax.configs import LMConfig, ModelConfig, SttConfig, Table
+from dsm_jax.errors import TrainingError
+from dsm_jax.models.lm import DelayedStreamsLM
+from dsm_jax.models.mimi import Mimi
+from dsm_jax.stt.words import Timing
+from dsm_jax.tokenizers import Tokenizer, load_tokenizer
+from dsm_jax.training import codec, digits, step
+from dsm_jax.training.alignment import text_stream
+from dsm_jax.training.export import write_model
+from dsm_jax.training.run import Run, RunConfig, batches
+from dsm_jax.training.step import OptimizerConfig, TrainState
+from dsm_jax.training.stt import SttObjective, stt_loss
+from dsm_jax.training.vocabulary import write_vocabulary
+
+NAME = "digits"
+DELAY = 8  # frames that the text is behind the audio: a digit has been said by then
+VALIDATION_ROWS = 32  # of the codec
+UNSEEN_STRINGS = 256  # that the language model is validated on
+_ENCODED_AT_ONCE = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodecStage:
+    """Training of the codec."""
+
+    rows: int = 6  # in a batch
+    frames: int = 60  # in a row
+    run: RunConfig = RunConfig(steps=5000, log_every=50, save_every=500)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, warmup=100, weight_decay=0.01, b1=0.8, clip=2.0)
+    objective: codec.CodecObjective = codec.CodecObjective()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LmStage:
+    """Training of the language model."""
+
+    strings: int = 30_000  # made and encoded once
+    frames: int = 75  # in each
+    rows: int = 48  # in a batch
+    run: RunConfig = RunConfig(steps=3000, log_every=50, save_every=500)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup=100, weight_decay=0.05)
+    objective: SttObjective = SttObjective(text_dropout=0.1, codebook_dropout=0.25, random_codes=0.05)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DigitsConfig:
+    """The whole recipe."""
+
+    data: str  # a folder with `fsdd`, `kathleen` and `ljspeech`
+    output: str
+    seed: int = 0
+    codec: CodecStage = CodecStage()
+    lm: LmStage = LmStage()
+
+
+def lm_config(pieces: int, context: int) -> LMConfig:
+    """The language model: the published topology, small."""
+    quantizer = digits.MIMI.quantizer
+    return LMConfig(
+        card=quantizer.bins,
+        n_q=quantizer.n_q,
+        dep_q=0,
+        delays=(0,) * (1 + quantizer.n_q),
+        dim=192,
+        text_card=pieces,
+        num_heads=4,
+        num_layers=4,
+        hidden_scale=3.0,
+        context=context,
+    )
+
+
+def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.Model:
+    """Trains both networks and writes the model, in Kyutai's layout, to `output/digits`.
+
+    Args:
+      config: of the recipe.
+      resume: go on from the last checkpoint of each stage.
+
+    Returns:
+      The model as it was written, loaded again.
+
+    Raises:
+      AudioError: recordings are missing.
+      TrainingError: the model is there already, a loss that is not finite, or a checkpoint that cannot be written or
+        resumed from.
+    """
+    data, output = Path(config.data), Path(config.output)
+    output_model = output / NAME
+    if output_model.exists():
+        raise TrainingError(f"{output_model} exists, so this recipe is done; choose another output, or move it away")
+    takes = digits.load_takes(data / "fsdd", digits.TRAINING_TAKES)
+    kept = digits.load_takes(data / "fsdd", digits.VALIDATION_TAKES)
+    rate = digits.MIMI.sample_rate
+    folders = data / "kathleen", data / "ljspeech"
+    sentences = [s for folder in folders for s in digits.load_sentences(folder, rate, held_out=False)]
+
+    frames, seed = config.codec.frames, config.seed
+    rows = digits.CodecRows(takes, sentences, frames, (seed, 0))
+    validation = digits.CodecRows(kept, sentences, frames, (seed, 1), sentence_share=0.0, noise_share=0.0)
+    mimi = train_codec(config.codec, Run(output / "codec", config.codec.run), rows, validation, seed, resume)
+
+    vocabulary = output / "tokenizer_digits.model"
+    pieces = write_vocabulary(vocabulary, digits.WORDS)
+    tokenizer = load_tokenizer(vocabulary)
+    lm = lm_config(pieces, config.lm.frames)
+    whole = ModelConfig(
+        model_type="stt",
+        lm=lm,
+        mimi=digits.MIMI,
+        stt=SttConfig(audio_delay_seconds=DELAY / digits.MIMI.frame_rate),
+        lm_gen_config=Table(temp=0.0, temp_text=0.0, top_k=0, top_k_text=0),
+    )
+    encoder = StringEncoder(mimi, lm, tokenizer, config.lm.frames)
+    strings = encoder.encode(digits.SpeechRows(takes, sentences, config.lm.frames, (seed, 2)), config.lm.strings)
+    unseen = encoder.encode(digits.SpeechRows(kept, sentences, config.lm.frames, (seed, 3)), UNSEEN_STRINGS)
+    trained = train_lm(config.lm, Run(output / "lm", config.lm.run), lm, strings, unseen, seed, resume)
+
+    mimi_def, mimi_params = nnx.split(mimi)
+    lm_def, lm_params = nnx.split(trained)
+    model = checkpoints.Model(whole, lm_def, lm_params, mimi_def, mimi_params, tokenizer, NAME)
+    write_model(model, output_model, dtype="bfloat16")  # as published language models are
+    return checkpoints.load(output_model)
+
+
+def train_codec(
+    stage: CodecStage, run: Run, rows: digits.CodecRows, validation: digits.CodecRows, seed: int, resume: bool
+) -> Mimi:
+    """Trains the codec and returns it, ready to listen."""
+    made = Mimi(digits.MIMI, block_frames=None, rngs=nnx.Rngs(seed))
+    trainee = codec.CodecTrainee(made, digits.LABELS, rngs=nnx.Rngs(seed + 1))
+    graph, params, memory = codec.split(trainee, fresh=True)
+
+    def loss(params: Any, memory: codec.CodecMemory, batch: Any, key: jax.Array):
+        return codec.codec_loss(codec.merge(graph, params, memory), memory, batch, key, stage.objective)
+
+    optimizer = stage.optimizer.build(stage.run.steps)
+    state = step.init(params, memory, optimizer, seed)
+    state = run.restore(state) if resume and run.latest() is not None else state
+    held_out = stack([validation[i] for i in range(VALIDATION_ROWS)])
+    measure = jax.jit(lambda state: loss(state.params, state.memory, held_out, jax.random.PRNGKey(0))[1][1])
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        figures = measure(state)
+        return {f"validation_{name}": float(figures[name]) for name in ("spectral", "semantic", "named")}
+
+    data = batches(rows, batch_size=stage.rows, seed=seed, first_step=int(state.step))
+    state = run.train(step.make_step(loss, optimizer), state, data, evaluate=evaluate)
+    trained = codec.merge(graph, state.params, state.memory).mimi
+    listening, _ = nnx.split(nnx.eval_shape(lambda: Mimi(digits.MIMI, rngs=nnx.Rngs(0))))
+    return nnx.merge(listening, nnx.state(trained))
+
+
+def train_lm(
+    stage: LmStage, run: Run, config: LMConfig, stored: np.ndarray, unseen: np.ndarray, seed: int, resume: bool
+) -> DelayedStreamsLM:
+    """Trains the language model on encoded strings."""
+    graph, params = nnx.split(DelayedStreamsLM(config, rngs=nnx.Rngs(seed)))
+
+    def loss(params: Any, memory: tuple, batch: Any, key: jax.Array):
+        value, metrics = stt_loss(nnx.merge(graph, params), batch["codes_BKT"], key, stage.objective)
+        return value, (memory, metrics)
+
+    @jax.jit
+    def measure(params: nnx.State, codes_BKT: jax.Array) -> dict[str, jax.Array]:
+        plain = dataclasses.replace(stage.objective, text_dropout=0.0, codebook_dropout=0.0, random_codes=0.0)
+        value, metrics = stt_loss(nnx.merge(graph, params), codes_BKT, jax.random.PRNGKey(0), plain)
+        return {"loss": value, **metrics}
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        return {f"validation_{name}": float(value) for name, value in measure(state.params, unseen).items()}
+
+    optimizer = stage.optimizer.build(stage.run.steps)
+    state = step.init(params, (), optimizer, seed)
+    state = run.restore(state) if resume and run.latest() is not None else state
+    rows = StoredRows(stored)
+    data = batches(rows, batch_size=stage.rows, seed=seed, first_step=int(state.step))
+    state = run.train(step.make_step(loss, optimizer), state, data, evaluate=evaluate)
+    return nnx.merge(graph, state.params)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredRows:
+    """Encoded strings as rows for `batches`."""
+
+    codes_NKT: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.codes_NKT)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {"codes_BKT": self.codes_NKT[index].astype(np.int32)}
+
+
+def stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """A batch of rows."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class StringEncoder:
+    """Turns spoken strings into what the language model is trained on: a text stream and codes."""
+
+    def __init__(self, mimi: Mimi, lm: LMConfig, tokenizer: Tokenizer, frames: int):
+        graph, self.params = nnx.split(mimi)
+        self.lm, self.tokenizer, self.frames = lm, tokenizer, frames
+        self.timing = Timing(mimi.config.frame_rate, DELAY / mimi.config.frame_rate, 0.0)
+        self._encode = jax.jit(lambda params, pcm_BT: nnx.merge(graph, params).encode(pcm_BT[..., None]))
+
+    def encode(self, rows: Any, count: int) -> np.ndarray:
+        """The first `count` rows, [count, 1 + Q, frames] in the smallest type that holds them."""
+        made = []
+        with ThreadPoolExecutor(1) as pool:
+            starts = range(0, count, _ENCODED_AT_ONCE)
+            ahead: Iterator = iter([pool.submit(self._rows, rows, start) for start in starts])
+            for future in ahead:
+                pcm_BT, text_BT = future.result()
+                codes_BQT = np.asarray(self._encode(self.params, pcm_BT))
+                made.append(np.concatenate([text_BT[:, None], codes_BQT], axis=1).astype(np.int16))
+        return np.concatenate(made)[:count]
+
+    def _rows(self, rows: Any, start: int) -> tuple[np.ndarray, np.ndarray]:
+        drawn = [rows[i] for i in range(start, start + _ENCODED_AT_ONCE)]
+        texts = [text_stream(words, self.tokenizer, self.lm, self.timing, frames=self.frames) for _, words in drawn]
+        return np.stack([pcm_T for pcm_T, _ in drawn]), np.stack(texts)

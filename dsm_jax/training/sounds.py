@@ -1,0 +1,102 @@
+"""Sound for training: what is done to recordings so that a model learns more than the recordings.
+
+All functions take and return mono float32 arrays [T], and draw from the generator they are given.
+"""
+
+import numpy as np
+import soxr
+
+
+def gain(db: float) -> float:
+    """Decibels as a factor."""
+    return 10.0 ** (db / 20)
+
+
+def rms(x_T: np.ndarray) -> float:
+    """Root mean square, never 0."""
+    return float(np.sqrt(np.mean(x_T**2) + 1e-12))
+
+
+def active(x_T: np.ndarray, sample_rate: int, *, below_peak_db: float = 30.0) -> tuple[float, float]:
+    """Where somebody speaks: the first and the last moment, in seconds, not much quieter than the loudest.
+
+    Of less than 30 ms, all.
+    """
+    size = sample_rate // 100
+    if len(x_T) < 3 * size:
+        return 0.0, len(x_T) / sample_rate
+    level = np.sqrt(np.mean(x_T[: len(x_T) // size * size].reshape(-1, size) ** 2, axis=1))
+    smooth = np.convolve(level, np.ones(3) / 3, "same")
+    loud = np.flatnonzero(smooth >= smooth.max() * gain(-below_peak_db))
+    return float(loud[0]) / 100, float(loud[-1] + 1) / 100
+
+
+def resample(x_T: np.ndarray, rate_in: float, rate_out: float) -> np.ndarray:
+    """Band-limited resampling."""
+    return soxr.resample(x_T, rate_in, rate_out).astype(np.float32) if rate_in != rate_out else x_T
+
+
+def change_speed(x_T: np.ndarray, factor: float) -> np.ndarray:
+    """Faster and higher above 1, slower and deeper below, as a tape."""
+    return resample(x_T, 1000.0 * factor, 1000.0)
+
+
+def noise(random: np.random.Generator, samples: int, sample_rate: int) -> np.ndarray:
+    """A room in which nobody speaks, rms 1: coloured noise, sometimes with hum, swells and clicks."""
+    spectrum = np.fft.rfft(random.normal(size=samples))
+    hertz = np.fft.rfftfreq(samples, 1 / sample_rate)
+    slope = random.uniform(-2.0, 0.3)  # of power against frequency: brown to a little blue
+    spectrum *= np.maximum(hertz, 20.0) ** (slope / 2)
+    if random.random() < 0.4:  # a band that stands out, or is all there is
+        centre, width = 10 ** random.uniform(2, 3.8), random.uniform(0.2, 1.5)
+        band = np.exp(-(np.log2(np.maximum(hertz, 1) / centre) ** 2) / (2 * width**2))
+        spectrum *= band + random.uniform(0, 0.3)
+    y_T = np.fft.irfft(spectrum, samples)
+    y_T /= rms(y_T)
+    time_T = np.arange(samples) / sample_rate
+    if random.random() < 0.3:
+        for harmonic in range(1, random.integers(2, 6)):
+            pitch = harmonic * random.choice([50.0, 60.0, 100.0, 120.0])
+            y_T += random.uniform(0, 1.5) * np.sin(2 * np.pi * (pitch * time_T + random.random())) / harmonic
+    if random.random() < 0.3:
+        y_T *= np.exp(random.uniform(0.2, 1) * np.sin(2 * np.pi * (random.uniform(0.1, 2) * time_T + random.random())))
+    if random.random() < 0.3:
+        for _ in range(random.integers(1, 1 + max(1, samples // sample_rate) * 2)):
+            at, length = random.integers(samples), random.integers(sample_rate // 500, sample_rate // 20)
+            click_T = random.normal(size=length) * np.exp(-np.arange(length) / (length / random.uniform(3, 8)))
+            y_T[at : at + length] += random.uniform(2, 12) * click_T[: samples - at]
+    return (y_T / rms(y_T)).astype(np.float32)
+
+
+def room(random: np.random.Generator, x_T: np.ndarray, sample_rate: int) -> np.ndarray:
+    """The same sound some way off in a small room: a direct path and a decaying tail."""
+    seconds = random.uniform(0.03, 0.25)
+    tail_T = random.normal(size=int(seconds * sample_rate)) * np.exp(-np.linspace(0, 6, int(seconds * sample_rate)))
+    tail_T *= random.uniform(0.05, 0.5) / np.sqrt(np.sum(tail_T**2))
+    tail_T[0] = 1.0
+    size = 1 << (len(x_T) + len(tail_T)).bit_length()
+    y_T = np.fft.irfft(np.fft.rfft(x_T, size) * np.fft.rfft(tail_T, size), size)[: len(x_T)]
+    return y_T.astype(np.float32)
+
+
+def tilt(random: np.random.Generator, x_T: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Another microphone: a smooth random curve over frequency, within about 10 dB."""
+    spectrum = np.fft.rfft(x_T)
+    octaves = np.log2(np.maximum(np.fft.rfftfreq(len(x_T), 1 / sample_rate), 60.0) / 1000)
+    curve_db = random.normal(0, 1.5) * octaves
+    for _ in range(2):
+        curve_db = curve_db + random.normal(0, 3) * np.exp(-((octaves - random.uniform(-3, 2)) ** 2))
+    return np.fft.irfft(spectrum * 10 ** (np.clip(curve_db, -20, 12) / 20), len(x_T)).astype(np.float32)
+
+
+def roughen(random: np.random.Generator, x_T: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Room, microphone, noise and level, each at random; the peak stays below 1."""
+    if random.random() < 0.3:
+        x_T = room(random, x_T, sample_rate)
+    if random.random() < 0.6:
+        x_T = tilt(random, x_T, sample_rate)
+    level = rms(x_T)
+    if random.random() < 0.7 and level > 1e-5:
+        x_T = x_T + level * gain(-random.uniform(8, 50)) * noise(random, len(x_T), sample_rate)
+    peak = gain(-random.uniform(0.5, 26))
+    return (x_T * (peak / max(float(np.abs(x_T).max()), 1e-4))).astype(np.float32)

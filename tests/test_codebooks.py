@@ -1,0 +1,201 @@
+"""Moving codebooks against numpy: what is chosen, what passes gradients, and where entries go.
+
+Shape letters: B batch rows, T frames, N vectors, D latent width, C codebook width, V entries, Q codebooks of a branch.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsm_jax.nn.rvq import ResidualQuantizer, SplitQuantizer
+from dsm_jax.training.codebooks import Averages, CodebookRule, Quantized, init_averages, quantize, set_entries
+from tests import small
+
+CONFIG = small.MIMI.quantizer
+Q, B, T = 3, 4, 6
+STAY = CodebookRule(decay=0.9, dead=0.0)  # nothing is ever dead
+ALL_B = np.full(B, Q, np.int32)
+
+
+@pytest.fixture
+def branch() -> ResidualQuantizer:
+    return small.build(lambda rngs: ResidualQuantizer(Q, CONFIG, rngs=rngs))
+
+
+def latents(seed: int, rows: int = B) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(rows, T, CONFIG.input_dimension)).astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _quantize(graph, params, x_BTD, averages, rule, used_B, key) -> Quantized:
+    return quantize(nnx.merge(graph, params), x_BTD, averages, rule, used_B, key)
+
+
+def run(branch, x_BTD, averages=None, rule=STAY, used_B=ALL_B, seed=0) -> Quantized:
+    averages = init_averages(branch, fresh=False) if averages is None else averages
+    return _quantize(*nnx.split(branch), x_BTD, averages, rule, used_B, jax.random.PRNGKey(seed))
+
+
+def rounded(branch: ResidualQuantizer, x_BTD: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What each codebook is given [Q, N, C], the codes [Q, N], and their entries [Q, N, C], by `encode`."""
+    codes_QN = np.asarray(branch.encode(x_BTD, Q)).swapaxes(0, 1).reshape(Q, -1)
+    entries_QNC = np.stack(
+        [np.asarray(b.embedding_VC[...])[c] for b, c in zip(branch.codebooks, codes_QN, strict=True)]
+    )
+    x_NC = (x_BTD @ np.asarray(branch.input_proj_DC[...])).reshape(codes_QN.shape[1], -1)
+    return x_NC - np.cumsum(entries_QNC, axis=0) + entries_QNC, codes_QN, entries_QNC
+
+
+def test_vectors_are_the_entries_that_encoding_chooses(branch):
+    x_BTD = latents(0)
+    _, _, entries_QNC = rounded(branch, x_BTD)
+    np.testing.assert_allclose(run(branch, x_BTD).vectors_BTC.reshape(B * T, -1), entries_QNC.sum(0), atol=1e-5)
+
+
+def test_rows_that_are_limited_to_some_codebooks_decode_as_those_codes_do(branch):
+    used_B, x_BTD = np.arange(B, dtype=np.int32), latents(0)
+    found_BTD = np.asarray(run(branch, x_BTD, used_B=used_B).vectors_BTC) @ np.asarray(branch.output_proj_CD[...])
+    codes_BQT = branch.encode(x_BTD, Q)
+    assert not found_BTD[0].any(), "no codebook at all is silence"
+    for row in range(1, B):
+        wanted_1TD = branch.decode(codes_BQT[row : row + 1, : used_B[row]])
+        np.testing.assert_allclose(found_BTD[row : row + 1], wanted_1TD, atol=1e-5)
+
+
+def test_gradients_pass_as_if_nothing_had_been_rounded(branch):
+    graph, params = nnx.split(branch)
+    x_BTD, weight_BTC = latents(0), np.random.default_rng(1).normal(size=(B, T, CONFIG.dimension)).astype(np.float32)
+    averages, used_B, key = init_averages(branch, fresh=False), np.arange(B), jax.random.PRNGKey(0)
+
+    def through(params, x_BTD):
+        return jnp.sum(quantize(nnx.merge(graph, params), x_BTD, averages, STAY, used_B, key).vectors_BTC * weight_BTC)
+
+    def plain(params, x_BTD):
+        return jnp.sum((x_BTD @ nnx.merge(graph, params).input_proj_DC[...]) * weight_BTC)
+
+    found, wanted = (jax.jit(jax.grad(f, argnums=(0, 1)))(params, x_BTD) for f in (through, plain))
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_commitment_is_the_mean_squared_distance_to_the_entries_in_use(branch):
+    x_BTD, used_B = latents(0), np.array([1, 3, 2, 3], np.int32)
+    given_QNC, _, entries_QNC = rounded(branch, x_BTD)
+    in_use_QN = np.arange(Q)[:, None] < np.repeat(used_B, T)
+    wanted = ((given_QNC - entries_QNC) ** 2).mean(2)[in_use_QN].mean()
+    assert float(run(branch, x_BTD, used_B=used_B).commitment) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_batch_that_uses_no_codebook_commits_to_nothing(branch):
+    found = run(branch, latents(0), used_B=np.zeros(B, np.int32))
+    assert float(found.commitment) == 0
+    np.testing.assert_allclose(found.entries_QVC, [book.embedding_VC[...] for book in branch.codebooks], rtol=1e-6)
+
+
+def test_commitment_draws_latents_to_their_entries(branch):
+    graph, params = nnx.split(branch)
+    averages, key = init_averages(branch, fresh=False), jax.random.PRNGKey(0)
+    x_BTD = latents(0)
+    one_B = np.ones(B, np.int32)
+
+    def commitment(x_BTD):
+        return quantize(nnx.merge(graph, params), x_BTD, averages, STAY, one_B, key).commitment
+
+    given_QNC, _, entries_QNC = rounded(branch, x_BTD)
+    pull_NC = 2 * (given_QNC[0] - entries_QNC[0]) / given_QNC[0].size
+    wanted_BTD = (pull_NC @ np.asarray(branch.input_proj_DC[...]).T).reshape(x_BTD.shape)
+    np.testing.assert_allclose(jax.jit(jax.grad(commitment))(x_BTD), wanted_BTD, atol=1e-6)
+
+
+def test_entries_are_moving_averages_of_the_vectors_that_were_rounded_to_them(branch):
+    used_B = np.array([3, 1, 2, 3], np.int32)
+    averages = init_averages(branch, fresh=False)
+    usage_QV, sum_QVC = (np.asarray(a, np.float64) for a in (averages.usage_QV, averages.sum_QVC))
+    for step in range(4):
+        x_BTD = latents(step)
+        given_QNC, codes_QN, _ = rounded(branch, x_BTD)
+        for q in range(Q):
+            in_use_N = np.repeat(used_B, T) > q
+            for v in range(CONFIG.bins):
+                mine_NC = given_QNC[q][in_use_N & (codes_QN[q] == v)]
+                usage_QV[q, v] = 0.9 * usage_QV[q, v] + 0.1 * len(mine_NC)
+                sum_QVC[q, v] = 0.9 * sum_QVC[q, v] + 0.1 * mine_NC.sum(0)
+        found = run(branch, x_BTD, averages, used_B=used_B, seed=step)
+        averages = found.averages
+        np.testing.assert_allclose(averages.usage_QV, usage_QV, rtol=1e-5)
+        np.testing.assert_allclose(averages.sum_QVC, sum_QVC, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.entries_QVC, sum_QVC / usage_QV[..., None], rtol=1e-4, atol=1e-5)
+        for book, entries_VC in zip(branch.codebooks, found.entries_QVC, strict=True):
+            book.embedding_VC[...] = entries_VC
+
+
+def test_rows_that_do_not_use_a_codebook_do_not_move_it(branch):
+    used_B = np.array([3, 2, 2, 0], np.int32)
+    x_BTD = latents(0)
+    other_BTD = np.concatenate([x_BTD[:3], latents(9, rows=1)])
+    one, two = (run(branch, x, used_B=used_B) for x in (x_BTD, other_BTD))
+    np.testing.assert_array_equal(one.entries_QVC, two.entries_QVC)
+    np.testing.assert_array_equal(one.averages.sum_QVC, two.averages.sum_QVC)
+    alone = run(branch, x_BTD, used_B=np.array([3, 0, 0, 0], np.int32))
+    np.testing.assert_allclose(one.entries_QVC[2], alone.entries_QVC[2], atol=1e-6)
+    assert not np.allclose(one.entries_QVC[1], alone.entries_QVC[1], atol=1e-3)
+
+
+def test_a_dead_entry_begins_again_at_one_of_the_batchs_vectors_and_a_living_one_stays(branch):
+    dead_QV = np.random.default_rng(0).random((Q, CONFIG.bins)) < 0.5
+    averages = init_averages(branch, fresh=False)
+    usage_QV = jnp.where(dead_QV, 1e-6, 1.0)
+    averages = Averages(usage_QV, averages.sum_QVC * usage_QV[..., None])
+    x_BTD = latents(0)
+    given_QNC, codes_QN, _ = rounded(branch, x_BTD)
+    rule = CodebookRule(decay=0.9, dead=0.05)
+    found, stayed = run(branch, x_BTD, averages, rule), run(branch, x_BTD, averages)
+    for q in range(Q):
+        chosen_V = np.isin(np.arange(CONFIG.bins), codes_QN[q])
+        replaced_V = dead_QV[q] & ~chosen_V  # one choice lifts an entry by 0.1
+        assert 0 < replaced_V.sum() < CONFIG.bins
+        distance_VN = np.abs(np.asarray(found.entries_QVC[q])[:, None] - given_QNC[q]).max(2)
+        np.testing.assert_array_equal(distance_VN.min(1)[replaced_V] < 1e-5, True)
+        assert len(set(distance_VN.argmin(1)[replaced_V].tolist())) > 1, "not all at the same vector"
+        np.testing.assert_array_equal(found.entries_QVC[q][~replaced_V], stayed.entries_QVC[q][~replaced_V])
+        assert (found.averages.usage_QV[q] > rule.dead).all(), "it has time to be chosen"
+    other = run(branch, x_BTD, averages, rule, seed=1)
+    assert not np.array_equal(other.entries_QVC, found.entries_QVC), "the key chooses"
+
+
+def test_averages_begin_at_the_entries_or_at_the_first_batch(branch):
+    averages = init_averages(branch, fresh=False)
+    for q, book in enumerate(branch.codebooks):
+        np.testing.assert_array_equal(averages.sum_QVC[q] / averages.usage_QV[q][:, None], book.embedding_VC[...])
+    x_BTD = latents(0)
+    given_QNC, codes_QN, _ = rounded(branch, x_BTD)
+    found = run(branch, x_BTD, init_averages(branch, fresh=True), CodebookRule())
+    for q in range(Q):
+        for v, entry_C in enumerate(np.asarray(found.entries_QVC[q])):
+            mine_NC = given_QNC[q][codes_QN[q] == v]
+            distances = np.abs(given_QNC[q] - entry_C).max(1)
+            mean = np.abs(mine_NC.mean(0) - entry_C).max() if len(mine_NC) else np.inf
+            assert min(mean, distances.min()) < 1e-5
+
+
+def test_perplexity_is_the_number_of_entries_in_effective_use(branch):
+    book_VC = np.asarray(branch.codebooks[0].embedding_VC[...])
+    branch.input_proj_DC[...] = jnp.eye(CONFIG.input_dimension, CONFIG.dimension)
+    for entries in (1, 2, 4):
+        x_NC = np.tile(book_VC[:entries], (B * T // entries, 1))
+        x_BTD = np.pad(x_NC, ((0, 0), (0, CONFIG.input_dimension - CONFIG.dimension))).reshape(B, T, -1)
+        assert float(run(branch, x_BTD).perplexity_Q[0]) == pytest.approx(entries, rel=1e-4)
+
+
+def test_entries_are_put_into_their_branches():
+    quantizer = small.build(lambda rngs: SplitQuantizer(CONFIG, rngs=rngs))
+    shape = (CONFIG.bins, CONFIG.dimension)
+    semantic_QVC, acoustic_QVC = jnp.full((1, *shape), 7.0), jnp.arange(3.0)[:, None, None] * jnp.ones(shape)
+    set_entries(quantizer, semantic_QVC, acoustic_QVC)
+    assert [float(book.embedding_VC[0, 0]) for book in quantizer.semantic.codebooks] == [7.0]
+    assert [float(book.embedding_VC[-1, -1]) for book in quantizer.acoustic.codebooks] == [0.0, 1.0, 2.0]

@@ -1,0 +1,191 @@
+"""What trains a codec: that all of it is trained, and that what must not count does not.
+
+Every test runs the same compiled step: compiling it is what takes the time here.
+
+Shape letters: B batch rows, T samples, N frames, C codebook width, L labels, Q codebooks, V entries.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsm_jax.models.mimi import Mimi
+from dsm_jax.training.codec import CodecObjective, CodecTrainee, codec_loss, merge, split
+from dsm_jax.training.step import TrainState, init, make_step
+from tests import small
+
+# Frames of 128 samples, so that a few of them are as long as the longest window of the spectral loss.
+CONFIG = dataclasses.replace(
+    small.MIMI,
+    sample_rate=3200,
+    seanet=dataclasses.replace(small.MIMI.seanet, ratios=(64,)),
+    transformer=dataclasses.replace(small.MIMI.transformer, num_layers=1),
+    quantizer=dataclasses.replace(small.MIMI.quantizer, n_q=3),
+)
+ROWS, FRAMES, LABELS = 4, 20, 5
+OBJECTIVE = CodecObjective(decoded_frames=17)
+OPTIMIZER = optax.adam(3e-3)  # its first step moves every parameter that has a gradient, however small
+
+
+def new_trainee() -> CodecTrainee:
+    return small.build(lambda rngs: CodecTrainee(Mimi(CONFIG, block_frames=None, rngs=rngs), LABELS, rngs=rngs))
+
+
+GRAPH, _, _ = split(new_trainee(), fresh=True)
+
+
+def loss(params, memory, batch, key):
+    # An argument, so that no other share of dropout is compiled.
+    objective = dataclasses.replace(OBJECTIVE, codebook_dropout=batch["dropout_B"])
+    return codec_loss(merge(GRAPH, params, memory), memory, batch, key, objective)
+
+
+STEP = make_step(loss, OPTIMIZER)
+
+
+def start(*, fresh: bool = False) -> TrainState:
+    _, params, memory = split(new_trainee(), fresh=fresh)
+    return init(params, memory, OPTIMIZER, 0)
+
+
+def batch(seed: int = 0, *, dropout: float = 0.5) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    labels_BN = random.integers(0, LABELS, (ROWS, FRAMES)).astype(np.int32)
+    # What is said can be heard: each label is a level.
+    level_BT = 0.05 * np.repeat(1 + labels_BN, CONFIG.frame_size, axis=1)
+    pcm_BT = (level_BT * random.normal(size=level_BT.shape)).astype(np.float32)
+    return {"pcm_BT": pcm_BT, "labels_BN": labels_BN, "dropout_B": np.full(ROWS, dropout, np.float32)}
+
+
+def named(tree) -> dict[str, np.ndarray]:
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_splitting_and_merging_gives_the_codec_again(fresh):
+    trainee = new_trainee()
+    graph, params, memory = split(trainee, fresh=fresh)
+    found, wanted = (named(nnx.state(t)) for t in (merge(graph, params, memory), trainee))
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    books = {name for name in wanted if "embedding_VC" in name}
+    assert len(books) == CONFIG.quantizer.n_q
+    assert named(memory.entries).keys() == books
+    assert named(params).keys() == wanted.keys() - books
+
+
+def test_a_step_moves_every_parameter_and_every_codebook():
+    before, params = named(start().memory.entries), named(start().params)
+    state, metrics = STEP(start(), batch())
+    assert float(metrics["finite"]) == 1
+    assert all(np.isfinite(value) for value in metrics.values())
+    for part in ("seanet", "transformer", "downsample", "input_proj", "output_proj", "upsample", "head", "decoder"):
+        assert any(part in name for name in params), part
+    moved = named(state.params)
+    assert [name for name in params if np.array_equal(moved[name], params[name])] == []
+    entries = named(state.memory.entries)
+    assert [name for name in before if np.array_equal(entries[name], before[name])] == []
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_entries_are_those_of_the_averages_step_after_step(fresh):
+    state = start(fresh=fresh)
+    kinds = jax.tree.map(jax.typeof, state)
+    for seed in range(2):
+        state, _ = STEP(state, batch(seed))
+        assert jax.tree.map(jax.typeof, state) == kinds
+        quantizer = merge(GRAPH, state.params, state.memory).mimi.quantizer
+        for averages, branch in (
+            (state.memory.semantic, quantizer.semantic),
+            (state.memory.acoustic, quantizer.acoustic),
+        ):
+            for q, book in enumerate(branch.codebooks):
+                wanted_VC = np.asarray(averages.sum_QVC[q]) / np.asarray(averages.usage_QV[q])[:, None]
+                np.testing.assert_allclose(book.embedding_VC[...], wanted_VC, rtol=1e-6)
+
+
+def test_labels_of_frames_that_are_not_known_do_not_count():
+    given, look = batch(), OBJECTIVE.look_ahead
+    given["labels_BN"][:, ::2] = -1
+
+    @jax.jit
+    def head(params, memory):
+        trainee = merge(GRAPH, params, memory)
+        branch = trainee.mimi.quantizer.semantic
+        codes_BN = branch.encode(trainee.mimi.encoder(given["pcm_BT"][..., None]), 1)[:, 0]
+        return trainee.head(branch.codebooks[0].embedding_VC[...][codes_BN])
+
+    logits_BNL = np.asarray(head(start().params, start().memory))[:, look:]
+    score_BNL = logits_BNL - np.log(np.exp(logits_BNL).sum(-1, keepdims=True))
+    target_BN = given["labels_BN"][:, : FRAMES - look]  # named when as many frames more have been heard
+    known = [(b, n) for b in range(ROWS) for n in range(FRAMES - look) if target_BN[b, n] >= 0]
+    assert 0 < len(known) < target_BN.size
+    _, metrics = STEP(start(), given)
+    wanted = -np.mean([score_BNL[b, n, target_BN[b, n]] for b, n in known])
+    assert float(metrics["semantic"]) == pytest.approx(wanted, rel=1e-4)
+    right = np.mean([score_BNL[b, n].argmax() == target_BN[b, n] for b, n in known])
+    assert float(metrics["named"]) == pytest.approx(right)
+
+
+def test_without_any_label_the_head_learns_nothing():
+    given = batch()
+    given["labels_BN"][:] = -1
+    before = named(start().params)
+    state, metrics = STEP(start(), given)
+    assert (float(metrics["semantic"]), float(metrics["named"]), float(metrics["finite"])) == (0.0, 0.0, 1.0)
+    stayed = {name for name, value in named(state.params).items() if np.array_equal(value, before[name])}
+    assert stayed == {name for name in before if "head" in name} != set()
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts():
+    _, metrics = STEP(start(), batch())
+    weights = {"spectral": 1.0} | {name: getattr(OBJECTIVE, name) for name in ("waveform", "commitment", "semantic")}
+    assert float(metrics["loss"]) == pytest.approx(sum(w * float(metrics[n]) for n, w in weights.items()), rel=1e-5)
+
+
+def rows_that_use(dropout: float, step: int) -> list[list[float]]:
+    """How many rows go through each codebook, semantic and acoustic."""
+    state, decay = dataclasses.replace(start(), step=jnp.int32(step)), OBJECTIVE.codebooks.decay
+    before = [np.asarray(a.usage_QV).sum(1) for a in (state.memory.semantic, state.memory.acoustic)]
+    state, _ = STEP(state, batch(dropout=dropout))
+    after = [np.asarray(a.usage_QV).sum(1) for a in (state.memory.semantic, state.memory.acoustic)]
+    each = [(b - decay * a) / (1 - decay) / FRAMES for a, b in zip(before, after, strict=True)]
+    return [np.round(e, 2).tolist() for e in each]
+
+
+def test_dropout_takes_the_last_acoustic_codebooks_of_some_rows_and_never_the_semantic_one():
+    assert rows_that_use(0.0, step=0) == [[ROWS], [ROWS, ROWS]]
+    drawn = [rows_that_use(1.0, step) for step in range(5)]
+    assert all(semantic == [ROWS] for semantic, _ in drawn)
+    assert all(first >= second for _, (first, second) in drawn)
+    assert len({tuple(acoustic) for _, acoustic in drawn}) > 2, "another draw each step"
+    assert all(second < ROWS for _, (_, second) in drawn)
+
+
+def test_a_few_steps_lower_the_loss():
+    state, losses = start(fresh=True), []
+    for _ in range(30):
+        state, metrics = STEP(state, batch())
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[1:6])
+
+
+def test_two_devices_that_share_a_batch_measure_and_move_codebooks_as_one():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere, shared = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    state = jax.device_put(start(), everywhere)
+    key = jax.random.fold_in(state.key, 0)
+    value, (memory, metrics) = jax.jit(loss)(state.params, state.memory, jax.device_put(batch(), shared), key)
+    alone, alone_metrics = STEP(start(), batch())
+    for name, found in {"loss": value, **metrics}.items():
+        assert float(found) == pytest.approx(float(alone_metrics[name]), rel=1e-4), name
+    wanted = named(alone.memory)
+    for name, found in named(memory).items():
+        # Sums over rows are added in another order.
+        np.testing.assert_allclose(found, wanted[name], rtol=1e-4, atol=1e-5, err_msg=name)

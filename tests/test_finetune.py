@@ -1,0 +1,292 @@
+"""Fine-tuning in miniature: it learns, stops and goes on, merges and exports, and loses nothing to what goes wrong."""
+
+import dataclasses
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+import dsm_jax
+from dsm_jax import audio, strict
+from dsm_jax.checkpoints import Model
+from dsm_jax.errors import CheckpointError, ConfigError, TrainingError
+from dsm_jax.stt.transcript import Transcript, Word
+from dsm_jax.training import manifest
+from dsm_jax.training.finetune import FinetuneConfig, finetune
+from dsm_jax.training.lora import LoraConfig
+from dsm_jax.training.rows import Rows
+from dsm_jax.training.run import RunConfig
+from dsm_jax.training.step import OptimizerConfig
+from dsm_jax.training.stt import SttObjective, stt_loss
+from tests.checkpoint_maker import PLAIN_STT, arrays_of, assert_same_weights, make_checkpoint
+
+RATE = 400  # of the miniature codec
+LM = dataclasses.replace(PLAIN_STT, card=16, num_layers=1, context=160)
+EXAMPLE = Path(__file__).parents[1] / "examples/finetune.py"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def slow_sound():
+    """The miniature codec's rate is below what recordings have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(audio, "MIN_RATE_HZ", 100)
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), "kyutai", lm=LM)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder of three recordings with transcripts."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, words in (("first", ("on", "a")), ("second", ("we", "on", "he")), ("third", ("a", "on"))):
+        pcm = 0.3 * np.random.default_rng(len(name)).normal(size=RATE)
+        audio.write(folder / f"{name}.wav", pcm, RATE)
+        rows = [{"text": text, "start": 0.1 + 0.3 * i, "end": 0.3 + 0.3 * i} for i, text in enumerate(words)]
+        (folder / f"{name}.json").write_text(json.dumps({"words": rows}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(checkpoint, data):
+    """A run of adapters; what differs is replaced."""
+    return FinetuneConfig(
+        data=str(data),
+        output="",
+        model=str(checkpoint),
+        run=RunConfig(steps=4, log_every=1, save_every=2),
+        validation=str(data),
+        seconds=1.0,
+        batch_size=2,
+        encode_batch=2,
+        optimizer=OptimizerConfig(learning_rate=2e-2, warmup=1),
+        objective=SttObjective(text_dropout=0.2),
+        lora=LoraConfig(rank=4),
+    )
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def adapted(settings, tmp_path_factory) -> tuple[Path, Model]:
+    """A finished run of adapters, on both devices, and its model."""
+    output = tmp_path_factory.mktemp("adapted") / "run"
+    return output, finetune(dataclasses.replace(settings, output=str(output)))
+
+
+def changed(model: Model, checkpoint: Path) -> set[str]:
+    before, after = arrays_of(dsm_jax.load(checkpoint)), arrays_of(model)
+    return {name for name in before if not np.array_equal(before[name], after[name])}
+
+
+def test_the_loss_of_the_data_falls_and_is_measured_where_it_is_saved(adapted):
+    rows = metrics(adapted[0])
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [2, 4]
+    assert rows[3]["validation_loss"] < rows[1]["validation_loss"]
+
+
+def test_the_validation_loss_is_the_mean_of_the_rows_with_nothing_hidden(adapted, checkpoint, data):
+    output, model = adapted
+    recordings = manifest.read(data, RATE)
+    codes_NKT = Rows(model, Mesh(jax.devices(), ("data",)), seconds=1.0, at_once=2).encode(recordings)
+    assert len(codes_NKT) == 3
+
+    @jax.jit
+    def loss(params, codes_KT):
+        return stt_loss(nnx.merge(model.lm_def, params), codes_KT[None], jax.random.key(0), SttObjective())[0]
+
+    losses = [float(loss(model.lm_params, codes_KT)) for codes_KT in codes_NKT]
+    assert metrics(output)[3]["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-5)  # orders of summation
+
+
+def test_only_targets_have_changed_and_the_written_model_is_the_merged_one(adapted, checkpoint):
+    output, model = adapted
+    layer = "lm.transformer.layers.0"
+    assert changed(model, checkpoint) == {
+        f"{layer}.self_attn.in_proj_DE",
+        f"{layer}.self_attn.out_proj_ED",
+        f"{layer}.feedforward.linear_in_DG",
+        f"{layer}.feedforward.linear_out_FD",
+    }
+    written = dsm_jax.load(output / "model")
+    assert_same_weights(written, model)
+    assert written.config == dsm_jax.load(checkpoint).config
+    assert (output / "model/model.safetensors").is_file(), "Kyutai's layout"
+    assert sorted(p.name for p in output.iterdir()) == ["checkpoints", "curve.png", "metrics.jsonl", "model"]
+
+
+def test_the_parameters_are_on_every_device(adapted):
+    for p in jax.tree.leaves(adapted[1].lm_params):
+        assert len(p.devices()) == 2
+        assert p.sharding.is_fully_replicated
+
+
+def test_a_checkpoint_of_adapters_holds_adapters_alone(adapted):
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.metadata((adapted[0] / "checkpoints/4").absolute()).item_metadata.tree
+    assert len(tree["params"]) == 4
+    assert not tree["memory"]
+    assert {shape for pair in tree["params"].values() for shape in (pair[0].shape[1], pair[1].shape[0])} == {4}
+
+
+@pytest.fixture
+def stopped(adapted, settings, tmp_path):
+    """A function that gives the config of the adapters' run as it was once a step had been saved."""
+
+    def at(step: int) -> FinetuneConfig:
+        output = Path(shutil.copytree(adapted[0], tmp_path / "run"))
+        shutil.rmtree(output / "model")
+        for later in (output / "checkpoints").iterdir():
+            if int(later.name) > step:
+                shutil.rmtree(later)
+        return dataclasses.replace(settings, output=str(output))
+
+    return at
+
+
+def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(adapted, stopped):
+    config = stopped(2)
+    assert_same_weights(finetune(config, resume=True), adapted[1])
+    ours, theirs = ([{**row, "seconds_per_step": 0} for row in metrics(o)] for o in (Path(config.output), adapted[0]))
+    assert ours == theirs
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(stopped, monkeypatch):
+    def not_finite(lm, *_):
+        return jnp.nan * lm.transformer.layers[0].self_attn.in_proj_DE[...].sum(), {}
+
+    config = stopped(2)
+    monkeypatch.setattr("dsm_jax.training.finetune.stt_loss", not_finite)
+    with pytest.raises(TrainingError, match=r"not finite at step 3 .* Lower the learning rate.* last one is of step 2"):
+        finetune(dataclasses.replace(config, validation=None), resume=True)
+    assert [p.name for p in (Path(config.output) / "checkpoints").iterdir()] == ["2"]
+    assert [row["step"] for row in metrics(Path(config.output))] == [1, 2]
+
+
+def test_a_disk_that_is_full_at_the_end_loses_nothing(adapted, stopped, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    config = stopped(4)
+    with monkeypatch.context() as patch:
+        patch.setattr("dsm_jax.convert.native.new_folder", full)
+        with pytest.raises(TrainingError, match=r"not be written \(.*No space.*last checkpoint\. Put that right"):
+            finetune(config, resume=True)
+    assert sorted(p.name for p in Path(config.output).iterdir()) == ["checkpoints", "curve.png", "metrics.jsonl"]
+    assert_same_weights(finetune(config, resume=True), adapted[1])
+    assert_same_weights(dsm_jax.load(Path(config.output) / "model"), adapted[1])
+
+
+def test_the_whole_model_learns_in_bfloat16_and_in_parts_on_a_mesh_of_ones_own(settings, checkpoint, tmp_path):
+    config = dataclasses.replace(
+        settings,
+        output=str(tmp_path / "run"),
+        lora=None,
+        validation=None,
+        run=RunConfig(steps=2, log_every=1),
+        batch_size=4,
+        accumulate=2,
+        compute_dtype="bfloat16",
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup=1),
+    )
+    model = finetune(config, mesh=Mesh(jax.devices()[:2], ("any",)))
+    assert changed(model, checkpoint) == {name for name in arrays_of(model) if name.startswith("lm.")}
+    assert_same_weights(dsm_jax.load(tmp_path / "run/model"), model)
+    assert {p.dtype.name for p in jax.tree.leaves(model.lm_params)} == {"float32"}
+    first, second = metrics(tmp_path / "run")
+    assert np.isfinite([first["loss"], second["loss"]]).all()
+
+
+def test_faulty_data_is_refused_before_anything_is_learnt_and_can_be_left_out(settings, data, tmp_path):
+    lines = [
+        json.dumps({"audio": str(data / "first.wav"), "words": [{"text": "on"}]}),
+        json.dumps({"audio": str(data / "first.wav"), "words": [{"text": "語", "start": 0.1, "end": 0.2}]}),
+        json.dumps({"audio": "lost.wav", "words": []}),
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    config = dataclasses.replace(settings, output=str(tmp_path / "run"), validation=str(tmp_path / "data.jsonl"))
+    with pytest.raises(TrainingError, match="3 of the 3 recordings") as caught:
+        finetune(config)
+    for place in (
+        "line 1: word 1, 'on', goes from None",
+        "line 2: the word '語' cannot be spelt",
+        "line 3: .*lost.wav",
+    ):
+        caught.match(f"data.jsonl {place}")
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_a_run_is_never_overwritten_by_mistake(settings, tmp_path):
+    config = dataclasses.replace(settings, output=str(tmp_path), model="nosuch/model")
+    (tmp_path / "checkpoints/3").mkdir(parents=True)
+    with pytest.raises(TrainingError, match="holds a run that is at step 3; go on with --resume, or choose another"):
+        finetune(config)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(TrainingError, match="model exists, so this run is done; choose another output, or move it"):
+        finetune(config, resume=True)
+
+
+def test_there_has_to_be_a_run_to_resume(settings, tmp_path):
+    with pytest.raises(TrainingError, match="holds no checkpoint to resume from; start without --resume"):
+        finetune(dataclasses.replace(settings, output=str(tmp_path / "run")), resume=True)
+
+
+def test_devices_that_cannot_share_a_batch_are_refused(settings, tmp_path):
+    config = dataclasses.replace(settings, output=str(tmp_path / "run"), batch_size=3)
+    with pytest.raises(ConfigError, match="3 rows at a time cannot be shared equally by the 2 devices of the mesh"):
+        finetune(config, mesh=Mesh(jax.devices()[:2], ("data",)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seconds": 0.5}, r"a row has 0\.5 seconds of a recording; give at least 1"),
+        ({"batch_size": 0}, "batch_size is 0, accumulate 1 and encode_batch 8; give at least 1"),
+        ({"batch_size": 8, "accumulate": 3}, "a batch_size that is a multiple of accumulate"),
+        ({"lora": {"rank": 0}}, "the rank of the adapters is 0"),
+        ({"leraning_rate": 1.0}, "unknown keys"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes, message):
+    values = {"data": "data", "output": "out", "run": {"steps": 1}, **changes}
+    with pytest.raises(ConfigError, match=message):
+        strict.from_dict(FinetuneConfig, values, "config.json")
+
+
+def test_settings_can_be_written_down_and_read_again(settings):
+    assert strict.from_dict(FinetuneConfig, strict.to_dict(settings), "config.json") == settings
+
+
+def test_a_type_that_no_model_has_is_refused(settings, tmp_path):
+    with pytest.raises(CheckpointError, match="dtype is 'int8'; choose one of"):
+        finetune(dataclasses.replace(settings, output=str(tmp_path / "run"), compute_dtype="int8"))
+
+
+def test_the_example_learns_from_a_folder_and_counts_errors(checkpoint, data, stopped, monkeypatch, capsys):
+    output = Path(stopped(4).output)
+    arguments = {"--test": data, "--model": checkpoint, "--output": output, "--steps": 4, "--rank": 4}
+    flat = [str(part) for pair in arguments.items() for part in pair]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", str(data), *flat, "--resume"])
+    heard = Transcript("on", (Word("on", 0.1, 0.3, 1.0),), (), 1.0)
+    monkeypatch.setattr(dsm_jax, "transcribe", lambda model, recordings: [heard] * len(recordings))
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    before, after, _ = capsys.readouterr().out.splitlines()
+    # "on a", "we on he" and "a on", each heard as "on"
+    assert before.startswith("before: word error rate 57.14 % of 7 words (0 substituted, 0 inserted, 4 deleted)")
+    assert after == before.replace("before", "after")
+    assert (output / "model/config.json").is_file()

@@ -1,0 +1,145 @@
+"""Low-rank adapters: nothing changes before training, only they learn, and merged they are the model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsm_jax.convert.networks import flatten, networks
+from dsm_jax.errors import ConfigError
+from dsm_jax.training import lora
+from dsm_jax.training.lora import LoraConfig
+from tests import checkpoint_maker, small
+
+CONFIG = LoraConfig(rank=3, alpha=6.0)
+STT = dataclasses.replace(small.STT, num_layers=1, context=16)
+
+
+@pytest.fixture(scope="module")
+def network():
+    made, random = networks(checkpoint_maker.model_config(STT))["lm"], np.random.default_rng(0)
+    drawn = {name: jnp.asarray(0.2 * random.normal(size=p.shape), jnp.float32) for name, p in made.parameters.items()}
+    return made.graph, made.fill(drawn)
+
+
+def drawn(adapters: lora.Adapters) -> lora.Adapters:
+    """The same adapters, as if they had learnt something."""
+    random = np.random.default_rng(1)
+    return jax.tree.map(lambda a: jnp.asarray(random.normal(size=a.shape), a.dtype), adapters)
+
+
+def codes() -> jax.Array:
+    return jax.random.randint(jax.random.key(2), (2, 4, 9), 4, 12)
+
+
+def test_adapters_are_of_the_targets_and_of_the_rank(network):
+    adapters = lora.init(network[1], CONFIG, jax.random.key(0))
+    layer = "transformer.layers.0"
+    assert {name: (a.shape, b.shape) for name, (a, b) in adapters.items()} == {
+        f"{layer}.self_attn.in_proj_DE": ((16, 3), (3, 48)),
+        f"{layer}.self_attn.out_proj_ED": ((16, 3), (3, 16)),
+        f"{layer}.feedforward.linear_in_DG": ((16, 3), (3, 88)),
+        f"{layer}.feedforward.linear_out_FD": ((44, 3), (3, 16)),
+    }
+    assert all(np.std(a) > 0 and not np.any(b) for a, b in adapters.values())
+    first, second = (adapters[f"{layer}.self_attn.{name}"][0] for name in ("in_proj_DE", "out_proj_ED"))
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("targets", [("out_proj",), (r"layers\.0\..*_ED$",)])
+def test_a_target_is_a_part_of_a_name_or_an_expression(network, targets):
+    adapters = lora.init(network[1], LoraConfig(targets=targets), jax.random.key(0))
+    assert list(adapters) == ["transformer.layers.0.self_attn.out_proj_ED"]
+
+
+def test_merged_before_training_it_is_the_same_model_bit_for_bit(network):
+    everything = LoraConfig(targets=(".",))
+    merged = lora.merge(network[1], lora.init(network[1], everything, jax.random.key(0)), everything)
+    before, after = flatten(network[1]), flatten(merged)
+    assert before.keys() == after.keys()
+    assert [name for name in before if not np.array_equal(before[name], after[name])] == []
+
+
+def test_merged_weights_are_weight_and_scaled_product(network):
+    adapters = drawn(lora.init(network[1], CONFIG, jax.random.key(0)))
+    before, after = flatten(network[1]), flatten(lora.merge(network[1], adapters, CONFIG))
+    for name, weight in before.items():
+        expected = np.asarray(weight, np.float64)
+        if name in adapters:
+            a, b = (np.asarray(part, np.float64) for part in adapters[name])
+            expected = expected + 6.0 / 3 * a @ b
+        np.testing.assert_allclose(after[name], expected, rtol=1e-5, atol=1e-5)  # float32 against float64
+
+
+def test_the_merged_model_says_what_the_adapters_say(network):
+    """The text head, which is one product, against the adapters applied beside it."""
+    graph, params = network
+    config = LoraConfig(rank=2, alpha=3.0, targets=("text_linear",))
+    adapters = drawn(lora.init(params, config, jax.random.key(0)))
+    (a, b) = adapters["text_linear_DV"]
+    hidden = jax.random.normal(jax.random.key(3), (2, 5, STT.dim))
+    apart = nnx.merge(graph, params).text_logits(hidden) + 1.5 * (hidden @ a) @ b
+    together = nnx.merge(graph, lora.merge(params, adapters, config)).text_logits(hidden)
+    np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-4)  # two orders of the same sums
+    assert not np.allclose(together, nnx.merge(graph, params).text_logits(hidden), atol=0.1)
+
+
+def test_a_stack_of_matrices_has_adapters_for_each(network):
+    config = LoraConfig(rank=2, alpha=2.0, targets=("audio_emb",))
+    adapters = drawn(lora.init(network[1], config, jax.random.key(0)))
+    (a, b) = adapters["audio_emb_QLD"]
+    assert a.shape == (STT.n_q, STT.card + 1, 2)
+    assert b.shape == (STT.n_q, 2, STT.dim)
+    merged = flatten(lora.merge(network[1], adapters, config))["audio_emb_QLD"]
+    for q, weight in enumerate(flatten(network[1])["audio_emb_QLD"]):
+        np.testing.assert_allclose(merged[q], weight + a[q] @ b[q], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_reach_every_adapter(network):
+    graph, params = network
+    adapters = drawn(lora.init(params, CONFIG, jax.random.key(0)))
+
+    @jax.jit
+    @jax.grad
+    def gradient(adapters):
+        return jnp.square(nnx.merge(graph, lora.merge(params, adapters, CONFIG))(codes()).text_logits_BTV).mean()
+
+    grads = gradient(adapters)
+    assert jax.tree.structure(grads) == jax.tree.structure(adapters)
+    assert all(np.isfinite(g).all() and np.any(g) for g in jax.tree.leaves(grads))
+
+
+def test_a_bfloat16_model_stays_bfloat16(network):
+    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), network[1])
+    merged = lora.merge(narrow, drawn(lora.init(narrow, CONFIG, jax.random.key(0))), CONFIG)
+    assert {array.dtype.name for array in flatten(merged).values()} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("target", ["lstm", "norm1"])
+def test_a_target_that_no_matrix_has_is_refused(network, target):
+    config = LoraConfig(targets=("self_attn", target))
+    with pytest.raises(ConfigError, match=rf"'{target}' is found in no matrix of the model; its .* audio_emb_QLD"):
+        lora.init(network[1], config, jax.random.key(0))
+
+
+def test_adapters_of_another_model_are_refused(network):
+    adapters = lora.init(network[1], CONFIG, jax.random.key(0))
+    adapters["nosuch.weight_DE"] = adapters["transformer.layers.0.self_attn.in_proj_DE"]
+    with pytest.raises(ConfigError, match=r"of parameters that the model does not have, nosuch\.weight_DE first"):
+        lora.merge(network[1], adapters, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "the rank of the adapters is 0; give at least 1"),
+        ({"targets": ()}, "have no targets; name parts"),
+        ({"targets": ("[",)}, r"the target '\[' is no regular expression"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        LoraConfig(**settings)

@@ -1,0 +1,49 @@
+"""What a run shows of itself: the bar on a terminal, and the curve. Lines off a terminal are in test_run.py."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rich.console
+from matplotlib import image
+
+from dsm_jax.training.report import bar, draw_curve
+
+
+def test_on_a_terminal_there_is_a_bar_with_the_loss(monkeypatch, capsys):
+    monkeypatch.setattr(rich.console.Console, "is_terminal", True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with bar("digits", 20, 10) as report:
+        report({"step": 12, "loss": 0.25, "gradient_norm": 1.0})
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "digits" in err
+    assert "12/20" in err
+    assert "loss 0.25" in err
+    assert "gradient_norm" not in err
+
+
+def pixels(folder: Path, rows: list[dict[str, float | None]]) -> np.ndarray:
+    (folder / "run").mkdir(parents=True)  # its name is the title
+    draw_curve(rows, folder / "run/curve.png")
+    return image.imread(folder / "run/curve.png")
+
+
+def test_the_curve_shows_the_loss_and_validation_figures_and_nothing_else(tmp_path):
+    rows = [{"step": step, "loss": 1 / step, "gradient_norm": step} for step in range(1, 6)]
+    last = rows[-1]
+    curve = pixels(tmp_path / "plain", rows)
+    others = {"loss": {"loss": 0.5}, "validation": {"validation_x": 0.5}}
+    other_norm = [*rows[:-1], last | {"gradient_norm": 9.0}]
+    np.testing.assert_array_equal(pixels(tmp_path / "norm", other_norm), curve)
+    measured = [rows[0] | {"validation_x": 0.5}, *rows[1:]]
+    with_null = [measured[0], rows[1] | {"validation_x": None}, *rows[2:]]
+    np.testing.assert_array_equal(pixels(tmp_path / "null", with_null), pixels(tmp_path / "measured", measured))
+    for name, change in others.items():
+        assert not np.array_equal(pixels(tmp_path / name, [*rows[:-1], last | change]), curve)
+
+
+@pytest.mark.parametrize("rows", [[{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.0}], [{"step": 1, "loss": -1.0}]])
+def test_a_loss_without_a_logarithm_is_drawn(tmp_path, rows):
+    assert pixels(tmp_path, rows).std() > 0

@@ -1,0 +1,246 @@
+"""The train step against a plain optax loop, and what it promises about keys, memory and devices.
+
+Shape letters: B batch rows, D features in, E features out.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsm_jax.errors import ConfigError
+from dsm_jax.training.step import OptimizerConfig, TrainState, init, make_step
+
+STEPS = 6
+OPTIMIZER = OptimizerConfig(learning_rate=0.05, warmup=2, weight_decay=0.1, clip=0.5)
+
+
+def loss(params, memory, batch, key):
+    """A regression with a moving average of its targets; the key is only reported."""
+    made_BE = batch["x_BD"].astype(params["w_DE"].dtype) @ params["w_DE"] + params["b_E"]
+    value = jnp.mean((made_BE - batch["y_BE"].astype(made_BE.dtype)) ** 2)
+    memory = {"average_E": 0.9 * memory["average_E"] + 0.1 * batch["y_BE"].mean(0), "seen": memory["seen"] + 1}
+    return value, (memory, {"draw": jax.random.uniform(key)})
+
+
+def start(optimizer: optax.GradientTransformation, seed: int = 0) -> TrainState:
+    random = np.random.default_rng(1)
+    params = {
+        "w_DE": jnp.asarray(random.normal(size=(3, 2)), jnp.float32),
+        "b_E": jnp.full((2,), 1.0),  # weakly typed, as is the average
+    }
+    return init(params, {"average_E": jnp.full((2,), 0.0), "seen": jnp.array(0)}, optimizer, seed)
+
+
+def batch(number: int, rows: int = 8) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(number)
+    x_BD = random.normal(size=(rows, 3)).astype(np.float32)
+    return {"x_BD": x_BD, "y_BE": np.stack([3 * x_BD.sum(1), x_BD[:, 0]], axis=1)}
+
+
+def run(step, state: TrainState, steps: int = STEPS) -> tuple[TrainState, list[dict[str, float]]]:
+    rows = []
+    for number in range(steps):
+        state, metrics = step(state, batch(number))
+        rows.append({name: float(value) for name, value in metrics.items()})
+    return state, rows
+
+
+def assert_close(found, wanted, **tolerance):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, **tolerance)
+
+
+@pytest.fixture
+def compilations():
+    """Counts programs compiled while a test runs."""
+    found = []
+
+    def count(event: str, _: float, **__: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(count)
+
+
+def test_steps_are_those_of_a_plain_optax_loop():
+    optimizer = OPTIMIZER.build(STEPS)
+    found, rows = run(make_step(loss, optimizer), start(optimizer))
+
+    wanted = start(optimizer)
+    params, memory, opened = wanted.params, wanted.memory, wanted.optimizer
+    for number in range(STEPS):
+        key = jax.random.fold_in(jax.random.PRNGKey(0), number)
+        (value, (memory, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(params, memory, batch(number), key)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opened = optimizer.update(grads, opened, params)
+        params = optax.apply_updates(params, updates)
+        wanted_row = {"loss": value, "gradient_norm": optax.tree.norm(grads), "finite": 1.0, **metrics}
+        assert rows[number].keys() == wanted_row.keys()
+        assert rows[number] == pytest.approx({name: float(value) for name, value in wanted_row.items()}, rel=1e-5)
+    assert_close((found.params, found.memory, found.optimizer), (params, memory, opened), rtol=1e-5, atol=1e-7)
+    assert (int(found.step), found.key.tolist()) == (STEPS, jax.random.PRNGKey(0).tolist())
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_accumulated_parts_are_the_whole_batch_for_a_mean_over_rows():
+    parts = 4
+    optimizer = OPTIMIZER.build(STEPS)
+    whole, whole_rows = run(make_step(loss, optimizer), start(optimizer))
+    found, rows = run(make_step(loss, optimizer, accumulate=parts), start(optimizer))
+    assert_close((found.params, found.optimizer), (whole.params, whole.optimizer), rtol=1e-5, atol=1e-6)
+    for name in ("loss", "gradient_norm"):
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in whole_rows], rel=1e-5)
+    assert int(found.memory["seen"]) == STEPS * parts, "each part goes on from the memory of the one before"
+
+
+def test_a_batch_that_has_no_equal_parts_is_refused():
+    optimizer = OPTIMIZER.build(STEPS)
+    with pytest.raises(ConfigError, match="a batch of 8 rows cannot be cut into 3 equal parts; change either"):
+        make_step(loss, optimizer, accumulate=3)(start(optimizer), batch(0))
+    with pytest.raises(ConfigError, match="a batch is to be cut into 0 parts; give 1 or more"):
+        make_step(loss, optimizer, accumulate=0)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_computing_in_bfloat16_moves_float32_parameters_by_less_than_bfloat16_can_tell(parts):
+    seen = set()
+
+    def watched(params, memory, batch, key):
+        seen.update(p.dtype.name for p in jax.tree.leaves(params))
+        return loss(params, memory, batch, key)
+
+    optimizer = optax.sgd(1e-4)
+    before = jax.tree.map(np.asarray, start(optimizer).params)
+    step = make_step(watched, optimizer, accumulate=parts, compute_dtype=jnp.bfloat16)
+    state, metrics = step(start(optimizer), batch(0))
+    exact, _ = make_step(loss, optimizer)(start(optimizer), batch(0))
+    assert seen == {"bfloat16"}
+    assert {p.dtype.name for p in jax.tree.leaves(state.params)} == {"float32"}
+    assert (metrics["loss"].dtype, metrics["gradient_norm"].dtype) == (jnp.float32, jnp.float32)
+    moved = jax.tree.map(lambda a, b: np.asarray(a) - b, state.params, before)
+    assert 0 < np.abs(moved["b_E"]).max() < 2**-9, "half of what is between two bfloat16 numbers below 1"
+    wanted = jax.tree.map(lambda a, b: np.asarray(a) - b, exact.params, before)
+    assert_close(moved, wanted, rtol=0.05, atol=1e-6)  # bfloat16 has 8 bits
+
+
+def test_parameters_that_come_in_bfloat16_are_trained_in_float32():
+    state = init({"w_D": jnp.ones(3, jnp.bfloat16)}, (), optax.adam(0.1), 0)
+    assert {a.dtype.name for a in jax.tree.leaves((state.params, state.optimizer))} == {"float32", "int32"}
+
+
+def test_a_batch_that_is_not_finite_changes_nothing_but_the_step_number():
+    optimizer = OPTIMIZER.build(STEPS)
+    for parts in (1, 2):
+        step = make_step(loss, optimizer, accumulate=parts)
+        state, _ = run(step, start(optimizer), 2)
+        before = jax.tree.map(np.asarray, state)
+        bad = batch(2)
+        bad["y_BE"][5, 1] = np.nan
+        state, metrics = step(state, bad)
+        assert (float(metrics["finite"]), np.isnan(metrics["loss"])) == (0.0, True)
+        assert_close(state, dataclasses.replace(before, step=before.step + 1), rtol=0, atol=0)
+        state, metrics = step(state, batch(3))
+        assert float(metrics["finite"]) == 1.0
+        assert not np.array_equal(state.params["w_DE"], before.params["w_DE"])
+
+
+def test_a_gradient_that_is_not_finite_is_not_taken_either():
+    def root(params, memory, batch, key):
+        return jnp.sqrt(params["w"] * batch.sum()), (memory, {})
+
+    state, metrics = make_step(root, optax.sgd(0.1))(init({"w": jnp.ones(())}, (), optax.sgd(0.1), 0), np.zeros(2))
+    assert (float(metrics["loss"]), float(metrics["finite"]), float(state.params["w"])) == (0.0, 0.0, 1.0)
+
+
+def test_the_key_is_another_each_step_and_depends_on_the_seed_and_the_step_alone():
+    optimizer = OPTIMIZER.build(STEPS)
+    step = make_step(loss, optimizer)
+    draws = [row["draw"] for row in run(step, start(optimizer))[1]]
+    assert len(set(draws)) == STEPS
+    assert [row["draw"] for row in run(make_step(loss, optax.sgd(0.1)), start(optax.sgd(0.1)))[1]] == draws
+    jumped = dataclasses.replace(start(optimizer), step=jnp.int32(4))
+    assert float(step(jumped, batch(0))[1]["draw"]) == draws[4]
+    assert not {row["draw"] for row in run(step, start(optimizer, seed=1))[1]} & set(draws)
+
+
+def test_accumulated_parts_have_keys_of_their_own():
+    def keep(params, memory, batch, key):
+        return jnp.sum(params) * 0.0, (jnp.stack([memory[1], jax.random.uniform(key)]), {})
+
+    state, _ = make_step(keep, optax.sgd(0.1), accumulate=2)(
+        init(jnp.ones(1), jnp.zeros(2), optax.sgd(0.1), 0), np.zeros(2)
+    )
+    first, second = state.memory.tolist()
+    assert 0 < first != second > 0
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_writes_the_next_state_where_the_last_one_was(parts):
+    optimizer = OPTIMIZER.build(STEPS)
+    step, state = make_step(loss, optimizer, accumulate=parts), start(optimizer)
+    size = sum(a.nbytes for a in jax.tree.leaves(state))
+    assert step.lower(state, batch(0)).compile().memory_analysis().alias_size_in_bytes == size
+    after, _ = step(state, batch(0))
+    assert all(a.is_deleted() for a in jax.tree.leaves((state.params, state.memory, state.optimizer)))
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, start(optimizer)), "weak types included"
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_is_compiled_once(compilations, parts):
+    optimizer = OPTIMIZER.build(STEPS)
+    step, state = make_step(loss, optimizer, accumulate=parts), start(optimizer)
+    before = len(compilations)
+    run(step, state)
+    assert len(compilations) == before + 1
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_two_devices_that_share_each_batch_take_the_steps_of_one(compilations, parts):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere, shared = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    optimizer = OPTIMIZER.build(STEPS)
+    step = make_step(loss, optimizer, accumulate=parts)
+    alone, alone_rows = run(step, start(optimizer))
+
+    state = jax.device_put(start(optimizer), everywhere)
+    before = len(compilations)
+    for number in range(STEPS):
+        state, metrics = step(state, jax.device_put(batch(number), shared))
+        # Sums over rows are added in another order.
+        assert {k: float(v) for k, v in metrics.items()} == pytest.approx(alone_rows[number], rel=1e-5)
+    assert len(compilations) == before + 1
+    assert_close(state, alone, rtol=1e-4, atol=1e-6)
+    assert all(a.is_fully_replicated and len(a.sharding.device_set) == 2 for a in jax.tree.leaves(state))
+
+
+@jax.numpy_dtype_promotion("standard")
+@pytest.mark.parametrize(("steps", "warmup", "peak"), [(50, 10, 10), (8, 100, 4), (1, 100, 0)])
+def test_the_learning_rate_warms_up_and_ends_at_a_fiftieth(steps, warmup, peak):
+    config = OptimizerConfig(learning_rate=0.3, warmup=warmup, b1=0.0, b2=0.0, clip=1.0)
+    optimizer = config.build(steps)
+    params, rates = jnp.zeros(1), []
+    state = optimizer.init(params)
+    for _ in range(steps + 1):
+        updates, state = optimizer.update(jnp.ones(1), state, params)
+        rates.append(-float(updates[0]))  # without its averages Adam moves by the rate itself
+    assert rates[peak] == pytest.approx(0.3, rel=1e-4)
+    assert rates[-1] == pytest.approx(0.3 / 50, rel=1e-4)
+    assert np.argmax(rates) == peak
+    assert rates[0] == (0.0 if peak else pytest.approx(0.3, rel=1e-4))
+
+
+@jax.numpy_dtype_promotion("standard")
+def test_gradients_are_clipped_by_their_norm_all_together():
+    optimizer = OptimizerConfig(clip=2.0, b1=0.5).build(10)
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    state = optimizer.update({"a": jnp.full(1, 30.0), "b": jnp.full(1, 40.0)}, optimizer.init(params), params)[1]
+    mu = optax.tree.get(state, "mu")
+    assert [float(mu[name][0]) for name in "ab"] == pytest.approx([0.5 * 2 * 0.6, 0.5 * 2 * 0.8], rel=1e-5)
