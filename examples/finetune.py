@@ -1,0 +1,58 @@
+"""Fine-tunes a model on a folder of recordings, and counts its errors on another folder before and after.
+
+Beside each recording lies a JSON file of the same name with the words and their times, as `dsm-jax transcribe --format
+json` writes it: transcribe, correct, and learn from that. Without arguments `digits` learns a voice that is new to it.
+"""
+
+import argparse
+from pathlib import Path
+
+import dsm_jax
+from dsm_jax.training import manifest
+from dsm_jax.training.finetune import FinetuneConfig, finetune
+from dsm_jax.training.lora import LoraConfig
+from dsm_jax.training.measure import Figures, compare_all
+from dsm_jax.training.run import RunConfig
+from dsm_jax.training.step import OptimizerConfig
+
+VOICE = Path(__file__).parent / "new_speaker"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("data", type=Path, nargs="?", default=VOICE / "train", help="what to learn from")
+    parser.add_argument("--test", type=Path, default=VOICE / "test", help="what to count errors on")
+    parser.add_argument("--model", default="digits")
+    parser.add_argument("--output", type=Path, default=Path("out/finetuned"), help="checkpoints, curve and model")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--rank", type=int, default=0, help="of low-rank adapters; 0 trains the whole model")
+    parser.add_argument("--resume", action="store_true")
+    return parser.parse_args()
+
+
+def errors(model: dsm_jax.Model, folder: Path) -> Figures:
+    recordings = manifest.read(folder, model.sample_rate)
+    heard = dsm_jax.transcribe(model, [recording.audio for recording in recordings])
+    return compare_all(zip([recording.words for recording in recordings], heard, strict=True))
+
+
+def main() -> None:
+    args = arguments()
+    before = errors(dsm_jax.load(args.model), args.test)
+    print(f"before: {before}")
+    config = FinetuneConfig(
+        data=str(args.data),
+        output=str(args.output),
+        model=args.model,
+        run=RunConfig(steps=args.steps, log_every=10, save_every=50),
+        optimizer=OptimizerConfig(learning_rate=args.learning_rate, warmup=20),
+        lora=LoraConfig(rank=args.rank) if args.rank else None,
+    )
+    model = finetune(config, resume=args.resume)
+    print(f"after: {errors(model, args.test)}")
+    print(f"dsm-jax transcribe --model {args.output / 'model'} RECORDING uses it from now on")
+
+
+if __name__ == "__main__":
+    main()
