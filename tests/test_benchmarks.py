@@ -80,6 +80,11 @@ def test_a_contender_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPa
     assert tasks.missing("ours") is None
 
 
+def test_checkpoints_are_made_only_for_tasks_that_read_them():
+    assert not runner.checkpoints_needed(["train_lm_step", "train_codec_step"], list(tasks.PACKAGES))
+    assert runner.checkpoints_needed(["train_lm_step", "transcribe_45s"], ["ours"])
+
+
 def test_a_device_becomes_part_of_a_file_name():
     assert rows.slug("AMD EPYC 9B14 (96-Core)") == "amd-epyc-9b14-96-core"
 

@@ -88,19 +88,19 @@ def test_labels_follow_the_sound_of_a_string(data):
 def test_all_stages_run_and_a_resumed_recipe_ends_the_same(data, tmp_path):
     def config(output: str, steps: int) -> DigitsConfig:
         run = RunConfig(steps=steps, log_every=1, save_every=1)
-        objective = CodecObjective(decoded_frames=4)
+        codec = CodecStage(rows=2, frames=8, run=run, objective=CodecObjective(decoded_frames=4))
         return DigitsConfig(
             data=str(data),
             output=str(tmp_path / output),
-            codec=CodecStage(rows=2, frames=8, run=run, objective=objective),
+            codec=codec,
+            semantic=codec,
             lm=LmStage(strings=8, frames=12, rows=2, run=run),
         )
 
     whole = train_digits(config("whole", 2))
     folder = tmp_path / "whole/digits"
     assert {"config.json", "mimi_config.json", "model.safetensors"} <= {path.name for path in folder.iterdir()}
-    assert (tmp_path / "whole/codec/curve.png").is_file()
-    assert (tmp_path / "whole/lm/curve.png").is_file()
+    assert all((tmp_path / f"whole/{stage}/curve.png").is_file() for stage in ("codec", "semantic", "lm"))
     assert whole.config.stt.audio_delay_seconds == 0.64
     with pytest.raises(TrainingError, match="whole/digits exists, so this recipe is done; choose another output"):
         train_digits(config("whole", 2), resume=True)

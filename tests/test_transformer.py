@@ -92,6 +92,18 @@ def test_a_chunk_sees_what_single_steps_see_where_the_reference_loses_keys():
     assert lost_T.tolist() == [t >= config["context"] - 1 for t in range(len(lost_T))]
 
 
+@pytest.mark.parametrize("steps", [1, 4, small.STT.context, small.STT.context + 1])
+def test_a_clip_that_is_one_step_needs_no_rings_while_it_fits_the_window(steps):
+    model = small.build(lambda rngs: Transformer(small.STT.transformer, rngs=rngs))
+    x_BTD = jnp.asarray(noise(2, steps, 16))
+    clip = model.init_clip(2, steps)
+    assert (None in clip.caches) == (steps <= small.STT.context)
+    y_BTD, after = model.step(x_BTD, clip)
+    expected_BTD, expected = model.step(x_BTD, model.init_state(2))
+    np.testing.assert_allclose(y_BTD, expected_BTD, rtol=0, atol=1e-5)  # summed in another order
+    np.testing.assert_array_equal(after.position_B, expected.position_B)
+
+
 def test_gradients_pass_through_windows():
     config = TransformerConfig(d_model=8, num_heads=2, num_layers=1, dim_feedforward=12, context=4, layer_scale=0.1)
     graphdef, params = nnx.split(small.build(lambda rngs: Transformer(config, rngs=rngs)))

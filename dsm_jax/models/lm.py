@@ -151,7 +151,8 @@ class DelayedStreamsLM(nnx.Module):
         target_BKT = delay(codes_BKT, self.initial_K, config.delays)
         given_BKT = target_BKT if fed_BKT is None else delay(fed_BKT, self.initial_K, config.delays)
         given_BKT = jnp.concatenate([start_BK1, given_BKT[:, :, :-1]], axis=2)
-        hidden_BTD, _ = self.step(given_BKT, self.init_state(codes_BKT.shape[0]), conditions=conditions)
+        clip = self.transformer.init_clip(codes_BKT.shape[0], codes_BKT.shape[2])
+        hidden_BTD, _ = self.step(given_BKT, clip, conditions=conditions)
 
         text_BTV, valid_1T = undelay(self.text_logits(hidden_BTD)[:, None], config.delays[:1])
         text_mask_BT = valid_1T & (codes_BKT[:, 0] != ZERO_TOKEN)

@@ -82,7 +82,10 @@ class MimiEncoder(nnx.Module):
 
     def __call__(self, x_BTC: jax.Array) -> jax.Array:
         """One step over the whole clip."""
-        return self.step(x_BTC, self.init_state(x_BTC.shape[0]))[0]
+        rows, latents = x_BTC.shape[0], x_BTC.shape[1] // self.frame_size * self.downsample.stride
+        state = self.init_state(rows)
+        clip = dataclasses.replace(state, transformer=self.transformer.init_clip(rows, latents))
+        return self.step(x_BTC, clip)[0]
 
 
 class MimiDecoder(nnx.Module):
@@ -118,7 +121,10 @@ class MimiDecoder(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """One step over the whole clip."""
-        return self.step(x_BTD, self.init_state(x_BTD.shape[0]))[0]
+        rows, latents = x_BTD.shape[0], x_BTD.shape[1] * self.upsample.stride
+        state = self.init_state(rows)
+        clip = dataclasses.replace(state, transformer=self.transformer.init_clip(rows, latents))
+        return self.step(x_BTD, clip)[0]
 
 
 class Mimi(nnx.Module):

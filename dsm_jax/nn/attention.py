@@ -48,7 +48,8 @@ def _attend(q_BTKGH: jax.Array, sources: list[tuple[jax.Array, jax.Array, jax.Ar
     for k_BKSH, _, mask_BTS in sources:
         s = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32) * scale
         scores.append(s if mask_BTS is None else jnp.where(mask_BTS[:, None, None], s, -jnp.inf))
-    top = functools.reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores])
+    # What is taken off every score changes nothing, so it needs no gradient.
+    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores]))
     weights = [jnp.exp(s - top) for s in scores]
     total_BKGT = functools.reduce(jnp.add, [w.sum(-1) for w in weights])
     mixed = [
@@ -108,9 +109,9 @@ class Attention(nnx.Module):
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def step(
-        self, x_BTD: jax.Array, cache: KVCache, position_B: jax.Array, active_B: jax.Array | None
-    ) -> tuple[jax.Array, KVCache]:
-        """Runs a chunk of at most `context` steps."""
+        self, x_BTD: jax.Array, cache: KVCache | None, position_B: jax.Array, active_B: jax.Array | None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Runs a chunk of at most `context` steps; no cache means that nothing came before it and nothing follows."""
         c = self.config
         B, T, _ = x_BTD.shape
         S = c.context
@@ -127,8 +128,12 @@ class Attention(nnx.Module):
         slot_BT = position_BT % S
         if active_B is not None:
             slot_BT = jnp.where(active_B[:, None], slot_BT, S)  # out of range: nothing is written
+        steps_T = jnp.arange(T)
+        causal_BTU = jnp.broadcast_to(steps_T[:, None] >= steps_T, (B, T, T))
 
-        if T == 1:
+        if cache is None:
+            y_BTE = _attend(q_BTKGH, [(k_BKUH, v_BKUH, causal_BTU)])
+        elif T == 1:
             # The new key takes the place of the one that just left the window, so after the write the ring is the
             # window, and XLA updates the donated cache in place. An idle row of a fresh stream has no key at all; its
             # empty slot 0 keeps its softmax finite.
@@ -140,8 +145,6 @@ class Attention(nnx.Module):
             # position before the chunk that is s modulo S, or nothing while that is negative.
             held_BS = position_B[:, None] - 1 - (position_B[:, None] - 1 - jnp.arange(S)) % S
             seen_BTS = (held_BS >= 0)[:, None] & (position_BT[..., None] - held_BS[:, None] < S)
-            steps_T = jnp.arange(T)
-            causal_BTU = jnp.broadcast_to(steps_T[:, None] >= steps_T, (B, T, T))
             y_BTE = _attend(q_BTKGH, [(cache.k_BKSH, cache.v_BKSH, seen_BTS), (k_BKUH, v_BKUH, causal_BTU)])
             # The write must depend on the read: XLA would copy the donated cache otherwise.
             cache = _write(cache, k_BKUH, v_BKUH, _finite(slot_BT, S, y_BTE))

@@ -20,9 +20,9 @@ from dsm_jax.streaming import KVCache, step_in_blocks
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TransformerState:
-    """Each layer's cache, and how many steps each row has taken."""
+    """Each layer's cache, or None for clips that are one step; and how many steps each row has taken."""
 
-    caches: tuple[KVCache, ...]
+    caches: tuple[KVCache | None, ...]
     position_B: jax.Array
 
 
@@ -111,11 +111,11 @@ class TransformerLayer(nnx.Module):
     def step(
         self,
         x_BTD: jax.Array,
-        cache: KVCache,
+        cache: KVCache | None,
         position_B: jax.Array,
         active_B: jax.Array | None,
         cross: tuple[jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, KVCache]:
+    ) -> tuple[jax.Array, KVCache | None]:
         """Runs one chunk."""
         y_BTD, cache = self.self_attn.step(self.norm1(x_BTD), cache, position_B, active_B)
         x_BTD = x_BTD + (y_BTD if self.layer_scale_1_D is None else self.layer_scale_1_D[...] * y_BTD)
@@ -136,6 +136,15 @@ class Transformer(nnx.Module):
         """The state of `batch_size` fresh streams."""
         caches = tuple(layer.self_attn.init_cache(batch_size) for layer in self.layers)
         return TransformerState(caches, jnp.zeros((batch_size,), jnp.int32))
+
+    def init_clip(self, batch_size: int, length: int) -> TransformerState:
+        """The state before the one step that clips of `length` steps are: without rings where none is needed.
+
+        An empty ring would be attended to all the same, and to no end: it doubles the time of attention in training.
+        """
+        if length > self.config.context:
+            return self.init_state(batch_size)
+        return TransformerState((None,) * len(self.layers), jnp.zeros((batch_size,), jnp.int32))
 
     @full_precision
     def cross_keys_values(self, source_BXD: jax.Array) -> tuple[tuple[jax.Array, jax.Array], ...]:
@@ -168,4 +177,4 @@ class Transformer(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """One step over the whole clip."""
-        return self.step(x_BTD, self.init_state(x_BTD.shape[0]))[0]
+        return self.step(x_BTD, self.init_clip(*x_BTD.shape[:2]))[0]

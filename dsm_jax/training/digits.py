@@ -99,15 +99,35 @@ def load_sentences(folder: Path, sample_rate: int, *, held_out: bool) -> list[Se
     return sentences
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mix:
+    """What rows are drawn from; the rest is strings of digits.
+
+    Attributes:
+      sentences: share of rows with other speech.
+      noise: share of rows in which nobody speaks.
+      short: share of strings with few words or none, and silence after them.
+      gaps: between the words of a string.
+      harshness, quietest_db: of what is done to strings; see `sounds.roughen`.
+    """
+
+    sentences: float = 0.3
+    noise: float = 0.08
+    short: float = 0.3
+    gaps: Gaps = Gaps()
+    harshness: float = 1.0
+    quietest_db: float = -26.0
+
+
 def digits_row(
-    random: np.random.Generator, takes: Sequence[Take], *, frames: int, config: MimiConfig = MIMI
+    random: np.random.Generator, takes: Sequence[Take], mix: Mix, *, frames: int, config: MimiConfig = MIMI
 ) -> tuple[np.ndarray, list[Spoken]]:
     """A string of digits in some room, samples [frames * frame size] at the codec's rate, and its words."""
     seconds = frames / config.frame_rate
-    words = None if random.random() < 0.7 else int(random.integers(0, 6))
-    pcm_T, spoken = string_of(random, takes, TAKE_RATE, seconds=seconds, words=words)
-    pcm_T = sounds.resample(sounds.roughen(random, pcm_T, TAKE_RATE), TAKE_RATE, config.sample_rate)
-    return pcm_T[: frames * config.frame_size], spoken
+    words = None if random.random() >= mix.short else int(random.integers(0, 6))
+    pcm_T, spoken = string_of(random, takes, TAKE_RATE, seconds=seconds, words=words, gaps=mix.gaps)
+    pcm_T = sounds.roughen(random, pcm_T, TAKE_RATE, harshness=mix.harshness, quietest_db=mix.quietest_db)
+    return sounds.resample(pcm_T, TAKE_RATE, config.sample_rate)[: frames * config.frame_size], spoken
 
 
 def noise_row(random: np.random.Generator, *, frames: int, config: MimiConfig = MIMI) -> np.ndarray:
@@ -121,7 +141,7 @@ def noise_row(random: np.random.Generator, *, frames: int, config: MimiConfig = 
 
 
 def sentence_row(
-    random: np.random.Generator, sentences: Sequence[Sentence], *, frames: int, config: MimiConfig = MIMI
+    random: np.random.Generator, sentences: Sequence[Sentence], mix: Mix, *, frames: int, config: MimiConfig = MIMI
 ) -> tuple[np.ndarray, np.ndarray]:
     """Part of read sentences in some room, and its labels: other speech, nothing, or unknown where digits are said."""
     samples = frames * config.frame_size
@@ -137,7 +157,8 @@ def sentence_row(
     labels_N = np.where(level_N > 0.05 * level_N.max(), OTHER, 0) if known else np.full(frames, -1)
     if random.random() < 0.5:  # else narrow and wide bands would tell digits from other speech
         pcm_T = sounds.resample(sounds.resample(pcm_T, config.sample_rate, TAKE_RATE), TAKE_RATE, config.sample_rate)
-    return sounds.roughen(random, pcm_T, config.sample_rate), labels_N.astype(np.int32)
+    pcm_T = sounds.roughen(random, pcm_T, config.sample_rate, harshness=mix.harshness, quietest_db=mix.quietest_db)
+    return pcm_T, labels_N.astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +169,7 @@ class CodecRows:
     sentences: Sequence[Sentence]
     frames: int
     seed: tuple[int, ...]
-    sentence_share: float = 0.3
-    noise_share: float = 0.08
+    mix: Mix = Mix()
 
     def __len__(self) -> int:
         return ROWS
@@ -158,12 +178,12 @@ class CodecRows:
         """One row: `pcm_BT` and `labels_BN` without their batch axis."""
         random = np.random.default_rng((*self.seed, index))
         kind = random.random()
-        if kind < self.sentence_share:
-            pcm_T, labels_N = sentence_row(random, self.sentences, frames=self.frames)
-        elif kind < self.sentence_share + self.noise_share:
+        if kind < self.mix.sentences:
+            pcm_T, labels_N = sentence_row(random, self.sentences, self.mix, frames=self.frames)
+        elif kind < self.mix.sentences + self.mix.noise:
             pcm_T, labels_N = noise_row(random, frames=self.frames), np.zeros(self.frames, np.int32)
         else:
-            pcm_T, spoken = digits_row(random, self.takes, frames=self.frames)
+            pcm_T, spoken = digits_row(random, self.takes, self.mix, frames=self.frames)
             labels_N = labels_of(spoken, WORDS, frames=self.frames, frame_rate=MIMI.frame_rate, parts=PARTS)
         return {"pcm_BT": pcm_T.astype(np.float32), "labels_BN": labels_N}
 
@@ -176,8 +196,7 @@ class SpeechRows:
     sentences: Sequence[Sentence]
     frames: int
     seed: tuple[int, ...]
-    sentence_share: float = 0.12
-    noise_share: float = 0.08
+    mix: Mix = Mix()
 
     def __len__(self) -> int:
         return ROWS
@@ -186,11 +205,13 @@ class SpeechRows:
         """Samples [frames * frame size] at the codec's rate, and words with times."""
         random = np.random.default_rng((*self.seed, index))
         kind = random.random()
-        if kind < self.sentence_share:
-            return sentence_row(random, [s for s in self.sentences if not s.has_digits], frames=self.frames)[0], []
-        if kind < self.sentence_share + self.noise_share:
+        if kind < self.mix.sentences:
+            return sentence_row(random, [s for s in self.sentences if not s.has_digits], self.mix, frames=self.frames)[
+                0
+            ], []
+        if kind < self.mix.sentences + self.mix.noise:
             return noise_row(random, frames=self.frames), []
-        return digits_row(random, self.takes, frames=self.frames)
+        return digits_row(random, self.takes, self.mix, frames=self.frames)
 
 
 def plain_strings(takes: Sequence[Take], count: int, *, seed: int = 0) -> list[tuple[np.ndarray, list[Spoken]]]:

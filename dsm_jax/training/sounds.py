@@ -89,14 +89,30 @@ def tilt(random: np.random.Generator, x_T: np.ndarray, sample_rate: int) -> np.n
     return np.fft.irfft(spectrum * 10 ** (np.clip(curve_db, -20, 12) / 20), len(x_T)).astype(np.float32)
 
 
-def roughen(random: np.random.Generator, x_T: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Room, microphone, noise and level, each at random; the peak stays below 1."""
-    if random.random() < 0.3:
+def roughen(
+    random: np.random.Generator,
+    x_T: np.ndarray,
+    sample_rate: int,
+    *,
+    harshness: float = 1.0,
+    quietest_db: float = -26.0,
+) -> np.ndarray:
+    """Room, microphone, noise and level, each at random; the peak stays below 1.
+
+    Args:
+      random: what to draw from.
+      x_T: the sound.
+      sample_rate: Hz.
+      harshness: from 0 to 1: how often room, microphone and noise are added, and how loud the loudest noise is.
+      quietest_db: the lowest peak, against full scale.
+    """
+    if random.random() < 0.3 * harshness:
         x_T = room(random, x_T, sample_rate)
-    if random.random() < 0.6:
+    if random.random() < 0.6 * harshness:
         x_T = tilt(random, x_T, sample_rate)
     level = rms(x_T)
-    if random.random() < 0.7 and level > 1e-5:
-        x_T = x_T + level * gain(-random.uniform(8, 50)) * noise(random, len(x_T), sample_rate)
-    peak = gain(-random.uniform(0.5, 26))
+    if random.random() < 0.7 * harshness and level > 1e-5:
+        loudest_db = 20 - 12 * harshness  # below the sound
+        x_T = x_T + level * gain(-random.uniform(loudest_db, 50)) * noise(random, len(x_T), sample_rate)
+    peak = gain(random.uniform(quietest_db, -0.5))
     return (x_T * (peak / max(float(np.abs(x_T).max()), 1e-4))).astype(np.float32)

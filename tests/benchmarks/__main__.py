@@ -89,6 +89,12 @@ def measure(task: str, contenders: Sequence[str], args: argparse.Namespace) -> l
     return measured + rows.ratio_rows(task, measured)
 
 
+def checkpoints_needed(tasks: Sequence[str], contenders: Sequence[str]) -> bool:
+    """Whether somebody reads one: the others, for their weights, and ours where it transcribes."""
+    read = [task for task in tasks if TASKS[task].checkpoint]
+    return bool(read) and (set(contenders) != {OURS} or "transcribe_45s" in read)
+
+
 def main() -> None:
     """Runs from the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
@@ -108,7 +114,7 @@ def main() -> None:
     name = f"{rows.slug(about['device'])}-{about['date']}.jsonl"
     out = args.out or (ROOT / "out" / "benchmarks" if args.tiny else ROOT / RESULTS) / name
 
-    if set(args.contender) != {OURS} or "transcribe_45s" in args.task:
+    if checkpoints_needed(args.task, args.contender):
         command = ["tests.benchmarks.checkpoints", str(args.checkpoints), *(["--tiny"] if args.tiny else [])]
         _make_checkpoints(command, args)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ class Task:
         target: ours / best of the others, in time, at most.
         memory_target: the same for the peak memory of the process, where it is compared.
         rounds: how often the contenders take turns; None for as often as was asked.
+        checkpoint: whether the others read what `checkpoints` made.
     """
 
     contenders: tuple[str, ...]
@@ -26,9 +27,11 @@ class Task:
     target: float
     memory_target: float | None = None
     rounds: int | None = None
+    checkpoint: bool = True
 
 
-# Mimi attends over 125 frames. transformers has no streaming decoder, and rustymimi no language model.
+# Mimi attends over 125 frames. transformers has no streaming decoder, and rustymimi no language model. The reference's
+# eight codebooks, when it trains them, start one step after the other.
 TASKS = {
     "lm_step_b1": Task((OURS, "moshi", "transformers"), steps=50, warm_up=10, target=0.65),
     "lm_step_b8": Task((OURS, "moshi", "transformers"), steps=50, warm_up=10, target=0.70),
@@ -38,6 +41,8 @@ TASKS = {
     "transcribe_45s": Task(
         (OURS, "moshi", "transformers"), steps=1, warm_up=0, target=0.60, memory_target=1.0, rounds=1
     ),
+    "train_lm_step": Task((OURS, "moshi"), steps=10, warm_up=3, target=0.80, checkpoint=False),
+    "train_codec_step": Task((OURS, "moshi"), steps=10, warm_up=8, target=0.80, checkpoint=False),
 }
 
 

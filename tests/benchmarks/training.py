@@ -1,0 +1,134 @@
+"""The training steps that are timed: sizes and batches, which both sides take, and ours.
+
+A step is a loss, its gradients, clipping by the global norm and AdamW, on the recipe's two networks. What the recipe
+hides from a network at random is off, so that both sides do the same work.
+
+Shape letters: B batch rows, K streams (text first), Q audio streams, T frames of codes or samples, N frames of audio.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsm_jax.configs import LMConfig, MimiConfig
+from dsm_jax.models.lm import DelayedStreamsLM
+from dsm_jax.models.mimi import Mimi
+from dsm_jax.training import codec, digits, recipe, step
+from dsm_jax.training.codec import CodecObjective, CodecTrainee
+from dsm_jax.training.step import OptimizerConfig
+from dsm_jax.training.stt import SttObjective, stt_loss
+from tests import small
+from tests.benchmarks.worker import Step
+
+_LM, _CODEC = recipe.LmStage(), recipe.CodecStage()
+_LM_CONFIG = recipe.lm_config(41, _LM.frames)  # as many pieces as the recipe's tokenizer has
+_NEVER = 10**9  # steps of a schedule that does not get anywhere
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LmCase:
+    """A language model, what it is trained on, and how."""
+
+    config: LMConfig = _LM_CONFIG
+    rows: int = _LM.rows
+    frames: int = _LM.frames
+    objective: SttObjective = SttObjective(padding_weight=_LM.objective.padding_weight)
+    optimizer: OptimizerConfig = dataclasses.replace(_LM.optimizer, warmup=0)
+
+    def codes(self) -> np.ndarray:
+        """Random tokens, int32 [B, K, T]: text that is padding half of the time, and audio."""
+        random, config = np.random.default_rng(0), self.config
+        audio_BQT = random.integers(config.card, size=(self.rows, config.n_q, self.frames))
+        text_B1T = random.integers(config.text_logits, size=(self.rows, 1, self.frames))
+        text_B1T = np.where(random.random(text_B1T.shape) < 0.5, config.existing_text_padding_id, text_B1T)
+        return np.concatenate([text_B1T, audio_BQT], axis=1).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodecCase:
+    """A codec, what it is trained on, and how."""
+
+    config: MimiConfig = digits.MIMI
+    labels: int = digits.LABELS
+    rows: int = _CODEC.rows
+    frames: int = _CODEC.frames
+    objective: CodecObjective = dataclasses.replace(_CODEC.objective, codebook_dropout=0.0)
+    optimizer: OptimizerConfig = dataclasses.replace(_CODEC.optimizer, warmup=0)
+
+    def sound(self) -> tuple[np.ndarray, np.ndarray]:
+        """Noise, float32 [B, T], and random labels, int32 [B, N], a few of them unknown."""
+        random = np.random.default_rng(0)
+        pcm_BT = 0.1 * random.standard_normal((self.rows, self.frames * self.config.frame_size), np.float32)
+        return pcm_BT, random.integers(-1, self.labels, size=(self.rows, self.frames)).astype(np.int32)
+
+
+# The longest window of the spectral loss is 128 frames of the miniature codec.
+TINY_LM = LmCase(config=small.STT, rows=3, frames=17)
+TINY_CODEC = CodecCase(
+    config=small.MIMI,
+    labels=5,
+    rows=3,
+    frames=132,
+    objective=CodecObjective(codebook_dropout=0.0, decoded_frames=130),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What `dsm_jax.training.step` needs."""
+
+    loss: step.Loss
+    params: Any
+    memory: Any
+    batch: dict[str, jax.Array]
+    optimizer: OptimizerConfig
+
+
+def make(task: str, tiny: bool) -> Step:
+    """The step of `task`, on fresh weights."""
+    if task == "train_lm_step":
+        case = TINY_LM if tiny else LmCase()
+        return start(train_lm(case, DelayedStreamsLM(case.config, rngs=nnx.Rngs(0))))
+    case = TINY_CODEC if tiny else CodecCase()
+    mimi = Mimi(case.config, block_frames=None, rngs=nnx.Rngs(0))
+    return start(train_codec(case, CodecTrainee(mimi, case.labels, rngs=nnx.Rngs(1)), fresh=True))
+
+
+def train_lm(case: LmCase, lm: DelayedStreamsLM) -> Training:
+    """Training of a language model, as the recipe does it."""
+    graph, params = nnx.split(lm)
+
+    def loss(params: Any, memory: tuple, batch: dict[str, jax.Array], key: jax.Array) -> Any:
+        value, metrics = stt_loss(nnx.merge(graph, params), batch["codes_BKT"], key, case.objective)
+        return value, (memory, metrics)
+
+    return Training(loss, params, (), {"codes_BKT": jnp.asarray(case.codes())}, case.optimizer)
+
+
+def train_codec(case: CodecCase, trainee: CodecTrainee, *, fresh: bool) -> Training:
+    """Training of a codec, as the recipe does it; `fresh` codebooks start at vectors of the first batch."""
+    graph, params, memory = codec.split(trainee, fresh=fresh)
+
+    def loss(params: Any, memory: codec.CodecMemory, batch: dict[str, jax.Array], key: jax.Array) -> Any:
+        return codec.codec_loss(codec.merge(graph, params, memory), memory, batch, key, case.objective)
+
+    pcm_BT, labels_BN = map(jnp.asarray, case.sound())
+    return Training(loss, params, memory, {"pcm_BT": pcm_BT, "labels_BN": labels_BN}, case.optimizer)
+
+
+def start(training: Training) -> Step:
+    """A step that goes on from the one before, and returns the loss once its update is done."""
+    optimizer = training.optimizer.build(_NEVER)
+    advance = step.make_step(training.loss, optimizer)
+    state = step.init(training.params, training.memory, optimizer, seed=0)
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = jax.block_until_ready(advance(state, training.batch))
+        return float(metrics["loss"])
+
+    return run
