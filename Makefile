@@ -14,7 +14,7 @@ SAY := @printf '==> %s\n'
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: .venv/.run ## send a real recording through the codec, streaming and offline
+demo: .venv/.run ## transcribe real recordings of spoken digits, whole and live
 	@$(BIN)/python examples/demo.py
 
 test: .venv/.dev ## the tests: no network, no GPU, no torch

@@ -22,7 +22,8 @@ from dsm_jax.training.measure import compare_all, measure
 from dsm_jax.training.spectral import mel_distance, si_sdr
 
 RATE = digits.MIMI.sample_rate
-STRINGS = 400
+STRINGS = 300
+SENTENCES = 18  # of each reader
 
 
 def words_heard(model: dsm_jax.Model, strings: list[tuple[np.ndarray, list[Spoken]]]) -> None:
@@ -56,15 +57,15 @@ def by_speaker(model: dsm_jax.Model, folder: Path) -> None:
     takes = digits.load_takes(folder, digits.TEST_TAKES)
     for speaker in sorted({take.speaker for take in takes}):
         own = [take for take in takes if take.speaker == speaker]
-        print(f"{speaker}: {measure(model, plain_strings(own, 100, seed=1))}")
+        print(f"{speaker}: {measure(model, plain_strings(own, 50, seed=1))}")
 
 
 def nothing_heard(model: dsm_jax.Model) -> None:
-    """Words heard where none are said: 30 s of silence and of ten noises at four levels."""
+    """Words heard where none are said: 30 s of silence, and of five noises at four levels."""
     silence = [np.zeros(30 * RATE, np.float32)]
     rooms = [
         np.clip(sounds.noise(np.random.default_rng((6, i)), 30 * RATE, RATE) * sounds.gain(db), -1, 1)
-        for i in range(10)
+        for i in range(5)
         for db in (-70, -50, -35, -20)
     ]
     heard = [len(t.words) for t in dsm_jax.transcribe(model, silence + rooms)]
@@ -75,7 +76,7 @@ def codec_kept(model: dsm_jax.Model, data: Path, whisper: Path | None) -> None:
     """What the codec keeps of sentences that training did not hear."""
     recognise = recogniser(whisper) if whisper else None
     for name in ("kathleen", "ljspeech"):
-        sentences = digits.load_sentences(data / name, RATE, held_out=True)[:40]
+        sentences = digits.load_sentences(data / name, RATE, held_out=True)[:SENTENCES]
         kept, false_words = [], 0
         distances: list[tuple[float, float]] = []
         for sentence in sentences:

@@ -28,6 +28,9 @@ def desk(tmp_path_factory):
     pcm = stt_model.recording()[:48_000]
     soundfile.write(desk / "talk.mp3", pcm, 24_000)
     soundfile.write(desk / "note.flac", pcm[10_000:], 24_000)
+    shutil.copytree(ROOT / "examples/audio", desk / "examples/audio")
+    shutil.copytree(ROOT / "examples/new_speaker/test", desk / "recordings")
+    (desk / "finetune.json").write_text(*blocks(README, "json"))
     repository = desk / "hub/models--kyutai--stt-1b-en_fr"
     shutil.copytree(stt_model.CHECKPOINT, repository / "snapshots/0123abc")
     (repository / "refs").mkdir()
@@ -59,6 +62,7 @@ def test_shell_blocks_run_in_order(desk):
         assert done.returncode == 0, block + done.stderr
     assert (folder / "subtitles/note.srt").is_file()
     assert (folder / "again.wav").is_file()
+    assert (folder / "learnt/curve.png").is_file()
 
 
 def test_make_targets_exist():

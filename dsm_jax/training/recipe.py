@@ -64,10 +64,10 @@ _SEMANTIC = CodecStage(
 class LmStage:
     """Training of the language model."""
 
-    strings: int = 30_000  # made and encoded once
+    strings: int = 24_000  # made and encoded once
     frames: int = 75  # in each
     rows: int = 48  # in a batch
-    run: RunConfig = RunConfig(steps=3000, log_every=50, save_every=500)
+    run: RunConfig = RunConfig(steps=2400, log_every=50, save_every=400)
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup=100, weight_decay=0.05)
     objective: SttObjective = SttObjective(text_dropout=0.1, codebook_dropout=0.25, random_codes=0.05)
     mix: Mix = Mix(sentences=0.12, harshness=0.4, gaps=Gaps(longest=0.7), quietest_db=-18.0)
@@ -216,7 +216,9 @@ def train_lm(
         return {"loss": value, **metrics}
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        return {f"validation_{name}": float(value) for name, value in measure(state.params, unseen).items()}
+        return {
+            f"validation_{name}": float(value) for name, value in measure(state.params, unseen.astype(np.int32)).items()
+        }
 
     optimizer = stage.optimizer.build(stage.run.steps)
     state = step.init(params, (), optimizer, seed)

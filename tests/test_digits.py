@@ -1,0 +1,70 @@
+"""The model inside the package: what it must do on recordings that training did not see."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dsm_jax
+from dsm_jax import audio, cli
+from dsm_jax.checkpoints import Model
+from dsm_jax.training.compose import Spoken
+from dsm_jax.training.measure import compare_all
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "dsm_jax/assets/digits"
+RECORDINGS = sorted((ROOT / "examples/audio").glob("digits_*.flac"))
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@functools.cache
+def model() -> Model:
+    return dsm_jax.load("digits")
+
+
+def said(recording: Path) -> list[dict]:
+    return json.loads(recording.with_suffix(".json").read_text(encoding="utf-8"))["words"]
+
+
+def test_it_is_small_and_complete():
+    files = {path.name: path.stat().st_size for path in ASSETS.iterdir()}
+    assert sum(files.values()) <= 8_000_000
+    assert {"README.md", "config.json", "mimi_config.json", "model.safetensors"} <= files.keys()
+    assert [model().tokenizer.piece(i) for i in range(4, 14)] == [f"▁{word}" for word in WORDS]
+
+
+def test_digits_are_heard_where_they_were_said():
+    heard = dsm_jax.transcribe(model(), RECORDINGS)
+    truth = [[Spoken(word["text"], word["start"], word["end"]) for word in said(path)] for path in RECORDINGS]
+    figures = compare_all(zip(truth, heard, strict=True))
+    assert figures.words == 15
+    assert figures.word_error_rate <= 0.1  # of 15 words one may be wrong; the model card has the rate
+    assert figures.start_error <= 0.08
+    assert np.abs(figures.start_errors).max() <= 0.3
+
+
+@pytest.mark.parametrize("milliseconds", [7, 80, 333])
+def test_live_words_are_the_same(milliseconds):
+    pcm_T = audio.read(RECORDINGS[0], model().sample_rate)
+    size = model().sample_rate * milliseconds // 1000
+    events = dsm_jax.stream(model(), (pcm_T[i : i + size] for i in range(0, pcm_T.size, size)))
+    words = [event.word for event in events if isinstance(event, dsm_jax.WordEnded)]
+    expected = dsm_jax.transcribe(model(), pcm_T).words
+    assert [(word.text, word.start, word.end) for word in words] == [(w.text, w.start, w.end) for w in expected]
+
+
+def test_nothing_is_heard_in_silence_hiss_and_hum():
+    """Rumble below the voice is heard as digits: the model card says so."""
+    rate, random = model().sample_rate, np.random.default_rng(0)
+    hiss_T = random.normal(size=30 * rate)
+    hum_T = np.sin(2 * np.pi * 50 * np.arange(30 * rate) / rate)
+    rooms = [0.0 * hiss_T, 0.003 * hiss_T, 0.05 * hiss_T, 0.05 * hum_T + 0.001 * hiss_T]
+    transcripts = dsm_jax.transcribe(model(), [room_T.astype(np.float32) for room_T in rooms])
+    assert [transcript.text for transcript in transcripts] == [""] * 4
+
+
+def test_the_command_line_knows_it_by_name(capsys):
+    assert cli.main(["transcribe", str(RECORDINGS[0]), "--model", "digits", "--no-cache", "--quiet"]) == 0
+    assert capsys.readouterr().out.split() == [word["text"] for word in said(RECORDINGS[0])]
