@@ -24,9 +24,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test", type=Path, default=VOICE / "test", help="what to count errors on")
     parser.add_argument("--model", default="digits")
     parser.add_argument("--output", type=Path, default=Path("out/finetuned"), help="checkpoints, curve and model")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--rank", type=int, default=0, help="of low-rank adapters; 0 trains the whole model")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--rank", type=int, default=16, help="of low-rank adapters; 0 trains the whole model")
     parser.add_argument("--resume", action="store_true")
     return parser.parse_args()
 

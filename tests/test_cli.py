@@ -209,12 +209,23 @@ def test_programs_are_kept_unless_told_otherwise(tmp_path):
     assert not (tmp_path / "home").exists()
 
 
+def read_terminal(terminal: int) -> bytes:
+    """All that is written to the other end of a terminal until that is closed."""
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal says that nobody is at its other end
+        while piece := os.read(terminal, 10_000):
+            shown += piece
+    return shown
+
+
 def test_the_text_goes_to_standard_output_while_a_bar_is_shown(result):
     terminal, stderr = pty.openpty()
     command = [sys.executable, "-m", "dsm_jax.cli", "transcribe", CLIP, *MODEL]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, check=True)
-    shown = os.read(terminal, 100_000)
-    assert done.stdout.decode() == result.text + "\n"
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
+    os.close(stderr)
+    shown = read_terminal(terminal)  # as it comes: a bar that nobody reads would wait for ever once its buffer is full
+    assert running.communicate()[0].decode() == result.text + "\n"
+    assert running.returncode == 0
     assert stt_model.RECORDING.name.encode()[:20] in shown, "the bar was shown"
 
 
@@ -273,10 +284,7 @@ def test_results_on_a_terminal_are_not_wrapped(result):
     command = [sys.executable, "-m", "dsm_jax.cli", "transcribe", CLIP, *MODEL, "--format", "json"]
     running = subprocess.Popen(command, stdout=both, stderr=both, env={**os.environ, "COLUMNS": "40"})
     os.close(both)
-    shown = b""
-    with contextlib.suppress(OSError):  # how a terminal says that nobody is at its other end
-        while piece := os.read(terminal, 10_000):
-            shown += piece
+    shown = read_terminal(terminal)
     assert running.wait() == 0
     text = shown.decode().replace("\r\n", "\n")
     assert json.loads(text[text.index("{\n") : text.rindex("\n}") + 2])["text"] == result.text
