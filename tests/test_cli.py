@@ -1,9 +1,7 @@
 """The command line, as a user meets it."""
 
-import contextlib
 import json
 import os
-import pty
 import re
 import shutil
 import subprocess
@@ -32,7 +30,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return code, output.out, output.err
 
 
-@pytest.mark.parametrize("command", [[], ["transcribe"], ["codec", "encode"], ["convert"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["transcribe"], ["codec", "encode"], ["convert"], ["train"], ["bench"]])
 def test_help_is_instant(command):
     code = f"""
 import sys
@@ -209,26 +207,6 @@ def test_programs_are_kept_unless_told_otherwise(tmp_path):
     assert not (tmp_path / "home").exists()
 
 
-def read_terminal(terminal: int) -> bytes:
-    """All that is written to the other end of a terminal until that is closed."""
-    shown = b""
-    with contextlib.suppress(OSError):  # how a terminal says that nobody is at its other end
-        while piece := os.read(terminal, 10_000):
-            shown += piece
-    return shown
-
-
-def test_the_text_goes_to_standard_output_while_a_bar_is_shown(result):
-    terminal, stderr = pty.openpty()
-    command = [sys.executable, "-m", "dsm_jax.cli", "transcribe", CLIP, *MODEL]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
-    os.close(stderr)
-    shown = read_terminal(terminal)  # as it comes: a bar that nobody reads would wait for ever once its buffer is full
-    assert running.communicate()[0].decode() == result.text + "\n"
-    assert running.returncode == 0
-    assert stt_model.RECORDING.name.encode()[:20] in shown, "the bar was shown"
-
-
 def test_a_file_that_fails_midway_costs_only_itself(capsys, tmp_path, result):
     whole = tmp_path / "whole.flac"
     audio.write(whole, np.tile(stt_model.recording(), 4), 24_000)
@@ -277,17 +255,6 @@ def test_bench_prints_a_row_per_measurement(capsys, monkeypatch):
     code, _, err = run(capsys, "bench", "tea", "--no-cache")
     assert code == 2
     assert "tea cannot be timed" in err
-
-
-def test_results_on_a_terminal_are_not_wrapped(result):
-    terminal, both = pty.openpty()
-    command = [sys.executable, "-m", "dsm_jax.cli", "transcribe", CLIP, *MODEL, "--format", "json"]
-    running = subprocess.Popen(command, stdout=both, stderr=both, env={**os.environ, "COLUMNS": "40"})
-    os.close(both)
-    shown = read_terminal(terminal)
-    assert running.wait() == 0
-    text = shown.decode().replace("\r\n", "\n")
-    assert json.loads(text[text.index("{\n") : text.rindex("\n}") + 2])["text"] == result.text
 
 
 def test_a_reader_that_has_enough_is_no_error():

@@ -1,0 +1,52 @@
+"""The command line on a terminal: a bar, and results that it does not spoil."""
+
+import contextlib
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+import dsm_jax
+from tests import stt_model
+
+MODEL = ["--model", str(stt_model.CHECKPOINT), "--no-cache"]
+CLIP = str(stt_model.RECORDING)
+
+
+@pytest.fixture(scope="module")
+def result():
+    return dsm_jax.transcribe(stt_model.model(), CLIP)
+
+
+def read_terminal(terminal: int) -> bytes:
+    """All that is written to the other end of a terminal until that is closed."""
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal says that nobody is at its other end
+        while piece := os.read(terminal, 10_000):
+            shown += piece
+    return shown
+
+
+def test_the_text_goes_to_standard_output_while_a_bar_is_shown(result):
+    terminal, stderr = pty.openpty()
+    command = [sys.executable, "-m", "dsm_jax.cli", "transcribe", CLIP, *MODEL]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
+    os.close(stderr)
+    shown = read_terminal(terminal)  # as it comes: a bar that nobody reads would wait for ever once its buffer is full
+    assert running.communicate()[0].decode() == result.text + "\n"
+    assert running.returncode == 0
+    assert stt_model.RECORDING.name.encode()[:20] in shown, "the bar was shown"
+
+
+def test_results_on_a_terminal_are_not_wrapped(result):
+    terminal, both = pty.openpty()
+    command = [sys.executable, "-m", "dsm_jax.cli", "transcribe", CLIP, *MODEL, "--format", "json"]
+    running = subprocess.Popen(command, stdout=both, stderr=both, env={**os.environ, "COLUMNS": "40"})
+    os.close(both)
+    shown = read_terminal(terminal)
+    assert running.wait() == 0
+    text = shown.decode().replace("\r\n", "\n")
+    assert json.loads(text[text.index("{\n") : text.rindex("\n}") + 2])["text"] == result.text
