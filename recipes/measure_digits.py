@@ -82,7 +82,7 @@ def codec_kept(model: dsm_jax.Model, data: Path, whisper: Path | None) -> None:
     recognise = recogniser(whisper) if whisper else None
     for name in ("kathleen", "ljspeech"):
         sentences = digits.load_sentences(data / name, RATE, held_out=True)[:SENTENCES]
-        kept, false_words = [], 0
+        kept = []
         distances: list[tuple[float, float]] = []
         for sentence in sentences:
             decoded_T = codec.decode(model, codec.encode(model, sentence.pcm_T))[: len(sentence.pcm_T)]

@@ -6,6 +6,7 @@ other sound than digits.
 
 import csv
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,7 +82,7 @@ class Sentence:
     text: str
     pcm_T: np.ndarray
 
-    @property
+    @functools.cached_property
     def has_digits(self) -> bool:
         """Whether a digit is among its words."""
         return bool(set(re.findall(r"[a-z]+", self.text.lower())) & set(WORDS))
@@ -162,8 +163,8 @@ def sentence_row(
 
 
 @dataclasses.dataclass(frozen=True)
-class CodecRows:
-    """Rows for the codec: `rows[i]` is always the same row."""
+class _Rows:
+    """What rows are drawn from, and how: `rows[i]` is always the same row."""
 
     takes: Sequence[Take]
     sentences: Sequence[Sentence]
@@ -174,9 +175,16 @@ class CodecRows:
     def __len__(self) -> int:
         return ROWS
 
+    def _random(self, index: int) -> np.random.Generator:
+        return np.random.default_rng((*self.seed, index))
+
+
+class CodecRows(_Rows):
+    """Rows for the codec."""
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """One row: `pcm_BT` and `labels_BN` without their batch axis."""
-        random = np.random.default_rng((*self.seed, index))
+        random = self._random(index)
         kind = random.random()
         if kind < self.mix.sentences:
             pcm_T, labels_N = sentence_row(random, self.sentences, self.mix, frames=self.frames)
@@ -188,27 +196,16 @@ class CodecRows:
         return {"pcm_BT": pcm_T.astype(np.float32), "labels_BN": labels_N}
 
 
-@dataclasses.dataclass(frozen=True)
-class SpeechRows:
-    """Rows for the language model: samples and the digits said in them; `rows[i]` is always the same row."""
-
-    takes: Sequence[Take]
-    sentences: Sequence[Sentence]
-    frames: int
-    seed: tuple[int, ...]
-    mix: Mix = Mix()
-
-    def __len__(self) -> int:
-        return ROWS
+class SpeechRows(_Rows):
+    """Rows for the language model: samples and the digits said in them."""
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, list[Spoken]]:
         """Samples [frames * frame size] at the codec's rate, and words with times."""
-        random = np.random.default_rng((*self.seed, index))
+        random = self._random(index)
         kind = random.random()
         if kind < self.mix.sentences:
-            return sentence_row(random, [s for s in self.sentences if not s.has_digits], self.mix, frames=self.frames)[
-                0
-            ], []
+            other = [sentence for sentence in self.sentences if not sentence.has_digits]
+            return sentence_row(random, other, self.mix, frames=self.frames)[0], []
         if kind < self.mix.sentences + self.mix.noise:
             return noise_row(random, frames=self.frames), []
         return digits_row(random, self.takes, self.mix, frames=self.frames)

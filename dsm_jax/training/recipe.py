@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -129,14 +128,13 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
 
     seed = config.seed
     made = Mimi(digits.MIMI, block_frames=None, rngs=nnx.Rngs(seed))
-    trainee, begun = codec.CodecTrainee(made, digits.LABELS, rngs=nnx.Rngs(seed + 1)), False
+    trainee = codec.CodecTrainee(made, digits.LABELS, rngs=nnx.Rngs(seed + 1))
     for draw, (name, stage) in enumerate((("codec", config.codec), ("semantic", config.semantic))):
         rows = digits.CodecRows(takes, sentences, stage.frames, (seed, draw), stage.mix)
         only_digits = dataclasses.replace(stage.mix, sentences=0.0, noise=0.0)
         validation = digits.CodecRows(kept, sentences, stage.frames, (seed, 5), only_digits)
         run = Run(output / name, stage.run)
-        trainee = train_codec(stage, run, trainee, rows, validation, seed=seed, resume=resume, fresh=not begun)
-        begun = True
+        trainee = train_codec(stage, run, trainee, rows, validation, seed=seed, resume=resume, fresh=draw == 0)
     listening, _ = nnx.split(nnx.eval_shape(lambda: Mimi(digits.MIMI, rngs=nnx.Rngs(0))))
     mimi = nnx.merge(listening, nnx.state(trainee.mimi))
 
@@ -260,10 +258,11 @@ class StringEncoder:
         """The first `count` rows, [count, 1 + Q, frames] in the smallest type that holds them."""
         made = []
         with ThreadPoolExecutor(1) as pool:
-            starts = range(0, count, _ENCODED_AT_ONCE)
-            ahead: Iterator = iter([pool.submit(self._rows, rows, start) for start in starts])
-            for future in ahead:
-                pcm_BT, text_BT = future.result()
+            ahead = pool.submit(self._rows, rows, 0)
+            for start in range(0, count, _ENCODED_AT_ONCE):
+                pcm_BT, text_BT = ahead.result()
+                # One batch ahead and no more: the sound of all strings is many times the size of their codes.
+                ahead = pool.submit(self._rows, rows, start + _ENCODED_AT_ONCE)
                 codes_BQT = np.asarray(self._encode(self.params, pcm_BT))
                 made.append(np.concatenate([text_BT[:, None], codes_BQT], axis=1).astype(np.int16))
         return np.concatenate(made)[:count]
