@@ -25,6 +25,10 @@ class PromptError(DsmError):
     """A prompt that the model cannot follow."""
 
 
+class SpeechError(DsmError):
+    """A script that cannot be said, or rules that no script can be said by."""
+
+
 class TrainingError(DsmError):
     """Training that cannot go on, or data that cannot be learnt from. What was saved before is still there."""
 

@@ -51,6 +51,15 @@ class Tokenizer:
         self._check([token])
         return self._piece(int(token)) or ""
 
+    def has_text(self, token: int) -> bool:
+        """Whether an id stands for text; markers, padding and the unknown piece do not.
+
+        Raises:
+          CheckpointError: the id is not in the vocabulary.
+        """
+        self._check([token])
+        return int(token) not in self._silent
+
     def _check(self, ids: Sequence[int]) -> None:
         if wrong := [int(i) for i in ids if not 0 <= i < self.size]:
             raise CheckpointError(

@@ -62,6 +62,7 @@ def test_markers_padding_and_the_unknown_piece_have_no_text(twins):
         ids = tokenizer.encode("good morning")
         assert tokenizer.decode([1, 0, *ids, 3, 3, 0, 2]) == "good morning"
         assert tokenizer.decode([0, 3, 1, 2]) == ""
+        assert [token for token in [*ids, 0, 1, 2, 3] if tokenizer.has_text(token)] == ids
 
 
 def test_pieces_write_a_space_as_a_low_line(twins):
@@ -76,6 +77,8 @@ def test_an_id_out_of_range_is_refused(tmp_path, token):
         tokenizer.decode([token])
     with pytest.raises(CheckpointError, match=rf"ids \[{token}\] are not in the vocabulary"):
         tokenizer.piece(token)
+    with pytest.raises(CheckpointError, match=rf"ids \[{token}\] are not in the vocabulary"):
+        tokenizer.has_text(token)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ frame, so teacher-forced training treats every frame as a row.
 Shape letters: B batch rows, T frames, N = B * T, Q generated codebooks = steps of the walk, K streams, D model width,
 W depformer width, E projected width, F inner width, V vocabulary, A heads, H head width.
 Source: Moshi (Défossez et al. 2024), section 3.4; kyutai-labs/moshi@e6a55d2 moshi/models/lm.py
-forward_depformer_training.
+forward_depformer_training and depformer_step.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,10 @@ from dsm_jax.configs import LMConfig, gating_dim
 from dsm_jax.errors import ConfigError
 from dsm_jax.nn.attention import self_attention
 from dsm_jax.nn.embedding import Embedding
+from dsm_jax.nn.precision import full_precision
 from dsm_jax.nn.transformer import GatedFeedForward, make_norm
+
+KeysValues = tuple[jax.Array, jax.Array]
 
 
 class Linear(nnx.Module):
@@ -56,6 +61,17 @@ class DepformerLayer(nnx.Module):
         y_NQW = self_attention(packed[:, :, 0], packed[:, :, 1], packed[:, :, 2])
         x_NQW = x_NQW + self._per_step(self.out_projs, y_NQW)
         return x_NQW + self._per_step(self.gating, self.norm2(x_NQW))
+
+    def step(self, x_BW: jax.Array, q: int, past: KeysValues | None) -> tuple[jax.Array, KeysValues]:
+        """Step `q` of every walk, after those whose keys and values [B, q, A, H] are given."""
+        B, W = x_BW.shape
+        packed = self.in_projs[self.schedule[q]](self.norm1(x_BW)).reshape(B, 1, 3, self.heads, W // self.heads)
+        seen = packed[:, :, 1], packed[:, :, 2]
+        if past is not None:
+            seen = jnp.concatenate([past[0], seen[0]], axis=1), jnp.concatenate([past[1], seen[1]], axis=1)
+        y_BW = self_attention(packed[:, :, 0], *seen)[:, 0]
+        x_BW = x_BW + self.out_projs[self.schedule[q]](y_BW)
+        return x_BW + self.gating[self.schedule[q]](self.norm2(x_BW)), seen
 
 
 class Depformer(nnx.Module):
@@ -106,3 +122,29 @@ class Depformer(nnx.Module):
             x_NQW = layer(x_NQW)
         logits_NQV = jnp.stack([linear(x_NQW[:, q]) for q, linear in enumerate(self.linears)], axis=1)
         return logits_NQV.reshape(B, T, self.config.dep_q, -1).swapaxes(1, 2).astype(jnp.float32)
+
+    @full_precision
+    def walk(
+        self, hidden_BD: jax.Array, text_B: jax.Array, choose: Callable[[int, jax.Array], jax.Array], *, codebooks: int
+    ) -> jax.Array:
+        """Generates one frame, codebook after codebook.
+
+        Args:
+          hidden_BD: the backbone's output for the frame.
+          text_B: int32, the text token of the frame.
+          choose: maps a codebook's number and its logits [B, V], float32, to int32 tokens [B].
+          codebooks: how many to generate, from 1 to Q.
+
+        Returns:
+          int32 tokens [B, codebooks].
+        """
+        past: list[KeysValues | None] = [None] * len(self.layers)
+        token_B, tokens = text_B, []
+        for q in range(codebooks):
+            embedding = self.text_emb if q == 0 else self.audio_embs[q - 1]
+            x_BW = self.inputs[self.config.depformer_schedule[q]](hidden_BD) + embedding(token_B)
+            for i, layer in enumerate(self.layers):
+                x_BW, past[i] = layer.step(x_BW, q, past[i])
+            token_B = choose(q, self.linears[q](x_BW).astype(jnp.float32))
+            tokens.append(token_B)
+        return jnp.stack(tokens, axis=1)

@@ -61,11 +61,11 @@ def _attend(q_BTKGH: jax.Array, sources: list[tuple[jax.Array, jax.Array, jax.Ar
     return y_BTKGH.reshape(*y_BTKGH.shape[:2], -1).astype(q_BTKGH.dtype)
 
 
-def self_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array) -> jax.Array:
-    """Causal attention of a whole sequence to itself, [B, T, N * H]; no window, no positions."""
-    steps_T = jnp.arange(q_BTNH.shape[1])
-    causal_BTU = jnp.broadcast_to(steps_T[:, None] >= steps_T, (q_BTNH.shape[0], steps_T.size, steps_T.size))
-    return _attend(q_BTNH[:, :, :, None], [(k_BTNH.swapaxes(1, 2), v_BTNH.swapaxes(1, 2), causal_BTU)])
+def self_attention(q_BTNH: jax.Array, k_BUNH: jax.Array, v_BUNH: jax.Array) -> jax.Array:
+    """Causal attention of the last T of U steps to all before them, [B, T, N * H]; no window, no positions."""
+    B, T, U = *q_BTNH.shape[:2], k_BUNH.shape[1]
+    causal_BTU = jnp.broadcast_to(jnp.arange(U - T, U)[:, None] >= jnp.arange(U), (B, T, U))
+    return _attend(q_BTNH[:, :, :, None], [(k_BUNH.swapaxes(1, 2), v_BUNH.swapaxes(1, 2), causal_BTU)])
 
 
 def _write(cache: KVCache, k_BKUH: jax.Array, v_BKUH: jax.Array, slot_BU: jax.Array) -> KVCache:

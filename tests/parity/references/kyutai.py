@@ -30,7 +30,17 @@ _SMALL_LM = {
     "text_card": 64,
     "mimi_config_name": MIMI_CONFIG_NAME,
 }
-_NOT_LM = ("model_type", "model_id", "lm_gen_config", "stt_config", "mimi_name", "mimi_config_name", "tokenizer_name")
+_NOT_LM = (
+    "model_type",
+    "model_id",
+    "lm_gen_config",
+    "stt_config",
+    "tts_config",
+    "mimi_name",
+    "mimi_config_name",
+    "moshi_name",
+    "tokenizer_name",
+)
 _SMALL_MIMI = {
     "seanet": {"n_filters": 8, "dimension": 64},
     "transformer": {

@@ -30,6 +30,17 @@ _LM_GAINS = {  # deviation of a layer's output for inputs of deviation 1
     "gating.linear_out": 1.5,
     "text_linear": 3.0,
     "extra_heads": 2.0,
+    # Of models that speak.
+    "cross_attention.in_proj": 1.3,
+    "cross_attention.out_proj": 1.0,
+    "linear_in": 1.0,
+    "linear_out": 1.5,
+    "depformer_in": 0.7,
+    "low_rank": 0.7,
+    "out1": 0.7,
+    "out2": 0.7,
+    "linears": 3.0,
+    "output_proj": 1.0,
 }
 
 
@@ -83,7 +94,7 @@ def random_lm(
         The tensors, under the same names.
 
     Raises:
-        ValueError: If a name is not one that a speech-to-text model has.
+        ValueError: If a name is not one that a model of the family has.
     """
     tensors = {}
     for name, shape in shapes.items():
@@ -94,15 +105,19 @@ def random_lm(
 
 
 def _lm_tensor(name: str, normal: torch.Tensor, num_audio_codebooks: int) -> torch.Tensor:
-    if name.endswith(".alpha"):
+    if name.endswith((".alpha", "norm_cross.weight")):
         return 1 + 0.2 * normal
-    if name == "text_emb.weight":
+    if name.endswith(("norm_cross.bias", "learnt_padding")):
+        return 0.2 * normal
+    if name in ("text_emb.weight", "depformer_text_emb.weight") or name.endswith("embed.weight"):
         return math.sqrt(0.5) * normal
+    if name.startswith("depformer_emb.") and "low_rank" not in name:
+        return normal
     if name.startswith("emb."):
         return math.sqrt(0.5 / num_audio_codebooks) * normal
     gain = next((gain for part, gain in _LM_GAINS.items() if part in name), None)
     if gain is None:
-        raise ValueError(f"found the parameter {name}, expected one of a speech-to-text model: give it a gain here")
+        raise ValueError(f"found the parameter {name}, expected one of a model of the family: give it a gain here")
     weight = normal.mul_(gain / math.sqrt(normal.shape[-1]))
     if name == "text_linear.weight":
         # The largest of n normal draws is about sqrt(2 ln n); a row longer by that much wins when it is well above 0.
