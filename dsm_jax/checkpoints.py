@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -224,12 +224,31 @@ def find(source: str | Path) -> Path:
     )
 
 
+def fetch_file(repository: str, name: str) -> Path:
+    """One file of a repository on the hub, fetched on first use.
+
+    Raises:
+      CheckpointError: it is not there, or cannot be fetched.
+    """
+    import huggingface_hub
+
+    return _fetched(
+        f"{repository}/{name}", lambda: huggingface_hub.hf_hub_download(repository, name), "give a local file"
+    )
+
+
 def _fetch(name: str) -> Path:
     import huggingface_hub
+
+    patterns = list(_PATTERNS)
+    return _fetched(name, lambda: huggingface_hub.snapshot_download(name, allow_patterns=patterns), _INSTEAD)
+
+
+def _fetched(name: str, fetch: Callable[[], str], instead: str) -> Path:
     from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_PATTERNS)))
+        return Path(fetch())
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{name} is on the hub but gated; ask for access there, then run `hf auth login`"
@@ -239,11 +258,13 @@ def _fetch(name: str) -> Path:
             f"there is no folder {name} here, and no repository of that name on the hub (or it is private: run "
             "`hf auth login`); check the spelling"
         ) from None
-    except errors.LocalEntryNotFoundError:
+    except errors.EntryNotFoundError as error:
+        if not isinstance(error, errors.LocalEntryNotFoundError):
+            raise CheckpointError(f"there is no {name} on the hub; check the spelling, or {instead}") from None
         raise CheckpointError(
             f"{name} is not in the local cache and could not be fetched: there is no network, or HF_HUB_OFFLINE is "
-            f"set; {_INSTEAD}"
+            f"set; {instead}"
         ) from None
     except Exception as error:  # of the network, the disk, or the hub
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{name} could not be fetched ({reason}); try again, or {_INSTEAD}") from error
+        raise CheckpointError(f"{name} could not be fetched ({reason}); try again, or {instead}") from error

@@ -10,7 +10,7 @@ have no audio: streams are fed -1 there, and while no row is further the depform
 Shape letters: B batch rows, R rows of the backbone (2 B under guidance, the second half without what guides), K streams
 (text first), Q generated codebooks, P frames of a prefix, S ring slots, N steps of a call, T samples of a frame,
 V vocabulary.
-Source: Zeghidour et al. 2025 (Delayed Streams Modeling); kyutai-labs/moshi@e6a55d2 moshi/models/tts.py TTSModel.generate
+Source: Zeghidour et al. 2025 (Delayed Streams Modeling); kyutai-labs/moshi@e6a55d2 moshi/models/tts.py:TTSModel
 and moshi/models/lm.py:LMGen. A row that has come to its end stops, where the reference lets it run on until all have.
 """
 

@@ -1,0 +1,166 @@
+"""Voices: what a model is told about who speaks, and with how much guidance.
+
+A published voice is a file with `speaker_wavs` [1, C, X]: X steps (125 for 10 s) of an embedding of C numbers, made by
+Kyutai's own encoder, which is not published. Models without that conditioner go on from a recording instead.
+
+Shape letters: B batch rows, X steps of a voice, C its width, S slots.
+Source: kyutai-labs/moshi@e6a55d2 moshi/models/tts.py:TTSModel.make_condition_attributes.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dsm_jax.checkpoints import fetch_file
+from dsm_jax.configs import LMConfig, Table
+from dsm_jax.errors import CheckpointError, SpeechError
+
+VOICES = "kyutai/tts-voices"  # where voices are found by name
+SLOTS = 5  # speakers that a model can be told of; the first two speak
+WAVS, GUIDANCE, CONTROL = "speaker_wavs", "cfg", "control"
+
+Voice = str | os.PathLike[str] | np.ndarray
+
+
+def read_voice(voice: Voice, model_id: Mapping[str, Any]) -> np.ndarray:
+    """The steps [X, C] of a voice, float32.
+
+    Args:
+      voice: a safetensors file, the name of one of the voices that Kyutai has published (`expresso/….wav`), or an array
+        [X, C], such as `blend` returns.
+      model_id: of the config: a published voice has a file for each model.
+
+    Raises:
+      CheckpointError: a name that is neither, a file that is not a voice, or one that cannot be fetched.
+    """
+    if isinstance(voice, np.ndarray):
+        steps_XC = voice
+    else:
+        path = Path(voice).expanduser()
+        if not path.is_file():
+            if path.suffix == ".safetensors" or not {"sig", "epoch"} <= model_id.keys():
+                raise CheckpointError(f"the voice {path} is not a file; give a voice's safetensors file")
+            path = fetch_file(VOICES, f"{voice}.{model_id['sig']}@{model_id['epoch']}.safetensors")
+        steps_XC = _read(path)
+    if steps_XC.ndim != 2 or not steps_XC.size or not np.isfinite(steps_XC).all():
+        raise SpeechError(f"a voice is {list(steps_XC.shape)} numbers; expected [steps, width], all of them finite")
+    return steps_XC.astype(np.float32)
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = sorted(file.keys())
+            found = file.get_tensor(WAVS) if WAVS in names else None
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is not a safetensors file ({error}); a voice is one, made for the model; models that go on from a "
+            "recording have no speakers"
+        ) from None
+    if found is None or found.ndim != 3 or found.shape[0] != 1:
+        shape = "" if found is None else f" of shape {list(found.shape)}"
+        raise CheckpointError(f"{path} holds {names}{shape}; a voice holds {WAVS} [1, width, steps]")
+    return found[0].T
+
+
+def blend(voices: Sequence[np.ndarray], weights: Sequence[float] | None = None) -> np.ndarray:
+    """A voice between voices: the mean of their steps, by weights that need not add up to 1.
+
+    Raises:
+      SpeechError: none were given, their shapes differ, or the weights are not as many, or negative, or all 0.
+    """
+    weights = [1.0] * len(voices) if weights is None else weights
+    shapes = sorted({voice.shape for voice in voices})
+    if len(shapes) != 1:
+        raise SpeechError(f"voices to blend have the shapes {shapes}; give voices of one shape")
+    if len(weights) != len(voices) or min(weights) < 0 or sum(weights) <= 0:
+        raise SpeechError(f"{len(voices)} voices have the weights {list(weights)}; give one each, 0 or more, not all 0")
+    return np.average(np.stack(voices), axis=0, weights=weights).astype(np.float32)
+
+
+def guidance_values(config: LMConfig) -> list[float]:
+    """The guidance that a model with distilled guidance can be told; none for one without."""
+    spec = config.conditioners.get(GUIDANCE)
+    return [] if spec is None else [float(value) for value in spec["lut"]["possible_values"]]
+
+
+def has_speakers(config: LMConfig) -> bool:
+    """Whether the model is told its speakers by voices."""
+    return WAVS in config.conditioners
+
+
+def conditions(
+    config: LMConfig, voices: Sequence[Sequence[np.ndarray]], guidance: float | None
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The values and masks for `lm.condition`.
+
+    Args:
+      config: of the language model.
+      voices: of each row, the steps [X, C] of its voices, the main speaker's first.
+      guidance: for models with distilled guidance, one of `guidance_values`; None leaves it out.
+
+    Raises:
+      SpeechError: a row without a voice or with too many, voices of several lengths or of another width, or guidance
+        that the model does not know.
+    """
+    values, masks = {}, {}
+    for name, spec in config.conditioners.items():
+        if name == WAVS:
+            values[name], masks[name] = _slots(voices, spec["tensor"]["dim"])
+            continue
+        index = _index(name, spec, guidance)
+        known = index is not None
+        values[name] = jnp.full((len(voices), 1), index if known else spec["lut"]["n_bins"], jnp.int32)
+        masks[name] = jnp.full((len(voices), 1), known)
+    return values, masks
+
+
+def without(
+    values: Mapping[str, jax.Array], masks: Mapping[str, jax.Array], config: LMConfig
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The same followed by as many rows that are told nothing: what real guidance is measured against."""
+    nothing = {
+        name: jnp.full_like(value, config.conditioners[name]["lut"]["n_bins"]) if name != WAVS else value * 0
+        for name, value in values.items()
+    }
+    twice = {name: jnp.concatenate([value, nothing[name]]) for name, value in values.items()}
+    return twice, {name: jnp.concatenate([mask, jnp.zeros_like(mask)]) for name, mask in masks.items()}
+
+
+def _index(name: str, spec: Table, guidance: float | None) -> int | None:
+    """Which entry of a table a row is told; None for nothing."""
+    known = list(spec["lut"]["possible_values"])
+    if name == CONTROL:
+        return known.index("ok")
+    if name != GUIDANCE or guidance is None:
+        return None
+    if guidance not in (numbers := [float(value) for value in known]):
+        raise SpeechError(f"the guidance is {guidance}; this model knows {', '.join(known)}")
+    return numbers.index(guidance)
+
+
+def _slots(voices: Sequence[Sequence[np.ndarray]], width: int) -> tuple[jax.Array, jax.Array]:
+    """Every row's voices in its slots, end to end [B, S * X, C], and which slots are filled."""
+    for row, given in enumerate(voices):
+        if not 1 <= len(given) <= SLOTS:
+            raise SpeechError(
+                f"request {row + 1} has {len(given)} voices; this model needs 1 to {SLOTS}: give a speaker"
+            )
+    lengths = sorted({len(voice) for given in voices for voice in given})
+    if len(lengths) > 1:
+        raise SpeechError(f"the voices are {lengths} steps long; all in a batch must have one length")
+    if wrong := sorted({voice.shape[1] for given in voices for voice in given} - {width}):
+        raise SpeechError(f"a voice is {wrong[0]} numbers wide; this model's are {width}: take one made for it")
+    value_BSXC = np.zeros((len(voices), SLOTS, lengths[0], width), np.float32)
+    mask_BSX = np.zeros((len(voices), SLOTS, lengths[0]), bool)
+    for row, given in enumerate(voices):
+        value_BSXC[row, : len(given)] = given
+        mask_BSX[row, : len(given)] = True
+    flat = len(voices), SLOTS * lengths[0]
+    return jnp.asarray(value_BSXC.reshape(*flat, width)), jnp.asarray(mask_BSX.reshape(flat))
