@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # What an editor and a type checker see; _MODULE_OF is what r
         stream,
         transcribe,
     )
+    from dsm_jax.tts import Speech, SpeechOptions, SpokenWord, synthesize, synthesize_stream
 
     __version__: str
 
@@ -31,12 +32,17 @@ __all__ = [
     "Pause",
     "PauseRule",
     "Prompt",
+    "Speech",
+    "SpeechOptions",
+    "SpokenWord",
     "Transcript",
     "Word",
     "WordEnded",
     "WordStarted",
     "load",
     "stream",
+    "synthesize",
+    "synthesize_stream",
     "transcribe",
 ]
 
@@ -49,12 +55,17 @@ _MODULE_OF = {
     "Pause": "dsm_jax.stt",
     "PauseRule": "dsm_jax.stt",
     "Prompt": "dsm_jax.stt",
+    "Speech": "dsm_jax.tts",
+    "SpeechOptions": "dsm_jax.tts",
+    "SpokenWord": "dsm_jax.tts",
     "Transcript": "dsm_jax.stt",
     "Word": "dsm_jax.stt",
     "WordEnded": "dsm_jax.stt",
     "WordStarted": "dsm_jax.stt",
     "load": "dsm_jax.checkpoints",
     "stream": "dsm_jax.stt",
+    "synthesize": "dsm_jax.tts",
+    "synthesize_stream": "dsm_jax.tts",
     "transcribe": "dsm_jax.stt",
 }
 

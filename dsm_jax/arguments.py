@@ -77,6 +77,48 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     p.set_defaults(command="transcribe")
 
+    p = commands.add_parser("speak", parents=[device, dtype], help="turn text into speech")
+    p.add_argument(
+        "text",
+        help="the text, a file of it, - for standard input, or requests.jsonl: id, turns and voices on each line",
+    )
+    p.add_argument("output", help="a wav, flac or ogg file, - to play or pipe it, or for requests a folder")
+    p.add_argument(
+        "--model",
+        default="kyutai/tts-1.6b-en_fr",
+        help="a published name or a local folder in any supported layout (default: %(default)s)",
+    )
+    p.add_argument(
+        "--speaker",
+        action="append",
+        default=[],
+        metavar="VOICE",
+        help="a published voice's name or a voice's file; for models without speakers a recording to go on from; "
+        "given twice, the second is the other speaker",
+    )
+    p.add_argument("--cfg", type=float, default=2.0, metavar="G", help="guidance, from 1 (default: %(default)s)")
+    p.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; default: the checkpoint's")
+    p.add_argument(
+        "--top-k", type=int, default=250, metavar="K", help="of audio tokens, 0 for all (default: %(default)s)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    p.add_argument("--codebooks", type=_positive, metavar="N", help="fewer are faster; default: all of the model's")
+    p.add_argument(
+        "--padding-between", type=int, default=1, metavar="N", help="frames between words (default: %(default)s)"
+    )
+    p.add_argument(
+        "--padding-bonus", type=float, default=0.0, metavar="B", help="above 0 is slower (default: %(default)s)"
+    )
+    p.add_argument(
+        "--max-frames", type=_positive, default=30_000, metavar="N", help="give up after (default: %(default)s)"
+    )
+    p.add_argument("--save-frames", action="store_true", help="write tokens and word times beside the recording")
+    p.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="requests at a time (default: %(default)s)"
+    )
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    p.set_defaults(command="speak")
+
     codec = commands.add_parser("codec", help="turn audio into Mimi codes and back")
     ways = codec.add_subparsers(required=True, metavar="encode|decode")
     p = ways.add_parser("encode", parents=[model], help="audio to codes")

@@ -12,12 +12,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsm_jax import terminal
 from dsm_jax.arguments import PLATFORMS, cache_folder, parser
 from dsm_jax.errors import DsmError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from dsm_jax.checkpoints import Model
     from dsm_jax.stt.transcript import Transcript
 
@@ -55,9 +54,9 @@ def transcribe(args: argparse.Namespace) -> int:
     def refuse(reason: object) -> None:
         nonlocal failed
         failed += 1
-        bar.console.print(f"dsm-jax: {reason}", style="red", soft_wrap=True, markup=False, highlight=False)
+        terminal.refuse(bar, reason)
 
-    with _progress(args) as bar:
+    with terminal.progress(quiet=args.quiet) as bar:
         tasks = [bar.add_task(Path(name).name, total=audio.duration(name), start=False) for name in names]
 
         def heard(index: int, seconds: float) -> None:
@@ -82,6 +81,44 @@ def transcribe(args: argparse.Namespace) -> int:
                     print(_render(done, args, several=len(names) > 1), end="", flush=True)
                     bar.start()
                 shown += 1
+    return 1 if failed else 0
+
+
+def speak(args: argparse.Namespace) -> int:
+    """Turns text into speech."""
+    from dsm_jax.tts import SpeechOptions, command
+
+    jobs = command.read_jobs(args.text, args.speaker)
+    command.check_output(jobs, args.output, save_frames=args.save_frames)
+    options = SpeechOptions(
+        guidance=args.cfg,
+        temperature=args.temperature,
+        top_k_audio=args.top_k,
+        codebooks=args.codebooks,
+        padding_between=args.padding_between,
+        padding_bonus=args.padding_bonus,
+        max_frames=args.max_frames,
+        seed=args.seed,
+    )
+    model = _load(args, listen_only=False)
+    failed = 0
+    with terminal.progress(quiet=args.quiet) as bar:
+        task = bar.add_task("speaking", total=None)
+        results = command.speak(
+            model,
+            jobs,
+            args.output,
+            options,
+            batch_size=args.batch_size,
+            save_frames=args.save_frames,
+            progress=lambda seconds: bar.update(task, completed=seconds),
+        )
+        for name, result in results:
+            if isinstance(result, DsmError):
+                failed += 1
+                terminal.refuse(bar, result if len(jobs) == 1 else f"{name}: {result}")
+            elif args.output != "-":
+                bar.console.print(f"{name}: {result.duration:.2f} s", markup=False, highlight=False, soft_wrap=True)
     return 1 if failed else 0
 
 
@@ -228,21 +265,9 @@ def _load(args: argparse.Namespace, *, listen_only: bool) -> "Model":
     return checkpoints.load(args.model, dtype=args.dtype, listen_only=listen_only)
 
 
-def _progress(args: argparse.Namespace) -> "Progress":
-    """A bar per recording on standard error; nothing where that is not a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    seconds = TextColumn("{task.completed:.0f} s")
-    columns = (TextColumn("{task.description}"), BarColumn(), seconds, TimeRemainingColumn())
-    # Standard output is for the text alone: rich would send what is printed meanwhile to its own console, wrapped.
-    hidden = args.quiet or not console.is_terminal
-    return Progress(*columns, console=console, transient=True, disable=hidden, redirect_stdout=False)
-
-
 COMMANDS = {
     "transcribe": transcribe,
+    "speak": speak,
     "codec_encode": codec_encode,
     "codec_decode": codec_decode,
     "convert": convert,

@@ -19,7 +19,7 @@ LEVELS = (
     ("checkpoints", "convert"),
     ("codec", "stt", "tts"),
     ("benchmark", "training", "serving", "evaluate"),
-    ("arguments", "cli"),
+    ("arguments", "cli", "terminal"),
     ("dsm_jax",),
 )
 RANK = {part: rank for rank, parts in enumerate(LEVELS) for part in parts}

@@ -1,1 +1,18 @@
-"""Text-to-speech: from a script of turns to the tokens of the speech that says it."""
+"""Text to speech: whole texts with `synthesize`, live text with `synthesize_stream`, pure functions in `engine`."""
+
+from dsm_jax.tts.batch import synthesize, synthesize_each
+from dsm_jax.tts.live import synthesize_stream
+from dsm_jax.tts.speech import Request, Speech, SpeechOptions, SpokenWord
+from dsm_jax.tts.voices import blend, read_voice
+
+__all__ = [
+    "Request",
+    "Speech",
+    "SpeechOptions",
+    "SpokenWord",
+    "blend",
+    "read_voice",
+    "synthesize",
+    "synthesize_each",
+    "synthesize_stream",
+]
