@@ -23,9 +23,15 @@ from dsm_jax.errors import ConfigError
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.stt import engine
+from dsm_jax.tts import engine as tts_engine
+from dsm_jax.tts import voices
+from dsm_jax.tts.script import Entry, pack
+from dsm_jax.tts.words import WordMachine
 
 SIZES = {"stt-1b": presets.STT_1B, "stt-2.6b": presets.STT_2_6B}
+SPEAKING_SIZES = {"tts-1.6b": presets.TTS_1_6B}
 FRAME_S = 0.08
+VOICE_STEPS = 125  # of the published voices, 10 s
 Step = Callable[[Any], tuple[Any, Any]]  # state to (output, state)
 
 
@@ -100,6 +106,45 @@ def stt_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, A
 
     jitted = jax.jit(step, donate_argnums=2)
     return lambda state: jitted(lm_params, mimi_params, state), jax.jit(init)(lm_params, mimi_params)
+
+
+def tts_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, Any]:
+    """One frame of text to speech: language model, word machine, sampling and codec, of a text that does not end.
+
+    The first steps, before the audio begins, run neither depformer nor codec.
+    """
+    lm_def, lm_params = _random_lm(config, dtype)
+    mimi_def, mimi_params = random_params(lambda: Mimi(config.mimi, rngs=nnx.Rngs(0)), jnp.float32)
+    lm_config = config.lm
+    assert lm_config is not None
+    how = tts_engine.Manner(
+        machine=WordMachine(lm_config.text_card + 1, int(config.tts_config.get("second_stream_ahead", 0))),
+        delay_steps=int(config.tts_config["audio_delay"] * config.mimi.frame_rate),
+        codebooks=lm_config.dep_q,
+    )
+    width = lm_config.conditioners["speaker_wavs"]["tensor"]["dim"]
+    voice_XC = np.random.default_rng(0).standard_normal((VOICE_STEPS, width), np.float32)
+    values, masks = voices.conditions(lm_config, [[voice_XC]] * batch, 2.0)
+    words = [Entry((4, 5), "word", 0)] * 1000
+
+    def init(lm_params: nnx.State, mimi_params: nnx.State) -> tts_engine.TtsState:
+        lm, mimi = nnx.merge(lm_def, lm_params), nnx.merge(mimi_def, mimi_params)
+        return tts_engine.init_state(lm, mimi, how, batch)
+
+    def step(lm_params: nnx.State, mimi_params: nnx.State, told: tts_engine.Told, state: tts_engine.TtsState):
+        lm, mimi = nnx.merge(lm_def, lm_params), nnx.merge(mimi_def, mimi_params)
+        return tts_engine.advance(lm, mimi, told, state, jnp.int32(1), how, most=1)
+
+    told = tts_engine.Told(
+        script=pack([words] * batch),
+        conditions=jax.jit(lambda params: nnx.merge(lm_def, params).condition(values, masks))(lm_params),
+        prefix_BQP=jnp.zeros((batch, lm_config.n_q, 0), jnp.int32),
+        prefix_B=jnp.zeros(batch, jnp.int32),
+        bonus_B=jnp.zeros(batch, jnp.float32),
+        keys_B=jax.random.split(jax.random.key(0), batch),
+    )
+    jitted = jax.jit(step, donate_argnums=3)
+    return lambda state: jitted(lm_params, mimi_params, told, state), jax.jit(init)(lm_params, mimi_params)
 
 
 def time_steps(step: Step, state: Any, steps: int) -> list[float]:

@@ -20,9 +20,7 @@ from dsm_jax.tts import engine
 from dsm_jax.tts.engine import Manner, Steps, Told, TtsState
 from dsm_jax.tts.script import Entry, pack
 
-_SWIFTLY_COMPILED = {
-    "xla_backend_optimization_level": 0
-}  # for a few dozen steps, optimising takes longer than it saves
+SWIFTLY_COMPILED = {"xla_backend_optimization_level": 0}  # for a few dozen steps, optimising takes longer than it saves
 
 
 @dataclasses.dataclass
@@ -57,7 +55,7 @@ class Loop:
         self.lm, self.mimi, self.how, self.most = lm, mimi, how, most
         self.init = jax.jit(lambda: engine.init_state(lm, mimi, how, batch_size))
         self.advance = jax.jit(
-            functools.partial(_advance, how=how, most=most), donate_argnums=3, compiler_options=_SWIFTLY_COMPILED
+            functools.partial(_advance, how=how, most=most), donate_argnums=3, compiler_options=SWIFTLY_COMPILED
         )
 
     def call(self, told: Told, state: TtsState, limit: int) -> tuple[Steps, TtsState]:

@@ -70,7 +70,10 @@ def test_every_published_config_is_read(name):
     assert published_config(name).lm is not None
 
 
-@pytest.mark.parametrize(("name", "preset"), [("stt-1b-en_fr", presets.STT_1B), ("stt-2.6b-en", presets.STT_2_6B)])
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [("stt-1b-en_fr", presets.STT_1B), ("stt-2.6b-en", presets.STT_2_6B), ("tts-1.6b-en_fr", presets.TTS_1_6B)],
+)
 def test_the_presets_are_the_published_configs(name, preset):
     assert dataclasses.replace(published_config(name), model_id=preset.model_id) == preset
 

@@ -3,6 +3,7 @@
 Shape letters: B batch rows, T samples, C audio channels.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,16 @@ from flax import nnx
 
 import dsm_jax
 from dsm_jax import benchmark, presets
-from dsm_jax.configs import MimiConfig, ModelConfig
+from dsm_jax.configs import MimiConfig, ModelConfig, Table
 from dsm_jax.models.mimi import Mimi
 from tests import small
 from tests.benchmarks.worker import Step
+
+# `small.TTS` also hears, which Kyutai's loop for speech does not provide for.
+_LM = dataclasses.replace(small.TTS, n_q=4, delays=(0, 0, 2, 2, 2), card=16)
+TINY_TTS = ModelConfig(
+    model_type="tts", lm=_LM, mimi=small.MIMI, tts_config=Table(audio_delay=0.2, second_stream_ahead=2)
+)
 
 
 def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
@@ -32,6 +39,9 @@ def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
     if task.startswith("lm_step_b"):
         config = ModelConfig(model_type="stt", lm=small.STT) if tiny else presets.STT_1B
         return _threaded(*benchmark.lm_step(config, int(task.removeprefix("lm_step_b")), jnp.dtype("float32")))
+    if task.startswith("tts_"):
+        config = TINY_TTS if tiny else presets.TTS_1_6B
+        return _threaded(*benchmark.tts_step(config, int(task.partition("_b")[2]), jnp.dtype("float32")))
     return _threaded(*benchmark.mimi_step(1, task.split("_")[1]))
 
 

@@ -41,6 +41,10 @@ TASKS = {
     "transcribe_45s": Task(
         (OURS, "moshi", "transformers"), steps=1, warm_up=0, target=0.60, memory_target=1.0, rounds=1
     ),
+    # The audio is 16 steps behind the text, and 2 more for the last codebooks: only then is a frame a whole one.
+    "tts_frame_b1": Task((OURS, "moshi"), steps=15, warm_up=20, target=0.60, rounds=1, checkpoint=False),
+    "tts_frame_b8": Task((OURS, "moshi"), steps=10, warm_up=20, target=0.50, rounds=1, checkpoint=False),
+    "tts_warm_up_b1": Task((OURS, "moshi"), steps=12, warm_up=2, target=0.60, rounds=1, checkpoint=False),
     "train_lm_step": Task((OURS, "moshi"), steps=10, warm_up=3, target=0.80, checkpoint=False),
     "train_codec_step": Task((OURS, "moshi"), steps=10, warm_up=8, target=0.80, checkpoint=False),
 }

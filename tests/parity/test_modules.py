@@ -70,3 +70,24 @@ def test_the_same_noise_chooses_the_same_tokens(monkeypatch, temperature, top_k)
     monkeypatch.setattr(jax.random, "gumbel", lambda row, shape: gumbel_BV[row])
     found_B = sample(jnp.asarray(logits_BV), jnp.arange(200), temperature=temperature, top_k=top_k)
     np.testing.assert_array_equal(found_B, wanted_B)
+
+
+@pytest.mark.parametrize("top_k", [1, 4, 7, 25])
+def test_of_equal_scores_the_same_noise_chooses_one_as_good(monkeypatch, top_k):
+    # Scores of 16 bits are often equal. Which of those that are equal come first, the reference leaves to torch.
+    random = np.random.default_rng(0)
+    logits_BV = np.round(3 * random.normal(size=(200, 50))).astype(np.float32)
+    noise_BK = random.exponential(size=(200, top_k)).astype(np.float32)
+    monkeypatch.setattr(
+        torch.Tensor, "exponential_", lambda tensor, *args, **kwargs: tensor.copy_(torch.from_numpy(noise_BK))
+    )
+    wanted_B = sample_token(torch.from_numpy(logits_BV)[:, None], True, 0.8, top_k)[:, 0].numpy()
+    gumbel_BV = np.zeros_like(logits_BV)
+    np.put_along_axis(gumbel_BV, np.argsort(-logits_BV, axis=1, kind="stable")[:, :top_k], -np.log(noise_BK), axis=1)
+    monkeypatch.setattr(jax.random, "gumbel", lambda row, shape: jnp.asarray(gumbel_BV)[row])
+    found_B = np.asarray(sample(jnp.asarray(logits_BV), jnp.arange(200), temperature=0.8, top_k=top_k))
+    rows = np.arange(200)
+    np.testing.assert_array_equal(logits_BV[rows, found_B], logits_BV[rows, wanted_B])
+    alone_B = (logits_BV == logits_BV[rows, wanted_B][:, None]).sum(1) == 1
+    np.testing.assert_array_equal(found_B[alone_B], wanted_B[alone_B])
+    assert 20 < alone_B.sum() < 180

@@ -39,24 +39,32 @@ from tests.parity.references.transformers_layout import (
     transformers_codes,
     transformers_tokens,
 )
+from tests.parity.references.tts import How, Kind, Spoken, load_tts, make_kyutai_tts, make_voice, moshi_speech
 
 __all__ = [
     "PUBLISHED",
     "SEED",
+    "How",
+    "Spoken",
     "TextRun",
     "inference",
     "kyutai_stt",
+    "kyutai_tts",
     "load_lm",
     "load_mimi",
+    "load_tts",
     "make_kyutai_stt",
+    "make_kyutai_tts",
     "make_mimi",
     "make_transformers_mimi",
     "make_transformers_stt",
+    "make_voice",
     "make_weight_normed_mimi",
     "moshi_codes",
     "moshi_decode",
     "moshi_latent",
     "moshi_pad",
+    "moshi_speech",
     "moshi_timestamped",
     "moshi_tokens",
     "read_config",
@@ -67,6 +75,7 @@ __all__ = [
     "transformers_codes",
     "transformers_stt",
     "transformers_tokens",
+    "voice",
 ]
 
 
@@ -82,6 +91,18 @@ def kyutai_stt(
     """What `make_kyutai_stt` writes, made once per process and deleted at its end; nobody may change it."""
     folder = _session_folder() / f"{size}-{seed}-{extra_heads}-{spelling}-{str(dtype).removeprefix('torch.')}"
     return make_kyutai_stt(folder, size=size, seed=seed, extra_heads=extra_heads, spelling=spelling, dtype=dtype)
+
+
+@functools.cache
+def kyutai_tts(kind: Kind = "speakers") -> Path:
+    """What `make_kyutai_tts` writes, made once per process and deleted at its end; nobody may change it."""
+    return make_kyutai_tts(_session_folder() / f"tts-{kind}", kind=kind)
+
+
+@functools.cache
+def voice(seed: int) -> Path:
+    """What `make_voice` writes, once per process; nobody may change it."""
+    return make_voice(_session_folder() / f"voice-{seed}.safetensors", seed)
 
 
 @functools.cache

@@ -1,0 +1,245 @@
+"""Speech against moshi's `TTSModel`: every token, every word's time, every sample; and what chance chooses among.
+
+Shape letters: B batch rows, K streams (text first), Q codebooks, P frames of a prefix, F frames, V vocabulary.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from moshi.utils.sampling import sample_token
+
+import dsm_jax
+from dsm_jax.models.conditioning import Conditions
+from dsm_jax.models.lm import DelayedStreamsLM
+from dsm_jax.models.mimi import Mimi
+from dsm_jax.tts import engine, voices
+from dsm_jax.tts.engine import Manner
+from dsm_jax.tts.script import Entry, entries_of
+from dsm_jax.tts.words import WordMachine
+from tests.parity import references
+from tests.parity.references import How
+from tests.speaking import Loop, Said, tell
+
+SCRIPTS = (
+    ("good morning everyone", 'thank you <break time="0.5s"/> for coming', "to the station"),
+    ("what time does",),
+    ("", "hello there", "yes (please): go"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """The first of `SCRIPTS`, by a model and its settings.
+
+    Attributes:
+        kind: Of the model.
+        how: Settings, as the reference names them.
+        voices: Seeds of each row's, in its slots.
+        guidance: Which distilled guidance it is told.
+        prefixes: Frames of each row's.
+        rows: How many.
+    """
+
+    kind: references.Kind
+    how: How
+    voices: tuple[tuple[int, ...], ...] = ()
+    guidance: float | None = None
+    prefixes: tuple[int, ...] = ()
+    rows: int = 1
+
+    def codes(self) -> list[np.ndarray] | None:
+        """The codes [Q, P] of the prefixes."""
+        random = np.random.default_rng(0)
+        return [random.integers(0, 128, (8, length)).astype(np.int32) for length in self.prefixes] or None
+
+
+CASES = {
+    "two voices and distilled guidance": Case("speakers", How(), voices=((0, 1),), guidance=2.0),
+    "ragged rows with fewer codebooks, slower": Case(
+        "speakers", How(padding_between=1, padding_bonus=0.5, n_q=5), voices=((0, 1), (1,), (2, 0)), rows=3
+    ),
+    "guided by text and prefix": Case("prefix", How(cfg_coef=1.7), prefixes=(6, 3), rows=2),
+    "guided by conditions only": Case(
+        "prefix", How(cfg_coef=1.7, cfg_is_no_text=False, cfg_is_no_prefix=False), prefixes=(6, 3), rows=2
+    ),
+    "guided by the prefix": Case("prefix", How(cfg_coef=1.7, cfg_is_no_text=False), prefixes=(6, 3), rows=2),
+    "guided by text": Case("prefix", How(cfg_coef=1.7)),
+    "with a prefix": Case("prefix", How(), prefixes=(4,)),
+}
+
+
+@functools.cache
+def ours(kind: references.Kind) -> tuple[dsm_jax.Model, DelayedStreamsLM, Mimi]:
+    model = dsm_jax.load(references.kyutai_tts(kind))
+    return model, nnx.merge(model.lm_def, model.lm_params), nnx.merge(model.mimi_def, model.mimi_params)
+
+
+def manner(kind: references.Kind, how: How, **more) -> Manner:
+    """The same settings, as the engine names them."""
+    config = references.read_config(references.kyutai_tts(kind))
+    ahead, delay_s = config["tts_config"]["second_stream_ahead"], config["tts_config"]["audio_delay"]
+    return Manner(
+        machine=WordMachine(card=config["text_card"] + 1, second_stream_ahead=ahead),
+        delay_steps=int(delay_s * 12.5),
+        codebooks=how.n_q,
+        guidance=how.cfg_coef,
+        hide_text=how.cfg_is_no_text,
+        hide_prefix=how.cfg_is_no_prefix,
+        **more,
+    )
+
+
+def entries(case: Case) -> list[list[Entry]]:
+    model = ours(case.kind)[0]
+    multi_speaker, between = voices.has_speakers(model.config.lm), case.how.padding_between
+    return [
+        entries_of(script, model.tokenizer, frame_rate=12.5, multi_speaker=multi_speaker, padding_between=between)
+        for script in SCRIPTS[: case.rows]
+    ]
+
+
+def conditions(kind: references.Kind, rows: tuple[tuple[int, ...], ...], guidance: float | None, halves: int):
+    model, lm, _ = ours(kind)
+    steps = [[voices.read_voice(references.voice(seed), {}) for seed in row] for row in rows]
+    told = voices.conditions(model.config.lm, steps, guidance)
+    return lm.condition(*(told if halves == 1 else voices.without(*told, model.config.lm)))
+
+
+@functools.cache
+def both(name: str) -> tuple[list[Said], list[references.Spoken], np.ndarray]:
+    """What the engine and the reference said, and the reference's samples of all rows."""
+    case = CASES[name]
+    spoken, pcm = references.moshi_speech(
+        references.kyutai_tts(case.kind),
+        SCRIPTS[: case.rows],
+        case.how,
+        voices=[[references.voice(seed) for seed in row] for row in case.voices] or None,
+        cfg=case.guidance,
+        prefixes=case.codes(),
+    )
+    how = manner(case.kind, case.how, temperature=0.0)
+    told = tell(
+        entries(case),
+        conditions(case.kind, case.voices or ((),) * case.rows, case.guidance, how.halves),
+        jax.random.split(jax.random.key(0), case.rows),
+        prefixes=[codes[: how.codebooks] for codes in case.codes() or []],
+        room=(how.codebooks, max(case.prefixes, default=0)),
+        bonus=[case.how.padding_bonus] * case.rows,
+    )
+    _, lm, mimi = ours(case.kind)
+    return Loop(lm, mimi, how, case.rows, most=16).speak(told), spoken, pcm
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_token_is_moshis(name):
+    said, spoken, _ = both(name)
+    streams = 1 + CASES[name].how.n_q
+    for mine, theirs in zip(said, spoken, strict=True):
+        np.testing.assert_array_equal(mine.frames_KF[:streams], theirs.frames_KF)
+        assert (mine.frames_KF[streams:] == -1).all()
+        assert len(np.unique(theirs.frames_KF[1:])) > 40, "a constant output would prove nothing"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_words_begin_and_scripts_end_when_moshis_do(name):
+    said, spoken, _ = both(name)
+    for mine, theirs, row in zip(said, spoken, entries(CASES[name]), strict=True):
+        assert (mine.taken, mine.end_step) == (theirs.consumed, theirs.end_step)
+        words = [(entry.text, step) for entry, step in zip(row, mine.taken, strict=True) if entry.tokens]
+        assert words == theirs.transcript
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_samples_are_moshis(name):
+    said, _, pcm = both(name)
+    for mine, theirs in zip(said, pcm, strict=True):
+        # float32 on both sides, summed in another order.
+        np.testing.assert_allclose(mine.pcm_T, theirs[: mine.pcm_T.size], rtol=0, atol=1e-5)
+        assert mine.pcm_T.size > 24_000
+        assert theirs.std() > 0.01
+    assert max(mine.pcm_T.size for mine in said) == pcm.shape[1]
+
+
+def test_what_guides_changes_what_is_said():
+    said = [both(name)[0][0].frames_KF.tobytes() for name, case in CASES.items() if len(case.prefixes) == 2]
+    assert len(set(said)) == len(said) == 3
+
+
+DRAWS, TEMPERATURE, TOP_K = 20_000, 0.8, (12, 4)  # of text and of audio
+VOICE, GUIDANCE = 0, 1.5
+TEXT = 70  # a word begins and its first token is 5
+
+
+@functools.cache
+def first_scores() -> list[torch.Tensor]:
+    """The reference's scores [V] of the first text token, and of the first code where the text is `TEXT`."""
+    model = references.load_tts(references.kyutai_tts(), How())
+    lm, attributes = model.lm, [model.make_condition_attributes([references.voice(VOICE)], cfg_coef=GUIDANCE)]
+    with references.inference(), lm.streaming(1):
+        told = lm.condition_provider.prepare_and_provide(attributes)
+        hidden, text = lm.forward_text(lm._get_initial_token(), lm.fuser.get_sum(told), lm.fuser.get_cross(told))
+        with lm.depformer.streaming(1):
+            return [text.flatten(), lm.forward_depformer(0, torch.tensor([[[TEXT]]]), hidden).flatten()]
+
+
+@functools.cache
+def first_choices() -> list[np.ndarray]:
+    """How often the engine chooses each of these tokens [V], by as many keys as there are draws."""
+    _, lm, _ = ours("speakers")
+    told = tell([[]], None, jax.random.split(jax.random.key(0), DRAWS))
+
+    def choose(logits_1V: jax.Array, stream: int) -> jax.Array:
+        logits_BV = jnp.broadcast_to(logits_1V, (DRAWS, logits_1V.shape[1]))
+        return engine._choose(logits_BV, told, jnp.zeros(DRAWS, jnp.int32), stream, TEMPERATURE, TOP_K[stream])
+
+    def pure(lm: DelayedStreamsLM, conditions: Conditions) -> list[jax.Array]:
+        hidden_1TD, _ = lm.step(lm.initial_K[None, :, None], lm.init_state(1), None, conditions)
+        drawn = [choose(lm.text_logits(hidden_1TD)[:, 0], 0)]
+
+        def walk(_: int, logits_1V: jax.Array) -> jax.Array:
+            drawn.append(choose(logits_1V, 1))
+            return drawn[1][:1]
+
+        lm.depformer.walk(hidden_1TD[:, 0], jnp.array([TEXT], jnp.int32), walk, codebooks=1)
+        return drawn
+
+    drawn = jax.jit(pure)(lm, conditions("speakers", ((VOICE,),), GUIDANCE, 1))
+    return [
+        np.bincount(tokens_B, minlength=scores.numel()) for tokens_B, scores in zip(drawn, first_scores(), strict=True)
+    ]
+
+
+def probabilities(scores_V: torch.Tensor, temperature: float, top_k: int) -> np.ndarray:
+    """Softmax among the k most probable, 0 for the others [V]."""
+    best = torch.topk(scores_V, top_k)
+    probability_V = torch.zeros_like(scores_V)
+    probability_V[best.indices] = torch.softmax(best.values / temperature, -1)
+    return probability_V.double().numpy()
+
+
+def deviations(count_V: np.ndarray, probability_V: np.ndarray) -> float:
+    """Chi-square of counts, in its standard deviations above its mean; infinite if there is what cannot be."""
+    if count_V[probability_V == 0].any():
+        return float("inf")
+    kept_V = probability_V > 0
+    expected_K = count_V.sum() * probability_V[kept_V]
+    freedom = kept_V.sum() - 1
+    return float((((count_V[kept_V] - expected_K) ** 2 / expected_K).sum() - freedom) / np.sqrt(2 * freedom))
+
+
+@pytest.mark.parametrize("stream", [0, 1])
+def test_first_tokens_come_as_often_as_moshis_should(stream):
+    scores_V, top_k = first_scores()[stream], TOP_K[stream]
+    wanted_V = probabilities(scores_V, TEMPERATURE, top_k)
+    assert deviations(first_choices()[stream], wanted_V) < 5
+    torch.manual_seed(0)
+    moshis_B = sample_token(scores_V.expand(DRAWS, 1, -1), True, TEMPERATURE, top_k).flatten()
+    assert deviations(np.bincount(moshis_B, minlength=wanted_V.size), wanted_V) < 5
+    for temperature, other_k in [(0.9, top_k), (0.7, top_k), (TEMPERATURE, top_k + 1), (TEMPERATURE, top_k - 1)]:
+        assert deviations(first_choices()[stream], probabilities(scores_V, temperature, other_k)) > 5

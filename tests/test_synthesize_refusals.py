@@ -1,0 +1,188 @@
+"""Text to speech that cannot be: models that do not speak, voices, texts and options that they cannot take."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import dsm_jax
+from dsm_jax.configs import Table
+from dsm_jax.errors import AudioError, CheckpointError, ConfigError, SpeechError
+from dsm_jax.tts import SpeechOptions
+from dsm_jax.tts.live import STEPS
+from tests import tts_model
+from tests.tts_model import FRAME, voice
+
+GREEDY = SpeechOptions(temperature=0.0)
+LONG = "to be at the old city"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tts_model.make_checkpoint(tmp_path_factory.mktemp("speakers"))
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return dsm_jax.load(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def prefix_model(tmp_path_factory):
+    return tts_model.random_model(tmp_path_factory.mktemp("prefix"), tts_model.PREFIX)
+
+
+def refused_alike(model, error, message, text="good", **more) -> None:
+    """The same is said of the whole text and of live text."""
+    with pytest.raises(error, match=message):
+        dsm_jax.synthesize(model, text, **more)
+    with pytest.raises(error, match=message):
+        list(dsm_jax.synthesize_stream(model, text, **more))
+
+
+def test_a_model_that_only_listens_is_refused():
+    refused_alike(dsm_jax.load("digits"), CheckpointError, "^digits does not generate speech from text; to speak, load")
+
+
+def test_a_codec_alone_is_refused(model):
+    alone = dataclasses.replace(model, lm_def=None, lm_params=None, tokenizer=None, name="some-codec")
+    refused_alike(alone, CheckpointError, "^some-codec is a codec without a language model; to speak, load a text-to-")
+
+
+def test_a_model_without_its_decoder_is_refused(checkpoint):
+    deaf = dsm_jax.load(checkpoint, listen_only=True)
+    refused_alike(deaf, ConfigError, "^speaker was loaded with listen_only=True; load it without to speak$")
+
+
+def test_a_model_without_a_tokenizer_is_refused(model):
+    dumb = dataclasses.replace(model, tokenizer=None)
+    refused_alike(dumb, CheckpointError, "speaker has no tokenizer; add the published one, and name it in config.json")
+
+
+def test_a_model_of_two_streams_is_refused(model):
+    settings = Table(model.config.tts_config | {"multistream": True})
+    config = dataclasses.replace(model.config, tts_config=settings)
+    refused_alike(
+        dataclasses.replace(model, config=config), CheckpointError, "two speakers in streams of their own, which is not"
+    )
+
+
+@pytest.mark.parametrize(
+    ("speaker", "error", "message"),
+    [
+        (None, SpeechError, "has 0 voices; this model needs 1 to 5: give a speaker"),
+        ([voice(n) for n in range(6)], SpeechError, "has 6 voices; this model needs 1 to 5"),
+        (
+            [voice(0), voice(0, steps=3)],
+            SpeechError,
+            r"the voices are \[2, 3\] steps long; all in a batch must have one",
+        ),
+        (voice(0, width=7), SpeechError, "a voice is 7 numbers wide; this model's are 10: take one made for it"),
+        (
+            "expresso/nobody.wav",
+            CheckpointError,
+            r"^kyutai/tts-voices/expresso/nobody\.wav\.0a1b2c3d@7\.safetensors is not in the local cache and could not",
+        ),
+        (
+            "nobody.safetensors",
+            CheckpointError,
+            "the voice nobody.safetensors is not a file; give a voice's safetensors",
+        ),
+    ],
+    ids=["none", "six", "lengths", "width", "unknown", "missing"],
+)
+def test_voices_that_the_model_cannot_take(model, speaker, error, message):
+    with pytest.raises(error, match=message):
+        dsm_jax.synthesize(model, "good", speaker=speaker, options=GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the script has 1 turns and no word in them"),
+        (' \n<break time="1s"/>', "the script has 1 turns and no word in them"),
+        ([], "the script has 0 turns and no word in them"),
+        ("good ÿ morning", "turn 1 has the word 'ÿ', which words.model encodes as"),
+        ("good < morning", "turn 1 has a '<' that belongs to no tag"),
+        ("good > morning", "turn 1 has a '>' that belongs to no tag"),
+        ("good <b>morning</b>", "turn 1 has '<b>', an unknown tag"),
+        ('good <break time="soon"/>', "a break that cannot be read"),
+    ],
+)
+def test_texts_that_cannot_be_said(model, text, message):
+    refused_alike(model, SpeechError, message, text, speaker=voice(0), options=GREEDY)
+
+
+def test_what_is_wrong_with_live_text_is_told_when_it_arrives(model):
+    heard = dsm_jax.synthesize_stream(model, iter(["good ", "<b> ", "never asked for"]), speaker=voice(0))
+    with pytest.raises(SpeechError, match="turn 1 has '<b>', an unknown tag"):
+        list(heard)
+
+
+def test_a_text_that_does_not_fit_into_the_frames_is_refused(model):
+    def say(max_frames: int) -> dsm_jax.Speech:
+        options = dataclasses.replace(GREEDY, max_frames=max_frames)
+        return dsm_jax.synthesize(model, LONG, speaker=voice(0), options=options)
+
+    with tts_model.swift_compiling():
+        enough = say(1000)
+        exactly = enough.frames.shape[1] + tts_model.LAST_DELAY
+        np.testing.assert_array_equal(say(exactly).pcm, enough.pcm)
+        with pytest.raises(SpeechError, match=f"to its end in {exactly - 1} frames: 6 of its 6 words and breaks were;"):
+            say(exactly - 1)
+        begun = sum(round(word.start * 12.5) < 20 for word in enough.words)
+        assert 0 < begun < 6
+        with pytest.raises(
+            SpeechError, match=f"20 frames: {begun} of its 6 words and breaks were; allow more with max"
+        ):
+            say(20)
+        live = dsm_jax.synthesize_stream(
+            model, LONG, speaker=voice(0), options=dataclasses.replace(GREEDY, max_frames=20)
+        )
+        heard = [next(live) for _ in range((20 - tts_model.DELAY_STEPS - tts_model.LAST_DELAY + 1) // STEPS)]
+        np.testing.assert_array_equal(np.concatenate(heard), enough.pcm[: 13 * FRAME])
+        with pytest.raises(
+            SpeechError, match="not said to its end in 20 frames; allow more with max_frames, or cut it"
+        ):
+            next(live)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance": 1.7}, r"the guidance is 1\.7; this model knows 1, 2, 3$"),
+        ({"guidance": 0.5}, r"guidance is 0\.5, and must be 1 or more: give another value"),
+        ({"temperature": -0.1}, r"temperature is -0\.1, and must be 0 or more"),
+        ({"temperature": float("nan")}, "temperature is nan, and must be 0 or more"),
+        ({"top_k_text": -1}, "top_k_text is -1, and must be 0 or more"),
+        ({"top_k_audio": -1}, "top_k_audio is -1, and must be 0 or more"),
+        ({"final_padding": -1}, "final_padding is -1, and must be 0 or more"),
+        ({"initial_padding": -1}, "initial_padding is -1, and must be 0 or more"),
+        ({"max_padding": -1}, "max_padding is -1, and must be 0 or more"),
+        ({"padding_between": -1}, "padding_between is -1 steps, which must lie between 0 and one hour"),
+        ({"codebooks": 3}, "^3 codebooks are to be generated; speaker makes 1 to 2$"),
+        ({"codebooks": 0}, "^0 codebooks are to be generated; speaker makes 1 to 2$"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_options_out_of_their_range(model, options, message):
+    refused_alike(model, SpeechError, message, speaker=voice(0), options=SpeechOptions(**options))
+
+
+def test_two_recordings_to_go_on_from_are_refused(prefix_model):
+    one = np.zeros(20 * FRAME, np.float32)
+    with pytest.raises(SpeechError, match="2 voices were given; random goes on from the recording of one"):
+        dsm_jax.synthesize(prefix_model, "good", speaker=[one, one])
+
+
+def test_a_recording_that_leaves_nothing_to_go_on_from_is_refused(prefix_model):
+    short = np.zeros(2 * FRAME, np.float32)
+    refused_alike(
+        prefix_model, SpeechError, r"the recording to go on from is 0\.16 s long; give some seconds", speaker=short
+    )
+
+
+def test_a_recording_that_cannot_be_read_is_refused(prefix_model, tmp_path):
+    (tmp_path / "talk.wav").write_text("not audio")
+    refused_alike(prefix_model, AudioError, "talk.wav is not audio", speaker=tmp_path / "talk.wav")
+    refused_alike(prefix_model, AudioError, "missing.wav does not exist", speaker="missing.wav")

@@ -1,0 +1,224 @@
+"""Voices and guidance, as a model is told them. That the reference tells the same is in tests/parity/test_tts.py.
+
+Shape letters: B batch rows, X steps of a voice, C its width, S slots.
+"""
+
+import dataclasses
+
+import huggingface_hub
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from dsm_jax.configs import Table
+from dsm_jax.errors import CheckpointError, SpeechError
+from dsm_jax.tts import voices
+from tests import small
+
+WIDTH, STEPS = 10, 3
+MODEL_ID = {"sig": "abc123", "epoch": 7}
+CONFIG = small.TTS
+# As of a model that goes on from a recording.
+SPEAKERLESS = dataclasses.replace(CONFIG, conditioners=Table(control=CONFIG.conditioners["control"]))
+
+
+def voice(seed: int, steps: int = STEPS, width: int = WIDTH) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(steps, width)).astype(np.float32)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a voice's file, or another of one tensor."""
+
+    def write(tensor: np.ndarray, name: str = voices.WAVS):
+        path = tmp_path / "voice.safetensors"
+        save_file({name: np.ascontiguousarray(tensor)}, path)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_a_voice_is_read_from_a_file_steps_first(file, kind):
+    path = file(voice(0).T[None].astype(kind))
+    for given in (path, str(path)):
+        read_XC = voices.read_voice(given, {})
+        np.testing.assert_array_equal(read_XC, voice(0).astype(kind))
+        assert read_XC.dtype == np.float32
+
+
+def test_an_array_is_a_voice_already():
+    read_XC = voices.read_voice(voice(0).astype(np.float64), MODEL_ID)
+    np.testing.assert_array_equal(read_XC, voice(0))
+    assert read_XC.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("given", "model_id"),
+    [("gone.safetensors", MODEL_ID), ("expresso/calm.wav", {}), ("expresso/calm.wav", {"sig": "abc123"})],
+)
+def test_a_voice_that_is_not_there_is_refused(given, model_id):
+    with pytest.raises(CheckpointError, match=f"^the voice {given} is not a file; give a voice's safetensors file$"):
+        voices.read_voice(given, model_id)
+
+
+def test_a_published_voice_is_fetched_by_its_name_for_the_model(file, monkeypatch):
+    asked = []
+
+    def download(*what: str) -> str:
+        asked.append(what)
+        return str(file(voice(0).T[None]))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    np.testing.assert_array_equal(voices.read_voice("expresso/calm.wav", MODEL_ID), voice(0))
+    assert asked == [("kyutai/tts-voices", "expresso/calm.wav.abc123@7.safetensors")]
+
+
+def test_a_published_voice_without_network_is_said_to_be_offline(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    message = (
+        r"^kyutai/tts-voices/expresso/calm.wav.abc123@7.safetensors is not in the local cache and could not be "
+        r"fetched: there is no network, or HF_HUB_OFFLINE is set; give a local file$"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        voices.read_voice("expresso/calm.wav", MODEL_ID)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "found"),
+    [
+        ("weight", (4, 3), r"\['weight'\]"),
+        (voices.WAVS, (4, 3), r"\['speaker_wavs'\] of shape \[4, 3\]"),
+        (voices.WAVS, (2, 4, 3), r"\['speaker_wavs'\] of shape \[2, 4, 3\]"),
+    ],
+)
+def test_a_file_of_other_tensors_is_refused(file, name, shape, found):
+    message = f"voice.safetensors holds {found}; a voice holds speaker_wavs \\[1, width, steps\\]$"
+    with pytest.raises(CheckpointError, match=message):
+        voices.read_voice(file(np.ones(shape, np.float32), name), {})
+
+
+@pytest.mark.parametrize("content", [b"", b"RIFF\x24\x00\x00\x00WAVEfmt "])
+def test_a_recording_is_no_voice(tmp_path, content):
+    (tmp_path / "me.wav").write_bytes(content)
+    message = r"me.wav is not a safetensors file .*; models that go on from a recording have no speakers$"
+    with pytest.raises(CheckpointError, match=message):
+        voices.read_voice(tmp_path / "me.wav", MODEL_ID)
+
+
+@pytest.mark.parametrize(
+    ("steps", "shape"),
+    [
+        (np.ones((2, 3, 4)), r"\[2, 3, 4\]"),
+        (np.ones(3), r"\[3\]"),
+        (np.ones((0, WIDTH)), r"\[0, 10\]"),
+        (np.array([[1.0, np.nan]]), r"\[1, 2\]"),
+        (np.array([[1.0], [np.inf]]), r"\[2, 1\]"),
+    ],
+)
+def test_numbers_that_are_no_voice_are_refused(steps, shape):
+    with pytest.raises(
+        SpeechError, match=rf"^a voice is {shape} numbers; expected \[steps, width\], all of them finite"
+    ):
+        voices.read_voice(steps, {})
+
+
+def test_a_file_with_what_is_no_number_is_refused(file):
+    broken = voice(0)
+    broken[1, 2] = np.nan
+    with pytest.raises(SpeechError, match=r"^a voice is \[3, 10\] numbers; expected \[steps, width\], all of them"):
+        voices.read_voice(file(broken.T[None]), {})
+
+
+def test_a_blend_is_the_weighted_mean():
+    a, b = voice(0), voice(1)
+    np.testing.assert_allclose(voices.blend([a, b]), (a + b) / 2, rtol=1e-6)
+    np.testing.assert_allclose(voices.blend([a, b], [1, 3]), a / 4 + 3 * b / 4, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(voices.blend([a, b], [0, 2]), b)
+    np.testing.assert_array_equal(voices.blend([a]), a)
+    assert voices.blend([a, b], [1, 3]).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("given", "weights", "message"),
+    [
+        ([], None, r"^voices to blend have the shapes \[\]; give voices of one shape$"),
+        ([voice(0), voice(1, 4)], None, r"^voices to blend have the shapes \[\(3, 10\), \(4, 10\)\]; give"),
+        ([voice(0)], [1, 2], r"^1 voices have the weights \[1, 2\]; give one each, 0 or more, not all 0$"),
+        ([voice(0), voice(1)], [2, -1], r"^2 voices have the weights \[2, -1\]"),
+        ([voice(0), voice(1)], [0, 0], r"^2 voices have the weights \[0, 0\]"),
+        ([voice(0)], [], r"^1 voices have the weights \[\]"),
+    ],
+)
+def test_voices_that_cannot_be_blended_are_refused(given, weights, message):
+    with pytest.raises(SpeechError, match=message):
+        voices.blend(given, weights)
+
+
+def test_guidance_is_told_by_its_place_among_those_that_are_known():
+    assert voices.guidance_values(CONFIG) == [1.0, 2.0, 3.0]
+    for place, guidance in enumerate([1.0, 2.0, 3.0]):
+        values, masks = voices.conditions(CONFIG, [[voice(0)], [voice(1)]], guidance)
+        assert values["cfg"].tolist() == [[place]] * 2
+        assert masks["cfg"].tolist() == [[True]] * 2
+        assert values["cfg"].dtype == np.int32
+
+
+def test_guidance_that_is_left_out_is_the_tables_last_entry_and_masked():
+    values, masks = voices.conditions(CONFIG, [[voice(0)]], None)
+    assert (values["cfg"].tolist(), masks["cfg"].tolist()) == ([[3]], [[False]])
+    assert (values["control"].tolist(), masks["control"].tolist()) == ([[0]], [[True]])
+
+
+def test_guidance_that_the_model_does_not_know_is_refused():
+    with pytest.raises(SpeechError, match=r"^the guidance is 2\.5; this model knows 1, 2, 3$"):
+        voices.conditions(CONFIG, [[voice(0)]], 2.5)
+
+
+def test_voices_fill_the_slots_in_their_order():
+    rows = [[voice(0), voice(1)], [voice(2)], [voice(seed) for seed in range(5)]]
+    values, masks = voices.conditions(CONFIG, rows, None)
+    value_BSXC = np.asarray(values[voices.WAVS]).reshape(3, 5, STEPS, WIDTH)
+    mask_BSX = np.asarray(masks[voices.WAVS]).reshape(3, 5, STEPS)
+    assert values[voices.WAVS].shape == (3, 5 * STEPS, WIDTH)
+    assert (values[voices.WAVS].dtype, mask_BSX.dtype) == (np.float32, bool)
+    for row, given in enumerate(rows):
+        np.testing.assert_array_equal(value_BSXC[row, : len(given)], given)
+        assert (value_BSXC[row, len(given) :] == 0).all()
+        assert mask_BSX[row].tolist() == [[slot < len(given)] * STEPS for slot in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[voice(0)], []], r"^request 2 has 0 voices; this model needs 1 to 5: give a speaker$"),
+        ([[voice(0)] * 6], r"^request 1 has 6 voices; this model needs 1 to 5"),
+        ([[voice(0)], [voice(1, 4)]], r"^the voices are \[3, 4\] steps long; all in a batch must have one length$"),
+        ([[voice(0), voice(1, STEPS, 9)]], r"^a voice is 9 numbers wide; this model's are 10: take one made for it$"),
+    ],
+)
+def test_voices_that_do_not_fit_the_model_are_refused(rows, message):
+    with pytest.raises(SpeechError, match=message):
+        voices.conditions(CONFIG, rows, None)
+
+
+def test_a_model_without_speakers_is_told_only_what_it_knows():
+    assert voices.has_speakers(CONFIG)
+    assert not voices.has_speakers(SPEAKERLESS)
+    assert voices.guidance_values(SPEAKERLESS) == []
+    values, masks = voices.conditions(SPEAKERLESS, [[], []], None)
+    assert values.keys() == masks.keys() == {"control"}
+    assert (values["control"].tolist(), masks["control"].tolist()) == ([[0], [0]], [[True], [True]])
+
+
+def test_without_adds_as_many_rows_that_are_told_nothing():
+    values, masks = voices.conditions(CONFIG, [[voice(0)], [voice(1), voice(2)]], 3.0)
+    twice, both = voices.without(values, masks, CONFIG)
+    for name, value in values.items():
+        assert twice[name].dtype == value.dtype
+        np.testing.assert_array_equal(twice[name][:2], value)
+        np.testing.assert_array_equal(both[name][:2], masks[name])
+        assert not np.asarray(both[name][2:]).any()
+        assert both[name].shape == (4, *masks[name].shape[1:])
+    assert (twice["cfg"][2:].tolist(), twice["control"][2:].tolist()) == ([[3]] * 2, [[1]] * 2)
+    assert (np.asarray(twice[voices.WAVS][2:]) == 0).all()

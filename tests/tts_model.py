@@ -1,0 +1,121 @@
+"""Two models that speak, in miniature, and a voice for the one that takes voices; made by the library's own writer.
+
+Shape letters: X steps of a voice, C its width.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from dsm_jax import checkpoints
+from dsm_jax.configs import LMConfig, MimiConfig, ModelConfig, Table
+from dsm_jax.models.lm import DelayedStreamsLM
+from dsm_jax.models.mimi import Mimi
+from dsm_jax.tokenizers import load_tokenizer
+from dsm_jax.tts.script import NEW_WORD, PAD
+from tests import small
+from tests.tokenizer_maker import make_tokenizer
+
+CODEBOOKS = 2
+DELAY_STEPS, LAST_DELAY = 5, 2  # of the audio behind the text, and of the codebooks behind it
+FRAME = 128  # samples
+WIDTH = 10  # of a voice
+
+# One layer each, as compiling is what tests of this model spend their time on; a rate that sound files can have.
+_MIMI = dataclasses.replace(
+    small.MIMI,
+    sample_rate=1600,
+    frame_rate=12.5,
+    seanet=dataclasses.replace(small.MIMI.seanet, ratios=(64,)),
+    transformer=dataclasses.replace(small.MIMI.transformer, num_layers=1),
+)
+# Told its voices and its guidance, reads two words ahead: tts-1.6b-en_fr.
+SPEAKERS = dataclasses.replace(
+    small.TTS,
+    card=16,
+    n_q=CODEBOOKS,
+    dep_q=CODEBOOKS,
+    delays=(0, 0, LAST_DELAY),
+    text_card=64,
+    num_layers=1,
+    context=50,
+    depformer_num_layers=1,
+    depformer_weights_per_step_schedule=(0, 1),
+)
+# Goes on from a recording, is guided by half of its rows: tts-0.75b-en-public.
+PREFIX = dataclasses.replace(
+    SPEAKERS,
+    text_card_out=5,
+    cross_attention=False,
+    conditioners=Table(control=small.TTS.conditioners["control"]),
+    fuser=Table(sum=["control"], prepend=[], cross=[]),
+)
+
+
+def random_model(folder: Path, lm_config: LMConfig = SPEAKERS) -> checkpoints.Model:
+    """A model with random weights, which often begins a word and often leaves a pause; its tokenizer is in a folder."""
+    config = ModelConfig(
+        model_type="tts",
+        lm=lm_config,
+        mimi=_MIMI,
+        tts_config=Table(audio_delay=(DELAY_STEPS + 0.5) / _MIMI.frame_rate, second_stream_ahead=2),
+        model_id=Table(sig="0a1b2c3d", epoch=7),
+    )
+    lm_def, lm_params = nnx.split(_lm(lm_config))
+    mimi_def, mimi_params = nnx.split(_mimi(_MIMI))
+    tokenizer = load_tokenizer(make_tokenizer(folder / "words.model", lm_config.text_card))
+    return checkpoints.Model(config, lm_def, lm_params, mimi_def, mimi_params, tokenizer, "random")
+
+
+def make_checkpoint(folder: Path) -> Path:
+    """Writes a model that takes voices, in the library's own layout; returns its folder."""
+    checkpoints.save(random_model(folder), folder / "speaker")
+    return folder / "speaker"
+
+
+def _lm(config: LMConfig) -> DelayedStreamsLM:
+    lm = small.build(lambda rngs: DelayedStreamsLM(config, rngs=rngs))
+    lm.text_linear_DV[...] = lm.text_linear_DV[...].at[:, np.array([NEW_WORD, PAD])].mul(3.0)
+    # So loud that what was said decides what follows, or greedy speech would be one code.
+    lm.audio_emb_QLD[...] = 10 * lm.audio_emb_QLD[...]
+    lm.text_emb.table_LW[...] = 10 * lm.text_emb.table_LW[...]
+    assert lm.depformer is not None
+    for linear in lm.depformer.inputs:
+        linear.weight_DE[...] = 3 * linear.weight_DE[...]
+    return lm
+
+
+def _mimi(config: MimiConfig) -> Mimi:
+    mimi = small.build(lambda rngs: Mimi(config, rngs=rngs), seed=1)
+    assert mimi.decoder is not None
+    last = mimi.decoder.seanet.layers[-1]  # so quiet that few samples are clipped
+    last.kernel_KCD[...], last.bias_D[...] = 0.1 * last.kernel_KCD[...], 0.1 * last.bias_D[...]
+    return mimi
+
+
+def voice(seed: int, steps: int = 2, width: int = WIDTH) -> np.ndarray:
+    """The steps [X, C] of a voice."""
+    return np.random.default_rng(seed).normal(size=(steps, width)).astype(np.float32)
+
+
+def write_voice(path: Path, steps_XC: np.ndarray) -> Path:
+    """Writes a voice as Kyutai publishes them; returns its path."""
+    save_file({"speaker_wavs": np.ascontiguousarray(steps_XC.T[None])}, path)
+    return path
+
+
+@contextmanager
+def swift_compiling() -> Iterator[None]:
+    """Compiles without optimising: for a few dozen steps that takes longer than it saves."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
