@@ -28,9 +28,9 @@ QUIET = 0.02  # rms; recordings below it are compared as if they were as loud
 class CodecObjective:
     """What a codec is trained for."""
 
-    waveform: float = 2.0  # weight of the mean absolute difference of samples, of recordings scaled to rms 1
+    waveform: float = 0.2  # weight of the mean absolute difference of samples, of recordings scaled to rms 1
     commitment: float = 0.25
-    semantic: float = 2.0
+    semantic: float = 4.0
     look_ahead: int = 3  # frames that the semantic head has heard beyond the one it names
     codebook_dropout: float = 0.5  # share of rows that go through a random number of codebooks
     decoded_frames: int = 12  # of each row, as many are decoded and compared

@@ -46,6 +46,7 @@ def string_of(
     words: int | None = None,
     gaps: Gaps = Gaps(),
     speed: float = 0.15,
+    tempo: float = 0.0,
 ) -> tuple[np.ndarray, list[Spoken]]:
     """A string of words by one speaker, in silence.
 
@@ -56,7 +57,9 @@ def string_of(
       seconds: of the result.
       words: how many; None for as many as there is room for.
       gaps: how they follow each other.
-      speed: each string is said up to this much faster or slower, and each word a quarter of that beside.
+      speed: each string is said up to this much faster and higher, or slower and deeper, and each word half of that
+        beside.
+      tempo: the same at the pitch that it has; times are then exact to some milliseconds.
 
     Returns:
       samples: float32 [seconds * sample_rate].
@@ -66,12 +69,15 @@ def string_of(
     own = [take for take in takes if take.speaker == speaker]
     pcm_T = np.zeros(round(seconds * sample_rate), np.float32)
     at, spoken = random.uniform(0, gaps.lead), []
-    tempo = np.exp(random.uniform(-speed, speed))
+    speeds = np.exp(random.uniform(-1, 1, 2) * (speed, tempo))
     tightness = random.choice([1.0, 2.0, 4.0])
     while words is None or len(spoken) < words:
         take = own[int(random.integers(len(own)))]
-        factor = tempo * np.exp(random.uniform(-speed, speed) / 4)
-        said_T = sounds.change_speed(take.pcm_T, factor)
+        higher, faster = speeds * np.exp(random.uniform(-0.5, 0.5, 2) * (speed, tempo))
+        factor = higher * faster
+        said_T = sounds.change_speed(take.pcm_T, higher)
+        if tempo:
+            said_T = sounds.change_tempo(said_T, faster, sample_rate)
         said_T = said_T * (sounds.gain(random.uniform(-4, 4)) * 0.1 / sounds.rms(said_T))
         first = round(at * sample_rate)
         if first + len(said_T) > len(pcm_T):

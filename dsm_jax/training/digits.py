@@ -45,8 +45,8 @@ MIMI = MimiConfig(
     transformer=TransformerConfig(
         d_model=WIDTH,
         num_heads=4,
-        num_layers=2,
-        dim_feedforward=256,
+        num_layers=4,
+        dim_feedforward=384,
         context=250,
         layer_scale=0.1,
         input_dimension=WIDTH,
@@ -109,6 +109,7 @@ class Mix:
       noise: share of rows in which nobody speaks.
       short: share of strings with few words or none, and silence after them.
       gaps: between the words of a string.
+      tempo: how much faster or slower strings are said, at the same pitch; see `string_of`.
       harshness, quietest_db: of what is done to strings; see `sounds.roughen`.
     """
 
@@ -116,6 +117,7 @@ class Mix:
     noise: float = 0.08
     short: float = 0.3
     gaps: Gaps = Gaps()
+    tempo: float = 0.2
     harshness: float = 1.0
     quietest_db: float = -26.0
 
@@ -126,7 +128,7 @@ def digits_row(
     """A string of digits in some room, samples [frames * frame size] at the codec's rate, and its words."""
     seconds = frames / config.frame_rate
     words = None if random.random() >= mix.short else int(random.integers(0, 6))
-    pcm_T, spoken = string_of(random, takes, TAKE_RATE, seconds=seconds, words=words, gaps=mix.gaps)
+    pcm_T, spoken = string_of(random, takes, TAKE_RATE, seconds=seconds, words=words, gaps=mix.gaps, tempo=mix.tempo)
     pcm_T = sounds.roughen(random, pcm_T, TAKE_RATE, harshness=mix.harshness, quietest_db=mix.quietest_db)
     return sounds.resample(pcm_T, TAKE_RATE, config.sample_rate)[: frames * config.frame_size], spoken
 

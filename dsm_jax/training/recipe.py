@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -38,25 +39,20 @@ _ENCODED_AT_ONCE = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodecStage:
-    """Training of the codec."""
+    """Training of the codec, mostly for what is said: dense strings, and not too much done to them.
+
+    None is very quiet: the gradient of a string 40 dB down is twenty times that of others, as norms divide by its
+    level, and once clipping has made it small enough, nothing is left of the others.
+    """
 
     rows: int = 6  # in a batch
     frames: int = 60  # in a row
-    run: RunConfig = RunConfig(steps=5000, log_every=50, save_every=500)
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, warmup=100, weight_decay=0.01, b1=0.8, clip=2.0)
+    run: RunConfig = RunConfig(steps=12_000, log_every=50, save_every=500)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, warmup=200, weight_decay=0.02, b1=0.8, clip=5.0)
     objective: codec.CodecObjective = codec.CodecObjective()
-    mix: Mix = Mix()
-
-
-# The second time the codec is trained, it is for what is said: dense strings, little else, and not much done to them.
-# None is very quiet: the gradient of a string 40 dB down is twenty times that of others, as norms divide by its level,
-# and once clipping has made it small enough, nothing is left of the others.
-_SEMANTIC = CodecStage(
-    run=RunConfig(steps=3000, log_every=50, save_every=500),
-    optimizer=OptimizerConfig(learning_rate=1e-3, warmup=100, weight_decay=0.01, b1=0.8, clip=5.0),
-    objective=codec.CodecObjective(semantic=4.0),
-    mix=Mix(sentences=0.15, noise=0.05, short=0.0, gaps=Gaps(longest=0.5, lead=0.4), harshness=0.35, quietest_db=-14.0),
-)
+    mix: Mix = Mix(
+        sentences=0.15, noise=0.05, short=0.1, gaps=Gaps(longest=0.5, lead=0.4), harshness=0.4, quietest_db=-20.0
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +65,7 @@ class LmStage:
     run: RunConfig = RunConfig(steps=2400, log_every=50, save_every=400)
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup=100, weight_decay=0.05)
     objective: SttObjective = SttObjective(text_dropout=0.1, codebook_dropout=0.25, random_codes=0.05)
-    mix: Mix = Mix(sentences=0.12, harshness=0.4, gaps=Gaps(longest=0.7), quietest_db=-18.0)
+    mix: Mix = Mix(sentences=0.12, harshness=0.4, gaps=Gaps(longest=0.7), quietest_db=-20.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +76,6 @@ class DigitsConfig:
     output: str
     seed: int = 0
     codec: CodecStage = CodecStage()
-    semantic: CodecStage = _SEMANTIC
     lm: LmStage = LmStage()
 
 
@@ -129,14 +124,15 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
     seed = config.seed
     made = Mimi(digits.MIMI, block_frames=None, rngs=nnx.Rngs(seed))
     trainee = codec.CodecTrainee(made, digits.LABELS, rngs=nnx.Rngs(seed + 1))
-    for draw, (name, stage) in enumerate((("codec", config.codec), ("semantic", config.semantic))):
-        rows = digits.CodecRows(takes, sentences, stage.frames, (seed, draw), stage.mix)
-        only_digits = dataclasses.replace(stage.mix, sentences=0.0, noise=0.0)
-        validation = digits.CodecRows(kept, sentences, stage.frames, (seed, 5), only_digits)
-        run = Run(output / name, stage.run)
-        trainee = train_codec(stage, run, trainee, rows, validation, seed=seed, resume=resume, fresh=draw == 0)
+    rows = digits.CodecRows(takes, sentences, config.codec.frames, (seed, 0), config.codec.mix)
+    only_digits = dataclasses.replace(config.codec.mix, sentences=0.0, noise=0.0)
+    validation = digits.CodecRows(kept, sentences, config.codec.frames, (seed, 1), only_digits)
+    run = Run(output / "codec", config.codec.run)
+    trainee = train_codec(config.codec, run, trainee, rows, validation, seed=seed, resume=resume)
     listening, _ = nnx.split(nnx.eval_shape(lambda: Mimi(digits.MIMI, rngs=nnx.Rngs(0))))
-    mimi = nnx.merge(listening, nnx.state(trainee.mimi))
+    # The language model learns the codes of the codec that is shipped, after rounding.
+    mimi_params = _in_16_bits(nnx.state(trainee.mimi))
+    mimi = nnx.merge(listening, jax.tree.map(lambda a: a.astype(jnp.float32), mimi_params))
 
     vocabulary = output / "tokenizer_digits.model"
     pieces = write_vocabulary(vocabulary, digits.WORDS)
@@ -158,11 +154,16 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
     )
     trained = train_lm(config.lm, Run(output / "lm", config.lm.run), lm, strings, unseen, seed, resume)
 
-    mimi_def, mimi_params = nnx.split(mimi)
+    mimi_def, _ = nnx.split(mimi)
     lm_def, lm_params = nnx.split(trained)
-    model = checkpoints.Model(whole, lm_def, lm_params, mimi_def, mimi_params, tokenizer, NAME)
-    write_model(model, output_model, dtype="bfloat16")  # as published language models are
+    model = checkpoints.Model(whole, lm_def, _in_16_bits(lm_params), mimi_def, mimi_params, tokenizer, NAME)
+    write_model(model, output_model)
     return checkpoints.load(output_model)
+
+
+def _in_16_bits(params: nnx.State) -> nnx.State:
+    """As they are shipped: half the size, and exact again in float32, in which the codec always runs."""
+    return jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
 
 
 def train_codec(
@@ -174,10 +175,9 @@ def train_codec(
     *,
     seed: int,
     resume: bool,
-    fresh: bool,
 ) -> codec.CodecTrainee:
-    """Trains the codec for one stage; `fresh` codebooks start at the first batch's vectors."""
-    graph, params, memory = codec.split(trainee, fresh=fresh)
+    """Trains the codec; its codebooks start at the first batch's vectors."""
+    graph, params, memory = codec.split(trainee, fresh=True)
 
     def loss(params: Any, memory: codec.CodecMemory, batch: Any, key: jax.Array):
         return codec.codec_loss(codec.merge(graph, params, memory), memory, batch, key, stage.objective)

@@ -41,12 +41,37 @@ def change_speed(x_T: np.ndarray, factor: float) -> np.ndarray:
     return resample(x_T, 1000.0 * factor, 1000.0)
 
 
+def change_tempo(x_T: np.ndarray, factor: float, sample_rate: int) -> np.ndarray:
+    """Faster above 1, slower below, at the same pitch (WSOLA, Verhelst and Roelands 1993).
+
+    Pieces of 25 ms are laid over each other by half, each from where it goes on best within 6 ms of where it should be
+    taken from. What is shorter than two pieces stays as it is.
+    """
+    hop, reach = round(0.0125 * sample_rate), round(0.006 * sample_rate)
+    if len(x_T) < 4 * hop:
+        return x_T
+    window_W = np.hanning(2 * hop + 1)[:-1].astype(np.float32)
+    padded_T = np.concatenate([np.zeros(hop + reach), x_T, np.zeros(3 * hop + 2 * reach)]).astype(np.float32)
+    pieces = round(len(x_T) / factor / hop) + 1
+    y_T = np.zeros((pieces + 1) * hop, np.float32)
+    taken = reach
+    for i in range(pieces):
+        if i:
+            wanted_T = padded_T[taken + hop : taken + 3 * hop]  # what would follow
+            first = min(round(i * hop * factor), len(x_T))  # of the places to choose from
+            likeness = np.correlate(padded_T[first : first + 2 * (reach + hop)], wanted_T, "valid")
+            taken = first + int(likeness.argmax())
+        y_T[i * hop : (i + 2) * hop] += window_W * padded_T[taken : taken + 2 * hop]
+    return y_T[hop : hop + round(len(x_T) / factor)]
+
+
 def noise(random: np.random.Generator, samples: int, sample_rate: int) -> np.ndarray:
     """A room in which nobody speaks, rms 1: coloured noise, sometimes with hum, swells and clicks."""
     spectrum = np.fft.rfft(random.normal(size=samples))
     hertz = np.fft.rfftfreq(samples, 1 / sample_rate)
-    slope = random.uniform(-2.0, 0.3)  # of power against frequency: brown to a little blue
-    spectrum *= np.maximum(hertz, 20.0) ** (slope / 2)
+    slope = random.uniform(-2.5, 0.3)  # of power against frequency: more than brown to a little blue
+    flat_below = 10 ** random.uniform(-0.5, 2.0)  # else most of some rooms would be too deep to hear; some are
+    spectrum *= np.maximum(hertz, flat_below) ** (slope / 2)
     if random.random() < 0.4:  # a band that stands out, or is all there is
         centre, width = 10 ** random.uniform(2, 3.8), random.uniform(0.2, 1.5)
         band = np.exp(-(np.log2(np.maximum(hertz, 1) / centre) ** 2) / (2 * width**2))
@@ -89,6 +114,19 @@ def tilt(random: np.random.Generator, x_T: np.ndarray, sample_rate: int) -> np.n
     return np.fft.irfft(spectrum * 10 ** (np.clip(curve_db, -20, 12) / 20), len(x_T)).astype(np.float32)
 
 
+def hide(random: np.random.Generator, x_T: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Without a band of up to an octave, or two, and without some moments of up to 60 ms (Park et al. 2019)."""
+    spectrum = np.fft.rfft(x_T)
+    octaves = np.log2(np.maximum(np.fft.rfftfreq(len(x_T), 1 / sample_rate), 60.0) / 1000)
+    for _ in range(random.integers(0, 3)):
+        spectrum[np.abs(octaves - random.uniform(-3, 2)) < random.uniform(0.1, 0.5)] *= 0.05
+    y_T = np.fft.irfft(spectrum, len(x_T)).astype(np.float32)
+    for _ in range(random.integers(0, 1 + 2 * len(x_T) // sample_rate)):
+        at, length = random.integers(len(x_T)), int(random.uniform(0.01, 0.06) * sample_rate)
+        y_T[at : at + length] *= 0.05
+    return y_T
+
+
 def roughen(
     random: np.random.Generator,
     x_T: np.ndarray,
@@ -103,13 +141,16 @@ def roughen(
       random: what to draw from.
       x_T: the sound.
       sample_rate: Hz.
-      harshness: from 0 to 1: how often room, microphone and noise are added, and how loud the loudest noise is.
+      harshness: from 0 to 1: how often room, microphone and noise are added and something is hidden, and how loud the
+        loudest noise is.
       quietest_db: the lowest peak, against full scale.
     """
     if random.random() < 0.3 * harshness:
         x_T = room(random, x_T, sample_rate)
     if random.random() < 0.6 * harshness:
         x_T = tilt(random, x_T, sample_rate)
+    if random.random() < 0.6 * harshness:
+        x_T = hide(random, x_T, sample_rate)
     level = rms(x_T)
     if random.random() < 0.7 * harshness and level > 1e-5:
         loudest_db = 20 - 12 * harshness  # below the sound
