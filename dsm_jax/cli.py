@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from dsm_jax import terminal
 from dsm_jax.arguments import PLATFORMS, cache_folder, parser
 from dsm_jax.errors import DsmError
+from dsm_jax.memory import keep_freed
 
 if TYPE_CHECKING:
     from dsm_jax.checkpoints import Model
@@ -167,6 +168,7 @@ def convert(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Trains what a config file describes."""
+    keep_freed()
     _set_up_jax(args)
     from dsm_jax.training.command import train as run
 

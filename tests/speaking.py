@@ -20,6 +20,7 @@ from dsm_jax.tts import engine
 from dsm_jax.tts.engine import Manner, Steps, Told, TtsState
 from dsm_jax.tts.script import Entry, pack
 
+_ENDLESS = 500  # steps
 SWIFTLY_COMPILED = {"xla_backend_optimization_level": 0}  # for a few dozen steps, optimising takes longer than it saves
 
 
@@ -75,6 +76,7 @@ class Loop:
             frames, framed, taken, pcm, audible = (np.asarray(getattr(steps, name))[:count] for name in _COLUMNS)
             made.append((frames, framed, taken, pcm, audible, from_B + np.arange(count)[:, None]))
             from_B = after_B
+            assert from_B.max() < _ENDLESS, "no row comes to its end"
         ends = np.asarray(state.words.end_step_B).tolist()
         return [_said(made, row, int(from_B[row]), end) for row, end in enumerate(ends)], state
 
@@ -84,6 +86,12 @@ class Loop:
 
 
 _COLUMNS = ("frames_NBK", "framed_NB", "taken_NB", "pcm_NBT", "audible_NB")
+
+
+@jax.jit
+def condition(lm: DelayedStreamsLM, values: dict[str, jax.Array], masks: dict[str, jax.Array]) -> Conditions:
+    """`lm.condition`, compiled."""
+    return lm.condition(values, masks)
 
 
 def _advance(

@@ -1,5 +1,6 @@
 """The README's code blocks, run word for word: its model names resolve to a stored miniature in a hub cache."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from tests import stt_model
+from dsm_jax import checkpoints
+from tests import stt_model, tts_model
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,10 +33,17 @@ def desk(tmp_path_factory):
     shutil.copytree(ROOT / "examples/audio", desk / "examples/audio")
     shutil.copytree(ROOT / "examples/new_speaker/test", desk / "recordings")
     (desk / "finetune.json").write_text(*blocks(README, "json"))
-    repository = desk / "hub/models--kyutai--stt-1b-en_fr"
-    shutil.copytree(stt_model.CHECKPOINT, repository / "snapshots/0123abc")
-    (repository / "refs").mkdir()
-    (repository / "refs/main").write_text("0123abc")
+    _publish(desk, "stt-1b-en_fr", stt_model.CHECKPOINT)
+    (desk / "speaking").mkdir()
+    # Enough pieces for the tokenizer to have one for every byte, and so for any letter.
+    config = dataclasses.replace(tts_model.SPEAKERS, text_card=1000)
+    checkpoints.save(tts_model.random_model(desk / "speaking", config), desk / "speaking/model")
+    _publish(desk, "tts-1.6b-en_fr", desk / "speaking/model")
+    voice = Path("expresso/ex03-ex01_happy_001_channel1_334s.wav")
+    (desk / "voices" / voice.parent).mkdir(parents=True)
+    tts_model.write_voice(desk / f"voices/{voice}.0a1b2c3d@7.safetensors", tts_model.voice(0))
+    _publish(desk, "tts-voices", desk / "voices")
+    tts_model.write_requests(desk, {"id": "one", "turns": ["Good morning."], "voices": [str(voice)]})
     environment = {
         **os.environ,
         "HF_HUB_CACHE": str(desk / "hub"),
@@ -43,6 +52,14 @@ def desk(tmp_path_factory):
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     return desk, environment
+
+
+def _publish(desk: Path, name: str, folder: Path) -> None:
+    """Puts a folder into the hub's cache."""
+    repository = desk / f"hub/models--kyutai--{name}"
+    shutil.copytree(folder, repository / "snapshots/0123abc")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0123abc")
 
 
 def test_python_blocks_run_in_order(desk):
@@ -63,6 +80,8 @@ def test_shell_blocks_run_in_order(desk):
     assert (folder / "subtitles/note.srt").is_file()
     assert (folder / "again.wav").is_file()
     assert (folder / "learnt/curve.png").is_file()
+    assert soundfile.info(folder / "morning.wav").duration > 0.5
+    assert {path.name for path in (folder / "said").iterdir()} == {"one.wav", "one.json", "one.safetensors"}
 
 
 def test_make_targets_exist():

@@ -96,8 +96,8 @@ def test_padding_between_counts_every_token_of_the_word(read):
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
-        ([], "the script has 0 turns and no word in them, and at least one is needed: give a text to say"),
-        (["", ' :() <break time="1s"/>'], "the script has 2 turns and no word in them"),
+        ([], r"the text \(0 turns\) has no word in it, and at least one is needed: give a text to say"),
+        (["", ' :() <break time="1s"/>'], r"the text \(2 turns\) has no word in it"),
         (
             ["the", "café 12"],
             r"turn 2 has the word '12', which t.model encodes as \[\d+, 0\], and every word must become",

@@ -125,7 +125,8 @@ def test_two_speakers_take_turns(model):
     tokens = first_tokens(second)
     assert tokens[np.isin(tokens, [MAIN, OTHER])].tolist() == [OTHER, MAIN, OTHER]
     swapped = dsm_jax.synthesize(model, turns, speaker=[OTHER_VOICE, VOICE], options=GREEDY)
-    assert swapped.pcm.tobytes() != said.pcm.tobytes()
+    doubled = dsm_jax.synthesize(model, turns, speaker=[VOICE, VOICE], options=GREEDY)
+    assert len({swapped.pcm.tobytes(), doubled.pcm.tobytes(), said.pcm.tobytes()}) == 3
 
 
 def test_a_voice_may_be_a_file_or_an_array(model, speech, tmp_path):
@@ -154,7 +155,7 @@ def test_each_of_a_batch_equals_itself_alone_and_a_bad_one_costs_only_itself(mod
     requests = [good[0], Request(" ", (VOICE,)), good[2], Request(("zoo", "a ÿ"), (VOICE,)), good[4]]
     results = dict(synthesize_each(model, requests, options, batch_size=2))
     assert sorted(results) == [0, 1, 2, 3, 4]
-    with pytest.raises(SpeechError, match="1 turns and no word in them"):
+    with pytest.raises(SpeechError, match="has no word in it"):
         raise results[1]
     with pytest.raises(SpeechError, match="turn 2 has the word 'ÿ'"):
         raise results[3]

@@ -17,6 +17,12 @@ GREEDY = SpeechOptions(temperature=0.0)
 LONG = "to be at the old city"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _swiftly():
+    with tts_model.swift_compiling():
+        yield
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return tts_model.make_checkpoint(tmp_path_factory.mktemp("speakers"))
@@ -99,9 +105,10 @@ def test_voices_that_the_model_cannot_take(model, speaker, error, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the script has 1 turns and no word in them"),
-        (' \n<break time="1s"/>', "the script has 1 turns and no word in them"),
-        ([], "the script has 0 turns and no word in them"),
+        ("", r"the text \(1 turns\) has no word in it"),
+        (' \n<break time="1s"/>', r"the text \(1 turns\) has no word in it"),
+        ([], r"the text \([01] turns\) has no word in it"),
+        ("good \udcff", r"turn 1 has the word '\\udcff', which words.model encodes as"),
         ("good ÿ morning", "turn 1 has the word 'ÿ', which words.model encodes as"),
         ("good < morning", "turn 1 has a '<' that belongs to no tag"),
         ("good > morning", "turn 1 has a '>' that belongs to no tag"),
@@ -114,7 +121,9 @@ def test_texts_that_cannot_be_said(model, text, message):
 
 
 def test_what_is_wrong_with_live_text_is_told_when_it_arrives(model):
-    heard = dsm_jax.synthesize_stream(model, iter(["good ", "<b> ", "never asked for"]), speaker=voice(0))
+    heard = dsm_jax.synthesize_stream(
+        model, iter(["good ", "<b> ", "never asked for"]), speaker=voice(0), options=GREEDY
+    )
     with pytest.raises(SpeechError, match="turn 1 has '<b>', an unknown tag"):
         list(heard)
 
@@ -124,27 +133,20 @@ def test_a_text_that_does_not_fit_into_the_frames_is_refused(model):
         options = dataclasses.replace(GREEDY, max_frames=max_frames)
         return dsm_jax.synthesize(model, LONG, speaker=voice(0), options=options)
 
-    with tts_model.swift_compiling():
-        enough = say(1000)
-        exactly = enough.frames.shape[1] + tts_model.LAST_DELAY
-        np.testing.assert_array_equal(say(exactly).pcm, enough.pcm)
-        with pytest.raises(SpeechError, match=f"to its end in {exactly - 1} frames: 6 of its 6 words and breaks were;"):
-            say(exactly - 1)
-        begun = sum(round(word.start * 12.5) < 20 for word in enough.words)
-        assert 0 < begun < 6
-        with pytest.raises(
-            SpeechError, match=f"20 frames: {begun} of its 6 words and breaks were; allow more with max"
-        ):
-            say(20)
-        live = dsm_jax.synthesize_stream(
-            model, LONG, speaker=voice(0), options=dataclasses.replace(GREEDY, max_frames=20)
-        )
-        heard = [next(live) for _ in range((20 - tts_model.DELAY_STEPS - tts_model.LAST_DELAY + 1) // STEPS)]
-        np.testing.assert_array_equal(np.concatenate(heard), enough.pcm[: 13 * FRAME])
-        with pytest.raises(
-            SpeechError, match="not said to its end in 20 frames; allow more with max_frames, or cut it"
-        ):
-            next(live)
+    enough = say(1000)
+    exactly = enough.frames.shape[1] + tts_model.LAST_DELAY
+    np.testing.assert_array_equal(say(exactly).pcm, enough.pcm)
+    with pytest.raises(SpeechError, match=f"to its end in {exactly - 1} frames: 6 of its 6 words and breaks were;"):
+        say(exactly - 1)
+    begun = sum(round(word.start * 12.5) < 20 for word in enough.words)
+    assert 0 < begun < 6
+    with pytest.raises(SpeechError, match=f"20 frames: {begun} of its 6 words and breaks were; allow more with max"):
+        say(20)
+    live = dsm_jax.synthesize_stream(model, LONG, speaker=voice(0), options=dataclasses.replace(GREEDY, max_frames=20))
+    heard = [next(live) for _ in range((20 - tts_model.DELAY_STEPS - tts_model.LAST_DELAY + 1) // STEPS)]
+    np.testing.assert_array_equal(np.concatenate(heard), enough.pcm[: 13 * FRAME])
+    with pytest.raises(SpeechError, match="not said to its end in 20 frames; allow more with max_frames, or cut it"):
+        next(live)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +162,9 @@ def test_a_text_that_does_not_fit_into_the_frames_is_refused(model):
         ({"initial_padding": -1}, "initial_padding is -1, and must be 0 or more"),
         ({"max_padding": -1}, "max_padding is -1, and must be 0 or more"),
         ({"padding_between": -1}, "padding_between is -1 steps, which must lie between 0 and one hour"),
+        ({"padding_bonus": float("nan")}, "padding_bonus is nan, and must be finite"),
+        ({"max_frames": 0}, "max_frames is 0, and must be 1 or more"),
+        ({"seed": 2**63}, "the seed is 9223372036854775808, and must fit into 64 bits"),
         ({"codebooks": 3}, "^3 codebooks are to be generated; speaker makes 1 to 2$"),
         ({"codebooks": 0}, "^0 codebooks are to be generated; speaker makes 1 to 2$"),
     ],

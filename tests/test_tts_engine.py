@@ -22,7 +22,7 @@ from dsm_jax.tts.engine import Manner
 from dsm_jax.tts.script import NEW_WORD, PAD, Entry
 from dsm_jax.tts.words import WordMachine
 from tests import small
-from tests.speaking import SWIFTLY_COMPILED, Loop, Said, join, tell
+from tests.speaking import SWIFTLY_COMPILED, Loop, Said, condition, join, tell
 
 # A frame of 4 samples, as compiling is what these tests spend their time on.
 SEANET = dataclasses.replace(small.MIMI.seanet, ratios=(2,))
@@ -79,11 +79,6 @@ SCRIPTS = (
     [word(14)],
     [word(15, 16), word(17), PAUSE, word(18), word(5)],
 )
-
-
-@jax.jit
-def condition(lm, values, masks):
-    return lm.condition(values, masks)
 
 
 @functools.cache

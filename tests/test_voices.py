@@ -55,11 +55,22 @@ def test_an_array_is_a_voice_already():
 
 @pytest.mark.parametrize(
     ("given", "model_id"),
-    [("gone.safetensors", MODEL_ID), ("expresso/calm.wav", {}), ("expresso/calm.wav", {"sig": "abc123"})],
+    [
+        ("gone.safetensors", MODEL_ID),
+        ("expresso/calm.wav", {}),
+        ("expresso/calm.wav", {"sig": "abc123"}),
+        ("/gone/calm.wav", MODEL_ID),
+        ("a" * 300, {}),
+    ],
 )
 def test_a_voice_that_is_not_there_is_refused(given, model_id):
     with pytest.raises(CheckpointError, match=f"^the voice {given} is not a file; give a voice's safetensors file$"):
         voices.read_voice(given, model_id)
+
+
+def test_a_folder_is_no_voice(tmp_path):
+    with pytest.raises(CheckpointError, match=f"^the voice {tmp_path} is not a file; give a voice's safetensors file$"):
+        voices.read_voice(tmp_path, MODEL_ID)
 
 
 def test_a_published_voice_is_fetched_by_its_name_for_the_model(file, monkeypatch):
@@ -191,8 +202,8 @@ def test_voices_fill_the_slots_in_their_order():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([[voice(0)], []], r"^request 2 has 0 voices; this model needs 1 to 5: give a speaker$"),
-        ([[voice(0)] * 6], r"^request 1 has 6 voices; this model needs 1 to 5"),
+        ([[voice(0)], []], r"^a request has 0 voices; this model needs 1 to 5: give a speaker$"),
+        ([[voice(0)] * 6], r"^a request has 6 voices; this model needs 1 to 5"),
         ([[voice(0)], [voice(1, 4)]], r"^the voices are \[3, 4\] steps long; all in a batch must have one length$"),
         ([[voice(0), voice(1, STEPS, 9)]], r"^a voice is 9 numbers wide; this model's are 10: take one made for it$"),
     ],

@@ -1,9 +1,10 @@
-"""Two models that speak, in miniature, and a voice for the one that takes voices; made by the library's own writer.
+"""Two models that speak, in miniature, and what they are given: voices, and files of requests.
 
 Shape letters: X steps of a voice, C its width.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +108,14 @@ def voice(seed: int, steps: int = 2, width: int = WIDTH) -> np.ndarray:
 def write_voice(path: Path, steps_XC: np.ndarray) -> Path:
     """Writes a voice as Kyutai publishes them; returns its path."""
     save_file({"speaker_wavs": np.ascontiguousarray(steps_XC.T[None])}, path)
+    return path
+
+
+def write_requests(folder: Path, *rows: dict | str) -> Path:
+    """Writes a file of requests, those given as text as they are; returns its path."""
+    path = folder / "requests.jsonl"
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
 
 

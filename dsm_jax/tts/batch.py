@@ -100,13 +100,13 @@ def _say(
     model, most = synthesizer.model, synthesizer.options.max_frames
     synthesizer.begin([prepared for _, prepared in batch])
     rows = [Row(prepared) for _, prepared in batch]
-    steps = 0
+    steps, heard = 0, [0] * len(rows)
     while steps < most and (made := synthesizer.advance(min(MOST_STEPS, most - steps))).count:
         steps += int(made.count)
         for place, row in enumerate(rows):
-            row.hear(made, place)
+            heard[place] += row.hear(made, place).size
         if progress is not None:
-            progress(max(0, steps - synthesizer.how.delay_steps) / model.config.mimi.frame_rate)
+            progress(max(heard) / model.sample_rate)
     for place, ((index, prepared), row) in enumerate(zip(batch, rows, strict=True)):
         result: Speech | DsmError = row.speech(model, synthesizer.how.codebooks)
         if synthesizer.running(place):

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -48,20 +49,19 @@ def read_jobs(source: str, voices: Sequence[Voice]) -> list[Job]:
       SpeechError: a file that cannot be read, or a line that is no request.
     """
     if source == "-":
-        return [Job(Request(sys.stdin.read(), tuple(voices)))]
+        return [Job(Request(_text(sys.stdin.buffer.read(), "standard input"), tuple(voices)))]
     path = Path(source)
-    # A text may be longer than a file's name can be, which makes the system refuse the question.
-    looks_like_file = len(source) < 255 and not any(c.isspace() for c in source) and path.suffix in (".txt", ".jsonl")
-    if not looks_like_file and not (len(source) < 255 and path.is_file()):
+    looks_like_file = not any(c.isspace() for c in source) and path.suffix in (".txt", ".jsonl")
+    # A text may be longer than a file's name can be: os.path says no where pathlib raises.
+    if not looks_like_file and not os.path.isfile(source):
         return [Job(Request(source, tuple(voices)))]
     try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise SpeechError(f"{source} cannot be read ({reason}); give a text, or a file of one") from None
+        content = _text(path.read_bytes(), source)
+    except OSError as error:
+        raise SpeechError(f"{source} cannot be read ({error.strerror}); give a text, or a file of one") from None
     if path.suffix != ".jsonl":
         return [Job(Request(content, tuple(voices)))]
-    lines = enumerate(content.splitlines(), 1)
+    lines = enumerate(content.split("\n"), 1)  # not splitlines: JSON may hold other ends of lines as they are
     jobs = [_job(line, f"{source}:{number}", voices) for number, line in lines if line.strip()]
     names = [job.name for job in jobs]
     if twice := sorted({str(name) for name in names if names.count(name) > 1}):
@@ -69,6 +69,13 @@ def read_jobs(source: str, voices: Sequence[Voice]) -> list[Job]:
     if not jobs:
         raise SpeechError(f"{source} has no requests; write one JSON object a line: id, turns and voices")
     return jobs
+
+
+def _text(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise SpeechError(f"{where} cannot be read (it is not UTF-8 text); give a text, or a file of one") from None
 
 
 def _job(line: str, where: str, voices: Sequence[Voice]) -> Job:
@@ -80,13 +87,13 @@ def _job(line: str, where: str, voices: Sequence[Voice]) -> Job:
     if not isinstance(row, dict) or set(row) - set(wanted) or not {"id", "turns"} <= set(row):
         found = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise SpeechError(f"{where} has {found}; a request has id and turns, and may have voices")
-    wrong = [key for key in row if not isinstance(row[key], wanted[key])]
-    wrong += [key for key in ("turns", "voices") if not all(isinstance(item, str) for item in row.get(key, []))]
+    wrong = [key for key, value in row.items() if not isinstance(value, wanted[key])]
+    wrong = wrong or [key for key in row if not all(isinstance(item, str) for item in row[key])]
     if wrong:
         raise SpeechError(
             f"{where} has {wrong[0]} = {row[wrong[0]]!r}; id is a text, turns and voices are lists of texts"
         )
-    if not row["id"] or Path(row["id"]).name != row["id"]:
+    if Path(row["id"]).name != row["id"] or row["id"] in ("", "..") or "\0" in row["id"]:
         raise SpeechError(f"{where} has the id {row['id']!r}; it names files, so give one without slashes")
     return Job(Request(tuple(row["turns"]), tuple(row.get("voices", voices))), row["id"])
 
@@ -99,7 +106,7 @@ def check_output(jobs: Sequence[Job], output: str, *, save_frames: bool) -> None
     """
     path = Path(output)
     if jobs[0].name is not None:
-        if output == "-" or path.suffix in SUFFIXES:
+        if output == "-" or path.suffix.lower() in SUFFIXES:
             raise SpeechError(f"requests are written to a folder, and {output} is none; name one")
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -108,9 +115,9 @@ def check_output(jobs: Sequence[Job], output: str, *, save_frames: bool) -> None
     elif output == "-":
         if save_frames:
             raise SpeechError("--save-frames writes files beside the recording; name one in place of -")
-    elif path.suffix not in SUFFIXES or not path.parent.is_dir():
+    elif path.suffix.lower() not in SUFFIXES or not path.parent.is_dir():
         why = f"there is no folder {path.parent}"
-        if path.suffix not in SUFFIXES:
+        if path.suffix.lower() not in SUFFIXES:
             why = f"it does not end in {', '.join(SUFFIXES)}"
         raise SpeechError(f"{output} cannot be written: {why}; name another file, or - to play")
 
@@ -156,7 +163,7 @@ def play(speech: Speech) -> None:
     """Sends the sound to standard output as a wav file; where that is a terminal, to a player.
 
     Raises:
-      SpeechError: there is no player.
+      SpeechError: there is no player, or it failed.
     """
     held = io.BytesIO()
     soundfile.write(held, speech.pcm, speech.sample_rate, format="WAV", subtype="PCM_16")
@@ -168,4 +175,5 @@ def play(speech: Speech) -> None:
     if player is None:
         names = ", ".join(command[0] for command in _PLAYERS)
         raise SpeechError(f"there is no player here ({names}); name a file, or send the sound on with a pipe")
-    subprocess.run(player, input=held.getvalue(), check=False)
+    if code := subprocess.run(player, input=held.getvalue(), check=False).returncode:
+        raise SpeechError(f"{player[0]} ended with {code}, so the sound may not have been heard; name a file instead")

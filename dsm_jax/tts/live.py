@@ -13,6 +13,7 @@ from dsm_jax.tts.voices import Voice
 
 STEPS = 2  # of a call: what is waited for until the next piece of sound
 _TAGS = re.compile(r"<[^>]*>")
+_ENDS = re.compile(r"<[^>]*>|\s")  # whole tags and spaces: what is before them is whole
 
 
 def synthesize_stream(
@@ -67,10 +68,10 @@ def synthesize_stream(
 
 
 def _whole_words(text: str) -> str:
-    """The text up to its last space that is not inside a tag: what follows may still grow."""
+    """The text up to its last space outside of tags, or its last whole tag: what follows may still grow."""
     if (tag := text.rfind("<")) > text.rfind(">"):
         text = text[:tag]
-    return text[: len(text) - len(re.split(r"\s", text)[-1])]
+    return text[: max((end.end() for end in _ENDS.finditer(text)), default=0)]
 
 
 def _hear(synthesizer: Synthesizer, row: Row) -> Iterator[np.ndarray]:

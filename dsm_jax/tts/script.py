@@ -93,7 +93,7 @@ def entries_of(
             entries.append(Entry(tuple(tokens), part, padding))
     if not any(entry.tokens for entry in entries):
         raise SpeechError(
-            f"the script has {len(turns)} turns and no word in them, and at least one is needed: give a text to say"
+            f"the text ({len(turns)} turns) has no word in it, and at least one is needed: give a text to say"
         )
     return entries
 
@@ -131,7 +131,8 @@ def _seconds(tag: str, turn: int) -> float:
 
 
 def _encode(tokenizer: Tokenizer, word: str, turn: int) -> list[int]:
-    tokens = tokenizer.encode(word)
+    # Halves of surrogate pairs, which wrongly encoded arguments and JSON can hold, make tokenizers raise.
+    tokens = [] if any("\ud800" <= letter <= "\udfff" for letter in word) else tokenizer.encode(word)
     # The first ids are the machine's own, whatever pieces the tokenizer keeps there.
     if not tokens or not all(token > PAD and tokenizer.has_text(token) for token in tokens):
         raise SpeechError(

@@ -73,9 +73,12 @@ class SpeechOptions:
             "top_k_audio": self.top_k_audio,
             "final_padding": self.final_padding,
             "guidance": self.guidance - 1,
+            "max_frames": self.max_frames - 1,
         }
+        if not np.isfinite(self.padding_bonus):
+            raise SpeechError(f"padding_bonus is {self.padding_bonus}, and must be finite: give another value")
         if wrong := [key for key, value in numbers.items() if not (np.isfinite(value) and value >= 0)]:
-            least = 1 if wrong[0] == "guidance" else 0
+            least = 1 if wrong[0] in ("guidance", "max_frames") else 0
             raise SpeechError(
                 f"{wrong[0]} is {getattr(self, wrong[0])}, and must be {least} or more: give another value"
             )

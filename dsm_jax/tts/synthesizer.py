@@ -74,6 +74,7 @@ class Synthesizer:
 
     Raises:
       CheckpointError: the model does not speak.
+      ConfigError: it was loaded with `listen_only`.
       SpeechError: an option out of its range.
     """
 
@@ -96,10 +97,12 @@ class Synthesizer:
         Raises:
           AudioError: a recording to go on from that cannot be read.
           CheckpointError: a voice that cannot be read.
-          SpeechError: text that cannot be said, or voices that the model cannot take.
+          SpeechError: text that cannot be said, voices that the model cannot take, or a seed of more than 64 bits.
         """
         entries = self.entries(request.turns)
         seed = self.options.seed if request.seed is None else request.seed
+        if not -(2**63) <= seed < 2**63:
+            raise SpeechError(f"the seed is {seed}, and must fit into 64 bits: give a smaller one")
         none_QP = np.zeros((self.lm.n_q, 0), np.int32)
         if voices.has_speakers(self.lm):
             steps = [voices.read_voice(voice, self.model.config.model_id) for voice in request.voices]

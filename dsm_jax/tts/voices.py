@@ -43,8 +43,9 @@ def read_voice(voice: Voice, model_id: Mapping[str, Any]) -> np.ndarray:
         steps_XC = voice
     else:
         path = Path(voice).expanduser()
-        if not path.is_file():
-            if path.suffix == ".safetensors" or not {"sig", "epoch"} <= model_id.keys():
+        if not os.path.isfile(path):  # says no to names that pathlib raises at
+            local = path.suffix == ".safetensors" or path.is_absolute() or os.path.isdir(path)
+            if local or not {"sig", "epoch"} <= model_id.keys():
                 raise CheckpointError(f"the voice {path} is not a file; give a voice's safetensors file")
             path = fetch_file(VOICES, f"{voice}.{model_id['sig']}@{model_id['epoch']}.safetensors")
         steps_XC = _read(path)
@@ -147,11 +148,9 @@ def _index(name: str, spec: Table, guidance: float | None) -> int | None:
 
 def _slots(voices: Sequence[Sequence[np.ndarray]], width: int) -> tuple[jax.Array, jax.Array]:
     """Every row's voices in its slots, end to end [B, S * X, C], and which slots are filled."""
-    for row, given in enumerate(voices):
+    for given in voices:
         if not 1 <= len(given) <= SLOTS:
-            raise SpeechError(
-                f"request {row + 1} has {len(given)} voices; this model needs 1 to {SLOTS}: give a speaker"
-            )
+            raise SpeechError(f"a request has {len(given)} voices; this model needs 1 to {SLOTS}: give a speaker")
     lengths = sorted({len(voice) for given in voices for voice in given})
     if len(lengths) > 1:
         raise SpeechError(f"the voices are {lengths} steps long; all in a batch must have one length")

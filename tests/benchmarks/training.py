@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from dsm_jax.configs import LMConfig, MimiConfig
+from dsm_jax.memory import keep_freed
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.training import codec, digits, recipe, step
@@ -89,7 +90,8 @@ class Training:
 
 
 def make(task: str, tiny: bool) -> Step:
-    """The step of `task`, on fresh weights."""
+    """The step of `task`, on fresh weights, with memory kept as `dsm-jax train` does."""
+    keep_freed()
     if task == "train_lm_step":
         case = TINY_LM if tiny else LmCase()
         return start(train_lm(case, DelayedStreamsLM(case.config, rngs=nnx.Rngs(0))))

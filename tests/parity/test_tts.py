@@ -24,7 +24,7 @@ from dsm_jax.tts.script import Entry, entries_of
 from dsm_jax.tts.words import WordMachine
 from tests.parity import references
 from tests.parity.references import How
-from tests.speaking import Loop, Said, tell
+from tests.speaking import Loop, Said, condition, tell
 
 SCRIPTS = (
     ("good morning everyone", 'thank you <break time="0.5s"/> for coming', "to the station"),
@@ -108,7 +108,7 @@ def conditions(kind: references.Kind, rows: tuple[tuple[int, ...], ...], guidanc
     model, lm, _ = ours(kind)
     steps = [[voices.read_voice(references.voice(seed), {}) for seed in row] for row in rows]
     told = voices.conditions(model.config.lm, steps, guidance)
-    return lm.condition(*(told if halves == 1 else voices.without(*told, model.config.lm)))
+    return condition(lm, *(told if halves == 1 else voices.without(*told, model.config.lm)))
 
 
 @functools.cache

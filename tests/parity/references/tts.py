@@ -87,7 +87,7 @@ class How:
 
 
 def tts_config(kind: Kind) -> dict[str, Any]:
-    """Content of `config.json`: the published one's keys with small values; or of a model that goes on from a prefix."""
+    """Content of `config.json`: the published keys with small values; or of a model that goes on from a prefix."""
     config = json.loads((PUBLISHED / "tts-1.6b-en_fr.config.json").read_text()) | _SMALL
     if kind == "speakers":
         return config | {"conditioners": _CONDITIONERS}
