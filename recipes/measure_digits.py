@@ -66,15 +66,20 @@ def by_speaker(model: dsm_jax.Model, folder: Path) -> None:
 
 
 def nothing_heard(model: dsm_jax.Model) -> None:
-    """Words heard where none are said: 30 s of silence, and of five noises at four levels."""
+    """Words heard where none are said: 30 s of silence, and of brown noise and five others at four levels."""
     silence = [np.zeros(30 * RATE, np.float32)]
-    rooms = [
-        np.clip(sounds.noise(np.random.default_rng((6, i)), 30 * RATE, RATE) * sounds.gain(db), -1, 1)
-        for i in range(5)
-        for db in (-70, -50, -35, -20)
-    ]
+    kinds = [brown(np.random.default_rng(6))]
+    kinds += [sounds.noise(np.random.default_rng((6, i)), 30 * RATE, RATE) for i in range(5)]
+    rooms = [np.clip(noise_T * sounds.gain(db), -1, 1) for noise_T in kinds for db in (-70, -50, -35, -20)]
     heard = [len(t.words) for t in dsm_jax.transcribe(model, silence + rooms)]
     print(f"30 s of silence: {heard[0]} words; {len(rooms)} noises of 30 s: {sum(heard[1:])} words in all, {heard[1:]}")
+
+
+def brown(random: np.random.Generator) -> np.ndarray:
+    """30 s of rumble, rms 1: white noise added up, most of whose power is below 1 Hz."""
+    noise_T = np.cumsum(random.normal(size=30 * RATE))
+    noise_T -= noise_T.mean()
+    return (noise_T / sounds.rms(noise_T)).astype(np.float32)
 
 
 def codec_kept(model: dsm_jax.Model, data: Path, whisper: Path | None) -> None:

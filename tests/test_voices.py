@@ -128,16 +128,16 @@ def test_a_recording_is_no_voice(tmp_path, content):
     ],
 )
 def test_numbers_that_are_no_voice_are_refused(steps, shape):
-    with pytest.raises(
-        SpeechError, match=rf"^a voice is {shape} numbers; expected \[steps, width\], all of them finite"
-    ):
+    message = rf"^the voice given is float64 {shape}; expected finite numbers \[steps, width\]$"
+    with pytest.raises(SpeechError, match=message):
         voices.read_voice(steps, {})
 
 
 def test_a_file_with_what_is_no_number_is_refused(file):
     broken = voice(0)
     broken[1, 2] = np.nan
-    with pytest.raises(SpeechError, match=r"^a voice is \[3, 10\] numbers; expected \[steps, width\], all of them"):
+    message = r"^the voice .*voice.safetensors is float32 \[3, 10\]; expected finite numbers \[steps, width\]$"
+    with pytest.raises(SpeechError, match=message):
         voices.read_voice(file(broken.T[None]), {})
 
 
@@ -159,6 +159,7 @@ def test_a_blend_is_the_weighted_mean():
         ([voice(0), voice(1)], [2, -1], r"^2 voices have the weights \[2, -1\]"),
         ([voice(0), voice(1)], [0, 0], r"^2 voices have the weights \[0, 0\]"),
         ([voice(0)], [], r"^1 voices have the weights \[\]"),
+        ([voice(0)], [float("nan")], r"^1 voices have the weights \[nan\]"),
     ],
 )
 def test_voices_that_cannot_be_blended_are_refused(given, weights, message):

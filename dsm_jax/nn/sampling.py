@@ -2,7 +2,8 @@
 
 Shape letters: B batch rows, V vocabulary.
 Source: kyutai-labs/moshi@e6a55d2 moshi/utils/sampling.py: softmax of logits / temperature, the k most probable, one
-of them by chance. Given the same noise both choose alike; of equal scores the lower ids are kept, as torch.topk does.
+of them by chance. Given the same noise both choose alike; of equal scores the lower ids are kept, where torch.topk
+leaves open which.
 """
 
 import jax

@@ -124,10 +124,12 @@ def init_state(lm: DelayedStreamsLM, mimi: Mimi, how: Manner, batch_size: int) -
     """The state of `batch_size` rows before their first step.
 
     Raises:
-      ConfigError: the model or its codec cannot make so many codebooks.
+      ConfigError: the model or its codec cannot make so many codebooks, or the codec has no decoder.
     """
+    if mimi.decoder is None:
+        raise ConfigError("the codec was made without its decoder; make it, or load it, with one to speak")
     most = min(lm.config.dep_q, mimi.config.quantizer.n_q)
-    if lm.depformer is None or mimi.decoder is None or not 1 <= how.codebooks <= most:
+    if not 1 <= how.codebooks <= most:
         raise ConfigError(f"{how.codebooks} codebooks are to be generated; the model and its codec make 1 to {most}")
     slots = max(lm.config.delays) + 2
     return TtsState(
@@ -156,9 +158,9 @@ def advance(
       mimi: its codec.
       told: what the rows are told; the same as before but for what was added to the script.
       state: from `init_state`, or from the previous call. Donate it.
-      limit: int32 [], at most `most`.
+      limit: int32 [].
       how: the same as before.
-      most: steps that there is room for.
+      most: steps that there is room for, whatever the limit is.
 
     Returns:
       What was made, and the next state.
@@ -174,7 +176,7 @@ def advance(
     )
 
     def goes_on(carry: tuple[Steps, TtsState]) -> jax.Array:
-        return (carry[0].count < limit) & running_B(how, told, carry[1]).any()
+        return (carry[0].count < jnp.minimum(limit, most)) & running_B(how, told, carry[1]).any()
 
     def take(carry: tuple[Steps, TtsState]) -> tuple[Steps, TtsState]:
         made, state = carry
@@ -247,10 +249,8 @@ def _take_step(
         pcm_BTC, codec = mimi.decode_step(codes_BQ1, state.codec, audible_B)
         return jnp.clip(pcm_BTC[:, :, 0], -1.0, 1.0), codec
 
-    def rest() -> tuple[jax.Array, CodecState]:
-        return jnp.zeros((step_B.size, mimi.config.frame_size), jnp.float32), state.codec
-
-    pcm_BT, codec = jax.lax.cond(audible_B.any(), decode, rest)
+    rest = jnp.zeros((step_B.size, mimi.config.frame_size), jnp.float32), state.codec
+    pcm_BT, codec = jax.lax.cond(audible_B.any(), decode, lambda: rest)
     taken_B = taken_B & active_B & ~in_prefix_B
     return (frame_BK, framed_B, taken_B, pcm_BT, audible_B), TtsState(backbone, scripted, ring_BKS, codec)
 
@@ -266,7 +266,8 @@ def _fed(lm: DelayedStreamsLM, told: Told, state: TtsState, how: Manner) -> jax.
         return fed_BK
     hidden_BK = jnp.zeros_like(initial_BK)
     if how.hide_prefix and told.prefix_BQP.shape[2]:
-        hidden_BK = step_B1 <= delays_K + told.prefix_B[:, None] + how.delay_steps
+        until_BK = delays_K + told.prefix_B[:, None] + how.delay_steps
+        hidden_BK = (step_B1 <= until_BK) & (told.prefix_B > 0)[:, None]
     if how.hide_text:
         hidden_BK = hidden_BK.at[:, 0].set(True)
     return jnp.concatenate([fed_BK, jnp.where(hidden_BK & ~initial_BK, ZERO_TOKEN, fed_BK)])

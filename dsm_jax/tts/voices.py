@@ -38,6 +38,7 @@ def read_voice(voice: Voice, model_id: Mapping[str, Any]) -> np.ndarray:
 
     Raises:
       CheckpointError: a name that is neither, a file that is not a voice, or one that cannot be fetched.
+      SpeechError: numbers of another shape, or not finite.
     """
     if isinstance(voice, np.ndarray):
         steps_XC = voice
@@ -49,8 +50,10 @@ def read_voice(voice: Voice, model_id: Mapping[str, Any]) -> np.ndarray:
                 raise CheckpointError(f"the voice {path} is not a file; give a voice's safetensors file")
             path = fetch_file(VOICES, f"{voice}.{model_id['sig']}@{model_id['epoch']}.safetensors")
         steps_XC = _read(path)
-    if steps_XC.ndim != 2 or not steps_XC.size or not np.isfinite(steps_XC).all():
-        raise SpeechError(f"a voice is {list(steps_XC.shape)} numbers; expected [steps, width], all of them finite")
+    numbers = np.issubdtype(steps_XC.dtype, np.floating)
+    if not numbers or steps_XC.ndim != 2 or not steps_XC.size or not np.isfinite(steps_XC).all():
+        what = "the voice given" if isinstance(voice, np.ndarray) else f"the voice {voice}"
+        raise SpeechError(f"{what} is {steps_XC.dtype} {list(steps_XC.shape)}; expected finite numbers [steps, width]")
     return steps_XC.astype(np.float32)
 
 
@@ -80,7 +83,7 @@ def blend(voices: Sequence[np.ndarray], weights: Sequence[float] | None = None) 
     shapes = sorted({voice.shape for voice in voices})
     if len(shapes) != 1:
         raise SpeechError(f"voices to blend have the shapes {shapes}; give voices of one shape")
-    if len(weights) != len(voices) or min(weights) < 0 or sum(weights) <= 0:
+    if len(weights) != len(voices) or not np.isfinite(weights).all() or min(weights) < 0 or sum(weights) <= 0:
         raise SpeechError(f"{len(voices)} voices have the weights {list(weights)}; give one each, 0 or more, not all 0")
     return np.average(np.stack(voices), axis=0, weights=weights).astype(np.float32)
 

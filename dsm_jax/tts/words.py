@@ -85,9 +85,9 @@ class WordState:
 
 def init_state(machine: WordMachine, batch_size: int) -> WordState:
     """The state of `batch_size` rows before their first step."""
-    zeros_B = jnp.zeros(batch_size, jnp.int32)
-    padding_B = jnp.full(batch_size, machine.initial_padding, jnp.int32)
-    return WordState(zeros_B, zeros_B, zeros_B, zeros_B, zeros_B, padding_B, padding_B, zeros_B - 1)
+    padding = machine.initial_padding
+    # Arrays of their own, so that the state can be donated.
+    return WordState(*(jnp.full(batch_size, value, jnp.int32) for value in (0, 0, 0, 0, 0, padding, padding, -1)))
 
 
 def process(
