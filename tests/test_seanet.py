@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from dsm_jax.configs import SeanetConfig
-from dsm_jax.nn.seanet import seanet_decoder, seanet_encoder
+from dsm_jax.nn.seanet import elu, seanet_decoder, seanet_encoder
 from tests import small
 
 LISTING = (Path(__file__).parent / "published/mimi.tensors.tsv").read_text().splitlines()
@@ -55,3 +55,12 @@ def test_the_samples_of_a_latent_depend_on_nothing_after_it():
     later_BTC[:, 3:] += 1
     decode = jax.jit(decoder.__call__)
     np.testing.assert_array_equal(decode(x_BTC)[:, :24], decode(later_BTC)[:, :24])
+
+
+def test_the_elu_and_its_slope_are_those_of_the_formula_in_both_modes():
+    x = jnp.array([-30.0, -2.0, -1e-3, 0.0, 1e-3, 0.5, 30.0])
+    slope = jnp.where(x > 0, 1.0, jnp.exp(x))
+    np.testing.assert_allclose(elu(x), jax.nn.elu(x), atol=1e-7)
+    np.testing.assert_allclose(jax.vmap(jax.grad(elu))(x), slope, atol=1e-6)
+    np.testing.assert_allclose(jax.jvp(elu, (x,), (jnp.full_like(x, 2.0),))[1], 2 * slope, atol=1e-6)
+    assert elu(x.astype(jnp.bfloat16)).dtype == jax.vmap(jax.grad(elu))(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16

@@ -20,6 +20,7 @@ CHANGES: dict[str, Callable] = {
     "noise": lambda random, x_T: sounds.noise(random, len(x_T), RATE),
     "room": lambda random, x_T: sounds.room(random, x_T, RATE),
     "tilt": lambda random, x_T: sounds.tilt(random, x_T, RATE),
+    "hide": lambda random, x_T: sounds.hide(random, x_T, RATE),
     "roughen": lambda random, x_T: sounds.roughen(random, x_T, RATE),
 }
 
@@ -89,6 +90,51 @@ def test_a_change_of_speed_changes_length_and_pitch(factor):
     assert np.fft.rfftfreq(len(y_T), 1 / RATE)[spectrum.argmax()] == pytest.approx(440 * factor, abs=2)
 
 
+@pytest.mark.parametrize("factor", [0.7, 1.0, 1.3])
+def test_a_change_of_tempo_changes_length_and_not_pitch(factor):
+    x_T = tone(RATE)
+    y_T = sounds.change_tempo(x_T, factor, RATE)
+    assert (y_T.dtype, len(y_T)) == (np.float32, round(RATE / factor))
+    spectrum = np.abs(np.fft.rfft(y_T * np.hanning(len(y_T))))
+    assert np.fft.rfftfreq(len(y_T), 1 / RATE)[spectrum.argmax()] == pytest.approx(440, abs=2)
+    assert np.abs(y_T[400:-400]).max() == pytest.approx(0.3, abs=0.01)
+    if factor == 1.0:
+        np.testing.assert_allclose(y_T, x_T, atol=1e-6)
+    assert sounds.change_tempo(x_T[:399], factor, RATE).size == 399, "too short to take pieces of"
+
+
+def test_what_changes_in_time_stays_where_it_was_after_a_change_of_tempo():
+    x_T = np.concatenate([tone(2_000, 300), tone(2_000, 900)])
+    y_T = sounds.change_tempo(x_T, 0.8, RATE)
+    for part_T, hertz in ((y_T[:2_300], 300), (y_T[2_700:], 900)):
+        spectrum = np.abs(np.fft.rfft(part_T * np.hanning(len(part_T))))
+        assert np.fft.rfftfreq(len(part_T), 1 / RATE)[spectrum.argmax()] == pytest.approx(hertz, abs=8)
+
+
+def test_noise_can_be_rumble_too_deep_to_hear():
+    deep = 0
+    for seed in range(60):
+        power = np.abs(np.fft.rfft(sounds.noise(np.random.default_rng(seed), 4 * RATE, RATE))) ** 2
+        deep += power[: 4 * 20].sum() > 0.8 * power.sum()  # below 20 Hz
+    assert 3 <= deep <= 30
+
+
+def test_bands_and_moments_are_hidden_and_the_rest_is_not():
+    silent, thinner, same = 0, 0, 0
+    x_T = np.random.default_rng(0).normal(size=RATE).astype(np.float32)
+    for seed in range(60):
+        y_T = sounds.hide(np.random.default_rng(seed), x_T, RATE)
+        level = np.sqrt(np.mean(y_T.reshape(-1, 80) ** 2, axis=1))
+        silent += (level < 0.1).any()
+        power, before = (np.abs(np.fft.rfft(a_T)) ** 2 for a_T in (y_T, x_T))
+        thinner += (power[200:3600].reshape(-1, 20).sum(1) < 0.1 * before[200:3600].reshape(-1, 20).sum(1)).any()
+        same += np.allclose(y_T, x_T, atol=1e-4)
+        assert np.sum(y_T**2) > 0.3 * np.sum(x_T**2)
+    assert 20 < silent < 58
+    assert 20 < thinner < 58
+    assert same > 0
+
+
 def test_resampling_keeps_the_sound_and_to_the_same_rate_every_sample():
     x_T = tone(RATE)
     assert sounds.resample(x_T, RATE, RATE) is x_T
@@ -154,6 +200,21 @@ def test_words_are_heard_at_their_times_by_one_speaker_and_do_not_overlap(speed)
             silent_T[int(word.start * RATE) - 20 : int(word.end * RATE) + 20] = False
         assert np.abs(pcm_T[silent_T]).max() < 0.02 * np.abs(pcm_T).max(), "nothing is said between words"
     assert speakers == {"ann", "bob"}
+
+
+def test_a_change_of_tempo_moves_words_and_their_times_together():
+    given = takes(np.random.default_rng(0))
+    lengths = {take.word + take.speaker: take.end - take.start for take in given}
+    factors = []
+    for seed in range(10):
+        pcm_T, words = string_of(np.random.default_rng(seed), given, RATE, seconds=4.0, speed=0.0, tempo=0.2)
+        silent_T = np.ones(len(pcm_T), bool)
+        for word in words:
+            silent_T[int(word.start * RATE) - 120 : int(word.end * RATE) + 120] = False
+            factors.append((word.end - word.start) / np.mean([lengths[word.text + who] for who in ("ann", "bob")]))
+        assert np.abs(pcm_T[silent_T]).max() < 0.05 * np.abs(pcm_T).max(), "nothing is said between words"
+    assert min(factors) < 0.9
+    assert max(factors) > 1.1
 
 
 def test_a_string_is_the_same_for_the_same_seed():
