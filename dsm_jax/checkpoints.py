@@ -240,7 +240,7 @@ def fetch_file(repository: str, name: str) -> Path:
 def _fetch(name: str) -> Path:
     import huggingface_hub
 
-    patterns = list(_PATTERNS)
+    patterns: list[str] = list(_PATTERNS)
     return _fetched(name, lambda: huggingface_hub.snapshot_download(name, allow_patterns=patterns), _INSTEAD)
 
 

@@ -16,6 +16,7 @@ from dsm_jax.training.measure import compare_all
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "dsm_jax/assets/digits"
 RECORDINGS = sorted((ROOT / "examples/audio").glob("digits_*.flac"))
+STRINGS = sorted((ROOT / "tests/data/digits").glob("*.flac"))  # of nine digits, one by each of the six
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -36,11 +37,12 @@ def test_it_is_small_and_complete():
 
 
 def test_digits_are_heard_where_they_were_said():
-    heard = dsm_jax.transcribe(model(), RECORDINGS)
-    truth = [[Spoken(word["text"], word["start"], word["end"]) for word in said(path)] for path in RECORDINGS]
+    paths = RECORDINGS + STRINGS
+    heard = dsm_jax.transcribe(model(), paths)
+    truth = [[Spoken(word["text"], word["start"], word["end"]) for word in said(path)] for path in paths]
     figures = compare_all(zip(truth, heard, strict=True))
-    assert figures.words == 15
-    assert figures.word_error_rate <= 0.1  # of 15 words one may be wrong; the model card has the rate
+    assert figures.words == 15 + 54
+    assert figures.word_error_rate <= 0.08  # of so few words; the model card has the rate
     assert figures.start_error <= 0.08
     assert np.abs(figures.start_errors).max() <= 0.3
 
@@ -69,4 +71,4 @@ def test_nothing_is_heard_in_silence_hiss_hum_and_rumble():
 
 def test_the_command_line_knows_it_by_name(capsys):
     assert cli.main(["transcribe", str(RECORDINGS[0]), "--model", "digits", "--no-cache", "--quiet"]) == 0
-    assert capsys.readouterr().out.split() == [word["text"] for word in said(RECORDINGS[0])]
+    assert capsys.readouterr().out.strip() == dsm_jax.transcribe(model(), RECORDINGS[0]).text != ""
