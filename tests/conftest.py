@@ -15,3 +15,11 @@ os.environ.update(
     NO_TORCH_COMPILE="1",
     NO_CUDA_GRAPH="1",
 )
+
+# Handed out first, or one process would be busy with them when the other has nothing left to do.
+LONGEST = ("test_readme.py", "test_tts_engine.py", "test_synthesize.py", "test_recipe.py", "test_finetune.py")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Puts the files that take longest first."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
