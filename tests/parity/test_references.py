@@ -98,9 +98,9 @@ def test_pause_heads_join_the_same_model_and_the_other_spelling_holds_the_same_t
 
 def test_a_parameter_without_a_known_scale_is_refused():
     with pytest.raises(
-        ValueError, match=r"found the parameter depformer_in\.0\.weight, expected one of a speech-to-text"
+        ValueError, match=r"found the parameter adapter\.0\.weight, expected one of a model of the family"
     ):
-        random_lm({"depformer_in.0.weight": (4, 4)}, 8, 0, torch.float32)
+        random_lm({"adapter.0.weight": (4, 4)}, 8, 0, torch.float32)
 
 
 # What the models say.
