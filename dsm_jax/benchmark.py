@@ -29,7 +29,6 @@ from dsm_jax.tts.script import Entry, pack
 from dsm_jax.tts.words import WordMachine
 
 SIZES = {"stt-1b": presets.STT_1B, "stt-2.6b": presets.STT_2_6B}
-SPEAKING_SIZES = {"tts-1.6b": presets.TTS_1_6B}
 FRAME_S = 0.08
 VOICE_STEPS = 125  # of the published voices, 10 s
 Step = Callable[[Any], tuple[Any, Any]]  # state to (output, state)

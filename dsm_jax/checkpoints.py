@@ -258,13 +258,13 @@ def _fetched(name: str, fetch: Callable[[], str], instead: str) -> Path:
             f"there is no folder {name} here, and no repository of that name on the hub (or it is private: run "
             "`hf auth login`); check the spelling"
         ) from None
-    except errors.EntryNotFoundError as error:
-        if not isinstance(error, errors.LocalEntryNotFoundError):
-            raise CheckpointError(f"there is no {name} on the hub; check the spelling, or {instead}") from None
+    except errors.LocalEntryNotFoundError:
         raise CheckpointError(
             f"{name} is not in the local cache and could not be fetched: there is no network, or HF_HUB_OFFLINE is "
             f"set; {instead}"
         ) from None
+    except errors.EntryNotFoundError:
+        raise CheckpointError(f"there is no {name} on the hub; check the spelling, or {instead}") from None
     except Exception as error:  # of the network, the disk, or the hub
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{name} could not be fetched ({reason}); try again, or {instead}") from error

@@ -2,7 +2,6 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from dsm_jax import checkpoints
 from dsm_jax.checkpoints import Model
@@ -10,13 +9,12 @@ from dsm_jax.convert.command import convert
 from dsm_jax.errors import CheckpointError, TrainingError
 
 
-def write_model(model: Model, folder: Path, *, dtype: Any = None) -> None:
-    """Writes a model in Kyutai's layout, whole or not at all.
+def write_model(model: Model, folder: Path) -> None:
+    """Writes a model in Kyutai's layout, in the dtypes that it has, whole or not at all.
 
     Args:
       model: whole, codec and tokenizer too.
       folder: one that does not exist yet, in a folder that does.
-      dtype: of the language model; None keeps the model's.
 
     Raises:
       TrainingError: it exists, or cannot be written; what was learnt is in the run's last checkpoint either way.
@@ -24,7 +22,7 @@ def write_model(model: Model, folder: Path, *, dtype: Any = None) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix=".model.", dir=folder.parent) as scratch:
             checkpoints.save(model, Path(scratch) / "native")
-            convert(Path(scratch) / "native", folder, to="kyutai", dtype=dtype, progress=False)
+            convert(Path(scratch) / "native", folder, to="kyutai", progress=False)
     except (CheckpointError, OSError) as error:
         raise TrainingError(
             f"the model could not be written ({error}); what it learnt is in the run's last checkpoint. Put that "

@@ -104,10 +104,15 @@ def room(random: np.random.Generator, x_T: np.ndarray, sample_rate: int) -> np.n
     return y_T.astype(np.float32)
 
 
+def _octaves(samples: int, sample_rate: int) -> np.ndarray:
+    """How far above 1 kHz each frequency of a spectrum is; all below 60 Hz count as that."""
+    return np.log2(np.maximum(np.fft.rfftfreq(samples, 1 / sample_rate), 60.0) / 1000)
+
+
 def tilt(random: np.random.Generator, x_T: np.ndarray, sample_rate: int) -> np.ndarray:
     """Another microphone: a smooth random curve over frequency, within about 10 dB."""
     spectrum = np.fft.rfft(x_T)
-    octaves = np.log2(np.maximum(np.fft.rfftfreq(len(x_T), 1 / sample_rate), 60.0) / 1000)
+    octaves = _octaves(len(x_T), sample_rate)
     curve_db = random.normal(0, 1.5) * octaves
     for _ in range(2):
         curve_db = curve_db + random.normal(0, 3) * np.exp(-((octaves - random.uniform(-3, 2)) ** 2))
@@ -117,7 +122,7 @@ def tilt(random: np.random.Generator, x_T: np.ndarray, sample_rate: int) -> np.n
 def hide(random: np.random.Generator, x_T: np.ndarray, sample_rate: int) -> np.ndarray:
     """Without a band of up to an octave, or two, and without some moments of up to 60 ms (Park et al. 2019)."""
     spectrum = np.fft.rfft(x_T)
-    octaves = np.log2(np.maximum(np.fft.rfftfreq(len(x_T), 1 / sample_rate), 60.0) / 1000)
+    octaves = _octaves(len(x_T), sample_rate)
     for _ in range(random.integers(0, 3)):
         spectrum[np.abs(octaves - random.uniform(-3, 2)) < random.uniform(0.1, 0.5)] *= 0.05
     y_T = np.fft.irfft(spectrum, len(x_T)).astype(np.float32)

@@ -8,7 +8,7 @@ import numpy as np
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import DsmError, SpeechError
 from dsm_jax.tts.speech import Request, Speech, SpeechOptions
-from dsm_jax.tts.synthesizer import MOST_STEPS, Prepared, Row, Synthesizer
+from dsm_jax.tts.synthesizer import Prepared, Row, Synthesizer
 from dsm_jax.tts.voices import Voice
 
 Progress = Callable[[float], None]  # how many seconds of the batch's longest speech there are
@@ -100,16 +100,16 @@ def _say(
     model, most = synthesizer.model, synthesizer.options.max_frames
     synthesizer.begin([prepared for _, prepared in batch])
     rows = [Row(prepared) for _, prepared in batch]
-    steps, heard = 0, [0] * len(rows)
-    while steps < most and (made := synthesizer.advance(min(MOST_STEPS, most - steps))).count:
+    steps, heard = 0, np.zeros(len(rows), int)
+    while steps < most and (made := synthesizer.advance(most - steps)).count:
         steps += int(made.count)
-        for place, row in enumerate(rows):
-            heard[place] += row.hear(made, place).size
+        heard += [row.hear(made, place).size for place, row in enumerate(rows)]
         if progress is not None:
-            progress(max(heard) / model.sample_rate)
+            progress(float(heard.max()) / model.sample_rate)
+    running_B = synthesizer.running_B
     for place, ((index, prepared), row) in enumerate(zip(batch, rows, strict=True)):
         result: Speech | DsmError = row.speech(model, synthesizer.how.codebooks)
-        if synthesizer.running(place):
+        if running_B[place]:
             result = SpeechError(
                 f"the text was not said to its end in {most} frames: {len(row.taken)} of its {len(prepared.entries)} "
                 "words and breaks were; allow more with max_frames, or cut the text"

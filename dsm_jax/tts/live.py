@@ -61,7 +61,7 @@ def synthesize_stream(
     else:
         synthesizer.tell([synthesizer.entries([so_far])], complete=True)
     yield from _hear(synthesizer, row)
-    if synthesizer.running(0):
+    if synthesizer.running_B[0]:
         raise SpeechError(
             f"the text was not said to its end in {options.max_frames} frames; allow more with max_frames, or cut it"
         )

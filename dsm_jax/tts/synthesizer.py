@@ -179,18 +179,19 @@ class Synthesizer:
         self._told = dataclasses.replace(self._told, script=script)
 
     def advance(self, limit: int) -> Steps:
-        """Takes up to `limit` steps; returns what they made, read back, and nothing when no row has one to take."""
+        """Takes up to `limit` steps, and `MOST_STEPS`; returns what they made, read back: nothing when none is left."""
         made, self._state = self._programs.advance(
-            self.model.lm_params, self.model.mimi_params, self._told, self._state, jnp.int32(min(limit, MOST_STEPS))
+            self.model.lm_params, self.model.mimi_params, self._told, self._state, jnp.int32(limit)
         )
         count = int(made.count)
         return jax.tree.map(lambda a: np.asarray(a)[:count] if a.ndim else count, made)
 
-    def running(self, row: int) -> bool:
-        """Whether a row has a step to take."""
+    @property
+    def running_B(self) -> np.ndarray:
+        """Which rows have a step to take, bool [B]."""
         assert self._told is not None
         assert self._state is not None
-        return bool(engine.running_B(self.how, self._told, self._state)[row])
+        return np.asarray(engine.running_B(self.how, self._told, self._state))
 
 
 class Row:
@@ -202,21 +203,22 @@ class Row:
         self.pcm: list[np.ndarray] = []
         self.taken: list[int] = []
         self.steps = 0
+        self._prefix_left = prepared.prefix_QP.shape[1]
 
     def hear(self, made: Steps, row: int) -> np.ndarray:
         """Takes in what a call made of the row; returns its new samples [T], without those of the prefix."""
         self.frames.append(np.asarray(made.frames_NBK[made.framed_NB[:, row], row]))
         self.taken += (self.steps + np.flatnonzero(made.taken_NB[:, row])).tolist()
         self.steps += int(made.count)
-        before = sum(len(pcm) for pcm in self.pcm)
-        self.pcm.append(np.asarray(made.pcm_NBT[made.audible_NB[:, row], row]))
-        skipped = max(0, self.prepared.prefix_QP.shape[1] - before)
-        return self.pcm[-1][skipped:].reshape(-1)
+        pcm_NT = np.asarray(made.pcm_NBT[made.audible_NB[:, row], row])
+        skipped = min(self._prefix_left, len(pcm_NT))
+        self._prefix_left -= skipped
+        self.pcm.append(pcm_NT[skipped:].reshape(-1))
+        return self.pcm[-1]
 
     def speech(self, model: Model, codebooks: int) -> Speech:
         """All of it."""
-        prefix = self.prepared.prefix_QP.shape[1]
-        pcm_T = np.concatenate(self.pcm)[prefix:].reshape(-1)
+        pcm_T, prefix = np.concatenate(self.pcm), self.prepared.prefix_QP.shape[1]
         end = pcm_T.size / model.sample_rate
         words = words_at(self.prepared.entries, self.taken, prefix, model.config.mimi.frame_rate, end)
         frames_KF = np.concatenate(self.frames).T[: 1 + codebooks]

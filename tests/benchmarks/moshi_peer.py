@@ -13,7 +13,6 @@ from moshi.models import LMGen
 from moshi.models.loaders import CheckpointInfo
 from moshi.run_inference import InferenceState
 
-from dsm_jax import presets
 from tests.benchmarks.worker import Step
 
 
@@ -26,10 +25,9 @@ def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
         return moshi_training.make(task, tiny)
     torch.set_grad_enabled(False)
     if task.startswith("tts_"):
-        from tests.benchmarks import moshi_speech, ours
+        from tests.benchmarks import moshi_speech, ours  # as above
 
-        config = ours.TINY_TTS if tiny else presets.TTS_1_6B
-        return moshi_speech.make(config, int(task.partition("_b")[2]), config.mimi)
+        return moshi_speech.make(*ours.speech_case(task, tiny))
     info = checkpoint(folder / "kyutai")
     if task == "transcribe_45s":
         return _transcribe(info, torch.from_numpy(np.load(folder / "pcm.npy"))[None, None])

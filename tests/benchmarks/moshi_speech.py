@@ -14,14 +14,14 @@ from moshi.models import LMGen, LMModel, MimiModel, loaders
 from moshi.models.tts import Entry, StateMachine, TokenIds
 
 from dsm_jax.benchmark import VOICE_STEPS
-from dsm_jax.configs import MimiConfig, ModelConfig
+from dsm_jax.configs import ModelConfig
 from dsm_jax.convert import kyutai
 from dsm_jax.tts.voices import SLOTS
 from tests.benchmarks.worker import Step
 from tests.parity.references.kyutai import lm_config
 
 
-def make(config: ModelConfig, batch: int, mimi_config: MimiConfig) -> Step:
+def make(config: ModelConfig, batch: int) -> Step:
     """The step of `batch` rows of a text that does not end, float32."""
     torch.manual_seed(0)
     files = kyutai.Files(kyutai.LM_NAME, kyutai.MIMI_NAME, None, None)
@@ -29,8 +29,7 @@ def make(config: ModelConfig, batch: int, mimi_config: MimiConfig) -> Step:
     lm = loaders.get_moshi_lm(
         None, lm_config(kyutai.write_config(config, config.lm, files)), dtype=torch.float32
     ).eval()
-    books = lm.dep_q
-    mimi = loaders.get_mimi(None, kyutai.write_mimi_config(mimi_config), num_codebooks=books).eval()
+    mimi = loaders.get_mimi(None, kyutai.write_mimi_config(config.mimi), num_codebooks=lm.dep_q).eval()
     machine = StateMachine(
         TokenIds(lm.text_card + 1), second_stream_ahead=config.tts_config["second_stream_ahead"], max_padding=8
     )

@@ -40,9 +40,13 @@ def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
         config = ModelConfig(model_type="stt", lm=small.STT) if tiny else presets.STT_1B
         return _threaded(*benchmark.lm_step(config, int(task.removeprefix("lm_step_b")), jnp.dtype("float32")))
     if task.startswith("tts_"):
-        config = TINY_TTS if tiny else presets.TTS_1_6B
-        return _threaded(*benchmark.tts_step(config, int(task.partition("_b")[2]), jnp.dtype("float32")))
+        return _threaded(*benchmark.tts_step(*speech_case(task, tiny), jnp.dtype("float32")))
     return _threaded(*benchmark.mimi_step(1, task.split("_")[1]))
+
+
+def speech_case(task: str, tiny: bool) -> tuple[ModelConfig, int]:
+    """The model that speaks in a task, and how many rows of it."""
+    return TINY_TTS if tiny else presets.TTS_1_6B, int(task.partition("_b")[2])
 
 
 def _threaded(step: benchmark.Step, state: Any) -> Step:
