@@ -186,11 +186,19 @@ def norm_pieces(norm: str, there: str, here: str) -> list[Piece]:
     return [piece(f"{there}.weight", f"{here}.scale_D"), piece(f"{there}.bias", f"{here}.bias_D")]
 
 
-def attention_pieces(there: str, here: str) -> list[Piece]:
-    """The packed projection, in its three spellings, and the one out."""
+def attention_pieces(there: str, here: str, *, cross_width: int | None = None) -> list[Piece]:
+    """The packed projection, in its three spellings, and the one out; in cross-attention queries are apart here."""
     packed = tuple(f"{there}.{name}" for name in ("in_proj_weight", "in_projs.0.weight", "in_proj.weight"))
     out = tuple(f"{there}.{name}" for name in ("out_proj.weight", "out_projs.0.weight"))
-    return [piece(packed, f"{here}.in_proj_DE", LINEAR), piece(out, f"{here}.out_proj_ED", LINEAR)]
+    pieces = [piece(out, f"{here}.out_proj_ED", LINEAR)]
+    if cross_width is None:
+        return [piece(packed, f"{here}.in_proj_DE", LINEAR), *pieces]
+    queries, others = (0, cross_width), (cross_width, 3 * cross_width)
+    return [
+        piece(packed, f"{here}.q_proj_DE", LINEAR, rows=queries),
+        piece(packed, f"{here}.kv_proj_DE", LINEAR, rows=others),
+        *pieces,
+    ]
 
 
 def transformer_pieces(config: TransformerConfig, there: str, here: str) -> list[Piece]:
@@ -202,7 +210,7 @@ def transformer_pieces(config: TransformerConfig, there: str, here: str) -> list
         pieces += attention_pieces(f"{old}.self_attn", f"{new}.self_attn")
         if config.cross_attention:
             pieces += norm_pieces("layer_norm", f"{old}.norm_cross", f"{new}.norm_cross")
-            pieces += attention_pieces(f"{old}.cross_attention", f"{new}.cross_attention")
+            pieces += attention_pieces(f"{old}.cross_attention", f"{new}.cross_attention", cross_width=config.d_model)
         pieces += norm_pieces(config.norm, f"{old}.norm2", f"{new}.norm2")
         if config.gating == "none":
             pieces.append(piece(f"{old}.linear1.weight", f"{new}.feedforward.linear1_DF", LINEAR))

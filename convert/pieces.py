@@ -191,6 +191,7 @@ def plan(table: Table, tensors: Tensors, parameters: Parameters) -> tuple[list[C
     faults: list[str] = []
     claims: list[Claim] = []
     needed: dict[str, list[tuple[Rows | None, tuple[int, ...], bool]]] = {}
+    missing: dict[str, tuple[int, ...]] = {}
     for item in table:
         if isinstance(item, Piece) and item.target not in parameters:
             faults.append(f"the table fills {item.target}, which the model does not have")
@@ -207,9 +208,11 @@ def plan(table: Table, tensors: Tensors, parameters: Parameters) -> tuple[list[C
                 needed.setdefault(present[0], []).append((item.rows, shape, loose))
                 names.append(present[0])
             elif isinstance(item, Piece) or item.rows:
-                faults.append(f"missing: {spellings[0]}, expected {shown(shape)}")
+                before = missing.get(spellings[0], (0,))
+                missing[spellings[0]] = (max(before[0], item.rows[1]), *shape[1:]) if item.rows else shape
         if len(names) == len(sources):
             claims.append(Claim(item, tuple(names)))
+    faults += [f"missing: {name}, expected {shown(shape)}" for name, shape in missing.items()]
     for name, tensor in tensors.items():
         if name not in needed:
             faults.append(f"unknown: {name}, {shown(tensor.shape)}; the model has no place for it")

@@ -91,12 +91,8 @@ def test_attention_sees_its_window_and_shares_keys_among_heads(chunk):
 def test_cross_attention_sees_all_of_its_source_from_every_step():
     cross = small.build(lambda rngs: CrossAttention(dataclasses.replace(CONFIG, kv_repeat=1), rngs=rngs))
     x_BTD, source_BXD = noise(2, 3, 16), noise(2, 7, 16) + 1
-    q, k, v = (
-        (x @ w).reshape(2, -1, 4, 4)
-        for x, w in zip(
-            (x_BTD, source_BXD, source_BXD), np.split(np.array(cross.in_proj_DE[...]), 3, axis=1), strict=True
-        )
-    )
+    weights = np.array(cross.q_proj_DE[...]), *np.split(np.array(cross.kv_proj_DE[...]), 2, axis=1)
+    q, k, v = ((x @ w).reshape(2, -1, 4, 4) for x, w in zip((x_BTD, source_BXD, source_BXD), weights, strict=True))
     heads = [
         np.stack([softmax_attention(q[b, :, n], k[b, :, n], v[b, :, n], np.ones((3, 7), bool)) for b in (0, 1)])
         for n in range(4)
