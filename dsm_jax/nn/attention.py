@@ -111,7 +111,7 @@ class Attention(nnx.Module):
     def step(
         self, x_BTD: jax.Array, cache: KVCache | None, position_B: jax.Array, active_B: jax.Array | None
     ) -> tuple[jax.Array, KVCache | None]:
-        """Runs a chunk of at most `context` steps; no cache means that nothing came before it and nothing follows."""
+        """Runs a chunk of at most `context` steps, or all of a clip: no cache means that nothing came before it."""
         c = self.config
         B, T, _ = x_BTD.shape
         S = c.context
@@ -132,7 +132,8 @@ class Attention(nnx.Module):
         causal_BTU = jnp.broadcast_to(steps_T[:, None] >= steps_T, (B, T, T))
 
         if cache is None:
-            y_BTE = _attend(q_BTKGH, [(k_BKUH, v_BKUH, causal_BTU)])
+            near_TU = steps_T[:, None] - steps_T < S
+            y_BTE = _attend(q_BTKGH, [(k_BKUH, v_BKUH, causal_BTU & near_TU)])
         elif T == 1:
             # The new key takes the place of the one that just left the window, so after the write the ring is the
             # window, and XLA updates the donated cache in place. An idle row of a fresh stream has no key at all; its

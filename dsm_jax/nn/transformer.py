@@ -16,6 +16,8 @@ from dsm_jax.nn.attention import Attention, CrossAttention, sinusoids
 from dsm_jax.nn.precision import full_precision
 from dsm_jax.streaming import KVCache, step_in_blocks
 
+_WINDOWS_AT_ONCE = 3  # of a clip; in more of them, what is masked costs more than a scan
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +128,7 @@ class TransformerLayer(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A stack of layers. Chunks longer than the window run as a scan over windows."""
+    """A stack of layers. Chunks longer than the window run as a scan over windows; short clips in one go."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -142,7 +144,7 @@ class Transformer(nnx.Module):
 
         An empty ring would be attended to all the same, and to no end: it doubles the time of attention in training.
         """
-        if length > self.config.context:
+        if length > _WINDOWS_AT_ONCE * self.config.context:
             return self.init_state(batch_size)
         return TransformerState((None,) * len(self.layers), jnp.zeros((batch_size,), jnp.int32))
 
@@ -173,7 +175,8 @@ class Transformer(nnx.Module):
             taken = x_BTD.shape[1] if active_B is None else x_BTD.shape[1] * active_B.astype(jnp.int32)
             return x_BTD, TransformerState(tuple(caches), state.position_B + taken)
 
-        return step_in_blocks(block, x_BTD, state, self.config.context)
+        longest = x_BTD.shape[1] if None in state.caches else self.config.context
+        return step_in_blocks(block, x_BTD, state, longest)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """One step over the whole clip."""
