@@ -10,6 +10,8 @@ os.environ.update(
     JAX_NUMPY_DTYPE_PROMOTION="strict",
     # A test measures what this run compiles, and leaves nothing behind.
     JAX_ENABLE_COMPILATION_CACHE="false",
+    # Nearly all of a test's time is compiling, and what it compiles runs for a moment.
+    JAX_DISABLE_MOST_OPTIMIZATIONS="true",
     HF_HUB_OFFLINE="1",
     # The PyTorch reference compiles and captures graphs unless told not to.
     NO_TORCH_COMPILE="1",

@@ -21,7 +21,6 @@ from dsm_jax.tts.engine import Manner, Steps, Told, TtsState
 from dsm_jax.tts.script import Entry, pack
 
 _ENDLESS = 500  # steps
-SWIFTLY_COMPILED = {"xla_backend_optimization_level": 0}  # for a few dozen steps, optimising takes longer than it saves
 
 
 @dataclasses.dataclass
@@ -55,9 +54,7 @@ class Loop:
     def __init__(self, lm: DelayedStreamsLM, mimi: Mimi, how: Manner, batch_size: int, *, most: int):
         self.lm, self.mimi, self.how, self.most = lm, mimi, how, most
         self.init = jax.jit(lambda: engine.init_state(lm, mimi, how, batch_size))
-        self.advance = jax.jit(
-            functools.partial(_advance, how=how, most=most), donate_argnums=3, compiler_options=SWIFTLY_COMPILED
-        )
+        self.advance = jax.jit(functools.partial(_advance, how=how, most=most), donate_argnums=3)
 
     def call(self, told: Told, state: TtsState, limit: int) -> tuple[Steps, TtsState]:
         """One call; the state is used up."""

@@ -23,12 +23,6 @@ TURNS = ("thank you", "for coming")
 OPTIONS = SpeechOptions(temperature=0.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _swiftly():
-    with tts_model.swift_compiling():
-        yield
-
-
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
     """A folder with a model and two voices."""

@@ -31,12 +31,6 @@ VOICE, OTHER_VOICE = tts_model.voice(0), tts_model.voice(1)
 ROUNDING = 1e-5  # of samples whose sums are in another order, as programs for other batches have it
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _swiftly():
-    with tts_model.swift_compiling():
-        yield
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tts_model.random_model(tmp_path_factory.mktemp("speakers"))

@@ -17,12 +17,6 @@ GREEDY = SpeechOptions(temperature=0.0)
 LONG = "to be at the old city"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _swiftly():
-    with tts_model.swift_compiling():
-        yield
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return tts_model.make_checkpoint(tmp_path_factory.mktemp("speakers"))

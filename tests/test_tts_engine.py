@@ -22,7 +22,7 @@ from dsm_jax.tts.engine import Manner
 from dsm_jax.tts.script import NEW_WORD, PAD, Entry
 from dsm_jax.tts.words import WordMachine
 from tests import small
-from tests.speaking import SWIFTLY_COMPILED, Loop, Said, condition, join, tell
+from tests.speaking import Loop, Said, condition, join, tell
 
 # A frame of 4 samples, as compiling is what these tests spend their time on.
 SEANET = dataclasses.replace(small.MIMI.seanet, ratios=(2,))
@@ -54,7 +54,7 @@ def build(window: int) -> tuple[DelayedStreamsLM, Mimi]:
     lm.text_linear_DV[...] = lm.text_linear_DV[...].at[:, np.array([NEW_WORD, PAD])].mul(3.0)
     mimi = small.build(lambda rngs: Mimi(mimi_config, rngs=rngs))
     last = mimi.decoder.seanet.layers[-1]
-    last.kernel_KCD[...], last.bias_D[...] = 0.4 * last.kernel_KCD[...], 0.4 * last.bias_D[...]
+    last.kernel_KCD[...], last.bias_D[...] = 0.3 * last.kernel_KCD[...], 0.3 * last.bias_D[...]
     return lm, mimi
 
 
@@ -194,7 +194,7 @@ def test_samples_are_what_the_codec_makes_of_the_frames():
     codes_BQF = jnp.asarray(whole()[0].frames_KF[None, 1:4, CALMLY.delay_steps :])
     pcm_T = jnp.clip(jax.jit(calm().mimi.decode)(codes_BQF)[0, :, 0], -1, 1)
     np.testing.assert_allclose(whole()[0].pcm_T, pcm_T, rtol=0, atol=ROUNDING)
-    assert 0 < (np.abs(pcm_T) == 1).mean() < 0.1
+    assert 0 < (np.abs(pcm_T) == 1).mean() < 0.5  # some are clipped, most are not
 
 
 def test_the_bonus_of_padding_slows_its_own_row():
@@ -267,7 +267,7 @@ def test_codebooks_that_the_model_does_not_make_are_refused(codebooks):
 
 
 def test_a_greedy_walk_takes_what_teacher_forcing_scores_highest():
-    @functools.partial(jax.jit, compiler_options=SWIFTLY_COMPILED)
+    @jax.jit
     def pure(depformer, hidden_BD, text_B):
         def choose(_, logits_BV):
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

@@ -5,11 +5,8 @@ Shape letters: X steps of a voice, C its width.
 
 import dataclasses
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
@@ -117,14 +114,3 @@ def write_requests(folder: Path, *rows: dict | str) -> Path:
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
-
-
-@contextmanager
-def swift_compiling() -> Iterator[None]:
-    """Compiles without optimising: for a few dozen steps that takes longer than it saves."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
