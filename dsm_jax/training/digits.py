@@ -33,7 +33,7 @@ WIDTH = 96  # of the codec's latents
 ROWS = 1 << 31  # rows that can be drawn, each another
 
 # Takes by their number in the file name; the data set's own test takes, 0 to 4, are not touched at all.
-TEST_TAKES = range(5, 8)  # for the figures on the model card, once
+TEST_TAKES = range(5, 8)  # for the figures on the model card
 VALIDATION_TAKES = range(8, 10)  # for choosing
 TRAINING_TAKES = range(10, 50)
 # Of the sentences, every twentieth is kept for measuring the codec.
@@ -109,7 +109,7 @@ class Mix:
       noise: share of rows in which nobody speaks.
       short: share of strings with few words or none, and silence after them.
       gaps: between the words of a string.
-      tempo: how much faster or slower strings are said, at the same pitch; see `string_of`.
+      speed, tempo: how much faster or slower strings are said, as on a tape and at the same pitch; see `string_of`.
       harshness, quietest_db: of what is done to strings; see `sounds.roughen`.
     """
 
@@ -117,6 +117,7 @@ class Mix:
     noise: float = 0.08
     short: float = 0.3
     gaps: Gaps = Gaps()
+    speed: float = 0.15
     tempo: float = 0.2
     harshness: float = 1.0
     quietest_db: float = -26.0
@@ -128,7 +129,9 @@ def digits_row(
     """A string of digits in some room, samples [frames * frame size] at the codec's rate, and its words."""
     seconds = frames / config.frame_rate
     words = None if random.random() >= mix.short else int(random.integers(0, 6))
-    pcm_T, spoken = string_of(random, takes, TAKE_RATE, seconds=seconds, words=words, gaps=mix.gaps, tempo=mix.tempo)
+    pcm_T, spoken = string_of(
+        random, takes, TAKE_RATE, seconds=seconds, words=words, gaps=mix.gaps, speed=mix.speed, tempo=mix.tempo
+    )
     pcm_T = sounds.roughen(random, pcm_T, TAKE_RATE, harshness=mix.harshness, quietest_db=mix.quietest_db)
     return sounds.resample(pcm_T, TAKE_RATE, config.sample_rate)[: frames * config.frame_size], spoken
 

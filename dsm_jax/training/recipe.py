@@ -37,6 +37,9 @@ UNSEEN_STRINGS = 256  # that the language model is validated on
 _ENCODED_AT_ONCE = 32
 
 
+_DENSE = Mix(sentences=0.15, noise=0.05, short=0.1, gaps=Gaps(longest=0.5, lead=0.4), harshness=0.4, quietest_db=-20.0)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodecStage:
     """Training of the codec, mostly for what is said: dense strings, and not too much done to them.
@@ -50,22 +53,32 @@ class CodecStage:
     run: RunConfig = RunConfig(steps=12_000, log_every=50, save_every=500)
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, warmup=200, weight_decay=0.02, b1=0.8, clip=5.0)
     objective: codec.CodecObjective = codec.CodecObjective()
-    mix: Mix = Mix(
-        sentences=0.15, noise=0.05, short=0.1, gaps=Gaps(longest=0.5, lead=0.4), harshness=0.4, quietest_db=-20.0
-    )
+    mix: Mix = _DENSE
+
+
+# Once it names all that it has heard, it goes on with what is harder to name, as new recordings are.
+_HARDENED = CodecStage(
+    run=RunConfig(steps=10_000, log_every=50, save_every=500),
+    optimizer=OptimizerConfig(learning_rate=7e-4, warmup=100, weight_decay=0.02, b1=0.8, clip=5.0),
+    mix=dataclasses.replace(_DENSE, speed=0.2, tempo=0.25, harshness=0.8),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LmStage:
-    """Training of the language model."""
+    """Training of the language model.
 
-    strings: int = 24_000  # made and encoded once
-    frames: int = 75  # in each
-    rows: int = 48  # in a batch
+    Strings are longer than the window of its attention: what it does once that slides has to be learnt too.
+    """
+
+    strings: int = 18_000  # made and encoded once
+    frames: int = 100  # in each
+    context: int = 40  # frames that it attends to
+    rows: int = 36  # in a batch
     run: RunConfig = RunConfig(steps=2400, log_every=50, save_every=400)
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup=100, weight_decay=0.05)
-    objective: SttObjective = SttObjective(text_dropout=0.1, codebook_dropout=0.25, random_codes=0.05)
-    mix: Mix = Mix(sentences=0.12, harshness=0.4, gaps=Gaps(longest=0.7), quietest_db=-20.0)
+    objective: SttObjective = SttObjective(text_dropout=0.1, codebook_dropout=0.5, random_codes=0.1)
+    mix: Mix = Mix(sentences=0.12, harshness=0.6, gaps=Gaps(longest=0.7), quietest_db=-20.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +89,7 @@ class DigitsConfig:
     output: str
     seed: int = 0
     codec: CodecStage = CodecStage()
+    hardened: CodecStage = _HARDENED
     lm: LmStage = LmStage()
 
 
@@ -124,11 +138,12 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
     seed = config.seed
     made = Mimi(digits.MIMI, block_frames=None, rngs=nnx.Rngs(seed))
     trainee = codec.CodecTrainee(made, digits.LABELS, rngs=nnx.Rngs(seed + 1))
-    rows = digits.CodecRows(takes, sentences, config.codec.frames, (seed, 0), config.codec.mix)
-    only_digits = dataclasses.replace(config.codec.mix, sentences=0.0, noise=0.0)
-    validation = digits.CodecRows(kept, sentences, config.codec.frames, (seed, 1), only_digits)
-    run = Run(output / "codec", config.codec.run)
-    trainee = train_codec(config.codec, run, trainee, rows, validation, seed=seed, resume=resume)
+    for draw, (name, stage) in enumerate((("codec", config.codec), ("hardened", config.hardened))):
+        rows = digits.CodecRows(takes, sentences, stage.frames, (seed, 10 * draw), stage.mix)
+        only_digits = dataclasses.replace(stage.mix, sentences=0.0, noise=0.0)
+        validation = digits.CodecRows(kept, sentences, stage.frames, (seed, 1), only_digits)
+        run = Run(output / name, stage.run)
+        trainee = train_codec(stage, run, trainee, rows, validation, seed=seed, resume=resume, fresh=draw == 0)
     listening, _ = nnx.split(nnx.eval_shape(lambda: Mimi(digits.MIMI, rngs=nnx.Rngs(0))))
     # The language model learns the codes of the codec that is shipped, after rounding.
     mimi_params = _in_16_bits(nnx.state(trainee.mimi))
@@ -137,7 +152,7 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
     vocabulary = output / "tokenizer_digits.model"
     pieces = write_vocabulary(vocabulary, digits.WORDS)
     tokenizer = load_tokenizer(vocabulary)
-    lm = lm_config(pieces, config.lm.frames)
+    lm = lm_config(pieces, config.lm.context)
     whole = ModelConfig(
         model_type="stt",
         lm=lm,
@@ -175,9 +190,10 @@ def train_codec(
     *,
     seed: int,
     resume: bool,
+    fresh: bool,
 ) -> codec.CodecTrainee:
-    """Trains the codec; its codebooks start at the first batch's vectors."""
-    graph, params, memory = codec.split(trainee, fresh=True)
+    """Trains the codec for one stage; `fresh` codebooks start at the first batch's vectors."""
+    graph, params, memory = codec.split(trainee, fresh=fresh)
 
     def loss(params: Any, memory: codec.CodecMemory, batch: Any, key: jax.Array):
         return codec.codec_loss(codec.merge(graph, params, memory), memory, batch, key, stage.objective)

@@ -26,7 +26,7 @@ from tests import small
 from tests.benchmarks.worker import Step
 
 _LM, _CODEC = recipe.LmStage(), recipe.CodecStage()
-_LM_CONFIG = recipe.lm_config(41, _LM.frames)  # as many pieces as the recipe's tokenizer has
+_LM_CONFIG = recipe.lm_config(41, _LM.context)  # as many pieces as the recipe's tokenizer has
 _NEVER = 10**9  # steps of a schedule that does not get anywhere
 
 
