@@ -16,7 +16,7 @@ from dsm_jax.nn.attention import Attention, CrossAttention, sinusoids
 from dsm_jax.nn.precision import full_precision
 from dsm_jax.streaming import KVCache, step_in_blocks
 
-_WINDOWS_AT_ONCE = 3  # of a clip; in more of them, what is masked costs more than a scan
+_WINDOWS_AT_ONCE = 3  # of a clip; in more of them, by far the most scores would be masked ones
 
 
 @jax.tree_util.register_dataclass
