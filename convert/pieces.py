@@ -124,8 +124,7 @@ def save(table: Table, parameters: Parameters, get: Callable[[str], np.ndarray])
             blocks.setdefault(names[0], []).append(block)
     for name, parts in blocks.items():
         dtype = next((part.dtype for part in parts if part.dtype is not None), np.dtype(np.float32))
-        rows = max(part.rows[1] if part.rows else part.shape[0] for part in parts)
-        shape = (rows, *parts[0].shape[1:])
+        shape = _whole_shape([(part.rows, part.shape) for part in parts])
 
         def make(parts: list[_Block] = parts, shape: tuple[int, ...] = shape, dtype: Any = dtype) -> np.ndarray:
             if len(parts) == 1:
@@ -163,6 +162,11 @@ def _blocks(
         yield names, _Block(item.rows, shape, parameters[item.target].dtype, functools.partial(made, i))
 
 
+def _whole_shape(parts: Sequence[tuple[Rows | None, tuple[int, ...]]]) -> tuple[int, ...]:
+    """The shape of a tensor that consists of these rows of its first axis, or is one block."""
+    return (max(rows[1] if rows else shape[0] for rows, shape in parts), *parts[0][1][1:])
+
+
 def shown(shape: Sequence[int]) -> str:
     """A shape as the listings write it: 4x2x1."""
     return "x".join(map(str, shape)) or "scalar"
@@ -191,7 +195,7 @@ def plan(table: Table, tensors: Tensors, parameters: Parameters) -> tuple[list[C
     faults: list[str] = []
     claims: list[Claim] = []
     needed: dict[str, list[tuple[Rows | None, tuple[int, ...], bool]]] = {}
-    missing: dict[str, tuple[int, ...]] = {}
+    missing: dict[str, list[tuple[Rows | None, tuple[int, ...]]]] = {}
     for item in table:
         if isinstance(item, Piece) and item.target not in parameters:
             faults.append(f"the table fills {item.target}, which the model does not have")
@@ -208,11 +212,10 @@ def plan(table: Table, tensors: Tensors, parameters: Parameters) -> tuple[list[C
                 needed.setdefault(present[0], []).append((item.rows, shape, loose))
                 names.append(present[0])
             elif isinstance(item, Piece) or item.rows:
-                before = missing.get(spellings[0], (0,))
-                missing[spellings[0]] = (max(before[0], item.rows[1]), *shape[1:]) if item.rows else shape
+                missing.setdefault(spellings[0], []).append((item.rows, shape))
         if len(names) == len(sources):
             claims.append(Claim(item, tuple(names)))
-    faults += [f"missing: {name}, expected {shown(shape)}" for name, shape in missing.items()]
+    faults += [f"missing: {name}, expected {shown(_whole_shape(parts))}" for name, parts in missing.items()]
     for name, tensor in tensors.items():
         if name not in needed:
             faults.append(f"unknown: {name}, {shown(tensor.shape)}; the model has no place for it")
@@ -229,12 +232,9 @@ def _source_faults(name: str, tensor: Tensor, needed: list[tuple[Rows | None, tu
     if not rows:
         if len(needed) > 1:
             return [f"twice: {name} is claimed by {len(needed)} pieces of the table"]
-        expected = needed[0][1]
-    else:
-        if len(rows) < len(needed) or rows[0][0] or any(a[1] != b[0] for a, b in itertools.pairwise(rows)):
-            return [f"twice: the rows of {name} that the table claims overlap, or leave a gap: {rows}"]
-        expected = (rows[-1][1], *needed[0][1][1:])
-    found = tensor.shape
+    elif len(rows) < len(needed) or rows[0][0] or any(a[1] != b[0] for a, b in itertools.pairwise(rows)):
+        return [f"twice: the rows of {name} that the table claims overlap, or leave a gap: {rows}"]
+    found, expected = tensor.shape, _whole_shape([(part, shape) for part, shape, _ in needed])
     if needed[0][2] and found[-1:] == expected[-1:] and math.prod(found) == math.prod(expected):
         return []
     return [] if found == expected else [f"shape: {name} is {shown(found)}, expected {shown(expected)}"]

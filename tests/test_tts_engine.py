@@ -54,7 +54,7 @@ def build(window: int) -> tuple[DelayedStreamsLM, Mimi]:
     lm.text_linear_DV[...] = lm.text_linear_DV[...].at[:, np.array([NEW_WORD, PAD])].mul(3.0)
     mimi = small.build(lambda rngs: Mimi(mimi_config, rngs=rngs))
     last = mimi.decoder.seanet.layers[-1]
-    last.kernel_KCD[...], last.bias_D[...] = 0.3 * last.kernel_KCD[...], 0.3 * last.bias_D[...]
+    last.kernel_KCD[...], last.bias_D[...] = 0.25 * last.kernel_KCD[...], 0.25 * last.bias_D[...]
     return lm, mimi
 
 
@@ -194,7 +194,7 @@ def test_samples_are_what_the_codec_makes_of_the_frames():
     codes_BQF = jnp.asarray(whole()[0].frames_KF[None, 1:4, CALMLY.delay_steps :])
     pcm_T = jnp.clip(jax.jit(calm().mimi.decode)(codes_BQF)[0, :, 0], -1, 1)
     np.testing.assert_allclose(whole()[0].pcm_T, pcm_T, rtol=0, atol=ROUNDING)
-    assert 0 < (np.abs(pcm_T) == 1).mean() < 0.5  # some are clipped, most are not
+    assert 0 < (np.abs(pcm_T) == 1).mean() < 0.1
 
 
 def test_the_bonus_of_padding_slows_its_own_row():
