@@ -140,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(command="convert")
 
     p = commands.add_parser("train", parents=[device], help="fine-tune a model, or train the small one again")
-    p.add_argument("config", type=Path, help="a JSON file: `task` (finetune or digits) and its settings")
+    p.add_argument("config", type=Path, help="a JSON file: `task` (finetune, digits or digits-tts) and its settings")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     p.set_defaults(command="train")
 

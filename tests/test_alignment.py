@@ -139,3 +139,13 @@ def test_a_word_that_cannot_be_spelt_is_refused(word):
 
 def test_the_pieces_of_a_word_are_the_tokenizers():
     assert pieces_of("quilter", TOKENIZER, LM) == TOKENIZER.encode("quilter")
+
+
+def test_a_mark_stands_between_the_boundary_and_the_pieces_of_its_word():
+    words = spoken(("fox", 0.4), ("quilter", 1.4))
+    plain_T = stream(words)
+    marked_T = text_stream(words, TOKENIZER, LM, TIMING, frames=400, marks={1: 2})
+    first = int(np.flatnonzero(plain_T == 0)[1])
+    np.testing.assert_array_equal(marked_T[: first + 1], plain_T[: first + 1])
+    assert marked_T[first + 1] == 2
+    np.testing.assert_array_equal(marked_T[first + 2 :], plain_T[first + 1 : -1])

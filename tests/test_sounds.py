@@ -1,20 +1,17 @@
-"""Sound for training, and strings of words put together from it: levels, lengths and times; a seed is a sound.
+"""Sound for training: levels, lengths and times; a seed is a sound.
 
 Shape letters: T samples or frames.
 """
 
-import itertools
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from dsm_jax.training import sounds
-from dsm_jax.training.compose import Gaps, Spoken, Take, labels_of, string_of
 
 RATE = 8_000
 SEEDS = range(25)  # enough for every branch to be taken
-WORDS = ("one", "two", "three")
 
 CHANGES: dict[str, Callable] = {
     "noise": lambda random, x_T: sounds.noise(random, len(x_T), RATE),
@@ -111,6 +108,21 @@ def test_what_changes_in_time_stays_where_it_was_after_a_change_of_tempo():
         assert np.fft.rfftfreq(len(part_T), 1 / RATE)[spectrum.argmax()] == pytest.approx(hertz, abs=8)
 
 
+@pytest.mark.parametrize("bend", [-0.5, 0.4])
+def test_a_bend_draws_one_end_out_and_hurries_the_other(bend):
+    x_T = np.concatenate([tone(3_000, 300), tone(5_000, 900)])
+    y_T = sounds.change_tempo(x_T, 1.25, RATE, bend=bend)
+    assert len(y_T) == round(len(x_T) / 1.25)
+    turn = round(sounds.bent(3_000, 8_000, bend) / 1.25)
+    assert abs(turn - 2_400) > 400, "it moves by more than the pieces are long"
+    for part_T, hertz in ((y_T[: turn - 200], 300), (y_T[turn + 200 :], 900)):
+        spectrum = np.abs(np.fft.rfft(part_T * np.hanning(len(part_T))))
+        assert np.fft.rfftfreq(len(part_T), 1 / RATE)[spectrum.argmax()] == pytest.approx(hertz, abs=8)
+    for end in (0.0, 2.0):
+        assert sounds.bent(end, 2.0, bend) == pytest.approx(end)
+        assert sounds.bent(end, 2.0, 0.0) == end
+
+
 def test_noise_can_be_rumble_too_deep_to_hear():
     deep = 0
     for seed in range(60):
@@ -150,125 +162,3 @@ def test_the_active_part_of_a_recording_is_where_somebody_speaks():
     start, end = sounds.active(x_T, RATE)
     assert (start, end) == pytest.approx((0.25, 0.625), abs=0.025)
     assert sounds.active(x_T, RATE, below_peak_db=80) == (0.0, 1.0)
-
-
-def takes(random: np.random.Generator) -> list[Take]:
-    """Six takes of noise, which resembles nothing else, by two speakers, with silence at both ends."""
-    made = []
-    for word in WORDS:
-        for speaker in ("ann", "bob"):
-            said_T = random.normal(size=random.integers(2_000, 3_000)).astype(np.float32)
-            # Low enough to stay in band at any speed.
-            said_T = np.convolve(said_T, np.hanning(17), "same").astype(np.float32)
-            pcm_T = np.concatenate([np.zeros(400, np.float32), said_T, np.zeros(800, np.float32)])
-            made.append(Take(word, speaker, pcm_T, 400 / RATE, (400 + len(said_T)) / RATE))
-    return made
-
-
-def speaker_of(pcm_T: np.ndarray, word: Spoken, given: list[Take]) -> str:
-    """Whose take is heard where a word is said to be; fails where none is."""
-    for take in given:
-        factor = (take.end - take.start) / (word.end - word.start)
-        if take.word != word.text or not 0.5 < factor < 2:
-            continue
-        said_T = sounds.change_speed(take.pcm_T, factor)
-        first = round((word.start - take.start / factor) * RATE)
-        heard_T = pcm_T[first : first + len(said_T)]
-        if len(heard_T) == len(said_T) and np.corrcoef(heard_T, said_T)[0, 1] > 0.98:
-            return take.speaker
-    raise AssertionError(f"{word} is not heard there")
-
-
-@pytest.mark.parametrize("speed", [0.0, 0.15])
-def test_words_are_heard_at_their_times_by_one_speaker_and_do_not_overlap(speed):
-    speakers = set()
-    for seed in range(10):
-        random = np.random.default_rng(seed)
-        given = takes(random)
-        pcm_T, words = string_of(random, given, RATE, seconds=4.0, speed=speed)
-        assert (pcm_T.dtype, pcm_T.shape) == (np.float32, (4 * RATE,))
-        assert 2 <= len(words) <= 10
-        heard = {speaker_of(pcm_T, word, given) for word in words}
-        assert len(heard) == 1
-        speakers |= heard
-        times = [time for word in words for time in (word.start, word.end)]
-        assert times == sorted(times)
-        assert times[0] >= 0
-        assert times[-1] <= 4.0
-        silent_T = np.ones(len(pcm_T), bool)
-        for word in words:
-            silent_T[int(word.start * RATE) - 20 : int(word.end * RATE) + 20] = False
-        assert np.abs(pcm_T[silent_T]).max() < 0.02 * np.abs(pcm_T).max(), "nothing is said between words"
-    assert speakers == {"ann", "bob"}
-
-
-def test_a_change_of_tempo_moves_words_and_their_times_together():
-    given = takes(np.random.default_rng(0))
-    lengths = {take.word + take.speaker: take.end - take.start for take in given}
-    factors = []
-    for seed in range(10):
-        pcm_T, words = string_of(np.random.default_rng(seed), given, RATE, seconds=4.0, speed=0.0, tempo=0.2)
-        silent_T = np.ones(len(pcm_T), bool)
-        for word in words:
-            silent_T[int(word.start * RATE) - 120 : int(word.end * RATE) + 120] = False
-            factors.append((word.end - word.start) / np.mean([lengths[word.text + who] for who in ("ann", "bob")]))
-        assert np.abs(pcm_T[silent_T]).max() < 0.05 * np.abs(pcm_T).max(), "nothing is said between words"
-    assert min(factors) < 0.9
-    assert max(factors) > 1.1
-
-
-def test_a_string_is_the_same_for_the_same_seed():
-    def made(seed: int) -> tuple[np.ndarray, list[Spoken]]:
-        return string_of(np.random.default_rng(seed), takes(np.random.default_rng(0)), RATE, seconds=3.0)
-
-    (pcm_T, words), (again_T, same), (other_T, _) = made(1), made(1), made(2)
-    np.testing.assert_array_equal(pcm_T, again_T)
-    assert words == same
-    assert not np.array_equal(pcm_T, other_T)
-
-
-def test_words_that_do_not_fit_are_left_out():
-    random = np.random.default_rng(0)
-    given = takes(random)
-    gaps = Gaps(shortest=0.1, longest=0.1, lead=0.0)
-    for seconds, most in ((0.2, 0), (0.8, 1), (1.6, 3)):
-        pcm_T, words = string_of(random, given, RATE, seconds=seconds, words=10, gaps=gaps, speed=0.0)
-        assert len(words) <= most
-        assert len(pcm_T) == round(seconds * RATE)
-        assert bool(words) == pcm_T.any()
-    pcm_T, words = string_of(random, given, RATE, seconds=10.0, words=2, gaps=gaps, speed=0.0)
-    assert len(words) == 2
-    pcm_T, words = string_of(random, given, RATE, seconds=1.0, words=0)
-    assert words == []
-    assert not pcm_T.any()
-
-
-def test_gaps_between_takes_are_as_long_as_asked_for():
-    random = np.random.default_rng(0)
-    given = takes(random)
-    gaps = Gaps(shortest=0.2, longest=0.5, lead=0.3)
-    found = []
-    for _ in range(10):
-        _, words = string_of(random, given, RATE, seconds=6.0, gaps=gaps, speed=0.0)
-        assert 400 / RATE <= words[0].start <= 0.3 + 400 / RATE
-        # A take has 0.1 s of silence after its word, and 0.05 s before.
-        found += [b.start - a.end - 0.15 for a, b in itertools.pairwise(words)]
-    assert 0.2 - 1e-6 < min(found) < 0.25
-    assert 0.4 < max(found) < 0.5 + 1e-6
-
-
-def test_labels_are_those_of_the_middle_of_each_frame():
-    random = np.random.default_rng(0)
-    for parts in (1, 3):
-        _, words = string_of(random, takes(random), RATE, seconds=4.0)
-        labels_T = labels_of(words, WORDS, frames=50, frame_rate=12.5, parts=parts)
-        assert (labels_T.dtype, labels_T.shape) == (np.int32, (50,))
-        for frame, label in enumerate(labels_T):
-            middle, wanted = (frame + 0.5) / 12.5, 0
-            for word in words:
-                for part in range(parts):
-                    length = (word.end - word.start) / parts
-                    if word.start + part * length <= middle < word.start + (part + 1) * length:
-                        wanted = 1 + WORDS.index(word.text) * parts + part
-            assert label == wanted
-        assert len(set(labels_T.tolist())) > parts

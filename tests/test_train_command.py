@@ -11,6 +11,7 @@ from dsm_jax.training.command import read_config
 from dsm_jax.training.finetune import FinetuneConfig, finetune
 from dsm_jax.training.lora import LoraConfig
 from dsm_jax.training.recipe import DigitsConfig, train_digits
+from dsm_jax.training.speaking import train_speaking
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,6 +29,12 @@ def test_the_recipe_of_digits_is_read():
     assert Path(config.output).resolve() == ROOT / "out/digits"
 
 
+def test_the_recipe_of_the_model_that_speaks_is_read():
+    config, run = read_config(ROOT / "recipes/digits-tts.json")
+    assert run is train_speaking
+    assert Path(config.output).resolve() == ROOT / "out/digits-tts"
+
+
 def test_settings_are_read_and_paths_are_relative_to_the_file(tmp_path):
     values = {"task": "finetune", "data": "a", "output": "b", "run": {"steps": 3}, "lora": {"rank": 2}}
     config, run = read_config(write(tmp_path, json.dumps(values)))
@@ -41,7 +48,7 @@ def test_settings_are_read_and_paths_are_relative_to_the_file(tmp_path):
     ("text", "message"),
     [
         ("{", r"train.json is not JSON \(.*\); mend it"),
-        ("[]", r"train.json: the task is \[\]; choose one of \['digits', 'finetune'\]"),
+        ("[]", r"train.json: the task is \[\]; choose one of \['digits', 'digits-tts', 'finetune'\]"),
         ('{"data": "a"}', r"the task is None; choose one of"),
         ('{"task": "cook"}', r"the task is 'cook'; choose one of"),
         (

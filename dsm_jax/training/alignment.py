@@ -7,7 +7,7 @@ A word whose place is still taken, by the pieces of the one before, follows as s
 Source: Zeghidour et al. 2025 (Delayed Streams Modeling), section 3; the published models' streams.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -35,7 +35,13 @@ def pieces_of(word: str, tokenizer: Tokenizer, config: LMConfig) -> list[int]:
 
 
 def text_stream(
-    words: Iterable[Spoken], tokenizer: Tokenizer, config: LMConfig, timing: Timing, *, frames: int
+    words: Iterable[Spoken],
+    tokenizer: Tokenizer,
+    config: LMConfig,
+    timing: Timing,
+    *,
+    frames: int,
+    marks: Mapping[int, int] | None = None,
 ) -> np.ndarray:
     """The text tokens of a clip, as the first stream of `DelayedStreamsLM.__call__`.
 
@@ -49,6 +55,7 @@ def text_stream(
       config: of the model.
       timing: where the frames lie in the audio, as for `WordReader`.
       frames: of the clip, the silence before the audio included.
+      marks: tokens that come ahead of the pieces of some words, by the word's number.
 
     Returns:
       int32 [frames].
@@ -59,7 +66,7 @@ def text_stream(
     stream_T = np.full(frames, config.existing_text_padding_id, np.int32)
     column_of_frame_0 = 1 - config.delays[0]
     free, before = max(0, column_of_frame_0), -np.inf
-    for word in words:
+    for number, word in enumerate(words):
         if word.start < before:
             raise TrainingError(
                 f"the word {word.text!r} starts at {word.start} s, before the one ahead of it ({before} s); sort the "
@@ -67,6 +74,8 @@ def text_stream(
             )
         before = word.start
         pieces = pieces_of(word.text, tokenizer, config)
+        if marks is not None and number in marks:
+            pieces = [marks[number], *pieces]
         first = round((word.start + timing.text_offset) * timing.frame_rate) + column_of_frame_0
         boundary = max(first - 1, free)
         tokens = np.array([config.existing_text_end_padding_id, *pieces], np.int32)[: max(0, frames - boundary)]

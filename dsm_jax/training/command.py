@@ -14,8 +14,13 @@ from dsm_jax.strict import from_dict
 def _tasks() -> dict[str, tuple[type, Callable[..., Model]]]:
     from dsm_jax.training.finetune import FinetuneConfig, finetune
     from dsm_jax.training.recipe import DigitsConfig, train_digits
+    from dsm_jax.training.speaking import SpeakingConfig, train_speaking
 
-    return {"finetune": (FinetuneConfig, finetune), "digits": (DigitsConfig, train_digits)}
+    return {
+        "finetune": (FinetuneConfig, finetune),
+        "digits": (DigitsConfig, train_digits),
+        "digits-tts": (SpeakingConfig, train_speaking),
+    }
 
 
 def read_config(path: Path) -> tuple[Any, Callable[..., Model]]:
@@ -50,7 +55,8 @@ def train(path: Path, *, resume: bool = False) -> Model:
     """Runs what a config file describes.
 
     Args:
-      path: a JSON file: `task` ("finetune" or "digits") and the fields of `FinetuneConfig` or `DigitsConfig`.
+      path: a JSON file: `task` ("finetune", "digits" or "digits-tts") and the fields of `FinetuneConfig`,
+        `DigitsConfig` or `SpeakingConfig`.
       resume: go on from the last checkpoint.
 
     Returns:

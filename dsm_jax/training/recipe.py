@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,17 @@ from flax import nnx
 from dsm_jax import checkpoints
 from dsm_jax.configs import LMConfig, ModelConfig, SttConfig, Table
 from dsm_jax.errors import TrainingError
-from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.stt.words import Timing
-from dsm_jax.tokenizers import Tokenizer, load_tokenizer
+from dsm_jax.tokenizers import load_tokenizer
 from dsm_jax.training import codec, digits, step
 from dsm_jax.training.alignment import text_stream
-from dsm_jax.training.compose import Gaps
+from dsm_jax.training.compose import Gaps, Take
 from dsm_jax.training.digits import Mix
-from dsm_jax.training.export import write_model
+from dsm_jax.training.export import in_16_bits, write_model
 from dsm_jax.training.run import Run, RunConfig, batches
 from dsm_jax.training.step import OptimizerConfig, TrainState
+from dsm_jax.training.strings import Loss, StringsStage, encode_strings, train_lm
 from dsm_jax.training.stt import SttObjective, stt_loss
 from dsm_jax.training.vocabulary import write_vocabulary
 
@@ -34,7 +33,6 @@ NAME = "digits"
 DELAY = 8  # frames that the text is behind the audio: a digit has been said by then
 VALIDATION_ROWS = 32  # of the codec
 UNSEEN_STRINGS = 256  # that the language model is validated on
-_ENCODED_AT_ONCE = 32
 
 
 _DENSE = Mix(sentences=0.15, noise=0.05, short=0.1, gaps=Gaps(longest=0.5, lead=0.4), harshness=0.4, quietest_db=-20.0)
@@ -60,25 +58,19 @@ class CodecStage:
 _HARDENED = CodecStage(
     run=RunConfig(steps=10_000, log_every=50, save_every=500),
     optimizer=OptimizerConfig(learning_rate=7e-4, warmup=100, weight_decay=0.02, b1=0.8, clip=5.0),
-    mix=dataclasses.replace(_DENSE, speed=0.2, tempo=0.25, harshness=0.8),
+    mix=dataclasses.replace(_DENSE, speed=0.2, tempo=0.25, unevenness=1.0, harshness=0.8),
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LmStage:
-    """Training of the language model.
+class LmStage(StringsStage):
+    """Training of the language model that hears."""
 
-    Strings are longer than the window of its attention: what it does once that slides has to be learnt too.
-    """
-
-    strings: int = 18_000  # made and encoded once
-    frames: int = 100  # in each
-    context: int = 40  # frames that it attends to
-    rows: int = 36  # in a batch
+    strings: int = 18_000
+    rows: int = 36
     run: RunConfig = RunConfig(steps=2400, log_every=50, save_every=400)
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3, warmup=100, weight_decay=0.05)
     objective: SttObjective = SttObjective(text_dropout=0.1, codebook_dropout=0.5, random_codes=0.1)
-    mix: Mix = Mix(sentences=0.12, harshness=0.6, gaps=Gaps(longest=0.7), quietest_db=-20.0)
+    mix: Mix = Mix(sentences=0.12, harshness=0.6, gaps=Gaps(longest=0.7), unevenness=1.0, quietest_db=-20.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +138,7 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
         trainee = train_codec(stage, run, trainee, rows, validation, seed=seed, resume=resume, fresh=draw == 0)
     listening, _ = nnx.split(nnx.eval_shape(lambda: Mimi(digits.MIMI, rngs=nnx.Rngs(0))))
     # The language model learns the codes of the codec that is shipped, after rounding.
-    mimi_params = _in_16_bits(nnx.state(trainee.mimi))
+    mimi_params = in_16_bits(nnx.state(trainee.mimi))
     mimi = nnx.merge(listening, jax.tree.map(lambda a: a.astype(jnp.float32), mimi_params))
 
     vocabulary = output / "tokenizer_digits.model"
@@ -160,25 +152,35 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
         stt=SttConfig(audio_delay_seconds=DELAY / digits.MIMI.frame_rate),
         lm_gen_config=Table(temp=0.0, temp_text=0.0, top_k=0, top_k_text=0),
     )
-    encoder = StringEncoder(mimi, lm, tokenizer, config.lm.frames)
-    strings = encoder.encode(
-        digits.SpeechRows(takes, sentences, config.lm.frames, (seed, 2), config.lm.mix), config.lm.strings
+    timing = Timing(digits.MIMI.frame_rate, DELAY / digits.MIMI.frame_rate, 0.0)
+
+    def encode(takes: list[Take], draw: int, count: int) -> dict[str, np.ndarray]:
+        rows = digits.SpeechRows(takes, sentences, config.lm.frames, (seed, draw), config.lm.mix)
+        codes_NQT, spoken = encode_strings(mimi, rows, count)
+        texts = [text_stream(words, tokenizer, lm, timing, frames=config.lm.frames) for words in spoken]
+        return {"codes_BKT": np.concatenate([np.stack(texts).astype(np.int16)[:, None], codes_NQT], axis=1)}
+
+    def loss(objective: SttObjective) -> Loss:
+        return lambda lm, batch, key: stt_loss(lm, batch["codes_BKT"], key, objective)
+
+    plain = dataclasses.replace(config.lm.objective, text_dropout=0.0, codebook_dropout=0.0, random_codes=0.0)
+    trained = train_lm(
+        config.lm,
+        Run(output / "lm", config.lm.run),
+        lm,
+        loss(config.lm.objective),
+        loss(plain),
+        encode(takes, 2, config.lm.strings),
+        encode(kept, 3, UNSEEN_STRINGS),
+        seed=seed,
+        resume=resume,
     )
-    unseen = encoder.encode(
-        digits.SpeechRows(kept, sentences, config.lm.frames, (seed, 3), config.lm.mix), UNSEEN_STRINGS
-    )
-    trained = train_lm(config.lm, Run(output / "lm", config.lm.run), lm, strings, unseen, seed, resume)
 
     mimi_def, _ = nnx.split(mimi)
     lm_def, lm_params = nnx.split(trained)
-    model = checkpoints.Model(whole, lm_def, _in_16_bits(lm_params), mimi_def, mimi_params, tokenizer, NAME)
+    model = checkpoints.Model(whole, lm_def, in_16_bits(lm_params), mimi_def, mimi_params, tokenizer, NAME)
     write_model(model, output_model)
     return checkpoints.load(output_model)
-
-
-def _in_16_bits(params: nnx.State) -> nnx.State:
-    """As they are shipped: half the size, and exact again in float32, in which the codec always runs."""
-    return jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
 
 
 def train_codec(
@@ -213,77 +215,6 @@ def train_codec(
     return codec.merge(graph, state.params, state.memory)
 
 
-def train_lm(
-    stage: LmStage, run: Run, config: LMConfig, stored: np.ndarray, unseen: np.ndarray, seed: int, resume: bool
-) -> DelayedStreamsLM:
-    """Trains the language model on encoded strings."""
-    graph, params = nnx.split(DelayedStreamsLM(config, rngs=nnx.Rngs(seed)))
-
-    def loss(params: Any, memory: tuple, batch: Any, key: jax.Array):
-        value, metrics = stt_loss(nnx.merge(graph, params), batch["codes_BKT"], key, stage.objective)
-        return value, (memory, metrics)
-
-    @jax.jit
-    def measure(params: nnx.State, codes_BKT: jax.Array) -> dict[str, jax.Array]:
-        plain = dataclasses.replace(stage.objective, text_dropout=0.0, codebook_dropout=0.0, random_codes=0.0)
-        value, metrics = stt_loss(nnx.merge(graph, params), codes_BKT, jax.random.PRNGKey(0), plain)
-        return {"loss": value, **metrics}
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        return {
-            f"validation_{name}": float(value) for name, value in measure(state.params, unseen.astype(np.int32)).items()
-        }
-
-    optimizer = stage.optimizer.build(stage.run.steps)
-    state = step.init(params, (), optimizer, seed)
-    state = run.restore(state) if resume and run.latest() is not None else state
-    rows = StoredRows(stored)
-    data = batches(rows, batch_size=stage.rows, seed=seed, first_step=int(state.step))
-    state = run.train(step.make_step(loss, optimizer), state, data, evaluate=evaluate)
-    return nnx.merge(graph, state.params)
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredRows:
-    """Encoded strings as rows for `batches`."""
-
-    codes_NKT: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.codes_NKT)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"codes_BKT": self.codes_NKT[index].astype(np.int32)}
-
-
 def stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """A batch of rows."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-class StringEncoder:
-    """Turns spoken strings into what the language model is trained on: a text stream and codes."""
-
-    def __init__(self, mimi: Mimi, lm: LMConfig, tokenizer: Tokenizer, frames: int):
-        graph, self.params = nnx.split(mimi)
-        self.lm, self.tokenizer, self.frames = lm, tokenizer, frames
-        self.timing = Timing(mimi.config.frame_rate, DELAY / mimi.config.frame_rate, 0.0)
-        self._encode = jax.jit(lambda params, pcm_BT: nnx.merge(graph, params).encode(pcm_BT[..., None]))
-
-    def encode(self, rows: Any, count: int) -> np.ndarray:
-        """The first `count` rows, [count, 1 + Q, frames] in the smallest type that holds them."""
-        made = []
-        with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(self._rows, rows, 0)
-            for start in range(0, count, _ENCODED_AT_ONCE):
-                pcm_BT, text_BT = ahead.result()
-                # One batch ahead and no more: the sound of all strings is many times the size of their codes.
-                ahead = pool.submit(self._rows, rows, start + _ENCODED_AT_ONCE)
-                codes_BQT = np.asarray(self._encode(self.params, pcm_BT))
-                made.append(np.concatenate([text_BT[:, None], codes_BQT], axis=1).astype(np.int16))
-        return np.concatenate(made)[:count]
-
-    def _rows(self, rows: Any, start: int) -> tuple[np.ndarray, np.ndarray]:
-        drawn = [rows[i] for i in range(start, start + _ENCODED_AT_ONCE)]
-        texts = [text_stream(words, self.tokenizer, self.lm, self.timing, frames=self.frames) for _, words in drawn]
-        return np.stack([pcm_T for pcm_T, _ in drawn]), np.stack(texts)

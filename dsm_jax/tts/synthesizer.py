@@ -105,7 +105,10 @@ class Synthesizer:
             raise SpeechError(f"the seed is {seed}, and must fit into 64 bits: give a smaller one")
         none_QP = np.zeros((self.lm.n_q, 0), np.int32)
         if voices.has_speakers(self.lm):
-            steps = [voices.read_voice(voice, self.model.config.model_id) for voice in request.voices]
+            own = voices.voices_of(self.model)
+            if own and not request.voices:
+                raise SpeechError(f"{self.model.name} needs a voice, and was given none; its own are {', '.join(own)}")
+            steps = [voices.read_voice(voice, self.model.config.model_id, own) for voice in request.voices]
             voices.conditions(self.lm, [steps], self._told_guidance)  # what is wrong with them is told here
             return Prepared(entries, steps, none_QP, seed)
         if len(request.voices) > 1:

@@ -10,6 +10,7 @@ Source: kyutai-labs/moshi@e6a55d2 moshi/models/tts.py:TTSModel.make_condition_at
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dsm_jax.checkpoints import fetch_file
+from dsm_jax.checkpoints import Model, fetch_file
 from dsm_jax.configs import LMConfig, Table
 from dsm_jax.errors import CheckpointError, SpeechError
 
@@ -28,13 +29,21 @@ WAVS, GUIDANCE, CONTROL = "speaker_wavs", "cfg", "control"
 Voice = str | os.PathLike[str] | np.ndarray
 
 
-def read_voice(voice: Voice, model_id: Mapping[str, Any]) -> np.ndarray:
+def voices_of(model: Model) -> dict[str, Path]:
+    """The voices that came with a model, by name: files in a folder `voices` beside its tokenizer."""
+    if model.tokenizer is None:
+        return {}
+    return {path.stem: path for path in sorted((model.tokenizer.path.parent / "voices").glob("*.safetensors"))}
+
+
+def read_voice(voice: Voice, model_id: Mapping[str, Any], own: Mapping[str, Path] = MappingProxyType({})) -> np.ndarray:
     """The steps [X, C] of a voice, float32.
 
     Args:
-      voice: a safetensors file, the name of one of the voices that Kyutai has published (`expresso/….wav`), or an array
-        [X, C], such as `blend` returns.
+      voice: a safetensors file, the name of one of the model's own voices or of those that Kyutai has published
+        (`expresso/….wav`), or an array [X, C], such as `blend` returns.
       model_id: of the config: a published voice has a file for each model.
+      own: from `voices_of`.
 
     Raises:
       CheckpointError: a name that is neither, a file that is not a voice, or one that cannot be fetched.
@@ -43,11 +52,12 @@ def read_voice(voice: Voice, model_id: Mapping[str, Any]) -> np.ndarray:
     if isinstance(voice, np.ndarray):
         steps_XC = voice
     else:
-        path = Path(voice).expanduser()
+        path = own.get(str(voice), Path(voice).expanduser())
         if not os.path.isfile(path):  # says no to names that pathlib raises at
             local = path.suffix == ".safetensors" or path.is_absolute() or os.path.isdir(path)
             if local or not {"sig", "epoch"} <= model_id.keys():
-                raise CheckpointError(f"the voice {path} is not a file; give a voice's safetensors file")
+                known = f", or one of the model's own: {', '.join(own)}" if own else ""
+                raise CheckpointError(f"the voice {path} is not a file; give a voice's safetensors file{known}")
             path = fetch_file(VOICES, f"{voice}.{model_id['sig']}@{model_id['epoch']}.safetensors")
         steps_XC = _read(path)
     numbers = np.issubdtype(steps_XC.dtype, np.floating)

@@ -1,0 +1,170 @@
+"""Learning to speak: the losses against plain numpy, what counts in them, and that what is learnt is said.
+
+Shape letters: B batch rows, T frames, K streams (text first), Q codebooks, V vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsm_jax.convert.networks import networks
+from dsm_jax.models.lm import DelayedStreamsLM
+from dsm_jax.models.mimi import Mimi
+from dsm_jax.stt.words import Timing
+from dsm_jax.tokenizers import load_tokenizer
+from dsm_jax.training.alignment import text_stream
+from dsm_jax.training.compose import Spoken
+from dsm_jax.training.step import OptimizerConfig, init, make_step
+from dsm_jax.training.tts import TtsObjective, asked, tts_loss
+from dsm_jax.tts import voices
+from dsm_jax.tts.engine import Manner
+from dsm_jax.tts.script import MAIN, entries_of
+from dsm_jax.tts.words import WordMachine
+from tests import checkpoint_maker, speaking, tts_model
+from tests.tokenizer_maker import make_tokenizer
+
+LM = dataclasses.replace(tts_model.SPEAKERS, demux_second_stream=False, context=64)
+FRAMES, DELAY = 24, 3
+NOTHING_HIDDEN = TtsObjective(hidden_text=0.0, random_codes=0.0)
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def network():
+    made, random = networks(checkpoint_maker.model_config(LM))["lm"], np.random.default_rng(0)
+    drawn = {
+        name: jnp.ones(p.shape) if len(p.shape) < 2 else jnp.asarray(0.25 * random.normal(size=p.shape), jnp.float32)
+        for name, p in made.parameters.items()
+    }
+    return made.graph, made.fill(drawn)
+
+
+def told(lm: DelayedStreamsLM, rows: int):
+    """The conditions of rows of one voice each."""
+    values, masks = voices.conditions(LM, [[tts_model.voice(row)] for row in range(rows)], 2.0)
+    return lm.condition(values, masks)
+
+
+def text_of(tokenizer) -> np.ndarray:
+    """The text of a clip in which two words are said."""
+    words = [Spoken("on", 0.16, 0.3), Spoken("a", 0.9, 1.0)]
+    return text_stream(words, tokenizer, LM, Timing(12.5, 0.0, 0.0), frames=FRAMES, marks={0: MAIN})
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(make_tokenizer(tmp_path_factory.mktemp("words") / "words.model", LM.text_card))
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer) -> jax.Array:
+    """Two rows of text, and of codes behind it."""
+    codes_BKT = np.random.default_rng(3).integers(0, LM.card, (2, 1 + LM.n_q, FRAMES)).astype(np.int32)
+    codes_BKT[:, 0] = text_of(tokenizer)
+    codes_BKT[1, 0, 12:] = 3
+    codes_BKT[:, 1:, :DELAY] = -1
+    return jnp.asarray(codes_BKT)
+
+
+@pytest.fixture(scope="module")
+def measured(network):
+    """The loss and metrics of rows under an objective; one compilation serves all."""
+    graph, params = network
+
+    @jax.jit
+    def compiled(params, codes_BKT, key, shares):
+        lm = nnx.merge(graph, params)
+        return tts_loss(lm, codes_BKT, told(lm, len(codes_BKT)), key, TtsObjective(**shares))
+
+    return lambda codes_BKT, objective=NOTHING_HIDDEN, key=KEY: compiled(
+        params, codes_BKT, key, dataclasses.asdict(objective)
+    )
+
+
+def test_text_is_asked_until_the_last_word_begins_and_not_while_one_is_fed(tokenizer):
+    text_T = text_of(tokenizer)
+    begins = np.flatnonzero(text_T == 0)
+    expected_T = ((text_T == 0) | (text_T == 3)) & (np.arange(FRAMES) <= begins[-1])
+    assert begins.tolist() == [2, 11]
+    assert text_T[3] == MAIN
+    np.testing.assert_array_equal(np.asarray(asked(text_T[None]))[0], expected_T)
+    assert not np.asarray(asked(np.full((1, 8), 3, np.int32))).any(), "nothing is said, and so nothing is asked"
+
+
+def test_both_losses_are_mean_cross_entropies_where_they_count(network, measured, rows):
+    graph, params = network
+
+    @jax.jit
+    def scores(params):
+        lm = nnx.merge(graph, params)
+        out = lm(rows, told(lm, 2))
+        return out.text_logits_BTV, out.audio_logits_BQTV
+
+    text_BTV, audio_BQTV = (np.asarray(a, np.float64) for a in scores(params))
+    text, audio = [], []
+    for row, codes_KT in enumerate(np.asarray(rows)):
+        last = np.flatnonzero(codes_KT[0] == 0)[-1]
+        for t, token in enumerate(codes_KT[0]):
+            if token in (0, 3) and t <= last:
+                text.append(np.log(np.exp(text_BTV[row, t]).sum()) - text_BTV[row, t, token])
+        for q in range(LM.dep_q):
+            for t in range(DELAY, FRAMES - LM.delays[1 + q]):  # what is later is generated after the end
+                logits_V = audio_BQTV[row, q, t]
+                audio.append(np.log(np.exp(logits_V).sum()) - logits_V[codes_KT[1 + q, t]])
+    for weight in (1.0, 0.3):
+        loss, metrics = measured(rows, dataclasses.replace(NOTHING_HIDDEN, text=weight))
+        assert float(metrics["text"]) == pytest.approx(np.mean(text), rel=1e-5)
+        assert float(metrics["audio"]) == pytest.approx(np.mean(audio), rel=1e-5)
+        assert float(loss) == pytest.approx(weight * np.mean(text) + np.mean(audio), rel=1e-5)
+
+
+def test_what_is_hidden_changes_the_loss_and_chance_is_the_keys(measured, rows):
+    plain = float(measured(rows)[0])
+    assert float(measured(rows, key=jax.random.key(7))[0]) == plain
+    for hidden in ({"hidden_text": 1.0}, {"random_codes": 0.5}):
+        assert float(measured(rows, dataclasses.replace(NOTHING_HIDDEN, **hidden))[0]) != plain
+
+
+def test_a_row_without_text_teaches_the_same_whatever_its_text_is_to_the_backbone(network, rows):
+    graph, params = network
+
+    @jax.jit
+    def text_loss(params, codes_BKT):
+        lm = nnx.merge(graph, params)
+        objective = dataclasses.replace(NOTHING_HIDDEN, hidden_text=1.0)
+        return tts_loss(lm, codes_BKT, told(lm, 2), KEY, objective)[1]["text"]
+
+    other = rows.at[:, 0, 4].set(9)  # a piece of the first word, which is fed and never asked
+    assert float(text_loss(params, rows)) == float(text_loss(params, other))
+
+
+def test_a_model_that_has_learnt_a_row_says_it(network, tokenizer, rows):
+    graph, params = network
+    row = rows[:1]
+    optimizer = OptimizerConfig(learning_rate=2e-2, warmup=5).build(150)
+
+    def loss(params, memory, batch, key):
+        lm = nnx.merge(graph, params)
+        value, metrics = tts_loss(lm, batch, told(lm, 1), key, NOTHING_HIDDEN)
+        return value, (memory, metrics)
+
+    step, state = make_step(loss, optimizer), init(jax.tree.map(jnp.copy, params), (), optimizer, 0)
+    for _ in range(150):
+        state, metrics = step(state, row)
+    assert float(metrics["loss"]) < 0.05
+
+    machine = WordMachine(card=LM.text_card + 1, max_padding=20)
+    how = Manner(machine=machine, delay_steps=DELAY, codebooks=LM.dep_q, temperature=0.0, final_padding=1)
+    mimi = nnx.merge(*nnx.split(Mimi(tts_model._MIMI, rngs=nnx.Rngs(0))))
+    entries = entries_of(["on a"], tokenizer, frame_rate=12.5, multi_speaker=True)
+    lm = nnx.merge(graph, state.params)
+    (said,) = speaking.Loop(lm, mimi, how, 1, most=FRAMES).speak(
+        speaking.tell([entries], told(lm, 1), jax.random.split(KEY, 1))
+    )
+    frames = min(said.frames_KF.shape[1], FRAMES - max(LM.delays))
+    assert frames > 15
+    np.testing.assert_array_equal(said.frames_KF[:, :frames], row[0, :, :frames])
