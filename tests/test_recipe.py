@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 
 from dsm_jax.errors import AudioError, TrainingError
 from dsm_jax.training import digits
@@ -12,30 +11,12 @@ from dsm_jax.training.codec import CodecObjective
 from dsm_jax.training.recipe import CodecStage, DigitsConfig, LmStage, train_digits
 from dsm_jax.training.run import RunConfig
 from tests.checkpoint_maker import assert_same_weights
-
-SENTENCES = ("There is nothing here.", "Only one of them has a digit.", "Some more words are read.")
+from tests.digits_data import SENTENCES, write_data
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A tone of its own for each digit, half a second long after a tenth of silence, and three sentences of noise."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "fsdd").mkdir()
-    time_T = np.arange(4000) / 8000
-    for digit in range(10):
-        tone_T = 0.3 * np.sin(2 * np.pi * (200 + 100 * digit) * time_T)
-        for number in (5, 8, 10):
-            path = folder / f"fsdd/{digit}_ann_{number}.flac"
-            soundfile.write(path, np.concatenate([np.zeros(800), tone_T]), 8000)
-    random = np.random.default_rng(0)
-    for name in ("kathleen", "ljspeech"):
-        (folder / name).mkdir()
-        rows = ["file\tseconds\ttext"]
-        for i, text in enumerate(SENTENCES):
-            soundfile.write(folder / f"{name}/{i}.flac", 0.1 * random.normal(size=36_000), 24_000)
-            rows.append(f"{i}.flac\t1.5\t{text}")
-        (folder / f"{name}/transcripts.tsv").write_text("\n".join(rows) + "\n")
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def test_takes_are_split_by_number_and_know_where_they_speak(data):
