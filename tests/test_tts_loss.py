@@ -29,7 +29,8 @@ from tests.tokenizer_maker import make_tokenizer
 
 LM = dataclasses.replace(tts_model.SPEAKERS, demux_second_stream=False, context=64)
 FRAMES, DELAY = 24, 3
-NOTHING_HIDDEN = TtsObjective(hidden_text=0.0, random_codes=0.0)
+UNDISTURBED = TtsObjective(random_codes=0.0)
+TOLD_B = jnp.zeros(2, bool)
 KEY = jax.random.key(0)
 
 
@@ -76,12 +77,12 @@ def measured(network):
     graph, params = network
 
     @jax.jit
-    def compiled(params, codes_BKT, key, shares):
+    def compiled(params, codes_BKT, untold_B, key, shares):
         lm = nnx.merge(graph, params)
-        return tts_loss(lm, codes_BKT, told(lm, len(codes_BKT)), key, TtsObjective(**shares))
+        return tts_loss(lm, codes_BKT, told(lm, len(codes_BKT)), untold_B, key, TtsObjective(**shares))
 
-    return lambda codes_BKT, objective=NOTHING_HIDDEN, key=KEY: compiled(
-        params, codes_BKT, key, dataclasses.asdict(objective)
+    return lambda codes_BKT, objective=UNDISTURBED, untold_B=TOLD_B, key=KEY: compiled(
+        params, codes_BKT, untold_B, key, dataclasses.asdict(objective)
     )
 
 
@@ -116,30 +117,24 @@ def test_both_losses_are_mean_cross_entropies_where_they_count(network, measured
                 logits_V = audio_BQTV[row, q, t]
                 audio.append(np.log(np.exp(logits_V).sum()) - logits_V[codes_KT[1 + q, t]])
     for weight in (1.0, 0.3):
-        loss, metrics = measured(rows, dataclasses.replace(NOTHING_HIDDEN, text=weight))
+        loss, metrics = measured(rows, dataclasses.replace(UNDISTURBED, text=weight))
         assert float(metrics["text"]) == pytest.approx(np.mean(text), rel=1e-5)
         assert float(metrics["audio"]) == pytest.approx(np.mean(audio), rel=1e-5)
         assert float(loss) == pytest.approx(weight * np.mean(text) + np.mean(audio), rel=1e-5)
 
 
-def test_what_is_hidden_changes_the_loss_and_chance_is_the_keys(measured, rows):
+def test_chance_is_the_keys_and_changes_what_is_fed_only_where_it_is_asked_for(measured, rows):
     plain = float(measured(rows)[0])
     assert float(measured(rows, key=jax.random.key(7))[0]) == plain
-    for hidden in ({"hidden_text": 1.0}, {"random_codes": 0.5}):
-        assert float(measured(rows, dataclasses.replace(NOTHING_HIDDEN, **hidden))[0]) != plain
+    random = TtsObjective(random_codes=0.5)
+    assert len({plain, float(measured(rows, random)[0]), float(measured(rows, random, key=jax.random.key(7))[0])}) == 3
 
 
-def test_a_row_without_text_teaches_the_same_whatever_its_text_is_to_the_backbone(network, rows):
-    graph, params = network
-
-    @jax.jit
-    def text_loss(params, codes_BKT):
-        lm = nnx.merge(graph, params)
-        objective = dataclasses.replace(NOTHING_HIDDEN, hidden_text=1.0)
-        return tts_loss(lm, codes_BKT, told(lm, 2), KEY, objective)[1]["text"]
-
-    other = rows.at[:, 0, 4].set(9)  # a piece of the first word, which is fed and never asked
-    assert float(text_loss(params, rows)) == float(text_loss(params, other))
+def test_untold_rows_are_not_fed_their_text_and_others_are(measured, rows):
+    other = rows.at[1, 0, 4].set(9)  # a piece of the second row's first word, which is fed and never asked
+    for untold_B, same in ((TOLD_B, False), (jnp.array([True, False]), False), (jnp.array([False, True]), True)):
+        losses = [float(measured(codes, untold_B=untold_B)[1]["text"]) for codes in (rows, other)]
+        assert (losses[0] == losses[1]) is same
 
 
 def test_a_model_that_has_learnt_a_row_says_it(network, tokenizer, rows):
@@ -149,7 +144,7 @@ def test_a_model_that_has_learnt_a_row_says_it(network, tokenizer, rows):
 
     def loss(params, memory, batch, key):
         lm = nnx.merge(graph, params)
-        value, metrics = tts_loss(lm, batch, told(lm, 1), key, NOTHING_HIDDEN)
+        value, metrics = tts_loss(lm, batch, told(lm, 1), TOLD_B[:1], key, UNDISTURBED)
         return value, (memory, metrics)
 
     step, state = make_step(loss, optimizer), init(jax.tree.map(jnp.copy, params), (), optimizer, 0)

@@ -132,8 +132,11 @@ def speaking_loss(objective: TtsObjective, speakers: int) -> Loss:
 
     def loss(lm: DelayedStreamsLM, batch: dict[str, jax.Array], key: jax.Array):
         voices_BS = batch["voices_BS"]
-        conditions = lm.condition({WAVS: jax.nn.one_hot(voices_BS, speakers)}, {WAVS: voices_BS >= 0})
-        return tts_loss(lm, batch["codes_BKT"], conditions, key, objective)
+        untold_key, key = jax.random.split(key)
+        untold_B = jax.random.bernoulli(untold_key, objective.untold, voices_BS.shape[:1])
+        told_BS = (voices_BS >= 0) & ~untold_B[:, None]
+        conditions = lm.condition({WAVS: jax.nn.one_hot(voices_BS, speakers)}, {WAVS: told_BS})
+        return tts_loss(lm, batch["codes_BKT"], conditions, untold_B, key, objective)
 
     return loss
 
@@ -187,7 +190,7 @@ def train_speaking(config: SpeakingConfig, *, resume: bool = False) -> checkpoin
         Run(output / "lm", stage.run),
         lm,
         speaking_loss(stage.objective, len(speakers)),
-        speaking_loss(dataclasses.replace(stage.objective, hidden_text=0.0, random_codes=0.0), len(speakers)),
+        speaking_loss(dataclasses.replace(stage.objective, untold=0.0, random_codes=0.0), len(speakers)),
         encode(takes, 0, stage.strings),
         encode(kept, 1, UNSEEN_STRINGS),
         seed=config.seed,

@@ -24,7 +24,7 @@ class TtsObjective:
     """What a language model is trained for, and what is hidden from it meanwhile."""
 
     text: float = 1.0  # weight of the text stream's loss; the audio streams' is 1
-    hidden_text: float = 0.15  # share of rows that are not fed their text: what guidance is measured against
+    untold: float = 0.15  # share of rows that are told neither text nor voice: what guidance is measured against
     random_codes: float = 0.05  # share of codes fed to the backbone that are any other, as when it errs itself
 
 
@@ -38,6 +38,7 @@ def tts_loss(
     lm: DelayedStreamsLM,
     codes_BKT: jax.Array,
     conditions: Conditions | None,
+    untold_B: jax.Array,
     key: jax.Array,
     objective: TtsObjective,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -47,15 +48,14 @@ def tts_loss(
       lm: a model with a depformer.
       codes_BKT: int32: text from `text_stream`; audio codes behind it by the model's `audio_delay`, before which they
         are -1, but not by the delays of the codebooks.
-      conditions: from `lm.condition`; None for a model without conditioners.
+      conditions: from `lm.condition`, masked in the rows that are untold; None for a model without conditioners.
+      untold_B: bool, rows whose text is not fed to the backbone.
       key: of this step.
       objective: what counts how much.
     """
-    hide_key, code_key = jax.random.split(key)
     others = SttObjective(random_codes=objective.random_codes)
-    fed_BKT = disturb(codes_BKT, code_key, others, card=lm.config.card, padding=PAD)
-    hidden_B1 = jax.random.bernoulli(hide_key, objective.hidden_text, (codes_BKT.shape[0], 1))
-    fed_BKT = fed_BKT.at[:, 0].set(jnp.where(hidden_B1, ZERO_TOKEN, fed_BKT[:, 0]))
+    fed_BKT = disturb(codes_BKT, key, others, card=lm.config.card, padding=PAD)
+    fed_BKT = fed_BKT.at[:, 0].set(jnp.where(untold_B[:, None], ZERO_TOKEN, fed_BKT[:, 0]))
     out = lm(codes_BKT, conditions, fed_BKT=fed_BKT)
     assert out.audio_logits_BQTV is not None
     assert out.audio_mask_BQT is not None

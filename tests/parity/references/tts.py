@@ -121,7 +121,9 @@ def make_voice(path: Path, seed: int, steps: int = VOICE_STEPS, width: int = 16)
 def load_tts(folder: Path, how: How) -> TTSModel:
     """The reference's model, float32 on the CPU, at temperature 0."""
     config = read_config(folder)
-    lm = loaders.get_moshi_lm(folder / config.get("moshi_name", "model.safetensors"), lm_config(config), dtype=torch.float32)
+    lm = loaders.get_moshi_lm(
+        folder / config.get("moshi_name", "model.safetensors"), lm_config(config), dtype=torch.float32
+    )
     machine = StateMachine(
         token_ids=TokenIds(lm.text_card + 1),
         second_stream_ahead=config["tts_config"]["second_stream_ahead"],
