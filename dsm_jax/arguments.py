@@ -86,15 +86,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--model",
         default="kyutai/tts-1.6b-en_fr",
-        help="a published name or a local folder in any supported layout (default: %(default)s)",
+        help="a published name, a local folder in any supported layout, or digits-tts, which came with the library "
+        "(default: %(default)s)",
     )
     p.add_argument(
         "--speaker",
         action="append",
         default=[],
         metavar="VOICE",
-        help="a published voice's name or a voice's file; for models without speakers a recording to go on from; "
-        "given twice, the second is the other speaker",
+        help="one of the model's own voices, a published one's name or a voice's file; for models without speakers a "
+        "recording to go on from; given twice, the second is the other speaker",
     )
     p.add_argument("--cfg", type=float, default=2.0, metavar="G", help="guidance, from 1 (default: %(default)s)")
     p.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; default: the checkpoint's")

@@ -66,8 +66,8 @@ def load(
     """Loads a model for use.
 
     Args:
-      source: a local folder, a codec's file, "digits" (the small model inside the package), or a name on the hub
-        ("organisation/name", fetched on first use); in Kyutai's, transformers' or this library's own layout.
+      source: a local folder, a codec's file, "digits" or "digits-tts" (small models inside the package), or a name on
+        the hub ("organisation/name", fetched on first use); in Kyutai's, transformers' or this library's own layout.
       dtype: of the language model, by name or as jax has it; None is bfloat16 on GPU and TPU, float32 on CPU. The codec
         and the conditioning are always float32.
       mesh: the devices to spread the language model over; None uses the default device. The codec is on all of them.

@@ -106,7 +106,7 @@ def test_both_losses_are_mean_cross_entropies_where_they_count(network, measured
         return out.text_logits_BTV, out.audio_logits_BQTV
 
     text_BTV, audio_BQTV = (np.asarray(a, np.float64) for a in scores(params))
-    text, audio = [], []
+    text, audio = [], {True: [], False: []}  # whether it is the first codebook
     for row, codes_KT in enumerate(np.asarray(rows)):
         last = np.flatnonzero(codes_KT[0] == 0)[-1]
         for t, token in enumerate(codes_KT[0]):
@@ -115,12 +115,14 @@ def test_both_losses_are_mean_cross_entropies_where_they_count(network, measured
         for q in range(LM.dep_q):
             for t in range(DELAY, FRAMES - LM.delays[1 + q]):  # what is later is generated after the end
                 logits_V = audio_BQTV[row, q, t]
-                audio.append(np.log(np.exp(logits_V).sum()) - logits_V[codes_KT[1 + q, t]])
-    for weight in (1.0, 0.3):
-        loss, metrics = measured(rows, dataclasses.replace(UNDISTURBED, text=weight))
-        assert float(metrics["text"]) == pytest.approx(np.mean(text), rel=1e-5)
-        assert float(metrics["audio"]) == pytest.approx(np.mean(audio), rel=1e-5)
-        assert float(loss) == pytest.approx(weight * np.mean(text) + np.mean(audio), rel=1e-5)
+                audio[q == 0].append(np.log(np.exp(logits_V).sum()) - logits_V[codes_KT[1 + q, t]])
+    for weight, semantic in ((1.0, 7.0), (0.3, 2.0)):
+        loss, metrics = measured(rows, dataclasses.replace(UNDISTURBED, text=weight, semantic=semantic))
+        expected = {"text": np.mean(text), "semantic": np.mean(audio[True]), "acoustic": np.mean(audio[False])}
+        assert {name: float(value) for name, value in metrics.items()} == pytest.approx(expected, rel=1e-5)
+        others = LM.dep_q - 1
+        of_audio = (semantic * expected["semantic"] + others * expected["acoustic"]) / (semantic + others)
+        assert float(loss) == pytest.approx(weight * expected["text"] + of_audio, rel=1e-5)
 
 
 def test_chance_is_the_keys_and_changes_what_is_fed_only_where_it_is_asked_for(measured, rows):

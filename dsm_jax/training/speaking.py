@@ -41,9 +41,9 @@ UNSEEN_STRINGS = 64
 class SpeakingStage(StringsStage):
     """Training of the language model that speaks."""
 
-    strings: int = 9_000
+    strings: int = 12_000
     rows: int = 24
-    run: RunConfig = RunConfig(steps=3000, log_every=50, save_every=500)
+    run: RunConfig = RunConfig(steps=4000, log_every=50, save_every=500)
     objective: TtsObjective = TtsObjective()
     gaps: Gaps = Gaps(shortest=0.05, longest=0.45, lead=0.4)
     taking_turns: float = 0.3  # in a third of the strings

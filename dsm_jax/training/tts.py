@@ -4,7 +4,8 @@ The text stream of a model that speaks says only when a word begins; which word 
 training it is asked in the steps in which it is asked when it speaks: not while a word is fed, and not after the last.
 
 Shape letters: B batch rows, T frames, K streams (text first), Q audio streams.
-Source: Zeghidour et al. 2025 (Delayed Streams Modeling), section 3; what is hidden and disturbed is ours.
+Source: Zeghidour et al. 2025 (Delayed Streams Modeling), section 3; a first codebook that weighs more is from Moshi
+(Défossez et al. 2024), where it weighs more still; what is hidden and disturbed is ours.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ class TtsObjective:
     """What a language model is trained for, and what is hidden from it meanwhile."""
 
     text: float = 1.0  # weight of the text stream's loss; the audio streams' is 1
+    semantic: float = 7.0  # weight of the first codebook, which says what is said, among the others, which weigh 1
     untold: float = 0.15  # share of rows that are told neither text nor voice: what guidance is measured against
     random_codes: float = 0.05  # share of codes fed to the backbone that are any other, as when it errs itself
 
@@ -42,7 +44,7 @@ def tts_loss(
     key: jax.Array,
     objective: TtsObjective,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean cross-entropy of the text stream where it is asked and of the audio streams, and both alone.
+    """Mean cross-entropy of the text stream where it is asked and of the audio streams, and each of them alone.
 
     Args:
       lm: a model with a depformer.
@@ -61,8 +63,13 @@ def tts_loss(
     assert out.audio_mask_BQT is not None
     text_BT, audio_BQT = codes_BKT[:, 0], codes_BKT[:, 1 : 1 + lm.config.dep_q]
     text = _mean(out.text_logits_BTV, text_BT, out.text_mask_BT & asked(text_BT))
-    audio = _mean(out.audio_logits_BQTV, audio_BQT, out.audio_mask_BQT)
-    return objective.text * text + audio, {"text": text, "audio": audio}
+    parts = [
+        _mean(out.audio_logits_BQTV[:, part], audio_BQT[:, part], out.audio_mask_BQT[:, part])
+        for part in (slice(1), slice(1, None))
+    ]
+    weights = objective.semantic, audio_BQT.shape[1] - 1.0
+    audio = sum(weight * part for weight, part in zip(weights, parts, strict=True)) / sum(weights)
+    return objective.text * text + audio, {"text": text, "semantic": parts[0], "acoustic": parts[1]}
 
 
 def _mean(logits: jax.Array, tokens: jax.Array, counts: jax.Array) -> jax.Array:

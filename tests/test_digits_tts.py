@@ -1,0 +1,78 @@
+"""The model inside the package that speaks: what it says is heard, in every voice, whole and live."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dsm_jax
+from dsm_jax import cli
+from dsm_jax.errors import CheckpointError, SpeechError
+from dsm_jax.training.compose import Spoken
+from dsm_jax.training.measure import compare_all
+from dsm_jax.tts import Request, Speech, blend, read_voice, synthesize_each
+from dsm_jax.tts.voices import voices_of
+
+ASSETS = Path(__file__).resolve().parents[1] / "dsm_jax/assets/digits-tts"
+VOICES = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
+TEXTS = ("zero one two three four", "five six seven eight nine", "three one four one five nine two six")
+
+
+@functools.cache
+def speaker() -> dsm_jax.Model:
+    return dsm_jax.load("digits-tts")
+
+
+@functools.cache
+def said() -> list[Speech]:
+    requests = [Request(text, (voice,), seed=1) for voice in VOICES for text in TEXTS]
+    return [result for _, result in synthesize_each(speaker(), requests, batch_size=18) if isinstance(result, Speech)]
+
+
+def test_it_is_small_and_has_six_voices():
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8_000_000
+    assert tuple(voices_of(speaker())) == VOICES
+    assert (ASSETS / "README.md").is_file()
+
+
+def test_what_it_says_is_heard():
+    assert len(said()) == len(VOICES) * len(TEXTS)
+    heard = dsm_jax.transcribe(dsm_jax.load("digits"), [speech.pcm for speech in said()], batch_size=18)
+    words = [[Spoken(word.text, word.start, word.end) for word in speech.words] for speech in said()]
+    figures = compare_all(zip(words, heard, strict=True))
+    assert figures.words == 18 * len(VOICES)
+    assert figures.word_error_rate <= 0.08  # of so few words; the model card has the rate
+    assert figures.start_error <= 0.12
+
+
+def test_live_speech_is_the_same():
+    whole = dsm_jax.synthesize(speaker(), TEXTS[0], speaker="theo")
+    live = np.concatenate(
+        list(dsm_jax.synthesize_stream(speaker(), iter(["zero on", "e two three ", "four"]), speaker="theo"))
+    )
+    np.testing.assert_allclose(live, whole.pcm, rtol=0, atol=1e-5)
+
+
+def test_voices_differ_and_can_be_blended():
+    own = voices_of(speaker())
+    theo, lucas = (read_voice(name, {}, own) for name in ("theo", "lucas"))
+    made = [dsm_jax.synthesize(speaker(), "one two", speaker=voice) for voice in (theo, lucas, blend([theo, lucas]))]
+    assert len({speech.frames.tobytes() for speech in made}) == 3
+
+
+def test_a_voice_that_is_missing_or_unknown_is_answered_with_those_that_it_has():
+    own = r"george, jackson, lucas, nicolas, theo, yweweler$"
+    with pytest.raises(SpeechError, match=rf"^digits-tts needs a voice, and was given none; its own are {own}"):
+        dsm_jax.synthesize(speaker(), "one")
+    message = rf"^the voice ann is not a file; give a voice's safetensors file, or one of the model's own: {own}"
+    with pytest.raises(CheckpointError, match=message):
+        dsm_jax.synthesize(speaker(), "one", speaker="ann")
+
+
+def test_the_command_line_knows_it_by_name(tmp_path):
+    path = tmp_path / "said.wav"
+    arguments = ["speak", "nine nine", str(path), "--model", "digits-tts", "--speaker", "theo", "--no-cache", "--quiet"]
+    assert cli.main(arguments) == 0
+    assert dsm_jax.transcribe(dsm_jax.load("digits"), path).text == "nine nine"
