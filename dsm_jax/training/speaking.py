@@ -16,7 +16,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from dsm_jax import checkpoints
-from dsm_jax.configs import LMConfig, ModelConfig, Table
+from dsm_jax.configs import LMConfig, MimiConfig, ModelConfig, QuantizerConfig, Table
 from dsm_jax.errors import TrainingError
 from dsm_jax.models.lm import ZERO_TOKEN, DelayedStreamsLM
 from dsm_jax.stt.words import Timing
@@ -55,7 +55,7 @@ class SpeakingConfig:
 
     data: str  # a folder with `fsdd`
     output: str
-    codec: str = "digits"  # a model of the recipe `digits`, whose codec it speaks with
+    codec: str = "digits"  # a model whose codec it speaks with
     seed: int = 0
     lm: SpeakingStage = SpeakingStage()
 
@@ -66,6 +66,7 @@ class SpokenRows:
 
     takes: Sequence[Take]
     stage: SpeakingStage
+    mimi: MimiConfig
     seed: tuple[int, ...]
 
     def __len__(self) -> int:
@@ -79,19 +80,18 @@ class SpokenRows:
             random,
             self.takes,
             digits.TAKE_RATE,
-            seconds=frames / digits.MIMI.frame_rate,
+            seconds=frames / self.mimi.frame_rate,
             words=None if random.random() < 0.5 else int(random.integers(1, 9)),
             gaps=self.stage.gaps,
             speed=0.0,
             taking_turns=self.stage.taking_turns if random.random() < 1 / 3 else 0.0,
         )
-        pcm_T = sounds.resample(pcm_T, digits.TAKE_RATE, digits.MIMI.sample_rate)
-        return pcm_T[: frames * digits.MIMI.frame_size], spoken
+        pcm_T = sounds.resample(pcm_T, digits.TAKE_RATE, self.mimi.sample_rate)
+        return pcm_T[: frames * self.mimi.frame_size], spoken
 
 
-def speaking_config(pieces: int, context: int, speakers: int) -> LMConfig:
+def speaking_config(quantizer: QuantizerConfig, pieces: int, context: int, speakers: int) -> LMConfig:
     """The language model: the topology of tts-1.6b-en_fr without its second stream of text, small."""
-    quantizer = digits.MIMI.quantizer
     return LMConfig(
         card=quantizer.bins,
         n_q=quantizer.n_q,
@@ -169,12 +169,13 @@ def train_speaking(config: SpeakingConfig, *, resume: bool = False) -> checkpoin
 
     output.mkdir(parents=True, exist_ok=True)
     vocabulary = output / "tokenizer_digits.model"
-    lm = speaking_config(write_vocabulary(vocabulary, digits.WORDS), stage.context, len(speakers))
+    pieces = write_vocabulary(vocabulary, digits.WORDS)
+    lm = speaking_config(mimi.config.quantizer, pieces, stage.context, len(speakers))
     tokenizer = load_tokenizer(vocabulary)
-    rate = digits.MIMI.frame_rate
+    rate = mimi.config.frame_rate
 
     def encode(takes: list[Take], draw: int, count: int) -> dict[str, np.ndarray]:
-        codes_NQT, spoken = encode_strings(mimi, SpokenRows(takes, stage, (config.seed, draw)), count)
+        codes_NQT, spoken = encode_strings(mimi, SpokenRows(takes, stage, mimi.config, (config.seed, draw)), count)
         codes_NKT = np.full((count, 1 + lm.n_q, stage.frames), ZERO_TOKEN, np.int16)
         codes_NKT[:, 1:, DELAY:] = codes_NQT[:, :, :-DELAY]
         voices_NS = np.full((count, SLOTS), -1, np.int16)
@@ -200,7 +201,7 @@ def train_speaking(config: SpeakingConfig, *, resume: bool = False) -> checkpoin
     whole = ModelConfig(
         model_type="tts",
         lm=lm,
-        mimi=listener.config.mimi,
+        mimi=mimi.config,
         tts_config=Table(audio_delay=DELAY / rate, second_stream_ahead=0),
         lm_gen_config=Table(temp=0.6, temp_text=0.6, top_k=250, top_k_text=25),
     )
