@@ -4,6 +4,7 @@ Usage: python recipes/measure_digits.py DATA [WHISPER], where DATA holds fsdd, k
 folder with a model of faster-whisper (installed separately), for the word error rate of decoded sentences.
 """
 
+import dataclasses
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -106,6 +107,24 @@ def codec_kept(model: dsm_jax.Model, data: Path, whisper: Path | None) -> None:
                 print(f"  whisper on the {kind}: word error rate {100 * figures.word_error_rate:.1f} %")
 
 
+def digits_kept(model: dsm_jax.Model, strings: list[tuple[np.ndarray, list[Spoken]]], whisper: Path | None) -> None:
+    """What is heard of strings that went through the codec, against what is heard of them as recorded."""
+    decoded = [(codec.decode(model, codec.encode(model, pcm_T))[: len(pcm_T)], words) for pcm_T, words in strings]
+    recognise = recogniser(whisper) if whisper else None
+    for kind, clips in (("as recorded", strings), ("decoded", decoded)):
+        print(f"{len(clips)} strings {kind}: {measure(model, clips)}")
+        if recognise:
+            figures = compare_all((words, spelt(recognise(pcm_T))) for pcm_T, words in clips)
+            print(f"  whisper: word error rate {100 * figures.word_error_rate:.1f} %")
+
+
+def spelt(transcript: Transcript) -> Transcript:
+    """What Whisper wrote of digits, with numbers as words: "8 41" as "eight four one"."""
+    numbers = {str(number): word for number, word in enumerate(digits.WORDS)}
+    words = [numbers.get(part, part) for word in transcript.words for part in re.findall(r"[0-9]|[a-z']+", word.text)]
+    return dataclasses.replace(transcript, words=tuple(dsm_jax.Word(word, 0.0, 0.0, 1.0) for word in words))
+
+
 def spoken(text: str) -> list[Spoken]:
     """A transcript's words, without punctuation or times."""
     return [Spoken(word, 0.0, 0.0) for word in re.findall(r"[a-z0-9']+", text.lower())]
@@ -135,10 +154,12 @@ def other_voice(model: dsm_jax.Model) -> None:
 def main(data: Path, whisper: Path | None) -> None:
     """Prints everything."""
     model = dsm_jax.load("digits")
-    words_heard(model, plain_strings(digits.load_takes(data / "fsdd", digits.TEST_TAKES), STRINGS))
+    strings = plain_strings(digits.load_takes(data / "fsdd", digits.TEST_TAKES), STRINGS)
+    words_heard(model, strings)
     by_speaker(model, data / "fsdd")
     nothing_heard(model)
     other_voice(model)
+    digits_kept(model, strings[:100], whisper)
     codec_kept(model, data, whisper)
 
 

@@ -5,39 +5,51 @@ faster-whisper (installed separately).
 """
 
 import argparse
-import re
-from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from measure_digits import recogniser  # beside this file
+from measure_digits import recogniser, spelt  # beside this file
 
 import dsm_jax
 from dsm_jax.training.compose import Spoken
 from dsm_jax.training.digits import WORDS
 from dsm_jax.training.measure import Figures, compare
 from dsm_jax.training.speaking import NAME
-from dsm_jax.tts import Request, Speech, synthesize_each
+from dsm_jax.tts import Request, Speech, SpeechOptions, synthesize_each
 from dsm_jax.tts.voices import voices_of
 
-STRINGS = 200
-NUMBERS = {str(number): word for number, word in enumerate(WORDS)}
+STRINGS, CONVERSATIONS = 200, 60
+NOTHING = Figures(0, 0, 0, 0, ())
 
 
-def strings(count: int, voices: list[str]) -> list[Request]:
-    """Random strings of 3 to 9 digits, the voices one after another, each with a seed of its own."""
+def strings(count: int, voices: list[str], *, turns: int = 1) -> list[Request]:
+    """Random strings of 3 to 9 digits, cut into turns; voices one after another, and for each string a seed."""
     requests = []
     for i in range(count):
-        random = np.random.default_rng((7, i))
-        text = " ".join(random.choice(WORDS, random.integers(3, 10)))
-        requests.append(Request(text, (voices[i % len(voices)],), seed=i))
+        random = np.random.default_rng((7, turns, i))
+        words = random.choice(WORDS, random.integers(3, 10))
+        text = tuple(" ".join(part) for part in np.array_split(words, turns))
+        requests.append(Request(text, tuple(voices[(i + turn) % len(voices)] for turn in range(min(turns, 2))), seed=i))
     return requests
 
 
-def spelt(transcript: dsm_jax.Transcript) -> dsm_jax.Transcript:
-    """What Whisper wrote, with numbers as words: "8 41" as "eight four one"."""
-    words = [NUMBERS.get(part, part) for word in transcript.words for part in re.findall(r"[0-9]|[a-z']+", word.text)]
-    return dsm_jax.Transcript("", tuple(dsm_jax.Word(w, 0.0, 0.0, 1.0) for w in words), (), 0.0, None, None, "whisper")
+def say(model: dsm_jax.Model, requests: list[Request], options: SpeechOptions) -> list[Speech]:
+    """The speech of every request."""
+    said: dict[int, Speech] = {}
+    for index, result in synthesize_each(model, requests, options, batch_size=20):
+        if not isinstance(result, Speech):
+            raise result
+        said[index] = result
+    return [said[index] for index in range(len(requests))]
+
+
+def compared(speeches: list[Speech], hear: Callable[[np.ndarray], dsm_jax.Transcript]) -> list[Figures]:
+    """What is heard of each, against what was said; starts are compared with the times that the speech gives."""
+    return [
+        compare([Spoken(word.text, word.start, word.end) for word in speech.words], hear(speech.pcm))
+        for speech in speeches
+    ]
 
 
 def main() -> None:
@@ -47,26 +59,25 @@ def main() -> None:
     parser.add_argument("--whisper", type=Path)
     args = parser.parse_args()
     model, listener = dsm_jax.load(args.model), dsm_jax.load("digits")
-    requests = strings(STRINGS, list(voices_of(model)))
-    said: dict[int, Speech] = {}
-    for index, result in synthesize_each(model, requests, batch_size=20):
-        if not isinstance(result, Speech):
-            raise result
-        said[index] = result
-    seconds = sum(speech.duration for speech in said.values())
-    print(f"{len(said)} strings, {seconds:.0f} s of speech")
-    listeners = {"digits": lambda pcm_T: dsm_jax.transcribe(listener, pcm_T)}
+    voices = list(voices_of(model))
+
+    def listen(pcm_T: np.ndarray) -> dsm_jax.Transcript:
+        return dsm_jax.transcribe(listener, pcm_T)
+
+    requests = strings(STRINGS, voices)
+    said = say(model, requests, SpeechOptions())
+    print(f"{len(said)} strings, {sum(speech.duration for speech in said):.0f} s of speech")
+    figures = compared(said, listen)
+    print(f"heard by digits: {sum(figures, NOTHING)}")
+    for place, voice in enumerate(voices):
+        print(f"  {voice}: {sum(figures[place :: len(voices)], NOTHING)}")
+    unguided = say(model, requests, SpeechOptions(guidance=1.0))
+    print(f"without guidance: {sum(compared(unguided, listen), NOTHING)}")
+    turns = say(model, strings(CONVERSATIONS, voices, turns=3), SpeechOptions())
+    print(f"{CONVERSATIONS} conversations of three turns: {sum(compared(turns, listen), NOTHING)}")
     if args.whisper:
-        whisper = recogniser(args.whisper)
-        listeners["whisper"] = lambda pcm_T: spelt(whisper(pcm_T))
-    for name, hear in listeners.items():
-        by_voice: dict[str, Figures] = defaultdict(lambda: Figures(0, 0, 0, 0, ()))
-        for index, speech in sorted(said.items()):
-            words = [Spoken(word.text, word.start, word.end) for word in speech.words]
-            by_voice[str(requests[index].voices[0])] += compare(words, hear(speech.pcm))
-        print(f"heard by {name}: {sum(by_voice.values(), Figures(0, 0, 0, 0, ()))}")
-        for voice, figures in by_voice.items():
-            print(f"  {voice}: {figures}")
+        recognise = recogniser(args.whisper)
+        print(f"heard by whisper: {sum(compared(said, lambda pcm_T: spelt(recognise(pcm_T))), NOTHING)}")
 
 
 if __name__ == "__main__":
