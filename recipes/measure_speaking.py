@@ -16,8 +16,7 @@ from dsm_jax.training.compose import Spoken
 from dsm_jax.training.digits import WORDS
 from dsm_jax.training.measure import Figures, compare
 from dsm_jax.training.speaking import NAME
-from dsm_jax.tts import Request, Speech, SpeechOptions, synthesize_each
-from dsm_jax.tts.voices import voices_of
+from dsm_jax.tts import Request, Speech, SpeechOptions, synthesize_each, voices_of
 
 STRINGS, CONVERSATIONS = 200, 60
 NOTHING = Figures(0, 0, 0, 0, ())

@@ -11,8 +11,7 @@ from dsm_jax import cli
 from dsm_jax.errors import CheckpointError, SpeechError
 from dsm_jax.training.compose import Spoken
 from dsm_jax.training.measure import compare_all
-from dsm_jax.tts import Request, Speech, blend, read_voice, synthesize_each
-from dsm_jax.tts.voices import voices_of
+from dsm_jax.tts import Request, Speech, blend, read_voice, synthesize_each, voices_of
 
 ASSETS = Path(__file__).resolve().parents[1] / "dsm_jax/assets/digits-tts"
 VOICES = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
@@ -56,8 +55,7 @@ def test_live_speech_is_the_same():
 
 
 def test_voices_differ_and_can_be_blended():
-    own = voices_of(speaker())
-    theo, lucas = (read_voice(name, {}, own) for name in ("theo", "lucas"))
+    theo, lucas = (read_voice(name, speaker()) for name in ("theo", "lucas"))
     made = [dsm_jax.synthesize(speaker(), "one two", speaker=voice) for voice in (theo, lucas, blend([theo, lucas]))]
     assert len({speech.frames.tobytes() for speech in made}) == 3
 

@@ -8,9 +8,11 @@ import dataclasses
 import huggingface_hub
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 
-from dsm_jax.configs import Table
+from dsm_jax.checkpoints import Model
+from dsm_jax.configs import ModelConfig, Table
 from dsm_jax.errors import CheckpointError, SpeechError
 from dsm_jax.tts import voices
 from tests import small
@@ -20,6 +22,12 @@ MODEL_ID = {"sig": "abc123", "epoch": 7}
 CONFIG = small.TTS
 # As of a model that goes on from a recording.
 SPEAKERLESS = dataclasses.replace(CONFIG, conditioners=Table(control=CONFIG.conditioners["control"]))
+
+
+def model(model_id: dict | None = None) -> Model:
+    """As much of a model as a voice needs to know."""
+    config = ModelConfig(model_type="tts", model_id=Table(model_id or {}))
+    return Model(config, None, None, nnx.split(nnx.Module())[0], nnx.State({}), None, "none")
 
 
 def voice(seed: int, steps: int = STEPS, width: int = WIDTH) -> np.ndarray:
@@ -42,13 +50,13 @@ def file(tmp_path):
 def test_a_voice_is_read_from_a_file_steps_first(file, kind):
     path = file(voice(0).T[None].astype(kind))
     for given in (path, str(path)):
-        read_XC = voices.read_voice(given, {})
+        read_XC = voices.read_voice(given, model())
         np.testing.assert_array_equal(read_XC, voice(0).astype(kind))
         assert read_XC.dtype == np.float32
 
 
 def test_an_array_is_a_voice_already():
-    read_XC = voices.read_voice(voice(0).astype(np.float64), MODEL_ID)
+    read_XC = voices.read_voice(voice(0).astype(np.float64), model(MODEL_ID))
     np.testing.assert_array_equal(read_XC, voice(0))
     assert read_XC.dtype == np.float32
 
@@ -65,12 +73,12 @@ def test_an_array_is_a_voice_already():
 )
 def test_a_voice_that_is_not_there_is_refused(given, model_id):
     with pytest.raises(CheckpointError, match=f"^the voice {given} is not a file; give a voice's safetensors file$"):
-        voices.read_voice(given, model_id)
+        voices.read_voice(given, model(model_id))
 
 
 def test_a_folder_is_no_voice(tmp_path):
     with pytest.raises(CheckpointError, match=f"^the voice {tmp_path} is not a file; give a voice's safetensors file$"):
-        voices.read_voice(tmp_path, MODEL_ID)
+        voices.read_voice(tmp_path, model(MODEL_ID))
 
 
 def test_a_published_voice_is_fetched_by_its_name_for_the_model(file, monkeypatch):
@@ -81,7 +89,7 @@ def test_a_published_voice_is_fetched_by_its_name_for_the_model(file, monkeypatc
         return str(file(voice(0).T[None]))
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    np.testing.assert_array_equal(voices.read_voice("expresso/calm.wav", MODEL_ID), voice(0))
+    np.testing.assert_array_equal(voices.read_voice("expresso/calm.wav", model(MODEL_ID)), voice(0))
     assert asked == [("kyutai/tts-voices", "expresso/calm.wav.abc123@7.safetensors")]
 
 
@@ -92,7 +100,7 @@ def test_a_published_voice_without_network_is_said_to_be_offline(tmp_path, monke
         r"fetched: there is no network, or HF_HUB_OFFLINE is set; give a local file$"
     )
     with pytest.raises(CheckpointError, match=message):
-        voices.read_voice("expresso/calm.wav", MODEL_ID)
+        voices.read_voice("expresso/calm.wav", model(MODEL_ID))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +114,7 @@ def test_a_published_voice_without_network_is_said_to_be_offline(tmp_path, monke
 def test_a_file_of_other_tensors_is_refused(file, name, shape, found):
     message = f"voice.safetensors holds {found}; a voice holds speaker_wavs \\[1, width, steps\\]$"
     with pytest.raises(CheckpointError, match=message):
-        voices.read_voice(file(np.ones(shape, np.float32), name), {})
+        voices.read_voice(file(np.ones(shape, np.float32), name), model())
 
 
 @pytest.mark.parametrize("content", [b"", b"RIFF\x24\x00\x00\x00WAVEfmt "])
@@ -114,7 +122,7 @@ def test_a_recording_is_no_voice(tmp_path, content):
     (tmp_path / "me.wav").write_bytes(content)
     message = r"me.wav is not a safetensors file .*; models that go on from a recording have no speakers$"
     with pytest.raises(CheckpointError, match=message):
-        voices.read_voice(tmp_path / "me.wav", MODEL_ID)
+        voices.read_voice(tmp_path / "me.wav", model(MODEL_ID))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +138,7 @@ def test_a_recording_is_no_voice(tmp_path, content):
 def test_numbers_that_are_no_voice_are_refused(steps, shape):
     message = rf"^the voice given is float64 {shape}; expected finite numbers \[steps, width\]$"
     with pytest.raises(SpeechError, match=message):
-        voices.read_voice(steps, {})
+        voices.read_voice(steps, model())
 
 
 def test_a_file_with_what_is_no_number_is_refused(file):
@@ -138,7 +146,7 @@ def test_a_file_with_what_is_no_number_is_refused(file):
     broken[1, 2] = np.nan
     message = r"^the voice .*voice.safetensors is float32 \[3, 10\]; expected finite numbers \[steps, width\]$"
     with pytest.raises(SpeechError, match=message):
-        voices.read_voice(file(broken.T[None]), {})
+        voices.read_voice(file(broken.T[None]), model())
 
 
 def test_a_blend_is_the_weighted_mean():

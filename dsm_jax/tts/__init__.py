@@ -3,7 +3,7 @@
 from dsm_jax.tts.batch import synthesize, synthesize_each
 from dsm_jax.tts.live import synthesize_stream
 from dsm_jax.tts.speech import Request, Speech, SpeechOptions, SpokenWord
-from dsm_jax.tts.voices import blend, read_voice
+from dsm_jax.tts.voices import blend, read_voice, voices_of
 
 __all__ = [
     "Request",
@@ -15,4 +15,5 @@ __all__ = [
     "synthesize",
     "synthesize_each",
     "synthesize_stream",
+    "voices_of",
 ]

@@ -105,10 +105,9 @@ class Synthesizer:
             raise SpeechError(f"the seed is {seed}, and must fit into 64 bits: give a smaller one")
         none_QP = np.zeros((self.lm.n_q, 0), np.int32)
         if voices.has_speakers(self.lm):
-            own = voices.voices_of(self.model)
-            if own and not request.voices:
+            if not request.voices and (own := voices.voices_of(self.model)):
                 raise SpeechError(f"{self.model.name} needs a voice, and was given none; its own are {', '.join(own)}")
-            steps = [voices.read_voice(voice, self.model.config.model_id, own) for voice in request.voices]
+            steps = [voices.read_voice(voice, self.model) for voice in request.voices]
             voices.conditions(self.lm, [steps], self._told_guidance)  # what is wrong with them is told here
             return Prepared(entries, steps, none_QP, seed)
         if len(request.voices) > 1:

@@ -10,8 +10,6 @@ Source: kyutai-labs/moshi@e6a55d2 moshi/models/tts.py:TTSModel.make_condition_at
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +34,13 @@ def voices_of(model: Model) -> dict[str, Path]:
     return {path.stem: path for path in sorted((model.tokenizer.path.parent / "voices").glob("*.safetensors"))}
 
 
-def read_voice(voice: Voice, model_id: Mapping[str, Any], own: Mapping[str, Path] = MappingProxyType({})) -> np.ndarray:
+def read_voice(voice: Voice, model: Model) -> np.ndarray:
     """The steps [X, C] of a voice, float32.
 
     Args:
       voice: a safetensors file, the name of one of the model's own voices or of those that Kyutai has published
         (`expresso/….wav`), or an array [X, C], such as `blend` returns.
-      model_id: of the config: a published voice has a file for each model.
-      own: from `voices_of`.
+      model: that is to speak with it: a published voice has a file for each.
 
     Raises:
       CheckpointError: a name that is neither, a file that is not a voice, or one that cannot be fetched.
@@ -52,6 +49,7 @@ def read_voice(voice: Voice, model_id: Mapping[str, Any], own: Mapping[str, Path
     if isinstance(voice, np.ndarray):
         steps_XC = voice
     else:
+        own, model_id = voices_of(model), model.config.model_id
         path = own.get(str(voice), Path(voice).expanduser())
         if not os.path.isfile(path):  # says no to names that pathlib raises at
             local = path.suffix == ".safetensors" or path.is_absolute() or os.path.isdir(path)

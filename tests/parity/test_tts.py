@@ -106,7 +106,7 @@ def entries(case: Case) -> list[list[Entry]]:
 
 def conditions(kind: references.Kind, rows: tuple[tuple[int, ...], ...], guidance: float | None, halves: int):
     model, lm, _ = ours(kind)
-    steps = [[voices.read_voice(references.voice(seed), {}) for seed in row] for row in rows]
+    steps = [[voices.read_voice(references.voice(seed), model) for seed in row] for row in rows]
     told = voices.conditions(model.config.lm, steps, guidance)
     return condition(lm, *(told if halves == 1 else voices.without(*told, model.config.lm)))
 
