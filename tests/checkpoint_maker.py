@@ -51,6 +51,16 @@ def random_model(folder: Path, lm: LMConfig | None, *, seed: int = 0) -> checkpo
     )
 
 
+def untrained_lm(lm: LMConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """A language model to be trained: its parameters as `DelayedStreamsLM` draws them, roughly, and fast."""
+    made, random = networks(model_config(lm))["lm"], np.random.default_rng(0)
+    drawn = {
+        name: jnp.ones(p.shape) if len(p.shape) < 2 else jnp.asarray(0.25 * random.normal(size=p.shape), jnp.float32)
+        for name, p in made.parameters.items()
+    }
+    return made.graph, made.fill(drawn)
+
+
 def make_checkpoint(folder: Path, to: str, *, lm: LMConfig | None = PLAIN_STT, dtype: str = "float32") -> Path:
     """Writes a random model in a layout and returns its folder."""
     native = folder / "made"

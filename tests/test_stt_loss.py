@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsm_jax.convert.networks import networks
 from dsm_jax.models import generation
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.stt.transcript import WordEnded
@@ -29,12 +28,7 @@ FRAMES = 24
 @pytest.fixture(scope="module")
 def network():
     """A model whose text and audio streams are delayed, its parameters as `DelayedStreamsLM` draws them, roughly."""
-    made, random = networks(checkpoint_maker.model_config(LM))["lm"], np.random.default_rng(0)
-    drawn = {
-        name: jnp.ones(p.shape) if len(p.shape) < 2 else jnp.asarray(0.25 * random.normal(size=p.shape), jnp.float32)
-        for name, p in made.parameters.items()
-    }
-    return made.graph, made.fill(drawn)
+    return checkpoint_maker.untrained_lm(LM)
 
 
 def codes(rows: int = 2) -> jax.Array:

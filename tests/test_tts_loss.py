@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsm_jax.convert.networks import networks
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.stt.words import Timing
@@ -36,12 +35,7 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module")
 def network():
-    made, random = networks(checkpoint_maker.model_config(LM))["lm"], np.random.default_rng(0)
-    drawn = {
-        name: jnp.ones(p.shape) if len(p.shape) < 2 else jnp.asarray(0.25 * random.normal(size=p.shape), jnp.float32)
-        for name, p in made.parameters.items()
-    }
-    return made.graph, made.fill(drawn)
+    return checkpoint_maker.untrained_lm(LM)
 
 
 def told(lm: DelayedStreamsLM, rows: int):
