@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsm_jax.training import sounds
-from dsm_jax.training.compose import Gaps, Spoken, Take, labels_of, said_again, string_of
+from dsm_jax.training.compose import Gaps, Spoken, Take, labels_of, string_of
 
 RATE = 8_000
 WORDS = ("one", "two", "three")
@@ -78,29 +78,6 @@ def test_a_change_of_tempo_moves_words_and_their_times_together():
         assert np.abs(pcm_T[silent_T]).max() < 0.05 * np.abs(pcm_T).max(), "nothing is said between words"
     assert min(factors) < 0.9
     assert max(factors) > 1.1
-
-
-def test_a_word_said_again_is_where_it_says_it_is():
-    lengths, slopes, cut = [], [], 0
-    for seed in range(60):
-        take = takes(np.random.default_rng(seed))[0]
-        again = said_again(np.random.default_rng(seed), take, RATE, 1.0)
-        assert (again.word, again.speaker, again.pcm_T.dtype) == (take.word, take.speaker, np.float32)
-        first, end = round(again.start * RATE), round(again.end * RATE)
-        assert 0 <= first < end <= len(again.pcm_T)
-        loud = np.abs(again.pcm_T).max()
-        silent_T = np.concatenate([again.pcm_T[: max(0, first - 120)], again.pcm_T[end + 120 :]])
-        assert np.abs(silent_T).max(initial=0) < 0.05 * loud, "it is said between its times"
-        assert min(np.abs(again.pcm_T[first:][:400]).max(), np.abs(again.pcm_T[:end][-400:]).max()) > 0.02 * loud
-        lengths.append((again.end - again.start) / (take.end - take.start))
-        halves = np.array_split(again.pcm_T[first:end], 2)
-        slopes.append(20 * np.log10(sounds.rms(halves[1]) / sounds.rms(halves[0])))
-        cut += len(again.pcm_T) < len(take.pcm_T)
-    assert 0.45 < min(lengths) < 0.85
-    assert max(lengths) < 1.25
-    assert min(slopes) < -6
-    assert max(slopes) > 6
-    assert 12 <= cut <= 40, "about seven of sixteen lack something"
 
 
 def test_two_speakers_take_turns_and_each_word_says_whose_it_is():

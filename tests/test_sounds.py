@@ -108,21 +108,6 @@ def test_what_changes_in_time_stays_where_it_was_after_a_change_of_tempo():
         assert np.fft.rfftfreq(len(part_T), 1 / RATE)[spectrum.argmax()] == pytest.approx(hertz, abs=8)
 
 
-@pytest.mark.parametrize("bend", [-0.5, 0.4])
-def test_a_bend_draws_one_end_out_and_hurries_the_other(bend):
-    x_T = np.concatenate([tone(3_000, 300), tone(5_000, 900)])
-    y_T = sounds.change_tempo(x_T, 1.25, RATE, bend=bend)
-    assert len(y_T) == round(len(x_T) / 1.25)
-    turn = round(sounds.bent(3_000, 8_000, bend) / 1.25)
-    assert abs(turn - 2_400) > 400, "it moves by more than the pieces are long"
-    for part_T, hertz in ((y_T[: turn - 200], 300), (y_T[turn + 200 :], 900)):
-        spectrum = np.abs(np.fft.rfft(part_T * np.hanning(len(part_T))))
-        assert np.fft.rfftfreq(len(part_T), 1 / RATE)[spectrum.argmax()] == pytest.approx(hertz, abs=8)
-    for end in (0.0, 2.0):
-        assert sounds.bent(end, 2.0, bend) == pytest.approx(end)
-        assert sounds.bent(end, 2.0, 0.0) == end
-
-
 def test_noise_can_be_rumble_too_deep_to_hear():
     deep = 0
     for seed in range(60):

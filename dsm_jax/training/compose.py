@@ -38,31 +38,6 @@ class Gaps:
     lead: float = 1.2  # the most there is before the first word
 
 
-def said_again(random: np.random.Generator, take: Take, sample_rate: int, unevenness: float) -> Take:
-    """A word as somebody might say it, or somebody cut it, another time.
-
-    Its beginning is drawn out and its end hurried, or the other way round, by up to half at `unevenness` 1; one end is
-    louder than the other, by up to 20 dB; and a quarter of the words lack up to 80 ms of the beginning or of the end,
-    but never more than a quarter of the word.
-    """
-    length = len(take.pcm_T) / sample_rate
-    bend = random.uniform(-0.5, 0.5) * unevenness
-    pcm_T = sounds.change_tempo(take.pcm_T, 1.0, sample_rate, bend=bend)
-    start, end = (sounds.bent(min(at, length), length, bend) for at in (take.start, take.end))
-    slope_db = random.uniform(-10, 10) * unevenness
-    pcm_T = pcm_T * 10 ** (np.linspace(-slope_db, slope_db, len(pcm_T)) / 20)
-    at_start, at_end = (random.random(2) < 0.25 * unevenness) * np.minimum(
-        random.uniform(0, 0.08, 2), (end - start) / 4
-    )
-    if at_start:
-        pcm_T = pcm_T[round((start + at_start) * sample_rate) :]
-        start, end = 0.0, end - start - at_start
-    if at_end:
-        end -= at_end
-        pcm_T = pcm_T[: round(end * sample_rate)]
-    return Take(take.word, take.speaker, pcm_T.astype(np.float32), start, end)
-
-
 def string_of(
     random: np.random.Generator,
     takes: Sequence[Take],
@@ -73,7 +48,6 @@ def string_of(
     gaps: Gaps = Gaps(),
     speed: float = 0.15,
     tempo: float = 0.0,
-    unevenness: float = 0.0,
     taking_turns: float = 0.0,
 ) -> tuple[np.ndarray, list[Spoken]]:
     """A string of words by one speaker, or two who take turns, in silence.
@@ -88,7 +62,6 @@ def string_of(
       speed: each string is said up to this much faster and higher, or slower and deeper, and each word half of that
         beside.
       tempo: the same at the pitch that it has; times are then exact to some milliseconds.
-      unevenness: see `said_again`.
       taking_turns: how often the speaker changes from one word to the next; 0 is never.
 
     Returns:
@@ -105,8 +78,6 @@ def string_of(
         if taking_turns and random.random() < taking_turns:
             own, other = other, own
         take = own[int(random.integers(len(own)))]
-        if unevenness:
-            take = said_again(random, take, sample_rate, unevenness)
         higher, faster = speeds * np.exp(random.uniform(-0.5, 0.5, 2) * (speed, tempo))
         factor = higher * faster
         said_T = sounds.change_speed(take.pcm_T, higher)

@@ -109,7 +109,7 @@ class Mix:
       noise: share of rows in which nobody speaks.
       short: share of strings with few words or none, and silence after them.
       gaps: between the words of a string.
-      speed, tempo, unevenness: how else strings are said than they were; see `string_of`.
+      speed, tempo: how much faster or slower strings are said, as on a tape and at the same pitch; see `string_of`.
       harshness, quietest_db: of what is done to strings; see `sounds.roughen`.
     """
 
@@ -119,7 +119,6 @@ class Mix:
     gaps: Gaps = Gaps()
     speed: float = 0.15
     tempo: float = 0.2
-    unevenness: float = 0.0
     harshness: float = 1.0
     quietest_db: float = -26.0
 
@@ -131,15 +130,7 @@ def digits_row(
     seconds = frames / config.frame_rate
     words = None if random.random() >= mix.short else int(random.integers(0, 6))
     pcm_T, spoken = string_of(
-        random,
-        takes,
-        TAKE_RATE,
-        seconds=seconds,
-        words=words,
-        gaps=mix.gaps,
-        speed=mix.speed,
-        tempo=mix.tempo,
-        unevenness=mix.unevenness,
+        random, takes, TAKE_RATE, seconds=seconds, words=words, gaps=mix.gaps, speed=mix.speed, tempo=mix.tempo
     )
     pcm_T = sounds.roughen(random, pcm_T, TAKE_RATE, harshness=mix.harshness, quietest_db=mix.quietest_db)
     return sounds.resample(pcm_T, TAKE_RATE, config.sample_rate)[: frames * config.frame_size], spoken

@@ -58,7 +58,7 @@ class CodecStage:
 _HARDENED = CodecStage(
     run=RunConfig(steps=10_000, log_every=50, save_every=500),
     optimizer=OptimizerConfig(learning_rate=7e-4, warmup=100, weight_decay=0.02, b1=0.8, clip=5.0),
-    mix=dataclasses.replace(_DENSE, speed=0.2, tempo=0.25, unevenness=1.0, harshness=0.8),
+    mix=dataclasses.replace(_DENSE, speed=0.2, tempo=0.25, harshness=0.8),
 )
 
 
@@ -70,7 +70,7 @@ class LmStage(StringsStage):
     rows: int = 36
     run: RunConfig = RunConfig(steps=2400, log_every=50, save_every=400)
     objective: SttObjective = SttObjective(text_dropout=0.1, codebook_dropout=0.5, random_codes=0.1)
-    mix: Mix = Mix(sentences=0.12, harshness=0.6, gaps=Gaps(longest=0.7), unevenness=1.0, quietest_db=-20.0)
+    mix: Mix = Mix(sentences=0.12, harshness=0.6, gaps=Gaps(longest=0.7), quietest_db=-20.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -41,11 +41,8 @@ def change_speed(x_T: np.ndarray, factor: float) -> np.ndarray:
     return resample(x_T, 1000.0 * factor, 1000.0)
 
 
-def change_tempo(x_T: np.ndarray, factor: float, sample_rate: int, *, bend: float = 0.0) -> np.ndarray:
+def change_tempo(x_T: np.ndarray, factor: float, sample_rate: int) -> np.ndarray:
     """Faster above 1, slower below, at the same pitch (WSOLA, Verhelst and Roelands 1993).
-
-    With a `bend`, from -1 to 1, that is `1 + bend` times as fast at the beginning and `1 - bend` times at the end: what
-    was at a time comes at `bent` of it, over `factor`.
 
     Pieces of 25 ms are laid over each other by half, each from where it goes on best within 6 ms of where it should be
     taken from. What is shorter than two pieces stays as it is.
@@ -61,22 +58,11 @@ def change_tempo(x_T: np.ndarray, factor: float, sample_rate: int, *, bend: floa
     for i in range(pieces):
         if i:
             wanted_T = padded_T[taken + hop : taken + 3 * hop]  # what would follow
-            done = i * hop * factor / len(x_T)
-            # Of the places to choose from.
-            first = min(round(i * hop * factor + len(x_T) * bend * done * max(1 - done, 0)), len(x_T))
+            first = min(round(i * hop * factor), len(x_T))  # of the places to choose from
             likeness = np.correlate(padded_T[first : first + 2 * (reach + hop)], wanted_T, "valid")
             taken = first + int(likeness.argmax())
         y_T[i * hop : (i + 2) * hop] += window_W * padded_T[taken : taken + 2 * hop]
     return y_T[hop : hop + round(len(x_T) / factor)]
-
-
-def bent(seconds: float, length: float, bend: float) -> float:
-    """When what was at `seconds` of `length` comes after `change_tempo` with a `bend`."""
-    return (
-        seconds
-        if abs(bend) < 1e-6
-        else length * ((1 + bend - np.sqrt((1 + bend) ** 2 - 4 * bend * seconds / length)) / (2 * bend))
-    )
 
 
 def noise(random: np.random.Generator, samples: int, sample_rate: int) -> np.ndarray:
