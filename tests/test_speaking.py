@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import dsm_jax
 from dsm_jax.errors import TrainingError
-from dsm_jax.training import digits
+from dsm_jax.training import digits, export
 from dsm_jax.training.compose import Spoken
 from dsm_jax.training.run import RunConfig
 from dsm_jax.training.speaking import SpeakingConfig, SpeakingStage, SpokenRows, marks_of, train_speaking
@@ -68,3 +69,17 @@ def test_the_recipe_writes_a_model_with_voices_and_a_resumed_one_is_the_same(dat
         train_speaking(config(2), resume=True)
     folder.rename(tmp_path / "first")
     assert_same_weights(train_speaking(config(2), resume=True), whole)
+
+
+def test_a_model_whose_voices_cannot_be_written_is_not_there_at_all(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "write_voices", full)
+    model = dsm_jax.load(tts_model.make_checkpoint(tmp_path))
+    with pytest.raises(
+        TrainingError, match=r"could not be written \(.*No space left on device\); what it learnt is in"
+    ):
+        export.write_model(model, tmp_path / "out", {"ann": np.zeros((1, 2), np.float32)})
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".model.*"))

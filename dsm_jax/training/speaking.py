@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from dsm_jax import checkpoints
 from dsm_jax.configs import LMConfig, MimiConfig, ModelConfig, QuantizerConfig, Table
@@ -207,13 +206,6 @@ def train_speaking(config: SpeakingConfig, *, resume: bool = False) -> checkpoin
     )
     mimi_params = in_16_bits(listener.mimi_params)
     model = checkpoints.Model(whole, lm_def, in_16_bits(lm_params), listener.mimi_def, mimi_params, tokenizer, NAME)
-    write_model(model, output_model)
-    write_voices(output_model / "voices", speakers)
+    one_hot = np.eye(len(speakers), dtype=np.float32)[:, None]
+    write_model(model, output_model, dict(zip(speakers, one_hot, strict=True)))
     return checkpoints.load(output_model)
-
-
-def write_voices(folder: Path, speakers: Sequence[str]) -> None:
-    """Writes the voices of the speakers, one step each."""
-    folder.mkdir()
-    for name, steps_XC in zip(speakers, np.eye(len(speakers), dtype=np.float32)[:, None], strict=True):
-        save_file({WAVS: np.ascontiguousarray(steps_XC.T[None])}, folder / f"{name}.safetensors")

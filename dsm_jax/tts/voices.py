@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from dsm_jax.checkpoints import Model, fetch_file
 from dsm_jax.configs import LMConfig, Table
@@ -32,6 +33,13 @@ def voices_of(model: Model) -> dict[str, Path]:
     if model.tokenizer is None:
         return {}
     return {path.stem: path for path in sorted((model.tokenizer.path.parent / "voices").glob("*.safetensors"))}
+
+
+def write_voices(folder: Path, voices: Mapping[str, np.ndarray]) -> None:
+    """Writes voices [X, C] to a new folder, each to a file of its name, as Kyutai publishes them."""
+    folder.mkdir()
+    for name, steps_XC in voices.items():
+        (folder / f"{name}.safetensors").write_bytes(save({WAVS: np.ascontiguousarray(steps_XC.T[None])}))
 
 
 def read_voice(voice: Voice, model: Model) -> np.ndarray:
