@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import dsm_jax
-from dsm_jax import cli
 from dsm_jax.errors import CheckpointError, SpeechError
 from dsm_jax.training.compose import Spoken
 from dsm_jax.training.measure import compare_all
@@ -15,7 +14,7 @@ from dsm_jax.tts import Request, Speech, blend, read_voice, synthesize_each, voi
 
 ASSETS = Path(__file__).resolve().parents[1] / "dsm_jax/assets/digits-tts"
 VOICES = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
-TEXTS = ("zero one two three four", "five six seven eight nine", "three one four one five nine two six")
+TEXTS = ("zero one two three four", "five six seven eight nine")
 
 
 @functools.cache
@@ -26,7 +25,7 @@ def speaker() -> dsm_jax.Model:
 @functools.cache
 def said() -> list[Speech]:
     requests = [Request(text, (voice,), seed=1) for voice in VOICES for text in TEXTS]
-    return [result for _, result in synthesize_each(speaker(), requests, batch_size=18) if isinstance(result, Speech)]
+    return [result for _, result in synthesize_each(speaker(), requests, batch_size=12) if isinstance(result, Speech)]
 
 
 def test_it_is_small_and_has_six_voices():
@@ -38,10 +37,10 @@ def test_it_is_small_and_has_six_voices():
 
 def test_what_it_says_is_heard():
     assert len(said()) == len(VOICES) * len(TEXTS)
-    heard = dsm_jax.transcribe(dsm_jax.load("digits"), [speech.pcm for speech in said()], batch_size=18)
+    heard = dsm_jax.transcribe(dsm_jax.load("digits"), [speech.pcm for speech in said()], batch_size=12)
     words = [[Spoken(word.text, word.start, word.end) for word in speech.words] for speech in said()]
     figures = compare_all(zip(words, heard, strict=True))
-    assert figures.words == 18 * len(VOICES)
+    assert figures.words == 10 * len(VOICES)
     assert figures.word_error_rate <= 0.08  # of so few words; the model card has the rate
     assert figures.start_error <= 0.12
 
@@ -67,10 +66,3 @@ def test_a_voice_that_is_missing_or_unknown_is_answered_with_those_that_it_has()
     message = rf"^the voice ann is not a file; give a voice's safetensors file, or one of the model's own: {own}"
     with pytest.raises(CheckpointError, match=message):
         dsm_jax.synthesize(speaker(), "one", speaker="ann")
-
-
-def test_the_command_line_knows_it_by_name(tmp_path):
-    path = tmp_path / "said.wav"
-    arguments = ["speak", "nine nine", str(path), "--model", "digits-tts", "--speaker", "theo", "--no-cache", "--quiet"]
-    assert cli.main(arguments) == 0
-    assert dsm_jax.transcribe(dsm_jax.load("digits"), path).text == "nine nine"
