@@ -26,6 +26,8 @@ RATE = digits.MIMI.sample_rate
 STRINGS = 300
 SENTENCES = 18  # of each reader
 
+Recogniser = Callable[[np.ndarray], Transcript]
+
 
 def words_heard(model: dsm_jax.Model, strings: list[tuple[np.ndarray, list[Spoken]]]) -> None:
     """Word errors: as recorded, live, by speaker, in noise."""
@@ -83,9 +85,8 @@ def brown(random: np.random.Generator) -> np.ndarray:
     return (noise_T / sounds.rms(noise_T)).astype(np.float32)
 
 
-def codec_kept(model: dsm_jax.Model, data: Path, whisper: Path | None) -> None:
+def codec_kept(model: dsm_jax.Model, data: Path, recognise: Recogniser | None) -> None:
     """What the codec keeps of sentences that training did not hear."""
-    recognise = recogniser(whisper) if whisper else None
     for name in ("kathleen", "ljspeech"):
         sentences = digits.load_sentences(data / name, RATE, held_out=True)[:SENTENCES]
         kept = []
@@ -107,10 +108,11 @@ def codec_kept(model: dsm_jax.Model, data: Path, whisper: Path | None) -> None:
                 print(f"  whisper on the {kind}: word error rate {100 * figures.word_error_rate:.1f} %")
 
 
-def digits_kept(model: dsm_jax.Model, strings: list[tuple[np.ndarray, list[Spoken]]], whisper: Path | None) -> None:
+def digits_kept(
+    model: dsm_jax.Model, strings: list[tuple[np.ndarray, list[Spoken]]], recognise: Recogniser | None
+) -> None:
     """What is heard of strings that went through the codec, against what is heard of them as recorded."""
     decoded = [(codec.decode(model, codec.encode(model, pcm_T))[: len(pcm_T)], words) for pcm_T, words in strings]
-    recognise = recogniser(whisper) if whisper else None
     for kind, clips in (("as recorded", strings), ("decoded", decoded)):
         print(f"{len(clips)} strings {kind}: {measure(model, clips)}")
         if recognise:
@@ -130,7 +132,7 @@ def spoken(text: str) -> list[Spoken]:
     return [Spoken(word, 0.0, 0.0) for word in re.findall(r"[a-z0-9']+", text.lower())]
 
 
-def recogniser(folder: Path) -> Callable[[np.ndarray], Transcript]:
+def recogniser(folder: Path) -> Recogniser:
     """A function that transcribes samples with faster-whisper."""
     from faster_whisper import WhisperModel
 
@@ -159,8 +161,9 @@ def main(data: Path, whisper: Path | None) -> None:
     by_speaker(model, data / "fsdd")
     nothing_heard(model)
     other_voice(model)
-    digits_kept(model, strings[:100], whisper)
-    codec_kept(model, data, whisper)
+    recognise = recogniser(whisper) if whisper else None
+    digits_kept(model, strings[:100], recognise)
+    codec_kept(model, data, recognise)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,6 @@ def test_rows_are_said_by_one_or_two_and_some_end_in_silence(data):
 
 def test_the_recipe_writes_a_model_with_voices_once(data, tmp_path):
     codec = tts_model.make_checkpoint(tmp_path)
-
     run = RunConfig(steps=2, log_every=1, save_every=1)
     lm = SpeakingStage(strings=4, frames=20, context=8, rows=2, run=run)
     config = SpeakingConfig(data=str(data), output=str(tmp_path / "out"), codec=str(codec), lm=lm)

@@ -21,6 +21,17 @@ def in_16_bits(params: nnx.State) -> nnx.State:
     return jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
 
 
+def new_model(output: Path, name: str) -> Path:
+    """Where a recipe is to write its model.
+
+    Raises:
+      TrainingError: there is one already.
+    """
+    if (folder := output / name).exists():
+        raise TrainingError(f"{folder} exists, so this recipe is done; choose another output, or move it away")
+    return folder
+
+
 def write_model(model: Model, folder: Path, voices: Mapping[str, np.ndarray] | None = None) -> None:
     """Writes a model in Kyutai's layout, in the dtypes that it has, whole or not at all.
 

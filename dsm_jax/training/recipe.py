@@ -14,7 +14,6 @@ from flax import nnx
 
 from dsm_jax import checkpoints
 from dsm_jax.configs import LMConfig, ModelConfig, SttConfig, Table
-from dsm_jax.errors import TrainingError
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.stt.words import Timing
 from dsm_jax.tokenizers import load_tokenizer
@@ -22,7 +21,7 @@ from dsm_jax.training import codec, digits, step
 from dsm_jax.training.alignment import text_stream
 from dsm_jax.training.compose import Gaps, Take
 from dsm_jax.training.digits import Mix
-from dsm_jax.training.export import in_16_bits, write_model
+from dsm_jax.training.export import in_16_bits, new_model, write_model
 from dsm_jax.training.run import Run, RunConfig, batches
 from dsm_jax.training.step import OptimizerConfig, TrainState
 from dsm_jax.training.strings import Loss, StringsStage, encode_strings, train_lm
@@ -118,9 +117,7 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
         resumed from.
     """
     data, output = Path(config.data), Path(config.output)
-    output_model = output / NAME
-    if output_model.exists():
-        raise TrainingError(f"{output_model} exists, so this recipe is done; choose another output, or move it away")
+    output_model = new_model(output, NAME)
     takes = digits.load_takes(data / "fsdd", digits.TRAINING_TAKES)
     kept = digits.load_takes(data / "fsdd", digits.VALIDATION_TAKES)
     rate = digits.MIMI.sample_rate

@@ -32,7 +32,8 @@ LONGEST_WORD_S = 2
 
 
 @functools.lru_cache(maxsize=8)
-def _encoder(mimi_def: nnx.GraphDef, codebooks: int) -> Callable[[nnx.State, jax.Array], jax.Array]:
+def encoder(mimi_def: nnx.GraphDef, codebooks: int) -> Callable[[nnx.State, jax.Array], jax.Array]:
+    """A codec's compiled encoding: parameters and samples [B, T, C] to codes [B, Q, frames], whole clips at once."""
     # The graphdef is closed over and not an argument: an argument is hashed at every call.
     return jax.jit(lambda params, pcm_BTC: nnx.merge(mimi_def, params).encode(pcm_BTC, codebooks=codebooks))
 
@@ -92,7 +93,7 @@ class Rows:
         self.frames = self._heard(np.zeros(self.longest, np.float32)).ready
         self.at_once = -(-at_once // mesh.shape["data"]) * mesh.shape["data"]
         self._split = NamedSharding(mesh, PartitionSpec("data"))
-        self._encode = _encoder(model.mimi_def, lm.n_q)
+        self._encode = encoder(model.mimi_def, lm.n_q)
 
     def check(self, word: str) -> None:
         """Refuses a word that the model cannot spell.

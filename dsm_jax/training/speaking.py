@@ -16,14 +16,13 @@ from flax import nnx
 
 from dsm_jax import checkpoints
 from dsm_jax.configs import LMConfig, MimiConfig, ModelConfig, QuantizerConfig, Table
-from dsm_jax.errors import TrainingError
 from dsm_jax.models.lm import ZERO_TOKEN, DelayedStreamsLM
 from dsm_jax.stt.words import Timing
 from dsm_jax.tokenizers import load_tokenizer
 from dsm_jax.training import digits, sounds
 from dsm_jax.training.alignment import text_stream
 from dsm_jax.training.compose import Gaps, Spoken, Take, string_of
-from dsm_jax.training.export import in_16_bits, write_model
+from dsm_jax.training.export import in_16_bits, new_model, write_model
 from dsm_jax.training.run import Run, RunConfig
 from dsm_jax.training.strings import Loss, StringsStage, encode_strings, train_lm
 from dsm_jax.training.tts import TtsObjective, tts_loss
@@ -157,9 +156,7 @@ def train_speaking(config: SpeakingConfig, *, resume: bool = False) -> checkpoin
         resumed from.
     """
     data, output, stage = Path(config.data), Path(config.output), config.lm
-    output_model = output / NAME
-    if output_model.exists():
-        raise TrainingError(f"{output_model} exists, so this recipe is done; choose another output, or move it away")
+    output_model = new_model(output, NAME)
     takes = digits.load_takes(data / "fsdd", digits.TRAINING_TAKES)
     kept = digits.load_takes(data / "fsdd", digits.VALIDATION_TAKES)
     speakers = sorted({take.speaker for take in takes})

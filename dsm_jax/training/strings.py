@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -17,6 +18,7 @@ from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.training import step
 from dsm_jax.training.compose import Spoken
+from dsm_jax.training.rows import encoder
 from dsm_jax.training.run import Run, RunConfig, batches
 from dsm_jax.training.step import OptimizerConfig, TrainState
 
@@ -44,7 +46,7 @@ class StringsStage:
 def encode_strings(mimi: Mimi, rows: Any, count: int) -> tuple[np.ndarray, list[list[Spoken]]]:
     """The first `count` rows, each samples and words: their codes, int16 [count, Q, T], and their words."""
     graph, params = nnx.split(mimi)
-    encode = jax.jit(lambda params, pcm_BT: nnx.merge(graph, params).encode(pcm_BT[..., None]))
+    encode = encoder(graph, mimi.config.quantizer.n_q)
 
     def draw(start: int) -> tuple[np.ndarray, list[list[Spoken]]]:
         drawn = [rows[i] for i in range(start, start + _ENCODED_AT_ONCE)]
@@ -57,7 +59,7 @@ def encode_strings(mimi: Mimi, rows: Any, count: int) -> tuple[np.ndarray, list[
             pcm_BT, words = ahead.result()
             # One batch ahead and no more: the sound of all strings is many times the size of their codes.
             ahead = pool.submit(draw, start + _ENCODED_AT_ONCE)
-            codes.append(np.asarray(encode(params, pcm_BT)).astype(np.int16))
+            codes.append(np.asarray(encode(params, jnp.asarray(pcm_BT[..., None]))).astype(np.int16))
             spoken += words
     return np.concatenate(codes)[:count], spoken[:count]
 
