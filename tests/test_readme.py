@@ -48,6 +48,7 @@ def desk(tmp_path_factory):
         **os.environ,
         "HF_HUB_CACHE": str(desk / "hub"),
         "HF_HUB_OFFLINE": "1",
+        "JAX_ENABLE_COMPILATION_CACHE": "true",  # as users have it, in a folder of its own
         "XDG_CACHE_HOME": str(desk / "cache"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }

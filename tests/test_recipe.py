@@ -1,5 +1,6 @@
 """The recipe of `digits` on made-up recordings: rows for both networks, and all stages in miniature."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from dsm_jax.errors import AudioError, TrainingError
 from dsm_jax.training import digits
 from dsm_jax.training.codec import CodecObjective
-from dsm_jax.training.recipe import CodecStage, DigitsConfig, LmStage, train_digits
+from dsm_jax.training.codec_stages import CodecStage
+from dsm_jax.training.recipe import DigitsConfig, LmStage, train_digits
 from dsm_jax.training.run import RunConfig
 from tests.checkpoint_maker import assert_same_weights
 from tests.digits_data import SENTENCES, write_data
@@ -69,19 +71,24 @@ def test_labels_follow_the_sound_of_a_string(data):
 def test_all_stages_run_and_a_resumed_recipe_ends_the_same(data, tmp_path):
     def config(output: str, steps: int) -> DigitsConfig:
         run = RunConfig(steps=steps, log_every=1, save_every=1)
+        seanet = dataclasses.replace(digits.MIMI.seanet, ratios=(32, 30))
+        transformer = dataclasses.replace(digits.MIMI.transformer, num_layers=1)
+        quantizer = dataclasses.replace(digits.MIMI.quantizer, n_q=2)
         codec = CodecStage(rows=2, frames=8, run=run, objective=CodecObjective(decoded_frames=4))
         return DigitsConfig(
             data=str(data),
             output=str(tmp_path / output),
+            mimi=dataclasses.replace(digits.MIMI, seanet=seanet, transformer=transformer, quantizer=quantizer),
             codec=codec,
             hardened=codec,
+            decoder=codec,
             lm=LmStage(strings=8, frames=12, context=5, rows=2, run=run),
         )
 
     whole = train_digits(config("whole", 2))
     folder = tmp_path / "whole/digits"
     assert {"config.json", "mimi_config.json", "model.safetensors"} <= {path.name for path in folder.iterdir()}
-    assert all((tmp_path / f"whole/{stage}/curve.png").is_file() for stage in ("codec", "hardened", "lm"))
+    assert all((tmp_path / f"whole/{stage}/curve.png").is_file() for stage in ("codec", "hardened", "decoder", "lm"))
     assert whole.config.stt.audio_delay_seconds == 0.64
     with pytest.raises(TrainingError, match="whole/digits exists, so this recipe is done; choose another output"):
         train_digits(config("whole", 2), resume=True)

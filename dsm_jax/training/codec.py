@@ -5,7 +5,7 @@ straight-through gradients, codebook dropout. Ours: the semantic codebook learns
 that must tell from it what is being said a few frames ago (the paper distils WavLM); spectral and waveform distances
 in place of its adversarial losses; the sizes.
 
-Shape letters: B batch rows, T samples, N frames, D latent width, C codebook width, L labels.
+Shape letters: B batch rows, T samples, N frames, D latent width, C codebook width, L labels, Q codebooks.
 """
 
 import dataclasses
@@ -86,6 +86,12 @@ def merge(graph: nnx.GraphDef, params: nnx.State, memory: CodecMemory) -> CodecT
     return nnx.merge(graph, memory.entries, params)
 
 
+def distances(x_BT: jax.Array, y_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How far y is from x, by spectra and by samples, those of recordings scaled to rms 1; scalars."""
+    level_B1 = jnp.maximum(jnp.sqrt(jnp.mean(x_BT**2, 1, keepdims=True)), QUIET)
+    return stft_loss(x_BT, y_BT), jnp.mean(jnp.abs(x_BT - y_BT) / level_B1)
+
+
 def codec_loss(
     trainee: CodecTrainee,
     memory: CodecMemory,
@@ -134,12 +140,9 @@ def codec_loss(
     first_B = jax.random.randint(crop_key, (rows,), 0, frames - window + 1)
     size = mimi.config.frame_size
     cut = jax.vmap(jax.lax.dynamic_slice_in_dim, in_axes=(0, 0, None))
-    target_BT = cut(pcm_BT, first_B * size, window * size)
     assert mimi.decoder is not None
     made_BT = mimi.decoder(cut(decoded_BND, first_B, window))[..., 0]
-    level_B1 = jnp.maximum(jnp.sqrt(jnp.mean(target_BT**2, 1, keepdims=True)), QUIET)
-    waveform = jnp.mean(jnp.abs(target_BT - made_BT) / level_B1)
-    spectral = stft_loss(target_BT, made_BT)
+    spectral, waveform = distances(cut(pcm_BT, first_B * size, window * size), made_BT)
 
     commitment = semantic.commitment + acoustic.commitment
     loss = spectral + objective.waveform * waveform + objective.commitment * commitment
@@ -156,3 +159,26 @@ def codec_loss(
         "entries_acoustic": acoustic.perplexity_Q.mean(),
     }
     return loss, (jax.lax.stop_gradient(after), metrics)
+
+
+def is_decoder(path: tuple, _: object) -> bool:
+    """A filter for `nnx.split`: what a codec makes sound with."""
+    return path[0] == "decoder"
+
+
+def decoder_loss(
+    mimi: Mimi, batch: dict[str, jax.Array], objective: CodecObjective
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of a batch for the decoder alone, from the codes that the codec gives, and its parts; all in float32.
+
+    Args:
+      mimi: the codec; no gradient moves its codes.
+      batch: `pcm_BT` float32, whole frames, longer than the widest spectrum's window.
+      objective: what counts how much; of sound, nothing else counts here.
+    """
+    pcm_BT = batch["pcm_BT"]
+    codes_BQN = mimi.quantizer.encode(mimi.encoder(pcm_BT[..., None]), mimi.config.quantizer.n_q)
+    assert mimi.decoder is not None
+    made_BT = mimi.decoder(mimi.quantizer.decode(codes_BQN))[..., 0]
+    spectral, waveform = distances(pcm_BT, made_BT)
+    return spectral + objective.waveform * waveform, {"spectral": spectral, "waveform": waveform}

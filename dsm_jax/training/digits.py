@@ -176,6 +176,7 @@ class _Rows:
     frames: int
     seed: tuple[int, ...]
     mix: Mix = Mix()
+    config: MimiConfig = MIMI
 
     def __len__(self) -> int:
         return ROWS
@@ -192,12 +193,12 @@ class CodecRows(_Rows):
         random = self._random(index)
         kind = random.random()
         if kind < self.mix.sentences:
-            pcm_T, labels_N = sentence_row(random, self.sentences, self.mix, frames=self.frames)
+            pcm_T, labels_N = sentence_row(random, self.sentences, self.mix, frames=self.frames, config=self.config)
         elif kind < self.mix.sentences + self.mix.noise:
-            pcm_T, labels_N = noise_row(random, frames=self.frames), np.zeros(self.frames, np.int32)
+            pcm_T, labels_N = noise_row(random, frames=self.frames, config=self.config), np.zeros(self.frames, np.int32)
         else:
-            pcm_T, spoken = digits_row(random, self.takes, self.mix, frames=self.frames)
-            labels_N = labels_of(spoken, WORDS, frames=self.frames, frame_rate=MIMI.frame_rate, parts=PARTS)
+            pcm_T, spoken = digits_row(random, self.takes, self.mix, frames=self.frames, config=self.config)
+            labels_N = labels_of(spoken, WORDS, frames=self.frames, frame_rate=self.config.frame_rate, parts=PARTS)
         return {"pcm_BT": pcm_T.astype(np.float32), "labels_BN": labels_N}
 
 
@@ -210,10 +211,10 @@ class SpeechRows(_Rows):
         kind = random.random()
         if kind < self.mix.sentences:
             other = [sentence for sentence in self.sentences if not sentence.has_digits]
-            return sentence_row(random, other, self.mix, frames=self.frames)[0], []
+            return sentence_row(random, other, self.mix, frames=self.frames, config=self.config)[0], []
         if kind < self.mix.sentences + self.mix.noise:
-            return noise_row(random, frames=self.frames), []
-        return digits_row(random, self.takes, self.mix, frames=self.frames)
+            return noise_row(random, frames=self.frames, config=self.config), []
+        return digits_row(random, self.takes, self.mix, frames=self.frames, config=self.config)
 
 
 def plain_strings(takes: Sequence[Take], count: int, *, seed: int = 0) -> list[tuple[np.ndarray, list[Spoken]]]:

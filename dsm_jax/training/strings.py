@@ -16,11 +16,11 @@ from flax import nnx
 from dsm_jax.configs import LMConfig
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
-from dsm_jax.training import step
 from dsm_jax.training.compose import Spoken
+from dsm_jax.training.fit import fit
 from dsm_jax.training.rows import encoder
-from dsm_jax.training.run import Run, RunConfig, batches
-from dsm_jax.training.step import OptimizerConfig, TrainState
+from dsm_jax.training.run import Run, RunConfig
+from dsm_jax.training.step import OptimizerConfig
 
 _ENCODED_AT_ONCE = 32
 
@@ -106,24 +106,16 @@ def train_lm(
       TrainingError: a loss that is not finite, or a checkpoint that cannot be written or resumed from.
     """
     graph, params = nnx.split(DelayedStreamsLM(config, rngs=nnx.Rngs(seed)))
+    held_out = {name: array.astype(np.int32) for name, array in unseen.items()}
 
     def learn(params: Any, memory: tuple, batch: Any, key: jax.Array):
         value, metrics = loss(nnx.merge(graph, params), batch, key)
         return value, (memory, metrics)
 
-    @jax.jit
-    def measure(params: nnx.State, batch: Any) -> dict[str, jax.Array]:
-        value, metrics = measured(nnx.merge(graph, params), batch, jax.random.PRNGKey(0))
+    def measure(params: nnx.State, _: tuple) -> dict[str, jax.Array]:
+        value, metrics = measured(nnx.merge(graph, params), held_out, jax.random.PRNGKey(0))
         return {"loss": value, **metrics}
 
-    held_out = {name: array.astype(np.int32) for name, array in unseen.items()}
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        return {f"validation_{name}": float(value) for name, value in measure(state.params, held_out).items()}
-
-    optimizer = stage.optimizer.build(stage.run.steps)
-    state = step.init(params, (), optimizer, seed)
-    state = run.restore(state) if resume and run.latest() is not None else state
-    data = batches(StoredRows(stored), batch_size=stage.rows, seed=seed, first_step=int(state.step))
-    state = run.train(step.make_step(learn, optimizer), state, data, evaluate=evaluate)
+    rows, optimizer = StoredRows(stored), stage.optimizer
+    state = fit(run, optimizer, learn, measure, params, (), rows, batch_size=stage.rows, seed=seed, resume=resume)
     return nnx.merge(graph, state.params)

@@ -20,13 +20,14 @@ from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.training import codec, digits, recipe, step
 from dsm_jax.training.codec import CodecObjective, CodecTrainee
+from dsm_jax.training.codec_stages import CodecStage
 from dsm_jax.training.step import OptimizerConfig
 from dsm_jax.training.stt import SttObjective, stt_loss
 from tests import small
 from tests.benchmarks.worker import Step
 
-_LM, _CODEC = recipe.LmStage(), recipe.CodecStage()
-_LM_CONFIG = recipe.lm_config(41, _LM.context)  # as many pieces as the recipe's tokenizer has
+_LM, _CODEC = recipe.LmStage(), CodecStage()
+_LM_CONFIG = recipe.lm_config(digits.MIMI.quantizer, 41, _LM.context)  # as many pieces as the recipe's tokenizer has
 _NEVER = 10**9  # steps of a schedule that does not get anywhere
 
 
