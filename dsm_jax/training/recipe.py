@@ -40,7 +40,9 @@ class LmStage(StringsStage):
     strings: int = 18_000
     rows: int = 36
     run: RunConfig = RunConfig(steps=2400, log_every=50, save_every=400)
-    objective: SttObjective = SttObjective(text_dropout=0.1, codebook_dropout=0.5, random_codes=0.1)
+    objective: SttObjective = SttObjective(
+        padding_weight=1.0, text_dropout=0.1, codebook_dropout=0.5, random_codes=0.1, interruptions=0.04
+    )
     mix: Mix = Mix(sentences=0.12, harshness=0.6, gaps=Gaps(longest=0.7), quietest_db=-20.0)
 
 
@@ -136,7 +138,7 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
     def loss(objective: SttObjective) -> Loss:
         return lambda lm, batch, key: stt_loss(lm, batch["codes_BKT"], key, objective)
 
-    plain = dataclasses.replace(config.lm.objective, text_dropout=0.0, codebook_dropout=0.0, random_codes=0.0)
+    plain = SttObjective(padding_weight=config.lm.objective.padding_weight)
     trained = train_lm(
         config.lm,
         Run(output / "lm", config.lm.run),
