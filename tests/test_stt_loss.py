@@ -16,7 +16,7 @@ from dsm_jax.tokenizers import load_tokenizer
 from dsm_jax.training.alignment import text_stream
 from dsm_jax.training.compose import Spoken
 from dsm_jax.training.step import OptimizerConfig, init, make_step
-from dsm_jax.training.stt import SttObjective, disturb, interrupt, stt_loss
+from dsm_jax.training.stt import SttObjective, disturb, stt_loss
 from tests import checkpoint_maker, small
 from tests.tokenizer_maker import make_tokenizer
 
@@ -104,7 +104,7 @@ def test_unknown_text_does_not_count_and_known_text_does(measured):
 def test_what_is_hidden_changes_what_is_heard_and_not_what_is_asked(network, measured):
     rows = codes()
     plain, _ = measured(rows)
-    for hidden in ({"text_dropout": 0.5}, {"codebook_dropout": 0.9}, {"random_codes": 0.5}, {"interruptions": 0.5}):
+    for hidden in ({"text_dropout": 0.5}, {"codebook_dropout": 0.9}, {"random_codes": 0.5}):
         loss, _ = measured(rows, SttObjective(**hidden))
         assert np.isfinite(loss)
         assert float(loss) != float(plain)
@@ -130,30 +130,6 @@ def test_hiding_is_as_much_as_was_asked_for():
     other = fed(random_codes=0.3)
     assert np.mean(other[:, 1:] != rows[:, 1:]) == pytest.approx(0.3 * (1 - 1 / LM.card), abs=0.03)
     assert 0 <= other[:, 1:].min() <= other[:, 1:].max() < LM.card
-
-
-def test_an_interruption_is_a_moment_of_another_row():
-    rows, frames = 50, 400
-    place_BT = np.arange(rows * frames).reshape(rows, frames)
-    audio_BQT = jnp.asarray(np.stack([place_BT, place_BT + rows * frames], axis=1)).at[3].set(-1)
-    fed_BQT = np.asarray(interrupt(audio_BQT, KEY, 0.02))
-    np.testing.assert_array_equal(fed_BQT[3], -1)
-    np.testing.assert_array_equal(interrupt(audio_BQT, KEY, 0.0), audio_BQT)
-    own_BT, other_BT = place_BT, fed_BQT[:, 0]
-    heard_BT = (other_BT != own_BT) & (other_BT != -1) & (np.arange(rows) != 3)[:, None]
-    np.testing.assert_array_equal(fed_BQT[:, 1][heard_BT], other_BT[heard_BT] + rows * frames)  # all codebooks at once
-    moved = (own_BT - other_BT)[heard_BT]
-    rows_moved = {int(d) for d in (own_BT // frames - other_BT // frames)[heard_BT] % rows}
-    times_moved = {int(d) for d in moved % frames}
-    assert len(rows_moved) == len(times_moved) == 1
-    assert rows_moved != {0}
-    assert heard_BT.mean() == pytest.approx(0.02 * 2, rel=0.15)  # 2 frames each, and few of them meet
-    ends = np.diff(np.pad(heard_BT, ((0, 0), (1, 1))).astype(int), axis=1)
-    lengths = np.concatenate([np.flatnonzero(e == -1) - np.flatnonzero(e == 1) for e in ends])
-    assert [np.mean(lengths == n) for n in (1, 2, 3)] == pytest.approx([1 / 3] * 3, abs=0.07)
-    text_BKT = jnp.concatenate([jnp.full((rows, 1, frames), 5), audio_BQT], axis=1)
-    np.testing.assert_array_equal(disturbed(text_BKT, shares(SttObjective(interruptions=0.5)))[:, 0], 5)
-    np.testing.assert_array_equal(interrupt(audio_BQT[:1, :, :1], KEY, 1.0), audio_BQT[:1, :, :1])
 
 
 def test_a_text_that_is_not_known_is_never_hidden():

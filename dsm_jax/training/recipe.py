@@ -40,9 +40,7 @@ class LmStage(StringsStage):
     strings: int = 18_000
     rows: int = 36
     run: RunConfig = RunConfig(steps=2400, log_every=50, save_every=400)
-    objective: SttObjective = SttObjective(
-        padding_weight=1.0, text_dropout=0.1, codebook_dropout=0.5, random_codes=0.1, interruptions=0.04
-    )
+    objective: SttObjective = SttObjective(padding_weight=1.0, text_dropout=0.1, codebook_dropout=0.5, random_codes=0.1)
     mix: Mix = Mix(sentences=0.12, harshness=0.6, gaps=Gaps(longest=0.7), quietest_db=-20.0)
 
 

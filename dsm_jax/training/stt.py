@@ -21,39 +21,12 @@ class SttObjective:
     text_dropout: float = 0.0  # share of text tokens that the model is fed as padding
     codebook_dropout: float = 0.0  # share of codebooks, row by row, that it does not hear; never the first
     random_codes: float = 0.0  # share of codes that are any other
-    interruptions: float = 0.0  # share of frames at which something else is heard for a moment
-
-
-LONGEST_INTERRUPTION = 3  # frames
-
-
-def interrupt(audio_BQT: jax.Array, key: jax.Array, share: float) -> jax.Array:
-    """Codes with moments of 1 to 3 frames that are another row's, or another time's; absent ones stay absent.
-
-    A codec names what it has learnt from better than what it has not: there, a moment of a word can sound like another
-    word. A model that has been interrupted does not take every such moment for a word.
-
-    Args:
-      audio_BQT: codes.
-      key: of what is drawn.
-      share: of the frames, at which such a moment begins.
-    """
-    begin_key, frames_key, row_key, time_key = jax.random.split(key, 4)
-    rows, _, frames = audio_BQT.shape
-    begins_BT = jax.random.bernoulli(begin_key, share, (rows, frames))
-    length_BT = jax.random.randint(frames_key, (rows, frames), 1, LONGEST_INTERRUPTION + 1)
-    lasts_BT = jnp.zeros_like(begins_BT)
-    for since in range(LONGEST_INTERRUPTION):
-        lasts_BT |= jnp.pad(begins_BT & (length_BT > since), ((0, 0), (since, 0)))[:, :frames]
-    row = jax.random.randint(row_key, (), 1, max(rows, 2))
-    other_BQT = jnp.roll(jnp.roll(audio_BQT, row, axis=0), jax.random.randint(time_key, (), 0, frames), axis=2)
-    return jnp.where(lasts_BT[:, None] & (audio_BQT != ZERO_TOKEN), other_BQT, audio_BQT)
 
 
 def disturb(codes_BKT: jax.Array, key: jax.Array, objective: SttObjective, *, card: int, padding: int) -> jax.Array:
     """What the model is fed in training: the codes, less what is hidden from it."""
-    text_key, book_key, code_key, value_key, interrupt_key = jax.random.split(key, 5)
-    text_B1T, audio_BQT = codes_BKT[:, :1], interrupt(codes_BKT[:, 1:], interrupt_key, objective.interruptions)
+    text_key, book_key, code_key, value_key = jax.random.split(key, 4)
+    text_B1T, audio_BQT = codes_BKT[:, :1], codes_BKT[:, 1:]
     hide_B1T = jax.random.bernoulli(text_key, objective.text_dropout, text_B1T.shape)
     text_B1T = jnp.where(hide_B1T & (text_B1T != ZERO_TOKEN), padding, text_B1T)
     rows, books, _ = audio_BQT.shape
