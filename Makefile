@@ -18,7 +18,7 @@ demo: .venv/.run ## transcribe real recordings of spoken digits, whole and live
 	@$(BIN)/python examples/demo.py
 
 test: .venv/.dev ## the tests: no network, no GPU, no torch
-	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n auto --dist worksteal
 
 parity: .venv/.parity ## the PyTorch references, live, side by side with this library
 	@NO_TORCH_COMPILE=1 NO_CUDA_GRAPH=1 $(BIN)/python -m pytest tests/parity
