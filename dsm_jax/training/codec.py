@@ -177,7 +177,7 @@ def decoder_loss(
       objective: what counts how much; of sound, nothing else counts here.
     """
     pcm_BT = batch["pcm_BT"]
-    codes_BQN = mimi.quantizer.encode(mimi.encoder(pcm_BT[..., None]), mimi.config.quantizer.n_q)
+    codes_BQN = mimi.quantizer.encode(mimi.latents(pcm_BT[..., None]), mimi.config.quantizer.n_q)
     assert mimi.decoder is not None
     made_BT = mimi.decoder(mimi.quantizer.decode(codes_BQN))[..., 0]
     spectral, waveform = distances(pcm_BT, made_BT)

@@ -46,6 +46,7 @@ HARDENED = CodecStage(
     mix=dataclasses.replace(_DENSE, speed=0.2, tempo=0.25, harshness=0.8),
 )
 # What it makes of codes is to be like recordings, and not like what was done to them.
+# Of its objective, only the weight of the waveform counts: see `codec.decoder_loss`.
 DECODER = CodecStage(
     frames=30,
     run=RunConfig(steps=2500, log_every=50, save_every=500),

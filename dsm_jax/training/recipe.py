@@ -51,7 +51,7 @@ class DigitsConfig:
     data: str  # a folder with `fsdd`, `kathleen` and `ljspeech`
     output: str
     seed: int = 0
-    mimi: MimiConfig = digits.MIMI
+    mimi: MimiConfig = digits.MIMI  # sizes of the codec; the rate of samples and frames is that of the rows too
     codec: CodecStage = CodecStage()
     hardened: CodecStage = codec_stages.HARDENED
     decoder: CodecStage = codec_stages.DECODER
