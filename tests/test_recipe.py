@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsm_jax.errors import AudioError, TrainingError
+from dsm_jax.configs import Table
+from dsm_jax.errors import AudioError, ConfigError, TrainingError
 from dsm_jax.training import digits
 from dsm_jax.training.codec import CodecObjective
 from dsm_jax.training.codec_stages import CodecStage
@@ -37,6 +38,23 @@ def test_sentences_are_kept_apart_and_digits_in_them_are_seen(data):
     kept, others = (digits.load_sentences(data / "kathleen", 24_000, held_out=apart) for apart in (True, False))
     assert [sentence.text for sentence in kept] == [SENTENCES[0]]
     assert [sentence.has_digits for sentence in others] == [True, False]
+
+
+def test_a_speaker_can_be_drawn_more_often_than_others(data):
+    recorded = digits.load_takes(data / "fsdd", digits.TRAINING_TAKES)
+    takes = [dataclasses.replace(take, speaker=name) for name in ("theo", "lucas") for take in recorded]
+
+    def share(mix: digits.Mix) -> float:
+        rows = digits.SpeechRows(takes, [], 25, (0, 0), dataclasses.replace(mix, sentences=0.0, noise=0.0))
+        said = [words[0].speaker for _, words in map(rows.__getitem__, range(80)) if words]
+        return said.count("theo") / len(said)
+
+    assert 0.35 < share(digits.Mix()) < 0.65
+    assert share(digits.Mix(often=Table(theo=9))) > 0.8
+    with pytest.raises(
+        ConfigError, match=r"theo is drawn 0\.5 times as often as another; give a whole number, 1 or more"
+    ):
+        digits.Mix(often=Table(theo=0.5))
 
 
 def test_rows_are_the_same_whenever_they_are_drawn(data):

@@ -41,7 +41,7 @@ class LmStage(StringsStage):
     rows: int = 36
     run: RunConfig = RunConfig(steps=2400, log_every=50, save_every=400)
     objective: SttObjective = SttObjective(padding_weight=1.0, text_dropout=0.1, codebook_dropout=0.5, random_codes=0.1)
-    mix: Mix = Mix(sentences=0.12, harshness=0.6, gaps=Gaps(longest=0.7), quietest_db=-20.0)
+    mix: Mix = Mix(sentences=0.12, harshness=0.6, gaps=Gaps(longest=0.7), quietest_db=-20.0, often=digits.OFTEN)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
     sentences = [s for folder in folders for s in digits.load_sentences(folder, sizes.sample_rate, held_out=False)]
 
     def rows(stage: CodecStage, draw: int) -> tuple[CodecRows, CodecRows]:
-        only_digits = dataclasses.replace(stage.mix, sentences=0.0, noise=0.0)
+        only_digits = dataclasses.replace(stage.mix, sentences=0.0, noise=0.0, often=Table())
         learnt = CodecRows(takes, sentences, stage.frames, (seed, draw), stage.mix, sizes)
         return learnt, CodecRows(kept, sentences, stage.frames, (seed, 1), only_digits, sizes)
 
