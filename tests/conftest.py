@@ -3,8 +3,14 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Two devices, so that a test can shard.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=2",  # so that a test can shard
+        # Without optimisations, as below, XLA's older emitters compile in half the time: see CHANGELOG.
+        "--xla_cpu_use_fusion_emitters=false",
+    )
+)
 os.environ.update(
     # A silent cast is a wrong answer with the right shape.
     JAX_NUMPY_DTYPE_PROMOTION="strict",
