@@ -126,7 +126,7 @@ class Mix:
     quietest_db: float = -26.0
     often: Table = Table()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for speaker, times in self.often.items():
             if not isinstance(times, int) or times < 1:
                 raise ConfigError(
