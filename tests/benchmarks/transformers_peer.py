@@ -43,7 +43,7 @@ def _lm_step(folder: Path, batch: int) -> Step:
     def run() -> None:
         nonlocal token_BT1
         columns_BTK = torch.cat([token_BT1, codes_BTK], dim=2)
-        logits_BTV = model(input_ids=columns_BTK, past_key_values=cache, use_cache=True).logits
+        logits_BTV = model(input_ids=columns_BTK, cache=cache, use_cache=True).logits
         token_BT1 = logits_BTV.argmax(-1, keepdim=True)
 
     return run
@@ -51,12 +51,12 @@ def _lm_step(folder: Path, batch: int) -> Step:
 
 def _encode_frame(mimi: MimiModel) -> Step:
     frame_B1S = 0.1 * torch.randn(1, 1, mimi.config.frame_size)
-    keys_values, padding = None, None
+    cache, padding = None, None
 
     def run() -> torch.Tensor:
-        nonlocal keys_values, padding
-        output = mimi.encode(frame_B1S, encoder_past_key_values=keys_values, padding_cache=padding, use_streaming=True)
-        keys_values, padding = output.encoder_past_key_values, output.padding_cache
+        nonlocal cache, padding
+        output = mimi.encode(frame_B1S, encoder_cache=cache, padding_cache=padding, use_streaming=True)
+        cache, padding = output.encoder_cache, output.padding_cache
         return output.audio_codes
 
     return run
