@@ -9,17 +9,20 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from dsm_jax.training import digits
+
 SENTENCES = ("There is nothing here.", "Only one of them has a digit.", "Some more words are read.")
 
 
 def write_data(folder: Path, speakers: Sequence[str] = ("ann",)) -> Path:
     """A tone of its own for each digit, half a second long after a tenth of silence, and three sentences of noise."""
     (folder / "fsdd").mkdir()
+    numbers = [kind[0] for kind in (digits.TEST_TAKES, digits.VALIDATION_TAKES, digits.TRAINING_TAKES)]
     time_T = np.arange(4000) / 8000
     for digit in range(10):
         tone_T = 0.3 * np.sin(2 * np.pi * (200 + 100 * digit) * time_T)
         for speaker in speakers:
-            for number in (5, 8, 10):
+            for number in numbers:
                 path = folder / f"fsdd/{digit}_{speaker}_{number}.flac"
                 soundfile.write(path, np.concatenate([np.zeros(800), tone_T]), 8000)
     random = np.random.default_rng(0)
