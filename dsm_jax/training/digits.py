@@ -38,7 +38,7 @@ ROWS = 1 << 31  # rows that can be drawn, each another
 TEST_TAKES = range(5, 8)  # for the figures on the model card
 TRAINING_TAKES = range(8, 47)
 VALIDATION_TAKES = range(47, 50)  # for choosing
-OFTEN = Table(nicolas=3)  # nearly all errors on the takes for choosing were his; nothing is left beside his words
+OFTEN = Table(nicolas=3)  # chosen by takes 8 and 9: most errors were his, of whose words nothing is left beside them
 # Of the sentences, every twentieth is kept for measuring the codec.
 HELD_OUT_SENTENCES = 20
 
