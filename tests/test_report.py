@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import rich.console
 from matplotlib import image
+from PIL import Image
 
 from dsm_jax.training.report import bar, draw_curve
 
@@ -42,6 +43,13 @@ def test_the_curve_shows_the_loss_and_validation_figures_and_nothing_else(tmp_pa
     np.testing.assert_array_equal(pixels(tmp_path / "null", with_null), pixels(tmp_path / "measured", measured))
     for name, change in others.items():
         assert not np.array_equal(pixels(tmp_path / name, [*rows[:-1], last | change]), curve)
+
+
+def test_a_curve_is_small(tmp_path):
+    pixels(tmp_path, [{"step": step, "loss": 1 / step, "validation_x": 2 / step} for step in range(1, 400)])
+    with Image.open(tmp_path / "run/curve.png") as curve:
+        assert len(curve.getcolors()) <= 64
+    assert (tmp_path / "run/curve.png").stat().st_size < 20_000
 
 
 @pytest.mark.parametrize("rows", [[{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.0}], [{"step": 1, "loss": -1.0}]])
