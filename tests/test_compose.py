@@ -80,6 +80,28 @@ def test_a_change_of_tempo_moves_words_and_their_times_together():
     assert max(factors) > 1.1
 
 
+@pytest.mark.parametrize(("cut", "share"), [(0.05, 1.0), (1.0, 0.25)])
+def test_half_of_the_words_are_cut_at_their_ends_and_their_times_with_them(cut, share):
+    given, lost = takes(np.random.default_rng(0)), []
+    for seed in range(20):
+        pcm_T, words = string_of(np.random.default_rng(seed), given, RATE, seconds=4.0, speed=0.0, cut=cut)
+        silent_T = np.ones(len(pcm_T), bool)
+        for word in words:
+            heard = slice(round(word.start * RATE), round(word.end * RATE))
+            silent_T[heard] = False
+            take = next(take for take in given if (take.word, take.speaker) == (word.text, word.speaker))
+            said_T, heard_T = take.pcm_T[round(take.start * RATE) : round(take.end * RATE)], pcm_T[heard]
+            first = int(np.correlate(said_T, heard_T, "valid").argmax())
+            likeness = np.corrcoef(said_T[first : first + len(heard_T)], heard_T)[0, 1]
+            assert likeness > 0.999, "what is heard is part of the take, at its time"
+            most = min(cut * RATE, share * len(said_T))
+            lost.append((first / most, (len(said_T) - first - len(heard_T)) / most))
+        assert np.abs(pcm_T[silent_T]).max() < 0.02 * np.abs(pcm_T).max(), "nothing is heard beside words"
+    assert 0.35 < np.any(lost, axis=1).mean() < 0.65
+    assert np.all(np.max(lost, axis=0) > 0.8)
+    assert np.all(np.max(lost, axis=0) <= 1.01)
+
+
 def test_two_speakers_take_turns_and_each_word_says_whose_it_is():
     given, alone, turns = takes(np.random.default_rng(0)), 0, 0
     for seed in range(10):

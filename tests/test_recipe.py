@@ -99,6 +99,7 @@ def test_all_stages_run_and_a_resumed_recipe_ends_the_same(data, tmp_path):
             mimi=dataclasses.replace(digits.MIMI, seanet=seanet, transformer=transformer, quantizer=quantizer),
             codec=codec,
             hardened=codec,
+            cut=codec,
             decoder=codec,
             lm=LmStage(strings=8, frames=12, context=5, rows=2, run=run),
         )
@@ -106,7 +107,8 @@ def test_all_stages_run_and_a_resumed_recipe_ends_the_same(data, tmp_path):
     whole = train_digits(config("whole", 2))
     folder = tmp_path / "whole/digits"
     assert {"config.json", "mimi_config.json", "model.safetensors"} <= {path.name for path in folder.iterdir()}
-    assert all((tmp_path / f"whole/{stage}/curve.png").is_file() for stage in ("codec", "hardened", "decoder", "lm"))
+    stages = "codec", "hardened", "cut", "decoder", "lm"
+    assert all((tmp_path / f"whole/{stage}/curve.png").is_file() for stage in stages)
     assert whole.config.stt.audio_delay_seconds == 0.64
     with pytest.raises(TrainingError, match="whole/digits exists, so this recipe is done; choose another output"):
         train_digits(config("whole", 2), resume=True)

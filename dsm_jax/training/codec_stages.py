@@ -46,6 +46,12 @@ HARDENED = CodecStage(
     optimizer=_LATER,
     mix=dataclasses.replace(_DENSE, speed=0.2, tempo=0.25, harshness=0.8, often=digits.OFTEN),
 )
+# And then with words that have lost their ends. Of those of takes that it had not heard it misheard four times as many.
+CUT = dataclasses.replace(
+    HARDENED,
+    run=RunConfig(steps=10_000, log_every=50, save_every=500),
+    mix=dataclasses.replace(HARDENED.mix, tempo=0.3, cut=0.1),
+)
 # What it makes of codes is to be like recordings, and not like what was done to them.
 # Of its objective, only the weight of the waveform counts: see `codec.decoder_loss`.
 DECODER = CodecStage(

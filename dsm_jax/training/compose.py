@@ -49,6 +49,7 @@ def string_of(
     speed: float = 0.15,
     tempo: float = 0.0,
     taking_turns: float = 0.0,
+    cut: float = 0.0,
 ) -> tuple[np.ndarray, list[Spoken]]:
     """A string of words by one speaker, or two who take turns, in silence.
 
@@ -63,6 +64,8 @@ def string_of(
         beside.
       tempo: the same at the pitch that it has; times are then exact to some milliseconds.
       taking_turns: how often the speaker changes from one word to the next; 0 is never.
+      cut: half of the words lack up to this much of their beginning and of their end, in seconds, and at most a quarter
+        of each.
 
     Returns:
       samples: float32 [seconds * sample_rate].
@@ -78,6 +81,8 @@ def string_of(
         if taking_turns and random.random() < taking_turns:
             own, other = other, own
         take = own[int(random.integers(len(own)))]
+        if cut and random.random() < 0.5:
+            take = _cut(random, take, cut, sample_rate)
         higher, faster = speeds * np.exp(random.uniform(-0.5, 0.5, 2) * (speed, tempo))
         factor = higher * faster
         said_T = sounds.change_speed(take.pcm_T, higher)
@@ -96,6 +101,14 @@ def string_of(
 def _of_one_speaker(random: np.random.Generator, takes: Sequence[Take]) -> list[Take]:
     speaker = takes[int(random.integers(len(takes)))].speaker
     return [take for take in takes if take.speaker == speaker]
+
+
+def _cut(random: np.random.Generator, take: Take, most: float, sample_rate: int) -> Take:
+    """The take without up to `most` seconds of its word at either end, and without what is beside the word."""
+    lost = random.random(2) ** 2 * min(most, (take.end - take.start) / 4)
+    first, last = round((take.start + lost[0]) * sample_rate), round((take.end - lost[1]) * sample_rate)
+    pcm_T = take.pcm_T[first:last]
+    return dataclasses.replace(take, pcm_T=pcm_T, start=0.0, end=len(pcm_T) / sample_rate)
 
 
 def labels_of(

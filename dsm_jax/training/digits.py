@@ -115,6 +115,7 @@ class Mix:
       speed, tempo: how much faster or slower strings are said, as on a tape and at the same pitch; see `string_of`.
       harshness, quietest_db: of what is done to strings; see `sounds.roughen`.
       often: speakers by name, and how many times as often as another each is drawn for a string.
+      cut: seconds that words may lack at their ends, as takes do that were trimmed by level; see `string_of`.
     """
 
     sentences: float = 0.3
@@ -126,6 +127,7 @@ class Mix:
     harshness: float = 1.0
     quietest_db: float = -26.0
     often: Table = Table()
+    cut: float = 0.0
 
     def __post_init__(self) -> None:
         for speaker, times in self.often.items():
@@ -142,7 +144,15 @@ def digits_row(
     seconds = frames / config.frame_rate
     words = None if random.random() >= mix.short else int(random.integers(0, 6))
     pcm_T, spoken = string_of(
-        random, takes, TAKE_RATE, seconds=seconds, words=words, gaps=mix.gaps, speed=mix.speed, tempo=mix.tempo
+        random,
+        takes,
+        TAKE_RATE,
+        seconds=seconds,
+        words=words,
+        gaps=mix.gaps,
+        speed=mix.speed,
+        tempo=mix.tempo,
+        cut=mix.cut,
     )
     pcm_T = sounds.roughen(random, pcm_T, TAKE_RATE, harshness=mix.harshness, quietest_db=mix.quietest_db)
     return sounds.resample(pcm_T, TAKE_RATE, config.sample_rate)[: frames * config.frame_size], spoken

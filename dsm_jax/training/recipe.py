@@ -41,7 +41,9 @@ class LmStage(StringsStage):
     rows: int = 36
     run: RunConfig = RunConfig(steps=2400, log_every=50, save_every=400)
     objective: SttObjective = SttObjective(padding_weight=1.0, text_dropout=0.1, codebook_dropout=0.5, random_codes=0.1)
-    mix: Mix = Mix(sentences=0.12, harshness=0.6, gaps=Gaps(longest=0.7), quietest_db=-20.0, often=digits.OFTEN)
+    mix: Mix = Mix(
+        sentences=0.12, harshness=0.6, gaps=Gaps(longest=0.7), quietest_db=-20.0, often=digits.OFTEN, cut=0.1
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class DigitsConfig:
     mimi: MimiConfig = digits.MIMI  # sizes of the codec; the rate of samples and frames is that of the rows too
     codec: CodecStage = CodecStage()
     hardened: CodecStage = codec_stages.HARDENED
+    cut: CodecStage = codec_stages.CUT
     decoder: CodecStage = codec_stages.DECODER
     lm: LmStage = LmStage()
 
@@ -98,15 +101,15 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
     sentences = [s for folder in folders for s in digits.load_sentences(folder, sizes.sample_rate, held_out=False)]
 
     def rows(stage: CodecStage, draw: int) -> tuple[CodecRows, CodecRows]:
-        only_digits = dataclasses.replace(stage.mix, sentences=0.0, noise=0.0, often=Table())
+        only_digits = dataclasses.replace(stage.mix, sentences=0.0, noise=0.0, often=Table(), cut=0.0)
         learnt = CodecRows(takes, sentences, stage.frames, (seed, draw), stage.mix, sizes)
         return learnt, CodecRows(kept, sentences, stage.frames, (seed, 1), only_digits, sizes)
 
     made = Mimi(sizes, block_frames=None, rngs=nnx.Rngs(seed))
     trainee = CodecTrainee(made, digits.LABELS, rngs=nnx.Rngs(seed + 1))
-    for draw, (name, stage) in enumerate((("codec", config.codec), ("hardened", config.hardened))):
+    for draw, name, stage in ((0, "codec", config.codec), (10, "hardened", config.hardened), (30, "cut", config.cut)):
         run = Run(output / name, stage.run)
-        trainee = train_codec(stage, run, trainee, *rows(stage, 10 * draw), seed=seed, resume=resume, fresh=draw == 0)
+        trainee = train_codec(stage, run, trainee, *rows(stage, draw), seed=seed, resume=resume, fresh=draw == 0)
     run = Run(output / "decoder", config.decoder.run)
     trained = train_decoder(config.decoder, run, trainee.mimi, *rows(config.decoder, 20), seed=seed, resume=resume)
     listening, _ = nnx.split(nnx.eval_shape(lambda: Mimi(sizes, rngs=nnx.Rngs(0))))
