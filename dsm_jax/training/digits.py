@@ -115,7 +115,7 @@ class Mix:
       speed, tempo: how much faster or slower strings are said, as on a tape and at the same pitch; see `string_of`.
       harshness, quietest_db: of what is done to strings; see `sounds.roughen`.
       often: speakers by name, and how many times as often as another each is drawn for a string.
-      cut: seconds that words may lack at their ends, as takes do that were trimmed by level; see `string_of`.
+      cut: seconds that half of the words may lack at either end, as takes trimmed by level do; see `string_of`.
     """
 
     sentences: float = 0.3
