@@ -46,7 +46,7 @@ HARDENED = CodecStage(
     optimizer=_LATER,
     mix=dataclasses.replace(_DENSE, speed=0.2, tempo=0.25, harshness=0.8, often=digits.OFTEN),
 )
-# Then with words that have lost their ends, as some recordings have: of those it mishears four times as many as of whole.
+# Then with words that have lost their ends, as some recordings have: of these it mishears four times as many.
 CUT = dataclasses.replace(
     HARDENED,
     run=RunConfig(steps=10_000, log_every=50, save_every=500),
