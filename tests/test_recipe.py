@@ -57,6 +57,18 @@ def test_a_speaker_can_be_drawn_more_often_than_others(data):
         digits.Mix(often=Table(theo=0.5))
 
 
+def test_words_of_a_row_are_cut_where_the_mix_says_so(data):
+    takes = digits.load_takes(data / "fsdd", digits.TRAINING_TAKES)
+
+    def lengths(cut: float) -> list[float]:
+        mix = digits.Mix(sentences=0.0, noise=0.0, speed=0.0, tempo=0.0, cut=cut)
+        rows = digits.SpeechRows(takes, [], 50, (0, 0), mix)
+        return [word.end - word.start for i in range(10) for word in rows[i][1]]
+
+    assert min(lengths(0.0)) == pytest.approx(0.5, abs=0.03)
+    assert min(lengths(0.1)) < 0.45
+
+
 def test_rows_are_the_same_whenever_they_are_drawn(data):
     takes = digits.load_takes(data / "fsdd", digits.TRAINING_TAKES)
     sentences = digits.load_sentences(data / "kathleen", 24_000, held_out=False)

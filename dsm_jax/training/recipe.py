@@ -101,12 +101,14 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
     sentences = [s for folder in folders for s in digits.load_sentences(folder, sizes.sample_rate, held_out=False)]
 
     def rows(stage: CodecStage, draw: int) -> tuple[CodecRows, CodecRows]:
+        # Measured on digits alone, whole and everyone's alike, whatever else the stage learns from.
         only_digits = dataclasses.replace(stage.mix, sentences=0.0, noise=0.0, often=Table(), cut=0.0)
         learnt = CodecRows(takes, sentences, stage.frames, (seed, draw), stage.mix, sizes)
         return learnt, CodecRows(kept, sentences, stage.frames, (seed, 1), only_digits, sizes)
 
     made = Mimi(sizes, block_frames=None, rngs=nnx.Rngs(seed))
     trainee = CodecTrainee(made, digits.LABELS, rngs=nnx.Rngs(seed + 1))
+    # Each stage draws other rows, by its number: the decoder 20.
     for draw, name, stage in ((0, "codec", config.codec), (10, "hardened", config.hardened), (30, "cut", config.cut)):
         run = Run(output / name, stage.run)
         trainee = train_codec(stage, run, trainee, *rows(stage, draw), seed=seed, resume=resume, fresh=draw == 0)
