@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 
 from dsm_jax.training import sounds
-from dsm_jax.training.compose import Gaps, Take, string_of
+from dsm_jax.training.compose import Delivery, Take, string_of
 from dsm_jax.training.digits import WORDS
 
 RATE = 16_000
@@ -48,8 +48,8 @@ def main(voice: str) -> None:
         for i in range(STRINGS[part]):
             random = np.random.default_rng((len(part), i))
             words = int(random.integers(3, 10))
-            gaps = Gaps(shortest=0.05, longest=0.4, lead=0.4)
-            pcm_T, spoken = string_of(random, takes, RATE, seconds=9.0, words=words, gaps=gaps, speed=0.05)
+            delivery = Delivery(lead=0.4, shortest_gap=0.05, longest_gap=0.4, speed=0.05)
+            pcm_T, spoken = string_of(random, takes, RATE, seconds=9.0, words=words, delivery=delivery)
             end = round((spoken[-1].end + 0.3) * RATE)
             path = target / part / f"{voice}_{i:02d}.ogg"
             soundfile.write(path, pcm_T[:end], RATE, format="OGG", subtype="OPUS")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsm_jax.training import sounds
-from dsm_jax.training.compose import Gaps, Spoken, Take, labels_of, string_of
+from dsm_jax.training.compose import Delivery, Spoken, Take, labels_of, string_of
 
 RATE = 8_000
 WORDS = ("one", "two", "three")
@@ -48,7 +48,7 @@ def test_words_are_heard_at_their_times_by_one_speaker_and_do_not_overlap(speed)
     for seed in range(10):
         random = np.random.default_rng(seed)
         given = takes(random)
-        pcm_T, words = string_of(random, given, RATE, seconds=4.0, speed=speed)
+        pcm_T, words = string_of(random, given, RATE, seconds=4.0, delivery=Delivery(speed=speed))
         assert (pcm_T.dtype, pcm_T.shape) == (np.float32, (4 * RATE,))
         assert 2 <= len(words) <= 10
         heard = {speaker_of(pcm_T, word, given) for word in words}
@@ -70,7 +70,7 @@ def test_a_change_of_tempo_moves_words_and_their_times_together():
     lengths = {take.word + take.speaker: take.end - take.start for take in given}
     factors = []
     for seed in range(10):
-        pcm_T, words = string_of(np.random.default_rng(seed), given, RATE, seconds=4.0, speed=0.0, tempo=0.2)
+        pcm_T, words = string_of(np.random.default_rng(seed), given, RATE, seconds=4.0, delivery=Delivery(tempo=0.2))
         silent_T = np.ones(len(pcm_T), bool)
         for word in words:
             silent_T[int(word.start * RATE) - 120 : int(word.end * RATE) + 120] = False
@@ -84,7 +84,7 @@ def test_a_change_of_tempo_moves_words_and_their_times_together():
 def test_half_of_the_words_are_cut_at_their_ends_and_their_times_with_them(cut, share):
     given, lost = takes(np.random.default_rng(0)), []
     for seed in range(20):
-        pcm_T, words = string_of(np.random.default_rng(seed), given, RATE, seconds=4.0, speed=0.0, cut=cut)
+        pcm_T, words = string_of(np.random.default_rng(seed), given, RATE, seconds=4.0, delivery=Delivery(cut=cut))
         silent_T = np.ones(len(pcm_T), bool)
         for word in words:
             heard = slice(round(word.start * RATE), round(word.end * RATE))
@@ -106,7 +106,7 @@ def test_two_speakers_take_turns_and_each_word_says_whose_it_is():
     given, alone, turns = takes(np.random.default_rng(0)), 0, 0
     for seed in range(10):
         random = np.random.default_rng(seed)
-        pcm_T, words = string_of(random, given, RATE, seconds=6.0, speed=0.0, taking_turns=0.5)
+        pcm_T, words = string_of(random, given, RATE, seconds=6.0, delivery=Delivery(taking_turns=0.5))
         who = [word.speaker for word in words]
         assert who == [speaker_of(pcm_T, word, given) for word in words]
         alone += len(set(who)) == 1
@@ -117,7 +117,13 @@ def test_two_speakers_take_turns_and_each_word_says_whose_it_is():
 
 def test_a_string_is_the_same_for_the_same_seed():
     def made(seed: int) -> tuple[np.ndarray, list[Spoken]]:
-        return string_of(np.random.default_rng(seed), takes(np.random.default_rng(0)), RATE, seconds=3.0)
+        return string_of(
+            np.random.default_rng(seed),
+            takes(np.random.default_rng(0)),
+            RATE,
+            seconds=3.0,
+            delivery=Delivery(speed=0.15),
+        )
 
     (pcm_T, words), (again_T, same), (other_T, _) = made(1), made(1), made(2)
     np.testing.assert_array_equal(pcm_T, again_T)
@@ -128,13 +134,13 @@ def test_a_string_is_the_same_for_the_same_seed():
 def test_words_that_do_not_fit_are_left_out():
     random = np.random.default_rng(0)
     given = takes(random)
-    gaps = Gaps(shortest=0.1, longest=0.1, lead=0.0)
+    delivery = Delivery(lead=0.0, shortest_gap=0.1, longest_gap=0.1)
     for seconds, most in ((0.2, 0), (0.8, 1), (1.6, 3)):
-        pcm_T, words = string_of(random, given, RATE, seconds=seconds, words=10, gaps=gaps, speed=0.0)
+        pcm_T, words = string_of(random, given, RATE, seconds=seconds, words=10, delivery=delivery)
         assert len(words) <= most
         assert len(pcm_T) == round(seconds * RATE)
         assert bool(words) == pcm_T.any()
-    pcm_T, words = string_of(random, given, RATE, seconds=10.0, words=2, gaps=gaps, speed=0.0)
+    pcm_T, words = string_of(random, given, RATE, seconds=10.0, words=2, delivery=delivery)
     assert len(words) == 2
     pcm_T, words = string_of(random, given, RATE, seconds=1.0, words=0)
     assert words == []
@@ -144,10 +150,10 @@ def test_words_that_do_not_fit_are_left_out():
 def test_gaps_between_takes_are_as_long_as_asked_for():
     random = np.random.default_rng(0)
     given = takes(random)
-    gaps = Gaps(shortest=0.2, longest=0.5, lead=0.3)
+    delivery = Delivery(lead=0.3, shortest_gap=0.2, longest_gap=0.5)
     found = []
     for _ in range(10):
-        _, words = string_of(random, given, RATE, seconds=6.0, gaps=gaps, speed=0.0)
+        _, words = string_of(random, given, RATE, seconds=6.0, delivery=delivery)
         assert 400 / RATE <= words[0].start <= 0.3 + 400 / RATE
         # A take has 0.1 s of silence after its word, and 0.05 s before.
         found += [b.start - a.end - 0.15 for a, b in itertools.pairwise(words)]

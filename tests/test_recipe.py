@@ -11,6 +11,7 @@ from dsm_jax.errors import AudioError, ConfigError, TrainingError
 from dsm_jax.training import digits
 from dsm_jax.training.codec import CodecObjective
 from dsm_jax.training.codec_stages import CodecStage
+from dsm_jax.training.compose import Delivery
 from dsm_jax.training.recipe import DigitsConfig, LmStage, train_digits
 from dsm_jax.training.run import RunConfig
 from tests.checkpoint_maker import assert_same_weights
@@ -61,7 +62,7 @@ def test_words_of_a_row_are_cut_where_the_mix_says_so(data):
     takes = digits.load_takes(data / "fsdd", digits.TRAINING_TAKES)
 
     def lengths(cut: float) -> list[float]:
-        mix = digits.Mix(sentences=0.0, noise=0.0, speed=0.0, tempo=0.0, cut=cut)
+        mix = digits.Mix(sentences=0.0, noise=0.0, delivery=Delivery(cut=cut))
         rows = digits.SpeechRows(takes, [], 50, (0, 0), mix)
         return [word.end - word.start for i in range(10) for word in rows[i][1]]
 

@@ -12,14 +12,21 @@ from flax import nnx
 
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.training import codec, digits
-from dsm_jax.training.compose import Gaps
+from dsm_jax.training.compose import Delivery
 from dsm_jax.training.digits import CodecRows, Mix
 from dsm_jax.training.fit import fit
 from dsm_jax.training.run import Run, RunConfig
 from dsm_jax.training.step import OptimizerConfig
 
 VALIDATION_ROWS = 32
-_DENSE = Mix(sentences=0.15, noise=0.05, short=0.1, gaps=Gaps(longest=0.5, lead=0.4), harshness=0.4, quietest_db=-20.0)
+_DENSE = Mix(
+    sentences=0.15,
+    noise=0.05,
+    short=0.1,
+    delivery=Delivery(lead=0.4, longest_gap=0.5, speed=0.15, tempo=0.2),
+    harshness=0.4,
+    quietest_db=-20.0,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,13 +51,18 @@ _LATER = OptimizerConfig(learning_rate=7e-4, warmup=100, weight_decay=0.02, b1=0
 HARDENED = CodecStage(
     run=RunConfig(steps=14_000, log_every=50, save_every=500),
     optimizer=_LATER,
-    mix=dataclasses.replace(_DENSE, speed=0.2, tempo=0.25, harshness=0.8, often=digits.OFTEN),
+    mix=dataclasses.replace(
+        _DENSE,
+        delivery=dataclasses.replace(_DENSE.delivery, speed=0.2, tempo=0.25),
+        harshness=0.8,
+        often=digits.OFTEN,
+    ),
 )
 # Then with words that have lost their ends, as some recordings have: of these it mishears four times as many.
 CUT = dataclasses.replace(
     HARDENED,
     run=RunConfig(steps=10_000, log_every=50, save_every=500),
-    mix=dataclasses.replace(HARDENED.mix, tempo=0.3, cut=0.1),
+    mix=dataclasses.replace(HARDENED.mix, delivery=dataclasses.replace(HARDENED.mix.delivery, tempo=0.3, cut=0.1)),
 )
 # What it makes of codes is to be like recordings, and not like what was done to them.
 # Of its objective, only the weight of the waveform counts: see `codec.decoder_loss`.
@@ -62,9 +74,7 @@ DECODER = CodecStage(
         sentences=0.2,
         noise=0.0,
         short=0.0,
-        gaps=Gaps(shortest=0.05, longest=0.4, lead=0.3),
-        speed=0.05,
-        tempo=0.05,
+        delivery=Delivery(lead=0.3, shortest_gap=0.05, longest_gap=0.4, speed=0.05, tempo=0.05),
         harshness=0.0,
         quietest_db=-14.0,
     ),

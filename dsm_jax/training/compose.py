@@ -30,12 +30,27 @@ class Spoken:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gaps:
-    """How words follow each other, in seconds; most gaps are near the shortest."""
+class Delivery:
+    """How the words of a string follow each other, and what becomes of each; as recorded, unless told otherwise.
 
-    shortest: float = 0.0
-    longest: float = 0.9
-    lead: float = 1.2  # the most there is before the first word
+    Attributes:
+      lead: the most there is before the first word, in seconds.
+      shortest_gap, longest_gap: between words, in seconds; most are near the shortest.
+      speed: each string is said up to this much faster and higher, or slower and deeper, and each word half of that
+        beside.
+      tempo: the same at the pitch that it has; times are then exact to some milliseconds.
+      cut: half of the words lack up to this much of their beginning and of their end, in seconds, and at most a quarter
+        of each, as takes trimmed by level do.
+      taking_turns: how often the speaker changes from one word to the next; 0 is never.
+    """
+
+    lead: float = 1.2
+    shortest_gap: float = 0.0
+    longest_gap: float = 0.9
+    speed: float = 0.0
+    tempo: float = 0.0
+    cut: float = 0.0
+    taking_turns: float = 0.0
 
 
 def string_of(
@@ -45,11 +60,7 @@ def string_of(
     *,
     seconds: float,
     words: int | None = None,
-    gaps: Gaps = Gaps(),
-    speed: float = 0.15,
-    tempo: float = 0.0,
-    taking_turns: float = 0.0,
-    cut: float = 0.0,
+    delivery: Delivery = Delivery(),
 ) -> tuple[np.ndarray, list[Spoken]]:
     """A string of words by one speaker, or two who take turns, in silence.
 
@@ -59,34 +70,29 @@ def string_of(
       sample_rate: of the takes, Hz.
       seconds: of the result.
       words: how many; None for as many as there is room for.
-      gaps: how they follow each other.
-      speed: each string is said up to this much faster and higher, or slower and deeper, and each word half of that
-        beside.
-      tempo: the same at the pitch that it has; times are then exact to some milliseconds.
-      taking_turns: how often the speaker changes from one word to the next; 0 is never.
-      cut: half of the words lack up to this much of their beginning and of their end, in seconds, and at most a quarter
-        of each.
+      delivery: how they are said.
 
     Returns:
       samples: float32 [seconds * sample_rate].
       The words, in order; those that did not fit are left out.
     """
     own = _of_one_speaker(random, takes)
-    other = _of_one_speaker(random, takes) if taking_turns else own
+    other = _of_one_speaker(random, takes) if delivery.taking_turns else own
     pcm_T = np.zeros(round(seconds * sample_rate), np.float32)
-    at, spoken = random.uniform(0, gaps.lead), []
-    speeds = np.exp(random.uniform(-1, 1, 2) * (speed, tempo))
+    at, spoken = random.uniform(0, delivery.lead), []
+    shortest, longest, most = delivery.shortest_gap, delivery.longest_gap, (delivery.speed, delivery.tempo)
+    speeds = np.exp(random.uniform(-1, 1, 2) * most)
     tightness = random.choice([1.0, 2.0, 4.0])
     while words is None or len(spoken) < words:
-        if taking_turns and random.random() < taking_turns:
+        if delivery.taking_turns and random.random() < delivery.taking_turns:
             own, other = other, own
         take = own[int(random.integers(len(own)))]
-        if cut and random.random() < 0.5:
-            take = _cut(random, take, cut, sample_rate)
-        higher, faster = speeds * np.exp(random.uniform(-0.5, 0.5, 2) * (speed, tempo))
+        if delivery.cut and random.random() < 0.5:
+            take = _cut(random, take, delivery.cut, sample_rate)
+        higher, faster = speeds * np.exp(random.uniform(-0.5, 0.5, 2) * most)
         factor = higher * faster
         said_T = sounds.change_speed(take.pcm_T, higher)
-        if tempo:
+        if delivery.tempo:
             said_T = sounds.change_tempo(said_T, faster, sample_rate)
         said_T = said_T * (sounds.gain(random.uniform(-4, 4)) * 0.1 / sounds.rms(said_T))
         first = round(at * sample_rate)
@@ -94,7 +100,7 @@ def string_of(
             break
         pcm_T[first : first + len(said_T)] += said_T
         spoken.append(Spoken(take.word, at + take.start / factor, at + take.end / factor, take.speaker))
-        at += len(said_T) / sample_rate + gaps.shortest + (gaps.longest - gaps.shortest) * random.random() ** tightness
+        at += len(said_T) / sample_rate + shortest + (longest - shortest) * random.random() ** tightness
     return pcm_T, spoken
 
 

@@ -23,7 +23,7 @@ from dsm_jax.configs import (
 )
 from dsm_jax.errors import AudioError, ConfigError
 from dsm_jax.training import sounds
-from dsm_jax.training.compose import Gaps, Spoken, Take, labels_of, string_of
+from dsm_jax.training.compose import Delivery, Spoken, Take, labels_of, string_of
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PARTS = 3  # the semantic codebook learns to tell the beginning, the middle and the end of a word apart
@@ -111,23 +111,18 @@ class Mix:
       sentences: share of rows with other speech.
       noise: share of rows in which nobody speaks.
       short: share of strings with few words or none, and silence after them.
-      gaps: between the words of a string.
-      speed, tempo: how much faster or slower strings are said, as on a tape and at the same pitch; see `string_of`.
+      delivery: of strings; see `Delivery`.
       harshness, quietest_db: of what is done to strings; see `sounds.roughen`.
       often: speakers by name, and how many times as often as another each is drawn for a string.
-      cut: seconds that half of the words may lack at either end, as takes trimmed by level do; see `string_of`.
     """
 
     sentences: float = 0.3
     noise: float = 0.08
     short: float = 0.3
-    gaps: Gaps = Gaps()
-    speed: float = 0.15
-    tempo: float = 0.2
+    delivery: Delivery = Delivery(speed=0.15, tempo=0.2)
     harshness: float = 1.0
     quietest_db: float = -26.0
     often: Table = Table()
-    cut: float = 0.0
 
     def __post_init__(self) -> None:
         for speaker, times in self.often.items():
@@ -143,17 +138,7 @@ def digits_row(
     """A string of digits in some room, samples [frames * frame size] at the codec's rate, and its words."""
     seconds = frames / config.frame_rate
     words = None if random.random() >= mix.short else int(random.integers(0, 6))
-    pcm_T, spoken = string_of(
-        random,
-        takes,
-        TAKE_RATE,
-        seconds=seconds,
-        words=words,
-        gaps=mix.gaps,
-        speed=mix.speed,
-        tempo=mix.tempo,
-        cut=mix.cut,
-    )
+    pcm_T, spoken = string_of(random, takes, TAKE_RATE, seconds=seconds, words=words, delivery=mix.delivery)
     pcm_T = sounds.roughen(random, pcm_T, TAKE_RATE, harshness=mix.harshness, quietest_db=mix.quietest_db)
     return sounds.resample(pcm_T, TAKE_RATE, config.sample_rate)[: frames * config.frame_size], spoken
 
@@ -246,12 +231,11 @@ class SpeechRows(_Rows):
 
 def plain_strings(takes: Sequence[Take], count: int, *, seed: int = 0) -> list[tuple[np.ndarray, list[Spoken]]]:
     """Strings of 3 to 9 digits as they were recorded, samples at the codec's rate, and their words: to measure with."""
-    strings = []
+    delivery, strings = Delivery(lead=0.5, shortest_gap=0.05, longest_gap=0.5), []
     for i in range(count):
         random = np.random.default_rng((seed, 4, i))
         words = int(random.integers(3, 10))
-        gaps = Gaps(shortest=0.05, longest=0.5, lead=0.5)
-        pcm_T, spoken = string_of(random, takes, TAKE_RATE, seconds=15.0, words=words, gaps=gaps, speed=0.0)
+        pcm_T, spoken = string_of(random, takes, TAKE_RATE, seconds=15.0, words=words, delivery=delivery)
         end = round((spoken[-1].end + random.uniform(0.1, 0.6)) * TAKE_RATE)
         strings.append((sounds.resample(pcm_T[:end], TAKE_RATE, MIMI.sample_rate), spoken))
     return strings

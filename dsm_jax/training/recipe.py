@@ -20,7 +20,7 @@ from dsm_jax.training import codec_stages, digits
 from dsm_jax.training.alignment import text_stream
 from dsm_jax.training.codec import CodecTrainee
 from dsm_jax.training.codec_stages import CodecStage, train_codec, train_decoder
-from dsm_jax.training.compose import Gaps, Take
+from dsm_jax.training.compose import Delivery, Take
 from dsm_jax.training.digits import CodecRows, Mix, SpeechRows
 from dsm_jax.training.export import in_16_bits, new_model, write_model
 from dsm_jax.training.run import Run, RunConfig
@@ -42,7 +42,11 @@ class LmStage(StringsStage):
     run: RunConfig = RunConfig(steps=2400, log_every=50, save_every=400)
     objective: SttObjective = SttObjective(padding_weight=1.0, text_dropout=0.1, codebook_dropout=0.5, random_codes=0.1)
     mix: Mix = Mix(
-        sentences=0.12, harshness=0.6, gaps=Gaps(longest=0.7), quietest_db=-20.0, often=digits.OFTEN, cut=0.1
+        sentences=0.12,
+        delivery=Delivery(longest_gap=0.7, speed=0.15, tempo=0.2, cut=0.1),
+        harshness=0.6,
+        quietest_db=-20.0,
+        often=digits.OFTEN,
     )
 
 
@@ -102,7 +106,8 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
 
     def rows(stage: CodecStage, draw: int) -> tuple[CodecRows, CodecRows]:
         # Measured on digits alone, whole and everyone's alike, whatever else the stage learns from.
-        only_digits = dataclasses.replace(stage.mix, sentences=0.0, noise=0.0, often=Table(), cut=0.0)
+        whole = dataclasses.replace(stage.mix.delivery, cut=0.0)
+        only_digits = dataclasses.replace(stage.mix, sentences=0.0, noise=0.0, often=Table(), delivery=whole)
         learnt = CodecRows(takes, sentences, stage.frames, (seed, draw), stage.mix, sizes)
         return learnt, CodecRows(kept, sentences, stage.frames, (seed, 1), only_digits, sizes)
 

@@ -21,7 +21,7 @@ from dsm_jax.stt.words import Timing
 from dsm_jax.tokenizers import load_tokenizer
 from dsm_jax.training import digits, sounds
 from dsm_jax.training.alignment import text_stream
-from dsm_jax.training.compose import Gaps, Spoken, Take, string_of
+from dsm_jax.training.compose import Delivery, Spoken, Take, string_of
 from dsm_jax.training.export import in_16_bits, new_model, write_model
 from dsm_jax.training.run import Run, RunConfig
 from dsm_jax.training.strings import Loss, StringsStage, encode_strings, train_lm
@@ -43,8 +43,8 @@ class SpeakingStage(StringsStage):
     rows: int = 24
     run: RunConfig = RunConfig(steps=4000, log_every=50, save_every=500)
     objective: TtsObjective = TtsObjective()
-    gaps: Gaps = Gaps(shortest=0.05, longest=0.45, lead=0.4)
-    taking_turns: float = 0.3  # in a third of the strings
+    # Turns are taken in a third of the strings.
+    delivery: Delivery = Delivery(lead=0.4, shortest_gap=0.05, longest_gap=0.45, taking_turns=0.3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,17 +73,12 @@ class SpokenRows:
     def __getitem__(self, index: int) -> tuple[np.ndarray, list[Spoken]]:
         """Samples [frames * frame size] at the codec's rate, and words with times."""
         random = np.random.default_rng((*self.seed, index))
-        frames = self.stage.frames
-        pcm_T, spoken = string_of(
-            random,
-            self.takes,
-            digits.TAKE_RATE,
-            seconds=frames / self.mimi.frame_rate,
-            words=None if random.random() < 0.5 else int(random.integers(1, 9)),
-            gaps=self.stage.gaps,
-            speed=0.0,
-            taking_turns=self.stage.taking_turns if random.random() < 1 / 3 else 0.0,
-        )
+        frames, delivery = self.stage.frames, self.stage.delivery
+        seconds = frames / self.mimi.frame_rate
+        words = None if random.random() < 0.5 else int(random.integers(1, 9))
+        if random.random() >= 1 / 3:
+            delivery = dataclasses.replace(delivery, taking_turns=0.0)
+        pcm_T, spoken = string_of(random, self.takes, digits.TAKE_RATE, seconds=seconds, words=words, delivery=delivery)
         pcm_T = sounds.resample(pcm_T, digits.TAKE_RATE, self.mimi.sample_rate)
         return pcm_T[: frames * self.mimi.frame_size], spoken
 

@@ -55,10 +55,11 @@ def encode_strings(mimi: Mimi, rows: Any, count: int) -> tuple[np.ndarray, list[
     codes, spoken = [], []
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(draw, 0)
-        for start in range(0, count, _ENCODED_AT_ONCE):
+        for after in range(_ENCODED_AT_ONCE, count + _ENCODED_AT_ONCE, _ENCODED_AT_ONCE):
             pcm_BT, words = ahead.result()
             # One batch ahead and no more: the sound of all strings is many times the size of their codes.
-            ahead = pool.submit(draw, start + _ENCODED_AT_ONCE)
+            if after < count:
+                ahead = pool.submit(draw, after)
             codes.append(np.asarray(encode(params, jnp.asarray(pcm_BT[..., None]))).astype(np.int16))
             spoken += words
     return np.concatenate(codes)[:count], spoken[:count]
