@@ -56,6 +56,23 @@ def test_a_run_leaves_metrics_the_last_checkpoints_and_a_picture(whole):
     assert_same(Run(folder, CONFIG).restore(start()), state)
 
 
+def test_what_compiling_leaves_is_set_aside_after_the_first_step_and_the_first_figures(tmp_path, monkeypatch):
+    happened = []
+
+    def step(state, batch):
+        happened.append("step")
+        return STEP(state, batch)
+
+    def figures(state):
+        happened.append("figures")
+        return evaluate(state)
+
+    monkeypatch.setattr("dsm_jax.training.run.set_pieces_aside", lambda: happened.append("aside"))
+    Run(tmp_path, CONFIG).train(step, start(), data(), evaluate=figures)
+    assert happened[:7] == ["step", "aside", "step", "step", "step", "figures", "aside"]
+    assert happened.count("aside") == 2
+
+
 def test_a_row_is_the_mean_of_the_steps_since_the_last(tmp_path):
     losses, state = [], start()
     for batch in itertools.islice(data(), 10):

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from dsm_jax.errors import ConfigError, TrainingError
+from dsm_jax.memory import set_pieces_aside
 from dsm_jax.training.report import bar, draw_curve
 from dsm_jax.training.step import Metrics, TrainState
 
@@ -205,6 +206,8 @@ class Run:
             for number in range(first + 1, last + 1):
                 state, metrics = step(state, self._next(data, number))
                 held.append(metrics)
+                if number == first + 1:
+                    set_pieces_aside()  # of compiling the step
                 saves = number % self.config.save_every == 0 or number == last
                 if number % self.config.log_every and not saves:
                     continue
@@ -214,6 +217,8 @@ class Run:
                 if saves:
                     self.save(state)
                     row |= {name: float(value) for name, value in (evaluate(state) if evaluate else {}).items()}
+                    if number - first <= self.config.save_every:
+                        set_pieces_aside()  # of compiling `evaluate`
                 began = time.perf_counter()
                 rows.append({name: value if math.isfinite(value) else None for name, value in row.items()})
                 self._append(rows[-1])

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from dsm_jax.configs import LMConfig, MimiConfig
-from dsm_jax.memory import keep_freed
+from dsm_jax.memory import keep_freed, set_pieces_aside
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.training import codec, digits, recipe, step
@@ -126,8 +126,9 @@ def train_codec(case: CodecCase, trainee: CodecTrainee, *, fresh: bool) -> Train
 def start(training: Training) -> Step:
     """A step that goes on from the one before, and returns the loss once its update is done."""
     optimizer = training.optimizer.build(_NEVER)
-    advance = step.make_step(training.loss, optimizer)
     state = step.init(training.params, training.memory, optimizer, seed=0)
+    advance = step.make_step(training.loss, optimizer).lower(state, training.batch).compile()
+    set_pieces_aside()
 
     def run() -> float:
         nonlocal state
