@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from dsm_jax.errors import TrainingError
-from dsm_jax.training.run import Run, RunConfig, batches
+from dsm_jax.training.batches import batches
+from dsm_jax.training.run import Run, RunConfig
 from dsm_jax.training.step import OptimizerConfig, TrainState, init, make_step
 
 CONFIG = RunConfig(steps=10, log_every=2, save_every=4, keep=2)

@@ -1,4 +1,4 @@
-"""A training run in its folder: what it leaves there, what a resumed run makes of it, and the order of its data."""
+"""A training run in its folder: what it leaves there, and what a resumed run makes of it."""
 
 import dataclasses
 import itertools
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dsm_jax.errors import ConfigError, TrainingError
-from dsm_jax.training.run import Run, RunConfig, batches
+from dsm_jax.training.run import Run, RunConfig
 from dsm_jax.training.step import TrainState
-from tests.small_run import CONFIG, STEP, Rows, assert_same, checkpoints, data, evaluate, metrics, start, stopped
+from tests.small_run import CONFIG, STEP, assert_same, checkpoints, data, evaluate, metrics, start, stopped
 
 
 @pytest.fixture(scope="module")
@@ -130,35 +130,3 @@ def test_off_a_terminal_each_report_is_a_line(tmp_path, capsys):
         r"digits 4/10  loss [\d.e+-]+  gradient_norm [\d.e+-]+  seconds_per_step [\d.e+-]+  validation_w [\d.]+",
         lines[1],
     )
-
-
-def indices(count: int, batch_size: int = 5, **settings: int) -> list[int]:
-    drawn = batches(Rows(), batch_size=batch_size, **({"seed": 0, "first_step": 0} | settings))
-    return np.concatenate([batch["row_B"] for batch in itertools.islice(drawn, count)]).tolist()
-
-
-def test_every_time_through_each_row_comes_once_and_in_a_new_order():
-    order = indices(12)
-    epochs = [tuple(order[i : i + 12]) for i in range(0, 60, 12)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 5
-    assert len(set(epochs)) == 5
-    assert indices(12) == order
-    assert indices(12, seed=1) != order
-
-
-@pytest.mark.parametrize("first", [1, 2, 7])
-def test_batches_read_on_from_any_step(first):
-    assert indices(12 - first, first_step=first) == indices(12)[5 * first :]
-
-
-def test_a_batch_holds_rows_as_they_are():
-    batch = next(data())
-    assert {name: (a.shape, a.dtype.name) for name, a in batch.items()} == {
-        "x_BD": ((4, 3), "float32"),
-        "y_B": ((4,), "float32"),
-        "row_B": ((4,), "int32"),
-    }
-    for place, index in enumerate(batch["row_B"]):
-        np.testing.assert_array_equal(batch["x_BD"][place], Rows()[index]["x_BD"])
-    with pytest.raises(TrainingError, match="there are no rows to train on; look at where the data comes from"):
-        batches([], batch_size=4, seed=0, first_step=0)

@@ -21,10 +21,11 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.convert.networks import read_dtype
 from dsm_jax.errors import ConfigError, TrainingError
 from dsm_jax.training import lora, manifest
+from dsm_jax.training.batches import batches
 from dsm_jax.training.export import write_model
 from dsm_jax.training.lora import LoraConfig
 from dsm_jax.training.rows import Rows, filled
-from dsm_jax.training.run import Run, RunConfig, batches
+from dsm_jax.training.run import Run, RunConfig
 from dsm_jax.training.step import Metrics, OptimizerConfig, TrainState, init, make_step
 from dsm_jax.training.stt import SttObjective, stt_loss
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from dsm_jax.training.run import Run, batches
+from dsm_jax.training.batches import batches
+from dsm_jax.training.run import Run
 from dsm_jax.training.step import Loss, Metrics, OptimizerConfig, TrainState, init, make_step
 
 
@@ -31,7 +32,7 @@ def fit(
       measured: of parameters and memory, jittable: figures of rows that are kept apart, reported at each checkpoint.
       params: to begin with; the run takes them over.
       memory: what the loss carries along.
-      rows: see `run.batches`.
+      rows: see `batches`.
       batch_size: rows in a batch.
       seed: of the order of the rows, and of what is random in the loss.
       resume: go on from the last checkpoint, if there is one.
