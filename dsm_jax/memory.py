@@ -41,8 +41,9 @@ def set_pieces_aside() -> None:
     """Takes the pieces that compiling has left of kept memory out of use, for good; else, does nothing.
 
     XLA's compiler frees a gigabyte in a hundred thousand pieces. Whoever wants a buffer then goes through lists of
-    them, and the other threads wait: a step of `digits` on two cores takes 0.27 s in a process that compiled it and
-    0.17 s in one that found it in the cache. With the pieces taken, and their pages returned first, 0.19 s.
+    them, and the other threads wait: a step of `digits` on two cores takes 0.26 to 0.40 s in a process that compiled
+    it and 0.17 to 0.19 s in one that found it in the cache. With the pieces taken, and their pages returned first, it
+    is 0.19 to 0.21 s.
     """
     if not _kept:
         return
