@@ -47,9 +47,9 @@ def set_pieces_aside() -> None:
     """
     if not _kept:
         return
+    return_freed()
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.malloc_trim(0)
     for _ in range(2):  # what a larger piece leaves of itself is taken the second time
         for size, count in reversed(free_pieces()):
             for _ in range(count):

@@ -59,9 +59,8 @@ HARDENED = CodecStage(
     ),
 )
 # Then with words that have lost their ends, as some recordings have: of these it mishears four times as many.
-CUT = dataclasses.replace(
-    HARDENED,
-    run=RunConfig(steps=10_000, log_every=50, save_every=500),
+CUT = CodecStage(
+    optimizer=_LATER,
     mix=dataclasses.replace(HARDENED.mix, delivery=dataclasses.replace(HARDENED.mix.delivery, tempo=0.3, cut=0.1)),
 )
 # What it makes of codes is to be like recordings, and not like what was done to them.
