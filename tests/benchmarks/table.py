@@ -76,15 +76,18 @@ def gpu_table(rows: Sequence[Row]) -> str:
     steps = [row for row in rows if row.get("bench") == "stt_step" and "p50_ms" in row]
     pairs = sorted({(row["size"], row["batch"]) for row in steps})
     found = {(row["size"], row["batch"], row["who"]): row for row in steps}
-    lines = [_line("model, streams", "dsm_jax, median ms (99 %)", "moshi", "keeps up", "share of the bandwidth limit")]
-    lines.append("|---|--:|--:|--:|--:|")
+    head = "model, streams", "dsm_jax, median ms (99 %)", "moshi", "ratio", "keeps up", "share of the bandwidth limit"
+    lines = [_line(*head), "|---|--:|--:|--:|--:|--:|"]
     for size, batch in pairs:
         ours, moshi = found.get((size, batch, OURS), {}), found.get((size, batch, "moshi"), {})
         times = (f"{_ms(row['p50_ms'])} ({_ms(row['p99_ms'])})" if row else _MISSING for row in (ours, moshi))
+        ratio = f"**{ours['p50_ms'] / moshi['p50_ms']:.2f}**" if ours and moshi else _MISSING
         keeps_up = ("yes" if ours["streams"] else "no") if ours else _MISSING
         share = f"{100 * ours['share_of_limit']:.0f} %" if ours else _MISSING
-        lines.append(_line(f"{size}, {batch}", *times, keeps_up, share))
-    return "\n".join(lines)
+        lines.append(_line(f"{size}, {batch}", *times, ratio, keeps_up, share))
+    failed = [row for row in rows if "error" in row]
+    notes = (f"{row.get('part') or row['who'] + ', ' + str(row['batch'])}: {row['error']}" for row in failed)
+    return "\n".join(lines) + "".join(f"\n\n{note}" for note in notes)
 
 
 def rewrite(text: str, content: str) -> str:
