@@ -1,11 +1,13 @@
 """`dsm-jax train`: a task and its settings from a JSON file, or a sentence that says what is wrong with it."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from dsm_jax import cli
+from dsm_jax.configs import Table
 from dsm_jax.errors import ConfigError
 from dsm_jax.training.command import read_config
 from dsm_jax.training.finetune import FinetuneConfig, finetune
@@ -44,6 +46,18 @@ def test_settings_are_read_and_paths_are_relative_to_the_file(tmp_path):
     assert (config.run.steps, config.lora) == (3, LoraConfig(rank=2))
 
 
+def test_a_config_given_in_part_is_for_the_rest_that_of_the_task(tmp_path):
+    values = {"task": "digits", "data": "a", "output": "b", "hardened": {"run": {"steps": 20}, "mix": {"often": {}}}}
+    config, _ = read_config(write(tmp_path, json.dumps(values)))
+    hardened = DigitsConfig(data="a", output="b").hardened
+    run, mix = dataclasses.replace(hardened.run, steps=20), dataclasses.replace(hardened.mix, often=Table())
+    assert mix != hardened.mix
+    assert config.hardened == dataclasses.replace(hardened, run=run, mix=mix)
+    values = {"task": "finetune", "data": "a", "output": "b", "run": {"steps": 3}, "optimizer": {"clip": 0.5}}
+    config, _ = read_config(write(tmp_path, json.dumps(values)))
+    assert config.optimizer.learning_rate == 5e-5  # of fine-tuning, not that of `OptimizerConfig`
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -54,6 +68,10 @@ def test_settings_are_read_and_paths_are_relative_to_the_file(tmp_path):
         (
             '{"task": "digits", "data": "a", "output": "b", "sed": 1}',
             r"unknown keys \['sed'\]; remove them, or use",
+        ),
+        (
+            '{"task": "finetune", "data": "a", "output": "b", "run": {"keep": 1}}',
+            r"run: the keys \['steps'\] are missing; RunConfig needs them",
         ),
         ('{"task": "finetune", "data": "a"}', r"the keys \['output', 'run'\] are missing; FinetuneConfig needs them"),
         ('{"task": "digits", "data": "a", "output": "b", "seed": "x"}', r"seed is 'x'; expected int"),

@@ -42,7 +42,7 @@ def read_config(path: Path) -> tuple[Any, Callable[..., Model]]:
         found = values.get("task") if isinstance(values, dict) else values
         raise ConfigError(f"{path}: the task is {found!r}; choose one of {sorted(tasks)}")
     kind, run = tasks[values.pop("task")]
-    config = from_dict(kind, values, str(path))
+    config = from_dict(kind, values, str(path), like=kind)
     folders = {
         name: str(path.parent / values[name])
         for name in ("data", "output", "validation")
@@ -56,7 +56,7 @@ def train(path: Path, *, resume: bool = False) -> Model:
 
     Args:
       path: a JSON file: `task` ("finetune", "digits" or "digits-tts") and the fields of `FinetuneConfig`,
-        `DigitsConfig` or `SpeakingConfig`.
+        `DigitsConfig` or `SpeakingConfig`. What is not given, in nested configs too, is as it is in these.
       resume: go on from the last checkpoint.
 
     Returns:
