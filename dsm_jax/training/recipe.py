@@ -37,10 +37,10 @@ UNSEEN_STRINGS = 256  # that the language model is validated on
 class LmStage(StringsStage):
     """Training of the language model that hears."""
 
-    strings: int = 18_000
+    strings: int = 48_000
     rows: int = 36
-    run: RunConfig = RunConfig(steps=2400, log_every=50, save_every=400)
-    objective: SttObjective = SttObjective(padding_weight=1.0, text_dropout=0.1, codebook_dropout=0.5, random_codes=0.1)
+    run: RunConfig = RunConfig(steps=4800, log_every=50, save_every=400)
+    objective: SttObjective = SttObjective(padding_weight=2.5, text_dropout=0.1, codebook_dropout=0.5, random_codes=0.1)
     mix: Mix = Mix(
         sentences=0.12,
         delivery=Delivery(longest_gap=0.7, speed=0.15, tempo=0.2, cut=0.1),
