@@ -179,19 +179,14 @@ def test_peak_memory_has_a_line(tmp_path: Path):
 
 
 def test_the_gpu_table_pairs_ours_and_moshi(tmp_path: Path):
-    head = {"bench": "stt_step", "size": "stt-1b", **ABOUT}
-    ours, moshi = head | {"who": "ours", "share_of_limit": 0.5}, head | {"who": "moshi"}
-    found = [
-        ours | {"batch": 1} | gpu_worker.timing([0.01] * 4, 1),
-        moshi | {"batch": 1} | gpu_worker.timing([0.04] * 4, 1),
-        ours | {"batch": 64} | gpu_worker.timing([0.01] * 4, 64),
-        moshi | {"batch": 64, "error": "out of memory"},
-        {"part": "moshi-2.6b", "error": "no time left", **ABOUT},
-    ]
+    head = {"bench": "stt_step", "size": "stt-1b", "share_of_limit": 0.5, **ABOUT}
+    ours, moshi = ({"who": who} | head | gpu_worker.timing([s], 1) for who, s in (("ours", 0.01), ("moshi", 0.04)))
+    found = [ours | {"batch": batch} for batch in (1, 64)] + [moshi | {"batch": 1}]
+    found += [head | {"who": "moshi", "batch": 64, "error": "full"}, {"part": "check", "error": "late"}]
     shown = table.block([results(tmp_path, found)], tmp_path)
     assert "| stt-1b, 1 | 10 (10) | 40 (40) | **0.25** | yes | 50 % |" in shown
     assert "| stt-1b, 64 | 10 (10) | – | – | yes | 50 % |" in shown
-    assert "\n\nmoshi, 64: out of memory\n\nmoshi-2.6b: no time left\n" in shown
+    assert "\n\nmoshi, stt-1b, 64: full\n\ncheck: late\n" in shown
 
 
 @pytest.mark.parametrize("found", [[], [FOUND[0] | {"tiny": True}]])

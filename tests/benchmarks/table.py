@@ -86,7 +86,8 @@ def gpu_table(rows: Sequence[Row]) -> str:
         share = f"{100 * ours['share_of_limit']:.0f} %" if ours else _MISSING
         lines.append(_line(f"{size}, {batch}", *times, ratio, keeps_up, share))
     failed = [row for row in rows if "error" in row]
-    notes = (f"{row.get('part') or row['who'] + ', ' + str(row['batch'])}: {row['error']}" for row in failed)
+    tried = (row.get("part") or f"{row['who']}, {row['size']}, {row['batch']}" for row in failed)
+    notes = (f"{what}: {row['error']}" for what, row in zip(tried, failed, strict=True))
     return "\n".join(lines) + "".join(f"\n\n{note}" for note in notes)
 
 
