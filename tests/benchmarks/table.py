@@ -68,7 +68,7 @@ def cpu_table(rows: Sequence[Row]) -> str:
     busy = [row["task"] for row in figures.values() if row.get("others_cores", 0) > QUIET_CORES]
     if busy:
         notes.append(f"other programs were running during {', '.join(dict.fromkeys(busy))}")
-    return "\n".join(lines) + "".join(f"\n\n{note}" for note in notes)
+    return _with_notes(lines, notes)
 
 
 def gpu_table(rows: Sequence[Row]) -> str:
@@ -77,7 +77,7 @@ def gpu_table(rows: Sequence[Row]) -> str:
     pairs = sorted({(row["size"], row["batch"]) for row in steps})
     found = {(row["size"], row["batch"], row["who"]): row for row in steps}
     head = "model, streams", "dsm_jax, median ms (99 %)", "moshi", "ratio", "keeps up", "share of the bandwidth limit"
-    lines = [_line(*head), "|---|--:|--:|--:|--:|--:|"]
+    lines, notes = [_line(*head), "|---|--:|--:|--:|--:|--:|"], []
     for size, batch in pairs:
         ours, moshi = found.get((size, batch, OURS), {}), found.get((size, batch, "moshi"), {})
         times = (f"{_ms(row['p50_ms'])} ({_ms(row['p99_ms'])})" if row else _MISSING for row in (ours, moshi))
@@ -85,10 +85,11 @@ def gpu_table(rows: Sequence[Row]) -> str:
         keeps_up = ("yes" if ours["streams"] else "no") if ours else _MISSING
         share = f"{100 * ours['share_of_limit']:.0f} %" if ours else _MISSING
         lines.append(_line(f"{size}, {batch}", *times, ratio, keeps_up, share))
-    failed = [row for row in rows if "error" in row]
-    tried = (row.get("part") or f"{row['who']}, {row['size']}, {row['batch']}" for row in failed)
-    notes = (f"{what}: {row['error']}" for what, row in zip(tried, failed, strict=True))
-    return "\n".join(lines) + "".join(f"\n\n{note}" for note in notes)
+    for row in rows:
+        if "error" in row:
+            tried = row.get("part") or f"{row['who']}, {row['size']}, {row['batch']}"
+            notes.append(f"{tried}: {row['error']}")
+    return _with_notes(lines, notes)
 
 
 def rewrite(text: str, content: str) -> str:
@@ -116,6 +117,10 @@ def is_current(text: str, root: Path = ROOT) -> bool:
     if not shown.strip():
         return not any((root / RESULTS).glob("*.jsonl"))
     return rewrite(text, block(_SOURCE.findall(shown), root)) == text
+
+
+def _with_notes(lines: Sequence[str], notes: Sequence[str]) -> str:
+    return "\n\n".join(["\n".join(lines), *notes])
 
 
 def _line(*cells: str) -> str:
