@@ -1,14 +1,17 @@
 """The streaming contract, and what may be done to the rows of a streaming state.
 
-Every streaming module has `init_state(batch_size) -> State` and `step(x, state, active_B=None) -> (y, state)`. Calling
-the module is one `step` over the whole clip from the empty state; there is no second, offline implementation. A state
-is a frozen, registered dataclass whose leaves have the batch as their first axis and keep their shapes and dtypes.
-Modules hold parameters only. Rows are independent streams: a row whose `active_B` is False is left untouched (what the
-step returns for it is finite and means nothing), and any row can be reset while the others run.
+Every streaming module has `init_state(batch_size) -> State` and `step(x, state, lengths_B=None) -> (y, state)`.
+Calling the module is one `step` over the whole clip from the fresh state; there is no second, offline implementation. A
+state is a frozen, registered dataclass whose leaves have the batch as their first axis and keep their shapes and
+dtypes. Modules hold parameters only.
 
-A fresh state is all zeros, so resetting a row means zeroing its leaves. Caches of keys and values are the exception:
-positions decide which of their slots are valid, so zeroing the position hides them, and neither reset nor an idle row
-ever has to copy a cache.
+Rows are independent streams. A chunk may be ragged: row b takes the first `lengths_B[b]` of its T steps, and its state
+afterwards is the one after those steps. The outputs of the steps that a row does not take are finite and meaningless. A
+row with a length of 0 is idle: its state is left untouched. None stands for T steps in every row. Any row can be reset
+while the others run: it takes the values that it has in a fresh state.
+
+Caches of keys and values are exempt from reset: positions decide which of their slots are valid, so a position of 0
+hides all of them, and neither a reset nor an idle row ever has to copy a cache.
 
 Shape letters: B batch rows, T steps, S cache slots, K key/value heads, H head width.
 """
@@ -40,54 +43,72 @@ def _where_rows(mask_B: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(mask_B.reshape(mask_B.shape + (1,) * (new.ndim - 1)), new, old)
 
 
-def select_rows(active_B: jax.Array | None, new: State, old: State) -> State:
-    """Takes the active rows of `new` and the idle rows of `old`.
+def select_rows(mask_B: jax.Array | None, new: State, old: State) -> State:
+    """Takes the marked rows of `new` and the other rows of `old`.
 
     Caches are taken from `new` whole: attention has already kept idle rows from writing.
 
     Args:
-      active_B: which rows ran; None means all of them.
+      mask_B: bool, which rows ran; None means all of them.
       new: the state after the step.
       old: the state before it.
 
     Returns:
       A state like `old`.
     """
-    if active_B is None:
+    if mask_B is None:
         return new
 
     def pick(new_leaf: Any, old_leaf: Any) -> Any:
-        return new_leaf if _is_cache(new_leaf) else _where_rows(active_B, new_leaf, old_leaf)
+        return new_leaf if _is_cache(new_leaf) else _where_rows(mask_B, new_leaf, old_leaf)
 
     return jax.tree.map(pick, new, old, is_leaf=_is_cache)
 
 
-def reset_rows(state: State, reset_B: jax.Array) -> State:
-    """Makes the rows where `reset_B` is True equal to a fresh stream and leaves the others alone.
+def reset_rows(state: State, reset_B: jax.Array, fresh: State) -> State:
+    """Takes the rows of a fresh state where `reset_B` is True, and leaves the other rows alone.
+
+    Caches are taken from `state` whole: the reset positions hide their contents.
 
     Args:
       state: any streaming state.
       reset_B: bool, one entry per row.
+      fresh: from `init_state`, of as many rows.
 
     Returns:
       A state like `state`.
     """
 
-    def clear(leaf: Any) -> Any:
-        return leaf if _is_cache(leaf) else _where_rows(reset_B, jnp.zeros_like(leaf), leaf)
+    def take(leaf: Any, fresh_leaf: Any) -> Any:
+        return leaf if _is_cache(leaf) else _where_rows(reset_B, fresh_leaf, leaf)
 
-    return jax.tree.map(clear, state, is_leaf=_is_cache)
+    return jax.tree.map(take, state, fresh, is_leaf=_is_cache)
+
+
+def scaled_lengths(lengths_B: jax.Array | None, steps_in: int, steps_out: int) -> jax.Array | None:
+    """Converts lengths in steps of a chunk to lengths in steps of a layer's output, which has another rate."""
+    return None if lengths_B is None else lengths_B * steps_out // steps_in
+
+
+def taken_BT(lengths_B: jax.Array, steps: int) -> jax.Array:
+    """Marks the steps of a chunk that each row takes, bool [B, steps]."""
+    return jnp.arange(steps) < lengths_B[:, None]
 
 
 def step_in_blocks(
-    step: Callable[[Any, State], tuple[Any, State]], x: Any, state: State, block: int
+    step: Callable[[Any, State, jax.Array | None], tuple[Any, State]],
+    x: Any,
+    state: State,
+    lengths_B: jax.Array | None,
+    block: int,
 ) -> tuple[Any, State]:
     """Runs one long step as a scan over blocks of time, so that memory does not grow with its square.
 
     Args:
-      step: maps (chunk, state) to (output, state); time is the second axis of every leaf.
+      step: maps (chunk, state, lengths) to (output, state); time is the second axis of every leaf.
       x: the whole input, any pytree of [B, T, ...].
       state: the state before it.
+      lengths_B: int32, steps of `x` that each row takes; None for all.
       block: the longest chunk `step` is given, in steps of `x`.
 
     Returns:
@@ -95,7 +116,7 @@ def step_in_blocks(
     """
     length = jax.tree.leaves(x)[0].shape[1]
     if length <= block:
-        return step(x, state)
+        return step(x, state, lengths_B)
     blocks, rest = divmod(length, block)
     whole = blocks * block
 
@@ -106,13 +127,17 @@ def step_in_blocks(
         a = jnp.moveaxis(a, 0, 1)
         return a.reshape(a.shape[0], a.shape[1] * a.shape[2], *a.shape[3:])
 
-    def body(carry: State, chunk: Any) -> tuple[State, Any]:
-        y, carry = step(chunk, carry)
+    def lengths_from(start: jax.Array | int, most: int) -> jax.Array | None:
+        return None if lengths_B is None else jnp.clip(lengths_B - start, 0, most)
+
+    def body(carry: State, part: tuple[Any, jax.Array]) -> tuple[State, Any]:
+        chunk, start = part
+        y, carry = step(chunk, carry, lengths_from(start, block))
         return carry, y
 
-    state, ys = jax.lax.scan(body, state, jax.tree.map(to_blocks, x))
+    state, ys = jax.lax.scan(body, state, (jax.tree.map(to_blocks, x), jnp.arange(0, whole, block)))
     y = jax.tree.map(from_blocks, ys)
     if rest:
-        y_rest, state = step(jax.tree.map(lambda a: a[:, whole:], x), state)
+        y_rest, state = step(jax.tree.map(lambda a: a[:, whole:], x), state, lengths_from(whole, rest))
         y = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), y, y_rest)
     return y, state

@@ -3,6 +3,7 @@
 Shape letters: B batch rows, T time steps.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ def check_streaming(
     """Raises AssertionError, naming the clause, unless the module keeps the streaming contract.
 
     Args:
-      module: `init_state(batch_size)`, `step(x, state, active_B)` and `__call__(x)`.
+      module: `init_state(batch_size)`, `step(x, state, lengths_B)` and `__call__(x)`.
       x: the clip, any pytree of arrays [B, T, ...] with at least 2 rows; the rows must differ.
       block: T of a chunk is a multiple of this many steps.
       window: how far the module looks back, in steps of `x`. The clip must be longer than 3 windows, so that chunks
@@ -43,7 +44,7 @@ def check_streaming(
         check.cuts(check.draw(random, check.steps))
         check.row_isolation(random)
         check.reset(random)
-        check.idle_rows(random)
+        check.ragged_rows(random)
 
 
 def check_in_place(step: Any, x: Any, state: Any) -> None:
@@ -90,8 +91,8 @@ class _Check:
             lengths.append(int(random.choice([cut for cut in CUTS if cut <= left])) * self.block)
         return lengths
 
-    def step(self, x: Any, state: Any, active_B: Any = None) -> tuple[Any, Any]:
-        y, state = self.jit_step(x, state, active_B)
+    def step(self, x: Any, state: Any, lengths_B: Any = None) -> tuple[Any, Any]:
+        y, state = self.jit_step(x, state, lengths_B)
         kinds = jax.tree.map(jax.typeof, state)
         assert kinds == self.kinds, f"shapes: a step turned a state of {self.kinds} into one of {kinds}"
         return _numpy(y), state
@@ -122,7 +123,7 @@ class _Check:
         after = jax.tree.map(lambda a: a[:, middle:], self.x)
         lengths = self.draw(random, self.steps - middle)
         row = int(random.integers(self.rows))
-        cleared = reset_rows(state, np.arange(self.rows) == row)
+        cleared = reset_rows(state, np.arange(self.rows) == row, self.fresh)
         assert jax.tree.map(jax.typeof, cleared) == self.kinds, "shapes: a reset changed the state's shapes or dtypes"
         y, _ = self.run(after, cleared, lengths)
         y_fresh, _ = self.run(after, self.fresh, lengths)
@@ -133,33 +134,45 @@ class _Check:
             else:
                 _expect_close("reset: another row felt it", _row(y, r), _row(y_went_on, r), 0)
 
-    def idle_rows(self, random: np.random.Generator) -> None:
-        """Every row runs at its own pace; while idle it is fed what it must not hear."""
+    def ragged_rows(self, random: np.random.Generator) -> None:
+        """Every row takes as many steps of a chunk as it likes; beyond them it is fed what it must not depend on."""
         taken_B = np.zeros(self.rows, int)
         state, outputs, first = self.fresh, [[] for _ in range(self.rows)], True
         while (taken_B < self.steps).any():
-            active_B = (random.random(self.rows) < 0.6) & (taken_B < self.steps)
+            length = self.draw(random, self.steps - taken_B.min())[0]
+            # Idle, whole and partial chunks are equally likely.
+            part_B = random.integers(0, length // self.block + 1, size=self.rows) * self.block
+            lengths_B = np.stack([np.zeros_like(part_B), np.full_like(part_B, length), part_B])[
+                random.integers(3, size=self.rows), np.arange(self.rows)
+            ]
+            lengths_B = np.minimum(lengths_B, self.steps - taken_B).astype(np.int32)
             if first:
-                active_B, first = np.arange(self.rows) > 0, False
-            left = self.steps - taken_B[active_B].max(initial=0)
-            length = self.draw(random, left)[0]
-            start_B = np.where(active_B, taken_B, random.integers(self.steps - length + 1, size=self.rows))
-            heard_B = np.where(active_B, np.arange(self.rows), np.arange(self.rows) - 1)
-            steps_BT = start_B[:, None] + np.arange(length)
+                lengths_B[0], first = 0, False
             before = state
-            y, state = self.step(
-                jax.tree.map(lambda a, at=(heard_B[:, None], steps_BT): a[at], self.x), state, active_B
-            )
+            y, state = self.step(self.fed(taken_B, lengths_B, length), state, lengths_B)
             _expect_finite("idle", y)
-            for r in range(self.rows):
-                if active_B[r]:
-                    outputs[r].append(jax.tree.map(lambda a, r=r: a[r : r + 1], y))
+            for r, n in enumerate(lengths_B):
+                if n:
+                    outputs[r].append(jax.tree.map(functools.partial(_first_steps, row=r, taken=n, of=length), y))
                 else:
                     _expect_close("idle: the row's state changed", _row(_numpy(state), r), _row(_numpy(before), r), 0)
-            taken_B = taken_B + length * active_B
+            taken_B = taken_B + lengths_B
         for r in range(self.rows):
             wanted = jax.tree.map(lambda a, r=r: a[r : r + 1], self.whole)
-            _expect_close("idle: the row is not as without its idle steps", _join(outputs[r]), wanted, self.atol)
+            _expect_close("ragged: the row is not as with its own steps alone", _join(outputs[r]), wanted, self.atol)
+
+    def fed(self, taken_B: np.ndarray, lengths_B: np.ndarray, length: int) -> Any:
+        """The next steps of every row, and after them steps of the row before it."""
+
+        def chunk(a: np.ndarray) -> np.ndarray:
+            first_B = np.minimum(taken_B, self.steps - length)
+            rows = [
+                np.concatenate([a[r, at : at + n], a[r - 1, start + n : start + length]])
+                for r, (at, n, start) in enumerate(zip(taken_B, lengths_B, first_B, strict=True))
+            ]
+            return np.stack(rows)
+
+        return jax.tree.map(chunk, self.x)
 
 
 def _numpy(tree: Any) -> Any:
@@ -168,6 +181,11 @@ def _numpy(tree: Any) -> Any:
 
 def _row(tree: Any, row: int) -> Any:
     return jax.tree.map(lambda a: a[row], tree)
+
+
+def _first_steps(a: np.ndarray, *, row: int, taken: int, of: int) -> np.ndarray:
+    """The outputs of the first `taken` of the `of` steps of a chunk, which may be at another rate."""
+    return a[row : row + 1, : taken * a.shape[1] // of]
 
 
 def _join(outputs: list[Any]) -> Any:

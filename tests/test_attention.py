@@ -121,7 +121,7 @@ def test_what_is_not_a_number_does_not_outlive_a_reset(steps):
     x_BTD = jnp.asarray(noise(2, steps, 16))
     _, bad = step(x_BTD.at[0, 0, 0].set(jnp.nan), fresh)
     _, good = step(x_BTD, fresh)
-    y_BTD, _ = step(x_BTD, reset_rows(bad, jnp.array([True, False])))
+    y_BTD, _ = step(x_BTD, reset_rows(bad, jnp.array([True, False]), fresh))
     fresh_BTD, _ = step(x_BTD, fresh)
     went_on_BTD, _ = step(x_BTD, good)
     np.testing.assert_array_equal(y_BTD[0], fresh_BTD[0])

@@ -27,51 +27,55 @@ class Conv(CausalConv1d):
 
 
 class ForgetsItsTail(Conv):
-    def step(self, x_BTC, state, active_B=None):
+    def step(self, x_BTC, state, lengths_B=None):
         forgotten = dataclasses.replace(state, tail_BTC=jnp.zeros_like(state.tail_BTC))
-        return super().step(x_BTC, forgotten, active_B)
+        return super().step(x_BTC, forgotten, lengths_B)
 
 
 class LeaksBetweenRows(Conv):
-    def step(self, x_BTC, state, active_B=None):
-        y_BTC, state = super().step(x_BTC, state, active_B)
+    def step(self, x_BTC, state, lengths_B=None):
+        y_BTC, state = super().step(x_BTC, state, lengths_B)
         return y_BTC + 1e-6 * x_BTC.mean(0, keepdims=True), state
 
 
-class DoesNotRearmReplicate(Conv):
-    """Keeps `first` instead of `started`, so that the zeros of a reset mean the opposite."""
+class CountsForAllRows(Conv):
+    """Repeats its first step only while no row has taken a step, so that a reset row does not begin anew."""
 
-    def init_state(self, batch_size, dtype=jnp.float32):
-        return dataclasses.replace(super().init_state(batch_size, dtype), started_B=jnp.ones(batch_size, bool))
-
-    def step(self, x_BTC, state, active_B=None):
-        y_BTC, state = super().step(x_BTC, dataclasses.replace(state, started_B=~state.started_B), active_B)
-        return y_BTC, dataclasses.replace(state, started_B=~state.started_B)
+    def step(self, x_BTC, state, lengths_B=None):
+        started_B = jnp.broadcast_to(state.started_B.any(), state.started_B.shape)
+        return super().step(x_BTC, dataclasses.replace(state, started_B=started_B), lengths_B)
 
 
 class WritesWhileIdle(Conv):
-    def step(self, x_BTC, state, active_B=None):
+    def step(self, x_BTC, state, lengths_B=None):
         return super().step(x_BTC, state)
 
 
 class IsNanWhileIdle(Conv):
     """Divides by what it has heard, which is nothing for a row that has been idle from the start."""
 
-    def step(self, x_BTC, state, active_B=None):
-        y_BTC, state = super().step(x_BTC, state, active_B)
+    def step(self, x_BTC, state, lengths_B=None):
+        y_BTC, state = super().step(x_BTC, state, lengths_B)
         one_B = state.started_B.astype(jnp.float32)
         return y_BTC * (one_B / one_B)[:, None, None], state
 
 
+class TakesAllStepsOrNone(Conv):
+    """Knows idle rows, and takes the whole chunk in every other row."""
+
+    def step(self, x_BTC, state, lengths_B=None):
+        return super().step(x_BTC, state, None if lengths_B is None else jnp.where(lengths_B > 0, x_BTC.shape[1], 0))
+
+
 class IdlesWithTheWholeBatch(Conv):
-    def step(self, x_BTC, state, active_B=None):
+    def step(self, x_BTC, state, lengths_B=None):
         return super().step(
-            x_BTC, state, None if active_B is None else jnp.broadcast_to(active_B.all(), active_B.shape)
+            x_BTC, state, None if lengths_B is None else jnp.broadcast_to(lengths_B.min(), lengths_B.shape)
         )
 
 
 class ChangesDtype(Conv):
-    def step(self, x_BTC, state, active_B=None):
+    def step(self, x_BTC, state, lengths_B=None):
         y_BTC, state = super().step(x_BTC, dataclasses.replace(state, tail_BTC=state.tail_BTC.astype(x_BTC.dtype)))
         return y_BTC, dataclasses.replace(state, tail_BTC=state.tail_BTC.astype(jnp.bfloat16))
 
@@ -82,15 +86,17 @@ class WindowSum:
     def init_state(self, batch_size):
         return ConvState(jnp.zeros((batch_size, WINDOW, 3)), jnp.zeros((batch_size,), jnp.int32))
 
-    def step(self, x_BTC, state, active_B=None):
+    def step(self, x_BTC, state, lengths_B=None):
         ring_BTC, position_B = state.tail_BTC, state.started_B
         rows = jnp.arange(x_BTC.shape[0])
         ys = []
         for t in range(x_BTC.shape[1]):
-            ring_BTC = self.write(ring_BTC, rows, position_B, x_BTC, t)
-            ys.append(ring_BTC.sum(1))
-            position_B = position_B + 1
-        return jnp.stack(ys, axis=1), select_rows(active_B, ConvState(ring_BTC, position_B), state)
+            taken = ConvState(self.write(ring_BTC, rows, position_B, x_BTC, t), position_B + 1)
+            ys.append(taken.tail_BTC.sum(1))
+            takes_B = None if lengths_B is None else t < lengths_B
+            kept = select_rows(takes_B, taken, ConvState(ring_BTC, position_B))
+            ring_BTC, position_B = kept.tail_BTC, kept.started_B
+        return jnp.stack(ys, axis=1), ConvState(ring_BTC, position_B)
 
     def write(self, ring_BTC, rows, position_B, x_BTC, t):
         return ring_BTC.at[rows, position_B % WINDOW].set(x_BTC[:, t])
@@ -122,10 +128,11 @@ def test_a_sound_module_passes(module):
         (ForgetsItsTail(), "cuts: chunks of"),
         (LosesAKeyOnceFull(), "cuts: chunks of"),
         (LeaksBetweenRows(), "rows: row 0 depends on what row 1 hears"),
-        (DoesNotRearmReplicate(), "reset: the row is not as a fresh stream"),
+        (CountsForAllRows(), "reset: the row is not as a fresh stream"),
         (WritesWhileIdle(), "idle: the row's state changed"),
         (IsNanWhileIdle(), "idle: an output is not finite"),
-        (IdlesWithTheWholeBatch(), "idle: the row is not as without its idle steps"),
+        (IdlesWithTheWholeBatch(), "ragged: the row is not as with its own steps alone"),
+        (TakesAllStepsOrNone(), "ragged: the row is not as with its own steps alone"),
         (ChangesDtype(), "shapes: a step turned a state of"),
     ],
 )
@@ -135,7 +142,7 @@ def test_each_fault_is_caught_by_its_clause(module, clause):
 
 
 def test_a_reset_that_reaches_other_rows_is_caught(monkeypatch):
-    monkeypatch.setattr("tests.check.reset_rows", lambda state, reset_B: jax.tree.map(jnp.zeros_like, state))
+    monkeypatch.setattr("tests.check.reset_rows", lambda state, reset_B, fresh: jax.tree.map(jnp.zeros_like, state))
     with pytest.raises(AssertionError, match=r"^reset: another row felt it"):
         check_streaming(Conv(), X_BTC, window=WINDOW, atol=1e-5)
 

@@ -16,7 +16,7 @@ from dsm_jax.models.mimi import MimiDecoder, MimiEncoder
 from dsm_jax.nn.conv import CausalConv1d, CausalConvTranspose1d, DepthwiseUpsample
 from dsm_jax.nn.seanet import ResidualBlock, seanet_decoder, seanet_encoder
 from dsm_jax.nn.transformer import Transformer
-from dsm_jax.streaming import KVCache, reset_rows, select_rows, step_in_blocks
+from dsm_jax.streaming import KVCache, reset_rows, select_rows, step_in_blocks, taken_BT
 from tests import small
 from tests.check import check_streaming
 
@@ -102,8 +102,8 @@ class HiddenStates:
     def init_state(self, batch_size):
         return self.lm.init_state(batch_size)
 
-    def step(self, tokens_BTK, state, active_B=None):
-        return self.lm.step(tokens_BTK.swapaxes(1, 2), state, active_B)
+    def step(self, tokens_BTK, state, lengths_B=None):
+        return self.lm.step(tokens_BTK.swapaxes(1, 2), state, lengths_B)
 
     def __call__(self, tokens_BTK):
         return self.step(tokens_BTK, self.init_state(tokens_BTK.shape[0]))[0]
@@ -115,14 +115,18 @@ def test_the_language_model_streams():
     check_streaming(HiddenStates(lm), tokens_BTK, window=small.STT.context, atol=ROUNDING)
 
 
-def test_a_fresh_state_is_zeros_and_resets_leave_caches_alone():
+def test_a_reset_takes_the_rows_of_the_fresh_state_and_leaves_caches_alone():
     state = small.build(lambda rngs: MimiEncoder(small.MIMI, rngs=rngs)).init_state(3)
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state))
     used = jax.tree.map(np.ones_like, state)
-    reset = reset_rows(used, jnp.array([False, True, False]))
+    reset = reset_rows(used, jnp.array([False, True, False]), state)
     assert all(np.all(cache.k_BKSH) and np.all(cache.v_BKSH) for cache in reset.transformer.caches)
     assert reset.transformer.position_B.tolist() == [1, 0, 1]
     assert np.array(reset.resample.tail_BTC).any(axis=(1, 2)).tolist() == [True, False, True]
+
+
+def test_a_fresh_row_need_not_be_zeros():
+    reset = reset_rows({"left_B": jnp.array([5, 6])}, jnp.array([True, False]), {"left_B": jnp.array([-1, -1])})
+    assert reset["left_B"].tolist() == [-1, 6]
 
 
 def test_select_rows_takes_active_rows_and_whole_caches():
@@ -138,13 +142,17 @@ def test_select_rows_takes_active_rows_and_whole_caches():
 def test_no_block_is_longer_than_it_may_be(length):
     lengths = []
 
-    def running_sum(x, total):
+    def running_sum(x, total, lengths_B):
         lengths.append(x["a"].shape[1])
-        sums = total[:, None] + jnp.cumsum(x["a"], axis=1)
+        a_BT = x["a"] if lengths_B is None else jnp.where(taken_BT(lengths_B, x["a"].shape[1]), x["a"], 0)
+        sums = total[:, None] + jnp.cumsum(a_BT, axis=1)
         return {"y": sums}, sums[:, -1]
 
     x = {"a": jnp.arange(2 * length).reshape(2, length)}
-    y, total = step_in_blocks(running_sum, x, jnp.array([5, 7]), block=3)
+    y, total = step_in_blocks(running_sum, x, jnp.array([5, 7]), None, block=3)
     np.testing.assert_array_equal(y["y"], np.cumsum(x["a"], axis=1) + np.array([[5], [7]]))
     np.testing.assert_array_equal(total, y["y"][:, -1])
+    ragged_B = np.array([length // 2, length])
+    _, total = step_in_blocks(running_sum, x, jnp.array([5, 7]), jnp.asarray(ragged_B), block=3)
+    assert total.tolist() == [5 + int(x["a"][0, : ragged_B[0]].sum()), 7 + int(x["a"][1].sum())]
     assert max(lengths) <= 3

@@ -123,9 +123,9 @@ def test_gradients_pass_through_windows():
 def test_a_step_updates_its_rings_in_place(steps):
     config = TransformerConfig(d_model=16, num_heads=4, num_layers=2, dim_feedforward=24, context=8192)
     transformer = small.build(lambda rngs: Transformer(config, rngs=rngs))
-    active_B = jnp.array([True, False])
+    lengths_B = jnp.array([steps, 0])
     check_in_place(
-        lambda x_BTD, state: transformer.step(x_BTD, state, active_B),
+        lambda x_BTD, state: transformer.step(x_BTD, state, lengths_B),
         jnp.zeros((2, steps, 16)),
         transformer.init_state(2),
     )

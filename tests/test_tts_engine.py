@@ -244,7 +244,7 @@ def test_depformer_and_codec_rest_until_there_is_sound(monkeypatch):
         jax.debug.callback(lambda: walks.append(1))
         return jnp.zeros((hidden_RD.shape[0], codebooks), jnp.int32)
 
-    def decode_step(self, codes_BQT, state, active_B):
+    def decode_step(self, codes_BQT, state, lengths_B):
         jax.debug.callback(lambda: decodes.append(1))
         return jnp.zeros((codes_BQT.shape[0], self.config.frame_size, 1)), state
 

@@ -71,7 +71,8 @@ def generate_step(
 
     ring_BKS = state.ring_BKS.at[rows_B1, streams_K[1:], (step_B1 + delays_K[1:]) % slots].set(given_BQ)
     fed_BK = jnp.where(step_B1 <= delays_K, lm.initial_K, ring_BKS[rows_B1, streams_K, step_B1 % slots])
-    hidden_BTD, after = lm.step(fed_BK[:, :, None], state.lm, active_B, conditions)
+    lengths_B = None if active_B is None else active_B.astype(jnp.int32)
+    hidden_BTD, after = lm.step(fed_BK[:, :, None], state.lm, lengths_B, conditions)
     logits_BV = lm.text_logits(hidden_BTD)[:, 0]
     text_B = choose_text(logits_BV)
     ring_BKS = ring_BKS.at[rows_B1[:, 0], 0, (state.step_B + 1) % slots].set(text_B)

@@ -77,7 +77,7 @@ class DelayedStreamsLM(nnx.Module):
         self,
         tokens_BKT: jax.Array,
         state: TransformerState,
-        active_B: jax.Array | None = None,
+        lengths_B: jax.Array | None = None,
         conditions: Conditions | None = None,
     ) -> tuple[jax.Array, TransformerState]:
         """Feeds T steps of tokens, already delayed, and returns the normalised hidden states [B, T, D].
@@ -96,7 +96,7 @@ class DelayedStreamsLM(nnx.Module):
         x_BTD = self.embed(tokens_BKT)
         if conditions is not None and conditions.sum_BD is not None:
             x_BTD = x_BTD + conditions.sum_BD[:, None].astype(x_BTD.dtype)
-        x_BTD, state = self.transformer.step(x_BTD, state, active_B, None if conditions is None else conditions.cross)
+        x_BTD, state = self.transformer.step(x_BTD, state, lengths_B, None if conditions is None else conditions.cross)
         return self.out_norm(x_BTD), state
 
     @full_precision

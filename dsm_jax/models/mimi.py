@@ -20,7 +20,7 @@ from dsm_jax.nn.conv import CausalConv1d, ConvState, DepthwiseUpsample
 from dsm_jax.nn.rvq import SplitQuantizer
 from dsm_jax.nn.seanet import seanet_decoder, seanet_encoder
 from dsm_jax.nn.transformer import Transformer, TransformerState
-from dsm_jax.streaming import step_in_blocks
+from dsm_jax.streaming import scaled_lengths, step_in_blocks
 
 # SEANet runs over long clips in blocks of this many frames: the widest activations of a block stay in a CPU's cache.
 # Not in training: gradients of convolutions inside a loop take four times as long there.
@@ -58,9 +58,9 @@ class MimiEncoder(nnx.Module):
         )
 
     def step(
-        self, x_BTC: jax.Array, state: CodecState, active_B: jax.Array | None = None
+        self, x_BTC: jax.Array, state: CodecState, lengths_B: jax.Array | None = None
     ) -> tuple[jax.Array, CodecState]:
-        """Runs a whole number of frames.
+        """Runs a whole number of frames; lengths are in samples, whole frames too.
 
         Raises:
           StreamError: T is not a positive multiple of the frame size.
@@ -71,13 +71,11 @@ class MimiEncoder(nnx.Module):
                 "so hold back what is over, or pad the end of the clip with zeros"
             )
 
-        def convolve(x_BTC: jax.Array, seanet: tuple) -> tuple[jax.Array, tuple]:
-            return self.seanet.step(x_BTC, seanet, active_B)
-
         block = x_BTC.shape[1] if self.block_frames is None else self.block_frames * self.frame_size
-        y_BTD, seanet = step_in_blocks(convolve, x_BTC, state.seanet, block)
-        y_BTD, transformer = self.transformer.step(y_BTD, state.transformer, active_B)
-        y_BTD, resample = self.downsample.step(y_BTD, state.resample, active_B)
+        y_BTD, seanet = step_in_blocks(self.seanet.step, x_BTC, state.seanet, lengths_B, block)
+        latents_B = scaled_lengths(lengths_B, x_BTC.shape[1], y_BTD.shape[1])
+        y_BTD, transformer = self.transformer.step(y_BTD, state.transformer, latents_B)
+        y_BTD, resample = self.downsample.step(y_BTD, state.resample, latents_B)
         return y_BTD, CodecState(seanet, transformer, resample)
 
     def __call__(self, x_BTC: jax.Array) -> jax.Array:
@@ -106,17 +104,15 @@ class MimiDecoder(nnx.Module):
         )
 
     def step(
-        self, x_BTD: jax.Array, state: CodecState, active_B: jax.Array | None = None
+        self, x_BTD: jax.Array, state: CodecState, lengths_B: jax.Array | None = None
     ) -> tuple[jax.Array, CodecState]:
         """Runs any number of frames."""
 
-        def convolve(x_BTD: jax.Array, seanet: tuple) -> tuple[jax.Array, tuple]:
-            return self.seanet.step(x_BTD, seanet, active_B)
-
-        y_BTD, resample = self.upsample.step(x_BTD, state.resample, active_B)
-        y_BTD, transformer = self.transformer.step(y_BTD, state.transformer, active_B)
+        y_BTD, resample = self.upsample.step(x_BTD, state.resample, lengths_B)
+        latents_B = scaled_lengths(lengths_B, x_BTD.shape[1], y_BTD.shape[1])
+        y_BTD, transformer = self.transformer.step(y_BTD, state.transformer, latents_B)
         block = y_BTD.shape[1] if self.block_frames is None else self.block_frames * self.upsample.stride
-        y_BTC, seanet = step_in_blocks(convolve, y_BTD, state.seanet, block)
+        y_BTC, seanet = step_in_blocks(self.seanet.step, y_BTD, state.seanet, latents_B, block)
         return y_BTC, CodecState(seanet, transformer, resample)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -148,14 +144,14 @@ class Mimi(nnx.Module):
         self.decoder = MimiDecoder(config, block_frames=block_frames, rngs=rngs) if decoder else None
 
     def encode_step(
-        self, x_BTC: jax.Array, state: CodecState, active_B: jax.Array | None = None, *, codebooks: int | None = None
+        self, x_BTC: jax.Array, state: CodecState, lengths_B: jax.Array | None = None, *, codebooks: int | None = None
     ) -> tuple[jax.Array, CodecState]:
         """Turns a chunk of audio into codes.
 
         Args:
           x_BTC: samples at 24 kHz in [-1, 1]; T is a positive multiple of 1920.
           state: from `encoder.init_state`, or from the previous call.
-          active_B: rows that run; None means all.
+          lengths_B: int32, samples that each row has, a multiple of 1920; None means all.
           codebooks: how many to compute, from 1; None means all.
 
         Returns:
@@ -170,11 +166,11 @@ class Mimi(nnx.Module):
         codebooks = most if codebooks is None else codebooks
         if not 1 <= codebooks <= most:
             raise ConfigError(f"{codebooks} codebooks were asked for; the codec has 1 to {most}")
-        y_BTD, state = self.encoder.step(x_BTC, state, active_B)
+        y_BTD, state = self.encoder.step(x_BTC, state, lengths_B)
         return self.quantizer.encode(y_BTD, codebooks), state
 
     def decode_step(
-        self, codes_BQT: jax.Array, state: CodecState, active_B: jax.Array | None = None
+        self, codes_BQT: jax.Array, state: CodecState, lengths_B: jax.Array | None = None
     ) -> tuple[jax.Array, CodecState]:
         """Turns codes of any number of codebooks and frames into samples [B, T * 1920, C], not clipped.
 
@@ -183,7 +179,7 @@ class Mimi(nnx.Module):
         """
         if codes_BQT.shape[1] > self.config.quantizer.n_q:
             raise ConfigError(f"{codes_BQT.shape[1]} codebooks were given; the codec has {self.config.quantizer.n_q}")
-        return self._decoder().step(self.quantizer.decode(codes_BQT), state, active_B)
+        return self._decoder().step(self.quantizer.decode(codes_BQT), state, lengths_B)
 
     def latents(self, x_BTC: jax.Array) -> jax.Array:
         """Continuous latents [B, T, D] of a whole clip, before quantisation; the end is padded with zeros."""

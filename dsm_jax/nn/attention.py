@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsm_jax.configs import TransformerConfig
-from dsm_jax.streaming import KVCache
+from dsm_jax.streaming import KVCache, taken_BT
 
 
 def rope(x_BTNH: jax.Array, position_BT: jax.Array, max_period: float) -> jax.Array:
@@ -109,7 +109,7 @@ class Attention(nnx.Module):
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def step(
-        self, x_BTD: jax.Array, cache: KVCache | None, position_B: jax.Array, active_B: jax.Array | None
+        self, x_BTD: jax.Array, cache: KVCache | None, position_B: jax.Array, lengths_B: jax.Array | None
     ) -> tuple[jax.Array, KVCache | None]:
         """Runs a chunk of at most `context` steps, or all of a clip: no cache means that nothing came before it."""
         c = self.config
@@ -126,8 +126,9 @@ class Attention(nnx.Module):
         k_BKUH = k_BUKH.swapaxes(1, 2)
         q_BTKGH = q_BTNH.reshape(B, T, c.num_kv_heads, c.kv_repeat, c.head_dim)
         slot_BT = position_BT % S
-        if active_B is not None:
-            slot_BT = jnp.where(active_B[:, None], slot_BT, S)  # out of range: nothing is written
+        step_taken_BT = None if lengths_B is None else taken_BT(lengths_B, T)
+        if step_taken_BT is not None:
+            slot_BT = jnp.where(step_taken_BT, slot_BT, S)  # out of range: nothing is written
         steps_T = jnp.arange(T)
         causal_BTU = jnp.broadcast_to(steps_T[:, None] >= steps_T, (B, T, T))
 
@@ -148,7 +149,8 @@ class Attention(nnx.Module):
             seen_BTS = (held_BS >= 0)[:, None] & (position_BT[..., None] - held_BS[:, None] < S)
             y_BTE = _attend(q_BTKGH, [(cache.k_BKSH, cache.v_BKSH, seen_BTS), (k_BKUH, v_BKUH, causal_BTU)])
             # The write must depend on the read: XLA would copy the donated cache otherwise.
-            cache = _write(cache, k_BKUH, v_BKUH, _finite(slot_BT, S, y_BTE))
+            kept_BTE = y_BTE if step_taken_BT is None else jnp.where(step_taken_BT[..., None], y_BTE, 0)
+            cache = _write(cache, k_BKUH, v_BKUH, _finite(slot_BT, S, kept_BTE))
         return y_BTE @ self.out_proj_ED[...], cache
 
 

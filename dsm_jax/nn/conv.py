@@ -49,14 +49,18 @@ class _Tailed(nnx.Module):
         """The state of `batch_size` fresh streams."""
         return ConvState(jnp.zeros((batch_size, self.tail, self.channels), dtype), jnp.zeros((batch_size,), bool))
 
-    def _extend(self, x_BTC: jax.Array, state: ConvState, active_B: jax.Array | None) -> tuple[jax.Array, ConvState]:
-        """The chunk with the tail before it, and the state after it."""
+    def _extend(self, x_BTC: jax.Array, state: ConvState, lengths_B: jax.Array | None) -> tuple[jax.Array, ConvState]:
+        """Returns the chunk with the tail before it, and the state after the steps that each row takes."""
         tail_BTC = state.tail_BTC
         if self.replicate:
             tail_BTC = jnp.where(state.started_B[:, None, None], tail_BTC, x_BTC[:, :1])
         seen_BTC = jnp.concatenate([tail_BTC, x_BTC], axis=1)
-        after = ConvState(seen_BTC[:, seen_BTC.shape[1] - self.tail :], jnp.ones_like(state.started_B))
-        return seen_BTC, select_rows(active_B, after, state)
+        if lengths_B is None:
+            last_BTC = seen_BTC[:, seen_BTC.shape[1] - self.tail :]
+            return seen_BTC, ConvState(last_BTC, jnp.ones_like(state.started_B))
+        index_BT1 = (lengths_B[:, None] + jnp.arange(self.tail))[:, :, None]
+        after = ConvState(jnp.take_along_axis(seen_BTC, index_BT1, axis=1), jnp.ones_like(state.started_B))
+        return seen_BTC, select_rows(lengths_B > 0, after, state)
 
     def __call__(self, x_BTC: jax.Array) -> jax.Array:
         """One step over the whole clip."""
@@ -89,7 +93,7 @@ class CausalConv1d(_Tailed):
         self.bias_D = nnx.Param(jnp.zeros((channels_out,))) if bias else None
 
     def step(
-        self, x_BTC: jax.Array, state: ConvState, active_B: jax.Array | None = None
+        self, x_BTC: jax.Array, state: ConvState, lengths_B: jax.Array | None = None
     ) -> tuple[jax.Array, ConvState]:
         """Consumes T steps, a multiple of the stride, and returns T / stride steps.
 
@@ -101,7 +105,7 @@ class CausalConv1d(_Tailed):
                 f"a convolution of stride {self.stride} got a chunk of {x_BTC.shape[1]} steps; "
                 f"send a positive multiple of {self.stride}, and pad the end of the clip if need be"
             )
-        seen_BTC, state = self._extend(x_BTC, state, active_B)
+        seen_BTC, state = self._extend(x_BTC, state, lengths_B)
         y_BTD = _convolve(seen_BTC, self.kernel_KCD[...], self.stride, self.dilation)
         return (y_BTD if self.bias_D is None else y_BTD + self.bias_D[...]), state
 
@@ -124,10 +128,10 @@ class CausalConvTranspose1d(_Tailed):
         self.bias_D = nnx.Param(jnp.zeros((channels_out,))) if bias else None
 
     def step(
-        self, x_BTC: jax.Array, state: ConvState, active_B: jax.Array | None = None
+        self, x_BTC: jax.Array, state: ConvState, lengths_B: jax.Array | None = None
     ) -> tuple[jax.Array, ConvState]:
         """Consumes T steps and returns T * stride steps."""
-        seen_BTC, state = self._extend(x_BTC, state, active_B)
+        seen_BTC, state = self._extend(x_BTC, state, lengths_B)
         y_BTE = _convolve(seen_BTC, self.kernel_MCE[...])
         y_BTD = y_BTE.reshape(y_BTE.shape[0], y_BTE.shape[1] * self.stride, -1)
         return (y_BTD if self.bias_D is None else y_BTD + self.bias_D[...]), state
@@ -144,10 +148,10 @@ class DepthwiseUpsample(_Tailed):
         self.kernel_MSC = nnx.Param(nnx.initializers.normal(0.5)(rngs.params(), (2, stride, channels)))
 
     def step(
-        self, x_BTC: jax.Array, state: ConvState, active_B: jax.Array | None = None
+        self, x_BTC: jax.Array, state: ConvState, lengths_B: jax.Array | None = None
     ) -> tuple[jax.Array, ConvState]:
         """Consumes T steps and returns T * stride steps."""
-        seen_BTC, state = self._extend(x_BTC, state, active_B)
+        seen_BTC, state = self._extend(x_BTC, state, lengths_B)
         kernel_MSC = self.kernel_MSC[...]
         older_BTSC = seen_BTC[:, :-1, None] * kernel_MSC[0]
         y_BTSC = older_BTSC + seen_BTC[:, 1:, None] * kernel_MSC[1]

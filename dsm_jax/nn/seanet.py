@@ -12,6 +12,7 @@ from flax import nnx
 
 from dsm_jax.configs import SeanetConfig
 from dsm_jax.nn.conv import CausalConv1d, CausalConvTranspose1d
+from dsm_jax.streaming import scaled_lengths
 
 
 @jax.custom_jvp
@@ -39,13 +40,15 @@ class Chain(nnx.Module):
         """The state of `batch_size` fresh streams: one entry per layer."""
         return tuple(layer.init_state(batch_size) for layer in self.layers)
 
-    def step(self, x_BTC: jax.Array, state: tuple, active_B: jax.Array | None = None) -> tuple[jax.Array, tuple]:
+    def step(self, x_BTC: jax.Array, state: tuple, lengths_B: jax.Array | None = None) -> tuple[jax.Array, tuple]:
         """Runs one chunk through every layer."""
         states = []
         for i, (layer, before) in enumerate(zip(self.layers, state, strict=True)):
             # A residual block starts with its own activation, on the branch that it adds.
             x_in = x_BTC if i == 0 or isinstance(layer, ResidualBlock) else elu(x_BTC)
-            x_BTC, after = layer.step(x_in, before, active_B)
+            y_BTC, after = layer.step(x_in, before, lengths_B)
+            lengths_B = scaled_lengths(lengths_B, x_BTC.shape[1], y_BTC.shape[1])
+            x_BTC = y_BTC
             states.append(after)
         return x_BTC, tuple(states)
 
@@ -66,10 +69,10 @@ class ResidualBlock(nnx.Module):
         """The state of `batch_size` fresh streams."""
         return self.wide.init_state(batch_size), self.narrow.init_state(batch_size)
 
-    def step(self, x_BTC: jax.Array, state: tuple, active_B: jax.Array | None = None) -> tuple[jax.Array, tuple]:
+    def step(self, x_BTC: jax.Array, state: tuple, lengths_B: jax.Array | None = None) -> tuple[jax.Array, tuple]:
         """Runs one chunk."""
-        y_BTC, wide = self.wide.step(elu(x_BTC), state[0], active_B)
-        y_BTC, narrow = self.narrow.step(elu(y_BTC), state[1], active_B)
+        y_BTC, wide = self.wide.step(elu(x_BTC), state[0], lengths_B)
+        y_BTC, narrow = self.narrow.step(elu(y_BTC), state[1], lengths_B)
         return x_BTC + y_BTC, (wide, narrow)
 
     def __call__(self, x_BTC: jax.Array) -> jax.Array:

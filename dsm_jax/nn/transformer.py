@@ -115,11 +115,11 @@ class TransformerLayer(nnx.Module):
         x_BTD: jax.Array,
         cache: KVCache | None,
         position_B: jax.Array,
-        active_B: jax.Array | None,
+        lengths_B: jax.Array | None,
         cross: tuple[jax.Array, jax.Array] | None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Runs one chunk."""
-        y_BTD, cache = self.self_attn.step(self.norm1(x_BTD), cache, position_B, active_B)
+        y_BTD, cache = self.self_attn.step(self.norm1(x_BTD), cache, position_B, lengths_B)
         x_BTD = x_BTD + (y_BTD if self.layer_scale_1_D is None else self.layer_scale_1_D[...] * y_BTD)
         if self.cross_attention is not None and self.norm_cross is not None and cross is not None:
             x_BTD = x_BTD + self.cross_attention(self.norm_cross(x_BTD), *cross)
@@ -159,24 +159,27 @@ class Transformer(nnx.Module):
         self,
         x_BTD: jax.Array,
         state: TransformerState,
-        active_B: jax.Array | None = None,
+        lengths_B: jax.Array | None = None,
         cross: tuple[tuple[jax.Array, jax.Array], ...] | None = None,
     ) -> tuple[jax.Array, TransformerState]:
         """Runs T steps and returns as many."""
 
-        def block(x_BTD: jax.Array, state: TransformerState) -> tuple[jax.Array, TransformerState]:
+        def block(
+            x_BTD: jax.Array, state: TransformerState, lengths_B: jax.Array | None
+        ) -> tuple[jax.Array, TransformerState]:
             if self.config.positional_embedding in ("sin", "sin_rope"):
                 position_BT = state.position_B[:, None] + jnp.arange(x_BTD.shape[1])
                 x_BTD = x_BTD + sinusoids(position_BT, x_BTD.shape[2], self.config.max_period).astype(x_BTD.dtype)
             caches = []
             for i, (layer, cache) in enumerate(zip(self.layers, state.caches, strict=True)):
-                x_BTD, cache = layer.step(x_BTD, cache, state.position_B, active_B, None if cross is None else cross[i])
+                source = None if cross is None else cross[i]
+                x_BTD, cache = layer.step(x_BTD, cache, state.position_B, lengths_B, source)
                 caches.append(cache)
-            taken = x_BTD.shape[1] if active_B is None else x_BTD.shape[1] * active_B.astype(jnp.int32)
+            taken = x_BTD.shape[1] if lengths_B is None else lengths_B
             return x_BTD, TransformerState(tuple(caches), state.position_B + taken)
 
         longest = x_BTD.shape[1] if None in state.caches else self.config.context
-        return step_in_blocks(block, x_BTD, state, longest)
+        return step_in_blocks(block, x_BTD, state, lengths_B, longest)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """One step over the whole clip."""

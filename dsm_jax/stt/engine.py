@@ -73,7 +73,10 @@ def start(
     Returns:
       The state after it.
     """
-    state = reset_rows(state, rows_B)
+    batch = rows_B.shape[0]
+    fresh = SttState(state.codec, generation.init_state(lm, batch), jnp.zeros((batch,), jnp.int32))
+    fresh_codec = jax.tree.map(jnp.zeros_like, state.codec)
+    state = reset_rows(state, rows_B, dataclasses.replace(fresh, codec=fresh_codec))
     nothing_BQ = jnp.zeros((rows_B.shape[0], lm.config.user_q), jnp.int32)
     text, prompted_B, _ = _say(lm, nothing_BQ, state.text, state.prompted_B, rows_B, prompt_BP, key, how)
     return SttState(state.codec, text, prompted_B)
@@ -106,7 +109,8 @@ def advance(
       What was said of each frame (meaningless beyond `frames_B`), and the next state.
     """
     frames = pcm_BTC.shape[1] // mimi.config.frame_size
-    codes_BQF, codec = mimi.encode_step(pcm_BTC, state.codec, frames_B > 0, codebooks=lm.config.user_q)
+    samples_B = frames_B * mimi.config.frame_size
+    codes_BQF, codec = mimi.encode_step(pcm_BTC, state.codec, samples_B, codebooks=lm.config.user_q)
 
     def hear(carry: tuple[GenerationState, jax.Array], frame: tuple[jax.Array, jax.Array]):
         codes_BQ, active_B = frame

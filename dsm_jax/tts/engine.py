@@ -206,8 +206,8 @@ def _take_step(
     rows_B, last = jnp.arange(step_B.size), max(config.delays)
 
     fed_RK = _fed(lm, told, state, how)
-    active_R = jnp.tile(active_B, how.halves)
-    hidden_RTD, backbone = lm.step(fed_RK[:, :, None], state.lm, active_R, told.conditions)
+    lengths_R = jnp.tile(active_B.astype(jnp.int32), how.halves)
+    hidden_RTD, backbone = lm.step(fed_RK[:, :, None], state.lm, lengths_R, told.conditions)
     hidden_RD = hidden_RTD[:, 0]
 
     scores_BV = _guided(lm.text_logits(hidden_RTD)[:, 0], how, choose_by_first=how.hide_text)
@@ -246,7 +246,7 @@ def _take_step(
 
     def decode() -> tuple[jax.Array, CodecState]:
         codes_BQ1 = jnp.maximum(frame_BK[:, 1 : 1 + how.codebooks, None], 0)
-        pcm_BTC, codec = mimi.decode_step(codes_BQ1, state.codec, audible_B)
+        pcm_BTC, codec = mimi.decode_step(codes_BQ1, state.codec, audible_B.astype(jnp.int32))
         return jnp.clip(pcm_BTC[:, :, 0], -1.0, 1.0), codec
 
     rest = jnp.zeros((step_B.size, mimi.config.frame_size), jnp.float32), state.codec
