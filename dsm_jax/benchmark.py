@@ -18,14 +18,15 @@ import numpy as np
 from flax import nnx
 
 from dsm_jax import presets
+from dsm_jax.checkpoints import Model
 from dsm_jax.configs import MimiConfig, ModelConfig
 from dsm_jax.errors import ConfigError
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
-from dsm_jax.stt import engine
-from dsm_jax.tts import engine as tts_engine
-from dsm_jax.tts import voices
-from dsm_jax.tts.script import Entry, pack
+from dsm_jax.runtime.compile import compiled
+from dsm_jax.stt import program as stt_program
+from dsm_jax.tts import program as tts_program
+from dsm_jax.tts.script import Entry
 from dsm_jax.tts.words import WordMachine
 
 SIZES = {"stt-1b": presets.STT_1B, "stt-2.6b": presets.STT_2_6B}
@@ -91,20 +92,13 @@ def stt_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, A
     lm_def, lm_params = _random_lm(config, dtype)
     mimi_def, mimi_params = random_params(lambda: Mimi(config.mimi, rngs=nnx.Rngs(0)), jnp.float32)
     pcm_BTC = 0.1 * jax.random.normal(jax.random.key(1), (batch, config.mimi.frame_size, 1))
-    all_B, prompt_BP = jnp.ones((batch,), jnp.int32), jnp.zeros((batch, 0), jnp.int32)
-    key, greedy = jax.random.key(0), engine.Sampling()
-
-    def step(lm_params: nnx.State, mimi_params: nnx.State, state: engine.SttState):
-        lm, mimi = nnx.merge(lm_def, lm_params), nnx.merge(mimi_def, mimi_params)
-        return engine.advance(lm, mimi, state, pcm_BTC, all_B, prompt_BP, key, greedy)
-
-    def init(lm_params: nnx.State, mimi_params: nnx.State) -> engine.SttState:
-        lm, mimi = nnx.merge(lm_def, lm_params), nnx.merge(mimi_def, mimi_params)
-        state = engine.init_state(lm, mimi, batch)
-        return engine.start(lm, state, all_B > 0, prompt_BP, key, greedy)
-
-    jitted = jax.jit(step, donate_argnums=2)
-    return lambda state: jitted(lm_params, mimi_params, state), jax.jit(init)(lm_params, mimi_params)
+    settings, slot_B = stt_program.SttSettings(batch), np.arange(batch)
+    inputs = stt_program.SttInputs(pcm_BTC, jnp.ones((batch,), jnp.int32))
+    graphs, params = (lm_def, mimi_def), (lm_params, mimi_params)
+    step = compiled(stt_program.step, graphs, settings, donate=(0,))
+    state = compiled(stt_program.init_state, graphs, settings)(params)
+    state = compiled(stt_program.insert, graphs, settings)(params, state, slot_B, state.request)
+    return lambda state: step(params, state, inputs), state
 
 
 def tts_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, Any]:
@@ -116,34 +110,35 @@ def tts_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, A
     mimi_def, mimi_params = random_params(lambda: Mimi(config.mimi, rngs=nnx.Rngs(0)), jnp.float32)
     lm_config = config.lm
     assert lm_config is not None
-    how = tts_engine.Manner(
-        machine=WordMachine(lm_config.text_card + 1, int(config.tts_config.get("second_stream_ahead", 0))),
-        delay_steps=int(config.tts_config["audio_delay"] * config.mimi.frame_rate),
-        codebooks=lm_config.dep_q,
-    )
+    machine = WordMachine(lm_config.text_card + 1, int(config.tts_config.get("second_stream_ahead", 0)))
     width = lm_config.conditioners["speaker_wavs"]["tensor"]["dim"]
-    voice_XC = np.random.default_rng(0).standard_normal((VOICE_STEPS, width), np.float32)
-    values, masks = voices.conditions(lm_config, [[voice_XC]] * batch, 2.0)
-    words = [Entry((4, 5), "word", 0)] * 1000
-
-    def init(lm_params: nnx.State, mimi_params: nnx.State) -> tts_engine.TtsState:
-        lm, mimi = nnx.merge(lm_def, lm_params), nnx.merge(mimi_def, mimi_params)
-        return tts_engine.init_state(lm, mimi, how, batch)
-
-    def step(lm_params: nnx.State, mimi_params: nnx.State, told: tts_engine.Told, state: tts_engine.TtsState):
-        lm, mimi = nnx.merge(lm_def, lm_params), nnx.merge(mimi_def, mimi_params)
-        return tts_engine.advance(lm, mimi, told, state, jnp.int32(1), how, most=1)
-
-    told = tts_engine.Told(
-        script=pack([words] * batch),
-        conditions=jax.jit(lambda params: nnx.merge(lm_def, params).condition(values, masks))(lm_params),
-        prefix_BQP=jnp.zeros((batch, lm_config.n_q, 0), jnp.int32),
-        prefix_B=jnp.zeros(batch, jnp.int32),
-        bonus_B=jnp.zeros(batch, jnp.float32),
-        keys_B=jax.random.split(jax.random.key(0), batch),
+    request = tts_program.SpeechRequest(
+        entries=[Entry((4, 5), "word", 0)] * 1000,
+        complete=True,
+        voices=[np.random.default_rng(0).standard_normal((VOICE_STEPS, width), np.float32)],
+        condition_guidance=2.0,
+        prefix_QP=np.zeros((lm_config.n_q, 0), np.int32),
+        seed=0,
+        temperature=0.6,
+        top_k_text=25,
+        top_k_audio=250,
+        guidance=1.0,
+        padding_bonus=0.0,
+        codebooks=lm_config.dep_q,
+        max_padding=8,
+        initial_padding=2,
+        final_padding=4,
+        max_steps=30_000,
     )
-    jitted = jax.jit(step, donate_argnums=3)
-    return lambda state: jitted(lm_params, mimi_params, told, state), jax.jit(init)(lm_params, mimi_params)
+    delay_steps = int(config.tts_config["audio_delay"] * config.mimi.frame_rate)
+    settings = tts_program.TtsSettings(slots=batch, machine=machine, delay_steps=delay_steps, steps=1)
+    model = Model(config, lm_def, lm_params, mimi_def, mimi_params, None, "random")
+    program = tts_program.TtsProgram(model, request.fitted(settings))
+    state = program.init()
+    for slot in range(batch):
+        state = program.insert(state, [slot], [request])
+    everyone = [tts_program.Turn()] * batch
+    return lambda state: program.step(state, everyone, waiting=False), state
 
 
 def time_steps(step: Step, state: Any, steps: int) -> list[float]:

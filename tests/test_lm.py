@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsm_jax.errors import StreamError
-from dsm_jax.models.lm import DelayedStreamsLM, delay, undelay
+from dsm_jax.models.lm import DelayedStreamsLM
+from dsm_jax.models.streams import delay, undelay
 from dsm_jax.nn.embedding import Embedding
 from tests import small
 from tests.check import check_in_place

@@ -12,9 +12,8 @@ from jax.sharding import Mesh
 
 from dsm_jax import audio, codec
 from dsm_jax.errors import CheckpointError, TrainingError
-from dsm_jax.stt.hearing import Prompt, word_reader
+from dsm_jax.stt.framing import word_reader
 from dsm_jax.stt.transcript import WordEnded
-from dsm_jax.stt.words import PauseRule
 from dsm_jax.training.compose import Spoken
 from dsm_jax.training.manifest import Recording
 from dsm_jax.training.rows import Rows, cut, filled
@@ -44,7 +43,7 @@ def recording(folder, name: str, seconds: float, *words: tuple[str, float]) -> R
 
 def words_of(model, text_T: np.ndarray) -> list[tuple[str, float]]:
     """The words of a row as the recogniser would read them."""
-    reader = word_reader(model.config, LM, model.tokenizer, Prompt(), PauseRule())
+    reader = word_reader(model.config, LM, model.tokenizer)
     heard = text_T[1:][text_T[1:] >= 0]
     events = [event for token in heard for event in reader.read(int(token), 1.0)] + reader.finish()
     return [(event.word.text, event.word.start) for event in events if isinstance(event, WordEnded)]

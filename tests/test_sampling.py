@@ -12,20 +12,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsm_jax.nn.sampling import sample
+from dsm_jax.nn.sampling import sample, top_k_capacity
 
 LOGITS_V = np.log([0.1, 0.4, 0.05, 0.3, 0.15]).astype(np.float32)
 
 
 @functools.cache
+def compiled(max_top_k: int):
+    return jax.jit(functools.partial(sample, max_top_k=max_top_k))
+
+
+def draw(logits_BV, keys_B, temperature=1.0, top_k=0, max_top_k=None) -> np.ndarray:
+    """Tokens of rows that share a temperature and a top-k."""
+    rows, vocabulary = logits_BV.shape
+    temperature_B = jnp.broadcast_to(jnp.float32(temperature), (rows,))
+    top_k_B = jnp.broadcast_to(jnp.int32(top_k), (rows,))
+    max_top_k = vocabulary if max_top_k is None else max_top_k
+    return np.array(compiled(max_top_k)(jnp.asarray(logits_BV), keys_B, temperature_B, top_k_B))
+
+
+@functools.cache
 def draws(temperature: float, top_k: int) -> np.ndarray:
     keys_B = jax.random.split(jax.random.key(0), 20_000)
-    logits_BV = jnp.broadcast_to(LOGITS_V, (20_000, 5))
-    return np.array(jax.jit(lambda x, keys: sample(x, keys, temperature=temperature, top_k=top_k))(logits_BV, keys_B))
+    return draw(jnp.broadcast_to(LOGITS_V, (20_000, 5)), keys_B, temperature, top_k)
 
 
 def test_without_temperature_the_best_token_is_taken_and_of_equals_the_first():
-    tokens_B = sample(jnp.array([[0.0, 2.0, 2.0], [1.0, 0.0, 1.0]]))
+    tokens_B = draw(jnp.array([[0.0, 2.0, 2.0], [1.0, 0.0, 1.0]]), jax.random.split(jax.random.key(0)), 0.0)
     assert tokens_B.tolist() == [1, 0]
     assert tokens_B.dtype == jnp.int32
 
@@ -44,22 +57,33 @@ def test_tokens_come_as_often_as_they_should(temperature, top_k):
 
 def test_of_equally_probable_tokens_the_first_are_among_the_best():
     keys_B = jax.random.split(jax.random.key(0), 200)
-    tokens_B = sample(jnp.zeros((200, 6)), keys_B, temperature=1.0, top_k=2)
-    assert set(np.array(tokens_B).tolist()) == {0, 1}
+    tokens_B = draw(jnp.zeros((200, 6)), keys_B, top_k=2)
+    assert set(tokens_B.tolist()) == {0, 1}
+
+
+ROWS = 3
+per_row = st.lists(st.tuples(st.sampled_from([0.0, 0.3, 0.8, 1.5]), st.integers(0, 9)), min_size=ROWS, max_size=ROWS)
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 2**31 - 1), row=st.integers(0, 2))
-def test_a_row_draws_the_same_alone_and_in_a_batch(seed, row):
-    logits_BV = jax.random.normal(jax.random.key(1), (3, 7))
-    keys_B = jax.random.split(jax.random.key(seed), 3)
-    together = sample(logits_BV, keys_B, temperature=0.8, top_k=4)
-    alone = sample(logits_BV[row : row + 1], keys_B[row : row + 1], temperature=0.8, top_k=4)
+@given(seed=st.integers(0, 2**31 - 1), chosen=per_row, row=st.integers(0, ROWS - 1))
+def test_a_row_draws_by_its_own_temperature_and_top_k_whatever_the_others_choose(seed, chosen, row):
+    logits_BV = jax.random.normal(jax.random.key(1), (ROWS, 7))
+    keys_B = jax.random.split(jax.random.key(seed), ROWS)
+    temperature_B, top_k_B = map(jnp.array, zip(*chosen, strict=True))
+    together = compiled(8)(logits_BV, keys_B, temperature_B.astype(jnp.float32), top_k_B.astype(jnp.int32))
+    alone = draw(logits_BV[row : row + 1], keys_B[row : row + 1], *chosen[row])
     assert together[row] == alone[0]
 
 
-def test_chance_needs_keys():
-    with pytest.raises(
-        ValueError, match=r"a temperature of 0\.7 needs one PRNG key per row; pass keys_B, or temperature 0"
-    ):
-        sample(jnp.zeros((1, 3)), temperature=0.7)
+def test_more_room_for_top_k_changes_nothing():
+    logits_BV = jax.random.normal(jax.random.key(1), (500, 7))
+    keys_B = jax.random.split(jax.random.key(2), 500)
+    exact = draw(logits_BV, keys_B, 0.9, 3, max_top_k=3)
+    np.testing.assert_array_equal(draw(logits_BV, keys_B, 0.9, 3, max_top_k=4), exact)
+    assert (draw(logits_BV, keys_B, 0.9, 0, max_top_k=0) != exact).any()
+
+
+@pytest.mark.parametrize(("top_k", "room"), [((0,), 0), ((1,), 1), ((25,), 32), ((250, 0), 256), ((3, 64), 64)])
+def test_the_room_for_top_k_is_a_power_of_two(top_k, room):
+    assert top_k_capacity(*top_k) == room

@@ -12,7 +12,7 @@ from dsm_jax import audio
 from dsm_jax.configs import SttConfig
 from dsm_jax.errors import AudioError, BatchError, CheckpointError, ConfigError, PromptError
 from dsm_jax.stt import Options, Prompt, WordEnded, WordStarted, transcribe_each
-from dsm_jax.stt.recognizer import Recognizer
+from dsm_jax.stt.transcriber import Transcriber
 from tests import stt_model
 
 SAMPLED = Options(temperature=1.0, top_k=20, seed=3)
@@ -109,16 +109,16 @@ def test_ten_files_of_ten_lengths_compile_nothing_new(model, compilations):
 
 
 def test_a_long_recording_is_never_held_whole(model, monkeypatch):
-    from dsm_jax.stt.hearing import Hearing
+    from dsm_jax.stt.framing import FrameBuffer
 
     held = []
-    take = Hearing.take
+    pop_frames = FrameBuffer.pop_frames
 
-    def spy(self: Hearing, frames: int) -> np.ndarray:
-        held.append(self._buffer.size)
-        return take(self, frames)
+    def spy(self: FrameBuffer, frames: int) -> np.ndarray:
+        held.append(self.ready * self.frame_size)
+        return pop_frames(self, frames)
 
-    monkeypatch.setattr(Hearing, "take", spy)
+    monkeypatch.setattr(FrameBuffer, "pop_frames", spy)
     dsm_jax.transcribe(model, np.tile(stt_model.recording(), 8))
     assert max(held) < 15 * 24_000 < 8 * stt_model.recording().size
 
@@ -215,13 +215,13 @@ def test_models_that_are_not_whole_are_refused(model):
 
 def test_the_batch_is_never_larger_than_asked(model, monkeypatch):
     made = []
-    init = Recognizer.__init__
+    init = Transcriber.__init__
 
-    def spy(self: Recognizer, model, batch_size: int, *rest) -> None:
-        made.append(batch_size)
-        init(self, model, batch_size, *rest)
+    def spy(self: Transcriber, model, slots: int, *rest) -> None:
+        made.append(slots)
+        init(self, model, slots, *rest)
 
-    monkeypatch.setattr(Recognizer, "__init__", spy)
+    monkeypatch.setattr(Transcriber, "__init__", spy)
     results = dsm_jax.transcribe(model, [stt_model.recording()[: 9_000 + i] for i in range(5)], batch_size=3)
     assert len(results) == 5
     assert made == [3]

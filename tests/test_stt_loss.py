@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsm_jax.models import generation
-from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.stt.transcript import WordEnded
 from dsm_jax.stt.words import PauseRule, Timing, WordReader
 from dsm_jax.tokenizers import load_tokenizer
@@ -18,6 +16,7 @@ from dsm_jax.training.compose import Spoken
 from dsm_jax.training.step import OptimizerConfig, init, make_step
 from dsm_jax.training.stt import SttObjective, disturb, stt_loss
 from tests import checkpoint_maker, small
+from tests.greedy import greedy_tokens
 from tests.tokenizer_maker import make_tokenizer
 
 LM = dataclasses.replace(small.STT, num_layers=1, context=64, text_card=64, text_card_out=None)
@@ -141,20 +140,8 @@ def test_a_text_that_is_not_known_is_never_hidden():
 def said(network, codes_BQT: jax.Array) -> list[int]:
     """What a model says of codes, greedily: the token of each frame, as `transcribe` lists them."""
     graph, params = network
-
-    @jax.jit
-    def run(params, codes_BQT):
-        lm: DelayedStreamsLM = nnx.merge(graph, params)
-
-        def step(state, codes_BQ):
-            tokens_B, _, _, state = generation.generate_step(lm, codes_BQ, state, lambda logits: logits.argmax(-1))
-            return state, tokens_B
-
-        nothing_BQ1 = jnp.zeros_like(codes_BQT[:, :, :1])
-        heard_TBQ = jnp.moveaxis(jnp.concatenate([nothing_BQ1, codes_BQT], axis=2), 2, 0)
-        return jax.lax.scan(step, generation.init_state(lm, codes_BQT.shape[0]), heard_TBQ)[1][1:, 0]
-
-    return [int(token) for token in run(params, codes_BQT)]
+    run = jax.jit(lambda params, codes_BQT: greedy_tokens(nnx.merge(graph, params), codes_BQT))
+    return run(params, codes_BQT)[0].tolist()
 
 
 def test_a_model_that_has_learnt_a_row_says_its_words(network, tmp_path):

@@ -173,9 +173,9 @@ def test_the_batch_is_no_larger_than_asked_or_needed(model, monkeypatch, request
     made = []
     init = Synthesizer.__init__
 
-    def spy(self: Synthesizer, model, batch_size: int, options) -> None:
-        made.append(batch_size)
-        init(self, model, batch_size, options)
+    def spy(self: Synthesizer, model, slots: int, options) -> None:
+        made.append(slots)
+        init(self, model, slots, options)
 
     monkeypatch.setattr(Synthesizer, "__init__", spy)
     results = dict(synthesize_each(model, [Request("")] * requests, GREEDY, batch_size=asked))

@@ -75,7 +75,7 @@ def test_a_model_of_two_streams_is_refused(model):
         (
             [voice(0), voice(0, steps=3)],
             SpeechError,
-            r"the voices are \[2, 3\] steps long; all in a batch must have one",
+            r"the voices of a request are \[2, 3\] steps long; give voices of one length",
         ),
         (voice(0, width=7), SpeechError, "a voice is 7 numbers wide; this model's are 10: take one made for it"),
         (
@@ -139,7 +139,10 @@ def test_a_text_that_does_not_fit_into_the_frames_is_refused(model):
     live = dsm_jax.synthesize_stream(model, LONG, speaker=voice(0), options=dataclasses.replace(GREEDY, max_frames=20))
     heard = [next(live) for _ in range((20 - tts_model.DELAY_STEPS - tts_model.LAST_DELAY + 1) // STEPS)]
     np.testing.assert_array_equal(np.concatenate(heard), enough.pcm[: 13 * FRAME])
-    with pytest.raises(SpeechError, match="not said to its end in 20 frames; allow more with max_frames, or cut it"):
+    with pytest.raises(
+        SpeechError,
+        match=rf"in 20 frames: {begun} of its \d words and breaks were; allow more",
+    ):
         next(live)
 
 

@@ -40,7 +40,7 @@ def network():
 
 def told(lm: DelayedStreamsLM, rows: int):
     """The conditions of rows of one voice each."""
-    values, masks = voices.conditions(LM, [[tts_model.voice(row)] for row in range(rows)], 2.0)
+    values, masks, _ = voices.conditions(LM, [[tts_model.voice(row)] for row in range(rows)], 2.0)
     return lm.condition(values, masks)
 
 

@@ -178,16 +178,26 @@ def test_voices_that_cannot_be_blended_are_refused(given, weights, message):
 def test_guidance_is_told_by_its_place_among_those_that_are_known():
     assert voices.guidance_values(CONFIG) == [1.0, 2.0, 3.0]
     for place, guidance in enumerate([1.0, 2.0, 3.0]):
-        values, masks = voices.conditions(CONFIG, [[voice(0)], [voice(1)]], guidance)
+        values, masks, _ = voices.conditions(CONFIG, [[voice(0)], [voice(1)]], guidance)
         assert values["cfg"].tolist() == [[place]] * 2
         assert masks["cfg"].tolist() == [[True]] * 2
         assert values["cfg"].dtype == np.int32
 
 
 def test_guidance_that_is_left_out_is_the_tables_last_entry_and_masked():
-    values, masks = voices.conditions(CONFIG, [[voice(0)]], None)
+    values, masks, _ = voices.conditions(CONFIG, [[voice(0)]], None)
     assert (values["cfg"].tolist(), masks["cfg"].tolist()) == ([[3]], [[False]])
     assert (values["control"].tolist(), masks["control"].tolist()) == ([[0]], [[True]])
+
+
+def test_voices_of_several_lengths_have_room_for_the_longest():
+    rows = [[voice(0)], [voice(1, 5), voice(2, 5)]]
+    values, masks, length_B = voices.conditions(CONFIG, rows, None)
+    assert values[voices.WAVS].shape == (2, 5 * 5, WIDTH)
+    assert length_B.tolist() == [5 * STEPS, 5 * 5]
+    np.testing.assert_array_equal(values[voices.WAVS][0, :STEPS], voice(0))
+    assert not values[voices.WAVS][0, STEPS:].any()
+    assert masks[voices.WAVS].sum(1).tolist() == [STEPS, 2 * 5]
 
 
 def test_guidance_that_the_model_does_not_know_is_refused():
@@ -197,7 +207,7 @@ def test_guidance_that_the_model_does_not_know_is_refused():
 
 def test_voices_fill_the_slots_in_their_order():
     rows = [[voice(0), voice(1)], [voice(2)], [voice(seed) for seed in range(5)]]
-    values, masks = voices.conditions(CONFIG, rows, None)
+    values, masks, _ = voices.conditions(CONFIG, rows, None)
     value_BSXC = np.asarray(values[voices.WAVS]).reshape(3, 5, STEPS, WIDTH)
     mask_BSX = np.asarray(masks[voices.WAVS]).reshape(3, 5, STEPS)
     assert values[voices.WAVS].shape == (3, 5 * STEPS, WIDTH)
@@ -213,7 +223,7 @@ def test_voices_fill_the_slots_in_their_order():
     [
         ([[voice(0)], []], r"^a request has 0 voices; this model needs 1 to 5: give a speaker$"),
         ([[voice(0)] * 6], r"^a request has 6 voices; this model needs 1 to 5"),
-        ([[voice(0)], [voice(1, 4)]], r"^the voices are \[3, 4\] steps long; all in a batch must have one length$"),
+        ([[voice(0), voice(1, 4)]], r"^the voices of a request are \[3, 4\] steps long; give voices of one length$"),
         ([[voice(0), voice(1, STEPS, 9)]], r"^a voice is 9 numbers wide; this model's are 10: take one made for it$"),
     ],
 )
@@ -226,14 +236,14 @@ def test_a_model_without_speakers_is_told_only_what_it_knows():
     assert voices.has_speakers(CONFIG)
     assert not voices.has_speakers(SPEAKERLESS)
     assert voices.guidance_values(SPEAKERLESS) == []
-    values, masks = voices.conditions(SPEAKERLESS, [[], []], None)
+    values, masks, _ = voices.conditions(SPEAKERLESS, [[], []], None)
     assert values.keys() == masks.keys() == {"control"}
     assert (values["control"].tolist(), masks["control"].tolist()) == ([[0], [0]], [[True], [True]])
 
 
-def test_without_adds_as_many_rows_that_are_told_nothing():
-    values, masks = voices.conditions(CONFIG, [[voice(0)], [voice(1), voice(2)]], 3.0)
-    twice, both = voices.without(values, masks, CONFIG)
+def test_the_unconditional_half_has_as_many_rows_without_conditions():
+    values, masks, _ = voices.conditions(CONFIG, [[voice(0)], [voice(1), voice(2)]], 3.0)
+    twice, both = voices.with_unconditional(values, masks, CONFIG)
     for name, value in values.items():
         assert twice[name].dtype == value.dtype
         np.testing.assert_array_equal(twice[name][:2], value)

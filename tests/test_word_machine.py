@@ -14,7 +14,7 @@ from dsm_jax.tts import words
 from dsm_jax.tts.script import Entry, Script, pack
 from dsm_jax.tts.words import WordMachine, WordState
 from tests import word_scripts
-from tests.word_scripts import CARD, CHOICES, MACHINES, STEPS, Oracle, advance, faults, run
+from tests.word_scripts import CARD, CHOICES, MACHINES, STEPS, Oracle, Rules, advance, faults, run
 
 machines = st.sampled_from(MACHINES)
 
@@ -153,7 +153,7 @@ def test_rows_do_not_see_each_other():
 
 def test_scripts_of_different_lengths_share_one_program():
     compiled = jax.jit(advance, static_argnums=0)
-    state, step_B = words.init_state(MACHINES[3], 1), jnp.zeros(1, jnp.int32)
+    state, step_B = MACHINES[3].init_state(1), jnp.zeros(1, jnp.int32)
     for length in (0, 1, 30, 1000):
         compiled(MACHINES[3], pack([[word(4, 5, 6)] * length]), state, step_B, jnp.zeros((1, STEPS), jnp.int32))
     assert compiled._cache_size() == 1
@@ -170,7 +170,7 @@ def growths(draw) -> list[list[int]]:
 @given(machines, word_scripts.rows, growths())
 def test_a_script_that_grows_gives_the_steps_of_the_whole_script(machine, rows, growth):
     scripts_B, sampled_BT = zip(*rows, strict=True)
-    state, step_B = words.init_state(machine, 3), jnp.zeros(3, jnp.int32)
+    state, step_B = machine.init_state(3), jnp.zeros(3, jnp.int32)
     fed_B, taken_B = [[], [], []], [[], [], []]
     for known in [*growth, None]:
         script = (
@@ -191,10 +191,12 @@ compiled_ready = jax.jit(words.ready_B, static_argnums=0)
 compiled_process = jax.jit(words.process, static_argnums=0)
 
 
-def each_step(machine: WordMachine, script: Script, state: WordState, token: int) -> np.ndarray:
+def each_step(rules: Rules, script: Script, state: WordState, token: int) -> np.ndarray:
     """What one step from each of STEPS states leads to: [STEPS, what is fed, whether taken, and the state after]."""
     sampled_T = jnp.full(STEPS, token, jnp.int32)
-    fed_T, taken_T, after = compiled_process(machine, script, state, sampled_T, jnp.arange(STEPS, dtype=jnp.int32))
+    fed_T, taken_T, after = compiled_process(
+        rules.machine, script, state, sampled_T, jnp.arange(STEPS, dtype=jnp.int32)
+    )
     return np.stack([fed_T, taken_T, *jax.tree.leaves(after)], axis=1)
 
 
@@ -202,7 +204,7 @@ def each_step(machine: WordMachine, script: Script, state: WordState, token: int
 @given(machines, word_scripts.scripts, word_scripts.choices, st.integers(0, 14))
 def test_a_row_waits_exactly_where_text_to_come_would_change_its_step(machine, entries, sampled_T, known):
     whole = entries + [word(4 + n, 5) for n in range(4)]  # some text is still to come, and enough to look ahead
-    state = words.init_state(machine, 1)
+    state = machine.init_state(1)
     *_, (_, _, _, state_T1) = advance(
         machine, pack([whole]), state, jnp.zeros(1, jnp.int32), jnp.array([sampled_T], jnp.int32)
     )
@@ -211,7 +213,7 @@ def test_a_row_waits_exactly_where_text_to_come_would_change_its_step(machine, e
         pack([row] * STEPS, [complete] * STEPS)
         for row, complete in ((entries[:known], False), (entries[:known], True), (whole, True))
     )
-    ready_T = np.asarray(compiled_ready(machine, some, state_T))
+    ready_T = np.asarray(compiled_ready(machine.machine, some, state_T))
     first_wait = int(np.argmin(ready_T)) if not ready_T.all() else STEPS
     for token in (0, 3):
         truth_T = each_step(machine, go_on, state_T, token)
@@ -233,29 +235,29 @@ def test_a_row_waits_exactly_where_text_to_come_would_change_its_step(machine, e
     ],
 )
 def test_a_row_that_reads_two_words_ahead_is_ready_when_it_knows_them(entries, complete, ready):
-    machine = WordMachine(CARD, 2, initial_padding=0)
+    rules = Rules(2, initial_padding=0)
     script = pack([entries], [complete])
-    assert words.ready_B(machine, script, words.init_state(machine, 1)).tolist() == [ready]
+    assert words.ready_B(rules.machine, script, rules.init_state(1)).tolist() == [ready]
 
 
 def test_a_row_that_must_pad_is_ready_without_text():
-    machine = WordMachine(CARD, 2, initial_padding=1)
-    assert words.ready_B(machine, pack([[]], [False]), words.init_state(machine, 1)).tolist() == [True]
+    rules = Rules(2, initial_padding=1)
+    assert words.ready_B(rules.machine, pack([[]], [False]), rules.init_state(1)).tolist() == [True]
 
 
 def test_a_script_that_may_go_on_has_no_end():
     machine = MACHINES[0]
-    state = words.init_state(machine, 2)
+    state = machine.init_state(2)
     for step in range(4):
         step_B = jnp.full(2, step, jnp.int32)
-        _, _, state = compiled_process(machine, pack([[], []], [False, True]), state, jnp.zeros(2, jnp.int32), step_B)
+        script = pack([[], []], [False, True])
+        _, _, state = compiled_process(machine.machine, script, state, jnp.zeros(2, jnp.int32), step_B)
     assert state.end_step_B.tolist() == [-1, 2]
 
 
-@pytest.mark.parametrize("name", ["second_stream_ahead", "max_padding", "initial_padding"])
-def test_negative_rules_are_refused(name):
-    with pytest.raises(SpeechError, match=f"^{name} is -1, and must be 0 or more: give another number$"):
-        WordMachine(CARD, **{name: -1})
+def test_a_negative_number_of_words_is_refused():
+    with pytest.raises(SpeechError, match=r"^second_stream_ahead is -1, and must be 0 or more: give another number$"):
+        WordMachine(CARD, -1)
 
 
 def test_two_tokens_must_fit_into_one():

@@ -3,6 +3,7 @@
 Shape letters: T steps, B batch rows.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections import deque
@@ -20,14 +21,35 @@ from dsm_jax.tts.words import WordMachine, WordState
 
 STEPS = 64
 CARD = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """A machine, and what requests choose of it."""
+
+    second_stream_ahead: int
+    max_padding: int = 8
+    initial_padding: int = 2
+    card: int = CARD
+
+    @property
+    def machine(self) -> WordMachine:
+        return WordMachine(self.card, self.second_stream_ahead)
+
+    def init_state(self, rows: int) -> WordState:
+        return words.init_state(
+            jnp.full(rows, self.max_padding, jnp.int32), jnp.full(rows, self.initial_padding, jnp.int32)
+        )
+
+
 # Few, as each is compiled: every lookahead, and paddings at their least and their defaults.
 MACHINES = (
-    WordMachine(CARD),
-    WordMachine(CARD, 0, max_padding=1, initial_padding=0),
-    WordMachine(CARD, 1, max_padding=3, initial_padding=1),
-    WordMachine(CARD, 2),
-    WordMachine(CARD, 2, max_padding=0, initial_padding=0),
-    WordMachine(CARD, 3, max_padding=5, initial_padding=4),
+    Rules(0),
+    Rules(0, max_padding=1, initial_padding=0),
+    Rules(1, max_padding=3, initial_padding=1),
+    Rules(2),
+    Rules(2, max_padding=0, initial_padding=0),
+    Rules(3, max_padding=5, initial_padding=4),
 )
 # Two words, pauses and other text: what a model may choose.
 CHOICES = (0, 0, 3, 3, 3, 1, 17, 49)
@@ -50,7 +72,7 @@ rows = st.tuples(*[st.tuples(scripts, choices)] * 3)
 class Oracle:
     """One row, written from the description of the reference's machine, with queues of tokens."""
 
-    def __init__(self, machine: WordMachine, script: Sequence[Entry]):
+    def __init__(self, machine: Rules, script: Sequence[Entry]):
         self.machine, self.entries = machine, deque(script)
         self.main, self.ahead = deque(), deque()
         self.remaining = self.forced = machine.initial_padding
@@ -109,12 +131,14 @@ def oracle_run(oracle: Oracle, sampled_T: Sequence[int]) -> tuple[list[int], lis
 
 @functools.partial(jax.jit, static_argnums=0)
 def advance(
-    machine: WordMachine, script: Script, state: WordState, step_B: jax.Array, sampled_BT: jax.Array
+    rules: Rules, script: Script, state: WordState, step_B: jax.Array, sampled_BT: jax.Array
 ) -> tuple[WordState, jax.Array, tuple[jax.Array, ...]]:
     """STEPS times a step of the rows that are ready and have steps left: the state, their steps, and what they did.
 
     The last are, per time, whether the row ran, what it was fed, whether it took an entry, and its state before.
     """
+
+    machine = rules.machine
 
     def body(carry: tuple, _: None) -> tuple:
         state, step_B = carry
@@ -129,14 +153,14 @@ def advance(
 
 
 def run(
-    machine: WordMachine, scripts_B: Sequence[Sequence[Entry]], sampled_BT: Sequence[Sequence[int]]
+    machine: Rules, scripts_B: Sequence[Sequence[Entry]], sampled_BT: Sequence[Sequence[int]]
 ) -> list[tuple[list[int], list[bool], int]]:
     """As `oracle_run`, for every row."""
     count = len(scripts_B)
     state, _, (active_TB, fed_TB, taken_TB, _) = advance(
         machine,
         pack(scripts_B),
-        words.init_state(machine, count),
+        machine.init_state(count),
         jnp.zeros(count, jnp.int32),
         jnp.array(sampled_BT, jnp.int32),
     )
@@ -146,7 +170,7 @@ def run(
 
 
 def faults(
-    machine: WordMachine, scripts_B: Sequence[Sequence[Entry]], sampled_BT: Sequence[Sequence[int]], make: Callable
+    machine: Rules, scripts_B: Sequence[Sequence[Entry]], sampled_BT: Sequence[Sequence[int]], make: Callable
 ) -> list[str]:
     """Where the compiled machine and `make(machine, script)` differ, at most one line per row."""
     lines = []

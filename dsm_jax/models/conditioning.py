@@ -22,10 +22,17 @@ from dsm_jax.nn.attention import sinusoids
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Conditions:
-    """What the backbone needs at every step: a vector to add, and every layer's cross-attention keys and values."""
+    """What the backbone needs at every step.
+
+    Attributes:
+      sum_BD: a vector that is added to the input of every step.
+      cross: keys and values [B, heads, X, head width] of every layer's cross-attention.
+      length_B: int32, how many of the X positions each row has; None for all.
+    """
 
     sum_BD: jax.Array | None
     cross: tuple[tuple[jax.Array, jax.Array], ...] | None
+    length_B: jax.Array | None = None
 
 
 class Conditioner(nnx.Module):

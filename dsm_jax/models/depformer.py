@@ -10,6 +10,7 @@ Source: Moshi (Défossez et al. 2024), section 3.4; kyutai-labs/moshi@e6a55d2 mo
 forward_depformer_training and depformer_step.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -24,6 +25,7 @@ from dsm_jax.nn.precision import full_precision
 from dsm_jax.nn.transformer import GatedFeedForward, make_norm
 
 KeysValues = tuple[jax.Array, jax.Array]
+WALK_GROUP = 4  # codebooks between two looks at whether more are wanted, each of which waits for the device on a GPU
 
 
 class Linear(nnx.Module):
@@ -125,7 +127,13 @@ class Depformer(nnx.Module):
 
     @full_precision
     def walk(
-        self, hidden_BD: jax.Array, text_B: jax.Array, choose: Callable[[int, jax.Array], jax.Array], *, codebooks: int
+        self,
+        hidden_BD: jax.Array,
+        text_B: jax.Array,
+        choose: Callable[[int, jax.Array], jax.Array],
+        *,
+        codebooks: int,
+        wanted: jax.Array | None = None,
     ) -> jax.Array:
         """Generates one frame, codebook after codebook.
 
@@ -133,18 +141,42 @@ class Depformer(nnx.Module):
           hidden_BD: the backbone's output for the frame.
           text_B: int32, the text token of the frame.
           choose: maps a codebook's number and its logits [B, V], float32, to int32 tokens [B].
-          codebooks: how many to generate, from 1 to Q.
+          codebooks: how many to generate at most, from 1 to Q.
+          wanted: int32 [], how many codebooks are used of the result: the walk ends with the group of `WALK_GROUP`
+            codebooks that holds the last of them. None stands for `codebooks`.
 
         Returns:
-          int32 tokens [B, codebooks].
+          int32 tokens [B, codebooks], 0 for codebooks that were not generated.
         """
         past: list[KeysValues | None] = [None] * len(self.layers)
-        token_B, tokens = text_B, []
-        for q in range(codebooks):
+        token_B, tokens_BQ = text_B, jnp.zeros((text_B.shape[0], 0), jnp.int32)
+        for first in range(0, codebooks, WALK_GROUP):
+            group = range(first, min(first + WALK_GROUP, codebooks))
+            generate = functools.partial(self._generate, hidden_BD, choose, group)
+            if wanted is None or first == 0:
+                made = generate(token_B, past)
+            else:
+                nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(generate, token_B, past))
+                made = jax.lax.cond(first < wanted, generate, lambda *_, nothing=nothing: nothing, token_B, past)
+            group_BQ, past = made
+            tokens_BQ, token_B = jnp.concatenate([tokens_BQ, group_BQ], axis=1), group_BQ[:, -1]
+        return tokens_BQ
+
+    def _generate(
+        self,
+        hidden_BD: jax.Array,
+        choose: Callable[[int, jax.Array], jax.Array],
+        group: range,
+        token_B: jax.Array,
+        past: list[KeysValues | None],
+    ) -> tuple[jax.Array, list[KeysValues | None]]:
+        """Generates a group of codebooks after `token_B`: their tokens, and the keys and values so far."""
+        past, tokens = list(past), []
+        for q in group:
             embedding = self.text_emb if q == 0 else self.audio_embs[q - 1]
             x_BW = self.inputs[self.config.depformer_schedule[q]](hidden_BD) + embedding(token_B)
             for i, layer in enumerate(self.layers):
                 x_BW, past[i] = layer.step(x_BW, q, past[i])
             token_B = choose(q, self.linears[q](x_BW).astype(jnp.float32))
             tokens.append(token_B)
-        return jnp.stack(tokens, axis=1)
+        return jnp.stack(tokens, axis=1), past

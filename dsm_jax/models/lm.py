@@ -19,11 +19,10 @@ from dsm_jax.configs import LMConfig
 from dsm_jax.errors import StreamError
 from dsm_jax.models.conditioning import Conditioning, Conditions
 from dsm_jax.models.depformer import Depformer
+from dsm_jax.models.streams import ZERO_TOKEN, delay, initial_tokens, inputs_of, undelay
 from dsm_jax.nn.embedding import Embedding, look_up
 from dsm_jax.nn.precision import full_precision
 from dsm_jax.nn.transformer import Transformer, TransformerState, make_norm
-
-ZERO_TOKEN = -1  # an input that is not there
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +58,7 @@ class DelayedStreamsLM(nnx.Module):
     @property
     def initial_K(self) -> jax.Array:
         """What every stream is fed before its first token, int32 [K]."""
-        return jnp.array([self.config.text_card] + [self.config.card] * self.config.n_q, jnp.int32)
+        return initial_tokens(self.config)
 
     @full_precision
     def embed(self, tokens_BKT: jax.Array) -> jax.Array:
@@ -96,7 +95,7 @@ class DelayedStreamsLM(nnx.Module):
         x_BTD = self.embed(tokens_BKT)
         if conditions is not None and conditions.sum_BD is not None:
             x_BTD = x_BTD + conditions.sum_BD[:, None].astype(x_BTD.dtype)
-        x_BTD, state = self.transformer.step(x_BTD, state, lengths_B, None if conditions is None else conditions.cross)
+        x_BTD, state = self.transformer.step(x_BTD, state, lengths_B, *_cross_of(conditions))
         return self.out_norm(x_BTD), state
 
     @full_precision
@@ -147,12 +146,11 @@ class DelayedStreamsLM(nnx.Module):
           they are zero and masked.
         """
         config = self.config
-        start_BK1 = jnp.broadcast_to(self.initial_K[None, :, None], (*codes_BKT.shape[:2], 1))
         target_BKT = delay(codes_BKT, self.initial_K, config.delays)
-        given_BKT = target_BKT if fed_BKT is None else delay(fed_BKT, self.initial_K, config.delays)
-        given_BKT = jnp.concatenate([start_BK1, given_BKT[:, :, :-1]], axis=2)
+        delayed_BKT = target_BKT if fed_BKT is None else delay(fed_BKT, self.initial_K, config.delays)
+        inputs_BKT = inputs_of(delayed_BKT, self.initial_K)
         clip = self.transformer.init_clip(codes_BKT.shape[0], codes_BKT.shape[2])
-        hidden_BTD, _ = self.step(given_BKT, clip, conditions=conditions)
+        hidden_BTD, _ = self.step(inputs_BKT, clip, conditions=conditions)
 
         text_BTV, valid_1T = undelay(self.text_logits(hidden_BTD)[:, None], config.delays[:1])
         text_mask_BT = valid_1T & (codes_BKT[:, 0] != ZERO_TOKEN)
@@ -164,18 +162,5 @@ class DelayedStreamsLM(nnx.Module):
         return LMOutput(text_BTV[:, 0], text_mask_BT, logits_BQTV, valid_QT & (codes_BKT[:, generated] != ZERO_TOKEN))
 
 
-def delay(codes_BKT: jax.Array, initial_K: jax.Array, delays: tuple[int, ...]) -> jax.Array:
-    """Shifts stream k right by `delays[k]` steps, filling with its initial token."""
-    time = jnp.arange(codes_BKT.shape[2])
-    from_KT = time - jnp.array(delays)[:, None]
-    shifted_BKT = jnp.take_along_axis(codes_BKT, jnp.maximum(from_KT, 0)[None], axis=2)
-    return jnp.where(from_KT[None] >= 0, shifted_BKT, initial_K[None, :, None])
-
-
-def undelay(logits_BQTV: jax.Array, delays: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Shifts stream q left by `delays[q]` steps; returns the logits, zero past the end, and which are real [Q, T]."""
-    steps = logits_BQTV.shape[2]
-    from_QT = jnp.arange(steps) + jnp.array(delays)[:, None]
-    valid_QT = from_QT < steps
-    moved = jnp.take_along_axis(logits_BQTV, jnp.minimum(from_QT, steps - 1)[None, :, :, None], axis=2)
-    return jnp.where(valid_QT[None, :, :, None], moved, 0.0), valid_QT
+def _cross_of(conditions: Conditions | None) -> tuple[tuple[tuple[jax.Array, jax.Array], ...] | None, jax.Array | None]:
+    return (None, None) if conditions is None else (conditions.cross, conditions.length_B)

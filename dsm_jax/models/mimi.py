@@ -174,6 +174,8 @@ class Mimi(nnx.Module):
     ) -> tuple[jax.Array, CodecState]:
         """Turns codes of any number of codebooks and frames into samples [B, T * 1920, C], not clipped.
 
+        A code of -1 is absent and adds nothing, so rows may have different numbers of codebooks.
+
         Raises:
           ConfigError: more codebooks than the codec has, or a codec without a decoder.
         """

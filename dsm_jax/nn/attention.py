@@ -173,8 +173,14 @@ class CrossAttention(nnx.Module):
         k_BXNH, v_BXNH = jnp.split(kv.reshape(*source_BXD.shape[:2], 2 * c.num_heads, c.head_dim), 2, axis=2)
         return k_BXNH.swapaxes(1, 2), v_BXNH.swapaxes(1, 2)
 
-    def __call__(self, x_BTD: jax.Array, k_BNXH: jax.Array, v_BNXH: jax.Array) -> jax.Array:
-        """Attends from every step to every step of the source."""
+    def __call__(
+        self, x_BTD: jax.Array, k_BNXH: jax.Array, v_BNXH: jax.Array, length_B: jax.Array | None = None
+    ) -> jax.Array:
+        """Attends from every step to the first `length_B` steps of the source; None for all of them."""
         c = self.config
         q_BTNGH = (x_BTD @ self.q_proj_DE[...]).reshape(*x_BTD.shape[:2], c.num_heads, 1, c.head_dim)
-        return _attend(q_BTNGH, [(k_BNXH, v_BNXH, None)]) @ self.out_proj_ED[...]
+        mask_B1X = None
+        if length_B is not None:
+            # A row without a source attends to its first, empty step: its result means nothing, and stays finite.
+            mask_B1X = taken_BT(jnp.maximum(length_B, 1), k_BNXH.shape[2])[:, None]
+        return _attend(q_BTNGH, [(k_BNXH, v_BNXH, mask_B1X)]) @ self.out_proj_ED[...]

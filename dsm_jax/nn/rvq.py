@@ -54,8 +54,12 @@ class ResidualQuantizer(nnx.Module):
 
     @full_precision
     def decode(self, codes_BQT: jax.Array) -> jax.Array:
-        """The latents [B, T, D] that the codes stand for."""
-        stages = [book.embedding_VC[codes_BQT[:, q]] for q, book in enumerate(self.codebooks[: codes_BQT.shape[1]])]
+        """Returns the latents [B, T, D] that the codes stand for; an absent code (-1) adds nothing."""
+        stages = []
+        for q, book in enumerate(self.codebooks[: codes_BQT.shape[1]]):
+            codes_BT = codes_BQT[:, q]
+            entries_BTC = book.embedding_VC[jnp.maximum(codes_BT, 0)]
+            stages.append(jnp.where((codes_BT < 0)[..., None], 0.0, entries_BTC))
         return sum(stages) @ self.output_proj_CD[...]
 
 

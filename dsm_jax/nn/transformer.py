@@ -117,12 +117,13 @@ class TransformerLayer(nnx.Module):
         position_B: jax.Array,
         lengths_B: jax.Array | None,
         cross: tuple[jax.Array, jax.Array] | None,
+        cross_length_B: jax.Array | None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Runs one chunk."""
         y_BTD, cache = self.self_attn.step(self.norm1(x_BTD), cache, position_B, lengths_B)
         x_BTD = x_BTD + (y_BTD if self.layer_scale_1_D is None else self.layer_scale_1_D[...] * y_BTD)
         if self.cross_attention is not None and self.norm_cross is not None and cross is not None:
-            x_BTD = x_BTD + self.cross_attention(self.norm_cross(x_BTD), *cross)
+            x_BTD = x_BTD + self.cross_attention(self.norm_cross(x_BTD), *cross, cross_length_B)
         y_BTD = self.feedforward(self.norm2(x_BTD))
         return x_BTD + (y_BTD if self.layer_scale_2_D is None else self.layer_scale_2_D[...] * y_BTD), cache
 
@@ -161,8 +162,17 @@ class Transformer(nnx.Module):
         state: TransformerState,
         lengths_B: jax.Array | None = None,
         cross: tuple[tuple[jax.Array, jax.Array], ...] | None = None,
+        cross_length_B: jax.Array | None = None,
     ) -> tuple[jax.Array, TransformerState]:
-        """Runs T steps and returns as many."""
+        """Runs T steps and returns as many.
+
+        Args:
+          x_BTD: the chunk.
+          state: from `init_state`, or from the step before.
+          lengths_B: int32, steps of the chunk that each row takes; None for all.
+          cross: from `cross_keys_values`, for a config with cross-attention.
+          cross_length_B: int32, how many positions of the source each row has; None for all.
+        """
 
         def block(
             x_BTD: jax.Array, state: TransformerState, lengths_B: jax.Array | None
@@ -173,7 +183,7 @@ class Transformer(nnx.Module):
             caches = []
             for i, (layer, cache) in enumerate(zip(self.layers, state.caches, strict=True)):
                 source = None if cross is None else cross[i]
-                x_BTD, cache = layer.step(x_BTD, cache, state.position_B, lengths_B, source)
+                x_BTD, cache = layer.step(x_BTD, cache, state.position_B, lengths_B, source, cross_length_B)
                 caches.append(cache)
             taken = x_BTD.shape[1] if lengths_B is None else lengths_B
             return x_BTD, TransformerState(tuple(caches), state.position_B + taken)

@@ -1,153 +1,28 @@
-"""Whole recordings, any number of them, of any length, in one batch of rows that are refilled as recordings end."""
+"""Whole recordings, any number of them, of any length: clients of the slots that they share."""
 
-import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import overload
 
-import numpy as np
-
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
-from dsm_jax.errors import BatchError, DsmError
-from dsm_jax.stt.engine import FrameOutputs
-from dsm_jax.stt.hearing import Hearing
-from dsm_jax.stt.recognizer import Options, Recognizer
-from dsm_jax.stt.transcript import Event, Frames, Pause, Transcript, Word, WordEnded
-from dsm_jax.stt.words import WordReader
+from dsm_jax.errors import BatchError, ConfigError, DsmError
+from dsm_jax.runtime.slots import Slots
+from dsm_jax.stt.options import Options
+from dsm_jax.stt.transcriber import FileSession, Transcriber
+from dsm_jax.stt.transcript import Transcript
 
-CHUNK_FRAMES = 8  # heard at a time: enough for convolutions to be efficient, little to hear for nothing at the end
+CHUNK_FRAMES = 8  # of a device call: enough for efficient convolutions, few enough to waste little on the last chunk
 
 Progress = Callable[[int, float], None]  # which recording, and how many seconds of it have been read
 Result = tuple[int, Transcript | DsmError]  # the place of a recording, and what came of it
 
 
-@dataclasses.dataclass
-class _Job:
-    """One recording, while it has a row."""
-
-    index: int
-    blocks: Iterator[np.ndarray]
-    hearing: Hearing
-    reader: WordReader
-    keep_frames: bool
-    failed: bool = False
-    words: list[Word] = dataclasses.field(default_factory=list)
-    pauses: list[Pause] = dataclasses.field(default_factory=list)
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    pause_rows: list[tuple[float, ...]] = dataclasses.field(default_factory=list)
-
-    def fill(self, frames: int) -> int:
-        """Reads on until `frames` frames are ready, or the recording ends; returns how many are, at most `frames`."""
-        while self.hearing.ready < frames and not self.hearing.ended:
-            block = next(self.blocks, None)
-            if block is None:
-                self.hearing.end()
-            else:
-                self.hearing.push(block)
-        return min(frames, self.hearing.ready)
-
-    def read(self, tokens: np.ndarray, probabilities: np.ndarray, pauses: np.ndarray) -> None:
-        for token, probability, row in zip(tokens.tolist(), probabilities.tolist(), pauses.tolist(), strict=True):
-            self._collect(self.reader.read(token, probability, tuple(row)))
-            if self.keep_frames:
-                self.tokens.append(token)
-                self.pause_rows.append(tuple(row))
-
-    def _collect(self, events: list[Event]) -> None:
-        self.words += [event.word for event in events if isinstance(event, WordEnded)]
-        self.pauses += [event for event in events if isinstance(event, Pause)]
-
-    def transcript(self, name: str | None, model: str, rate: int) -> Transcript:
-        self._collect(self.reader.finish())
-        pause_rows = tuple(self.pause_rows) if any(self.pause_rows) else None
-        return Transcript(
-            text=self.reader.text,
-            words=tuple(self.words),
-            pauses=tuple(self.pauses),
-            duration=self.hearing.samples / rate,
-            frames=Frames(tuple(self.tokens), pause_rows) if self.keep_frames else None,
-            audio=name,
-            model=model,
-        )
-
-
-class _Batch:
-    """The rows, the recordings that wait for one, and the chunks whose outputs have not been read back."""
-
-    def __init__(self, recognizer: Recognizer, sources: Sequence[audio.Source], keep_frames: bool):
-        self.recognizer, self.sources, self.keep_frames = recognizer, sources, keep_frames
-        self.config = recognizer.model.config.mimi
-        self.waiting = iter(enumerate(sources))
-        self.rows: list[_Job | None] = [None] * recognizer.batch_size
-        self.unread: list[tuple[FrameOutputs, list[tuple[int, _Job, int, bool]]]] = []
-
-    def admit(self) -> Iterator[Result]:
-        """Gives every free row a recording; yields those that cannot be read."""
-        started = []
-        for row, job in enumerate(self.rows):
-            while job is None and (item := next(self.waiting, None)) is not None:
-                try:
-                    job = self._open(*item)
-                except DsmError as error:
-                    yield item[0], error
-            if job is not self.rows[row]:
-                self.rows[row] = job
-                started.append(row)
-        if started:
-            self.recognizer.start(started)
-
-    def _open(self, index: int, source: audio.Source) -> _Job:
-        blocks = audio.blocks(source, self.config.sample_rate)
-        job = _Job(index, blocks, self.recognizer.hearing(), self.recognizer.reader(), self.keep_frames)
-        job.fill(1)
-        return job
-
-    def dispatch(self) -> Iterator[Result]:
-        """Sends the next chunk of every row to the device; yields recordings that fail midway."""
-        ready = np.zeros(len(self.rows), int)
-        for row, job in enumerate(self.rows):
-            if job is not None:
-                try:
-                    # One frame more than a chunk tells whether the chunk is the last.
-                    ready[row] = job.fill(CHUNK_FRAMES + 1)
-                except DsmError as error:
-                    self.rows[row], job.failed = None, True
-                    yield job.index, error
-        frames = np.minimum(ready, CHUNK_FRAMES)
-        pcm_BT = np.zeros((len(self.rows), CHUNK_FRAMES * self.config.frame_size), np.float32)
-        parts = []
-        for row, job in enumerate(self.rows):
-            if job is not None:
-                samples = job.hearing.take(frames[row])
-                pcm_BT[row, : samples.size] = samples
-                last = ready[row] <= CHUNK_FRAMES
-                parts.append((row, job, frames[row], last))
-                if last:
-                    self.rows[row] = None
-        if parts:
-            self.unread.append((self.recognizer.advance(pcm_BT, frames), parts))
-
-    def collect(self, progress: Progress | None) -> Iterator[Result]:
-        """Reads the oldest chunk back; yields recordings that ended in it."""
-        outputs, parts = self.unread.pop(0)
-        tokens, sure, pauses = map(np.asarray, (outputs.tokens_BF, outputs.probabilities_BF, outputs.pauses_BFH))
-        for row, job, count, last in parts:
-            if job.failed:  # since this chunk was sent
-                continue
-            job.read(tokens[row, :count], sure[row, :count], pauses[row, :count])
-            if progress is not None:
-                progress(job.index, job.hearing.samples / self.config.sample_rate)
-            if last:
-                name = self.sources[job.index]
-                name = str(name) if isinstance(name, (str, os.PathLike)) else None
-                yield job.index, job.transcript(name, self.recognizer.model.name, self.config.sample_rate)
-
-
 def transcribe_each(
     model: Model,
     sources: Sequence[audio.Source],
-    options: Options = Options(),
+    options: Options | Sequence[Options] = Options(),
     *,
     batch_size: int = 8,
     frames: bool = False,
@@ -157,26 +32,28 @@ def transcribe_each(
 
     A recording that cannot be read yields its error, and the others go on. Otherwise as `transcribe`.
     """
+    each = [options] * len(sources) if isinstance(options, Options) else list(options)
+    if len(each) != len(sources):
+        raise ConfigError(f"{len(sources)} recordings have {len(each)} options; give one for all, or one each")
     # Few recordings take a power of two: so that different numbers of them share a compilation.
-    rows = max(1, min(batch_size, 1 << max(0, len(sources) - 1).bit_length()))
-    batch = _Batch(Recognizer(model, rows, CHUNK_FRAMES, options), sources, frames)
-    while True:
-        yield from batch.admit()
-        if not any(batch.rows):
-            break
-        yield from batch.dispatch()
-        # One chunk behind: the device works on the newest while the one before it is read.
-        while len(batch.unread) > 1:
-            yield from batch.collect(progress)
-    while batch.unread:
-        yield from batch.collect(progress)
+    count = max(1, min(batch_size, 1 << max(0, len(sources) - 1).bit_length()))
+    transcriber = Transcriber(model, count, CHUNK_FRAMES, each)
+
+    def session(index: int) -> FileSession:
+        report = None if progress is None else functools.partial(progress, index)
+        return FileSession(transcriber, each[index], index, sources[index], keep_frames=frames, progress=report)
+
+    slots: Slots[FileSession] = transcriber.slots
+    for done in slots.run(map(session, range(len(sources)))):
+        name = str(done.source) if isinstance(done.source, (str, os.PathLike)) else None
+        yield done.index, done.transcript(name) if done.error is None else done.error
 
 
 @overload
 def transcribe(
     model: Model,
     recordings: Sequence[audio.Source],
-    options: Options = ...,
+    options: Options | Sequence[Options] = ...,
     *,
     batch_size: int = ...,
     frames: bool = ...,
@@ -199,7 +76,7 @@ def transcribe(
 def transcribe(
     model: Model,
     recordings: audio.Source | Sequence[audio.Source],
-    options: Options = Options(),
+    options: Options | Sequence[Options] = Options(),
     *,
     batch_size: int = 8,
     frames: bool = False,
@@ -212,7 +89,7 @@ def transcribe(
       recordings: a path, "-" for standard input, an open file, or float or int16 samples [T] or [channels, T] at the
         model's rate; or a list of these, transcribed together. Files are wav, flac, mp3, ogg or opus, of any rate,
         number of channels and length.
-      options: how to listen: prompts, sampling, pauses.
+      options: how to transcribe: prompts, sampling, pauses; for a list, one for all recordings or one each.
       batch_size: at most how many recordings at a time. Each gives what it gives alone.
       frames: keep the text token and the pause probabilities of every 80 ms frame.
       progress: called with the place of a recording and the seconds of it read so far.
@@ -221,9 +98,10 @@ def transcribe(
       A transcript, or for a list, a list in the same order.
 
     Raises:
-      AudioError: the one recording cannot be read.
+      AudioError: the one recording cannot be read, or an audio prompt.
       BatchError: some of a list cannot; it carries the transcripts of the others.
       CheckpointError: the model does not transcribe.
+      ConfigError: not as many options as recordings, or a temperature or top-k below 0.
       PromptError: the model cannot follow the prompt.
     """
     several = isinstance(recordings, (list, tuple))

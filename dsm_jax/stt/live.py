@@ -7,7 +7,8 @@ import numpy as np
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import AudioError, StreamError
-from dsm_jax.stt.recognizer import Options, Recognizer
+from dsm_jax.stt.options import Options
+from dsm_jax.stt.transcriber import RecordingSession, Transcriber
 from dsm_jax.stt.transcript import Event
 
 
@@ -16,17 +17,16 @@ class Listener:
 
     Args:
       model: a speech-to-text model, from `dsm_jax.load`.
-      options: how to listen.
+      options: how to transcribe.
     """
 
     def __init__(self, model: Model, options: Options = Options()):
-        self._recognizer = Recognizer(model, 1, 1, options)
-        self._hearing = self._recognizer.hearing()
-        self._reader = self._recognizer.reader()
-        self._recognizer.start([0])
+        self._transcriber = Transcriber(model, 1, 1, [options], behind=0)
+        self._session = RecordingSession(self._transcriber, options)
+        self._transcriber.slots.admit([self._session])
 
     def feed(self, samples: np.ndarray) -> list[Event]:
-        """Hears more audio; every frame of 80 ms is heard as soon as it is complete.
+        """Transcribes more audio, every frame of 80 ms as soon as it is complete.
 
         Args:
           samples: mono, float or int16, at the model's rate; any number, none included.
@@ -38,38 +38,34 @@ class Listener:
           AudioError: samples that are not numbers, or not mono.
           StreamError: the stream has been finished.
         """
-        if self._hearing.ended:
+        if self._session.buffer.ended:
             raise StreamError("audio was fed to a stream that has been finished; make a new Listener")
         if np.ndim(samples) != 1:
             raise AudioError(f"live audio has the shape {np.shape(samples)}; feed mono samples [T]")
         if np.size(samples):
-            self._hearing.push(audio.read(samples))
-        return self._hear()
+            self._session.buffer.push(audio.read(samples))
+        return self._step()
 
     def finish(self) -> list[Event]:
-        """Ends the audio: hears the silence that lets the last words out, and ends the last word.
+        """Ends the audio: feeds the silence in which the last words come out, and ends the last word.
 
         Raises:
           StreamError: the stream has been finished before.
         """
-        if self._hearing.ended:
+        if self._session.buffer.ended:
             raise StreamError("the stream has been finished already; make a new Listener")
-        self._hearing.end()
-        return [*self._hear(), *self._reader.finish()]
+        self._session.buffer.end()
+        return self._step()
 
     @property
     def text(self) -> str:
-        """All that has been said so far."""
-        return self._reader.text
+        """All text so far."""
+        return self._session.reader.text
 
-    def _hear(self) -> list[Event]:
-        events: list[Event] = []
-        while self._hearing.ready:
-            outputs = self._recognizer.advance(self._hearing.take(1)[None], np.array([1]))
-            columns = (outputs.tokens_BF, outputs.probabilities_BF, outputs.pauses_BFH)
-            for token, probability, row in zip(*(np.asarray(a)[0].tolist() for a in columns), strict=True):
-                events += self._reader.read(token, probability, tuple(row))
-        return events
+    def _step(self) -> list[Event]:
+        while self._session.buffer.ready:
+            self._transcriber.slots.step()
+        return self._session.take_events()
 
 
 def stream(model: Model, chunks: Iterable[np.ndarray], options: Options = Options()) -> Iterator[Event]:
@@ -78,7 +74,7 @@ def stream(model: Model, chunks: Iterable[np.ndarray], options: Options = Option
     Args:
       model: a speech-to-text model, from `dsm_jax.load`.
       chunks: mono samples at the model's rate, float or int16, in pieces of any size.
-      options: how to listen.
+      options: how to transcribe.
 
     Yields:
       WordStarted, WordEnded and Pause, in the order they are found.

@@ -21,9 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import CheckpointError
-from dsm_jax.models.lm import ZERO_TOKEN
-from dsm_jax.stt.hearing import Hearing, Prompt, word_reader
-from dsm_jax.stt.words import PauseRule
+from dsm_jax.models.streams import ZERO_TOKEN
+from dsm_jax.stt.framing import FrameBuffer, word_reader
 from dsm_jax.training.alignment import pieces_of, text_stream
 from dsm_jax.training.compose import Spoken
 from dsm_jax.training.manifest import Recording
@@ -89,7 +88,7 @@ class Rows:
             )
         self.model, self.lm, self.tokenizer = model, lm, tokenizer
         self.longest = int(seconds * model.sample_rate)
-        self.timing = word_reader(model.config, lm, tokenizer, Prompt(), PauseRule()).timing
+        self.timing = word_reader(model.config, lm, tokenizer).timing
         self.frames = self._heard(np.zeros(self.longest, np.float32)).ready
         self.at_once = -(-at_once // mesh.shape["data"]) * mesh.shape["data"]
         self._split = NamedSharding(mesh, PartitionSpec("data"))
@@ -146,10 +145,10 @@ class Rows:
             heard = hearing.ready
             text_T = np.full(self.frames, ZERO_TOKEN, np.int32)
             text_T[:heard] = text_stream(said, self.tokenizer, self.lm, self.timing, frames=heard)
-            yield filled(hearing.take(heard), self.frames * self.model.config.mimi.frame_size), text_T
+            yield filled(hearing.pop_frames(heard), self.frames * self.model.config.mimi.frame_size), text_T
 
-    def _heard(self, pcm_T: np.ndarray) -> Hearing:
-        hearing = Hearing(self.model.config, Prompt())
+    def _heard(self, pcm_T: np.ndarray) -> FrameBuffer:
+        hearing = FrameBuffer(self.model.config)
         hearing.push(pcm_T)
         hearing.end()
         return hearing

@@ -16,7 +16,8 @@ from flax import nnx
 
 from dsm_jax import checkpoints
 from dsm_jax.configs import LMConfig, MimiConfig, ModelConfig, QuantizerConfig, Table
-from dsm_jax.models.lm import ZERO_TOKEN, DelayedStreamsLM
+from dsm_jax.models.lm import DelayedStreamsLM
+from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.stt.words import Timing
 from dsm_jax.tokenizers import load_tokenizer
 from dsm_jax.training import digits, sounds

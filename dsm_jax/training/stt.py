@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsm_jax.models.lm import ZERO_TOKEN, DelayedStreamsLM
+from dsm_jax.models.lm import DelayedStreamsLM
+from dsm_jax.models.streams import ZERO_TOKEN
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from dsm_jax.models.conditioning import Conditions
-from dsm_jax.models.lm import ZERO_TOKEN, DelayedStreamsLM
+from dsm_jax.models.lm import DelayedStreamsLM
+from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.training.stt import SttObjective, disturb
 from dsm_jax.tts.script import NEW_WORD, PAD
 

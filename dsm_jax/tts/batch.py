@@ -1,4 +1,4 @@
-"""Whole texts to speech, any number of them, a batch at a time."""
+"""Whole texts to speech, any number of them: clients of the slots that they share."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from dsm_jax.checkpoints import Model
-from dsm_jax.errors import DsmError, SpeechError
+from dsm_jax.errors import DsmError
 from dsm_jax.tts.speech import Request, Speech, SpeechOptions
-from dsm_jax.tts.synthesizer import Prepared, Row, Synthesizer
+from dsm_jax.tts.synthesizer import SpeechSession, Synthesizer
 from dsm_jax.tts.voices import Voice
 
-Progress = Callable[[float], None]  # how many seconds of the batch's longest speech there are
+Progress = Callable[[float], None]  # how many seconds of speech there are, of all requests
 Result = tuple[int, Speech | DsmError]  # the place of a request, and what came of it
 
 
@@ -57,61 +57,45 @@ def synthesize_each(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> Iterator[Result]:
-    """Says several texts, `batch_size` at a time, and yields what came of each, with its place in `requests`.
+    """Says several texts, `batch_size` at a time, and yields each as it ends, with its place in `requests`.
 
-    A request that cannot be said yields its error, and the others go on. Each gives what it gives alone.
+    A finished text's slot takes the next one while the others speak. A request that cannot be said yields its error,
+    and the others go on. Each gives what it gives alone.
+
+    Args:
+      model: a text-to-speech model, from `dsm_jax.load`.
+      requests: what to say; each may have options of its own.
+      options: of requests that have none.
+      batch_size: at most how many texts at a time.
+      progress: called with the seconds of speech that there are so far.
     """
     # Few requests take a power of two: so that different numbers of them share a compilation.
-    rows = max(1, min(batch_size, 1 << max(0, len(requests) - 1).bit_length()))
-    synthesizer = Synthesizer(model, rows, options)
-    batch: list[tuple[int, Prepared]] = []
-    for index, request in enumerate(requests):
+    slots = max(1, min(batch_size, 1 << max(0, len(requests) - 1).bit_length()))
+    own = [request.options for request in requests if request.options is not None and request.options.fits(model)]
+    synthesizer = Synthesizer(model, slots, [options, *own])
+    samples = 0
+
+    def heard(new: int) -> None:
+        nonlocal samples
+        samples += new
+        if progress is not None:
+            progress(samples / model.sample_rate)
+
+    def session(index: int) -> SpeechSession:
         try:
-            prepared = synthesizer.prepare(request)
+            prepared = synthesizer.prepare(requests[index], options)
         except DsmError as error:
-            yield index, error
-            continue
-        # Voices of other lengths are another shape, so they wait for a batch of their own.
-        if batch and _lengths(prepared) != _lengths(batch[0][1]):
-            yield from _say(synthesizer, batch, progress)
-            batch = []
-        batch.append((index, prepared))
-        if len(batch) == rows:
-            yield from _say(synthesizer, batch, progress)
-            batch = []
-    if batch:
-        yield from _say(synthesizer, batch, progress)
+            return SpeechSession(model, None, error=error, index=index)
+        return SpeechSession(model, prepared, index=index, heard=heard)
+
+    # Reading is cheap beside speaking, so all requests are read first: the program then has room for each of them.
+    sessions = [session(index) for index in range(len(requests))]
+    ready = [one.prepared for one in sessions if one.error is None]
+    for done in synthesizer.slots_for(*ready).run(sessions) if ready else sessions:
+        yield done.index, done.speech() if done.error is None else done.error
 
 
 def _voices(speaker: Voice | Sequence[Voice] | None) -> tuple[Voice, ...]:
     if speaker is None:
         return ()
     return (speaker,) if isinstance(speaker, (str, os.PathLike, np.ndarray)) else tuple(speaker)
-
-
-def _lengths(prepared: Prepared) -> set[int]:
-    return {len(voice) for voice in prepared.voices}
-
-
-def _say(
-    synthesizer: Synthesizer, batch: Sequence[tuple[int, Prepared]], progress: Progress | None
-) -> Iterator[Result]:
-    """Speaks a batch to its end."""
-    model, most = synthesizer.model, synthesizer.options.max_frames
-    synthesizer.begin([prepared for _, prepared in batch])
-    rows = [Row(prepared) for _, prepared in batch]
-    steps, heard = 0, np.zeros(len(rows), int)
-    while steps < most and (made := synthesizer.advance(most - steps)).count:
-        steps += int(made.count)
-        heard += [row.hear(made, place).size for place, row in enumerate(rows)]
-        if progress is not None:
-            progress(float(heard.max()) / model.sample_rate)
-    running_B = synthesizer.running_B
-    for place, ((index, prepared), row) in enumerate(zip(batch, rows, strict=True)):
-        result: Speech | DsmError = row.speech(model, synthesizer.how.codebooks)
-        if running_B[place]:
-            result = SpeechError(
-                f"the text was not said to its end in {most} frames: {len(row.taken)} of its {len(prepared.entries)} "
-                "words and breaks were; allow more with max_frames, or cut the text"
-            )
-        yield index, result

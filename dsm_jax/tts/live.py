@@ -1,14 +1,14 @@
 """Live speech: sound as words arrive."""
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from dsm_jax.checkpoints import Model
-from dsm_jax.errors import SpeechError
 from dsm_jax.tts.speech import Request, SpeechOptions
-from dsm_jax.tts.synthesizer import Row, Synthesizer
+from dsm_jax.tts.synthesizer import SpeechSession, Synthesizer
 from dsm_jax.tts.voices import Voice
 
 STEPS = 2  # of a call: what is waited for until the next piece of sound
@@ -40,8 +40,8 @@ def synthesize_stream(
     Raises:
       As `synthesize`; what is wrong with the text is told when it arrives.
     """
-    synthesizer = Synthesizer(model, 1, options)
-    row: Row | None = None
+    synthesizer = Synthesizer(model, 1, [options], limit=STEPS, behind=0)
+    session: SpeechSession | None = None
     voices = () if speaker is None else (speaker,)
     so_far, known = "", ""
     for piece in [text] if isinstance(text, str) else text:
@@ -49,22 +49,23 @@ def synthesize_stream(
         if (ready := _whole_words(so_far)) == known or not _TAGS.sub("", ready).strip():
             continue
         known = ready
-        if row is None:
-            row = Row(synthesizer.prepare(Request(known, voices)))
-            synthesizer.begin([row.prepared], complete=False)
-        else:
-            synthesizer.tell([synthesizer.entries([known])], complete=False)
-        yield from _hear(synthesizer, row)
-    if row is None:
-        row = Row(synthesizer.prepare(Request(so_far, voices)))
-        synthesizer.begin([row.prepared])
-    else:
-        synthesizer.tell([synthesizer.entries([so_far])], complete=True)
-    yield from _hear(synthesizer, row)
-    if synthesizer.running_B[0]:
-        raise SpeechError(
-            f"the text was not said to its end in {options.max_frames} frames; allow more with max_frames, or cut it"
-        )
+        session = _with_text(synthesizer, session, Request(known, voices), options, complete=False)
+        yield from _pcm(synthesizer, session)
+    session = _with_text(synthesizer, session, Request(so_far, voices), options, complete=True)
+    yield from _pcm(synthesizer, session)
+
+
+def _with_text(
+    synthesizer: Synthesizer, session: SpeechSession | None, request: Request, options: SpeechOptions, *, complete: bool
+) -> SpeechSession:
+    """Starts a session with the text so far, or adds to the text of the session that is running."""
+    if session is None:
+        session = SpeechSession(synthesizer.model, synthesizer.prepare(request, options, complete=complete))
+        synthesizer.slots_for(session.prepared).admit([session])
+    elif not session.ended:
+        entries = synthesizer.entries(request.turns, options)
+        synthesizer.extend(session, dataclasses.replace(session.prepared, entries=entries, complete=complete))
+    return session
 
 
 def _whole_words(text: str) -> str:
@@ -74,9 +75,16 @@ def _whole_words(text: str) -> str:
     return text[: max((end.end() for end in _ENDS.finditer(text)), default=0)]
 
 
-def _hear(synthesizer: Synthesizer, row: Row) -> Iterator[np.ndarray]:
-    """Sound until the row waits for text, or has ended."""
-    most = synthesizer.options.max_frames
-    while row.steps < most and (made := synthesizer.advance(min(STEPS, most - row.steps))).count:
-        if (pcm_T := row.hear(made, 0)).size:
+def _pcm(synthesizer: Synthesizer, session: SpeechSession) -> Iterator[np.ndarray]:
+    """Yields sound until the session waits for text, or has ended.
+
+    Raises:
+      SpeechError: the text was not said to its end in as many frames as are allowed.
+    """
+    slots = synthesizer.slots_for(session.prepared)
+    while not session.waits and not session.ended:
+        slots.step()
+        if (pcm_T := session.take_pcm()).size:
             yield pcm_T
+    if session.error is not None:
+        raise session.error

@@ -10,9 +10,9 @@ Source: kyutai-labs/moshi@e6a55d2 moshi/models/tts.py:script_to_entries.
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dsm_jax.errors import SpeechError
@@ -23,6 +23,8 @@ MAIN = 1  # before the first word of a turn of the first speaker
 OTHER = 2  # and of the second
 PAD = 3  # nothing happens
 ZERO = -1  # no token at all: embedded as zeros
+
+Array = Any  # of jax or numpy: the host fills scripts, the device reads them
 
 LONGEST_PAUSE_S = 3600.0
 MIN_ENTRIES, MIN_TOKENS = 1024, 4096
@@ -162,32 +164,43 @@ class Script:
       complete_B: bool, whether no more will come.
     """
 
-    tokens_BL: jax.Array
-    start_BE: jax.Array
-    end_BE: jax.Array
-    padding_BE: jax.Array
-    words_before_BE: jax.Array
-    word_BE: jax.Array
-    count_B: jax.Array
-    words_B: jax.Array
-    complete_B: jax.Array
+    tokens_BL: Array
+    start_BE: Array
+    end_BE: Array
+    padding_BE: Array
+    words_before_BE: Array
+    word_BE: Array
+    count_B: Array
+    words_B: Array
+    complete_B: Array
 
 
-def pack(rows: Sequence[Sequence[Entry]], complete: Sequence[bool] | None = None) -> Script:
-    """Entries as arrays.
+def capacity(rows: Sequence[Sequence[Entry]]) -> tuple[int, int]:
+    """Returns room for the entries of some rows and for their tokens: powers of two, so that few are ever compiled."""
+    E = _capacity((len(entries) for entries in rows), MIN_ENTRIES)
+    return E, _capacity((sum(len(entry.tokens) for entry in entries) for entries in rows), MIN_TOKENS)
+
+
+def pack(
+    rows: Sequence[Sequence[Entry]],
+    complete: Sequence[bool] | None = None,
+    *,
+    room: tuple[int, int] | None = None,
+) -> Script:
+    """Packs entries into arrays.
 
     Args:
       rows: the entries that are known of each row; a row may have none.
       complete: of each row, whether no more entries will come; None means that none will in any row.
+      room: capacities of entries and tokens; None takes the `capacity` of these rows.
 
     Returns:
-      A script whose capacities are powers of two, at least `MIN_ENTRIES` and `MIN_TOKENS`.
+      The script, numpy arrays.
     """
     complete = [True] * len(rows) if complete is None else complete
-    E = _capacity((len(entries) for entries in rows), MIN_ENTRIES)
-    L = _capacity((sum(len(entry.tokens) for entry in entries) for entries in rows), MIN_TOKENS)
+    E, L = capacity(rows) if room is None else room
     packed = [_row(entries, known, E, L) for entries, known in zip(rows, complete, strict=True)]
-    return Script(*(jnp.asarray(np.stack(arrays)) for arrays in zip(*packed, strict=True)))
+    return Script(*(np.stack(arrays) for arrays in zip(*packed, strict=True)))
 
 
 def _row(entries: Sequence[Entry], complete: bool, E: int, L: int) -> tuple[np.ndarray, ...]:

@@ -3,15 +3,16 @@
 Shape letters: T samples, Q codebooks, F frames.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from dsm_jax.checkpoints import Model
-from dsm_jax.errors import CheckpointError, SpeechError
-from dsm_jax.tts.engine import Manner
+from dsm_jax.errors import CheckpointError, DsmError, SpeechError
+from dsm_jax.tts.program import TtsSettings
 from dsm_jax.tts.script import Entry
-from dsm_jax.tts.voices import Voice, guidance_values
+from dsm_jax.tts.voices import Voice
 from dsm_jax.tts.words import WordMachine
 
 
@@ -47,8 +48,8 @@ class SpeechOptions:
     max_frames: int = 30_000
     seed: int = 0
 
-    def manner(self, model: Model) -> Manner:
-        """What of this, and of the checkpoint, the loop is compiled for.
+    def checked(self, model: Model) -> "SpeechOptions":
+        """Returns these options, which fit the model.
 
         Raises:
           CheckpointError: the model does not speak.
@@ -64,42 +65,60 @@ class SpeechOptions:
             raise CheckpointError(f"{name} has no tokenizer; add the published one, and name it in config.json")
         if model.config.tts_config.get("multistream", False):
             raise CheckpointError(f"{name} generates two speakers in streams of their own, which is not supported")
-        temperature = self.temperature
-        if temperature is None:
-            temperature = float(model.config.lm_gen_config.get("temp", 0.6))
         numbers = {
-            "temperature": temperature,
-            "top_k_text": self.top_k_text,
-            "top_k_audio": self.top_k_audio,
-            "final_padding": self.final_padding,
-            "guidance": self.guidance - 1,
-            "max_frames": self.max_frames - 1,
+            "temperature": (self.temperature_of(model), 0),
+            "top_k_text": (self.top_k_text, 0),
+            "top_k_audio": (self.top_k_audio, 0),
+            "final_padding": (self.final_padding, 0),
+            "max_padding": (self.max_padding, 0),
+            "initial_padding": (self.initial_padding, 0),
+            "guidance": (self.guidance, 1),
+            "max_frames": (self.max_frames, 1),
         }
         if not np.isfinite(self.padding_bonus):
             raise SpeechError(f"padding_bonus is {self.padding_bonus}, and must be finite: give another value")
-        if wrong := [key for key, value in numbers.items() if not (np.isfinite(value) and value >= 0)]:
-            least = 1 if wrong[0] in ("guidance", "max_frames") else 0
-            raise SpeechError(
-                f"{wrong[0]} is {getattr(self, wrong[0])}, and must be {least} or more: give another value"
-            )
-        codebooks = lm.dep_q if self.codebooks is None else self.codebooks
-        if not 1 <= codebooks <= lm.dep_q:
-            raise SpeechError(f"{codebooks} codebooks are to be generated; {name} makes 1 to {lm.dep_q}")
-        return Manner(
-            machine=WordMachine(
-                card=lm.text_card + 1,
-                second_stream_ahead=int(model.config.tts_config.get("second_stream_ahead", 0)),
-                max_padding=self.max_padding,
-                initial_padding=self.initial_padding,
-            ),
-            delay_steps=int(model.config.tts_config["audio_delay"] * model.config.mimi.frame_rate),
-            codebooks=codebooks,
-            final_padding=self.final_padding,
-            temperature=temperature,
-            top_k_text=self.top_k_text,
-            top_k_audio=self.top_k_audio,
-            guidance=1.0 if guidance_values(lm) else self.guidance,
-        )
+        for key, (value, least) in numbers.items():
+            if not (np.isfinite(value) and value >= least):
+                raise SpeechError(f"{key} is {getattr(self, key)}, and must be {least} or more: give another value")
+        if self.codebooks is not None and not 1 <= self.codebooks <= lm.dep_q:
+            raise SpeechError(f"{self.codebooks} codebooks are to be generated; {name} makes 1 to {lm.dep_q}")
+        return self
+
+    def fits(self, model: Model) -> bool:
+        """Tells whether the model can honour these options."""
+        try:
+            self.checked(model)
+        except DsmError:
+            return False
+        return True
+
+    def temperature_of(self, model: Model) -> float:
+        """Returns the temperature: these options', the checkpoint's, or 0.6."""
+        return float(model.config.lm_gen_config.get("temp", 0.6)) if self.temperature is None else self.temperature
+
+
+def settings_of(
+    model: Model, slots: int, *, max_top_k_text: int = 32, max_top_k_audio: int = 256, guided: bool = False
+) -> TtsSettings:
+    """Returns the settings of a model's program.
+
+    Args:
+      model: a text-to-speech model.
+      slots: number of slots.
+      max_top_k_text: the largest top-k of text tokens that a request may choose.
+      max_top_k_audio: the same of audio tokens.
+      guided: whether requests may choose classifier-free guidance.
+    """
+    assert model.config.lm is not None
+    tts = model.config.tts_config
+    return TtsSettings(
+        slots=slots,
+        machine=WordMachine(model.config.lm.text_card + 1, int(tts.get("second_stream_ahead", 0))),
+        delay_steps=int(tts["audio_delay"] * model.config.mimi.frame_rate),
+        max_top_k_text=max_top_k_text,
+        max_top_k_audio=max_top_k_audio,
+        guided=guided,
+    )
 
 
 @dataclass(frozen=True)
@@ -111,11 +130,13 @@ class Request:
       voices: of the speakers, the first one's first: names, files or arrays, see `voices.read_voice`; for a model
         without speaker conditioning one recording to go on from.
       seed: of its sampling; None takes the options'.
+      options: how to say it; None takes those that are given for all requests.
     """
 
     text: str | tuple[str, ...]
     voices: tuple[Voice, ...] = ()
     seed: int | None = None
+    options: SpeechOptions | None = None
 
     @property
     def turns(self) -> tuple[str, ...]:
@@ -167,7 +188,7 @@ class Speech:
 
 
 def words_at(
-    entries: list[Entry], steps: list[int], first_step: int, frame_rate: float, end: float
+    entries: Sequence[Entry], steps: Sequence[int], first_step: int, frame_rate: float, end: float
 ) -> list[SpokenWord]:
     """The words of a script from the steps at which its entries were taken."""
     begun = [

@@ -1,76 +1,35 @@
-"""A model ready to speak: the engine's loop, compiled once per model and manner, and the rows it runs.
+"""Text to speech on slots: the program of a model, and the sessions that speak requests in it.
 
-Shape letters: B batch rows, N steps, Q codebooks, P frames of a prefix, T samples.
+Shape letters: N steps, K streams (text first), F frames, Q codebooks, P frames of a prefix, T samples.
 """
 
-import dataclasses
-import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from dsm_jax import audio, codec
 from dsm_jax.checkpoints import Model
-from dsm_jax.errors import ConfigError, SpeechError
-from dsm_jax.memory import return_freed
-from dsm_jax.models.conditioning import Conditions
-from dsm_jax.tts import engine, voices
-from dsm_jax.tts.engine import Manner, Steps, Told, TtsState
-from dsm_jax.tts.script import Entry, entries_of, pack
-from dsm_jax.tts.speech import Request, Speech, SpeechOptions, words_at
+from dsm_jax.errors import ConfigError, DsmError, SpeechError
+from dsm_jax.nn.sampling import top_k_capacity
+from dsm_jax.runtime.slots import Slots
+from dsm_jax.tts import voices
+from dsm_jax.tts.program import SpeechRequest, StepOutputs, TtsProgram, Turn
+from dsm_jax.tts.script import Entry, entries_of
+from dsm_jax.tts.speech import Request, Speech, SpeechOptions, settings_of, words_at
 
-MOST_STEPS = 16  # of a call: what is read back at a time
-_PREFIX_STEP = 64  # prefixes are padded to a multiple, so that few lengths are ever compiled
-
-
-@dataclasses.dataclass(frozen=True)
-class _Programs:
-    """The engine's functions over parameters, jitted."""
-
-    init: Any
-    condition: Any
-    advance: Any
-
-
-@functools.lru_cache(maxsize=8)
-def _programs(lm_def: nnx.GraphDef, mimi_def: nnx.GraphDef, how: Manner) -> _Programs:
-    # The graphdef is closed over and not an argument: an argument is hashed at every call.
-    def init(lm_params: nnx.State, mimi_params: nnx.State, batch_size: int) -> TtsState:
-        return engine.init_state(nnx.merge(lm_def, lm_params), nnx.merge(mimi_def, mimi_params), how, batch_size)
-
-    def condition(lm_params: nnx.State, values: dict[str, jax.Array], masks: dict[str, jax.Array]) -> Conditions:
-        return nnx.merge(lm_def, lm_params).condition(values, masks)
-
-    def advance(
-        lm_params: nnx.State, mimi_params: nnx.State, told: Told, state: TtsState, limit: jax.Array
-    ) -> tuple[Steps, TtsState]:
-        lm, mimi = nnx.merge(lm_def, lm_params), nnx.merge(mimi_def, mimi_params)
-        return engine.advance(lm, mimi, told, state, limit, how, most=MOST_STEPS)
-
-    return _Programs(jax.jit(init, static_argnums=2), jax.jit(condition), jax.jit(advance, donate_argnums=3))
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A request that has been read: entries, the voices' steps or the prefix's codes, and the seed."""
-
-    entries: list[Entry]
-    voices: list[np.ndarray]
-    prefix_QP: np.ndarray
-    seed: int
+CUT_FRAMES = 2  # of a recording to go on from, at its end: the codec has not seen what follows them
 
 
 class Synthesizer:
-    """A model and a batch of rows that begin together, speak, and end on their own.
+    """A text-to-speech model and the slots that its requests share.
 
     Args:
       model: from `checkpoints.load`.
-      batch_size: rows.
-      options: how to speak.
+      slots: requests at a time.
+      options: of requests to come, at least one; they say what the program needs room for.
+      limit: steps of a device call at most; None for as many as there is room for.
+      behind: calls whose outputs may be left unread, see `Slots`.
 
     Raises:
       CheckpointError: the model does not speak.
@@ -78,150 +37,200 @@ class Synthesizer:
       SpeechError: an option out of its range.
     """
 
-    def __init__(self, model: Model, batch_size: int, options: SpeechOptions):
-        self.how = options.manner(model)
+    def __init__(
+        self,
+        model: Model,
+        slots: int,
+        options: Sequence[SpeechOptions],
+        *,
+        limit: int | None = None,
+        behind: int = 1,
+    ):
+        each = [one.checked(model) for one in options]
         assert model.config.lm is not None
         assert model.tokenizer is not None
         if nnx.merge(model.mimi_def, model.mimi_params).decoder is None:
             raise ConfigError(f"{model.name} was loaded with listen_only=True; load it without to speak")
         self.model, self.lm, self.tokenizer = model, model.config.lm, model.tokenizer
-        self.batch_size, self.options = batch_size, options
         self.distilled = bool(voices.guidance_values(self.lm))
-        self._programs = _programs(model.lm_def, model.mimi_def, self.how)
-        self._told: Told | None = None
-        self._state: TtsState | None = None
+        self._count, self._limit, self._behind = slots, limit, behind
+        self._settings = settings_of(
+            model,
+            slots,
+            max_top_k_text=top_k_capacity(*(one.top_k_text for one in each)),
+            max_top_k_audio=top_k_capacity(*(one.top_k_audio for one in each)),
+            guided=not self.distilled and any(one.guidance != 1.0 for one in each),
+        )
+        self._slots: Slots[SpeechSession] | None = None
 
-    def prepare(self, request: Request) -> Prepared:
-        """Reads a request.
+    def prepare(self, request: Request, options: SpeechOptions, *, complete: bool = True) -> SpeechRequest:
+        """Reads a request: its words, voices, and the recording to go on from.
+
+        Args:
+          request: what to say.
+          options: how, unless the request says so itself.
+          complete: whether all of the text is there.
 
         Raises:
           AudioError: a recording to go on from that cannot be read.
           CheckpointError: a voice that cannot be read.
-          SpeechError: text that cannot be said, voices that the model cannot take, or a seed of more than 64 bits.
+          SpeechError: text that cannot be said, voices that the model cannot take, an option out of its range, or a
+            seed of more than 64 bits.
         """
-        entries = self.entries(request.turns)
-        seed = self.options.seed if request.seed is None else request.seed
+        options = (options if request.options is None else request.options).checked(self.model)
+        entries = self.entries(request.turns, options)
+        seed = options.seed if request.seed is None else request.seed
         if not -(2**63) <= seed < 2**63:
             raise SpeechError(f"the seed is {seed}, and must fit into 64 bits: give a smaller one")
-        none_QP = np.zeros((self.lm.n_q, 0), np.int32)
+        steps: list[np.ndarray] = []
+        prefix_QP = np.zeros((self.lm.n_q, 0), np.int32)
         if voices.has_speakers(self.lm):
             if not request.voices and (own := voices.voices_of(self.model)):
                 raise SpeechError(f"{self.model.name} needs a voice, and was given none; its own are {', '.join(own)}")
             steps = [voices.read_voice(voice, self.model) for voice in request.voices]
-            voices.conditions(self.lm, [steps], self._told_guidance)  # what is wrong with them is told here
-            return Prepared(entries, steps, none_QP, seed)
-        if len(request.voices) > 1:
+        elif len(request.voices) > 1:
             raise SpeechError(
                 f"{len(request.voices)} voices were given; {self.model.name} goes on from the recording of one"
             )
-        return Prepared(entries, [], self._prefix(request.voices[0]) if request.voices else none_QP, seed)
+        elif request.voices:
+            prefix_QP = self._prefix(request.voices[0])
+        guidance = options.guidance if self.distilled else None
+        if self.lm.conditioners:
+            voices.conditions(self.lm, [steps], guidance)  # raises for voices and guidance that the model cannot take
+        return SpeechRequest(
+            entries=entries,
+            complete=complete,
+            voices=steps,
+            condition_guidance=guidance,
+            prefix_QP=prefix_QP,
+            seed=seed,
+            temperature=options.temperature_of(self.model),
+            top_k_text=options.top_k_text,
+            top_k_audio=options.top_k_audio,
+            guidance=1.0 if self.distilled else options.guidance,
+            padding_bonus=options.padding_bonus,
+            codebooks=self.lm.dep_q if options.codebooks is None else options.codebooks,
+            max_padding=options.max_padding,
+            initial_padding=options.initial_padding,
+            final_padding=options.final_padding,
+            max_steps=options.max_frames,
+        )
 
-    def entries(self, turns: Sequence[str]) -> list[Entry]:
-        """The words and breaks of a text, see `script.entries_of`."""
+    def entries(self, turns: Sequence[str], options: SpeechOptions) -> list[Entry]:
+        """Returns the words and breaks of a text, see `script.entries_of`."""
         return entries_of(
             turns,
             self.tokenizer,
             frame_rate=self.model.config.mimi.frame_rate,
             multi_speaker=voices.has_speakers(self.lm),
-            padding_between=self.options.padding_between,
+            padding_between=options.padding_between,
         )
 
-    @property
-    def _told_guidance(self) -> float | None:
-        return self.options.guidance if self.distilled else None
-
     def _prefix(self, voice: voices.Voice) -> np.ndarray:
-        """The codes [Q, P] of a recording, without its last two frames, which have not heard what follows them."""
+        """Encodes a recording to go on from, without its last frames: codes [Q, P]."""
         recording = audio.read(voice, self.model.sample_rate)
-        codes_QP = codec.encode(self.model, recording, codebooks=self.lm.n_q)[:, :-2]
+        codes_QP = codec.encode(self.model, recording, codebooks=self.lm.n_q)[:, :-CUT_FRAMES]
         if not codes_QP.shape[1]:
             seconds = recording.size / self.model.sample_rate
             raise SpeechError(f"the recording to go on from is {seconds:.2f} s long; give some seconds")
         return codes_QP
 
-    def begin(self, rows: Sequence[Prepared], *, complete: bool = True) -> None:
-        """Makes all rows fresh and gives them requests; those left over say nothing.
+    def slots_for(self, *requests: SpeechRequest) -> "Slots[SpeechSession]":
+        """Returns the slots, which the first call makes, with room for these requests from the start."""
+        if self._slots is None:
+            settings = self._settings
+            for request in requests:
+                settings = request.fitted(settings)
+            program = TtsProgram(self.model, settings, limit=self._limit)
+            self._slots = Slots(program, behind=self._behind)
+        return self._slots
 
-        Args:
-          rows: at most `batch_size`, at least one; of voices of one length.
-          complete: whether all of their text is known; if not, `tell` follows.
+    def extend(self, session: "SpeechSession", request: SpeechRequest) -> None:
+        """Adds text to the end of a session that is running."""
+        assert self._slots is not None
+        slots, program = self._slots, self._slots.program
+        assert isinstance(program, TtsProgram)
+        session.prepared = request
+        slots.apply(lambda state: program.extend(state, slots.slot_of(session), request))
 
-        Raises:
-          SpeechError: voices of several lengths.
-        """
-        idle = dataclasses.replace(rows[0], entries=[])
-        filled = [*rows, *[idle] * (self.batch_size - len(rows))]
-        lm_params = self.model.lm_params
-        conditions = None
-        if self.lm.conditioners:
-            values, masks = voices.conditions(self.lm, [row.voices for row in filled], self._told_guidance)
-            if self.how.halves == 2:
-                values, masks = voices.without(values, masks, self.lm)
-            conditions = self._programs.condition(lm_params, values, masks)
-        lengths = np.array([row.prefix_QP.shape[1] for row in filled], np.int32)
-        room = -(-int(lengths.max()) // _PREFIX_STEP) * _PREFIX_STEP
-        prefix_BQP = np.zeros((len(filled), self.lm.n_q, room), np.int32)
-        for row, length, given in zip(prefix_BQP, lengths, filled, strict=True):
-            row[:, :length] = given.prefix_QP
-        self._told = Told(
-            script=pack([row.entries for row in filled], [complete] * len(rows) + [True] * (len(filled) - len(rows))),
-            conditions=conditions,
-            prefix_BQP=jnp.asarray(prefix_BQP),
-            prefix_B=jnp.asarray(lengths),
-            bonus_B=jnp.full(len(filled), self.options.padding_bonus, jnp.float32),
-            keys_B=jnp.stack([jax.random.key(row.seed) for row in filled]),
-        )
-        self._state = self._programs.init(lm_params, self.model.mimi_params, self.batch_size)
-        return_freed()
 
-    def tell(self, entries: Sequence[Sequence[Entry]], *, complete: bool) -> None:
-        """Gives every row its script again, with more at its end."""
-        assert self._told is not None
-        script = pack(entries, [complete] * len(entries))
-        self._told = dataclasses.replace(self._told, script=script)
+class SpeechSession:
+    """One request while it has a slot.
 
-    def advance(self, limit: int) -> Steps:
-        """Takes up to `limit` steps, and `MOST_STEPS`; returns what they made, read back: nothing when none is left."""
-        made, self._state = self._programs.advance(
-            self.model.lm_params, self.model.mimi_params, self._told, self._state, jnp.int32(limit)
-        )
-        count = int(made.count)
-        return jax.tree.map(lambda a: np.asarray(a)[:count] if a.ndim else count, made)
+    Args:
+      model: that speaks.
+      prepared: the request; None for one that has failed already.
+      error: why it has failed.
+      index: its place among the requests.
+      heard: called with the number of new samples.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prepared: SpeechRequest | None,
+        *,
+        error: DsmError | None = None,
+        index: int = 0,
+        heard: Callable[[int], None] | None = None,
+    ):
+        self.model, self.index, self.error, self.ended = model, index, error, False
+        self._prepared, self._heard = prepared, heard
+        self._frames: list[np.ndarray] = []
+        self._pcm: list[np.ndarray] = []
+        self._taken: list[int] = []
+        self._prefix_left = 0 if prepared is None else prepared.prefix_QP.shape[1]
+        self.waits = False  # for more of its text
+        self.steps = 0
 
     @property
-    def running_B(self) -> np.ndarray:
-        """Which rows have a step to take, bool [B]."""
-        assert self._told is not None
-        assert self._state is not None
-        return np.asarray(engine.running_B(self.how, self._told, self._state))
+    def prepared(self) -> SpeechRequest:
+        """The request, with all of the text so far."""
+        assert self._prepared is not None
+        return self._prepared
 
+    @prepared.setter
+    def prepared(self, request: SpeechRequest) -> None:
+        self._prepared, self.waits = request, False
 
-class Row:
-    """What one row has said so far."""
+    def request(self) -> SpeechRequest:
+        """Returns the request as the program puts it into a slot."""
+        return self.prepared
 
-    def __init__(self, prepared: Prepared):
-        self.prepared = prepared
-        self.frames: list[np.ndarray] = []
-        self.pcm: list[np.ndarray] = []
-        self.taken: list[int] = []
-        self.steps = 0
-        self._prefix_left = prepared.prefix_QP.shape[1]
+    def take_input(self) -> Turn | None:
+        """Lets the slot take steps, unless it waits for text."""
+        return None if self.waits else Turn()
 
-    def hear(self, made: Steps, row: int) -> np.ndarray:
-        """Takes in what a call made of the row; returns its new samples [T], without those of the prefix."""
-        self.frames.append(np.asarray(made.frames_NBK[made.framed_NB[:, row], row]))
-        self.taken += (self.steps + np.flatnonzero(made.taken_NB[:, row])).tolist()
-        self.steps += int(made.count)
-        pcm_NT = np.asarray(made.pcm_NBT[made.audible_NB[:, row], row])
+    def read(self, outputs: StepOutputs, slot: int, part: Turn) -> None:
+        """Collects what a call made in this slot."""
+        count = int(outputs.count)
+        framed_N, taken_N = outputs.framed_NB[:count, slot], outputs.taken_NB[:count, slot]
+        self._frames.append(outputs.frames_NBK[:count, slot][framed_N])
+        self._taken += outputs.step_NB[:count, slot][taken_N].tolist()
+        pcm_NT = outputs.pcm_NBT[:count, slot][outputs.audible_NB[:count, slot]]
         skipped = min(self._prefix_left, len(pcm_NT))
         self._prefix_left -= skipped
-        self.pcm.append(pcm_NT[skipped:].reshape(-1))
-        return self.pcm[-1]
+        self._pcm.append(pcm_NT[skipped:].reshape(-1))
+        if self._heard is not None:
+            self._heard(self._pcm[-1].size)
+        self.waits, self.ended = bool(outputs.waits_B[slot]), bool(outputs.ended_B[slot])
+        if self.ended and not outputs.complete_B[slot]:
+            self.error = SpeechError(
+                f"the text was not said to its end in {self.prepared.max_steps} frames: {len(self._taken)} of its "
+                f"{len(self.prepared.entries)} words and breaks were; allow more with max_frames, or cut the text"
+            )
 
-    def speech(self, model: Model, codebooks: int) -> Speech:
-        """All of it."""
-        pcm_T, prefix = np.concatenate(self.pcm), self.prepared.prefix_QP.shape[1]
-        end = pcm_T.size / model.sample_rate
-        words = words_at(self.prepared.entries, self.taken, prefix, model.config.mimi.frame_rate, end)
-        frames_KF = np.concatenate(self.frames).T[: 1 + codebooks]
-        return Speech(pcm_T, model.sample_rate, tuple(words), frames_KF, model.name)
+    def take_pcm(self) -> np.ndarray:
+        """Returns the samples [T] made since the last call, and forgets them."""
+        pcm, self._pcm = self._pcm, []
+        return np.concatenate([np.zeros(0, np.float32), *pcm])
+
+    def speech(self) -> Speech:
+        """Returns the whole speech of a session that has ended."""
+        pcm_T, prefix = np.concatenate(self._pcm), self.prepared.prefix_QP.shape[1]
+        rate = self.model.sample_rate
+        words = words_at(
+            self.prepared.entries, self._taken, prefix, self.model.config.mimi.frame_rate, pcm_T.size / rate
+        )
+        frames_KF = np.concatenate(self._frames).T[: 1 + self.prepared.codebooks]
+        return Speech(pcm_T, rate, tuple(words), frames_KF, self.model.name)

@@ -115,42 +115,66 @@ def has_speakers(config: LMConfig) -> bool:
     return WAVS in config.conditioners
 
 
+def positions(voices: Sequence[np.ndarray]) -> int:
+    """Returns how many positions the voices of a request take, which has as many slots of one length as the model."""
+    return SLOTS * max((len(voice) for voice in voices), default=0)
+
+
 def conditions(
-    config: LMConfig, voices: Sequence[Sequence[np.ndarray]], guidance: float | None
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The values and masks for `lm.condition`.
+    config: LMConfig, voices: Sequence[Sequence[np.ndarray]], guidance: float | None, *, room: int | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
+    """Makes the values and masks for `lm.condition`.
 
     Args:
       config: of the language model.
       voices: of each row, the steps [X, C] of its voices, the main speaker's first.
       guidance: for models with distilled guidance, one of `guidance_values`; None leaves it out.
+      room: positions of the voices, those after a row's own being empty; None takes what the longest row needs.
+
+    Returns:
+      Values and masks by conditioner, and how many positions each row has, int32 [B].
 
     Raises:
-      SpeechError: a row without a voice or with too many, voices of several lengths or of another width, or guidance
-        that the model does not know.
+      SpeechError: a row without a voice or with too many, voices of several lengths in a row or of another width, or
+        guidance that the model does not know.
     """
+    room = max(map(positions, voices), default=0) if room is None else room
+    values, masks = absent(config, len(voices), room)
+    length_B = np.zeros(len(voices), np.int32)
+    for name, spec in config.conditioners.items():
+        if name == WAVS:
+            for row, given in enumerate(voices):
+                value_XC, mask_X = _slots(given, spec["tensor"]["dim"])
+                length_B[row] = len(value_XC)
+                values[name][row, : len(value_XC)], masks[name][row, : len(value_XC)] = value_XC, mask_X
+        elif (index := _index(name, spec, guidance)) is not None:
+            values[name][:], masks[name][:] = index, True
+    return values, masks, length_B
+
+
+def absent(config: LMConfig, rows: int, room: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Makes the values and masks of rows to which no condition is given, with some positions of voices."""
     values, masks = {}, {}
     for name, spec in config.conditioners.items():
         if name == WAVS:
-            values[name], masks[name] = _slots(voices, spec["tensor"]["dim"])
-            continue
-        index = _index(name, spec, guidance)
-        known = index is not None
-        values[name] = jnp.full((len(voices), 1), index if known else spec["lut"]["n_bins"], jnp.int32)
-        masks[name] = jnp.full((len(voices), 1), known)
+            values[name] = np.zeros((rows, room, spec["tensor"]["dim"]), np.float32)
+            masks[name] = np.zeros((rows, room), bool)
+        else:
+            values[name] = np.full((rows, 1), spec["lut"]["n_bins"], np.int32)
+            masks[name] = np.zeros((rows, 1), bool)
     return values, masks
 
 
-def without(
+def with_unconditional(
     values: Mapping[str, jax.Array], masks: Mapping[str, jax.Array], config: LMConfig
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The same followed by as many rows that are told nothing: what real guidance is measured against."""
-    nothing = {
-        name: jnp.full_like(value, config.conditioners[name]["lut"]["n_bins"]) if name != WAVS else value * 0
-        for name, value in values.items()
-    }
-    twice = {name: jnp.concatenate([value, nothing[name]]) for name, value in values.items()}
-    return twice, {name: jnp.concatenate([mask, jnp.zeros_like(mask)]) for name, mask in masks.items()}
+    """Adds as many rows to which no condition is given: what classifier-free guidance is measured against."""
+    rows, room = next(iter(masks.values())).shape[0], masks[WAVS].shape[1] if WAVS in masks else 0
+    none_values, none_masks = absent(config, rows, room)
+    return (
+        {name: jnp.concatenate([value, none_values[name]]) for name, value in values.items()},
+        {name: jnp.concatenate([mask, none_masks[name]]) for name, mask in masks.items()},
+    )
 
 
 def _index(name: str, spec: Table, guidance: float | None) -> int | None:
@@ -165,20 +189,16 @@ def _index(name: str, spec: Table, guidance: float | None) -> int | None:
     return numbers.index(guidance)
 
 
-def _slots(voices: Sequence[Sequence[np.ndarray]], width: int) -> tuple[jax.Array, jax.Array]:
-    """Every row's voices in its slots, end to end [B, S * X, C], and which slots are filled."""
-    for given in voices:
-        if not 1 <= len(given) <= SLOTS:
-            raise SpeechError(f"a request has {len(given)} voices; this model needs 1 to {SLOTS}: give a speaker")
-    lengths = sorted({len(voice) for given in voices for voice in given})
+def _slots(given: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lays the voices of a request end to end in its slots, [S * X, C], and marks the slots that are filled."""
+    if not 1 <= len(given) <= SLOTS:
+        raise SpeechError(f"a request has {len(given)} voices; this model needs 1 to {SLOTS}: give a speaker")
+    lengths = sorted({len(voice) for voice in given})
     if len(lengths) > 1:
-        raise SpeechError(f"the voices are {lengths} steps long; all in a batch must have one length")
-    if wrong := sorted({voice.shape[1] for given in voices for voice in given} - {width}):
+        raise SpeechError(f"the voices of a request are {lengths} steps long; give voices of one length")
+    if wrong := sorted({voice.shape[1] for voice in given} - {width}):
         raise SpeechError(f"a voice is {wrong[0]} numbers wide; this model's are {width}: take one made for it")
-    value_BSXC = np.zeros((len(voices), SLOTS, lengths[0], width), np.float32)
-    mask_BSX = np.zeros((len(voices), SLOTS, lengths[0]), bool)
-    for row, given in enumerate(voices):
-        value_BSXC[row, : len(given)] = given
-        mask_BSX[row, : len(given)] = True
-    flat = len(voices), SLOTS * lengths[0]
-    return jnp.asarray(value_BSXC.reshape(*flat, width)), jnp.asarray(mask_BSX.reshape(flat))
+    value_SXC = np.zeros((SLOTS, lengths[0], width), np.float32)
+    mask_SX = np.zeros((SLOTS, lengths[0]), bool)
+    value_SXC[: len(given)], mask_SX[: len(given)] = given, True
+    return value_SXC.reshape(-1, width), mask_SX.reshape(-1)

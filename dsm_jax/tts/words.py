@@ -28,28 +28,25 @@ from dsm_jax.tts.script import NEW_WORD, PAD, ZERO, Script
 
 @dataclasses.dataclass(frozen=True)
 class WordMachine:
-    """The rules, the same for all rows.
+    """The rules that the model was trained with, the same for all rows.
 
     Attributes:
       card: number of text tokens with the initial one, `text_card + 1`.
       second_stream_ahead: how many words the model reads ahead; 0 for a model that does not.
-      max_padding: steps without a new word after which one is ordered.
-      initial_padding: steps before the first word, which begins neither earlier nor later.
 
     Raises:
-      SpeechError: a number of steps or words is negative.
+      SpeechError: a number of words is negative.
       ConfigError: two tokens in one would not fit into an int32.
     """
 
     card: int
     second_stream_ahead: int = 0
-    max_padding: int = 8
-    initial_padding: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("second_stream_ahead", "max_padding", "initial_padding"):
-            if (value := getattr(self, name)) < 0:
-                raise SpeechError(f"{name} is {value}, and must be 0 or more: give another number")
+        if self.second_stream_ahead < 0:
+            raise SpeechError(
+                f"second_stream_ahead is {self.second_stream_ahead}, and must be 0 or more: give another number"
+            )
         if self.second_stream_ahead and self.card**2 > 2**31:
             raise ConfigError(
                 f"two text tokens in one, of {self.card} each, do not fit into 32 bits; at most 46340 do: use a model "
@@ -60,7 +57,7 @@ class WordMachine:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WordState:
-    """Where every row is in its script; all int32. To begin anew, take the row of `init_state`: it is not all zeros.
+    """Where every row is in its script; all int32.
 
     Attributes:
       entry_B: the next entry to take.
@@ -71,6 +68,7 @@ class WordState:
       remaining_B: steps that may still pass until a word is ordered.
       forced_B: steps that must still pass until a word may begin.
       end_step_B: the step at which the script ended; -1 until then.
+      max_padding_B: steps without a new word after which one is ordered.
     """
 
     entry_B: jax.Array
@@ -81,13 +79,28 @@ class WordState:
     remaining_B: jax.Array
     forced_B: jax.Array
     end_step_B: jax.Array
+    max_padding_B: jax.Array
 
 
-def init_state(machine: WordMachine, batch_size: int) -> WordState:
-    """The state of `batch_size` rows before their first step."""
-    padding = machine.initial_padding
-    # Arrays of their own, so that the state can be donated.
-    return WordState(*(jnp.full(batch_size, value, jnp.int32) for value in (0, 0, 0, 0, 0, padding, padding, -1)))
+def init_state(max_padding_B: jax.Array, initial_padding_B: jax.Array) -> WordState:
+    """Makes the state of rows before their first step.
+
+    Args:
+      max_padding_B: int32, steps without a new word after which one is ordered.
+      initial_padding_B: int32, steps before the first word, which begins neither earlier nor later.
+    """
+    return WordState(
+        entry_B=jnp.zeros_like(max_padding_B),
+        token_B=jnp.zeros_like(max_padding_B),
+        token_end_B=jnp.zeros_like(max_padding_B),
+        ahead_B=jnp.zeros_like(max_padding_B),
+        ahead_end_B=jnp.zeros_like(max_padding_B),
+        # Copies, so that the state can be donated.
+        remaining_B=jnp.array(initial_padding_B, jnp.int32),
+        forced_B=jnp.array(initial_padding_B, jnp.int32),
+        end_step_B=jnp.full_like(max_padding_B, -1),
+        max_padding_B=jnp.array(max_padding_B, jnp.int32),
+    )
 
 
 def process(
@@ -126,7 +139,7 @@ def process(
 
     # The end is marked like a word for a model that reads ahead, once, so that it knows of it.
     mark_B = (word_B | ended_B) if machine.second_stream_ahead else word_B
-    remaining_B = jnp.where(word_B, machine.max_padding, state.remaining_B)
+    remaining_B = jnp.where(word_B, state.max_padding_B, state.remaining_B)
     forced_B = jnp.where(taken_B, _read(script.padding_BE, state.entry_B), state.forced_B)
     remaining_B = jnp.where(mark_B, remaining_B, jnp.maximum(remaining_B - 1, 0))
     forced_B = jnp.where(mark_B, forced_B, jnp.maximum(forced_B - 1, 0))
@@ -140,8 +153,8 @@ def process(
 
     end_step_B = jnp.where(ended_B, step_B, state.end_step_B)
     entry_B = state.entry_B + taken_B.astype(jnp.int32)
-    after = WordState(entry_B, token_B, token_end_B, ahead_B, ahead_end_B, remaining_B, forced_B, end_step_B)
-    return fed_B, taken_B, after
+    queue = entry_B, token_B, token_end_B, ahead_B, ahead_end_B
+    return fed_B, taken_B, WordState(*queue, remaining_B, forced_B, end_step_B, state.max_padding_B)
 
 
 def ready_B(machine: WordMachine, script: Script, state: WordState) -> jax.Array:

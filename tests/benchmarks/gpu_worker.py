@@ -218,29 +218,22 @@ def _tokens(config: Any, place: Any) -> np.ndarray:
     from flax import nnx
 
     from dsm_jax import benchmark
-    from dsm_jax.models import generation
     from dsm_jax.models.lm import DelayedStreamsLM
+    from tests.greedy import greedy_tokens
 
     with jax.default_device(jax.devices("cpu")[0]):
         graph, params = benchmark.random_params(
             lambda: DelayedStreamsLM(config.lm, rngs=nnx.Rngs(0)), jnp.dtype("float32")
         )
-    codes_TBQ = np.random.default_rng(0).integers(
-        config.lm.card, size=(_CHECK_FRAMES, 1, config.lm.n_q), dtype=np.int32
-    )
+    shape = 1, config.lm.n_q, _CHECK_FRAMES
+    codes_BQT = np.random.default_rng(0).integers(config.lm.card, size=shape, dtype=np.int32)
 
     @jax.jit
-    def run(params: nnx.State, codes_TBQ: jax.Array) -> jax.Array:
-        lm = nnx.merge(graph, params)
-
-        def step(state: Any, codes_BQ: jax.Array):
-            tokens_B, _, _, state = generation.generate_step(lm, codes_BQ, state, lambda x: jnp.argmax(x, axis=-1))
-            return state, tokens_B
-
-        return jax.lax.scan(step, generation.init_state(lm, 1), codes_TBQ)[1]
+    def run(params: nnx.State, codes_BQT: jax.Array) -> jax.Array:
+        return greedy_tokens(nnx.merge(graph, params), codes_BQT)
 
     # No precision is set here: that float32 is not rounded to TF32 is the library's own promise.
-    return np.asarray(run(*jax.device_put((params, codes_TBQ), place)))
+    return np.asarray(run(*jax.device_put((params, codes_BQT), place)))
 
 
 def _tiny_config() -> Any:

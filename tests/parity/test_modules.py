@@ -54,6 +54,13 @@ def test_the_goldens_leave_no_weight_at_an_identity():
                 assert len(np.unique(value)) > value.size / 2, (name, key)
 
 
+def draw(logits_BV: np.ndarray, temperature: float, top_k: int) -> np.ndarray:
+    """Our choice for rows that share a temperature and a top-k, each row's key being its number."""
+    rows = len(logits_BV)
+    temperature_B, top_k_B = jnp.full(rows, temperature, jnp.float32), jnp.full(rows, top_k, jnp.int32)
+    return np.asarray(sample(jnp.asarray(logits_BV), jnp.arange(rows), temperature_B, top_k_B, max_top_k=32))
+
+
 @pytest.mark.parametrize(("temperature", "top_k"), [(0.6, 0), (1.0, 25), (0.8, 7), (1.3, 1), (0.0, 0)])
 def test_the_same_noise_chooses_the_same_tokens(monkeypatch, temperature, top_k):
     random = np.random.default_rng(0)
@@ -68,7 +75,7 @@ def test_the_same_noise_chooses_the_same_tokens(monkeypatch, temperature, top_k)
     wanted_B = sample_token(torch.from_numpy(logits_BV)[:, None], temperature > 0, temperature, top_k)[:, 0]
     gumbel_BV = jnp.asarray(-np.log(noise_BV))
     monkeypatch.setattr(jax.random, "gumbel", lambda row, shape: gumbel_BV[row])
-    found_B = sample(jnp.asarray(logits_BV), jnp.arange(200), temperature=temperature, top_k=top_k)
+    found_B = draw(logits_BV, temperature, top_k)
     np.testing.assert_array_equal(found_B, wanted_B)
 
 
@@ -85,7 +92,7 @@ def test_of_equal_scores_the_same_noise_chooses_one_as_good(monkeypatch, top_k):
     gumbel_BV = np.zeros_like(logits_BV)
     np.put_along_axis(gumbel_BV, np.argsort(-logits_BV, axis=1, kind="stable")[:, :top_k], -np.log(noise_BK), axis=1)
     monkeypatch.setattr(jax.random, "gumbel", lambda row, shape: jnp.asarray(gumbel_BV)[row])
-    found_B = np.asarray(sample(jnp.asarray(logits_BV), jnp.arange(200), temperature=0.8, top_k=top_k))
+    found_B = draw(logits_BV, 0.8, top_k)
     rows = np.arange(200)
     np.testing.assert_array_equal(logits_BV[rows, found_B], logits_BV[rows, wanted_B])
     alone_B = (logits_BV == logits_BV[rows, wanted_B][:, None]).sum(1) == 1

@@ -18,13 +18,14 @@ import dsm_jax
 from dsm_jax.models.conditioning import Conditions
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
-from dsm_jax.tts import engine, voices
-from dsm_jax.tts.engine import Manner
+from dsm_jax.nn.sampling import sample, top_k_capacity
+from dsm_jax.tts import voices
+from dsm_jax.tts.program import SpeechRequest, TtsSettings
 from dsm_jax.tts.script import Entry, entries_of
 from dsm_jax.tts.words import WordMachine
 from tests.parity import references
 from tests.parity.references import How
-from tests.speaking import Loop, Said, condition, tell
+from tests.speaking import Loop, Said
 
 SCRIPTS = (
     ("good morning everyone", 'thank you <break time="0.5s"/> for coming', "to the station"),
@@ -80,18 +81,17 @@ def ours(kind: references.Kind) -> tuple[dsm_jax.Model, DelayedStreamsLM, Mimi]:
     return model, nnx.merge(model.lm_def, model.lm_params), nnx.merge(model.mimi_def, model.mimi_params)
 
 
-def manner(kind: references.Kind, how: How, **more) -> Manner:
-    """The same settings, as the engine names them."""
-    config = references.read_config(references.kyutai_tts(kind))
+def settings(case: Case) -> TtsSettings:
+    """The same settings, as the program names them."""
+    config = references.read_config(references.kyutai_tts(case.kind))
     ahead, delay_s = config["tts_config"]["second_stream_ahead"], config["tts_config"]["audio_delay"]
-    return Manner(
+    return TtsSettings(
+        slots=case.rows,
         machine=WordMachine(card=config["text_card"] + 1, second_stream_ahead=ahead),
         delay_steps=int(delay_s * 12.5),
-        codebooks=how.n_q,
-        guidance=how.cfg_coef,
-        hide_text=how.cfg_is_no_text,
-        hide_prefix=how.cfg_is_no_prefix,
-        **more,
+        guided=case.how.cfg_coef != 1.0,
+        uncond_drops_text=case.how.cfg_is_no_text,
+        uncond_drops_prefix=case.how.cfg_is_no_prefix,
     )
 
 
@@ -104,11 +104,35 @@ def entries(case: Case) -> list[list[Entry]]:
     ]
 
 
-def conditions(kind: references.Kind, rows: tuple[tuple[int, ...], ...], guidance: float | None, halves: int):
-    model, lm, _ = ours(kind)
-    steps = [[voices.read_voice(references.voice(seed), model) for seed in row] for row in rows]
-    told = voices.conditions(model.config.lm, steps, guidance)
-    return condition(lm, *(told if halves == 1 else voices.without(*told, model.config.lm)))
+def steps_of(kind: references.Kind, seeds: tuple[int, ...]) -> list[np.ndarray]:
+    """The steps of voices."""
+    return [voices.read_voice(references.voice(seed), ours(kind)[0]) for seed in seeds]
+
+
+def requests(case: Case) -> list[SpeechRequest]:
+    """The rows of a case, greedy."""
+    codes = case.codes() or [np.zeros((8, 0), np.int32)] * case.rows
+    return [
+        SpeechRequest(
+            entries=row,
+            complete=True,
+            voices=steps_of(case.kind, case.voices[number] if case.voices else ()),
+            condition_guidance=case.guidance,
+            prefix_QP=codes[number],
+            seed=0,
+            temperature=0.0,
+            top_k_text=25,
+            top_k_audio=250,
+            guidance=case.how.cfg_coef,
+            padding_bonus=case.how.padding_bonus,
+            codebooks=case.how.n_q,
+            max_padding=8,
+            initial_padding=2,
+            final_padding=4,
+            max_steps=case.how.max_gen_length,
+        )
+        for number, row in enumerate(entries(case))
+    ]
 
 
 @functools.cache
@@ -123,17 +147,8 @@ def both(name: str) -> tuple[list[Said], list[references.Spoken], np.ndarray]:
         cfg=case.guidance,
         prefixes=case.codes(),
     )
-    how = manner(case.kind, case.how, temperature=0.0)
-    told = tell(
-        entries(case),
-        conditions(case.kind, case.voices or ((),) * case.rows, case.guidance, how.halves),
-        jax.random.split(jax.random.key(0), case.rows),
-        prefixes=[codes[: how.codebooks] for codes in case.codes() or []],
-        room=(how.codebooks, max(case.prefixes, default=0)),
-        bonus=[case.how.padding_bonus] * case.rows,
-    )
     _, lm, mimi = ours(case.kind)
-    return Loop(lm, mimi, how, case.rows, most=16).speak(told), spoken, pcm
+    return Loop(lm, mimi, settings(case), requests(case)).speak(requests(case)), spoken, pcm
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -192,11 +207,13 @@ def first_scores() -> list[torch.Tensor]:
 def first_choices() -> list[np.ndarray]:
     """How often the engine chooses each of these tokens [V], by as many keys as there are draws."""
     _, lm, _ = ours("speakers")
-    told = tell([[]], None, jax.random.split(jax.random.key(0), DRAWS))
+    keys_BW = jax.vmap(jax.random.PRNGKey)(jnp.arange(DRAWS))
 
     def choose(logits_1V: jax.Array, stream: int) -> jax.Array:
         logits_BV = jnp.broadcast_to(logits_1V, (DRAWS, logits_1V.shape[1]))
-        return engine._choose(logits_BV, told, jnp.zeros(DRAWS, jnp.int32), stream, TEMPERATURE, TOP_K[stream])
+        draws_B = jax.vmap(lambda key_W: jax.random.fold_in(jax.random.fold_in(key_W, 0), stream))(keys_BW)
+        top_k_B, temperature_B = jnp.full(DRAWS, TOP_K[stream]), jnp.full(DRAWS, TEMPERATURE)
+        return sample(logits_BV, draws_B, temperature_B, top_k_B, max_top_k=top_k_capacity(*TOP_K))
 
     def pure(lm: DelayedStreamsLM, conditions: Conditions) -> list[jax.Array]:
         hidden_1TD, _ = lm.step(lm.initial_K[None, :, None], lm.init_state(1), None, conditions)
@@ -209,7 +226,8 @@ def first_choices() -> list[np.ndarray]:
         lm.depformer.walk(hidden_1TD[:, 0], jnp.array([TEXT], jnp.int32), walk, codebooks=1)
         return drawn
 
-    drawn = jax.jit(pure)(lm, conditions("speakers", ((VOICE,),), GUIDANCE, 1))
+    values, masks, _ = voices.conditions(lm.config, [steps_of("speakers", (VOICE,))], GUIDANCE)
+    drawn = jax.jit(pure)(lm, jax.jit(lambda lm, values, masks: lm.condition(values, masks))(lm, values, masks))
     return [
         np.bincount(tokens_B, minlength=scores.numel()) for tokens_B, scores in zip(drawn, first_scores(), strict=True)
     ]

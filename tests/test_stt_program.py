@@ -1,4 +1,4 @@
-"""The pure functions behind `transcribe`, under the caller's own transformations."""
+"""The pure functions of the speech-to-text program, under the caller's own transformations."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsm_jax.stt import engine
-from dsm_jax.stt.engine import Sampling
+from dsm_jax.stt import program
+from dsm_jax.stt.program import SttInputs, SttSettings
 from tests import stt_model
 
 
@@ -25,11 +25,11 @@ def parts(model):
 
 def run(lm, mimi, pcm_BTC, frames_B, state=None):
     def pure(lm, mimi, pcm_BTC, frames_B, state):
-        none, key = jnp.zeros((pcm_BTC.shape[0], 0), jnp.int32), jax.random.key(0)
+        settings = SttSettings(pcm_BTC.shape[0])
         if state is None:
-            state = engine.init_state(lm, mimi, pcm_BTC.shape[0])
-            state = engine.start(lm, state, frames_B >= 0, none, key, Sampling())
-        return engine.advance(lm, mimi, state, pcm_BTC, frames_B, none, key, Sampling())
+            state = program.init_state(lm, mimi, settings)
+            state = program.insert(lm, mimi, state, jnp.arange(settings.slots), state.request, settings)
+        return program.step(lm, mimi, state, SttInputs(pcm_BTC, frames_B), settings)
 
     return jax.jit(pure)(lm, mimi, pcm_BTC, frames_B, state)
 
@@ -40,7 +40,7 @@ def test_a_row_without_frames_is_untouched(parts):
     outputs, after = run(lm, mimi, pcm, jnp.array([8, 0]), state)
     for before, now in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(before[1], now[1])
-    assert not np.array_equal(state.text.lm.position_B[0], after.text.lm.position_B[0])
+    assert not np.array_equal(state.lm.position_B[0], after.lm.position_B[0])
     assert np.isfinite(outputs.probabilities_BF).all()
 
 

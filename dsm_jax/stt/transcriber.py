@@ -1,0 +1,247 @@
+"""Speech to text on slots: the program of a model, and the sessions that transcribe recordings in it.
+
+Shape letters: T samples.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsm_jax import audio
+from dsm_jax.checkpoints import Model
+from dsm_jax.errors import CheckpointError, DsmError
+from dsm_jax.nn.sampling import top_k_capacity
+from dsm_jax.runtime.slots import Slots
+from dsm_jax.stt.framing import FrameBuffer, prompt_tokens, word_reader
+from dsm_jax.stt.options import Options
+from dsm_jax.stt.program import FrameOutputs, Samples, SttProgram, SttRequest
+from dsm_jax.stt.transcript import Event, Frames, Pause, Transcript, Word, WordEnded
+from dsm_jax.stt.words import PAUSE_HORIZONS, WordReader
+
+
+@dataclasses.dataclass(frozen=True)
+class Utterance:
+    """Options that have been read for a model: what its slot, frame buffer and word reader are made with.
+
+    Attributes:
+      request: of the slot.
+      prompt_T: samples of the audio prompt; None for none.
+      prompt_ids: tokens of the text prompt.
+      options: as they were given.
+    """
+
+    request: SttRequest
+    prompt_T: np.ndarray | None
+    prompt_ids: tuple[int, ...]
+    options: Options
+
+
+class Transcriber:
+    """A speech-to-text model and the slots that its recordings share.
+
+    Args:
+      model: from `checkpoints.load`.
+      slots: recordings at a time.
+      chunk: frames of a device call.
+      options: of all recordings to come; they say how large a top-k and a prompt the program needs room for.
+
+    Raises:
+      AudioError: an audio prompt cannot be read.
+      CheckpointError: the model does not transcribe.
+      ConfigError: a temperature or a top-k below 0.
+      PromptError: the model cannot follow a prompt.
+    """
+
+    def __init__(self, model: Model, slots: int, chunk: int, options: Sequence[Options], *, behind: int = 1):
+        lm, name = model.config.lm, model.name
+        remedy = "load a speech-to-text model such as kyutai/stt-1b-en_fr"
+        if model.lm_def is None or lm is None:
+            raise CheckpointError(f"{name} is a codec without a language model; to transcribe, {remedy}")
+        if model.tokenizer is None:
+            raise CheckpointError(f"{name} has no tokenizer; add the published one, and name it in config.json")
+        if lm.dep_q:
+            raise CheckpointError(f"{name} generates {lm.dep_q} audio streams; to transcribe, {remedy}")
+        if lm.n_q > model.config.mimi.quantizer.n_q:
+            raise CheckpointError(
+                f"{name} listens to {lm.n_q} codebooks and its codec has {model.config.mimi.quantizer.n_q}; "
+                "take both from one checkpoint"
+            )
+        if lm.extra_heads_num_heads not in (0, len(PAUSE_HORIZONS)):
+            raise CheckpointError(
+                f"{name} has {lm.extra_heads_num_heads} extra heads; expected none, or {len(PAUSE_HORIZONS)}: one for "
+                f"each of the pauses of {PAUSE_HORIZONS} s"
+            )
+        self.model, self.lm, self.tokenizer, self.chunk = model, lm, model.tokenizer, chunk
+        self._read: dict[int, Utterance] = {}
+        read = [self.read(one) for one in options]
+        program = SttProgram(
+            model,
+            slots,
+            chunk,
+            max_top_k=top_k_capacity(0, *(int(one.request.top_k_B) for one in read if one.request.temperature_B > 0)),
+            prompt_tokens=max((len(one.prompt_ids) for one in read), default=0),
+        )
+        self.slots: Slots[Any] = Slots(program, behind=behind)
+
+    def read(self, options: Options) -> Utterance:
+        """Reads options: loads the audio prompt, encodes the text prompt; once for each object."""
+        if id(options) in self._read:
+            return self._read[id(options)]
+        temperature, top_k = options.sampling(self.model.config)
+        prompt = options.prompt
+        prompt_T = None if prompt.audio is None else audio.read(prompt.audio, self.model.config.mimi.sample_rate)
+        ids = prompt_tokens(prompt.text, self.tokenizer, self.lm)
+        key_W = np.asarray(jax.random.PRNGKey(options.seed))
+        request = SttRequest(key_W, np.float32(temperature), np.int32(top_k), np.array(ids, np.int32))
+        self._read[id(options)] = Utterance(request, prompt_T, ids, options)
+        return self._read[id(options)]
+
+    def buffer(self, utterance: Utterance) -> FrameBuffer:
+        """Makes the frame buffer of a new recording."""
+        return FrameBuffer(self.model.config, utterance.prompt_T)
+
+    def reader(self, utterance: Utterance) -> WordReader:
+        """Makes the word reader of a new recording."""
+        return word_reader(
+            self.model.config,
+            self.lm,
+            self.tokenizer,
+            pauses=utterance.options.pauses,
+            prompt_T=utterance.prompt_T,
+            prompt_ids=utterance.prompt_ids,
+            cut_prompt=utterance.options.prompt.cut,
+        )
+
+
+class RecordingSession:
+    """One recording, offline or live, while it has a slot.
+
+    Args:
+      transcriber: whose slot it is to take.
+      options: of this recording.
+    """
+
+    error: DsmError | None
+
+    def __init__(self, transcriber: Transcriber, options: Options):
+        self._utterance = transcriber.read(options)
+        self.transcriber = transcriber
+        self.buffer, self.reader = transcriber.buffer(self._utterance), transcriber.reader(self._utterance)
+        self.error = None
+        self.ended = False
+        self.events: list[Event] = []  # found since they were last taken
+
+    def request(self) -> SttRequest:
+        """Returns the options as the slot holds them."""
+        return self._utterance.request
+
+    def take_input(self) -> Samples | None:
+        """Pops the frames that are ready, at most a chunk; None where there are none."""
+        frames = min(self.transcriber.chunk, self.buffer.ready)
+        last = self.buffer.ended and frames == self.buffer.ready
+        return Samples(self.buffer.pop_frames(frames), last) if frames or last else None
+
+    def read(self, outputs: FrameOutputs, slot: int, part: Samples) -> None:
+        """Turns the outputs of a chunk into events."""
+        frames = part.pcm_T.size // self.buffer.frame_size
+        columns = (outputs.tokens_BF, outputs.probabilities_BF, outputs.pauses_BFH)
+        for token, probability, pauses in zip(*(a[slot, :frames].tolist() for a in columns), strict=True):
+            self.read_frame(token, probability, tuple(pauses))
+        if part.last:
+            self.events += self.reader.finish()
+            self.ended = True
+
+    def read_frame(self, token: int, probability: float, pauses: tuple[float, ...]) -> None:
+        """Turns the outputs of one frame into events."""
+        self.events += self.reader.read(token, probability, pauses)
+
+    def take_events(self) -> list[Event]:
+        """Returns the events since the last call."""
+        events, self.events = self.events, []
+        return events
+
+
+class FileSession(RecordingSession):
+    """A whole recording, read block by block as its slot needs them.
+
+    Args:
+      transcriber: whose slot it is to take.
+      options: of this recording.
+      index: its place among the recordings.
+      source: the recording.
+      keep_frames: keep the raw outputs of every frame.
+      progress: called with the seconds read so far.
+    """
+
+    def __init__(
+        self,
+        transcriber: Transcriber,
+        options: Options,
+        index: int,
+        source: audio.Source,
+        *,
+        keep_frames: bool = False,
+        progress: Callable[[float], None] | None = None,
+    ):
+        super().__init__(transcriber, options)
+        self.index, self.source, self.progress = index, source, progress
+        self._blocks: Iterator[np.ndarray] = iter(())
+        self._tokens: list[int] | None = [] if keep_frames else None
+        self._pauses: list[tuple[float, ...]] = []
+        self.error = self._open()
+
+    def _open(self) -> DsmError | None:
+        """Reads the first frame; returns the reason for which it cannot be read."""
+        try:
+            self._blocks = audio.blocks(self.source, self.transcriber.model.sample_rate)
+            self._fill(1)
+        except DsmError as error:
+            return error
+        return None
+
+    def _fill(self, frames: int) -> None:
+        """Reads on until so many frames are ready or the recording ends."""
+        while self.buffer.ready < frames and not self.buffer.ended:
+            block = next(self._blocks, None)
+            if block is None:
+                self.buffer.end()
+            else:
+                self.buffer.push(block)
+
+    def take_input(self) -> Samples | None:
+        """Pops the next chunk; one frame more is read ahead, which tells whether the chunk is the last."""
+        self._fill(self.transcriber.chunk + 1)
+        return super().take_input()
+
+    def read(self, outputs: FrameOutputs, slot: int, part: Samples) -> None:
+        """Turns the outputs of a chunk into events, and reports progress."""
+        super().read(outputs, slot, part)
+        if self.progress is not None:
+            self.progress(self.buffer.samples / self.transcriber.model.sample_rate)
+
+    def read_frame(self, token: int, probability: float, pauses: tuple[float, ...]) -> None:
+        """Turns the outputs of one frame into events, and keeps them where that was asked for."""
+        super().read_frame(token, probability, pauses)
+        if self._tokens is not None:
+            self._tokens.append(token)
+            self._pauses.append(pauses)
+
+    def transcript(self, name: str | None) -> Transcript:
+        """Returns the transcript of the recording, which has ended."""
+        words: list[Word] = [event.word for event in self.events if isinstance(event, WordEnded)]
+        pauses = [event for event in self.events if isinstance(event, Pause)]
+        frames = None
+        if self._tokens is not None:
+            frames = Frames(tuple(self._tokens), tuple(self._pauses) if any(self._pauses) else None)
+        return Transcript(
+            text=self.reader.text,
+            words=tuple(words),
+            pauses=tuple(pauses),
+            duration=self.buffer.samples / self.transcriber.model.sample_rate,
+            frames=frames,
+            audio=name,
+            model=self.transcriber.model.name,
+        )

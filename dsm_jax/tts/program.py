@@ -1,0 +1,643 @@
+"""Text to speech as a program over slots: scripts in, tokens and samples out, one state, nothing leaves the device.
+
+Every step feeds the tokens of the step before to the backbone, which chooses a text token; the word machine turns it
+into the text token to be fed; the depformer generates the audio tokens of the step; and once the audio has begun, Mimi
+decodes the frame that has become whole. All of it is one loop on the device, in which every slot is where it is.
+
+The audio is `delay_steps` behind the text, and each codebook its own delay behind that, so the first steps of a slot
+have no audio: its streams are fed -1 there, and while no slot is further the depformer and the codec do not run.
+
+Shape letters: B slots, N requests or steps of a call, R rows of the backbone (2 B under guidance, the second half
+unconditional), K streams (text first), Q generated codebooks, P frames of a prefix, T samples of a frame, V vocabulary,
+W words of a PRNG key, X positions of the voices.
+Source: Zeghidour et al. 2025 (Delayed Streams Modeling); kyutai-labs/moshi@e6a55d2 moshi/models/tts.py:TTSModel
+and moshi/models/lm.py:LMGen. A slot that has come to its end stops, where the reference lets it run on until all have.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsm_jax.checkpoints import Model
+from dsm_jax.errors import ConfigError
+from dsm_jax.models.conditioning import Conditions
+from dsm_jax.models.lm import DelayedStreamsLM
+from dsm_jax.models.mimi import CodecState, Mimi
+from dsm_jax.models.streams import ZERO_TOKEN, TokenRing
+from dsm_jax.nn.sampling import sample
+from dsm_jax.nn.transformer import TransformerState
+from dsm_jax.runtime.compile import compiled
+from dsm_jax.runtime.slots import grow, write_rows
+from dsm_jax.streaming import reset_rows, select_rows
+from dsm_jax.tts import voices, words
+from dsm_jax.tts.script import MIN_ENTRIES, MIN_TOKENS, PAD, Entry, Script, capacity, pack
+from dsm_jax.tts.words import WordMachine, WordState
+
+_PREFIX_STEP = 64  # the room for prefixes grows by so many frames, so that few sizes are ever compiled
+Array = Any  # of jax or numpy: the host fills requests and inputs, the device holds them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TtsSettings:
+    """What is fixed when the program is compiled.
+
+    Attributes:
+      slots: number of slots.
+      machine: the rules of the word machine.
+      delay_steps: how far the audio is behind the text.
+      steps: room for the steps of one call.
+      max_top_k_text, max_top_k_audio: the largest top-k that a request may choose, see `sample`.
+      guided: whether the backbone has an unconditional half, for requests with classifier-free guidance. Models trained
+        with distilled guidance take theirs as a condition instead.
+      uncond_drops_text: the unconditional half is not fed the text, and text is chosen by the conditional half alone.
+      uncond_drops_prefix: the unconditional half is not fed the prefix.
+      entries, tokens: room for the entries of a script and their tokens.
+      voice_steps: room for the positions of all voices of a request, end to end; at least 1.
+      prefix_frames: room for a prefix.
+    """
+
+    slots: int
+    machine: WordMachine
+    delay_steps: int
+    steps: int = 16
+    max_top_k_text: int = 32
+    max_top_k_audio: int = 256
+    guided: bool = False
+    uncond_drops_text: bool = True
+    uncond_drops_prefix: bool = True
+    entries: int = MIN_ENTRIES
+    tokens: int = MIN_TOKENS
+    voice_steps: int = 1
+    prefix_frames: int = 0
+
+    @property
+    def halves(self) -> int:
+        """Rows of the backbone for each slot."""
+        return 2 if self.guided else 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TtsRequest:
+    """What each slot's request chooses; more may be added to the end of its script while the slot runs.
+
+    Attributes:
+      key_BW: PRNG key, on which the slot's noise depends, and on nothing else.
+      temperature_B: float32, of text and audio tokens; 0 takes the most probable.
+      top_k_text_B, top_k_audio_B: int32; 0 is the whole vocabulary.
+      guidance_B: float32, weight of classifier-free guidance; 1 is none.
+      padding_bonus_B: float32, added to the score of padding: above 0 speaks slower.
+      codebooks_B: int32, how many are generated, from 1.
+      max_padding_B: int32, steps without a new word after which one is ordered.
+      initial_padding_B: int32, steps before the first word.
+      final_padding_B: int32, steps that follow the end of the script, for the last word to sound in full.
+      max_steps_B: int32, steps after which the slot gives up.
+      prefix_BQP: int32 codes of a recording to go on from.
+      prefix_B: int32, how many of its frames each slot has.
+      script: what to say.
+    """
+
+    key_BW: Array
+    temperature_B: Array
+    top_k_text_B: Array
+    top_k_audio_B: Array
+    guidance_B: Array
+    padding_bonus_B: Array
+    codebooks_B: Array
+    max_padding_B: Array
+    initial_padding_B: Array
+    final_padding_B: Array
+    max_steps_B: Array
+    prefix_BQP: Array
+    prefix_B: Array
+    script: Script
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ConditionValues:
+    """The values of a model's conditioners; empty for a model without.
+
+    Attributes:
+      values: by conditioner, indices [N, 1] or the vectors of the voices [N, X, C].
+      masks: by conditioner, bool [N, 1] or [N, X]: whether the value is given.
+      length_N: int32, how many of the X positions each request has.
+    """
+
+    values: dict[str, Array]
+    masks: dict[str, Array]
+    length_N: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TtsState:
+    """Everything that the slots remember.
+
+    Attributes:
+      lm: of the backbone, R rows.
+      words: of the word machine.
+      ring: tokens still to be fed.
+      codec: of Mimi's decoder.
+      conditions: of R rows; None for models without conditioners.
+      request: what each slot's request chooses.
+    """
+
+    lm: TransformerState
+    words: WordState
+    ring: TokenRing
+    codec: CodecState
+    conditions: Conditions | None
+    request: TtsRequest
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TtsInputs:
+    """How far a call goes.
+
+    Attributes:
+      limit: int32 [], steps at most.
+      allowed_B: bool, slots that may take steps: those that hold a request and whose listener keeps up.
+      until_free: bool [], whether the call ends once an allowed slot has ended, so that it can take the next request.
+    """
+
+    limit: Array
+    allowed_B: Array
+    until_free: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepOutputs:
+    """The outputs of one call. A slot that was idle in a step has no valid entry there; see the masks.
+
+    Attributes:
+      count: int32 [], steps that were taken.
+      step_NB: int32, the number of the step within the slot's own speech.
+      frames_NBK: int32, the newest whole frame: the text as fed to the model, then the codes, delays undone.
+      framed_NB: whether there is a frame: the slot ran, and is as many steps in as the longest delay.
+      taken_NB: whether the slot began its next entry in this step.
+      pcm_NBT: float32 samples of the frame, in [-1, 1].
+      audible_NB: whether there are samples: the frame is not before the audio's beginning.
+      ended_B: whether the slot has come to the end of its script, or has given up.
+      complete_B: whether it has come to the end of its script.
+      waits_B: whether it can take no step until more of its script is there.
+    """
+
+    count: Array
+    step_NB: Array
+    frames_NBK: Array
+    framed_NB: Array
+    taken_NB: Array
+    pcm_NBT: Array
+    audible_NB: Array
+    ended_B: Array
+    complete_B: Array
+    waits_B: Array
+
+
+def init_state(lm: DelayedStreamsLM, mimi: Mimi, settings: TtsSettings) -> TtsState:
+    """Makes the state of slots without requests.
+
+    Raises:
+      ConfigError: the codec has no decoder, or fewer codebooks than the model generates.
+    """
+    if mimi.decoder is None:
+        raise ConfigError("the codec was made without its decoder; make it, or load it, with one to speak")
+    config, slots, rows = lm.config, settings.slots, settings.slots * settings.halves
+    if not 1 <= config.dep_q <= mimi.config.quantizer.n_q:
+        raise ConfigError(f"the model generates {config.dep_q} codebooks; its codec has {mimi.config.quantizer.n_q}")
+
+    def zeros(dtype: Any, *shape: int) -> jax.Array:
+        return jnp.zeros((slots, *shape), dtype)
+
+    script = Script(
+        tokens_BL=zeros(jnp.int32, settings.tokens),
+        start_BE=zeros(jnp.int32, settings.entries),
+        end_BE=zeros(jnp.int32, settings.entries),
+        padding_BE=zeros(jnp.int32, settings.entries),
+        words_before_BE=zeros(jnp.int32, settings.entries),
+        word_BE=zeros(jnp.int32, settings.entries),
+        count_B=zeros(jnp.int32),
+        words_B=zeros(jnp.int32),
+        complete_B=zeros(jnp.bool),
+    )
+    request = TtsRequest(
+        key_BW=zeros(jnp.uint32, 2),
+        temperature_B=zeros(jnp.float32),
+        top_k_text_B=zeros(jnp.int32),
+        top_k_audio_B=zeros(jnp.int32),
+        guidance_B=zeros(jnp.float32),
+        padding_bonus_B=zeros(jnp.float32),
+        codebooks_B=zeros(jnp.int32),
+        max_padding_B=zeros(jnp.int32),
+        initial_padding_B=zeros(jnp.int32),
+        final_padding_B=zeros(jnp.int32),
+        max_steps_B=zeros(jnp.int32),
+        prefix_BQP=zeros(jnp.int32, config.n_q, settings.prefix_frames),
+        prefix_B=zeros(jnp.int32),
+        script=script,
+    )
+    return TtsState(
+        lm.init_state(rows),
+        words.init_state(request.max_padding_B, request.initial_padding_B),
+        TokenRing.empty(config, slots),
+        mimi.decoder.init_state(slots),
+        _no_conditions(lm, rows, settings.voice_steps),
+        request,
+    )
+
+
+def _no_conditions(lm: DelayedStreamsLM, rows: int, voice_steps: int) -> Conditions | None:
+    """Makes the conditions of rows without requests: zeros."""
+    if lm.conditioning is None:
+        return None
+    values, masks = voices.absent(lm.config, rows, voice_steps)
+    shapes = jax.eval_shape(lm.condition, values, masks)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    return dataclasses.replace(zeros, length_B=jnp.zeros((rows,), jnp.int32))
+
+
+def insert(
+    lm: DelayedStreamsLM,
+    mimi: Mimi,
+    state: TtsState,
+    slot_N: jax.Array,
+    requests: TtsRequest,
+    conditions: ConditionValues,
+    settings: TtsSettings,
+) -> TtsState:
+    """Makes slots fresh and puts a request into each.
+
+    Args:
+      lm: a model with a depformer.
+      mimi: its codec.
+      state: any state; donate it.
+      slot_N: int32, the slots to fill; a number out of range is no slot.
+      requests: of N rows.
+      conditions: of N requests.
+      settings: as for `init_state`.
+
+    Returns:
+      The next state; the other slots are as they were.
+    """
+    filled_B = jnp.zeros((settings.slots,), bool).at[slot_N].set(True, mode="drop")
+    fresh = init_state(lm, mimi, settings)
+    request = write_rows(state.request, slot_N, requests)
+    fresh_words = words.init_state(request.max_padding_B, request.initial_padding_B)
+    after = TtsState(
+        lm=reset_rows(state.lm, jnp.tile(filled_B, settings.halves), fresh.lm),
+        words=reset_rows(state.words, filled_B, fresh_words),
+        ring=reset_rows(state.ring, filled_B, fresh.ring),
+        codec=reset_rows(state.codec, filled_B, fresh.codec),
+        conditions=state.conditions,
+        request=request,
+    )
+    if lm.conditioning is None or state.conditions is None:
+        return after
+    values, masks, length_N = conditions.values, conditions.masks, conditions.length_N
+    if settings.guided:
+        values, masks = voices.with_unconditional(values, masks, lm.config)
+        length_N = jnp.concatenate([length_N, length_N])
+    made = dataclasses.replace(lm.condition(values, masks), length_B=length_N)
+    # A slot number out of range must not become a row of the other half.
+    first_N = jnp.where(slot_N < settings.slots, slot_N, settings.slots * settings.halves)
+    row_N = jnp.concatenate([first_N + half * settings.slots for half in range(settings.halves)])
+    return dataclasses.replace(after, conditions=write_rows(state.conditions, row_N, made))
+
+
+def extend(
+    lm: DelayedStreamsLM, mimi: Mimi, state: TtsState, slot_N: jax.Array, scripts: Script, settings: TtsSettings
+) -> TtsState:
+    """Gives slots their scripts again, with more at the end of each; donate the state."""
+    request = dataclasses.replace(state.request, script=write_rows(state.request.script, slot_N, scripts))
+    return dataclasses.replace(state, request=request)
+
+
+def _step_B(state: TtsState) -> jax.Array:
+    """Returns the steps that each slot has taken."""
+    return state.lm.position_B[: state.request.prefix_B.shape[0]]
+
+
+def _ends(settings: TtsSettings, state: TtsState) -> tuple[jax.Array, jax.Array]:
+    """Returns which slots have come to the end of their script, and which have ended or given up."""
+    step_B, end_B, request = _step_B(state), state.words.end_step_B, state.request
+    complete_B = (end_B >= 0) & (step_B >= end_B + settings.delay_steps + request.final_padding_B)
+    return complete_B, complete_B | (step_B >= request.max_steps_B)
+
+
+def _waits_B(settings: TtsSettings, state: TtsState) -> jax.Array:
+    """Returns which slots can take no step until more of their script is there."""
+    ready_B = words.ready_B(settings.machine, state.request.script, state.words)
+    return (_step_B(state) >= state.request.prefix_B) & ~ready_B
+
+
+def step(
+    lm: DelayedStreamsLM, mimi: Mimi, state: TtsState, inputs: TtsInputs, settings: TtsSettings
+) -> tuple[StepOutputs, TtsState]:
+    """Takes up to `limit` steps, fewer when no slot has any left to take.
+
+    Args:
+      lm: a model with a depformer.
+      mimi: its codec.
+      state: from `insert`, or from the call before; donate it.
+      inputs: how far to go.
+      settings: as for `init_state`.
+
+    Returns:
+      What was made, and the next state.
+    """
+    batch, streams, room = settings.slots, lm.config.n_q + 1, settings.steps
+    columns = (
+        jnp.zeros((room, batch), jnp.int32),
+        jnp.zeros((room, batch, streams), jnp.int32),
+        jnp.zeros((room, batch), bool),
+        jnp.zeros((room, batch), bool),
+        jnp.zeros((room, batch, mimi.config.frame_size), jnp.float32),
+        jnp.zeros((room, batch), bool),
+    )
+
+    def active_B(state: TtsState) -> jax.Array:
+        return inputs.allowed_B & ~_ends(settings, state)[1] & ~_waits_B(settings, state)
+
+    def goes_on(carry: tuple[jax.Array, tuple[jax.Array, ...], TtsState]) -> jax.Array:
+        count, _, state = carry
+        free = inputs.until_free & (inputs.allowed_B & _ends(settings, state)[1]).any()
+        return (count < jnp.minimum(inputs.limit, room)) & active_B(state).any() & ~free
+
+    def take(carry: tuple[jax.Array, tuple[jax.Array, ...], TtsState]):
+        count, columns, state = carry
+        made, state = _take_step(lm, mimi, state, active_B(state), settings)
+        return count + 1, tuple(a.at[count].set(new) for a, new in zip(columns, made, strict=True)), state
+
+    count, columns, state = jax.lax.while_loop(goes_on, take, (jnp.zeros((), jnp.int32), columns, state))
+    complete_B, ended_B = _ends(settings, state)
+    step_NB, frames_NBK, framed_NB, taken_NB, pcm_NBT, audible_NB = columns
+    outputs = StepOutputs(
+        count=count,
+        step_NB=step_NB,
+        frames_NBK=frames_NBK,
+        framed_NB=framed_NB,
+        taken_NB=taken_NB,
+        pcm_NBT=pcm_NBT,
+        audible_NB=audible_NB,
+        ended_B=ended_B,
+        complete_B=complete_B,
+        waits_B=_waits_B(settings, state),
+    )
+    return outputs, state
+
+
+def _take_step(
+    lm: DelayedStreamsLM, mimi: Mimi, state: TtsState, active_B: jax.Array, settings: TtsSettings
+) -> tuple[tuple[jax.Array, ...], TtsState]:
+    """Takes one step of the active slots; returns the step's column of every output, and the next state."""
+    config, request, step_B = lm.config, state.request, _step_B(state)
+    delays_K, last, dep_q = jnp.array(config.delays), max(config.delays), config.dep_q
+
+    inputs_RK = _inputs(lm, state, settings)
+    lengths_R = jnp.tile(active_B.astype(jnp.int32), settings.halves)
+    hidden_RTD, backbone = lm.step(inputs_RK[:, :, None], state.lm, lengths_R, state.conditions)
+
+    scores_RV = lm.text_logits(hidden_RTD)[:, 0]
+    scores_BV = scores_RV[: step_B.size] if settings.uncond_drops_text else _guided(scores_RV, request, settings)
+    scores_BV = scores_BV.at[:, PAD].add(request.padding_bonus_B)
+    sampled_B = _sample(scores_BV, request, step_B, 0, request.top_k_text_B, settings.max_top_k_text)
+    in_prefix_B = step_B < request.prefix_B
+    text_B, taken_B, after = words.process(settings.machine, request.script, state.words, sampled_B, step_B)
+    text_B = jnp.where(in_prefix_B, ZERO_TOKEN, text_B)
+    scripted = select_rows(active_B & ~in_prefix_B, after, state.words)
+
+    late_Q = delays_K[1 : 1 + dep_q] + settings.delay_steps
+    has_audio_B = active_B & (step_B >= settings.delay_steps)
+
+    def walk() -> jax.Array:
+        def choose(q: int, logits_RV: jax.Array) -> jax.Array:
+            scores_BV = _guided(logits_RV, request, settings)
+            tokens_B = _sample(scores_BV, request, step_B, 1 + q, request.top_k_audio_B, settings.max_top_k_audio)
+            return jnp.tile(tokens_B, settings.halves)
+
+        assert lm.depformer is not None
+        wanted = jnp.max(jnp.where(has_audio_B, request.codebooks_B, 0))
+        text_R = jnp.tile(text_B, settings.halves)
+        tokens_RQ = lm.depformer.walk(hidden_RTD[:, 0], text_R, choose, codebooks=dep_q, wanted=wanted)
+        return tokens_RQ[: step_B.size]
+
+    absent_BQ = jnp.full((step_B.size, dep_q), ZERO_TOKEN, jnp.int32)
+    codes_BQ = jax.lax.cond(has_audio_B.any(), walk, lambda: absent_BQ)
+    codes_BQ = jnp.where(step_B[:, None] < late_Q, ZERO_TOKEN, codes_BQ)
+    codes_BQ = _with_prefix(codes_BQ, request, step_B[:, None] - late_Q)
+    codes_BQ = jnp.where(jnp.arange(dep_q) < request.codebooks_B[:, None], codes_BQ, ZERO_TOKEN)
+
+    others_BQ = jnp.full((step_B.size, config.n_q - dep_q), ZERO_TOKEN, jnp.int32)
+    made_BK = jnp.concatenate([text_B[:, None], codes_BQ, others_BQ], axis=1)
+    ring = state.ring.with_made(made_BK, step_B).kept(active_B, state.ring)
+    frame_BK = ring.newest_frame(step_B, config)
+    framed_B = active_B & (step_B >= last)
+    audible_B = active_B & (step_B >= last + settings.delay_steps)
+
+    def decode() -> tuple[jax.Array, CodecState]:
+        codes_BQ1 = frame_BK[:, 1 : 1 + dep_q, None]
+        pcm_BTC, codec = mimi.decode_step(codes_BQ1, state.codec, audible_B.astype(jnp.int32))
+        return jnp.clip(pcm_BTC[:, :, 0], -1.0, 1.0), codec
+
+    silence = jnp.zeros((step_B.size, mimi.config.frame_size), jnp.float32), state.codec
+    pcm_BT, codec = jax.lax.cond(audible_B.any(), decode, lambda: silence)
+    columns = step_B, frame_BK, framed_B, taken_B & active_B & ~in_prefix_B, pcm_BT, audible_B
+    return columns, TtsState(backbone, scripted, ring, codec, state.conditions, request)
+
+
+def _inputs(lm: DelayedStreamsLM, state: TtsState, settings: TtsSettings) -> jax.Array:
+    """Returns the tokens that the backbone is fed in this step, [R, K]."""
+    step_B1, delays_K, request = _step_B(state)[:, None], jnp.array(lm.config.delays), state.request
+    inputs_BK = state.ring.inputs(step_B1[:, 0], lm.config)
+    if not settings.guided:
+        return inputs_BK
+    initial_BK = step_B1 <= delays_K
+    dropped_BK = jnp.zeros_like(initial_BK)
+    if settings.uncond_drops_prefix and settings.prefix_frames:
+        until_BK = delays_K + request.prefix_B[:, None] + settings.delay_steps
+        dropped_BK = (step_B1 <= until_BK) & (request.prefix_B > 0)[:, None]
+    if settings.uncond_drops_text:
+        dropped_BK = dropped_BK.at[:, 0].set(True)
+    return jnp.concatenate([inputs_BK, jnp.where(dropped_BK & ~initial_BK, ZERO_TOKEN, inputs_BK)])
+
+
+def _guided(logits_RV: jax.Array, request: TtsRequest, settings: TtsSettings) -> jax.Array:
+    """Returns the scores of B slots from those of R rows; without guidance a slot takes the conditional ones."""
+    if not settings.guided:
+        return logits_RV
+    with_BV, without_BV = jnp.split(logits_RV, 2)
+    guidance_B1 = request.guidance_B[:, None]
+    return jnp.where(guidance_B1 == 1.0, with_BV, without_BV + (with_BV - without_BV) * guidance_B1)
+
+
+def _sample(
+    logits_BV: jax.Array, request: TtsRequest, step_B: jax.Array, stream: int, top_k_B: jax.Array, max_top_k: int
+) -> jax.Array:
+    """Chooses a token per slot, by noise that is the slot's own in this step and stream."""
+    fold = jax.random.fold_in
+    keys_B = jax.vmap(lambda key_W, step: fold(fold(key_W, step), stream))(request.key_BW, step_B)
+    return sample(logits_BV, keys_B, request.temperature_B, top_k_B, max_top_k=max_top_k)
+
+
+def _with_prefix(codes_BQ: jax.Array, request: TtsRequest, frame_BQ: jax.Array) -> jax.Array:
+    """Replaces generated codes by the prefix's, for the frames that it has."""
+    room = request.prefix_BQP.shape[2]
+    if not room:
+        return codes_BQ
+    at_BQ1 = jnp.clip(frame_BQ, 0, room - 1)[:, :, None]
+    given_BQ = jnp.take_along_axis(request.prefix_BQP[:, : codes_BQ.shape[1]], at_BQ1, axis=2)[:, :, 0]
+    return jnp.where((frame_BQ >= 0) & (frame_BQ < request.prefix_B[:, None]), given_BQ, codes_BQ)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpeechRequest:
+    """One request on the host: what `TtsRequest` and `ConditionValues` hold of it, in the sizes that it has.
+
+    Attributes:
+      entries: the words and breaks that are known.
+      complete: whether no more will come.
+      voices: the vectors [steps, width] of each voice.
+      condition_guidance: guidance as a condition, for models with distilled guidance; None for others.
+      prefix_QP: int32 codes to go on from; P may be 0.
+      seed: of the sampling.
+      others: fields of `TtsRequest` of the same names without their shape letter.
+    """
+
+    entries: Sequence[Entry]
+    complete: bool
+    voices: Sequence[np.ndarray]
+    condition_guidance: float | None
+    prefix_QP: np.ndarray
+    seed: int
+    temperature: float
+    top_k_text: int
+    top_k_audio: int
+    guidance: float
+    padding_bonus: float
+    codebooks: int
+    max_padding: int
+    initial_padding: int
+    final_padding: int
+    max_steps: int
+
+    def fitted(self, settings: TtsSettings) -> TtsSettings:
+        """Returns the settings with room for this request."""
+        entries, tokens = capacity([self.entries])
+        return dataclasses.replace(
+            settings,
+            entries=max(entries, settings.entries),
+            tokens=max(tokens, settings.tokens),
+            voice_steps=max(voices.positions(self.voices), settings.voice_steps),
+            prefix_frames=max(-(-self.prefix_QP.shape[1] // _PREFIX_STEP) * _PREFIX_STEP, settings.prefix_frames),
+        )
+
+    def script(self, settings: TtsSettings) -> Script:
+        """Returns the script as one row of arrays."""
+        return pack([self.entries], [self.complete], room=(settings.entries, settings.tokens))
+
+    def row(self, settings: TtsSettings) -> TtsRequest:
+        """Returns the request as one row of arrays."""
+
+        def one(value: float, dtype: Any) -> np.ndarray:
+            return np.array([value], dtype)
+
+        room = settings.prefix_frames - self.prefix_QP.shape[1]
+        return TtsRequest(
+            key_BW=np.asarray(jax.random.PRNGKey(self.seed))[None],
+            temperature_B=one(self.temperature, np.float32),
+            top_k_text_B=one(self.top_k_text, np.int32),
+            top_k_audio_B=one(self.top_k_audio, np.int32),
+            guidance_B=one(self.guidance, np.float32),
+            padding_bonus_B=one(self.padding_bonus, np.float32),
+            codebooks_B=one(self.codebooks, np.int32),
+            max_padding_B=one(self.max_padding, np.int32),
+            initial_padding_B=one(self.initial_padding, np.int32),
+            final_padding_B=one(self.final_padding, np.int32),
+            max_steps_B=one(self.max_steps, np.int32),
+            prefix_BQP=np.pad(self.prefix_QP, ((0, 0), (0, room))).astype(np.int32)[None],
+            prefix_B=one(self.prefix_QP.shape[1], np.int32),
+            script=self.script(settings),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """The input of one slot for one call: its leave to take steps."""
+
+    last: bool = False  # a slot's end is known once its outputs have been read
+
+
+class TtsProgram:
+    """The program for one model, compiled, with its parameters.
+
+    Args:
+      model: a text-to-speech model.
+      settings: with room for the requests to come; larger ones make the program grow, which compiles it anew.
+      limit: steps of a call at most.
+    """
+
+    inserts = 1  # conditions cost as much for a slot that is left as it is as for one that is filled
+
+    def __init__(self, model: Model, settings: TtsSettings, *, limit: int | None = None):
+        assert model.lm_def is not None
+        assert model.config.lm is not None
+        self.slots, self.limit = settings.slots, settings.steps if limit is None else limit
+        self._graphs: tuple[nnx.GraphDef, nnx.GraphDef] = model.lm_def, model.mimi_def
+        self._params: Any = model.lm_params, model.mimi_params
+        self._config = model.config.lm
+        self._compile(settings)
+
+    def _compile(self, settings: TtsSettings) -> None:
+        """Compiles before any state is allocated, so that the two peaks of memory do not add up."""
+        self.settings = settings
+        self._init, self._insert, self._extend, self._step = (
+            compiled(function, self._graphs, settings, donate)
+            for function, donate in ((init_state, ()), (insert, (0,)), (extend, (0,)), (step, (0,)))
+        )
+        state = self._init.shapes(self._params)
+        self._step.compile(self._params, state, self._inputs([None] * self.slots, waiting=False))
+
+    def fit(self, state: TtsState, request: SpeechRequest) -> TtsState:
+        """Makes room for a request that is larger than those before it."""
+        settings = request.fitted(self.settings)
+        if settings == self.settings:
+            return state
+        self._compile(settings)
+        return grow(state, self._init.shapes(self._params))
+
+    def init(self) -> TtsState:
+        """Makes the state of slots without requests."""
+        return self._init(self._params)
+
+    def insert(self, state: TtsState, slot_N: Sequence[int], requests: Sequence[SpeechRequest]) -> TtsState:
+        """Puts one request into one slot."""
+        (slot,), (request,) = slot_N, requests
+        state = self.fit(state, request)
+        values, masks, length_N = {}, {}, np.zeros(1, np.int32)
+        if self._config.conditioners:
+            values, masks, length_N = voices.conditions(
+                self._config, [request.voices], request.condition_guidance, room=self.settings.voice_steps
+            )
+        conditions = ConditionValues(values, masks, length_N)
+        return self._insert(self._params, state, np.array([slot], np.int32), request.row(self.settings), conditions)
+
+    def extend(self, state: TtsState, slot: int, request: SpeechRequest) -> TtsState:
+        """Gives a slot its script again, with more at the end."""
+        state = self.fit(state, request)
+        return self._extend(self._params, state, np.array([slot], np.int32), request.script(self.settings))
+
+    def step(self, state: TtsState, parts: Sequence[Turn | None], *, waiting: bool) -> tuple[StepOutputs, TtsState]:
+        """Takes steps in all slots that may; returns at once, with outputs that may still be computed."""
+        return self._step(self._params, state, self._inputs(parts, waiting=waiting))
+
+    def _inputs(self, parts: Sequence[Turn | None], *, waiting: bool) -> TtsInputs:
+        allowed_B = np.array([part is not None for part in parts])
+        return TtsInputs(np.int32(self.limit), allowed_B, np.bool_(waiting))

@@ -1,0 +1,49 @@
+"""Times many texts of very different lengths through few slots; one JSON row. Runs with any version of the library.
+
+To compare two versions, run this file in turns with the interpreter of each: `python throughput.py`.
+"""
+
+import argparse
+import json
+import time
+
+import numpy as np
+
+import dsm_jax
+from dsm_jax.tts import Request, SpeechOptions, synthesize_each
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+VOICES = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
+
+
+def requests(count: int, longest: int) -> list[Request]:
+    """Texts of 1 to `longest` words in random order, each with a voice and a seed of its own."""
+    random = np.random.default_rng(0)
+    lengths = random.permutation(np.linspace(1, longest, count).round().astype(int))
+    return [
+        Request(" ".join(str(word) for word in random.choice(DIGITS, length)), (VOICES[n % 6],), seed=n)
+        for n, length in enumerate(lengths)
+    ]
+
+
+def main() -> None:
+    """Runs from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--longest", type=int, default=40, help="words")
+    parser.add_argument("--slots", type=int, default=8)
+    args = parser.parse_args()
+    model, options = dsm_jax.load("digits-tts"), SpeechOptions()
+    several = requests(args.requests, args.longest)
+    list(synthesize_each(model, several[: args.slots], options, batch_size=args.slots))  # compiles
+    start = time.perf_counter()
+    results = dict(synthesize_each(model, several, options, batch_size=args.slots))
+    seconds = time.perf_counter() - start
+    spoken = sum(speech.duration for speech in results.values() if isinstance(speech, dsm_jax.Speech))
+    frames = sum(int(speech.frames.sum()) for speech in results.values() if isinstance(speech, dsm_jax.Speech))
+    row = {"bench": "speech_throughput", "requests": len(several), "slots": args.slots, "seconds": round(seconds, 3)}
+    print(json.dumps(row | {"speech_seconds": round(spoken, 2), "checksum": frames}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Compiled functions: one for each function, networks and settings, counted, with the state where it lies.
+
+Shape letters: B batch rows, D width.
+"""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsm_jax.runtime.compile import compilations, compiled
+
+
+class Scale(nnx.Module):
+    def __init__(self, width: int):
+        self.scale_D = nnx.Param(jnp.full((width,), 2.0))
+
+
+def scaled(network: Scale, total_BD: jax.Array, x_BD: jax.Array) -> jax.Array:
+    return total_BD + x_BD * network.scale_D[...]
+
+
+def shifted(network: Scale, x_BD: jax.Array, settings: float) -> jax.Array:
+    return x_BD * network.scale_D[...] + settings
+
+
+def network(width: int = 3):
+    return nnx.split(Scale(width))
+
+
+def test_a_function_of_networks_becomes_one_of_parameters():
+    graph, params = network()
+    run = compiled(scaled, (graph,))
+    assert run((params,), jnp.ones((2, 3)), jnp.ones((2, 3))).tolist() == [[3, 3, 3]] * 2
+    other = jax.tree.map(lambda a: a + 1, params)
+    assert run((other,), jnp.ones((2, 3)), jnp.ones((2, 3))).tolist() == [[4, 4, 4]] * 2
+
+
+def test_the_same_function_networks_and_settings_are_compiled_once():
+    graph, params = network()
+    assert compiled(shifted, (graph,), 1.0) is compiled(shifted, (network()[0],), 1.0)
+    assert compiled(shifted, (graph,), 1.0) is not compiled(shifted, (graph,), 2.0)
+    before = compilations()
+    for settings in (1.0, 2.0, 1.0):
+        assert compiled(shifted, (graph,), settings)((params,), jnp.zeros((4, 3)))[0, 0] == settings
+    assert compilations() == before + 2
+
+
+def test_compilations_are_counted_by_shape_and_not_by_call():
+    graph, params = network(5)
+    run, before = compiled(scaled, (graph,)), compilations()
+    for rows in (1, 2, 2, 1):
+        run((params,), jnp.ones((rows, 5)), jnp.ones((rows, 5)))
+    assert compilations() == before + 2
+
+
+def test_what_is_compiled_ahead_is_not_compiled_again(caplog):
+    graph, params = network(7)
+    run, before = compiled(scaled, (graph,), donate=(0,)), compilations()
+    shape = jax.ShapeDtypeStruct((3, 7), np.float32)
+    with caplog.at_level(logging.INFO, "dsm_jax"):
+        run.compile((params,), shape, shape)
+        run.compile((params,), shape, shape)
+    assert compilations() == before + 1
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("compiled tests.test_compile.scaled in ") or "scaled" in caplog.messages[0]
+    run((params,), jnp.ones((3, 7)), jnp.ones((3, 7)))
+    assert compilations() == before + 1
+
+
+def test_a_donated_argument_is_taken_over():
+    graph, params = network(9)
+    total_BD = jnp.ones((2, 9))
+    result_BD = compiled(scaled, (graph,), donate=(0,))((params,), total_BD, jnp.ones((2, 9)))
+    assert total_BD.is_deleted()
+    assert not result_BD.is_deleted()
+
+
+def test_shapes_are_told_without_computing():
+    graph, params = network(4)
+    found = compiled(shifted, (graph,), 0.5).shapes((params,), jnp.zeros((2, 4)))
+    assert (found.shape, found.dtype) == ((2, 4), np.float32)

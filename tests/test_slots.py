@@ -1,0 +1,218 @@
+"""The scheduler: requests come and go in slots, each as if it were alone; nothing of one reaches another.
+
+The program here is the least that has a state: a slot counts from its request's number, one more a step.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsm_jax.errors import DsmError, StreamError
+from dsm_jax.runtime.slots import Slots, grow, write_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    last: bool
+
+
+@dataclasses.dataclass
+class Count:
+    """A session of so many chunks; it ends by its own last input, or once it reads that the program says so."""
+
+    first: int
+    chunks: int
+    by_output: bool = False
+    fails_at: int | None = None
+    sits_out: tuple[int, ...] = ()
+    error: DsmError | None = None
+    ended: bool = False
+    taken: int = 0
+    asked: int = 0
+    seen: list[int] = dataclasses.field(default_factory=list)
+
+    def request(self) -> int:
+        return self.first
+
+    def take_input(self) -> Part | None:
+        self.asked += 1
+        if self.fails_at is not None and self.taken == self.fails_at:
+            raise StreamError(f"chunk {self.taken} of {self.first} cannot be read")
+        if self.asked - 1 in self.sits_out:
+            return None
+        self.taken += 1
+        return Part(not self.by_output and self.taken == self.chunks)
+
+    def read(self, outputs: np.ndarray, slot: int, part: Part) -> None:
+        self.seen.append(int(outputs[slot]))
+        self.ended = len(self.seen) == self.chunks
+
+    @property
+    def wanted(self) -> list[int]:
+        return list(range(self.first, self.first + self.chunks))
+
+
+class Counting:
+    """The program; `log` has what was inserted, and how many slots each step ran."""
+
+    def __init__(self, slots: int, inserts: int = 1):
+        self.slots, self.inserts, self.log = slots, inserts, []
+
+    def init(self) -> np.ndarray:
+        return np.full(self.slots, -1000)
+
+    def insert(self, state, slot_N, requests):
+        assert len(slot_N) == len(requests) <= self.inserts
+        state = state.copy()
+        state[list(slot_N)] = requests
+        self.log.append(list(requests))
+        return state
+
+    def step(self, state, parts, *, waiting):
+        ran = np.array([part is not None for part in parts])
+        self.log.append(int(ran.sum()))
+        return np.where(ran, state, -1), state + ran
+
+
+counts = st.builds(
+    Count,
+    first=st.integers(0, 10**6),
+    chunks=st.integers(1, 6),
+    by_output=st.booleans(),
+    sits_out=st.lists(st.integers(0, 4), max_size=2).map(tuple),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(counts, max_size=12), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2))
+def test_every_session_ends_and_has_its_own_outputs_whatever_runs_beside_it(sessions, slots, inserts, behind):
+    program = Counting(slots, inserts)
+    done = list(Slots(program, behind=behind).run(iter(sessions)))
+    assert sorted(map(id, done)) == sorted(map(id, sessions))
+    assert all(session.ended and session.seen == session.wanted for session in sessions)
+    assert max([entry for entry in program.log if isinstance(entry, int)], default=0) <= slots
+
+
+def test_a_slot_is_given_away_while_others_run():
+    sessions = [Count(0, 9), Count(100, 1), Count(200, 1), Count(300, 2)]
+    program = Counting(2, inserts=2)
+    done = list(Slots(program).run(sessions))
+    assert [session.first for session in done] == [100, 200, 300, 0]
+    steps = [entry for entry in program.log if isinstance(entry, int)]
+    assert steps == [2, 2, 2, 2, 1, 1, 1, 1, 1], "no chunk is dispatched with a slot empty while requests wait"
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_outputs_are_read_a_chunk_behind_and_no_further(behind):
+    one = Count(5, 4)
+    slots = Slots(Counting(1), behind=behind)
+    slots.admit([one])
+    for dispatched in range(1, 5):
+        slots.step()
+        assert one.seen == one.wanted[: dispatched - behind]
+    assert (slots.drain() == [one]) == bool(behind)
+    assert one.ended
+
+
+def test_a_session_that_fails_costs_only_itself():
+    bad, good = Count(10, 4, fails_at=2), Count(20, 4)
+    never = Count(30, 2, error=StreamError("it could not be opened"))
+    slots = Slots(Counting(2))
+    done = list(slots.run([bad, never, good]))
+    assert sorted(session.first for session in done) == [10, 20, 30]
+    assert "chunk 2 of 10 cannot be read" in str(bad.error)
+    assert (good.error, good.seen) == (None, good.wanted)
+    assert never.seen == []
+    assert slots.free == [0, 1]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(counts, min_size=2, max_size=8), st.data())
+def test_cancelling_at_any_time_changes_no_other_session(sessions, data):
+    slots = Slots(Counting(len(sessions)))
+    slots.admit(sessions)
+    cancelled, kept = [], list(sessions)
+    for _ in range(40):
+        if len(kept) > 1 and data.draw(st.integers(0, 5)) == 0:
+            cancelled.append(kept.pop(data.draw(st.integers(0, len(kept) - 1))))
+            slots.cancel(cancelled[-1])
+            seen = len(cancelled[-1].seen)
+            slots.step()
+            assert len(cancelled[-1].seen) == seen, "nothing is delivered after that"
+        slots.step()
+    slots.drain()
+    assert all(session.ended and session.seen == session.wanted for session in kept)
+    for session in cancelled:
+        assert session.seen == session.wanted[: len(session.seen)]
+
+
+def test_a_cancelled_sessions_slot_can_be_taken_at_once_and_gets_nothing_of_it():
+    old, new = Count(1, 9), Count(500, 3)
+    slots = Slots(Counting(1))
+    slots.admit([old])
+    slots.step()
+    slots.step()
+    slots.cancel(old)
+    slots.admit([new])
+    while not new.ended:
+        slots.step()
+        slots.drain()
+    assert new.seen == new.wanted
+    assert old.seen == [1]
+
+
+def test_more_sessions_than_free_slots_are_refused():
+    slots = Slots(Counting(2))
+    slots.admit([Count(0, 3)])
+    with pytest.raises(ValueError, match="2 sessions for 1 free slots; admit at most as many as are free"):
+        slots.admit([Count(1, 1), Count(2, 1)])
+
+
+def test_sessions_are_drawn_only_as_slots_become_free():
+    drawn = []
+
+    def sessions() -> Iterator[Count]:
+        for number in range(20):
+            drawn.append(number)
+            yield Count(10 * number, 3)
+
+    ended = Slots(Counting(2)).run(sessions())
+    next(ended)
+    assert len(drawn) <= 5, "two that have ended, two in slots, one that waits"
+
+
+def test_a_session_that_sits_out_dispatches_nothing():
+    slots, one = Slots(Counting(1)), Count(7, 2, sits_out=(1, 2))
+    slots.admit([one])
+    for _ in range(3):
+        slots.step()
+    assert slots.program.log[1:] == [1]
+    assert one.seen == [7], "what is unread is read when there is nothing to dispatch"
+
+
+def test_rows_are_written_by_number_and_a_number_out_of_range_writes_nothing():
+    rows = {"a_B": np.arange(4.0), "b_BT": np.zeros((4, 2))}
+    new = {"a_B": np.array([9.0, 8.0]), "b_BT": np.ones((2, 2))}
+    written = write_rows(_jax(rows), np.array([2, 4]), _jax(new))
+    assert written["a_B"].tolist() == [0, 1, 9, 3]
+    assert np.asarray(written["b_BT"]).sum(1).tolist() == [0, 0, 2, 0]
+
+
+def test_growing_pads_at_the_ends_with_zeros():
+    import jax
+
+    wanted = {"a_BT": jax.ShapeDtypeStruct((2, 5), np.float32), "b_B": jax.ShapeDtypeStruct((2,), np.float32)}
+    grown = grow(_jax({"a_BT": np.ones((2, 3), np.float32), "b_B": np.ones(2, np.float32)}), wanted)
+    assert grown["a_BT"].tolist() == [[1, 1, 1, 0, 0]] * 2
+    assert grown["b_B"].tolist() == [1, 1]
+
+
+def _jax(tree):
+    import jax
+    import jax.numpy as jnp
+
+    return jax.tree.map(jnp.asarray, tree)
