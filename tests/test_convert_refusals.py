@@ -8,10 +8,9 @@ import pytest
 
 from dsm_jax import checkpoints
 from dsm_jax.configs import MimiConfig, gating_dim
-from dsm_jax.convert import files, native
+from dsm_jax.convert import convert, files, native
 from dsm_jax.convert import transformers_mimi as mimi_layout
 from dsm_jax.convert import transformers_stt as stt_layout
-from dsm_jax.convert.command import convert
 from dsm_jax.errors import CheckpointError, ConfigError
 from tests import small
 from tests.checkpoint_maker import PLAIN_STT, copy_of, make_checkpoint, model_config

@@ -47,7 +47,9 @@ ROUNDING = 1e-5  # of samples whose sums are in another order, as programs for o
 @functools.cache
 def build(window: int) -> tuple[DelayedStreamsLM, Mimi]:
     """A model that speaks and its codec, of one layer each; it often chooses words and padding."""
-    lm_config = dataclasses.replace(small.TTS, context=window, num_layers=1, depformer_num_layers=1)
+    lm_config = dataclasses.replace(
+        small.TTS, context=window, num_layers=1, depformer=dataclasses.replace(small.TTS.depformer, num_layers=1)
+    )
     transformer = dataclasses.replace(small.MIMI.transformer, context=window, num_layers=1)
     mimi_config = dataclasses.replace(small.MIMI, sample_rate=100, seanet=SEANET, transformer=transformer)
     lm = small.build(lambda rngs: DelayedStreamsLM(lm_config, rngs=rngs))
