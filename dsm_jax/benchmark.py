@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsm_jax import presets
-from dsm_jax.configs import MimiConfig, ModelConfig
+from dsm_jax.configs import MimiConfig, ModelConfig, TensorConditioner, presets
 from dsm_jax.errors import ConfigError
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
@@ -114,15 +113,17 @@ def tts_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, A
     """
     lm_def, lm_params = _random_lm(config, dtype)
     mimi_def, mimi_params = random_params(lambda: Mimi(config.mimi, rngs=nnx.Rngs(0)), jnp.float32)
-    lm_config = config.lm
+    lm_config, tts = config.lm, config.tts
     assert lm_config is not None
+    assert tts is not None
     how = tts_engine.Manner(
-        machine=WordMachine(lm_config.text_card + 1, int(config.tts_config.get("second_stream_ahead", 0))),
-        delay_steps=int(config.tts_config["audio_delay"] * config.mimi.frame_rate),
+        machine=WordMachine(lm_config.text_card + 1, tts.second_stream_ahead),
+        delay_steps=int(tts.audio_delay * config.mimi.frame_rate),
         codebooks=lm_config.dep_q,
     )
-    width = lm_config.conditioners["speaker_wavs"]["tensor"]["dim"]
-    voice_XC = np.random.default_rng(0).standard_normal((VOICE_STEPS, width), np.float32)
+    speaker = lm_config.conditioner("speaker_wavs")
+    assert isinstance(speaker, TensorConditioner)
+    voice_XC = np.random.default_rng(0).standard_normal((VOICE_STEPS, speaker.dim), np.float32)
     values, masks = voices.conditions(lm_config, [[voice_XC]] * batch, 2.0)
     words = [Entry((4, 5), "word", 0)] * 1000
 

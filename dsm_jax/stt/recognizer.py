@@ -16,6 +16,7 @@ from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.memory import return_freed
+from dsm_jax.models.family import require
 from dsm_jax.stt import engine
 from dsm_jax.stt.engine import FrameOutputs, Sampling, SttState
 from dsm_jax.stt.hearing import Hearing, Prompt, prompt_tokens, word_reader
@@ -79,14 +80,14 @@ class Options:
     pauses: PauseRule = PauseRule()
 
     def sampling(self, model: Model) -> Sampling:
-        """How tokens are chosen; what is None comes from the checkpoint's `lm_gen_config`.
+        """How tokens are chosen; what is None comes from the checkpoint's `sampling`.
 
         Raises:
           ConfigError: a temperature or a top-k below 0.
         """
-        asked = model.config.lm_gen_config
-        temperature = float(asked.get("temp_text", 0.0)) if self.temperature is None else self.temperature
-        top_k = int(asked.get("top_k_text", 0)) if self.top_k is None else self.top_k
+        defaults = model.config.sampling
+        temperature = (defaults.temp_text or 0.0) if self.temperature is None else self.temperature
+        top_k = (defaults.top_k_text or 0) if self.top_k is None else self.top_k
         if temperature < 0 or top_k < 0:
             raise ConfigError(f"temperature is {temperature} and top_k {top_k}; neither can be below 0")
         return Sampling(temperature, top_k)
@@ -108,14 +109,11 @@ class Recognizer:
     """
 
     def __init__(self, model: Model, batch_size: int, chunk: int, options: Options):
+        require(model, "stt")
         lm, name = model.config.lm, model.name
-        remedy = "load a speech-to-text model such as kyutai/stt-1b-en_fr"
-        if model.lm_def is None or lm is None:
-            raise CheckpointError(f"{name} is a codec without a language model; to transcribe, {remedy}")
-        if model.tokenizer is None:
-            raise CheckpointError(f"{name} has no tokenizer; add the published one, and name it in config.json")
-        if lm.dep_q:
-            raise CheckpointError(f"{name} generates {lm.dep_q} audio streams; to transcribe, {remedy}")
+        assert lm is not None
+        assert model.lm_def is not None
+        assert model.tokenizer is not None
         if lm.n_q > model.config.mimi.quantizer.n_q:
             raise CheckpointError(
                 f"{name} listens to {lm.n_q} codebooks and its codec has {model.config.mimi.quantizer.n_q}; "

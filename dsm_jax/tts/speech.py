@@ -9,6 +9,7 @@ import numpy as np
 
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import CheckpointError, SpeechError
+from dsm_jax.models.family import require
 from dsm_jax.tts.engine import Manner
 from dsm_jax.tts.script import Entry
 from dsm_jax.tts.voices import Voice, guidance_values
@@ -54,19 +55,15 @@ class SpeechOptions:
           CheckpointError: the model does not speak.
           SpeechError: a value out of its range.
         """
-        lm, name = model.config.lm, model.name
-        remedy = "load a text-to-speech model such as kyutai/tts-1.6b-en_fr"
-        if model.lm_def is None or lm is None:
-            raise CheckpointError(f"{name} is a codec without a language model; to speak, {remedy}")
-        if not lm.dep_q or "audio_delay" not in model.config.tts_config:
-            raise CheckpointError(f"{name} does not generate speech from text; to speak, {remedy}")
-        if model.tokenizer is None:
-            raise CheckpointError(f"{name} has no tokenizer; add the published one, and name it in config.json")
-        if model.config.tts_config.get("multistream", False):
+        require(model, "tts")
+        lm, tts, name = model.config.lm, model.config.tts, model.name
+        assert lm is not None
+        assert tts is not None
+        if tts.multistream:
             raise CheckpointError(f"{name} generates two speakers in streams of their own, which is not supported")
         temperature = self.temperature
         if temperature is None:
-            temperature = float(model.config.lm_gen_config.get("temp", 0.6))
+            temperature = 0.6 if model.config.sampling.temp is None else model.config.sampling.temp
         numbers = {
             "temperature": temperature,
             "top_k_text": self.top_k_text,
@@ -88,11 +85,11 @@ class SpeechOptions:
         return Manner(
             machine=WordMachine(
                 card=lm.text_card + 1,
-                second_stream_ahead=int(model.config.tts_config.get("second_stream_ahead", 0)),
+                second_stream_ahead=tts.second_stream_ahead,
                 max_padding=self.max_padding,
                 initial_padding=self.initial_padding,
             ),
-            delay_steps=int(model.config.tts_config["audio_delay"] * model.config.mimi.frame_rate),
+            delay_steps=int(tts.audio_delay * model.config.mimi.frame_rate),
             codebooks=codebooks,
             final_padding=self.final_padding,
             temperature=temperature,

@@ -17,9 +17,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dsm_jax.checkpoints import Model, fetch_file
-from dsm_jax.configs import LMConfig, Table
+from dsm_jax.checkpoints import Model
+from dsm_jax.configs import LMConfig, LutConditioner, TensorConditioner
 from dsm_jax.errors import CheckpointError, SpeechError
+from dsm_jax.hub import fetch_file
 
 VOICES = "kyutai/tts-voices"  # where voices are found by name
 SLOTS = 5  # speakers that a model can be told of; the first two speak
@@ -61,10 +62,10 @@ def read_voice(voice: Voice, model: Model) -> np.ndarray:
         path = own.get(str(voice), Path(voice).expanduser())
         if not os.path.isfile(path):  # says no to names that pathlib raises at
             local = path.suffix == ".safetensors" or path.is_absolute() or os.path.isdir(path)
-            if local or not {"sig", "epoch"} <= model_id.keys():
+            if local or model_id is None:
                 known = f", or one of the model's own: {', '.join(own)}" if own else ""
                 raise CheckpointError(f"the voice {path} is not a file; give a voice's safetensors file{known}")
-            path = fetch_file(VOICES, f"{voice}.{model_id['sig']}@{model_id['epoch']}.safetensors")
+            path = fetch_file(VOICES, f"{voice}.{model_id.sig}@{model_id.epoch}.safetensors")
         steps_XC = _read(path)
     numbers = np.issubdtype(steps_XC.dtype, np.floating)
     if not numbers or steps_XC.ndim != 2 or not steps_XC.size or not np.isfinite(steps_XC).all():
@@ -106,13 +107,14 @@ def blend(voices: Sequence[np.ndarray], weights: Sequence[float] | None = None) 
 
 def guidance_values(config: LMConfig) -> list[float]:
     """The guidance that a model with distilled guidance can be told; none for one without."""
-    spec = config.conditioners.get(GUIDANCE)
-    return [] if spec is None else [float(value) for value in spec["lut"]["possible_values"]]
+    conditioner = config.conditioner(GUIDANCE)
+    known = conditioner.possible_values if isinstance(conditioner, LutConditioner) else None
+    return [float(value) for value in known or ()]
 
 
 def has_speakers(config: LMConfig) -> bool:
     """Whether the model is told its speakers by voices."""
-    return WAVS in config.conditioners
+    return config.conditioner(WAVS) is not None
 
 
 def conditions(
@@ -130,13 +132,14 @@ def conditions(
         that the model does not know.
     """
     values, masks = {}, {}
-    for name, spec in config.conditioners.items():
-        if name == WAVS:
-            values[name], masks[name] = _slots(voices, spec["tensor"]["dim"])
+    for conditioner in config.conditioners:
+        name = conditioner.name
+        if isinstance(conditioner, TensorConditioner):
+            values[name], masks[name] = _slots(voices, conditioner.dim)
             continue
-        index = _index(name, spec, guidance)
+        index = _index(conditioner, guidance)
         known = index is not None
-        values[name] = jnp.full((len(voices), 1), index if known else spec["lut"]["n_bins"], jnp.int32)
+        values[name] = jnp.full((len(voices), 1), index if known else conditioner.n_bins, jnp.int32)
         masks[name] = jnp.full((len(voices), 1), known)
     return values, masks
 
@@ -145,20 +148,18 @@ def without(
     values: Mapping[str, jax.Array], masks: Mapping[str, jax.Array], config: LMConfig
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """The same followed by as many rows that are told nothing: what real guidance is measured against."""
-    nothing = {
-        name: jnp.full_like(value, config.conditioners[name]["lut"]["n_bins"]) if name != WAVS else value * 0
-        for name, value in values.items()
-    }
+    bins = {c.name: c.n_bins for c in config.conditioners if isinstance(c, LutConditioner)}
+    nothing = {name: jnp.full_like(value, bins[name]) if name in bins else value * 0 for name, value in values.items()}
     twice = {name: jnp.concatenate([value, nothing[name]]) for name, value in values.items()}
     return twice, {name: jnp.concatenate([mask, jnp.zeros_like(mask)]) for name, mask in masks.items()}
 
 
-def _index(name: str, spec: Table, guidance: float | None) -> int | None:
+def _index(conditioner: LutConditioner, guidance: float | None) -> int | None:
     """Which entry of a table a row is told; None for nothing."""
-    known = list(spec["lut"]["possible_values"])
-    if name == CONTROL:
+    known = conditioner.possible_values or ()
+    if conditioner.name == CONTROL:
         return known.index("ok")
-    if name != GUIDANCE or guidance is None:
+    if conditioner.name != GUIDANCE or guidance is None:
         return None
     if guidance not in (numbers := [float(value) for value in known]):
         raise SpeechError(f"the guidance is {guidance}; this model knows {', '.join(known)}")
