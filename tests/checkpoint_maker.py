@@ -44,7 +44,9 @@ def random_model(folder: Path, lm: LMConfig | None, *, seed: int = 0) -> checkpo
 
     def draw(part: str) -> nnx.State:
         parameters = made[part].parameters.items()
-        return made[part].unflatten({name: jnp.asarray(random.normal(size=p.shape), jnp.float32) for name, p in parameters})
+        return made[part].unflatten(
+            {name: jnp.asarray(random.normal(size=p.shape), jnp.float32) for name, p in parameters}
+        )
 
     return checkpoints.Model(
         config=config,
