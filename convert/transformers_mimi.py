@@ -293,7 +293,7 @@ def write_files(config: MimiConfig) -> dict[str, dict[str, Any]]:
 
 
 def _computed(config: MimiConfig) -> dict[str, Any]:
-    """What of a config changes what is computed, flat."""
+    """Lists the settings of a config that change the codes or samples, by dotted name."""
     values = {}
     for part in ("seanet", "transformer", "quantizer"):
         values |= {f"{part}.{key}": value for key, value in dataclasses.asdict(getattr(config, part)).items()}

@@ -252,7 +252,7 @@ def write_files(config: ModelConfig, lm: LMConfig, dtype: str) -> dict[str, dict
 
 
 def _computed(lm: LMConfig) -> dict[str, Any]:
-    """What of a config changes what is computed; the pause heads apart, which are beside it."""
+    """Lists the settings of a config that change the tokens; those of the pause heads do not."""
     values = {key: value for key, value in dataclasses.asdict(lm).items() if not key.startswith(_WITHOUT_EFFECT)}
     values["text_card_out"] = lm.text_logits
     return values | {"hidden_scale": gating_dim(lm.dim, lm.transformer.dim_feedforward)}

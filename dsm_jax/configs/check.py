@@ -1,4 +1,4 @@
-"""The one way in which a config refuses a value."""
+"""Checks of config values, with errors that say what to do."""
 
 from dsm_jax.errors import ConfigError
 

@@ -121,7 +121,7 @@ class LMConfig:
 
     @property
     def depformer_schedule(self) -> tuple[int, ...]:
-        """Which set of depformer weights serves each generated codebook."""
+        """Index of the set of depformer weights for each generated codebook."""
         return self.depformer.weights_per_step_schedule or tuple(range(self.dep_q))
 
     @property

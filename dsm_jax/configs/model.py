@@ -9,7 +9,7 @@ from dsm_jax.configs.tts import SamplingDefaults, TtsConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SttConfig:
-    """How a speech-to-text model was trained to listen.
+    """Settings that a speech-to-text model was trained with.
 
     Attributes:
       audio_delay_seconds: seconds by which the text stream is behind the audio.

@@ -55,7 +55,7 @@ Conditioner = LutConditioner | TensorConditioner
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fuser:
-    """Where the language model takes each condition in.
+    """Names of the conditions by the way in which the language model takes them in.
 
     Attributes:
       sum: conditioners whose vector is added to the input of every step.
@@ -81,7 +81,7 @@ class Fuser:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TtsConfig:
-    """How a text-to-speech model was trained to speak.
+    """Settings that a text-to-speech model was trained with.
 
     Attributes:
       audio_delay: seconds by which the audio streams are behind the text.
@@ -96,7 +96,7 @@ class TtsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
-    """How a checkpoint asks to be sampled (`lm_gen_config`); None where it does not say.
+    """Defaults of sampling that a checkpoint gives (`lm_gen_config`); None where it gives none.
 
     Attributes:
       temp: temperature of the audio tokens; 0 is greedy.
