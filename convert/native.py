@@ -127,11 +127,11 @@ def read_config(values: Mapping[str, Any], where: str) -> ModelConfig:
         raise CheckpointError(
             f"{where} is of format {values.get('format')}; this version reads 1 to {FORMAT}; upgrade dsm_jax"
         )
-    mimi = from_dict(MimiConfig, config["mimi"], f"{where}: mimi")
-    if config["lm"] is None:
+    mimi = from_dict(MimiConfig, config.get("mimi", {}), f"{where}: mimi")
+    if config.get("lm") is None:
         return ModelConfig(model_type="mimi", mimi=mimi)
-    settings = {key: config[key] for key in ("model_type", "lm_gen_config", "tts_config", "model_id")}
-    read, _, _ = kyutai_config.read_config(config["lm"] | settings | {"stt_config": config["stt"]}, where)
+    settings = {key: config.get(key) for key in ("model_type", "lm_gen_config", "tts_config", "model_id")}
+    read, _, _ = kyutai_config.read_config(config["lm"] | settings | {"stt_config": config.get("stt")}, where)
     return dataclasses.replace(read, mimi=mimi)
 
 

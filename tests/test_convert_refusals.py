@@ -132,6 +132,17 @@ def test_an_unknown_layout_or_dtype_is_refused(folders, tmp_path):
         convert(folders["kyutai"], tmp_path / "out", dtype="int8")
 
 
+def test_a_layout_that_has_no_place_for_the_family_is_refused(tmp_path):
+    folder = make_checkpoint(tmp_path, "kyutai", lm=small.TTS)
+    message = (
+        rf"^{folder.name} is a text-to-speech model, which the layout 'transformers' has no place for; choose one of "
+        r"orbax, kyutai$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        convert(folder, tmp_path / "out", to="transformers")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tokenizer_of_the_wrong_size_is_noticed(folders, tmp_path):
     folder = copy_of(folders["kyutai"], tmp_path / "in")
     make_tokenizer(folder / "words.model", 50)

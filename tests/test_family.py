@@ -120,6 +120,10 @@ def test_a_model_of_the_family_passes_and_without_its_tokenizer_does_not():
         (dataclasses.replace(CONFIGS["tts"], tts=None), "a text-to-speech model needs tts; add it"),
         (dataclasses.replace(CONFIGS["stt"], tts=TTS), "a speech-to-text model has no tts; leave it out"),
         (
+            dataclasses.replace(CONFIGS["tts"], stt=SttConfig(audio_delay_seconds=0.5)),
+            "a text-to-speech model has no stt; leave it out",
+        ),
+        (
             dataclasses.replace(CONFIGS["mimi"], lm=small.STT),
             "a codec without a language model has no lm; leave it out",
         ),

@@ -163,7 +163,8 @@ FAMILIES: Mapping[str, Family] = {
         ),
     )
 }
-_OPTIONAL_PARTS = ("lm", "tts")  # the fields of ModelConfig that are None in a family without them
+# The fields of ModelConfig that keep their default in a family without them.
+_PARTS = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name in ("lm", "stt", "tts")}
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -195,8 +196,8 @@ def check(config: ModelConfig, where: str) -> Family:
         for name, kind in family.parts.items():
             if not isinstance(getattr(config, name), kind):
                 raise ConfigError(f"{family.description} needs {name}; add it")
-        for name in _OPTIONAL_PARTS:
-            if name not in family.parts and getattr(config, name) is not None:
+        for name, default in _PARTS.items():
+            if name not in family.parts and getattr(config, name) != default:
                 raise ConfigError(f"{family.description} has no {name}; leave it out")
         family.check(config)
     except ConfigError as error:
