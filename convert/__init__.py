@@ -1,1 +1,5 @@
 """Conversion between the published checkpoint layouts and this library's parameters, one table per layout."""
+
+from dsm_jax.convert.conversion import convert
+
+__all__ = ["convert"]

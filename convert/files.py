@@ -18,7 +18,7 @@ _NAME_OF_DTYPE = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
 def tensors_in(path: Path) -> dict[str, Tensor]:
-    """What a safetensors file holds; only its header is read now.
+    """Lists the tensors of a safetensors file; only its header is read now.
 
     Args:
       path: the file.

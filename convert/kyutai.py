@@ -1,107 +1,110 @@
-"""The tables of Kyutai's own layout, which the PyTorch package, the Rust server and the published repositories share.
+"""Kyutai's own layout, which the PyTorch package, the Rust server and the published repositories share.
 
+A folder holds config.json, the weights of the language model and of the codec, and the tokenizer; or a codec alone.
 Source: kyutai-labs/moshi@e6a55d2 moshi/models/{lm,compression}.py; tests/published lists every tensor.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
-from dsm_jax import strict
-from dsm_jax.configs import (
-    LMConfig,
-    MimiConfig,
-    ModelConfig,
-    QuantizerConfig,
-    SeanetConfig,
-    TransformerConfig,
-)
-from dsm_jax.convert.pieces import Constant, Piece, Spellings, Table, Tensors, piece
+from dsm_jax.configs import LMConfig, LutConditioner, MimiConfig, ModelConfig, SeanetConfig, TransformerConfig
+from dsm_jax.configs.json import from_dict
+from dsm_jax.convert import files, kyutai_config, tokenizer
+from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
+from dsm_jax.convert.kyutai_config import LM_NAME, MIMI_CONFIG_NAME, MIMI_NAME
+from dsm_jax.convert.pieces import Constant, Outgoing, Piece, Spellings, Table, piece
 from dsm_jax.convert.transforms import ALPHA, CODEBOOK, CONV, LINEAR, POINTWISE, conv_transpose, depthwise
+from dsm_jax.errors import CheckpointError
 
-LM_NAME = "model.safetensors"
-MIMI_NAME = "mimi-pytorch-e351c8d8@125.safetensors"
-MIMI_CONFIG_NAME = "mimi_config.json"
-_SETTINGS = ("stt_config", "model_id", "lm_gen_config", "tts_config")
-# Keys that the published files always have; the others are written when they say something.
-_ALWAYS = (
-    *("existing_text_padding_id", "causal", "layer_scale", "max_period", "gating", "norm", "positional_embedding"),
-    *("depformer_dim", "depformer_num_heads", "depformer_num_layers", "depformer_dim_feedforward"),
-    *("depformer_multi_linear", "depformer_pos_emb", "depformer_weights_per_step", "conditioners", "cross_attention"),
-)
+NAME = "kyutai"
 
 
-@dataclasses.dataclass(frozen=True)
-class Files:
-    """The files that a config names, besides itself."""
+def recognises(path: Path) -> bool:
+    """Tells whether a path is a codec's file, a folder with one, or a folder whose config.json is Kyutai's."""
+    if path.is_file():
+        return True
+    if not (path / "config.json").is_file():
+        return len(list(path.glob("*.safetensors"))) == 1
+    return {"n_q", "text_card"} <= files.read_json(path / "config.json").keys()
 
-    lm: str
-    mimi: str
-    mimi_config: str | None
-    tokenizer: str | None
 
-
-def read_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, LMConfig, Files]:
-    """Reads the content of a config.json.
-
-    Args:
-      values: the decoded JSON. What it says about the language model is not nested.
-      where: what it was read from, for the error.
-
-    Returns:
-      The config, with the published codec; its language model's; and the files it names.
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens a folder or a codec's file.
 
     Raises:
-      ConfigError: a key or a value that the library does not understand.
+      CheckpointError: the tensors are not those of the config; all faults at once.
+      ConfigError: a config holds what the library does not understand.
     """
-    rest = dict(values)
-    names = {key: rest.pop(key, None) for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name")}
-    settings = {key: rest.pop(key) or {} for key in _SETTINGS if key in rest}
-    lm = strict.from_dict(LMConfig, {key: value for key, value in rest.items() if key != "model_type"}, where)
-    settings = {"model_type": rest.get("model_type"), **settings}
-    settings["stt"] = settings.pop("stt_config", {})
-    config = dataclasses.replace(strict.from_dict(ModelConfig, settings, where), lm=lm)
-    files = Files(
-        names["moshi_name"] or LM_NAME,
-        names["mimi_name"] or MIMI_NAME,
-        names["mimi_config_name"],
-        names["tokenizer_name"],
-    )
-    return config, lm, files
+    if path.is_file():
+        return _open_codec(path)
+    if not (path / "config.json").is_file():
+        return _open_codec(next(path.glob("*.safetensors")))
+    values = files.read_json(path / "config.json")
+    config, lm, names = kyutai_config.read_config(values, str(path / "config.json"))
+    if names.mimi_config:
+        config = dataclasses.replace(config, mimi=_read_mimi_config(path / names.mimi_config))
+    lm_tensors, notes = files.tensors_in(path / names.lm), ()
+    if "extra_heads_num_heads" not in values:
+        lm = kyutai_config.with_extra_heads(lm, lm_tensors)
+        if lm.extra_heads_num_heads:
+            notes = (f"config.json does not speak of the {lm.extra_heads_num_heads} pause heads in {names.lm}",)
+        config = dataclasses.replace(config, lm=lm)
+    unpacked = any(".in_projs.1." in name for name in lm_tensors)
+    tables = {"mimi": mimi_table(config.mimi), "lm": lm_table(lm, unpacked=unpacked)}
+    tensors = {"mimi": files.fold_weight_norm(files.tensors_in(path / names.mimi)), "lm": lm_tensors}
+    pieces_file = path / names.tokenizer if names.tokenizer else None
+    return from_tensors(path, NAME, config, tables, tensors, tokenizer=pieces_file, notes=notes)
 
 
-def write_config(config: ModelConfig, lm: LMConfig, files: Files) -> dict[str, Any]:
-    """The content of a config.json that `read_config` and the PyTorch package read; `lm` is the config's."""
-    values = strict.to_dict(lm)
-    for field in dataclasses.fields(LMConfig):
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        if field.name not in _ALWAYS and getattr(lm, field.name) == default:
-            del values[field.name]
-    for key in _SETTINGS[1:]:
-        values |= {key: dict(getattr(config, key))} if getattr(config, key) else {}
-    values |= {"stt_config": strict.to_dict(config.stt)} if config.model_type == "stt" else {}
-    values |= {"model_type": config.model_type, "mimi_name": files.mimi}
-    values |= {"moshi_name": files.lm} if files.lm != LM_NAME else {}
-    values |= {"mimi_config_name": files.mimi_config} if files.mimi_config else {}
-    return values | ({"tokenizer_name": files.tokenizer} if files.tokenizer else {})
+def _open_codec(path: Path) -> Checkpoint:
+    tensors = files.tensors_in(path)
+    if "text_linear.weight" in tensors or "lm_head.weight" in tensors:
+        raise CheckpointError(
+            f"{path} is a language model; give its folder, which also holds config.json and the codec"
+        )
+    config_path = path.with_name(MIMI_CONFIG_NAME)
+    mimi = _read_mimi_config(config_path) if config_path.is_file() else MimiConfig()
+    config = ModelConfig(model_type="mimi", mimi=mimi)
+    return from_tensors(path, NAME, config, {"mimi": mimi_table(mimi)}, {"mimi": files.fold_weight_norm(tensors)})
 
 
-def write_mimi_config(config: MimiConfig) -> dict[str, Any]:
-    """The content of the file that `mimi_config_name` names."""
-    values = strict.to_dict(config)
-    if values["quantizer"]["n_q_semantic"] == QuantizerConfig.n_q_semantic:  # the PyTorch package takes no such key
-        del values["quantizer"]["n_q_semantic"]
-    plain = ("kv_repeat", "cross_attention")
-    values["transformer"] = {k: v for k, v in values["transformer"].items() if k not in plain or v not in (1, False)}
-    return values
+def _read_mimi_config(path: Path) -> MimiConfig:
+    return from_dict(MimiConfig, files.read_json(path), str(path))
 
 
-def with_extra_heads(config: LMConfig, tensors: Tensors) -> LMConfig:
-    """Adds the pause heads that the file holds and the published config does not speak of."""
-    shapes = [t.shape for name, t in tensors.items() if name.startswith("extra_heads.") and name.endswith(".weight")]
-    if not shapes:
-        return config
-    return dataclasses.replace(config, extra_heads_num_heads=len(shapes), extra_heads_dim=shapes[0][0])
+def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
+    """Writes a checkpoint to a folder.
+
+    Args:
+      checkpoint: to write.
+      folder: one that exists and is empty.
+
+    Yields:
+      Each tensor, once it is written; nothing is left out.
+    """
+    config, lm = checkpoint.config, checkpoint.config.lm
+    mimi_config = None if config.mimi == MimiConfig() else MIMI_CONFIG_NAME
+    if mimi_config:
+        files.write_json(folder / mimi_config, kyutai_config.write_mimi_config(config.mimi))
+    if lm is not None:
+        names = kyutai_config.Files(LM_NAME, MIMI_NAME, mimi_config, _write_tokenizer(checkpoint, folder))
+        files.write_json(folder / "config.json", kyutai_config.write_config(config, lm, names))
+        yield from files.write_safetensors(folder / LM_NAME, outgoing(checkpoint, "lm", lm_table(lm)))
+    yield from files.write_safetensors(folder / MIMI_NAME, outgoing(checkpoint, "mimi", mimi_table(config.mimi)))
+
+
+def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> str | None:
+    """Writes the tokenizer as a sentencepiece model; returns the name of its file."""
+    source = checkpoint.tokenizer
+    if source is None:
+        return None
+    if source.suffix == ".json":
+        tokenizer.to_sentencepiece(source, folder / "tokenizer.model")
+        return "tokenizer.model"
+    shutil.copyfile(source, folder / source.name)
+    return source.name
 
 
 def seanet_layers(config: SeanetConfig, side: str) -> Iterator[tuple[str, str, int | None]]:
@@ -261,24 +264,25 @@ def lm_table(config: LMConfig, *, unpacked: bool = False) -> Table:
     pieces += norm_pieces(config.norm, "out_norm", "out_norm")
     for p in range(config.extra_heads_num_heads):
         pieces.append(piece(f"extra_heads.{p}.weight", "extra_heads_PDO", LINEAR, at=(p,)))
-    for name, spec in config.conditioners.items():
-        there, here = f"condition_provider.conditioners.{name}", f"conditioning.conditioners.{name}"
+    for conditioner in config.conditioners:
+        there = f"condition_provider.conditioners.{conditioner.name}"
+        here = f"conditioning.conditioners.{conditioner.name}"
         pieces.append(piece(f"{there}.learnt_padding", f"{here}.learnt_padding_D", ALPHA))
         pieces.append(piece(f"{there}.output_proj.weight", f"{here}.output_proj_CD", LINEAR))
-        if spec["type"] == "lut":
+        if isinstance(conditioner, LutConditioner):
             pieces.append(piece(f"{there}.embed.weight", f"{here}.table_LC"))
     return pieces + (_depformer_pieces(config, unpacked) if config.dep_q else [])
 
 
 def _depformer_pieces(config: LMConfig, unpacked: bool) -> list[Piece]:
-    rank, width = config.depformer_low_rank_embeddings is not None, config.depformer_dim
+    rank, width = config.depformer.low_rank_embeddings is not None, config.depformer.dim
     sets = max(config.depformer_schedule) + 1
     pieces = [piece(f"depformer_in.{s}.weight", f"depformer.inputs.{s}.weight_DE", LINEAR) for s in range(sets)]
     for q in range(config.dep_q - 1):
         pieces += embedding_pieces(f"depformer_emb.{q}", f"depformer.audio_embs.{q}", rank=rank, demux=False)
     text = "depformer_text_emb", "depformer.text_emb"
     pieces += embedding_pieces(*text, rank=rank, demux=config.demux_second_stream)
-    for i in range(config.depformer_num_layers):
+    for i in range(config.depformer.num_layers):
         old = new = f"depformer.layers.{i}"
         pieces += norm_pieces(config.norm, f"{old}.norm1", f"{new}.norm1")
         pieces += norm_pieces(config.norm, f"{old}.norm2", f"{new}.norm2")

@@ -14,19 +14,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsm_jax import strict
-from dsm_jax.configs import ModelConfig
-from dsm_jax.convert import files
+from dsm_jax.configs import MimiConfig, ModelConfig
+from dsm_jax.configs.json import from_dict, to_dict
+from dsm_jax.convert import files, kyutai_config, pieces
+from dsm_jax.convert.checkpoint import Checkpoint, LeftOut
+from dsm_jax.convert.pieces import Outgoing
 from dsm_jax.errors import CheckpointError
+from dsm_jax.models import family
+from dsm_jax.models.parameters import dtype_of
+from dsm_jax.tokenizers import copy_tokenizer
 
+NAME = "orbax"
 CONFIG_NAME = "dsm_jax.json"
-FORMAT = 1
+FORMAT = 2  # 1 had the language model's config flat, as Kyutai's files have it
 GROUP_BYTES = 128 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
-    """What a folder holds: its config, and each parameter ("lm.…" or "mimi.…") with the group that it is in."""
+class NativeCheckpoint:
+    """A folder's config, and each parameter ("lm.…" or "mimi.…") with the group that it is in."""
 
     path: Path
     config: ModelConfig
@@ -35,16 +41,98 @@ class Held:
     group_of: dict[str, str]
 
 
-def write_config(folder: Path, config: ModelConfig, dtype: str, converted_from: str, tokenizer: str | None) -> None:
-    """Writes `dsm_jax.json`."""
+def recognises(path: Path) -> bool:
+    """Tells whether a path is a folder of this layout."""
+    return (path / CONFIG_NAME).is_file()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens a folder.
+
+    Raises:
+      CheckpointError: it was written by a later version, is damaged, or its parameters are not those of the config.
+      ConfigError: the config is not understood.
+    """
+    folder = open_folder(path)
+    networks = family.abstract_model(folder.config)
+    parameters = {part: network.parameters for part, network in networks.items()}
+    if found := faults(folder, parameters):
+        raise pieces.fit_error(str(path), found)
+    stored = {part: {name: folder.parameters[f"{part}.{name}"] for name in parameters[part]} for part in parameters}
+    place = functools.partial(restore, folder)
+    return Checkpoint(path.name, NAME, folder.config, folder.tokenizer, networks, stored, reader(folder), place)
+
+
+def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
+    """Writes a checkpoint to a folder.
+
+    Args:
+      checkpoint: to write.
+      folder: one that exists and is empty.
+
+    Yields:
+      Each parameter, once it is written; nothing is left out.
+    """
+    write_about(
+        folder,
+        checkpoint.config,
+        dtype_of(checkpoint.stored.get("lm", {})),
+        f"{checkpoint.name} ({checkpoint.layout})",
+        checkpoint.tokenizer,
+    )
+    tensors = {
+        f"{part}.{name}": Outgoing(f"{part}.{name}", p.shape, p.dtype, functools.partial(checkpoint.read, part, name))
+        for part, parameters in checkpoint.stored.items()
+        for name, p in parameters.items()
+    }
+    for name in write_params(folder, ((name, tensor.make()) for name, tensor in tensors.items())):
+        yield tensors[name]
+
+
+def write_about(folder: Path, config: ModelConfig, dtype: str, converted_from: str, tokenizer: Path | None) -> None:
+    """Writes `dsm_jax.json` and a copy of the tokenizer.
+
+    Args:
+      folder: to write to.
+      config: of the model.
+      dtype: of the language model, for the reader's information.
+      converted_from: the same.
+      tokenizer: its file.
+    """
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder)
     values = {
         "format": FORMAT,
         "dtype": dtype,
         "converted_from": converted_from,
-        "tokenizer": tokenizer,
-        "config": strict.to_dict(config),
+        "tokenizer": None if tokenizer is None else tokenizer.name,
+        "config": to_dict(config),
     }
     files.write_json(folder / CONFIG_NAME, values)
+
+
+def read_config(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """Reads the config in the content of `dsm_jax.json`, of this format or the one before.
+
+    Raises:
+      CheckpointError: it was written by a later version.
+      ConfigError: the config is not understood.
+    """
+    config = values.get("config", {})
+    if values.get("format") == FORMAT:
+        read = from_dict(ModelConfig, config, where)
+        family.check(read, where)
+        return read
+    if values.get("format") != 1:
+        raise CheckpointError(
+            f"{where} is of format {values.get('format')}; this version reads 1 to {FORMAT}; upgrade dsm_jax"
+        )
+    mimi = from_dict(MimiConfig, config.get("mimi", {}), f"{where}: mimi")
+    if config.get("lm") is None:
+        return ModelConfig(model_type="mimi", mimi=mimi)
+    settings = {key: config.get(key) for key in ("model_type", "lm_gen_config", "tts_config", "model_id")}
+    read, _, _ = kyutai_config.read_config(config["lm"] | settings | {"stt_config": config.get("stt")}, where)
+    return dataclasses.replace(read, mimi=mimi)
 
 
 def write_params(folder: Path, arrays: Iterable[tuple[str, Any]]) -> Iterator[str]:
@@ -81,8 +169,8 @@ def write_params(folder: Path, arrays: Iterable[tuple[str, Any]]) -> Iterator[st
     yield from group
 
 
-def open_folder(path: Path) -> Held:
-    """Reads what a folder holds, weights apart.
+def open_folder(path: Path) -> NativeCheckpoint:
+    """Reads the config of a folder and lists its parameters, without weights.
 
     Raises:
       CheckpointError: it was written by a later version, or is damaged.
@@ -92,11 +180,7 @@ def open_folder(path: Path) -> Held:
 
     where = path / CONFIG_NAME
     values = files.read_json(where)
-    if values.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{where} is of format {values.get('format')}; this version reads {FORMAT}; upgrade dsm_jax"
-        )
-    config = strict.from_dict(ModelConfig, values.get("config", {}), str(where))
+    config = read_config(values, str(where))
     parameters, group_of = {}, {}
     for group in sorted(p for p in (path / "params").glob("*") if p.is_dir()):
         try:
@@ -108,14 +192,16 @@ def open_folder(path: Path) -> Held:
             parameters[name] = jax.ShapeDtypeStruct(found.shape, found.dtype)
             group_of[name] = group.name
     tokenizer = path / values["tokenizer"] if values.get("tokenizer") else None
-    return Held(path, config, tokenizer, parameters, group_of)
+    return NativeCheckpoint(path, config, tokenizer, parameters, group_of)
 
 
-def faults(held: Held, expected: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]) -> list[str]:
+def faults(opened: NativeCheckpoint, expected: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]) -> list[str]:
     """Holds a folder against the networks that its config describes; one line per fault."""
     wanted = {f"{part}.{name}": p for part, parameters in expected.items() for name, p in parameters.items()}
-    lines = [f"missing: {name}, expected {list(p.shape)}" for name, p in wanted.items() if name not in held.parameters]
-    for name, found in held.parameters.items():
+    lines = [
+        f"missing: {name}, expected {list(p.shape)}" for name, p in wanted.items() if name not in opened.parameters
+    ]
+    for name, found in opened.parameters.items():
         if name not in wanted:
             lines.append(f"unknown: {name}, {list(found.shape)}; the model has no place for it")
         elif found.shape != wanted[name].shape:
@@ -123,45 +209,45 @@ def faults(held: Held, expected: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]
     return lines
 
 
-def restore(held: Held, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
+def restore(opened: NativeCheckpoint, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
     """Restores parameters, group by group, straight to their devices.
 
     Args:
-      held: the opened folder.
+      opened: the opened folder.
       wanted: shape, dtype and sharding of the parameters to restore; a sharding of None is the default device.
 
     Yields:
       Names and arrays.
     """
-    for group in sorted({held.group_of[name] for name in wanted}):
+    for group in sorted({opened.group_of[name] for name in wanted}):
         # Orbax restores a group whole; what is not wanted of it is dropped at once.
-        members = {name: wanted.get(name, p) for name, p in held.parameters.items() if held.group_of[name] == group}
+        members = {name: wanted.get(name, p) for name, p in opened.parameters.items() if opened.group_of[name] == group}
         targets = {name: np.empty(p.shape, p.dtype) if p.sharding is None else p for name, p in members.items()}
-        for name, array in _restore_group(held, group, targets).items():
+        for name, array in _restore_group(opened, group, targets).items():
             if name in wanted:
                 yield name, jax.device_put(array, wanted[name].sharding)
 
 
-def reader(held: Held) -> Callable[[str, str], np.ndarray]:
-    """Hands out parameters as numpy arrays, by network and name; the groups last read are kept."""
+def reader(opened: NativeCheckpoint) -> Callable[[str, str], np.ndarray]:
+    """Returns a function that reads parameters as numpy arrays, by network and name; the groups last read are kept."""
 
     @functools.lru_cache(maxsize=3)
     def group(name: str) -> dict[str, np.ndarray]:
-        members = [(member, held.parameters[member]) for member, where in held.group_of.items() if where == name]
-        return _restore_group(held, name, {member: np.empty(p.shape, p.dtype) for member, p in members})
+        members = [(member, opened.parameters[member]) for member, where in opened.group_of.items() if where == name]
+        return _restore_group(opened, name, {member: np.empty(p.shape, p.dtype) for member, p in members})
 
-    return lambda part, name: group(held.group_of[f"{part}.{name}"])[f"{part}.{name}"]
+    return lambda part, name: group(opened.group_of[f"{part}.{name}"])[f"{part}.{name}"]
 
 
-def _restore_group(held: Held, group: str, targets: dict[str, Any]) -> dict[str, Any]:
+def _restore_group(opened: NativeCheckpoint, group: str, targets: dict[str, Any]) -> dict[str, Any]:
     import orbax.checkpoint
 
     try:
         with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore((held.path / "params" / group).absolute(), targets)
+            return checkpointer.restore((opened.path / "params" / group).absolute(), targets)
     except Exception as error:  # Orbax raises many kinds
         raise CheckpointError(
-            f"{held.path}/params/{group} cannot be read ({type(error).__name__}); fetch it again"
+            f"{opened.path}/params/{group} cannot be read ({type(error).__name__}); fetch it again"
         ) from None
 
 

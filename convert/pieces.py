@@ -113,7 +113,7 @@ def save(table: Table, parameters: Parameters, get: Callable[[str], np.ndarray])
     Args:
       table: pieces and constants of the layout.
       parameters: the model's.
-      get: hands out a parameter by name.
+      get: reads a parameter by name.
 
     Yields:
       The tensors in the order of the table.
@@ -260,7 +260,7 @@ def _target_faults(table: Table, parameters: Parameters) -> list[str]:
 
 
 def fit_error(where: str, faults: Sequence[str]) -> CheckpointError:
-    """The one error for everything that does not fit."""
+    """Makes one error of all faults."""
     lines = "".join(f"\n  {fault}" for fault in faults)
     return CheckpointError(
         f"{where}: the weights are not those of the model that the config describes; use the config.json that was "

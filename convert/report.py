@@ -1,11 +1,11 @@
-"""What a conversion did, tensor by tensor."""
+"""The report of a conversion, tensor by tensor."""
 
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from dsm_jax.convert.checkpoint import Checkpoint, LeftOut
 from dsm_jax.convert.pieces import Constant, Outgoing, Piece, shown
-from dsm_jax.convert.sources import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,28 +20,19 @@ class Moved:
 
 
 @dataclasses.dataclass(frozen=True)
-class LeftOut:
-    """A tensor or a parameter that has no counterpart, and why."""
-
-    network: str
-    name: str
-    why: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Report:
-    """What a conversion did.
+    """An account of a conversion.
 
     Attributes:
       source: name of the source.
       source_layout: "kyutai", "transformers" or "orbax".
       destination: name of the folder that was written.
       destination_layout: likewise.
-      moved: every tensor that was read, and into what.
+      moved: every tensor that was read, and the parameter it went into.
       written: names of the tensors or parameters written, with shapes and dtypes.
       unused: tensors that were deliberately not read.
       dropped: parameters that the destination has no place for.
-      notes: what a user should know.
+      notes: remarks for the user.
     """
 
     source: str
@@ -55,7 +46,7 @@ class Report:
     notes: tuple[str, ...]
 
     def text(self) -> str:
-        """The report for reading."""
+        """Returns the report as text for reading."""
         lines = [f"{self.source} ({self.source_layout}) -> {self.destination} ({self.destination_layout})"]
         lines += [f"  {m.tensor}  {shown(m.shape)} {m.dtype} -> {m.network}: {m.parameter}" for m in self.moved]
         tensors = len({(m.network, m.tensor) for m in self.moved})
@@ -67,12 +58,12 @@ class Report:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
+        """Returns the report as plain JSON values."""
         return dataclasses.asdict(self)
 
 
-def moved_by(source: Source) -> Iterator[Moved]:
-    """Every tensor of a source and the parameter it goes to."""
+def moved_by(source: Checkpoint) -> Iterator[Moved]:
+    """Lists every tensor of a source and the parameter it goes to."""
     for part, parameters in source.stored.items():
         if part not in source.claims:
             yield from (Moved(part, name, p.shape, p.dtype.name, name) for name, p in parameters.items())
@@ -85,8 +76,8 @@ def moved_by(source: Source) -> Iterator[Moved]:
                         yield Moved(part, file_name, tensor.shape, tensor.dtype, claim.item.target)
 
 
-def unused_by(source: Source) -> Iterator[LeftOut]:
-    """Every tensor, or rows of one, that the tables deliberately leave out."""
+def unused_by(source: Checkpoint) -> Iterator[LeftOut]:
+    """Lists every tensor, or rows of one, that the tables deliberately leave out."""
     for part, claims in source.claims.items():
         for claim in claims:
             if isinstance(claim.item, Constant):
@@ -95,5 +86,5 @@ def unused_by(source: Source) -> Iterator[LeftOut]:
 
 
 def written_as(tensor: Outgoing) -> tuple[str, tuple[int, ...], str]:
-    """A written tensor, as the report lists it."""
+    """Returns name, shape and dtype of a written tensor for the report."""
     return tensor.name, tensor.shape, str(tensor.dtype)

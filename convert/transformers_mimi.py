@@ -10,11 +10,14 @@ Source: transformers 5.23, models/mimi.
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from dsm_jax.configs import MimiConfig, QuantizerConfig, SeanetConfig, TransformerConfig
+from dsm_jax.configs import MimiConfig, ModelConfig, QuantizerConfig, SeanetConfig, TransformerConfig
+from dsm_jax.convert import files
+from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
 from dsm_jax.convert.kyutai import codebook, convolution, seanet_layers
-from dsm_jax.convert.pieces import Constant, Piece, Table, piece
+from dsm_jax.convert.pieces import Constant, Outgoing, Piece, Table, piece
 from dsm_jax.convert.transforms import CONV, LINEAR, POINTWISE, depthwise, half_split
 from dsm_jax.errors import ConfigError
 
@@ -60,6 +63,51 @@ _DEFAULT_MIMI = {  # of transformers' MimiConfig
     "sliding_window": 250,
     "layer_scale_initial_scale": 0.01,
 }
+
+NAME = "transformers"
+
+
+def recognises(path: Path) -> bool:
+    """Tells whether a path is a folder of this layout."""
+    return model_type_of(path) == "mimi"
+
+
+def model_type_of(path: Path) -> Any:
+    """Returns the model type in the config.json of a folder; None without one."""
+    config_path = path / "config.json"
+    return files.read_json(config_path).get("model_type") if config_path.is_file() else None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens a folder.
+
+    Raises:
+      CheckpointError: the tensors are not those of the config; all faults at once.
+      ConfigError: the config holds a key or a value that the library does not understand.
+    """
+    mimi = read_config(files.read_json(path / "config.json"), str(path / "config.json"))
+    tensors, faults = files.sharded_tensors_in(path)
+    config = ModelConfig(model_type="mimi", mimi=mimi)
+    return from_tensors(path, NAME, config, {"mimi": table(mimi)}, {"mimi": tensors}, faults=faults)
+
+
+def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
+    """Writes a codec to a folder.
+
+    Args:
+      checkpoint: to write.
+      folder: one that exists and is empty.
+
+    Yields:
+      Each tensor, once it is written; nothing is left out.
+
+    Raises:
+      ConfigError: transformers cannot express the config.
+    """
+    mimi = checkpoint.config.mimi
+    for name, values in write_files(mimi).items():
+        files.write_json(folder / name, values)
+    yield from files.write_sharded(folder, outgoing(checkpoint, "mimi", table(mimi)))
 
 
 def table(config: MimiConfig, prefix: str = "") -> Table:
@@ -245,7 +293,7 @@ def write_files(config: MimiConfig) -> dict[str, dict[str, Any]]:
 
 
 def _computed(config: MimiConfig) -> dict[str, Any]:
-    """What of a config changes what is computed, flat."""
+    """Lists the settings of a config that change the codes or samples, by dotted name."""
     values = {}
     for part in ("seanet", "transformer", "quantizer"):
         values |= {f"{part}.{key}": value for key, value in dataclasses.asdict(getattr(config, part)).items()}

@@ -8,15 +8,22 @@ Source: transformers 5.23, models/kyutai_speech_to_text.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from dsm_jax.configs import LMConfig, ModelConfig, SttConfig, gating_dim
+from dsm_jax.convert import files, tokenizer
 from dsm_jax.convert import transformers_mimi as mimi
-from dsm_jax.convert.pieces import Constant, Piece, Table, piece
+from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
+from dsm_jax.convert.pieces import Constant, Outgoing, Piece, Table, piece
 from dsm_jax.convert.transforms import LINEAR
-from dsm_jax.errors import ConfigError
+from dsm_jax.errors import CheckpointError, ConfigError
+from dsm_jax.models.family import lm_config
+from dsm_jax.models.parameters import dtype_of
 
+NAME = mimi.NAME
 CODEC_PREFIX = "codec_model."
 NO_PAUSE_HEADS = "transformers' model has no pause heads"
 _FIXED_STT = {"model_type": "kyutai_speech_to_text", "hidden_act": "silu", "attention_bias": False}
@@ -25,8 +32,81 @@ _STT_KEYS = (
     *("sliding_window", "ffn_dim", "rms_norm_eps", "num_codebooks", "pad_token_id"),
 )
 # Of fields that mean nothing without a depformer, or that the step does not read.
-_WITHOUT_EFFECT = ("depformer_", "extra_heads_", "existing_text_end_padding_id", "fuser")
+_WITHOUT_EFFECT = ("depformer", "extra_heads_", "existing_text_end_padding_id", "fuser")
 _NORMS = {1e-8: "rms_norm_f32", 1e-5: "rms_norm"}
+
+
+def recognises(path: Path) -> bool:
+    """Tells whether a path is a folder of this layout."""
+    return mimi.model_type_of(path) == _FIXED_STT["model_type"]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens a folder.
+
+    Raises:
+      CheckpointError: a file is missing, or the tensors are not those of the config; all faults at once.
+      ConfigError: the config holds a key or a value that the library does not understand.
+    """
+    extractor: dict[str, Any] = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if not extractor and (path / name).is_file():
+            found = files.read_json(path / name)
+            found = found.get("feature_extractor", found)
+            extractor = found if "audio_delay_seconds" in found else {}
+    if not extractor:
+        raise CheckpointError(
+            f"{path} has no audio_delay_seconds in preprocessor_config.json or processor_config.json; fetch the whole "
+            "repository again"
+        )
+    config, lm = read_config(files.read_json(path / "config.json"), extractor, str(path / "config.json"))
+    tensors, faults = files.sharded_tensors_in(path)
+    tables = {"mimi": mimi.table(config.mimi, CODEC_PREFIX), "lm": table(lm)}
+    split = {
+        "mimi": {name: tensor for name, tensor in tensors.items() if name.startswith(CODEC_PREFIX)},
+        "lm": {name: tensor for name, tensor in tensors.items() if not name.startswith(CODEC_PREFIX)},
+    }
+    return from_tensors(path, NAME, config, tables, split, tokenizer=path / "tokenizer.json", faults=faults)
+
+
+def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
+    """Writes a checkpoint to a folder.
+
+    Args:
+      checkpoint: to write.
+      folder: one that exists and is empty.
+
+    Yields:
+      Each tensor, once it is written, then each parameter that has no place in the layout.
+
+    Raises:
+      CheckpointError: the checkpoint has no tokenizer.
+      ConfigError: transformers cannot express the config.
+    """
+    config, lm = checkpoint.config, lm_config(checkpoint.config)
+    contents = write_files(config, lm, dtype_of(checkpoint.stored["lm"]))
+    tensors = outgoing(checkpoint, "lm", table(lm))
+    tensors += outgoing(checkpoint, "mimi", mimi.table(config.mimi, CODEC_PREFIX))
+    _write_tokenizer(checkpoint, folder)
+    for name, values in contents.items():
+        files.write_json(folder / name, values)
+    yield from files.write_sharded(folder, tensors)
+    placed = {item.target for item in table(lm) if isinstance(item, Piece)}
+    for name in checkpoint.stored["lm"]:
+        if name not in placed:
+            yield LeftOut("lm", name, NO_PAUSE_HEADS)
+
+
+def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes the tokenizer as `tokenizer.json`."""
+    source = checkpoint.tokenizer
+    if source is None:
+        raise CheckpointError(f"{checkpoint.name} names no tokenizer, which transformers' processor needs; add it")
+    if source.suffix != ".json":
+        tokenizer.to_json(source, folder)
+        return
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source.with_name(name), folder / name)
 
 
 def table(config: LMConfig) -> Table:
@@ -172,7 +252,7 @@ def write_files(config: ModelConfig, lm: LMConfig, dtype: str) -> dict[str, dict
 
 
 def _computed(lm: LMConfig) -> dict[str, Any]:
-    """What of a config changes what is computed; the pause heads apart, which are beside it."""
+    """Lists the settings of a config that change the tokens; those of the pause heads do not."""
     values = {key: value for key, value in dataclasses.asdict(lm).items() if not key.startswith(_WITHOUT_EFFECT)}
     values["text_card_out"] = lm.text_logits
     return values | {"hidden_scale": gating_dim(lm.dim, lm.transformer.dim_feedforward)}

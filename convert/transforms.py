@@ -1,4 +1,4 @@
-"""How published tensors become blocks of this library's parameters, and back: exact inverses, in numpy.
+"""Transforms of published tensors into blocks of this library's parameters and back: exact inverses, in numpy.
 
 Shape letters: D outputs, C inputs, K taps, S stride, M taps of a kernel of two strides, E = S * D, V entries.
 """
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How published tensors become a block of a parameter, and back. The two are exact inverses."""
+    """Makes a block of a parameter out of published tensors, and these out of the block: two exact inverses."""
 
     load: Callable[..., np.ndarray]
     save: Callable[[np.ndarray], tuple[np.ndarray, ...]]

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsm_jax import presets
 from dsm_jax.checkpoints import Model
-from dsm_jax.configs import MimiConfig, ModelConfig
+from dsm_jax.configs import MimiConfig, ModelConfig, TensorConditioner, presets
 from dsm_jax.errors import ConfigError
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
@@ -108,14 +107,16 @@ def tts_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, A
     """
     lm_def, lm_params = _random_lm(config, dtype)
     mimi_def, mimi_params = random_params(lambda: Mimi(config.mimi, rngs=nnx.Rngs(0)), jnp.float32)
-    lm_config = config.lm
+    lm_config, tts = config.lm, config.tts
     assert lm_config is not None
-    machine = WordMachine(lm_config.text_card + 1, int(config.tts_config.get("second_stream_ahead", 0)))
-    width = lm_config.conditioners["speaker_wavs"]["tensor"]["dim"]
+    assert tts is not None
+    speaker = lm_config.conditioner("speaker_wavs")
+    assert isinstance(speaker, TensorConditioner)
+    machine = WordMachine(lm_config.text_card + 1, tts.second_stream_ahead)
     request = tts_program.SpeechRequest(
         entries=[Entry((4, 5), "word", 0)] * 1000,
         complete=True,
-        voices=[np.random.default_rng(0).standard_normal((VOICE_STEPS, width), np.float32)],
+        voices=[np.random.default_rng(0).standard_normal((VOICE_STEPS, speaker.dim), np.float32)],
         condition_guidance=2.0,
         prefix_QP=np.zeros((lm_config.n_q, 0), np.int32),
         seed=0,
@@ -130,7 +131,7 @@ def tts_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, A
         final_padding=4,
         max_steps=30_000,
     )
-    delay_steps = int(config.tts_config["audio_delay"] * config.mimi.frame_rate)
+    delay_steps = int(tts.audio_delay * config.mimi.frame_rate)
     settings = tts_program.TtsSettings(slots=batch, machine=machine, delay_steps=delay_steps, steps=1)
     model = Model(config, lm_def, lm_params, mimi_def, mimi_params, None, "random")
     program = tts_program.TtsProgram(model, request.fitted(settings))

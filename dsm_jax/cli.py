@@ -153,12 +153,12 @@ def codec_decode(args: argparse.Namespace) -> int:
 
 def convert(args: argparse.Namespace) -> int:
     """Rewrites a checkpoint in another layout."""
-    from dsm_jax.convert import command
+    from dsm_jax.convert import convert
 
     if args.report:
         _check_folder_of(args.report)
     _set_up_jax(args)
-    report = command.convert(args.source, args.destination, to=args.to, dtype=args.dtype)
+    report = convert(args.source, args.destination, to=args.to, dtype=args.dtype)
     if args.report:
         args.report.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     lines = report.text().splitlines()

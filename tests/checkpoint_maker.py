@@ -9,9 +9,10 @@ import numpy as np
 from flax import nnx
 
 from dsm_jax import checkpoints
-from dsm_jax.configs import LMConfig, ModelConfig, SttConfig
-from dsm_jax.convert.command import convert
-from dsm_jax.convert.networks import flatten, networks
+from dsm_jax.configs import LMConfig, ModelConfig, SttConfig, TtsConfig
+from dsm_jax.convert import convert
+from dsm_jax.models.family import abstract_model
+from dsm_jax.models.parameters import flatten
 from dsm_jax.tokenizers import load_tokenizer
 from tests import small
 from tests.tokenizer_maker import make_tokenizer
@@ -23,8 +24,13 @@ PLAIN_STT = dataclasses.replace(
 
 
 def model_config(lm: LMConfig | None) -> ModelConfig:
+    """The config of a codec alone, or of a model that listens or speaks, as its language model does."""
+    if lm is None:
+        return ModelConfig(model_type="mimi", mimi=small.MIMI)
+    if lm.dep_q:
+        return ModelConfig(model_type="tts", lm=lm, mimi=small.MIMI, tts=TtsConfig(audio_delay=0.2))
     stt = SttConfig(audio_delay_seconds=0.5, audio_silence_prefix_seconds=1.0)
-    return ModelConfig(model_type="stt" if lm else "mimi", lm=lm, mimi=small.MIMI, stt=stt if lm else SttConfig())
+    return ModelConfig(model_type="stt", lm=lm, mimi=small.MIMI, stt=stt)
 
 
 def random_model(folder: Path, lm: LMConfig | None, *, seed: int = 0) -> checkpoints.Model:
@@ -32,13 +38,15 @@ def random_model(folder: Path, lm: LMConfig | None, *, seed: int = 0) -> checkpo
     config, tokenizer = model_config(lm), None
     if lm is not None and lm.text_card >= 48:
         tokenizer = load_tokenizer(make_tokenizer(folder / "words.model", lm.text_card))
-    made = networks(config)
+    made = abstract_model(config)
 
     random = np.random.default_rng(seed)
 
     def draw(part: str) -> nnx.State:
         parameters = made[part].parameters.items()
-        return made[part].fill({name: jnp.asarray(random.normal(size=p.shape), jnp.float32) for name, p in parameters})
+        return made[part].unflatten(
+            {name: jnp.asarray(random.normal(size=p.shape), jnp.float32) for name, p in parameters}
+        )
 
     return checkpoints.Model(
         config=config,
@@ -53,12 +61,12 @@ def random_model(folder: Path, lm: LMConfig | None, *, seed: int = 0) -> checkpo
 
 def untrained_lm(lm: LMConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """A language model to be trained: its parameters as `DelayedStreamsLM` draws them, roughly, and fast."""
-    made, random = networks(model_config(lm))["lm"], np.random.default_rng(0)
+    made, random = abstract_model(model_config(lm))["lm"], np.random.default_rng(0)
     drawn = {
         name: jnp.ones(p.shape) if len(p.shape) < 2 else jnp.asarray(0.25 * random.normal(size=p.shape), jnp.float32)
         for name, p in made.parameters.items()
     }
-    return made.graph, made.fill(drawn)
+    return made.graph, made.unflatten(drawn)
 
 
 def make_checkpoint(folder: Path, to: str, *, lm: LMConfig | None = PLAIN_STT, dtype: str = "float32") -> Path:

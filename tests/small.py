@@ -11,7 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsm_jax.configs import LMConfig, MimiConfig, QuantizerConfig, SeanetConfig, Table, TransformerConfig
+from dsm_jax.configs import (
+    DepformerConfig,
+    Fuser,
+    LMConfig,
+    LutConditioner,
+    MimiConfig,
+    QuantizerConfig,
+    SeanetConfig,
+    TensorConditioner,
+    TransformerConfig,
+)
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -66,24 +76,20 @@ TTS = LMConfig(
     context=5,
     demux_second_stream=True,
     cross_attention=True,
-    conditioners=Table(
-        speaker_wavs={"type": "tensor", "tensor": {"dim": 10}},
-        cfg={"type": "lut", "lut": {"n_bins": 3, "dim": 6, "tokenizer": "noop", "possible_values": ["1", "2", "3"]}},
-        control={"type": "lut", "lut": {"n_bins": 1, "dim": 16, "tokenizer": "noop", "possible_values": ["ok"]}},
+    conditioners=(
+        TensorConditioner(name="speaker_wavs", dim=10),
+        LutConditioner(name="cfg", n_bins=3, dim=6, possible_values=("1", "2", "3")),
+        LutConditioner(name="control", n_bins=1, dim=16, possible_values=("ok",)),
     ),
-    fuser=Table(
-        cross_attention_pos_emb=True,
-        cross_attention_pos_emb_scale=1,
-        sum=["control", "cfg"],
-        prepend=[],
-        cross=["speaker_wavs"],
+    fuser=Fuser(sum=("control", "cfg"), cross=("speaker_wavs",), cross_attention_pos_emb=True),
+    depformer=DepformerConfig(
+        dim=8,
+        num_heads=2,
+        num_layers=2,
+        dim_feedforward=24,
+        weights_per_step_schedule=(0, 1, 2, 2),
+        low_rank_embeddings=4,
     ),
-    depformer_dim=8,
-    depformer_num_heads=2,
-    depformer_num_layers=2,
-    depformer_dim_feedforward=24,
-    depformer_weights_per_step_schedule=(0, 1, 2, 2),
-    depformer_low_rank_embeddings=4,
 )
 
 

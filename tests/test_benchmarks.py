@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsm_jax import presets
+from dsm_jax.configs import presets
 from tests.benchmarks import __main__ as runner
 from tests.benchmarks import gpu, gpu_worker, rows, table, tasks, worker
 

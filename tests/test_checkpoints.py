@@ -12,12 +12,11 @@ import pytest
 from flax import nnx
 from huggingface_hub import errors
 
-from dsm_jax import checkpoints, codec
+from dsm_jax import checkpoints, codec, hub
 from dsm_jax.configs import MimiConfig
-from dsm_jax.convert import kyutai
-from dsm_jax.convert.command import convert
-from dsm_jax.convert.networks import flatten
+from dsm_jax.convert import convert, kyutai
 from dsm_jax.errors import CheckpointError, ConfigError
+from dsm_jax.models.parameters import flatten
 from tests import small
 from tests.checkpoint_maker import arrays_of, assert_same_weights, copy_of, make_checkpoint, random_model
 
@@ -199,7 +198,7 @@ def test_without_network_and_cache_the_hub_is_said_to_be_offline(tmp_path, monke
 
 def test_a_model_inside_the_package_is_found_by_name(folders, tmp_path, monkeypatch):
     copy_of(folders["kyutai"], tmp_path / "tiny")
-    monkeypatch.setattr(checkpoints, "_ASSETS", tmp_path)
+    monkeypatch.setattr(hub, "_ASSETS", tmp_path)
     assert checkpoints.load("tiny").name == "tiny"
 
 

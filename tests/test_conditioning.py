@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from dsm_jax.configs import Table
+from dsm_jax.configs import Fuser
 from dsm_jax.errors import ConfigError, StreamError
 from dsm_jax.models.conditioning import Conditioning
 from dsm_jax.models.lm import DelayedStreamsLM
@@ -56,7 +55,7 @@ def test_crossed_conditions_get_positions():
 
 
 def test_crossed_conditions_lie_end_to_end():
-    fuser = Table(cross=["speaker_wavs", "cfg"], sum=[])
+    fuser = Fuser(cross=("speaker_wavs", "cfg"))
     model = small.build(lambda rngs: Conditioning(dataclasses.replace(small.TTS, fuser=fuser), rngs=rngs))
     sum_BD, cross_BXD = model(VALUES, MASKS)
     assert sum_BD is None
@@ -82,23 +81,17 @@ def test_conditions_change_what_the_model_says():
     np.testing.assert_array_equal(untold[0], untold[1])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"fuser": Table(sum=["cfg"], prepend=["control"])},
-            "fuser has prepend; the library fuses by sum and by cross",
-        ),
-        ({"fuser": Table(sum=["cfg"], concat=[])}, r"fuser has \['concat'\]; the library fuses by sum and by cross"),
-        (
-            {"conditioners": Table(x={"type": "t5"}), "fuser": Table()},
-            "conditioner x is of type 't5'; choose 'lut' or 'tensor'",
-        ),
-    ],
-)
-def test_what_the_library_cannot_fuse_is_refused(change, message):
+def test_conditions_that_precede_the_input_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"^the fuser prepends control; the library fuses by sum and by cross-attention$"
+    ):
+        Fuser(sum=("cfg",), prepend=("control",))
+
+
+def test_a_fuser_of_conditions_that_are_not_there_is_refused():
+    message = r"the fuser takes \['cgf'\] and the conditioners are \['speaker_wavs', 'cfg', 'control'\]; name one of"
     with pytest.raises(ConfigError, match=message):
-        Conditioning(dataclasses.replace(small.TTS, **change), rngs=nnx.Rngs(0))
+        dataclasses.replace(small.TTS, fuser=Fuser(sum=("cgf",)))
 
 
 def test_a_model_that_attends_to_conditions_is_not_run_without():

@@ -7,28 +7,42 @@ from pathlib import Path
 
 import pytest
 
-from dsm_jax import presets, strict
 from dsm_jax.configs import (
+    DepformerConfig,
+    Fuser,
     LMConfig,
+    LutConditioner,
     MimiConfig,
     ModelConfig,
+    ModelId,
     QuantizerConfig,
+    SamplingDefaults,
     SeanetConfig,
     SttConfig,
-    Table,
     TransformerConfig,
+    TtsConfig,
     gating_dim,
+    presets,
 )
-from dsm_jax.convert import kyutai
+from dsm_jax.configs.json import from_dict, to_dict
+from dsm_jax.convert import kyutai_config
 from dsm_jax.errors import ConfigError
 from tests import small
 
 PUBLISHED = Path(__file__).parent / "published"
-LM = strict.to_dict(small.STT)
+LM = to_dict(small.STT)
+WHOLE = ModelConfig(
+    model_type="tts",
+    lm=small.TTS,
+    mimi=small.MIMI,
+    tts=TtsConfig(audio_delay=0.2, second_stream_ahead=2),
+    sampling=SamplingDefaults(temp=0.6, text_temp=0.6),
+    model_id=ModelId(sig="x", epoch=1),
+)
 
 
 def published(name: str) -> ModelConfig:
-    return kyutai.read_config(json.loads((PUBLISHED / f"{name}.config.json").read_text()), name)[0]
+    return kyutai_config.read_config(json.loads((PUBLISHED / f"{name}.config.json").read_text()), name)[0]
 
 
 def test_the_speech_to_text_models_are_what_was_published():
@@ -55,7 +69,7 @@ def test_the_text_to_speech_model_is_what_was_published():
     assert (config.dep_q, config.user_q, config.delays[:3]) == (32, 0, (0, 0, 2))
     assert config.depformer_schedule == (0, 1, 2, 3, 4, 5, 6, 7, *[8] * 8, *[9] * 8, *[10] * 8)
     assert (config.text_logits, config.depformer_feedforward) == (8000, 3072)
-    assert config.fuser["cross"] == ["speaker_wavs"]
+    assert config.fuser.cross == ("speaker_wavs",)
     assert config.transformer.cross_attention
 
 
@@ -66,9 +80,8 @@ def test_the_defaults_of_the_codec_are_the_published_codec():
 
 
 def test_what_a_file_leaves_out_is_derived():
-    config = dataclasses.replace(
-        small.TTS, depformer_weights_per_step_schedule=None, depformer_dim_feedforward=None, text_card_out=5
-    )
+    depformer = dataclasses.replace(small.TTS.depformer, weights_per_step_schedule=None, dim_feedforward=None)
+    config = dataclasses.replace(small.TTS, depformer=depformer, text_card_out=5)
     assert (config.depformer_schedule, config.depformer_feedforward, config.text_logits) == ((0, 1, 2, 3), 32, 5)
     assert (small.STT.text_logits, small.STT.user_q, small.TTS.text_logits) == (18, 3, 20)
     assert (
@@ -85,12 +98,13 @@ def test_what_a_file_leaves_out_is_derived():
         small.TTS,
         MimiConfig(),
         ModelConfig(model_type="mimi"),
-        ModelConfig(model_type="stt", lm=small.STT, mimi=small.MIMI, model_id=Table(sig="x", epoch=1)),
+        ModelConfig(model_type="stt", lm=small.STT, mimi=small.MIMI, model_id=ModelId(sig="x", epoch=1)),
+        WHOLE,
     ],
 )
 def test_a_config_survives_json(config):
-    text = json.dumps(strict.to_dict(config))
-    again = strict.from_dict(type(config), json.loads(text), "again")
+    text = json.dumps(to_dict(config))
+    again = from_dict(type(config), json.loads(text), "again")
     assert again == config
     assert hash(again) == hash(config)
 
@@ -122,12 +136,24 @@ def test_a_config_survives_json(config):
         (SeanetConfig, {"ratios": 8}, "f.json: ratios is 8; expected tuple"),
         (SeanetConfig, {"ratios": [8, "6"]}, "f.json: ratios is '6'; expected int"),
         (LMConfig, LM | {"text_card_out": "5"}, "f.json: text_card_out is '5'; expected int | None"),
-        (LMConfig, LM | {"conditioners": []}, "f.json: conditioners is []; expected Table"),
+        (LMConfig, LM | {"conditioners": {}}, "f.json: conditioners is {}; expected tuple"),
+        (
+            LMConfig,
+            LM | {"conditioners": [{"type": "t5"}]},
+            "f.json: conditioners: the type is 't5'; choose one of ['lut'",
+        ),
+        (LMConfig, LM | {"conditioners": ["cfg"]}, "f.json: conditioners: the type is 'cfg'; choose one of ['lut', 't"),
+        (
+            LMConfig,
+            LM | {"conditioners": [{"type": "tensor", "name": "cfg", "dim": 3, "n_bins": 2}]},
+            "f.json: conditioners: unknown keys ['n_bins']; remove them",
+        ),
+        (TtsConfig, {}, "f.json: the keys ['audio_delay'] are missing; TtsConfig needs them"),
     ],
 )
 def test_what_is_not_understood_is_refused(kind, values, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        strict.from_dict(kind, values, "f.json")
+        from_dict(kind, values, "f.json")
 
 
 @pytest.mark.parametrize(
@@ -156,16 +182,134 @@ def test_what_is_not_understood_is_refused(kind, values, message):
         (LMConfig, LM | {"norm_emb": True}, "norm_emb is true; no published model normalises its embeddings"),
         (
             LMConfig,
-            LM | {"dep_q": 2, "depformer_weights_per_step_schedule": [0]},
+            LM | {"dep_q": 2, "depformer": {"weights_per_step_schedule": [0]}},
             "the depformer's schedule has 1 entries; give one per generated codebook, 2",
         ),
     ],
 )
 def test_what_the_library_cannot_honour_is_refused(kind, values, message):
     with pytest.raises(ConfigError, match=re.escape(f"f.json: {message}")):
-        strict.from_dict(kind, values, "f.json")
+        from_dict(kind, values, "f.json")
+
+
+MISSPELT = {
+    "tts_config": {"audio_dealy": 1.0},
+    "lm_gen_config": {"temperature": 0.6},
+    "model_id": {"signature": "x", "epoch": 1},
+    "stt_config": {"delay": 1.0},
+    "fuser": {"sums": ["cfg"]},
+    "conditioners": {"cfg": {"type": "lut", "lut": {"n_bins": 1, "dims": 3}}},
+    "depformer_dims": 4,
+    "depformer": {},
+}
+
+
+@pytest.mark.parametrize("key", MISSPELT)
+def test_a_misspelt_key_of_any_part_of_kyutais_file_is_refused_by_its_name(key):
+    values = json.loads((PUBLISHED / "tts-1.6b-en_fr.config.json").read_text()) | {key: MISSPELT[key]}
+    wrong = {
+        "tts_config": "audio_dealy",
+        "lm_gen_config": "temperature",
+        "model_id": "signature",
+        "stt_config": "delay",
+    }
+    wrong |= {"fuser": "sums", "conditioners": "dims"}
+    within = f": {key}: cfg" if key == "conditioners" else f": {key}" if key in wrong else ""
+    with pytest.raises(
+        ConfigError, match=rf"^c\.json{within}: unknown keys \['{wrong.get(key, key)}'\]; remove them, or"
+    ):
+        kyutai_config.read_config(values, "c.json")
+
+
+def _with(config: dict, path: str, key: str) -> dict:
+    """Copies a config of plain values, with a key more at a dotted path."""
+    copy = json.loads(json.dumps(config))
+    place = copy
+    for step in filter(None, path.split(".")):
+        place = place[int(step) if step.isdigit() else step]
+    place[key] = 1
+    return copy
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "lm", "lm.depformer", "lm.conditioners.0", "lm.conditioners.1", "lm.fuser", "tts", "sampling", "model_id"],
+)
+def test_a_misspelt_key_of_any_part_of_a_config_is_refused_by_its_name(path):
+    values = to_dict(WHOLE)
+    assert from_dict(ModelConfig, values, "c.json") == WHOLE
+    with pytest.raises(ConfigError, match=r"unknown keys \['misspelt'\]; remove them, or use one of"):
+        from_dict(ModelConfig, _with(values, path, "misspelt"), "c.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"conditioners": {"x": {"type": "t5"}}}, "conditioners: x: the type is 't5'; choose one of ['lut', 'tensor']"),
+        ({"conditioners": {"x": 3}}, "conditioners: x: the type is None; choose one of ['lut', 'tensor']"),
+        ({"conditioners": {"x": {"type": "lut"}}}, "conditioners: x: lut is None; expected an object"),
+        (
+            {"conditioners": {"x": {"type": "lut", "lut": {}, "dim": 3}}},
+            "conditioners: x: unknown keys ['dim']; remove",
+        ),
+        ({"conditioners": {"x": {"type": "tensor", "tensor": {"name": "y"}}}}, "x: unknown keys ['name']; remove them"),
+        ({"conditioners": []}, "conditioners is []; expected an object with each by its name"),
+        ({"depformer_dim": "wide"}, "depformer: dim is 'wide'; expected int"),
+        (
+            {"fuser": {"sum": ["cgf"]}},
+            "the fuser takes ['cgf'] and the conditioners are ['speaker_wavs', 'cfg', 'contr",
+        ),
+        ({"model_type": None}, "model_type is None; expected one of mimi, stt, tts"),
+        ({"model_type": "csm-9"}, "model_type is 'csm-9'; choose one of mimi, stt, tts"),
+        ({"tts_config": {}}, "a text-to-speech model needs tts; add it"),
+        ({"model_type": "stt"}, "a speech-to-text model has no tts; leave it out"),
+        (
+            {"model_type": "stt", "tts_config": None},
+            "model_type is 'stt' and dep_q 32; such a model generates no audio: 0",
+        ),
+    ],
+)
+def test_a_file_of_kyutais_that_is_not_understood_is_refused(change, message):
+    values = json.loads((PUBLISHED / "tts-1.6b-en_fr.config.json").read_text()) | change
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        kyutai_config.read_config(values, "c.json")
+
+
+def test_the_settings_of_other_published_models_are_read_and_written_back():
+    values = json.loads((PUBLISHED / "tts-1.6b-en_fr.config.json").read_text())
+    values |= {"tts_config": {"audio_delay": 1.28, "second_stream_ahead": 2, "multistream": True}}
+    values |= {"lm_gen_config": {"temp": 0.8, "temp_text": 0.7, "top_k": 250, "top_k_text": 25, "cfg_coef": 3.0}}
+    config, lm, names = kyutai_config.read_config(values, "c.json")
+    assert config.tts == TtsConfig(audio_delay=1.28, second_stream_ahead=2, multistream=True)
+    written = kyutai_config.write_config(config, lm, names)
+    assert json.loads(json.dumps(written)) == {key: v for key, v in values.items() if key != "text_card_out"}
+
+
+def test_depformer_fields_are_flat_in_the_file_and_together_here():
+    depformer = DepformerConfig(dim=8, num_heads=2, num_layers=2, dim_feedforward=24, low_rank_embeddings=4)
+    lm = dataclasses.replace(small.TTS, depformer=depformer)
+    for written in (kyutai_config.flat_lm(lm), kyutai_config.write_lm(lm)):
+        assert (written["depformer_dim"], written["depformer_low_rank_embeddings"]) == (8, 4)
+        assert kyutai_config.read_lm(json.loads(json.dumps(written)), "x") == lm
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"possible_values": ("a", "b", "c")}, "conditioner cfg has 3 possible_values and n_bins 2; give at least one"),
+        ({"tokenizer": "t5"}, "conditioner cfg has tokenizer 't5'; use 'noop'"),
+    ],
+)
+def test_a_look_up_table_that_cannot_be_is_refused(change, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        LutConditioner(name="cfg", n_bins=2, dim=3, **change)
+
+
+def test_two_conditioners_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match=r"the conditioners are \['cfg', 'cfg'\]; give each a name of its own"):
+        dataclasses.replace(small.TTS, conditioners=(small.TTS.conditioners[1],) * 2, fuser=Fuser())
 
 
 def test_whole_numbers_pass_as_floats_and_lists_as_tuples():
-    config = strict.from_dict(LMConfig, LM | {"max_period": 10_000, "delays": [0, 0, 0, 1]}, "f.json")
+    config = from_dict(LMConfig, LM | {"max_period": 10_000, "delays": [0, 0, 0, 1]}, "f.json")
     assert (config.max_period, type(config.max_period), config.delays) == (10_000.0, float, (0, 0, 0, 1))

@@ -10,8 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from dsm_jax import checkpoints
-from dsm_jax.convert import files, kyutai, native
-from dsm_jax.convert.command import convert
+from dsm_jax.convert import convert, files, kyutai, native
 from dsm_jax.errors import CheckpointError
 from tests import small
 from tests.checkpoint_maker import PLAIN_STT, arrays_of, assert_same_weights, copy_of, make_checkpoint

@@ -8,10 +8,9 @@ import pytest
 
 from dsm_jax import checkpoints
 from dsm_jax.configs import MimiConfig, gating_dim
-from dsm_jax.convert import files, native
+from dsm_jax.convert import convert, files, native
 from dsm_jax.convert import transformers_mimi as mimi_layout
 from dsm_jax.convert import transformers_stt as stt_layout
-from dsm_jax.convert.command import convert
 from dsm_jax.errors import CheckpointError, ConfigError
 from tests import small
 from tests.checkpoint_maker import PLAIN_STT, copy_of, make_checkpoint, model_config
@@ -131,6 +130,17 @@ def test_an_unknown_layout_or_dtype_is_refused(folders, tmp_path):
         convert(folders["kyutai"], tmp_path / "out", to="gguf")
     with pytest.raises(CheckpointError, match=r"dtype is 'int8'; choose one of bfloat16, float16, float32"):
         convert(folders["kyutai"], tmp_path / "out", dtype="int8")
+
+
+def test_a_layout_that_has_no_place_for_the_family_is_refused(tmp_path):
+    folder = make_checkpoint(tmp_path, "kyutai", lm=small.TTS)
+    message = (
+        rf"^{folder.name} is a text-to-speech model, which the layout 'transformers' has no place for; choose one of "
+        r"orbax, kyutai$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        convert(folder, tmp_path / "out", to="transformers")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_of_the_wrong_size_is_noticed(folders, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dsm_jax.convert.kyutai_config import flat_lm, read_lm
 from dsm_jax.errors import ConfigError
 from dsm_jax.models.depformer import Depformer
 from tests import small
@@ -62,7 +63,8 @@ def test_steps_share_weights_as_the_schedule_says():
     assert [len(part) for part in (model.layers[0].in_projs, model.layers[0].out_projs, model.layers[0].gating)] == [
         3
     ] * 3
-    own = dataclasses.replace(small.TTS, depformer_weights_per_step_schedule=None)
+    unscheduled = dataclasses.replace(small.TTS.depformer, weights_per_step_schedule=None)
+    own = dataclasses.replace(small.TTS, depformer=unscheduled)
     assert len(nnx.eval_shape(lambda: Depformer(own, rngs=nnx.Rngs(0))).inputs) == 4
     hidden_BTD, target_BKT = clip()
     changed = nnx.merge(*nnx.split(model))
@@ -84,6 +86,6 @@ def test_steps_share_weights_as_the_schedule_says():
     ],
 )
 def test_a_depformer_that_was_never_published_is_refused(key, value, published):
-    config = dataclasses.replace(small.TTS, **{key: value})
+    config = read_lm(flat_lm(small.TTS) | {key: value}, "config.json")
     with pytest.raises(ConfigError, match=f"{key} is {value!r}; every published depformer has {published!r}"):
         Depformer(config, rngs=nnx.Rngs(0))

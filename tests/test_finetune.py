@@ -16,8 +16,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import dsm_jax
-from dsm_jax import audio, strict
+from dsm_jax import audio
 from dsm_jax.checkpoints import Model
+from dsm_jax.configs.json import from_dict, to_dict
 from dsm_jax.errors import CheckpointError, ConfigError, TrainingError
 from dsm_jax.stt.transcript import Transcript, Word
 from dsm_jax.training import manifest
@@ -265,11 +266,11 @@ def test_devices_that_cannot_share_a_batch_are_refused(settings, tmp_path):
 def test_settings_that_make_no_sense_are_refused(changes, message):
     values = {"data": "data", "output": "out", "run": {"steps": 1}, **changes}
     with pytest.raises(ConfigError, match=message):
-        strict.from_dict(FinetuneConfig, values, "config.json")
+        from_dict(FinetuneConfig, values, "config.json")
 
 
 def test_settings_can_be_written_down_and_read_again(settings):
-    assert strict.from_dict(FinetuneConfig, strict.to_dict(settings), "config.json") == settings
+    assert from_dict(FinetuneConfig, to_dict(settings), "config.json") == settings
 
 
 def test_a_type_that_no_model_has_is_refused(settings, tmp_path):

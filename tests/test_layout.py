@@ -1,6 +1,7 @@
-"""The shape of the source tree: who may import whom, how long a module is, what `import dsm_jax` brings along."""
+"""The shape of the source tree: who may import whom, nothing in a circle, what `import dsm_jax` brings along."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,32 +13,50 @@ import dsm_jax
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (
-    ("configs", "errors", "memory", "presets", "strict"),
-    ("streaming", "audio", "tokenizers"),
+    ("configs", "errors", "memory", "progress"),
+    ("streaming", "audio", "hub", "tokenizers"),
     ("nn",),
     ("models",),
-    ("checkpoints", "convert"),
+    ("convert",),
+    ("checkpoints",),
     ("codec", "stt", "tts"),
-    ("benchmark", "training", "serving", "evaluate"),
+    ("benchmark", "training"),
     ("arguments", "cli", "terminal"),
     ("dsm_jax",),
 )
 RANK = {part: rank for rank, parts in enumerate(LEVELS) for part in parts}
-MAX_LINES = 300
+OUTSIDE = ("tests", "examples", "recipes")  # what the library never imports
+RESOLVERS = ("import_module", "resolve_name")  # functions that import what a text names
 
 
 def sources(root: Path, *folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (root / folder).rglob("*.py"))
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields (line, full name) for every import at any depth; a relative name keeps its leading dots."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def imports(path: Path, *, running: bool = False) -> Iterator[tuple[int, str]]:
+    """Yields (line, full name) for every import at any depth; a relative name keeps its leading dots.
+
+    Args:
+      path: of a module.
+      running: leave out the imports of type checkers, which never run.
+    """
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        skipped = isinstance(node, ast.If) and running and _is_type_checking(node)
+        waiting += node.orelse if skipped else ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
             yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in RESOLVERS:
+            texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            yield from ((node.lineno, text.replace(":", ".")) for text in texts)
 
 
 def part_of(dotted: str) -> str:
@@ -56,9 +75,42 @@ def layering_faults(root: Path) -> list[str]:
             faults.append(f"{place}: {part} has no rank; give it one in LEVELS")
             continue
         for line, name in imports(path):
+            if name.split(".")[0] in OUTSIDE:
+                faults.append(f"{place}:{line}: the library imports {name}, which is not part of it")
             if name.split(".")[0] == "dsm_jax" and RANK[part_of(name)] > RANK[part]:
                 faults.append(f"{place}:{line}: {part} (rank {RANK[part]}) imports {name} (rank {RANK[part_of(name)]})")
     return faults
+
+
+def ghost_faults(root: Path) -> list[str]:
+    """Ranks of parts that do not exist."""
+    there = {path.stem for path in (root / "dsm_jax").iterdir()} | {"convert", "dsm_jax"}
+    return [f"{part} has a rank and does not exist; take it out of LEVELS" for part in sorted(RANK.keys() - there)]
+
+
+def module_of(place: Path) -> str:
+    """The dotted name of a file of the library, by its place in the checkout."""
+    parts = place.with_suffix("").parts
+    parts = ("dsm_jax", *parts) if parts[0] == "convert" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def circle_faults(root: Path) -> list[str]:
+    """Modules that import each other, imports inside functions included.
+
+    That a module's own packages are imported before it does not count: a package counts where a name is taken from it.
+    """
+    modules = {module_of(path.relative_to(root)): path for path in sources(root, "dsm_jax", "convert")}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        names = [name for _, name in imports(path, running=True)]
+        targets = {name if name in modules else name.rpartition(".")[0] for name in names}
+        graph[module] = targets & modules.keys()
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return ["in a circle: " + " imports ".join(reversed(error.args[1]))]
+    return []
 
 
 def naming_faults(root: Path) -> list[str]:
@@ -71,20 +123,12 @@ def naming_faults(root: Path) -> list[str]:
     ]
 
 
-def length_faults(root: Path) -> list[str]:
-    lengths = {
-        path.relative_to(root): len(path.read_text(encoding="utf-8").splitlines())
-        for path in sources(root, "dsm_jax", "convert", "tests", "examples")
-    }
-    return [f"{place}: {lines} lines, more than {MAX_LINES}" for place, lines in lengths.items() if lines > MAX_LINES]
-
-
 def plant(root: Path, place: str, text: str) -> None:
     (root / place).parent.mkdir(parents=True, exist_ok=True)
     (root / place).write_text(text, encoding="utf-8")
 
 
-@pytest.mark.parametrize("faults", [layering_faults, naming_faults, length_faults])
+@pytest.mark.parametrize("faults", [layering_faults, ghost_faults, circle_faults, naming_faults])
 def test_the_tree_has_no_fault(faults):
     assert faults(ROOT) == []
 
@@ -99,11 +143,20 @@ def test_the_tree_is_where_the_checkers_look():
     ("place", "text", "fault"),
     [
         ("dsm_jax/nn/conv.py", "def f():\n    from dsm_jax.models import lm\n", "nn/conv.py:2: nn (rank 2) imports"),
-        ("dsm_jax/audio.py", "import dsm_jax.cli\n", "audio.py:1: audio (rank 1) imports dsm_jax.cli (rank 7)"),
+        ("dsm_jax/audio.py", "import dsm_jax.cli\n", "audio.py:1: audio (rank 1) imports dsm_jax.cli (rank 8)"),
         ("dsm_jax/audio.py", "from dsm_jax import nn\n", "imports dsm_jax.nn (rank 2)"),
-        ("dsm_jax/cli.py", "from dsm_jax import load\n", "cli (rank 7) imports dsm_jax.load (rank 8)"),
+        ("dsm_jax/cli.py", "from dsm_jax import load\n", "cli (rank 8) imports dsm_jax.load (rank 9)"),
         ("convert/rules.py", "from dsm_jax.stt import words\n", "rules.py:1: convert (rank 4) imports"),
+        ("convert/rules.py", "def f():\n    from dsm_jax import checkpoints\n", "imports dsm_jax.checkpoints (rank 5)"),
+        ("dsm_jax/nn/a.py", "import importlib\nimportlib.import_module('dsm_jax.stt.words')\n", "nn (rank 2) imports"),
+        (
+            "dsm_jax/nn/a.py",
+            "from pkgutil import resolve_name\nresolve_name('dsm_jax.stt:x')\n",
+            "imports dsm_jax.stt.x",
+        ),
+        ("dsm_jax/stt/a.py", "from recipes.digits import data\n", "the library imports recipes.digits.data, which is"),
         ("dsm_jax/utils.py", "", "utils.py: utils has no rank"),
+        ("dsm_jax/utils/a.py", "", "utils/a.py: utils has no rank"),
     ],
 )
 def test_an_upward_import_is_caught(tmp_path, place, text, fault):
@@ -118,16 +171,49 @@ def test_a_downward_or_level_import_is_allowed(tmp_path):
     assert layering_faults(tmp_path) == []
 
 
+def test_a_rank_of_nothing_is_caught(tmp_path):
+    for part in RANK.keys() - {"hub", "convert", "dsm_jax"}:
+        plant(tmp_path, f"dsm_jax/{part}.py", "")
+    assert ghost_faults(tmp_path) == ["hub has a rank and does not exist; take it out of LEVELS"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("import dsm_jax.nn.b\n", "import dsm_jax.nn.a\n"),
+        ("from dsm_jax.nn import b\n", "def f():\n    from dsm_jax.nn.a import g\n"),
+        ("def f():\n    from dsm_jax.nn.b import g\n", "class C:\n    def f(self):\n        import dsm_jax.nn.a\n"),
+        ("import importlib\nimportlib.import_module('dsm_jax.nn.b')\n", "from dsm_jax.nn.a import f\n"),
+        ("if TYPE_CHECKING:\n    pass\nelse:\n    import dsm_jax.nn.b\n", "from dsm_jax.nn.a import f\n"),
+    ],
+)
+def test_a_circle_is_caught(tmp_path, first, second):
+    plant(tmp_path, "dsm_jax/nn/a.py", first)
+    plant(tmp_path, "dsm_jax/nn/b.py", second)
+    (found,) = circle_faults(tmp_path)
+    assert found in (
+        "in a circle: dsm_jax.nn.a imports dsm_jax.nn.b imports dsm_jax.nn.a",
+        "in a circle: dsm_jax.nn.b imports dsm_jax.nn.a imports dsm_jax.nn.b",
+    )
+
+
+def test_a_circle_through_a_package_and_the_folder_of_conversion_is_caught(tmp_path):
+    plant(tmp_path, "convert/__init__.py", "from dsm_jax.convert.rules import f\n")
+    plant(tmp_path, "convert/rules.py", "def f():\n    from dsm_jax.convert import g\n")
+    (found,) = circle_faults(tmp_path)
+    assert "dsm_jax.convert imports dsm_jax.convert.rules" in found
+
+
+def test_what_only_a_type_checker_imports_is_no_circle(tmp_path):
+    plant(tmp_path, "dsm_jax/nn/a.py", "if TYPE_CHECKING:\n    from dsm_jax.nn.b import f\n")
+    plant(tmp_path, "dsm_jax/nn/b.py", "from dsm_jax.nn.a import g\n")
+    assert circle_faults(tmp_path) == []
+
+
 @pytest.mark.parametrize("text", ["from . import conv\n", "from ..nn import conv\n", "from convert import rules\n"])
 def test_a_relative_import_is_caught(tmp_path, text):
     plant(tmp_path, "dsm_jax/nn/conv.py", text)
     assert len(naming_faults(tmp_path)) == 1
-
-
-def test_a_long_module_is_caught(tmp_path):
-    plant(tmp_path, "dsm_jax/short.py", "pass\n" * MAX_LINES)
-    plant(tmp_path, "dsm_jax/long.py", "pass\n" * (MAX_LINES + 1))
-    assert length_faults(tmp_path) == ["dsm_jax/long.py: 301 lines, more than 300"]
 
 
 def test_importing_the_package_imports_nothing_heavy():

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsm_jax.convert.networks import flatten, networks
 from dsm_jax.errors import ConfigError
+from dsm_jax.models.family import abstract_model
+from dsm_jax.models.parameters import flatten
 from dsm_jax.training import lora
 from dsm_jax.training.lora import LoraConfig
 from tests import checkpoint_maker, small
@@ -20,9 +21,9 @@ STT = dataclasses.replace(small.STT, num_layers=1, context=16)
 
 @pytest.fixture(scope="module")
 def network():
-    made, random = networks(checkpoint_maker.model_config(STT))["lm"], np.random.default_rng(0)
+    made, random = abstract_model(checkpoint_maker.model_config(STT))["lm"], np.random.default_rng(0)
     drawn = {name: jnp.asarray(0.2 * random.normal(size=p.shape), jnp.float32) for name, p in made.parameters.items()}
-    return made.graph, made.fill(drawn)
+    return made.graph, made.unflatten(drawn)
 
 
 def drawn(adapters: lora.Adapters) -> lora.Adapters:

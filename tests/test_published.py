@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dsm_jax import presets
-from dsm_jax.configs import ModelConfig
-from dsm_jax.convert import kyutai, pieces, transformers_mimi, transformers_stt
-from dsm_jax.convert.networks import networks
+from dsm_jax.configs import ModelConfig, presets
+from dsm_jax.convert import kyutai, kyutai_config, pieces, transformers_mimi, transformers_stt
+from dsm_jax.models.family import abstract_model
 
 PUBLISHED = Path(__file__).with_name("published")
 NAMES = ("stt-1b-en_fr", "stt-2.6b-en", "tts-1.6b-en_fr")
@@ -29,13 +28,13 @@ def listing(name: str) -> dict[str, pieces.Tensor]:
 
 
 def published_config(name: str) -> ModelConfig:
-    config, _, _ = kyutai.read_config(json.loads((PUBLISHED / f"{name}.config.json").read_text()), name)
+    config, _, _ = kyutai_config.read_config(json.loads((PUBLISHED / f"{name}.config.json").read_text()), name)
     return config
 
 
 @functools.cache
 def parameters(config: ModelConfig, network: str):
-    return networks(config)[network].parameters
+    return abstract_model(config)[network].parameters
 
 
 def faults_of(name: str, tensors: dict[str, pieces.Tensor] | None = None) -> list[str]:
@@ -44,7 +43,7 @@ def faults_of(name: str, tensors: dict[str, pieces.Tensor] | None = None) -> lis
         config = ModelConfig(model_type="mimi")
         return pieces.plan(kyutai.mimi_table(config.mimi), tensors, parameters(config, "mimi"))[1]
     config = published_config(name)
-    config = dataclasses.replace(config, lm=kyutai.with_extra_heads(config.lm, tensors))
+    config = dataclasses.replace(config, lm=kyutai_config.with_extra_heads(config.lm, tensors))
     return pieces.plan(kyutai.lm_table(config.lm), tensors, parameters(config, "lm"))[1]
 
 
@@ -81,8 +80,8 @@ def test_the_presets_are_the_published_configs(name, preset):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_published_config_is_written_back_key_for_key(name):
     published = json.loads((PUBLISHED / f"{name}.config.json").read_text())
-    config, lm, files = kyutai.read_config(published, name)
-    written = kyutai.write_config(config, lm, files)
+    config, lm, files = kyutai_config.read_config(published, name)
+    written = kyutai_config.write_config(config, lm, files)
     written |= {key: None for key in ("text_card_out",) if key in published}  # said, and None by default
     assert json.loads(json.dumps(written)) == published
 

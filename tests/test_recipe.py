@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsm_jax.configs import Table
 from dsm_jax.errors import AudioError, ConfigError, TrainingError
 from dsm_jax.training import digits
 from dsm_jax.training.codec import CodecObjective
@@ -51,11 +50,11 @@ def test_a_speaker_can_be_drawn_more_often_than_others(data):
         return said.count("theo") / len(said)
 
     assert 0.35 < share(digits.Mix()) < 0.65
-    assert share(digits.Mix(often=Table(theo=9))) > 0.8
+    assert share(digits.Mix(often={"theo": 9})) > 0.8
     with pytest.raises(
         ConfigError, match=r"theo is drawn 0\.5 times as often as another; give a whole number, 1 or more"
     ):
-        digits.Mix(often=Table(theo=0.5))
+        digits.Mix(often={"theo": 0.5})
 
 
 def test_words_of_a_row_are_cut_where_the_mix_says_so(data):

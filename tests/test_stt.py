@@ -9,7 +9,7 @@ import pytest
 
 import dsm_jax
 from dsm_jax import audio
-from dsm_jax.configs import SttConfig
+from dsm_jax.configs import ModelConfig, SttConfig
 from dsm_jax.errors import AudioError, BatchError, CheckpointError, ConfigError, PromptError
 from dsm_jax.stt import Options, Prompt, WordEnded, WordStarted, transcribe_each
 from dsm_jax.stt.transcriber import Transcriber
@@ -195,12 +195,21 @@ def test_nothing_to_do_is_nothing(model):
 
 
 def test_models_that_do_not_transcribe_are_refused(model):
-    codec = dataclasses.replace(model, lm_def=None, lm_params=None, tokenizer=None, name="some-codec")
-    with pytest.raises(CheckpointError, match="some-codec is a codec without a language model"):
+    config = ModelConfig(model_type="mimi", mimi=model.config.mimi)
+    codec = dataclasses.replace(model, config=config, lm_def=None, lm_params=None, tokenizer=None, name="some-codec")
+    message = (
+        "some-codec is a codec without a language model; to transcribe, load a speech-to-text model such as kyutai/"
+    )
+    with pytest.raises(CheckpointError, match=f"^{message}"):
         dsm_jax.transcribe(codec, stt_model.recording())
+    message = (
+        "digits-tts is a text-to-speech model; to transcribe, load a speech-to-text model such as kyutai/stt-1b-en_fr"
+    )
+    with pytest.raises(CheckpointError, match=f"^{message}$"):
+        dsm_jax.transcribe(dsm_jax.load("digits-tts"), stt_model.recording())
     lm = dataclasses.replace(model.config.lm, dep_q=4)
     speaker = dataclasses.replace(model, config=dataclasses.replace(model.config, lm=lm))
-    with pytest.raises(CheckpointError, match="generates 4 audio streams"):
+    with pytest.raises(ConfigError, match="model_type is 'stt' and dep_q 4; such a model generates no audio: 0"):
         dsm_jax.transcribe(speaker, stt_model.recording())
 
 

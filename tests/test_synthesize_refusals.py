@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import dsm_jax
-from dsm_jax.configs import Table
+from dsm_jax.configs import ModelConfig
 from dsm_jax.errors import AudioError, CheckpointError, ConfigError, SpeechError
 from dsm_jax.tts import SpeechOptions
 from dsm_jax.tts.live import STEPS
@@ -41,11 +41,14 @@ def refused_alike(model, error, message, text="good", **more) -> None:
 
 
 def test_a_model_that_only_listens_is_refused():
-    refused_alike(dsm_jax.load("digits"), CheckpointError, "^digits does not generate speech from text; to speak, load")
+    refused_alike(
+        dsm_jax.load("digits"), CheckpointError, "^digits is a speech-to-text model; to speak, load a text-to-"
+    )
 
 
 def test_a_codec_alone_is_refused(model):
-    alone = dataclasses.replace(model, lm_def=None, lm_params=None, tokenizer=None, name="some-codec")
+    config = ModelConfig(model_type="mimi", mimi=model.config.mimi)
+    alone = dataclasses.replace(model, config=config, lm_def=None, lm_params=None, tokenizer=None, name="some-codec")
     refused_alike(alone, CheckpointError, "^some-codec is a codec without a language model; to speak, load a text-to-")
 
 
@@ -60,8 +63,8 @@ def test_a_model_without_a_tokenizer_is_refused(model):
 
 
 def test_a_model_of_two_streams_is_refused(model):
-    settings = Table(model.config.tts_config | {"multistream": True})
-    config = dataclasses.replace(model.config, tts_config=settings)
+    settings = dataclasses.replace(model.config.tts, multistream=True)
+    config = dataclasses.replace(model.config, tts=settings)
     refused_alike(
         dataclasses.replace(model, config=config), CheckpointError, "two speakers in streams of their own, which is not"
     )

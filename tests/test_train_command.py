@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from dsm_jax import cli
-from dsm_jax.configs import Table
 from dsm_jax.errors import ConfigError
 from dsm_jax.training.command import read_config
 from dsm_jax.training.finetune import FinetuneConfig, finetune
@@ -50,7 +49,7 @@ def test_a_config_given_in_part_is_for_the_rest_that_of_the_task(tmp_path):
     values = {"task": "digits", "data": "a", "output": "b", "hardened": {"run": {"steps": 20}, "mix": {"often": {}}}}
     config, _ = read_config(write(tmp_path, json.dumps(values)))
     hardened = DigitsConfig(data="a", output="b").hardened
-    run, mix = dataclasses.replace(hardened.run, steps=20), dataclasses.replace(hardened.mix, often=Table())
+    run, mix = dataclasses.replace(hardened.run, steps=20), dataclasses.replace(hardened.mix, often={})
     assert mix != hardened.mix
     assert config.hardened == dataclasses.replace(hardened, run=run, mix=mix)
     values = {"task": "finetune", "data": "a", "output": "b", "run": {"steps": 3}, "optimizer": {"clip": 0.5}}

@@ -43,7 +43,9 @@ ROUNDING = 1e-5  # of samples whose sums are in another order, as programs for o
 @functools.cache
 def build(window: int) -> tuple[DelayedStreamsLM, Mimi]:
     """A model that speaks and its codec, of one layer each; it often chooses words and padding."""
-    lm_config = dataclasses.replace(small.TTS, context=window, num_layers=1, depformer_num_layers=1)
+    lm_config = dataclasses.replace(
+        small.TTS, context=window, num_layers=1, depformer=dataclasses.replace(small.TTS.depformer, num_layers=1)
+    )
     transformer = dataclasses.replace(small.MIMI.transformer, context=window, num_layers=1)
     mimi_config = dataclasses.replace(small.MIMI, sample_rate=100, seanet=SEANET, transformer=transformer)
     lm = small.build(lambda rngs: DelayedStreamsLM(lm_config, rngs=rngs))
@@ -389,7 +391,11 @@ def test_a_codec_with_fewer_codebooks_than_are_generated_is_refused():
 
 def test_a_walk_stops_after_the_group_in_which_the_last_wanted_codebook_is():
     config = dataclasses.replace(
-        small.TTS, n_q=9, dep_q=9, delays=(0,) * 10, depformer_weights_per_step_schedule=(0,) * 9
+        small.TTS,
+        n_q=9,
+        dep_q=9,
+        delays=(0,) * 10,
+        depformer=dataclasses.replace(small.TTS.depformer, weights_per_step_schedule=(0,) * 9),
     )
     depformer = small.build(lambda rngs: Depformer(config, rngs=rngs))
     hidden_BD = np.random.default_rng(0).normal(size=(2, config.dim)).astype(np.float32)

@@ -12,21 +12,21 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from dsm_jax.checkpoints import Model
-from dsm_jax.configs import ModelConfig, Table
+from dsm_jax.configs import Fuser, ModelConfig, ModelId
 from dsm_jax.errors import CheckpointError, SpeechError
 from dsm_jax.tts import voices
 from tests import small
 
 WIDTH, STEPS = 10, 3
-MODEL_ID = {"sig": "abc123", "epoch": 7}
+MODEL_ID = ModelId(sig="abc123", epoch=7)
 CONFIG = small.TTS
 # As of a model that goes on from a recording.
-SPEAKERLESS = dataclasses.replace(CONFIG, conditioners=Table(control=CONFIG.conditioners["control"]))
+SPEAKERLESS = dataclasses.replace(CONFIG, conditioners=CONFIG.conditioners[2:], fuser=Fuser(sum=("control",)))
 
 
-def model(model_id: dict | None = None) -> Model:
+def model(model_id: ModelId | None = None) -> Model:
     """As much of a model as a voice needs to know."""
-    config = ModelConfig(model_type="tts", model_id=Table(model_id or {}))
+    config = ModelConfig(model_type="tts", model_id=model_id)
     return Model(config, None, None, nnx.split(nnx.Module())[0], nnx.State({}), None, "none")
 
 
@@ -65,10 +65,9 @@ def test_an_array_is_a_voice_already():
     ("given", "model_id"),
     [
         ("gone.safetensors", MODEL_ID),
-        ("expresso/calm.wav", {}),
-        ("expresso/calm.wav", {"sig": "abc123"}),
+        ("expresso/calm.wav", None),
         ("/gone/calm.wav", MODEL_ID),
-        ("a" * 300, {}),
+        ("a" * 300, None),
     ],
 )
 def test_a_voice_that_is_not_there_is_refused(given, model_id):

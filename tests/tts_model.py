@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from dsm_jax import checkpoints
-from dsm_jax.configs import LMConfig, MimiConfig, ModelConfig, Table
+from dsm_jax.configs import Fuser, LMConfig, MimiConfig, ModelConfig, ModelId, TtsConfig
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.tokenizers import load_tokenizer
@@ -43,16 +43,15 @@ SPEAKERS = dataclasses.replace(
     text_card=64,
     num_layers=1,
     context=50,
-    depformer_num_layers=1,
-    depformer_weights_per_step_schedule=(0, 1),
+    depformer=dataclasses.replace(small.TTS.depformer, num_layers=1, weights_per_step_schedule=(0, 1)),
 )
 # Goes on from a recording, is guided by half of its rows: tts-0.75b-en-public.
 PREFIX = dataclasses.replace(
     SPEAKERS,
     text_card_out=5,
     cross_attention=False,
-    conditioners=Table(control=small.TTS.conditioners["control"]),
-    fuser=Table(sum=["control"], prepend=[], cross=[]),
+    conditioners=small.TTS.conditioners[2:],  # control alone
+    fuser=Fuser(sum=("control",)),
 )
 
 
@@ -62,8 +61,8 @@ def random_model(folder: Path, lm_config: LMConfig = SPEAKERS) -> checkpoints.Mo
         model_type="tts",
         lm=lm_config,
         mimi=_MIMI,
-        tts_config=Table(audio_delay=(DELAY_STEPS + 0.5) / _MIMI.frame_rate, second_stream_ahead=2),
-        model_id=Table(sig="0a1b2c3d", epoch=7),
+        tts=TtsConfig(audio_delay=(DELAY_STEPS + 0.5) / _MIMI.frame_rate, second_stream_ahead=2),
+        model_id=ModelId(sig="0a1b2c3d", epoch=7),
     )
     lm_def, lm_params = nnx.split(_lm(lm_config))
     mimi_def, mimi_params = nnx.split(_mimi(_MIMI))

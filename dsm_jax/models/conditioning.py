@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsm_jax.configs import LMConfig
-from dsm_jax.errors import ConfigError
+from dsm_jax.configs import Fuser, LMConfig, LutConditioner
 from dsm_jax.nn.attention import sinusoids
 
 
@@ -58,21 +57,13 @@ class Conditioning(nnx.Module):
     """The conditioners of a config, and how their results are fused."""
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
-        fuser = dict(config.fuser or {})
-        self.summed = tuple(fuser.get("sum", ()))
-        self.crossed = tuple(fuser.get("cross", ()))
-        self.positions = bool(fuser.get("cross_attention_pos_emb", False))
-        self.position_scale = float(fuser.get("cross_attention_pos_emb_scale", 1.0))
-        known = {"sum", "cross", "prepend", "cross_attention_pos_emb", "cross_attention_pos_emb_scale"}
-        if (unknown := set(fuser) - known) or fuser.get("prepend"):
-            raise ConfigError(f"fuser has {sorted(unknown) or 'prepend'}; the library fuses by sum and by cross")
+        fuser = config.fuser or Fuser()
+        self.summed, self.crossed = fuser.sum, fuser.cross
+        self.positions, self.position_scale = fuser.cross_attention_pos_emb, fuser.cross_attention_pos_emb_scale
         conditioners = {}
-        for name, spec in config.conditioners.items():
-            kind = spec["type"]
-            if kind not in ("lut", "tensor"):
-                raise ConfigError(f"conditioner {name} is of type {kind!r}; choose 'lut' or 'tensor'")
-            entries = spec[kind]["n_bins"] + 1 if kind == "lut" else None
-            conditioners[name] = Conditioner(spec[kind]["dim"], config.dim, entries=entries, rngs=rngs)
+        for spec in config.conditioners:
+            entries = spec.n_bins + 1 if isinstance(spec, LutConditioner) else None
+            conditioners[spec.name] = Conditioner(spec.dim, config.dim, entries=entries, rngs=rngs)
         self.conditioners = nnx.Dict(conditioners)
 
     def __call__(

@@ -43,9 +43,9 @@ class DepformerLayer(nnx.Module):
     """Pre-norm attention and gated feed-forward; the norms are shared by all steps, the weights are per set."""
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
-        width, sets = config.depformer_dim, max(config.depformer_schedule) + 1
+        width, sets = config.depformer.dim, max(config.depformer_schedule) + 1
         inner = gating_dim(width, config.depformer_feedforward)
-        self.heads = config.depformer_num_heads
+        self.heads = config.depformer.num_heads
         self.schedule = config.depformer_schedule
         self.norm1 = make_norm(config.norm, width)
         self.in_projs = nnx.List([Linear(width, 3 * width, rngs=rngs) for _ in range(sets)])
@@ -81,18 +81,18 @@ class Depformer(nnx.Module):
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
         fixed = {
-            "depformer_multi_linear": True,
-            "depformer_weights_per_step": True,
-            "depformer_pos_emb": "none",
-            "depformer_gating": "silu",
-            "depformer_layer_scale": None,
-            "depformer_norm": None,
-            "bias_proj": False,
+            "multi_linear": True,
+            "weights_per_step": True,
+            "pos_emb": "none",
+            "gating": "silu",
+            "layer_scale": None,
+            "norm": None,
         }
-        for name, value in fixed.items():
-            if getattr(config, name) != value:
-                raise ConfigError(f"{name} is {getattr(config, name)!r}; every published depformer has {value!r}")
-        width, rank = config.depformer_dim, config.depformer_low_rank_embeddings
+        settings = {f"depformer_{name}": (getattr(config.depformer, name), value) for name, value in fixed.items()}
+        for name, (found, value) in (settings | {"bias_proj": (config.bias_proj, False)}).items():
+            if found != value:
+                raise ConfigError(f"{name} is {found!r}; every published depformer has {value!r}")
+        width, rank = config.depformer.dim, config.depformer.low_rank_embeddings
         self.config = config
         self.inputs = nnx.List(
             [Linear(config.dim, width, rngs=rngs) for _ in range(max(config.depformer_schedule) + 1)]
@@ -101,7 +101,7 @@ class Depformer(nnx.Module):
         self.audio_embs = nnx.List(
             [Embedding(config.card + 1, width, rank=rank, rngs=rngs) for _ in range(config.dep_q - 1)]
         )
-        self.layers = nnx.List([DepformerLayer(config, rngs=rngs) for _ in range(config.depformer_num_layers)])
+        self.layers = nnx.List([DepformerLayer(config, rngs=rngs) for _ in range(config.depformer.num_layers)])
         self.linears = nnx.List([Linear(width, config.card, rngs=rngs) for _ in range(config.dep_q)])
 
     def __call__(self, hidden_BTD: jax.Array, target_BKT: jax.Array) -> jax.Array:

@@ -42,14 +42,14 @@ class Options:
     pauses: PauseRule = PauseRule()
 
     def sampling(self, config: ModelConfig) -> tuple[float, int]:
-        """Returns temperature and top-k; what is None comes from the checkpoint's `lm_gen_config`.
+        """Returns temperature and top-k; what is None comes from the checkpoint's `sampling`.
 
         Raises:
           ConfigError: a temperature or a top-k below 0.
         """
-        defaults = config.lm_gen_config
-        temperature = float(defaults.get("temp_text", 0.0)) if self.temperature is None else self.temperature
-        top_k = int(defaults.get("top_k_text", 0)) if self.top_k is None else self.top_k
+        defaults = config.sampling
+        temperature = (defaults.temp_text or 0.0) if self.temperature is None else self.temperature
+        top_k = (defaults.top_k_text or 0) if self.top_k is None else self.top_k
         if temperature < 0 or top_k < 0:
             raise ConfigError(f"temperature is {temperature} and top_k {top_k}; neither can be below 0")
         return temperature, top_k

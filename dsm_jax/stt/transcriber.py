@@ -13,6 +13,7 @@ import numpy as np
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import CheckpointError, DsmError
+from dsm_jax.models.family import require
 from dsm_jax.nn.sampling import top_k_capacity
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.stt.framing import FrameBuffer, prompt_tokens, word_reader
@@ -56,14 +57,10 @@ class Transcriber:
     """
 
     def __init__(self, model: Model, slots: int, chunk: int, options: Sequence[Options], *, behind: int = 1):
+        require(model, "stt")
         lm, name = model.config.lm, model.name
-        remedy = "load a speech-to-text model such as kyutai/stt-1b-en_fr"
-        if model.lm_def is None or lm is None:
-            raise CheckpointError(f"{name} is a codec without a language model; to transcribe, {remedy}")
-        if model.tokenizer is None:
-            raise CheckpointError(f"{name} has no tokenizer; add the published one, and name it in config.json")
-        if lm.dep_q:
-            raise CheckpointError(f"{name} generates {lm.dep_q} audio streams; to transcribe, {remedy}")
+        assert lm is not None
+        assert model.tokenizer is not None
         if lm.n_q > model.config.mimi.quantizer.n_q:
             raise CheckpointError(
                 f"{name} listens to {lm.n_q} codebooks and its codec has {model.config.mimi.quantizer.n_q}; "

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dsm_jax.checkpoints import Model
+from dsm_jax.configs.json import from_dict
 from dsm_jax.errors import ConfigError
-from dsm_jax.strict import from_dict
 
 
 def _tasks() -> dict[str, tuple[type, Callable[..., Model]]]:

@@ -8,7 +8,7 @@ import csv
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ from dsm_jax.configs import (
     MimiConfig,
     QuantizerConfig,
     SeanetConfig,
-    Table,
     TransformerConfig,
 )
 from dsm_jax.errors import AudioError, ConfigError
@@ -38,7 +37,7 @@ ROWS = 1 << 31  # rows that can be drawn, each another
 TEST_TAKES = range(5, 8)  # for the figures on the model card
 TRAINING_TAKES = range(8, 47)
 VALIDATION_TAKES = range(47, 50)  # for choosing
-OFTEN = Table(nicolas=3)  # chosen by takes 8 and 9: most errors were his, of whose words nothing is left beside them
+OFTEN = {"nicolas": 3}  # chosen by takes 8 and 9: most errors were his, of whose words nothing is left beside them
 # Of the sentences, every twentieth is kept for measuring the codec.
 HELD_OUT_SENTENCES = 20
 
@@ -122,7 +121,7 @@ class Mix:
     delivery: Delivery = Delivery(speed=0.15, tempo=0.2)
     harshness: float = 1.0
     quietest_db: float = -26.0
-    often: Table = Table()
+    often: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for speaker, times in self.often.items():

@@ -11,7 +11,7 @@ from flax import nnx
 
 from dsm_jax import checkpoints
 from dsm_jax.checkpoints import Model
-from dsm_jax.convert.command import convert
+from dsm_jax.convert import convert
 from dsm_jax.errors import CheckpointError, TrainingError
 from dsm_jax.tts.voices import write_voices
 

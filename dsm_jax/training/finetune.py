@@ -16,10 +16,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsm_jax import checkpoints
+from dsm_jax import checkpoints, hub
 from dsm_jax.checkpoints import Model
-from dsm_jax.convert.networks import read_dtype
 from dsm_jax.errors import ConfigError, TrainingError
+from dsm_jax.models.parameters import read_dtype
 from dsm_jax.training import lora, manifest
 from dsm_jax.training.batches import batches
 from dsm_jax.training.export import write_model
@@ -54,7 +54,7 @@ class FinetuneConfig:
     data: str
     output: str
     run: RunConfig
-    model: str = checkpoints.DEFAULT
+    model: str = hub.DEFAULT
     validation: str | None = None
     skip_bad: bool = False
     seconds: float = 20.0

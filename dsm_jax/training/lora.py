@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsm_jax.convert.networks import flatten
 from dsm_jax.errors import ConfigError
+from dsm_jax.models.parameters import flatten
 
 # (A [..., in, rank], B [..., rank, out]) by the dotted path of the parameter that they are added to, float32.
 Adapters = dict[str, tuple[jax.Array, jax.Array]]

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from dsm_jax import checkpoints
-from dsm_jax.configs import LMConfig, MimiConfig, ModelConfig, QuantizerConfig, SttConfig, Table
+from dsm_jax.configs import LMConfig, MimiConfig, ModelConfig, QuantizerConfig, SamplingDefaults, SttConfig
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.stt.words import Timing
 from dsm_jax.tokenizers import load_tokenizer
@@ -107,7 +107,7 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
     def rows(stage: CodecStage, draw: int) -> tuple[CodecRows, CodecRows]:
         # Measured on digits alone, whole and everyone's alike, whatever else the stage learns from.
         whole = dataclasses.replace(stage.mix.delivery, cut=0.0)
-        only_digits = dataclasses.replace(stage.mix, sentences=0.0, noise=0.0, often=Table(), delivery=whole)
+        only_digits = dataclasses.replace(stage.mix, sentences=0.0, noise=0.0, often={}, delivery=whole)
         learnt = CodecRows(takes, sentences, stage.frames, (seed, draw), stage.mix, sizes)
         return learnt, CodecRows(kept, sentences, stage.frames, (seed, 1), only_digits, sizes)
 
@@ -133,7 +133,7 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
         lm=lm,
         mimi=sizes,
         stt=SttConfig(audio_delay_seconds=DELAY / sizes.frame_rate),
-        lm_gen_config=Table(temp=0.0, temp_text=0.0, top_k=0, top_k_text=0),
+        sampling=SamplingDefaults(temp=0.0, temp_text=0.0, top_k=0, top_k_text=0),
     )
     timing = Timing(sizes.frame_rate, DELAY / sizes.frame_rate, 0.0)
 

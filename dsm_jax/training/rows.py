@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
-from dsm_jax.errors import CheckpointError
+from dsm_jax.models.family import require
 from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.stt.framing import FrameBuffer, word_reader
 from dsm_jax.training.alignment import pieces_of, text_stream
@@ -80,12 +80,10 @@ class Rows:
     """
 
     def __init__(self, model: Model, mesh: Mesh, *, seconds: float, at_once: int):
+        require(model, "stt")
         lm, tokenizer = model.config.lm, model.tokenizer
-        if lm is None or tokenizer is None or lm.dep_q:
-            raise CheckpointError(
-                f"{model.name} is no speech-to-text model: one has a language model and a tokenizer, and generates no "
-                "audio; begin with a model such as kyutai/stt-1b-en_fr"
-            )
+        assert lm is not None
+        assert tokenizer is not None
         self.model, self.lm, self.tokenizer = model, lm, tokenizer
         self.longest = int(seconds * model.sample_rate)
         self.timing = word_reader(model.config, lm, tokenizer).timing

@@ -15,7 +15,17 @@ import numpy as np
 from flax import nnx
 
 from dsm_jax import checkpoints
-from dsm_jax.configs import LMConfig, MimiConfig, ModelConfig, QuantizerConfig, Table
+from dsm_jax.configs import (
+    DepformerConfig,
+    Fuser,
+    LMConfig,
+    MimiConfig,
+    ModelConfig,
+    QuantizerConfig,
+    SamplingDefaults,
+    TensorConditioner,
+    TtsConfig,
+)
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.stt.words import Timing
@@ -98,13 +108,15 @@ def speaking_config(quantizer: QuantizerConfig, pieces: int, context: int, speak
         hidden_scale=3.0,
         context=context,
         cross_attention=True,
-        conditioners=Table({WAVS: {"type": "tensor", "tensor": {"dim": speakers}}}),
-        fuser=Table(sum=[], prepend=[], cross=[WAVS], cross_attention_pos_emb=True, cross_attention_pos_emb_scale=1.0),
-        depformer_dim=96,
-        depformer_num_heads=4,
-        depformer_num_layers=2,
-        depformer_dim_feedforward=288,
-        depformer_weights_per_step_schedule=(0, 1, 2, *[3] * (quantizer.n_q - 3)),
+        conditioners=(TensorConditioner(name=WAVS, dim=speakers),),
+        fuser=Fuser(cross=(WAVS,), cross_attention_pos_emb=True),
+        depformer=DepformerConfig(
+            dim=96,
+            num_heads=4,
+            num_layers=2,
+            dim_feedforward=288,
+            weights_per_step_schedule=(0, 1, 2, *[3] * (quantizer.n_q - 3)),
+        ),
     )
 
 
@@ -194,8 +206,8 @@ def train_speaking(config: SpeakingConfig, *, resume: bool = False) -> checkpoin
         model_type="tts",
         lm=lm,
         mimi=mimi.config,
-        tts_config=Table(audio_delay=DELAY / rate, second_stream_ahead=0),
-        lm_gen_config=Table(temp=0.6, temp_text=0.6, top_k=250, top_k_text=25),
+        tts=TtsConfig(audio_delay=DELAY / rate),
+        sampling=SamplingDefaults(temp=0.6, temp_text=0.6, top_k=250, top_k_text=25),
     )
     mimi_params = in_16_bits(listener.mimi_params)
     model = checkpoints.Model(whole, lm_def, in_16_bits(lm_params), listener.mimi_def, mimi_params, tokenizer, NAME)

@@ -10,6 +10,7 @@ import numpy as np
 
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import CheckpointError, DsmError, SpeechError
+from dsm_jax.models.family import require
 from dsm_jax.tts.program import TtsSettings
 from dsm_jax.tts.script import Entry
 from dsm_jax.tts.voices import Voice
@@ -55,15 +56,11 @@ class SpeechOptions:
           CheckpointError: the model does not speak.
           SpeechError: a value out of its range.
         """
-        lm, name = model.config.lm, model.name
-        remedy = "load a text-to-speech model such as kyutai/tts-1.6b-en_fr"
-        if model.lm_def is None or lm is None:
-            raise CheckpointError(f"{name} is a codec without a language model; to speak, {remedy}")
-        if not lm.dep_q or "audio_delay" not in model.config.tts_config:
-            raise CheckpointError(f"{name} does not generate speech from text; to speak, {remedy}")
-        if model.tokenizer is None:
-            raise CheckpointError(f"{name} has no tokenizer; add the published one, and name it in config.json")
-        if model.config.tts_config.get("multistream", False):
+        require(model, "tts")
+        lm, tts, name = model.config.lm, model.config.tts, model.name
+        assert lm is not None
+        assert tts is not None
+        if tts.multistream:
             raise CheckpointError(f"{name} generates two speakers in streams of their own, which is not supported")
         numbers = {
             "temperature": (self.temperature_of(model), 0),
@@ -94,7 +91,8 @@ class SpeechOptions:
 
     def temperature_of(self, model: Model) -> float:
         """Returns the temperature: these options', the checkpoint's, or 0.6."""
-        return float(model.config.lm_gen_config.get("temp", 0.6)) if self.temperature is None else self.temperature
+        default = 0.6 if model.config.sampling.temp is None else model.config.sampling.temp
+        return default if self.temperature is None else self.temperature
 
 
 def settings_of(
@@ -109,12 +107,13 @@ def settings_of(
       max_top_k_audio: the same of audio tokens.
       guided: whether requests may choose classifier-free guidance.
     """
-    assert model.config.lm is not None
-    tts = model.config.tts_config
+    lm, tts = model.config.lm, model.config.tts
+    assert lm is not None
+    assert tts is not None
     return TtsSettings(
         slots=slots,
-        machine=WordMachine(model.config.lm.text_card + 1, int(tts.get("second_stream_ahead", 0))),
-        delay_steps=int(tts["audio_delay"] * model.config.mimi.frame_rate),
+        machine=WordMachine(lm.text_card + 1, tts.second_stream_ahead),
+        delay_steps=int(tts.audio_delay * model.config.mimi.frame_rate),
         max_top_k_text=max_top_k_text,
         max_top_k_audio=max_top_k_audio,
         guided=guided,

@@ -17,9 +17,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dsm_jax.checkpoints import Model, fetch_file
-from dsm_jax.configs import LMConfig, Table
+from dsm_jax.checkpoints import Model
+from dsm_jax.configs import LMConfig, LutConditioner, TensorConditioner
 from dsm_jax.errors import CheckpointError, SpeechError
+from dsm_jax.hub import fetch_file
 
 VOICES = "kyutai/tts-voices"  # where voices are found by name
 SLOTS = 5  # speakers that a model can be told of; the first two speak
@@ -61,10 +62,10 @@ def read_voice(voice: Voice, model: Model) -> np.ndarray:
         path = own.get(str(voice), Path(voice).expanduser())
         if not os.path.isfile(path):  # says no to names that pathlib raises at
             local = path.suffix == ".safetensors" or path.is_absolute() or os.path.isdir(path)
-            if local or not {"sig", "epoch"} <= model_id.keys():
+            if local or model_id is None:
                 known = f", or one of the model's own: {', '.join(own)}" if own else ""
                 raise CheckpointError(f"the voice {path} is not a file; give a voice's safetensors file{known}")
-            path = fetch_file(VOICES, f"{voice}.{model_id['sig']}@{model_id['epoch']}.safetensors")
+            path = fetch_file(VOICES, f"{voice}.{model_id.sig}@{model_id.epoch}.safetensors")
         steps_XC = _read(path)
     numbers = np.issubdtype(steps_XC.dtype, np.floating)
     if not numbers or steps_XC.ndim != 2 or not steps_XC.size or not np.isfinite(steps_XC).all():
@@ -106,13 +107,14 @@ def blend(voices: Sequence[np.ndarray], weights: Sequence[float] | None = None) 
 
 def guidance_values(config: LMConfig) -> list[float]:
     """The guidance that a model with distilled guidance can be told; none for one without."""
-    spec = config.conditioners.get(GUIDANCE)
-    return [] if spec is None else [float(value) for value in spec["lut"]["possible_values"]]
+    conditioner = config.conditioner(GUIDANCE)
+    known = conditioner.possible_values if isinstance(conditioner, LutConditioner) else None
+    return [float(value) for value in known or ()]
 
 
 def has_speakers(config: LMConfig) -> bool:
     """Whether the model is told its speakers by voices."""
-    return WAVS in config.conditioners
+    return config.conditioner(WAVS) is not None
 
 
 def positions(voices: Sequence[np.ndarray]) -> int:
@@ -141,26 +143,28 @@ def conditions(
     room = max(map(positions, voices), default=0) if room is None else room
     values, masks = absent(config, len(voices), room)
     length_B = np.zeros(len(voices), np.int32)
-    for name, spec in config.conditioners.items():
-        if name == WAVS:
+    for conditioner in config.conditioners:
+        value, mask = values[conditioner.name], masks[conditioner.name]
+        if isinstance(conditioner, TensorConditioner):
             for row, given in enumerate(voices):
-                value_XC, mask_X = _slots(given, spec["tensor"]["dim"])
+                value_XC, mask_X = _slots(given, conditioner.dim)
                 length_B[row] = len(value_XC)
-                values[name][row, : len(value_XC)], masks[name][row, : len(value_XC)] = value_XC, mask_X
-        elif (index := _index(name, spec, guidance)) is not None:
-            values[name][:], masks[name][:] = index, True
+                value[row, : len(value_XC)], mask[row, : len(value_XC)] = value_XC, mask_X
+        elif (index := _index(conditioner, guidance)) is not None:
+            value[:], mask[:] = index, True
     return values, masks, length_B
 
 
 def absent(config: LMConfig, rows: int, room: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Makes the values and masks of rows to which no condition is given, with some positions of voices."""
     values, masks = {}, {}
-    for name, spec in config.conditioners.items():
-        if name == WAVS:
-            values[name] = np.zeros((rows, room, spec["tensor"]["dim"]), np.float32)
+    for conditioner in config.conditioners:
+        name = conditioner.name
+        if isinstance(conditioner, TensorConditioner):
+            values[name] = np.zeros((rows, room, conditioner.dim), np.float32)
             masks[name] = np.zeros((rows, room), bool)
         else:
-            values[name] = np.full((rows, 1), spec["lut"]["n_bins"], np.int32)
+            values[name] = np.full((rows, 1), conditioner.n_bins, np.int32)
             masks[name] = np.zeros((rows, 1), bool)
     return values, masks
 
@@ -177,12 +181,12 @@ def with_unconditional(
     )
 
 
-def _index(name: str, spec: Table, guidance: float | None) -> int | None:
+def _index(conditioner: LutConditioner, guidance: float | None) -> int | None:
     """Which entry of a table a row is told; None for nothing."""
-    known = list(spec["lut"]["possible_values"])
-    if name == CONTROL:
+    known = conditioner.possible_values or ()
+    if conditioner.name == CONTROL:
         return known.index("ok")
-    if name != GUIDANCE or guidance is None:
+    if conditioner.name != GUIDANCE or guidance is None:
         return None
     if guidance not in (numbers := [float(value) for value in known]):
         raise SpeechError(f"the guidance is {guidance}; this model knows {', '.join(known)}")

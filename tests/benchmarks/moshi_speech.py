@@ -15,7 +15,7 @@ from moshi.models.tts import Entry, StateMachine, TokenIds
 
 from dsm_jax.benchmark import VOICE_STEPS
 from dsm_jax.configs import ModelConfig
-from dsm_jax.convert import kyutai
+from dsm_jax.convert import kyutai_config
 from dsm_jax.tts.voices import SLOTS
 from tests.benchmarks.worker import Step
 from tests.parity.references.kyutai import lm_config
@@ -24,16 +24,16 @@ from tests.parity.references.kyutai import lm_config
 def make(config: ModelConfig, batch: int) -> Step:
     """The step of `batch` rows of a text that does not end, float32."""
     torch.manual_seed(0)
-    files = kyutai.Files(kyutai.LM_NAME, kyutai.MIMI_NAME, None, None)
+    files = kyutai_config.Files(kyutai_config.LM_NAME, kyutai_config.MIMI_NAME, None, None)
     assert config.lm is not None
     lm = loaders.get_moshi_lm(
-        None, lm_config(kyutai.write_config(config, config.lm, files)), dtype=torch.float32
+        None, lm_config(kyutai_config.write_config(config, config.lm, files)), dtype=torch.float32
     ).eval()
-    mimi = loaders.get_mimi(None, kyutai.write_mimi_config(config.mimi), num_codebooks=lm.dep_q).eval()
+    mimi = loaders.get_mimi(None, kyutai_config.write_mimi_config(config.mimi), num_codebooks=lm.dep_q).eval()
     machine = StateMachine(
-        TokenIds(lm.text_card + 1), second_stream_ahead=config.tts_config["second_stream_ahead"], max_padding=8
+        TokenIds(lm.text_card + 1), second_stream_ahead=config.tts.second_stream_ahead, max_padding=8
     )
-    delay_steps = int(config.tts_config["audio_delay"] * mimi.frame_rate)
+    delay_steps = int(config.tts.audio_delay * mimi.frame_rate)
     return start(lm, mimi, machine, delay_steps, batch)
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dsm_jax.configs import LMConfig, MimiConfig, ModelConfig
-from dsm_jax.convert import kyutai
+from dsm_jax.convert import kyutai_config
 from dsm_jax.training.codec import QUIET
 from dsm_jax.training.spectral import SCALES
 from dsm_jax.training.step import OptimizerConfig
@@ -68,14 +68,14 @@ def make(task: str, tiny: bool) -> Step:
 
 def make_lm(config: LMConfig) -> LMModel:
     """The reference's language model of a config, float32, to be trained."""
-    files = kyutai.Files(kyutai.LM_NAME, kyutai.MIMI_NAME, None, None)
-    values = kyutai.write_config(ModelConfig(model_type="stt", lm=config), config, files)
+    files = kyutai_config.Files(kyutai_config.LM_NAME, kyutai_config.MIMI_NAME, None, None)
+    values = kyutai_config.write_config(ModelConfig(model_type="stt", lm=config), config, files)
     return loaders.get_moshi_lm(None, lm_config(values), dtype=torch.float32).train()
 
 
 def make_mimi(config: MimiConfig) -> MimiModel:
     """The reference's codec of a config, to be trained."""
-    return loaders.get_mimi(None, kyutai.write_mimi_config(config), num_codebooks=config.quantizer.n_q).train()
+    return loaders.get_mimi(None, kyutai_config.write_mimi_config(config), num_codebooks=config.quantizer.n_q).train()
 
 
 def train_lm(case: LmCase, lm: LMModel) -> Training:

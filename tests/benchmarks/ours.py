@@ -13,17 +13,15 @@ import numpy as np
 from flax import nnx
 
 import dsm_jax
-from dsm_jax import benchmark, presets
-from dsm_jax.configs import MimiConfig, ModelConfig, Table
+from dsm_jax import benchmark
+from dsm_jax.configs import MimiConfig, ModelConfig, TtsConfig, presets
 from dsm_jax.models.mimi import Mimi
 from tests import small
 from tests.benchmarks.worker import Step
 
 # `small.TTS` also hears, which Kyutai's loop for speech does not provide for.
 _LM = dataclasses.replace(small.TTS, n_q=4, delays=(0, 0, 2, 2, 2), card=16)
-TINY_TTS = ModelConfig(
-    model_type="tts", lm=_LM, mimi=small.MIMI, tts_config=Table(audio_delay=0.2, second_stream_ahead=2)
-)
+TINY_TTS = ModelConfig(model_type="tts", lm=_LM, mimi=small.MIMI, tts=TtsConfig(audio_delay=0.2, second_stream_ahead=2))
 
 
 def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:

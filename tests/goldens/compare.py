@@ -16,9 +16,9 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from dsm_jax import strict
-from dsm_jax.configs import LMConfig, MimiConfig, QuantizerConfig, TransformerConfig
-from dsm_jax.convert import kyutai, pieces, transforms
+from dsm_jax.configs import MimiConfig, QuantizerConfig, TransformerConfig
+from dsm_jax.configs.json import from_dict
+from dsm_jax.convert import kyutai, kyutai_config, pieces, transforms
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.nn.conv import CausalConv1d, CausalConvTranspose1d, DepthwiseUpsample
@@ -115,7 +115,7 @@ def upsample(config: dict[str, Any], arrays: Arrays) -> None:
 
 
 def filled_transformer(config: dict[str, Any], arrays: Arrays) -> Transformer:
-    read_config = strict.from_dict(TransformerConfig, config, "golden")
+    read_config = from_dict(TransformerConfig, config, "golden")
     table = kyutai.transformer_pieces(read_config, "", "")
     return filled(lambda rngs: Transformer(read_config, rngs=rngs), table, arrays, root=".")
 
@@ -132,7 +132,7 @@ def transformer(config: dict[str, Any], arrays: Arrays) -> None:
 
 
 def rvq(config: dict[str, Any], arrays: Arrays) -> None:
-    read_config = strict.from_dict(QuantizerConfig, config, "golden")
+    read_config = from_dict(QuantizerConfig, config, "golden")
     table = kyutai.mimi_table(dataclasses.replace(small.MIMI, quantizer=read_config))
     table = [item for item in table if "quantizer." in str(item)]
     quantizer = filled(lambda rngs: SplitQuantizer(read_config, rngs=rngs), table, arrays, root="quantizer.")
@@ -144,7 +144,7 @@ def rvq(config: dict[str, Any], arrays: Arrays) -> None:
 
 
 def mimi(config: dict[str, Any], arrays: Arrays) -> None:
-    read_config = strict.from_dict(MimiConfig, config, "golden")
+    read_config = from_dict(MimiConfig, config, "golden")
     codec = filled(lambda rngs: Mimi(read_config, rngs=rngs), kyutai.mimi_table(read_config), arrays)
     samples_BTC, codes_BQT = _time_second(arrays["in.samples"]), arrays["out.codes"]
     assert len(np.unique(codes_BQT)) > read_config.quantizer.bins / 2  # a codec that says one thing proves nothing
@@ -154,7 +154,7 @@ def mimi(config: dict[str, Any], arrays: Arrays) -> None:
 
 
 def _language_model(config: dict[str, Any], arrays: Arrays) -> DelayedStreamsLM:
-    read_config = strict.from_dict(LMConfig, config, "golden")
+    read_config = kyutai_config.read_lm(config, "golden")
     table = kyutai.lm_table(read_config, unpacked=True)
     return filled(lambda rngs: DelayedStreamsLM(read_config, rngs=rngs), table, arrays)
 

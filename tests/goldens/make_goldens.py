@@ -26,8 +26,9 @@ from moshi.modules.transformer import StreamingTransformer
 from moshi.quantization import SplitResidualVectorQuantizer
 from safetensors.numpy import save_file
 
-from dsm_jax import strict
 from dsm_jax.configs import TransformerConfig
+from dsm_jax.configs.json import to_dict
+from dsm_jax.convert.kyutai_config import flat_lm
 from tests import small
 
 Arrays = dict[str, np.ndarray]
@@ -132,13 +133,13 @@ def transformer(config: TransformerConfig) -> Callable[[np.random.Generator], Go
         for name, chunk in {"singles": 1, "pairs": 2}.items():
             with module.streaming(2):
                 arrays[f"out.{name}"] = torch.cat([module(part) for part in x_BTD.split(chunk, dim=1)], dim=1)
-        return strict.to_dict(config), arrays
+        return to_dict(config), arrays
 
     return make
 
 
 def rvq(random: np.random.Generator) -> Golden:
-    config = strict.to_dict(small.MIMI.quantizer)
+    config = to_dict(small.MIMI.quantizer)
     module = SplitResidualVectorQuantizer(**config).eval()
     weights, x_BDT = draw(module, random), noise(random, 2, config["input_dimension"], 9)
     arrays = weights | {"in.x": x_BDT}
@@ -150,7 +151,7 @@ def rvq(random: np.random.Generator) -> Golden:
 
 
 def mimi(random: np.random.Generator) -> Golden:
-    config = strict.to_dict(small.MIMI)
+    config = to_dict(small.MIMI)
     module = loaders.get_mimi(None, config, num_codebooks=config["quantizer"]["n_q"])
     # Not a whole number of frames.
     weights, samples_BCT = draw(module, random), noise(random, 2, 1, 8 * small.MIMI.frame_size - 5)
@@ -165,7 +166,7 @@ def mimi(random: np.random.Generator) -> Golden:
 
 def stt(random: np.random.Generator) -> Golden:
     """The parts of `LMModel.forward` that run without a depformer; the method itself does not."""
-    config = strict.to_dict(small.STT)
+    config = flat_lm(small.STT)
     module = _language_model(config)
     weights, codes_BKT = draw(module, random), _tokens(random, config)
     initial_BK1 = module._get_initial_token().expand(2, -1, -1)
@@ -185,7 +186,7 @@ def stt(random: np.random.Generator) -> Golden:
 
 def tts(random: np.random.Generator) -> Golden:
     """`LMModel.forward`, with one row told everything and one row told little."""
-    config = strict.to_dict(small.TTS)
+    config = flat_lm(small.TTS)
     module = _language_model(config)
     weights, codes_BKT = draw(module, random), _tokens(random, config)
     # Two texts in one integer; a first half of 0 is no second text.

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import KyutaiSpeechToTextForConditionalGeneration, KyutaiSpeechToTextProcessor, MimiModel
 
 from dsm_jax import checkpoints
-from dsm_jax.convert.command import convert
+from dsm_jax.convert import convert
 from dsm_jax.tokenizers import load_tokenizer
 from tests.checkpoint_maker import arrays_of, assert_same_weights
 from tests.parity.references import (
@@ -135,7 +135,7 @@ _MEASURE = """
 import sys
 from pathlib import Path
 import jax
-from dsm_jax.convert.command import convert
+from dsm_jax.convert import convert
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -9,7 +9,7 @@ from flax import nnx
 
 import dsm_jax
 from dsm_jax import audio, codec
-from dsm_jax.convert.networks import flatten
+from dsm_jax.models.parameters import flatten
 from dsm_jax.training.finetune import FinetuneConfig, finetune
 from dsm_jax.training.lora import LoraConfig
 from dsm_jax.training.run import RunConfig

@@ -16,9 +16,9 @@ from flax import nnx
 
 from dsm_jax.configs import MimiConfig
 from dsm_jax.convert import kyutai, pieces
-from dsm_jax.convert.networks import flatten
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
+from dsm_jax.models.parameters import flatten
 from dsm_jax.training.codec import CodecTrainee
 from dsm_jax.training.step import OptimizerConfig
 from tests import small

@@ -1,4 +1,4 @@
-"""A model's two networks as structure without weights: what a checkpoint has to fill."""
+"""The parameters of a network by dotted name: their shapes before there are weights, and states made of arrays."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,10 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsm_jax.configs import ModelConfig
 from dsm_jax.errors import CheckpointError
-from dsm_jax.models.lm import DelayedStreamsLM
-from dsm_jax.models.mimi import Mimi
 
 # Kept in float32 whatever the model's dtype, as the reference does: it is computed once per stream.
 ALWAYS_FLOAT32 = "conditioning."
@@ -20,8 +17,8 @@ LM_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
-    """A module without weights.
+class AbstractNetwork:
+    """A network without weights.
 
     Attributes:
       graph: the structure, for `nnx.merge`.
@@ -32,10 +29,16 @@ class Network:
     parameters: dict[str, jax.ShapeDtypeStruct]
     _state: nnx.State
 
-    def fill(self, arrays: Mapping[str, Any]) -> nnx.State:
-        """The state that holds these arrays, one for each of `parameters`."""
+    def unflatten(self, arrays: Mapping[str, Any]) -> nnx.State:
+        """Makes the state that holds these arrays, one for each of `parameters`."""
         flat = nnx.to_flat_state(self._state)
         return nnx.from_flat_state([(path, variable.replace(arrays[_dotted(path)])) for path, variable in flat])
+
+
+def abstract(make: Callable[[], nnx.Module]) -> AbstractNetwork:
+    """Traces a constructor; nothing is allocated."""
+    graph, state = nnx.split(nnx.eval_shape(make))
+    return AbstractNetwork(graph, flatten(state), state)
 
 
 def _dotted(path: tuple) -> str:
@@ -43,28 +46,15 @@ def _dotted(path: tuple) -> str:
 
 
 def flatten(state: nnx.State) -> dict[str, Any]:
-    """The arrays of a state by dotted path."""
+    """Lists the arrays of a state by dotted path."""
     return {_dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
 
-def networks(config: ModelConfig, *, decoder: bool = True) -> dict[str, Network]:
-    """The networks that a config describes: "mimi", and "lm" where it has one. Nothing is allocated."""
-    makers: dict[str, Callable[[], nnx.Module]] = {"mimi": lambda: Mimi(config.mimi, decoder=decoder, rngs=nnx.Rngs(0))}
-    if config.lm is not None:
-        lm = config.lm
-        makers["lm"] = lambda: DelayedStreamsLM(lm, rngs=nnx.Rngs(0))
-    made = {}
-    for part, make in makers.items():
-        graph, state = nnx.split(nnx.eval_shape(make))
-        made[part] = Network(graph, flatten(state), state)
-    return made
-
-
 def read_dtype(dtype: Any) -> np.dtype:
-    """The dtype that a caller asked for, by name or as jax and numpy have it.
+    """Reads the dtype that a caller asked for, by name or as jax and numpy have it.
 
     Raises:
-      CheckpointError: it is none that a language model can have.
+      CheckpointError: a language model cannot have it.
     """
     try:
         read = jnp.dtype(dtype)
@@ -76,9 +66,24 @@ def read_dtype(dtype: Any) -> np.dtype:
 
 
 def with_dtype(part: str, parameters: Mapping[str, Any], dtype: np.dtype) -> dict[str, jax.ShapeDtypeStruct]:
-    """The parameters of a network in the dtypes that they have when the language model's is `dtype`."""
+    """Gives the parameters of a network the dtypes that they have in a model whose language model has `dtype`.
+
+    Args:
+      part: "mimi" or "lm"; the codec stays float32.
+      parameters: with shapes, by name.
+      dtype: of the language model.
+
+    Returns:
+      Shapes and dtypes by name.
+    """
     keep = part == "mimi"
     return {
         name: jax.ShapeDtypeStruct(p.shape, jnp.float32 if keep or name.startswith(ALWAYS_FLOAT32) else dtype)
         for name, p in parameters.items()
     }
+
+
+def dtype_of(parameters: Mapping[str, Any]) -> str:
+    """Names the dtype of a network, conditioning apart: that of its first parameter; "float32" without any."""
+    dtypes = (np.dtype(p.dtype).name for name, p in parameters.items() if not name.startswith(ALWAYS_FLOAT32))
+    return next(dtypes, "float32")

@@ -1,0 +1,69 @@
+"""Converts a checkpoint from any supported layout to any other, one parameter in memory at a time."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsm_jax import hub
+from dsm_jax.convert import native, report
+from dsm_jax.convert.checkpoint import LeftOut
+from dsm_jax.convert.layouts import layout_for, layout_names, open_checkpoint
+from dsm_jax.convert.report import Report
+from dsm_jax.errors import CheckpointError
+from dsm_jax.models.parameters import read_dtype
+from dsm_jax.progress import byte_bar
+
+
+def convert(
+    source: str | Path, destination: str | Path, *, to: str = "orbax", dtype: Any = None, progress: bool = True
+) -> Report:
+    """Rewrites a checkpoint in another layout, strictly: every tensor is accounted for, or nothing is written.
+
+    Args:
+      source: a folder or file in any supported layout, or a name on the hub.
+      destination: a folder that does not exist yet.
+      to: "orbax" (this library's own), "kyutai" or "transformers".
+      dtype: of the language model's weights, "bfloat16", "float16" or "float32"; None keeps the stored one. The codec
+        is always float32.
+      progress: shows a bar where standard error is a terminal.
+
+    Returns:
+      An account of every tensor read, written and left out.
+
+    Raises:
+      CheckpointError: the source is not complete and right, or the destination exists or cannot be written.
+      ConfigError: a config that the library, or the destination's layout, cannot express.
+    """
+    if to not in (names := layout_names()):
+        raise CheckpointError(f"the layout {to!r} is unknown; choose one of {', '.join(names)}")
+    destination = Path(destination)
+    if destination.exists():
+        raise CheckpointError(f"{destination} exists; remove it, or give another destination")
+    checkpoint = open_checkpoint(hub.find(source))
+    checkpoint.load_tokenizer()  # checks its size
+    layout = layout_for(checkpoint, to)
+    cast = checkpoint if dtype is None else checkpoint.in_dtype(read_dtype(dtype))
+    total = sum(p.size * p.dtype.itemsize for parameters in cast.stored.values() for p in parameters.values())
+    written, dropped = [], []
+    with (
+        byte_bar(f"converting {checkpoint.name}", total, progress) as advance,
+        native.new_folder(destination, total) as folder,
+    ):
+        for item in layout.write(cast, folder):
+            if isinstance(item, LeftOut):
+                dropped.append(item)
+                continue
+            written.append(report.written_as(item))
+            advance(int(np.prod(item.shape)) * np.dtype(item.dtype).itemsize)
+    return Report(
+        checkpoint.name,
+        checkpoint.layout,
+        destination.name,
+        to,
+        tuple(report.moved_by(checkpoint)),
+        tuple(written),
+        tuple(report.unused_by(checkpoint)),
+        tuple(dropped),
+        checkpoint.notes,
+    )

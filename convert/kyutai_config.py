@@ -1,0 +1,228 @@
+"""The config.json of Kyutai's own layout: one flat object for the language model and everything around it.
+
+The conditioners, the fuser, and the settings of a kind of model are objects of their own; the fields of the depformer
+are flat too, with the prefix `depformer_`.
+Source: kyutai-labs/moshi@e6a55d2 moshi/models/loaders.py.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from dsm_jax.configs import (
+    Conditioner,
+    DepformerConfig,
+    LMConfig,
+    LutConditioner,
+    MimiConfig,
+    ModelConfig,
+    ModelId,
+    QuantizerConfig,
+    SamplingDefaults,
+    SttConfig,
+    TensorConditioner,
+    TtsConfig,
+)
+from dsm_jax.configs.json import from_dict, to_dict
+from dsm_jax.convert.pieces import Tensors
+from dsm_jax.errors import ConfigError
+from dsm_jax.models import family
+
+LM_NAME = "model.safetensors"
+MIMI_NAME = "mimi-pytorch-e351c8d8@125.safetensors"
+MIMI_CONFIG_NAME = "mimi_config.json"
+_DEPFORMER = "depformer_"
+_CONDITIONERS = {"lut": LutConditioner, "tensor": TensorConditioner}
+# Keys that the published files always have; the others are written unless they have their default.
+_ALWAYS = (
+    *("existing_text_padding_id", "causal", "layer_scale", "max_period", "gating", "norm", "positional_embedding"),
+    *("depformer_dim", "depformer_num_heads", "depformer_num_layers", "depformer_dim_feedforward"),
+    *("depformer_multi_linear", "depformer_pos_emb", "depformer_weights_per_step", "conditioners", "cross_attention"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """The files that a config names, besides itself."""
+
+    lm: str
+    mimi: str
+    mimi_config: str | None
+    tokenizer: str | None
+
+
+def read_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, LMConfig, Files]:
+    """Reads the content of a config.json.
+
+    Args:
+      values: the decoded JSON.
+      where: what it was read from, for the error.
+
+    Returns:
+      The config, with the published codec; the config of its language model; and the files it names.
+
+    Raises:
+      ConfigError: a key or a value that the library does not understand.
+    """
+    rest = dict(values)
+    names = {key: rest.pop(key, None) for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name")}
+    model_type = rest.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise ConfigError(f"{where}: model_type is {model_type!r}; expected one of {', '.join(family.FAMILIES)}")
+    stt, sampling, tts, model_id = (
+        _read_settings(rest, key, kind, where)
+        for key, kind in (
+            ("stt_config", SttConfig),
+            ("lm_gen_config", SamplingDefaults),
+            ("tts_config", TtsConfig),
+            ("model_id", ModelId),
+        )
+    )
+    lm = read_lm(rest, where)
+    config = ModelConfig(
+        model_type=model_type,
+        lm=lm,
+        stt=stt or SttConfig(),
+        tts=tts,
+        sampling=sampling or SamplingDefaults(),
+        model_id=model_id,
+    )
+    family.check(config, where)
+    files = Files(
+        names["moshi_name"] or LM_NAME,
+        names["mimi_name"] or MIMI_NAME,
+        names["mimi_config_name"],
+        names["tokenizer_name"],
+    )
+    return config, lm, files
+
+
+def _read_settings(rest: dict[str, Any], key: str, kind: type, where: str) -> Any:
+    """Takes an object out of a config; None where it is empty or missing."""
+    values = rest.pop(key, None)
+    return from_dict(kind, values, f"{where}: {key}") if values else None
+
+
+def read_lm(values: Mapping[str, Any], where: str) -> LMConfig:
+    """Reads the flat config of a language model.
+
+    Args:
+      values: the decoded JSON, without the keys around the language model.
+      where: what it was read from, for the error.
+
+    Returns:
+      The config.
+
+    Raises:
+      ConfigError: a key or a value that the library does not understand.
+    """
+    flat = {field.name for field in dataclasses.fields(LMConfig)} - {"depformer"}
+    depformer = {_DEPFORMER + field.name for field in dataclasses.fields(DepformerConfig)}
+    if unknown := sorted(values.keys() - flat - depformer):
+        raise ConfigError(f"{where}: unknown keys {unknown}; remove them, or use one of {sorted(flat | depformer)}")
+    nested: dict[str, Any] = {key: value for key, value in values.items() if key in flat}
+    nested["depformer"] = from_dict(
+        DepformerConfig,
+        {key.removeprefix(_DEPFORMER): value for key, value in values.items() if key in depformer},
+        f"{where}: depformer",
+    )
+    conditioners = values.get("conditioners", {})
+    if not isinstance(conditioners, Mapping):
+        raise ConfigError(f"{where}: conditioners is {conditioners!r}; expected an object with each by its name")
+    nested["conditioners"] = tuple(
+        _read_conditioner(name, spec, f"{where}: conditioners: {name}") for name, spec in conditioners.items()
+    )
+    return from_dict(LMConfig, nested, where)
+
+
+def _read_conditioner(name: str, spec: Any, where: str) -> Conditioner:
+    kind = spec.get("type") if isinstance(spec, Mapping) else None
+    if kind not in _CONDITIONERS:
+        raise ConfigError(f"{where}: the type is {kind!r}; choose one of {sorted(_CONDITIONERS)}")
+    values = spec.get(kind)
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: {kind} is {values!r}; expected an object")
+    if unknown := sorted((spec.keys() - {"type", kind}) | (values.keys() & {"type", "name"})):
+        raise ConfigError(f"{where}: unknown keys {unknown}; remove them")
+    return from_dict(_CONDITIONERS[kind], {"name": name, **values}, where)
+
+
+def flat_lm(config: LMConfig) -> dict[str, Any]:
+    """Returns the flat config of a language model with every key, as `read_lm` reads it."""
+    values = _flat(to_dict(config))
+    values["conditioners"] = {
+        conditioner.name: {"type": conditioner.type, conditioner.type: _without(to_dict(conditioner), "name", "type")}
+        for conditioner in config.conditioners
+    }
+    return values
+
+
+def write_lm(config: LMConfig) -> dict[str, Any]:
+    """Returns the flat config of a language model with the keys that a published file would have."""
+    defaults = _flat({field.name: field.default for field in dataclasses.fields(config)} | {"depformer": _DEFAULTS})
+    return {key: value for key, value in flat_lm(config).items() if key in _ALWAYS or value != defaults[key]}
+
+
+_DEFAULTS = to_dict(DepformerConfig())
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    depformer = {_DEPFORMER + key: value for key, value in values["depformer"].items()}
+    return {key: value for key, value in values.items() if key != "depformer"} | depformer
+
+
+def _without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """Leaves out these keys, and what is None."""
+    return {key: value for key, value in values.items() if key not in keys and value is not None}
+
+
+def write_config(config: ModelConfig, lm: LMConfig, files: Files) -> dict[str, Any]:
+    """Returns the content of a config.json that `read_config` and the PyTorch package read.
+
+    Args:
+      config: of the model.
+      lm: `config.lm`.
+      files: that the config names.
+
+    Returns:
+      JSON values.
+    """
+    values = write_lm(lm)
+    values |= {"model_id": to_dict(config.model_id)} if config.model_id else {}
+    sampling = _without(to_dict(config.sampling))
+    values |= {"lm_gen_config": sampling} if sampling else {}
+    if config.tts is not None:
+        values["tts_config"] = to_dict(config.tts)
+        if not config.tts.multistream:  # only the files of such models have the key
+            del values["tts_config"]["multistream"]
+    values |= {"stt_config": to_dict(config.stt)} if "stt" in family.family_of(config).parts else {}
+    values |= {"model_type": config.model_type, "mimi_name": files.mimi}
+    values |= {"moshi_name": files.lm} if files.lm != LM_NAME else {}
+    values |= {"mimi_config_name": files.mimi_config} if files.mimi_config else {}
+    return values | ({"tokenizer_name": files.tokenizer} if files.tokenizer else {})
+
+
+def write_mimi_config(config: MimiConfig) -> dict[str, Any]:
+    """Returns the content of the file that `mimi_config_name` names."""
+    values = to_dict(config)
+    if values["quantizer"]["n_q_semantic"] == QuantizerConfig.n_q_semantic:  # the PyTorch package takes no such key
+        del values["quantizer"]["n_q_semantic"]
+    plain = ("kv_repeat", "cross_attention")
+    values["transformer"] = {k: v for k, v in values["transformer"].items() if k not in plain or v not in (1, False)}
+    return values
+
+
+def with_extra_heads(config: LMConfig, tensors: Tensors) -> LMConfig:
+    """Adds the pause heads that the file holds and the published config does not mention.
+
+    Args:
+      config: as read.
+      tensors: of the file.
+
+    Returns:
+      The config with these heads.
+    """
+    shapes = [t.shape for name, t in tensors.items() if name.startswith("extra_heads.") and name.endswith(".weight")]
+    if not shapes:
+        return config
+    return dataclasses.replace(config, extra_heads_num_heads=len(shapes), extra_heads_dim=shapes[0][0])

@@ -1,0 +1,31 @@
+"""Models as plain frozen data, with the field names of Kyutai's published config files; nothing here knows arrays.
+
+`json` reads and writes any of these strictly, `presets` holds the published models.
+"""
+
+from dsm_jax.configs.delayed_lm import DepformerConfig, LMConfig
+from dsm_jax.configs.mimi import MimiConfig, QuantizerConfig, SeanetConfig
+from dsm_jax.configs.model import ModelConfig, ModelId, SttConfig
+from dsm_jax.configs.transformer import NORMS, POSITIONS, TransformerConfig, gating_dim
+from dsm_jax.configs.tts import Conditioner, Fuser, LutConditioner, SamplingDefaults, TensorConditioner, TtsConfig
+
+__all__ = [
+    "NORMS",
+    "POSITIONS",
+    "Conditioner",
+    "DepformerConfig",
+    "Fuser",
+    "LMConfig",
+    "LutConditioner",
+    "MimiConfig",
+    "ModelConfig",
+    "ModelId",
+    "QuantizerConfig",
+    "SamplingDefaults",
+    "SeanetConfig",
+    "SttConfig",
+    "TensorConditioner",
+    "TransformerConfig",
+    "TtsConfig",
+    "gating_dim",
+]

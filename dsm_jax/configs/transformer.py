@@ -1,0 +1,61 @@
+"""The config of a causal transformer."""
+
+import dataclasses
+
+from dsm_jax.configs.check import require
+
+NORMS = ("layer_norm", "layer_norm_f32", "rms_norm", "rms_norm_f32")
+POSITIONS = ("none", "rope", "sin", "sin_rope")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """A causal transformer with a sliding window: Mimi's two, and the language model's."""
+
+    d_model: int
+    num_heads: int
+    num_layers: int
+    dim_feedforward: int
+    context: int  # a step sees itself and the context - 1 steps before it
+    causal: bool = True
+    layer_scale: float | None = None
+    max_period: float = 10_000.0
+    gating: str = "none"
+    norm: str = "layer_norm"
+    positional_embedding: str = "rope"
+    kv_repeat: int = 1
+    cross_attention: bool = False
+    # Mimi's file says these too; both are the model width there.
+    input_dimension: int | None = None
+    output_dimensions: tuple[int, ...] | None = None
+    conv_layout: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.causal, "causal is false", "the library streams, so it runs causal transformers only")
+        require(self.norm in NORMS, f"norm is {self.norm!r}", f"choose one of {NORMS}")
+        require(self.gating in ("none", "silu"), f"gating is {self.gating!r}", "choose 'none' or 'silu'")
+        require(
+            self.positional_embedding in POSITIONS,
+            f"positional_embedding is {self.positional_embedding!r}",
+            f"choose one of {POSITIONS}",
+        )
+        require(
+            self.d_model % self.num_heads == 0 and self.num_heads % self.kv_repeat == 0,
+            f"width {self.d_model}, {self.num_heads} heads and kv_repeat {self.kv_repeat} do not divide",
+            "the width must be a multiple of the heads, the heads a multiple of kv_repeat",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.d_model // self.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and values: each serves `kv_repeat` heads of queries."""
+        return self.num_heads // self.kv_repeat
+
+
+def gating_dim(width: int, feedforward: int) -> int:
+    """Inner width of a gated feed-forward, as kyutai-labs/moshi@e6a55d2 moshi/modules/gating.py derives it."""
+    return 21 * width // 8 if feedforward == 4 * width else 2 * feedforward // 3

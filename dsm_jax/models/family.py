@@ -1,0 +1,244 @@
+"""The kinds of model: one entry each, which everything that depends on the kind of a model asks.
+
+Code on this floor and below is named by itself; layouts, program and loss stand on higher floors and are named by their
+dotted paths, which the floor that needs them resolves (`pkgutil.resolve_name`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from flax import nnx
+
+from dsm_jax.configs import LMConfig, ModelConfig, SttConfig, TtsConfig
+from dsm_jax.errors import CheckpointError, ConfigError
+from dsm_jax.models.lm import DelayedStreamsLM
+from dsm_jax.models.mimi import Mimi
+from dsm_jax.models.parameters import AbstractNetwork, abstract
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """A kind of model.
+
+    Attributes:
+      model_type: its name in `ModelConfig.model_type`.
+      description: of one model, with the article.
+      task: the verb for what one does; None where no program of this library runs it.
+      example: a published one, by its name on the hub.
+      parts: the fields of `ModelConfig` that it has besides the codec, and the class of each.
+      check: raises ConfigError for parts that do not go together.
+      language_model: builds it from a config that has the parts; None for a codec alone.
+      vocabulary: the number of pieces of the tokenizer, from such a config; None without a tokenizer.
+      layouts: the modules that read and write its published layouts, by the layout's name.
+      program: the module that runs it over batches of rows.
+      loss: the function that it is trained by.
+    """
+
+    model_type: str
+    description: str
+    task: str | None
+    example: str
+    parts: Mapping[str, type]
+    check: Callable[[ModelConfig], None] = lambda config: None
+    language_model: Callable[[ModelConfig], nnx.Module] | None = None
+    vocabulary: Callable[[ModelConfig], int] | None = None
+    layouts: Mapping[str, str]
+    program: str | None = None
+    loss: str | None = None
+
+
+class Loaded(Protocol):
+    """As much of a loaded model as `require` reads."""
+
+    @property
+    def name(self) -> str:
+        """Name for messages."""
+        ...
+
+    @property
+    def config(self) -> ModelConfig:
+        """Config of the model."""
+        ...
+
+    @property
+    def tokenizer(self) -> object | None:
+        """Tokenizer, if there is one."""
+        ...
+
+
+def lm_config(config: ModelConfig) -> LMConfig:
+    """Returns the config of the delayed-streams language model.
+
+    Raises:
+      ConfigError: the model has none.
+    """
+    if config.lm is None:
+        raise ConfigError(
+            f"{config.model_type!r} is the config of a model without a language model; use one that has it"
+        )
+    return config.lm
+
+
+def _delayed_lm(config: ModelConfig) -> nnx.Module:
+    return DelayedStreamsLM(lm_config(config), rngs=nnx.Rngs(0))
+
+
+def _text_card(config: ModelConfig) -> int:
+    return lm_config(config).text_card
+
+
+def _generates_text_only(config: ModelConfig) -> None:
+    if dep_q := lm_config(config).dep_q:
+        raise ConfigError(f"model_type is {config.model_type!r} and dep_q {dep_q}; such a model generates no audio: 0")
+
+
+def _generates_audio(config: ModelConfig) -> None:
+    if not lm_config(config).dep_q:
+        raise ConfigError(f"model_type is {config.model_type!r} and dep_q 0; such a model generates audio: 1 or more")
+
+
+_KYUTAI = "dsm_jax.convert.kyutai"
+_SPEECH_TO_SPEECH = "a speech-to-speech model, which this library loads and does not run"
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(
+            model_type="mimi",
+            description="a codec without a language model",
+            task=None,
+            example="kyutai/mimi",
+            parts={},
+            layouts={"kyutai": _KYUTAI, "transformers": "dsm_jax.convert.transformers_mimi"},
+            loss="dsm_jax.training.codec:codec_loss",
+        ),
+        Family(
+            model_type="stt",
+            description="a speech-to-text model",
+            task="transcribe",
+            example="kyutai/stt-1b-en_fr",
+            parts={"lm": LMConfig, "stt": SttConfig},
+            check=_generates_text_only,
+            language_model=_delayed_lm,
+            vocabulary=_text_card,
+            layouts={"kyutai": _KYUTAI, "transformers": "dsm_jax.convert.transformers_stt"},
+            program="dsm_jax.stt.program",
+            loss="dsm_jax.training.stt:stt_loss",
+        ),
+        Family(
+            model_type="tts",
+            description="a text-to-speech model",
+            task="speak",
+            example="kyutai/tts-1.6b-en_fr",
+            parts={"lm": LMConfig, "tts": TtsConfig},
+            check=_generates_audio,
+            language_model=_delayed_lm,
+            vocabulary=_text_card,
+            layouts={"kyutai": _KYUTAI},
+            program="dsm_jax.tts.program",
+            loss="dsm_jax.training.tts:tts_loss",
+        ),
+        Family(
+            model_type="moshi",
+            description=_SPEECH_TO_SPEECH,
+            task=None,
+            example="kyutai/moshiko-pytorch-bf16",
+            parts={"lm": LMConfig},
+            check=_generates_audio,
+            language_model=_delayed_lm,
+            vocabulary=_text_card,
+            layouts={"kyutai": _KYUTAI},
+        ),
+        Family(
+            model_type="hibiki",
+            description=_SPEECH_TO_SPEECH,
+            task=None,
+            example="kyutai/hibiki-1b-pytorch-bf16",
+            parts={"lm": LMConfig},
+            check=_generates_audio,
+            language_model=_delayed_lm,
+            vocabulary=_text_card,
+            layouts={"kyutai": _KYUTAI},
+        ),
+    )
+}
+# The fields of ModelConfig that keep their default in a family without them.
+_PARTS = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name in ("lm", "stt", "tts")}
+
+
+def family_of(config: ModelConfig) -> Family:
+    """Returns the family of a config.
+
+    Raises:
+      ConfigError: a model type that is not known.
+    """
+    if config.model_type not in FAMILIES:
+        raise ConfigError(f"model_type is {config.model_type!r}; choose one of {', '.join(FAMILIES)}")
+    return FAMILIES[config.model_type]
+
+
+def check(config: ModelConfig, where: str) -> Family:
+    """Holds a config against its family: every part that the family has, none that it has not.
+
+    Args:
+      config: of a whole model.
+      where: what the config was read from, for the error.
+
+    Returns:
+      The family.
+
+    Raises:
+      ConfigError: a model type that is not known, a missing or superfluous part, or parts that do not go together.
+    """
+    try:
+        family = family_of(config)
+        for name, kind in family.parts.items():
+            if not isinstance(getattr(config, name), kind):
+                raise ConfigError(f"{family.description} needs {name}; add it")
+        for name, default in _PARTS.items():
+            if name not in family.parts and getattr(config, name) != default:
+                raise ConfigError(f"{family.description} has no {name}; leave it out")
+        family.check(config)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return family
+
+
+def abstract_model(config: ModelConfig, *, decoder: bool = True) -> dict[str, AbstractNetwork]:
+    """Returns the networks that a config describes, without weights; nothing is allocated.
+
+    Args:
+      config: of the model.
+      decoder: whether the codec has its decoder.
+
+    Returns:
+      "mimi", and "lm" where the family has a language model.
+
+    Raises:
+      ConfigError: the config is not one of its family, or a network cannot honour it.
+    """
+    build = check(config, "the config").language_model
+    networks = {"mimi": abstract(lambda: Mimi(config.mimi, decoder=decoder, rngs=nnx.Rngs(0)))}
+    return networks if build is None else networks | {"lm": abstract(lambda: build(config))}
+
+
+def require(model: Loaded, model_type: str) -> None:
+    """Raises unless a model is one of a family and whole.
+
+    Args:
+      model: as loaded.
+      model_type: of the family.
+
+    Raises:
+      CheckpointError: it is of another family, or lacks its tokenizer.
+      ConfigError: its config is not one of the family.
+    """
+    wanted, family = FAMILIES[model_type], check(model.config, model.name)
+    if family is not wanted:
+        raise CheckpointError(
+            f"{model.name} is {family.description}; to {wanted.task}, load {wanted.description} such as "
+            f"{wanted.example}"
+        )
+    if wanted.vocabulary is not None and model.tokenizer is None:
+        raise CheckpointError(f"{model.name} has no tokenizer; add the published one, and name it in config.json")
