@@ -5,17 +5,37 @@ Source: kyutai-labs/moshi@e6a55d2 moshi/models/{lm,compression}.py; tests/publis
 """
 
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsm_jax.configs import LMConfig, LutConditioner, MimiConfig, ModelConfig, SeanetConfig, TransformerConfig
+from dsm_jax.configs import (
+    LMConfig,
+    LutConditioner,
+    MimiConfig,
+    ModelConfig,
+    SeanetConfig,
+    TransformerConfig,
+    gating_dim,
+)
 from dsm_jax.configs.json import from_dict
 from dsm_jax.convert import files, kyutai_config, tokenizer
 from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
 from dsm_jax.convert.kyutai_config import LM_NAME, MIMI_CONFIG_NAME, MIMI_NAME
 from dsm_jax.convert.pieces import Constant, Outgoing, Piece, Spellings, Table, piece
-from dsm_jax.convert.transforms import ALPHA, CODEBOOK, CONV, LINEAR, POINTWISE, conv_transpose, depthwise
+from dsm_jax.convert.transforms import (
+    ALPHA,
+    CODEBOOK,
+    CONV,
+    LINEAR,
+    POINTWISE,
+    Transform,
+    conv_transpose,
+    depthwise,
+    heads,
+    linear,
+)
 from dsm_jax.errors import CheckpointError
 
 NAME = "kyutai"
@@ -137,10 +157,10 @@ def seanet_layers(config: SeanetConfig, side: str) -> Iterator[tuple[str, str, i
 
 def convolution(weight: str, bias: str, here: str, stride: int | None) -> list[Piece]:
     """The two pieces of a convolution; with a stride, of a transposed one."""
-    kernel = piece(weight, f"{here}.kernel_KCD", CONV)
+    kernel = piece(weight, f"{here}.kernel_RCO", CONV)
     if stride is not None:
-        kernel = piece(weight, f"{here}.kernel_MCE", conv_transpose(stride))
-    return [kernel, piece(bias, f"{here}.bias_D")]
+        kernel = piece(weight, f"{here}.kernel_RCU", conv_transpose(stride))
+    return [kernel, piece(bias, f"{here}.bias_O")]
 
 
 def mimi_table(config: MimiConfig) -> Table:
@@ -152,23 +172,25 @@ def mimi_table(config: MimiConfig) -> Table:
             stem = f"{side}.model.{there}.{kind}.{kind}"
             table += convolution(f"{stem}.weight", f"{stem}.bias", here, stride)
         table += transformer_pieces(config.transformer, f"{side}_transformer.transformer", f"{side}.transformer")
-    table.append(piece("downsample.conv.conv.conv.weight", "encoder.downsample.kernel_KCD", CONV))
+    table.append(piece("downsample.conv.conv.conv.weight", "encoder.downsample.kernel_RCO", CONV))
     upsample = depthwise(config.resample_stride)
-    table.append(piece("upsample.convtr.convtr.convtr.weight", "decoder.upsample.kernel_MSC", upsample))
+    table.append(piece("upsample.convtr.convtr.convtr.weight", "decoder.upsample.kernel_RJC", upsample))
     semantic = config.quantizer.n_q_semantic
     for there, here, books in (
         ("rvq_first", "semantic", semantic),
         ("rvq_rest", "acoustic", config.quantizer.n_q - semantic),
     ):
-        table.append(piece(f"quantizer.{there}.input_proj.weight", f"quantizer.{here}.input_proj_DC", POINTWISE))
-        table.append(piece(f"quantizer.{there}.output_proj.weight", f"quantizer.{here}.output_proj_CD", POINTWISE))
+        table.append(piece(f"quantizer.{there}.input_proj.weight", f"quantizer.{here}.input_proj.weight_DC", POINTWISE))
+        table.append(
+            piece(f"quantizer.{there}.output_proj.weight", f"quantizer.{here}.output_proj.weight_CD", POINTWISE)
+        )
         for q in range(books):
             book = f"quantizer.{there}.vq.layers.{q}._codebook"
             table += codebook(
                 tuple(f"{book}.{name}" for name in ("embedding_sum", "embed_sum", "embed_avg")),
                 tuple(f"{book}.{name}" for name in ("cluster_usage", "cluster_size")),
                 tuple(f"{book}.{name}" for name in ("_initialized", "inited")),
-                f"quantizer.{here}.codebooks.{q}.embedding_VC",
+                f"quantizer.{here}.codebooks.{q}.embedding_LC",
                 config.quantizer.bins,
             )
     return table
@@ -189,18 +211,37 @@ def norm_pieces(norm: str, there: str, here: str) -> list[Piece]:
     return [piece(f"{there}.weight", f"{here}.scale_D"), piece(f"{there}.bias", f"{here}.bias_D")]
 
 
-def attention_pieces(there: str, here: str, *, cross_width: int | None = None) -> list[Piece]:
-    """The packed projection, in its three spellings, and the one out; in cross-attention queries are apart here."""
+def _attention_spellings(there: str) -> tuple[Spellings, Spellings]:
+    """Names the packed projection, in its three spellings, and the one out."""
     packed = tuple(f"{there}.{name}" for name in ("in_proj_weight", "in_projs.0.weight", "in_proj.weight"))
-    out = tuple(f"{there}.{name}" for name in ("out_proj.weight", "out_projs.0.weight"))
-    pieces = [piece(out, f"{here}.out_proj_ED", LINEAR)]
-    if cross_width is None:
-        return [piece(packed, f"{here}.in_proj_DE", LINEAR), *pieces]
-    queries, others = (0, cross_width), (cross_width, 3 * cross_width)
+    return packed, tuple(f"{there}.{name}" for name in ("out_proj.weight", "out_projs.0.weight"))
+
+
+def attention_pieces(config: TransformerConfig, there: str, here: str) -> list[Piece]:
+    """The pieces of self-attention."""
+    width, kv_heads, groups = config.d_model, config.num_kv_heads, config.kv_repeat
+    packed, out = _attention_spellings(there)
+    target = f"{here}.in_proj.weight_DPKH"
+    pieces = [piece(out, f"{here}.out_proj.weight_KGHD", linear((kv_heads, groups, config.head_dim), (width,)))]
+    if groups == 1:
+        return [piece(packed, target, linear((width,), (3, kv_heads, config.head_dim))), *pieces]
+    keys = kv_heads * config.head_dim
+    ends = itertools.accumulate((width, keys, keys))
+    for first, count, end, rows in zip((0, groups, groups + 1), (groups, 1, 1), ends, (width, keys, keys), strict=True):
+        at = (slice(None), slice(first, first + count))
+        how = heads(kv_heads, count, half_split=False)
+        pieces.append(piece(packed, target, how, rows=(end - rows, end), at=at))
+    return pieces
+
+
+def cross_attention_pieces(config: TransformerConfig, there: str, here: str) -> list[Piece]:
+    """The pieces of cross-attention, whose queries have a weight of their own here."""
+    width, shape = config.d_model, (config.num_heads, config.head_dim)
+    packed, out = _attention_spellings(there)
     return [
-        piece(packed, f"{here}.q_proj_DE", LINEAR, rows=queries),
-        piece(packed, f"{here}.kv_proj_DE", LINEAR, rows=others),
-        *pieces,
+        piece(packed, f"{here}.q_proj.weight_DKH", linear((width,), shape), rows=(0, width)),
+        piece(packed, f"{here}.kv_proj.weight_DPKH", linear((width,), (2, *shape)), rows=(width, 3 * width)),
+        piece(out, f"{here}.out_proj.weight_KHD", linear(shape, (width,))),
     ]
 
 
@@ -210,26 +251,31 @@ def transformer_pieces(config: TransformerConfig, there: str, here: str) -> list
     for i in range(config.num_layers):
         old, new = f"{there}.layers.{i}", f"{here}.layers.{i}"
         pieces += norm_pieces(config.norm, f"{old}.norm1", f"{new}.norm1")
-        pieces += attention_pieces(f"{old}.self_attn", f"{new}.self_attn")
+        pieces += attention_pieces(config, f"{old}.self_attn", f"{new}.self_attn")
         if config.cross_attention:
             pieces += norm_pieces("layer_norm", f"{old}.norm_cross", f"{new}.norm_cross")
-            pieces += attention_pieces(f"{old}.cross_attention", f"{new}.cross_attention", cross_width=config.d_model)
+            pieces += cross_attention_pieces(config, f"{old}.cross_attention", f"{new}.cross_attention")
         pieces += norm_pieces(config.norm, f"{old}.norm2", f"{new}.norm2")
         if config.gating == "none":
-            pieces.append(piece(f"{old}.linear1.weight", f"{new}.feedforward.linear1_DF", LINEAR))
-            pieces.append(piece(f"{old}.linear2.weight", f"{new}.feedforward.linear2_FD", LINEAR))
+            pieces.append(piece(f"{old}.linear1.weight", f"{new}.feedforward.linear1.weight_DF", LINEAR))
+            pieces.append(piece(f"{old}.linear2.weight", f"{new}.feedforward.linear2.weight_FD", LINEAR))
         else:
-            pieces += gating_pieces(f"{old}.gating", f"{new}.feedforward")
+            pieces += gating_pieces(config.d_model, config.dim_feedforward, f"{old}.gating", f"{new}.feedforward")
         if config.layer_scale is not None:
             pieces += [piece(f"{old}.layer_scale_{k}.scale", f"{new}.layer_scale_{k}_D") for k in (1, 2)]
     return pieces
 
 
-def gating_pieces(there: str, here: str) -> list[Piece]:
-    """The pieces of a gated feed-forward."""
+def gate_up(width: int, feedforward: int) -> Transform:
+    """Splits the packed first matrix of a gated feed-forward of that `dim_feedforward`."""
+    return linear((width,), (2, gating_dim(width, feedforward)))
+
+
+def gating_pieces(width: int, feedforward: int, there: str, here: str) -> list[Piece]:
+    """The pieces of a gated feed-forward of that `dim_feedforward`."""
     return [
-        piece(f"{there}.linear_in.weight", f"{here}.linear_in_DG", LINEAR),
-        piece(f"{there}.linear_out.weight", f"{here}.linear_out_FD", LINEAR),
+        piece(f"{there}.linear_in.weight", f"{here}.linear_in.weight_DPF", gate_up(width, feedforward)),
+        piece(f"{there}.linear_out.weight", f"{here}.linear_out.weight_FD", LINEAR),
     ]
 
 
@@ -237,10 +283,10 @@ def embedding_pieces(there: str, here: str, *, rank: bool, demux: bool) -> list[
     """The pieces of a token embedding."""
     pieces = [piece(f"{there}.weight", f"{here}.table_LW")]
     if rank:
-        pieces.append(piece(f"{there}.low_rank.weight", f"{here}.low_rank_WD", LINEAR))
+        pieces.append(piece(f"{there}.low_rank.weight", f"{here}.low_rank.weight_WD", LINEAR))
     if demux:
-        pieces.append(piece(f"{there}.out1.weight", f"{here}.first_WD", LINEAR))
-        pieces.append(piece(f"{there}.out2.weight", f"{here}.second_WD", LINEAR))
+        pieces.append(piece(f"{there}.out1.weight", f"{here}.first.weight_WD", LINEAR))
+        pieces.append(piece(f"{there}.out2.weight", f"{here}.second.weight_WD", LINEAR))
     return pieces
 
 
@@ -255,29 +301,30 @@ def lm_table(config: LMConfig, *, unpacked: bool = False) -> Table:
     Returns:
       The table.
     """
-    pieces = [piece(f"emb.{q}.weight", "audio_emb_QLD", at=(q,)) for q in range(config.n_q)]
+    pieces = [piece(f"emb.{q}.weight", "audio_emb.table_QLW", at=(q,)) for q in range(config.n_q)]
     pieces += embedding_pieces("text_emb", "text_emb", rank=False, demux=config.demux_second_stream)
-    pieces.append(piece("text_linear.weight", "text_linear_DV", LINEAR))
+    pieces.append(piece("text_linear.weight", "text_linear.weight_DV", LINEAR))
     if config.bias_proj:
-        pieces.append(piece("text_linear.bias", "text_bias_V"))
+        pieces.append(piece("text_linear.bias", "text_linear.bias_V"))
     pieces += transformer_pieces(config.transformer, "transformer", "transformer")
     pieces += norm_pieces(config.norm, "out_norm", "out_norm")
     for p in range(config.extra_heads_num_heads):
-        pieces.append(piece(f"extra_heads.{p}.weight", "extra_heads_PDO", LINEAR, at=(p,)))
+        pieces.append(piece(f"extra_heads.{p}.weight", "extra_heads.weight_DAO", LINEAR, at=(slice(None), p)))
     for conditioner in config.conditioners:
         there = f"condition_provider.conditioners.{conditioner.name}"
         here = f"conditioning.conditioners.{conditioner.name}"
         pieces.append(piece(f"{there}.learnt_padding", f"{here}.learnt_padding_D", ALPHA))
-        pieces.append(piece(f"{there}.output_proj.weight", f"{here}.output_proj_CD", LINEAR))
+        pieces.append(piece(f"{there}.output_proj.weight", f"{here}.output_proj.weight_WD", LINEAR))
         if isinstance(conditioner, LutConditioner):
-            pieces.append(piece(f"{there}.embed.weight", f"{here}.table_LC"))
+            pieces.append(piece(f"{there}.embed.weight", f"{here}.table.table_LW"))
     return pieces + (_depformer_pieces(config, unpacked) if config.dep_q else [])
 
 
 def _depformer_pieces(config: LMConfig, unpacked: bool) -> list[Piece]:
     rank, width = config.depformer.low_rank_embeddings is not None, config.depformer.dim
+    shape = config.depformer.num_heads, width // config.depformer.num_heads
     sets = max(config.depformer_schedule) + 1
-    pieces = [piece(f"depformer_in.{s}.weight", f"depformer.inputs.{s}.weight_DE", LINEAR) for s in range(sets)]
+    pieces = [piece(f"depformer_in.{s}.weight", f"depformer.inputs.{s}.weight_ED", LINEAR) for s in range(sets)]
     for q in range(config.dep_q - 1):
         pieces += embedding_pieces(f"depformer_emb.{q}", f"depformer.audio_embs.{q}", rank=rank, demux=False)
     text = "depformer_text_emb", "depformer.text_emb"
@@ -287,16 +334,17 @@ def _depformer_pieces(config: LMConfig, unpacked: bool) -> list[Piece]:
         pieces += norm_pieces(config.norm, f"{old}.norm1", f"{new}.norm1")
         pieces += norm_pieces(config.norm, f"{old}.norm2", f"{new}.norm2")
         for s in range(sets):
-            for packed, single, here, rows in (
-                ("in_proj_weight", "in_projs", f"{new}.in_projs.{s}.weight_DE", 3 * width),
-                ("out_proj.weight", "out_projs", f"{new}.out_projs.{s}.weight_DE", width),
+            for packed, single, here, how, rows in (
+                ("in_proj_weight", "in_projs", f"{s}.weight_DPKH", linear((width,), (3, *shape)), 3 * width),
+                ("out_proj.weight", "out_projs", f"{s}.weight_KHD", linear(shape, (width,)), width),
             ):
+                target = f"{new}.{single}.{here}"
                 if unpacked:
-                    pieces.append(piece(f"{old}.self_attn.{single}.{s}.weight", here, LINEAR))
+                    pieces.append(piece(f"{old}.self_attn.{single}.{s}.weight", target, how))
                 else:
                     at = (s * rows, (s + 1) * rows)
-                    pieces.append(piece(f"{old}.self_attn.{packed}", here, LINEAR, rows=at))
-            pieces += gating_pieces(f"{old}.gating.{s}", f"{new}.gating.{s}")
+                    pieces.append(piece(f"{old}.self_attn.{packed}", target, how, rows=at))
+            pieces += gating_pieces(width, config.depformer_feedforward, f"{old}.gating.{s}", f"{new}.gating.{s}")
     return pieces + [
-        piece(f"linears.{q}.weight", f"depformer.linears.{q}.weight_DE", LINEAR) for q in range(config.dep_q)
+        piece(f"linears.{q}.weight", f"depformer.linears.{q}.weight_DV", LINEAR) for q in range(config.dep_q)
     ]

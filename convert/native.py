@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsm_jax.configs import MimiConfig, ModelConfig
+from dsm_jax.configs import ModelConfig
 from dsm_jax.configs.json import from_dict, to_dict
-from dsm_jax.convert import files, kyutai_config, pieces
+from dsm_jax.convert import files, pieces
 from dsm_jax.convert.checkpoint import Checkpoint, LeftOut
 from dsm_jax.convert.pieces import Outgoing
 from dsm_jax.errors import CheckpointError
@@ -26,7 +26,7 @@ from dsm_jax.tokenizers import copy_tokenizer
 
 NAME = "orbax"
 CONFIG_NAME = "dsm_jax.json"
-FORMAT = 2  # 1 had the language model's config flat, as Kyutai's files have it
+FORMAT = 2  # 1 had packed matrices in place of axes for heads and parts, and a flat config
 GROUP_BYTES = 128 << 20
 
 
@@ -112,27 +112,19 @@ def write_about(folder: Path, config: ModelConfig, dtype: str, converted_from: s
 
 
 def read_config(values: Mapping[str, Any], where: str) -> ModelConfig:
-    """Reads the config in the content of `dsm_jax.json`, of this format or the one before.
+    """Reads the config in the content of `dsm_jax.json`.
 
     Raises:
-      CheckpointError: it was written by a later version.
+      CheckpointError: it was written in another format.
       ConfigError: the config is not understood.
     """
-    config = values.get("config", {})
-    if values.get("format") == FORMAT:
-        read = from_dict(ModelConfig, config, where)
-        family.check(read, where)
-        return read
-    if values.get("format") != 1:
-        raise CheckpointError(
-            f"{where} is of format {values.get('format')}; this version reads 1 to {FORMAT}; upgrade dsm_jax"
-        )
-    mimi = from_dict(MimiConfig, config.get("mimi", {}), f"{where}: mimi")
-    if config.get("lm") is None:
-        return ModelConfig(model_type="mimi", mimi=mimi)
-    settings = {key: config.get(key) for key in ("model_type", "lm_gen_config", "tts_config", "model_id")}
-    read, _, _ = kyutai_config.read_config(config["lm"] | settings | {"stt_config": config.get("stt")}, where)
-    return dataclasses.replace(read, mimi=mimi)
+    if (found := values.get("format")) != FORMAT:
+        older = isinstance(found, int) and found < FORMAT
+        remedy = "convert the published model again, or with the version that wrote it" if older else "upgrade dsm_jax"
+        raise CheckpointError(f"{where} is of format {found}; this version reads {FORMAT}; {remedy}")
+    config = from_dict(ModelConfig, values.get("config", {}), where)
+    family.check(config, where)
+    return config
 
 
 def write_params(folder: Path, arrays: Iterable[tuple[str, Any]]) -> Iterator[str]:

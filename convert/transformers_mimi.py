@@ -18,7 +18,7 @@ from dsm_jax.convert import files
 from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
 from dsm_jax.convert.kyutai import codebook, convolution, seanet_layers
 from dsm_jax.convert.pieces import Constant, Outgoing, Piece, Table, piece
-from dsm_jax.convert.transforms import CONV, LINEAR, POINTWISE, depthwise, half_split
+from dsm_jax.convert.transforms import CONV, LINEAR, POINTWISE, depthwise, heads, linear
 from dsm_jax.errors import ConfigError
 
 # Bookkeeping of transformers: none of these changes what the model computes.
@@ -118,17 +118,17 @@ def table(config: MimiConfig, prefix: str = "") -> Table:
             stem = f"{prefix}{side}.layers.{there}.conv"
             items += convolution(f"{stem}.weight", f"{stem}.bias", here, stride)
         items += _codec_layers(config.transformer, f"{prefix}{side}_transformer", f"{side}.transformer")
-    items.append(piece(f"{prefix}downsample.conv.weight", "encoder.downsample.kernel_KCD", CONV))
+    items.append(piece(f"{prefix}downsample.conv.weight", "encoder.downsample.kernel_RCO", CONV))
     upsample = depthwise(config.resample_stride)
-    items.append(piece(f"{prefix}upsample.conv.weight", "decoder.upsample.kernel_MSC", upsample))
+    items.append(piece(f"{prefix}upsample.conv.weight", "decoder.upsample.kernel_RJC", upsample))
     semantic = config.quantizer.n_q_semantic
     for branch, books in (("semantic", semantic), ("acoustic", config.quantizer.n_q - semantic)):
         there, here = f"{prefix}quantizer.{branch}_residual_vector_quantizer", f"quantizer.{branch}"
-        items.append(piece(f"{there}.input_proj.weight", f"{here}.input_proj_DC", POINTWISE))
-        items.append(piece(f"{there}.output_proj.weight", f"{here}.output_proj_CD", POINTWISE))
+        items.append(piece(f"{there}.input_proj.weight", f"{here}.input_proj.weight_DC", POINTWISE))
+        items.append(piece(f"{there}.output_proj.weight", f"{here}.output_proj.weight_CD", POINTWISE))
         for q in range(books):
             sums, usage, flag = ((f"{there}.layers.{q}.codebook.{x}",) for x in _CODEBOOK)
-            items += codebook(sums, usage, flag, f"{here}.codebooks.{q}.embedding_VC", config.quantizer.bins)
+            items += codebook(sums, usage, flag, f"{here}.codebooks.{q}.embedding_LC", config.quantizer.bins)
     return items
 
 
@@ -139,25 +139,20 @@ def _codec_layers(config: TransformerConfig, there: str, here: str) -> Iterator[
             yield piece(f"{old}.{name}.weight", f"{new}.{norm}.scale_D")
             yield piece(f"{old}.{name}.bias", f"{new}.{norm}.bias_D")
         yield from attention(config, f"{old}.self_attn", f"{new}.self_attn", "_proj.weight")
-        yield piece(f"{old}.mlp.fc1.weight", f"{new}.feedforward.linear1_DF", LINEAR)
-        yield piece(f"{old}.mlp.fc2.weight", f"{new}.feedforward.linear2_FD", LINEAR)
+        yield piece(f"{old}.mlp.fc1.weight", f"{new}.feedforward.linear1.weight_DF", LINEAR)
+        yield piece(f"{old}.mlp.fc2.weight", f"{new}.feedforward.linear2.weight_FD", LINEAR)
         yield piece(f"{old}.self_attn_layer_scale.scale", f"{new}.layer_scale_1_D")
         yield piece(f"{old}.mlp_layer_scale.scale", f"{new}.layer_scale_2_D")
 
 
 def attention(config: TransformerConfig, there: str, here: str, ending: str) -> Iterator[Piece]:
-    """Queries, keys and values of their own to one packed projection; and the one out."""
-    keys = config.num_kv_heads * config.head_dim
-    start = 0
-    for name, width, how in (
-        ("q", config.d_model, half_split(config.num_heads)),
-        ("k", keys, half_split(config.num_kv_heads)),
-        ("v", keys, LINEAR),
-    ):
-        at = (slice(None), slice(start, start + width))
-        yield piece(f"{there}.{name}{ending}", f"{here}.in_proj_DE", how, at=at)
-        start += width
-    yield piece(f"{there}.o{ending}", f"{here}.out_proj_ED", LINEAR)
+    """Maps queries, keys and values, which are apart, to one packed projection; and the one out."""
+    kv_heads, groups = config.num_kv_heads, config.kv_repeat
+    for name, first, parts in (("q", 0, groups), ("k", groups, 1), ("v", groups + 1, 1)):
+        how, at = heads(kv_heads, parts, half_split=name != "v"), (slice(None), slice(first, first + parts))
+        yield piece(f"{there}.{name}{ending}", f"{here}.in_proj.weight_DPKH", how, at=at)
+    out = linear((kv_heads, groups, config.head_dim), (config.d_model,))
+    yield piece(f"{there}.o{ending}", f"{here}.out_proj.weight_KGHD", out)
 
 
 def read_config(values: Mapping[str, Any], where: str) -> MimiConfig:

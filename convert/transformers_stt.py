@@ -17,6 +17,7 @@ from dsm_jax.configs import LMConfig, ModelConfig, SttConfig, gating_dim
 from dsm_jax.convert import files, tokenizer
 from dsm_jax.convert import transformers_mimi as mimi
 from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
+from dsm_jax.convert.kyutai import gate_up
 from dsm_jax.convert.pieces import Constant, Outgoing, Piece, Table, piece
 from dsm_jax.convert.transforms import LINEAR
 from dsm_jax.errors import CheckpointError, ConfigError
@@ -116,18 +117,19 @@ def table(config: LMConfig) -> Table:
     items: list[Piece | Constant] = [piece(tokens, "text_emb.table_LW", rows=(0, text))]
     for q in range(config.n_q):
         rows = (text + q * audio, text + (q + 1) * audio)
-        items.append(piece(tokens, "audio_emb_QLD", rows=rows, at=(q,)))
+        items.append(piece(tokens, "audio_emb.table_QLW", rows=rows, at=(q,)))
     last = text + config.n_q * audio
     items.append(Constant((tokens,), (1, config.dim), 0.0, "the padding token adds nothing", rows=(last, last + 1)))
+    first = gate_up(config.dim, config.transformer.dim_feedforward)
     for i in range(config.num_layers):
         there, here = f"model.layers.{i}", f"transformer.layers.{i}"
         for norm, name in (("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm")):
             items.append(piece(f"{there}.{name}.weight", f"{here}.{norm}.alpha_D"))
         items += mimi.attention(config.transformer, f"{there}.self_attn", f"{here}.self_attn", "_proj.linear.weight")
-        items.append(piece(f"{there}.mlp.fc1.weight", f"{here}.feedforward.linear_in_DG", LINEAR))
-        items.append(piece(f"{there}.mlp.fc2.weight", f"{here}.feedforward.linear_out_FD", LINEAR))
+        items.append(piece(f"{there}.mlp.fc1.weight", f"{here}.feedforward.linear_in.weight_DPF", first))
+        items.append(piece(f"{there}.mlp.fc2.weight", f"{here}.feedforward.linear_out.weight_FD", LINEAR))
     items.append(piece("model.norm.weight", "out_norm.alpha_D"))
-    items.append(piece("lm_head.weight", "text_linear_DV", LINEAR, rows=(0, config.text_card)))
+    items.append(piece("lm_head.weight", "text_linear.weight_DV", LINEAR, rows=(0, config.text_card)))
     start = (config.text_card, config.text_card + 1)
     why = "the initial token is never predicted"
     items.append(Constant(("lm_head.weight",), (1, config.dim), 0.0, why, rows=start))

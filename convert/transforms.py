@@ -1,10 +1,12 @@
 """Transforms of published tensors into blocks of this library's parameters and back: exact inverses, in numpy.
 
-Shape letters: D outputs, C inputs, K taps, S stride, M taps of a kernel of two strides, E = S * D, V entries.
+Shape letters are of the files here, where outputs come first: D outputs, C inputs, K taps, S stride, M taps of a kernel
+of two strides, E = S * D, V entries.
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -60,15 +62,37 @@ def depthwise(stride: int) -> Transform:
     return Transform(lambda w_C1M: w_C1M.reshape(-1, 2, stride)[:, ::-1].transpose(1, 2, 0), _one(save))
 
 
-def half_split(heads: int) -> Transform:
-    """A transposed linear whose outputs are rotated in pairs (j, j + H/2) of a head in the file, (2j, 2j + 1) here."""
+def linear(inputs: Sequence[int], outputs: Sequence[int]) -> Transform:
+    """Transposes a matrix [all outputs, all inputs] to a weight [*inputs, *outputs]."""
 
     def load(w_DC: np.ndarray) -> np.ndarray:
-        return w_DC.reshape(heads, 2, -1, w_DC.shape[1]).swapaxes(1, 2).reshape(w_DC.shape).T
+        return contiguous(w_DC.T).reshape(*inputs, *outputs)
 
-    def save(w_CD: np.ndarray) -> np.ndarray:
-        w_DC = w_CD.T
-        return w_DC.reshape(heads, -1, 2, w_DC.shape[1]).swapaxes(1, 2).reshape(w_DC.shape)
+    return Transform(load, _one(lambda w: w.reshape(math.prod(inputs), math.prod(outputs)).T))
+
+
+def heads(kv_heads: int, parts: int, *, half_split: bool) -> Transform:
+    """Transposes a projection [kv_heads * parts * H, D] to parts of a packed weight [D, parts, kv_heads, H].
+
+    Args:
+      kv_heads: key/value heads.
+      parts: query heads of each, which lie side by side in the file; 1 for keys and for values.
+      half_split: the file rotates the pairs (j, j + H/2) of a head, which are (2j, 2j + 1) here.
+    """
+
+    def load(w_EC: np.ndarray) -> np.ndarray:
+        C = w_EC.shape[1]
+        if half_split:
+            w_EC = w_EC.reshape(kv_heads * parts, 2, -1, C).swapaxes(1, 2).reshape(w_EC.shape)
+        w_PKHC = w_EC.reshape(kv_heads, parts, -1, C).swapaxes(0, 1)
+        return contiguous(w_PKHC.reshape(w_EC.shape).T).reshape(C, *w_PKHC.shape[:3])
+
+    def save(w_CPKH: np.ndarray) -> np.ndarray:
+        C, width = w_CPKH.shape[0], w_CPKH.shape[3]
+        w_KPHC = w_CPKH.transpose(2, 1, 3, 0)
+        if half_split:
+            w_KPHC = w_KPHC.reshape(kv_heads, parts, width // 2, 2, C).swapaxes(2, 3)
+        return w_KPHC.reshape(kv_heads * parts * width, C)
 
     return Transform(load, _one(save))
 

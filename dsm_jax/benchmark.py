@@ -22,6 +22,7 @@ from dsm_jax.configs import MimiConfig, ModelConfig, TensorConditioner, presets
 from dsm_jax.errors import ConfigError
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
+from dsm_jax.nn.linear import fan_in
 from dsm_jax.runtime.compile import compiled
 from dsm_jax.stt import program as stt_program
 from dsm_jax.tts import program as tts_program
@@ -37,22 +38,25 @@ Step = Callable[[Any], tuple[Any, Any]]  # state to (output, state)
 def random_params(make: Callable[[], nnx.Module], dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.State]:
     """A module's structure, and random weights of a trained model's size, made on the device one by one."""
     graph, abstract = nnx.split(nnx.eval_shape(make))
-    leaves, tree = jax.tree.flatten(abstract)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
+    flat = nnx.to_flat_state(abstract)
+    keys = jax.random.split(jax.random.key(0), len(flat))
 
-    def draw(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        scale = leaf.shape[-2] ** -0.5 if len(leaf.shape) > 1 else 1.0
-        return (jax.random.normal(key, leaf.shape) * scale).astype(dtype)
+    def draw(key: jax.Array, shape: tuple[int, ...], rows: int) -> jax.Array:
+        return (jax.random.normal(key, shape) * rows**-0.5).astype(dtype)
 
-    made = [jax.jit(draw, static_argnums=1)(key, leaf) for key, leaf in zip(keys, leaves, strict=True)]
-    return graph, jax.tree.unflatten(tree, made)
+    drawn = jax.jit(draw, static_argnums=(1, 2))
+    made = [
+        (path, variable.replace(drawn(key, variable.get_value().shape, fan_in(variable))))
+        for key, (path, variable) in zip(keys, flat, strict=True)
+    ]
+    return graph, nnx.from_flat_state(made)
 
 
 def _random_lm(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.State]:
     lm = config.lm
     if lm is None:
         raise ConfigError("a codec alone has no language model to time; give a speech-to-text config")
-    return random_params(lambda: DelayedStreamsLM(lm, rngs=nnx.Rngs(0)), dtype)
+    return random_params(lambda: DelayedStreamsLM(lm, dtype=dtype, rngs=nnx.Rngs(0)), dtype)
 
 
 def lm_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, Any]:

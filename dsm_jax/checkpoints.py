@@ -19,13 +19,12 @@ from dsm_jax.hub import DEFAULT, find
 from dsm_jax.memory import return_freed
 from dsm_jax.models.family import abstract_model, family_of
 from dsm_jax.models.parameters import dtype_of, flatten, read_dtype, with_dtype
+from dsm_jax.nn.quant import PackedBfloat16
 from dsm_jax.progress import byte_bar
+from dsm_jax.sharding import Sharding
 from dsm_jax.tokenizers import Tokenizer
 
-# The mesh axis over which an axis of a parameter is split, by its letter: projections and vocabularies, so that a
-# layer's two matrices are split along the axis they share and one sum joins the parts.
-RULES = {"E": "model", "F": "model", "G": "model", "V": "model"}
-_TABLES = ("audio_emb_QLD", "text_emb.table_LW")
+_TABLES = ("audio_emb.table_QLW", "text_emb.table_LW")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -57,8 +56,7 @@ def load(
     source: str | Path = DEFAULT,
     *,
     dtype: Any = None,
-    mesh: jax.sharding.Mesh | None = None,
-    rules: Mapping[str, str] | None = None,
+    sharding: Sharding | None = None,
     listen_only: bool = False,
 ) -> Model:
     """Loads a model for use.
@@ -68,9 +66,8 @@ def load(
         the hub ("organisation/name", fetched on first use); in Kyutai's, transformers' or this library's own layout.
       dtype: of the language model, by name or as jax has it; None is bfloat16 on GPU and TPU, float32 on CPU. The codec
         and the conditioning are always float32.
-      mesh: the devices to spread the language model over; None uses the default device. The codec is on all of them.
-      rules: which mesh axis splits the axes of parameters that have a letter in their name; None is `RULES` as far as
-        the mesh has its axis. An axis that does not divide stays whole.
+      sharding: the devices to spread the language model over, and how; None uses the default device. The codec is on
+        all of them.
       listen_only: leave out what a model that only hears does without: the codec's decoder, and in float32 on CPU half
         of the embedding tables, if they are stored in bfloat16 (rows are widened as they are read, to the same values).
         Such a model cannot be saved or trained.
@@ -86,18 +83,21 @@ def load(
     opened = open_checkpoint(path)
     tokenizer = opened.load_tokenizer()
     if dtype is None:
-        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        platform = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
         dtype = "float32" if platform == "cpu" else "bfloat16"
     dtype = read_dtype(dtype)
-    rules = _rules_for(mesh, rules)
-    used = abstract_model(opened.config, decoder=not listen_only)
+    used = abstract_model(opened.config, decoder=not listen_only, dtype=dtype, sharding=sharding)
     wanted = {
-        f"{part}.{name}": jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=_sharding(part, name, p.shape, mesh, rules))
+        f"{part}.{name}": jax.ShapeDtypeStruct(
+            p.shape, p.dtype, sharding=sharding and sharding.named(name if part == "lm" else "", p.shape)
+        )
         for part, network in used.items()
         for name, p in with_dtype(part, network.parameters, dtype).items()
     }
     packed = (
-        _tables_to_pack(opened, wanted) if listen_only and mesh is None and jax.default_backend() == "cpu" else set()
+        _tables_to_pack(opened, wanted)
+        if listen_only and sharding is None and jax.default_backend() == "cpu"
+        else set()
     )
     for name in packed:
         wanted[name] = jax.ShapeDtypeStruct(wanted[name].shape, jnp.bfloat16, sharding=wanted[name].sharding)
@@ -105,7 +105,7 @@ def load(
     total = sum(p.size * p.dtype.itemsize for p in wanted.values())
     with byte_bar(f"loading {opened.name}", total, show=True) as advance:
         for name, array in opened.place(wanted):
-            arrays[name] = jnp.asarray(np.asarray(array).view(np.uint16)) if name in packed else array
+            arrays[name] = PackedBfloat16(jnp.asarray(np.asarray(array).view(np.uint16))) if name in packed else array
             advance(array.nbytes)
     states = {
         part: network.unflatten({name: arrays[f"{part}.{name}"] for name in network.parameters})
@@ -138,6 +138,8 @@ def save(model: Model, destination: str | Path) -> None:
         raise CheckpointError(f"{model.name} was loaded with listen_only=True; load it without to save it")
     lm, mimi = flatten(model.lm_params or nnx.State({})), flatten(model.mimi_params)
     arrays = {f"lm.{name}": array for name, array in lm.items()} | {f"mimi.{name}": a for name, a in mimi.items()}
+    if any(not isinstance(array, jax.Array) for array in arrays.values()):
+        raise CheckpointError(f"{model.name} has quantised weights; save the model before it is quantised")
     tokenizer = model.tokenizer.path if model.tokenizer else None
     with native.new_folder(Path(destination), sum(array.nbytes for array in arrays.values())) as folder:
         native.write_about(folder, model.config, dtype_of(lm), model.name, tokenizer)
@@ -153,27 +155,3 @@ def _tables_to_pack(opened: Checkpoint, wanted: Mapping[str, jax.ShapeDtypeStruc
         for name in tables
         if wanted[name].dtype == jnp.float32 and opened.stored["lm"][name.removeprefix("lm.")].dtype == jnp.bfloat16
     }
-
-
-def _rules_for(mesh: jax.sharding.Mesh | None, rules: Mapping[str, str] | None) -> Mapping[str, str]:
-    axes = () if mesh is None else mesh.axis_names
-    if rules is None:
-        return {letter: axis for letter, axis in RULES.items() if axis in axes}
-    if wrong := sorted(set(rules.values()) - set(axes)):
-        raise CheckpointError(f"the rules name the mesh axes {wrong}; the mesh has {list(axes)}")
-    return rules
-
-
-def _sharding(
-    part: str, name: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh | None, rules: Mapping[str, str]
-) -> jax.sharding.Sharding | None:
-    """Where a parameter goes; None is the default device. Its axes are the letters that its name ends in."""
-    if mesh is None:
-        return None
-    spec: list[str | None] = [None] * len(shape)
-    letters = name.rpartition("_")[2]
-    for axis, letter in enumerate(letters if part == "lm" else ""):
-        over = rules.get(letter)
-        if over is not None and over not in spec and shape[axis] % mesh.shape[over] == 0:
-            spec[axis] = over
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))

@@ -3,6 +3,7 @@
 The windows are a handful of steps, so that a test of a few dozen runs well past them.
 """
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -106,9 +107,11 @@ def build(make: Callable[[nnx.Rngs], Module], seed: int = 0) -> Module:
     graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     random = np.random.default_rng(seed)
 
-    def draw(spec: jax.ShapeDtypeStruct) -> jax.Array:
-        noise = random.normal(size=spec.shape)
-        value = noise / np.sqrt(np.prod(spec.shape[:-1])) if len(spec.shape) > 1 else 1 + 0.3 * noise
-        return jnp.asarray(value.astype(np.float32))
+    def draw(variable: nnx.Variable) -> nnx.Variable:
+        shape = variable.get_value().shape
+        noise = random.normal(size=shape)
+        inputs = math.prod(shape[: variable.get_metadata().get("inputs", -1)])
+        value = noise / np.sqrt(inputs) if len(shape) > 1 else 1 + 0.3 * noise
+        return variable.replace(jnp.asarray(value.astype(np.float32)))
 
-    return nnx.merge(graphdef, jax.tree.map(draw, state))
+    return nnx.merge(graphdef, jax.tree.map(draw, state, is_leaf=lambda node: isinstance(node, nnx.Variable)))

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from dsm_jax.configs import TransformerConfig
 from dsm_jax.nn.attention import Attention, CrossAttention, rope, self_attention, sinusoids
@@ -59,11 +58,11 @@ def test_sinusoids_are_cosines_then_sines():
 
 def test_self_attention_is_causal_softmax_attention():
     q, k, v = noise(3, 2, 6, 2, 4)
-    y_BTE = np.array(self_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)))
+    y_BTKH = np.array(self_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)))
     for b in range(2):
         for n in range(2):
             wanted = softmax_attention(q[b, :, n], k[b, :, n], v[b, :, n], np.tri(6, dtype=bool))
-            np.testing.assert_allclose(y_BTE[b, :, n * 4 : n * 4 + 4], wanted, atol=1e-5)
+            np.testing.assert_allclose(y_BTKH[b, :, n], wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
@@ -75,38 +74,40 @@ def test_attention_sees_its_window_and_shares_keys_among_heads(chunk):
     for t in range(0, 20, chunk):
         y, cache = step(jnp.asarray(x_BTD[:, t : t + chunk]), cache, jnp.full((2,), t), None)
         ys.append(y)
-    q_BTNH, k_BTKH, v_BTKH = (
-        part.reshape(2, 20, -1, 4) for part in np.split(x_BTD @ np.array(attention.in_proj_DE[...]), [16, 24], axis=2)
-    )
+    parts_BTPKH = np.einsum("BTD,DPKH->BTPKH", x_BTD, np.array(attention.in_proj.weight[...]))
+    k_BTKH, v_BTKH = parts_BTPKH[:, :, 2], parts_BTPKH[:, :, 3]
     delta = np.arange(20)[:, None] - np.arange(20)
     seen = (delta >= 0) & (delta < config.context)
     heads = [
-        np.stack([softmax_attention(q_BTNH[b, :, n], k_BTKH[b, :, n // 2], v_BTKH[b, :, n // 2], seen) for b in (0, 1)])
-        for n in range(4)
+        np.stack([softmax_attention(parts_BTPKH[b, :, g, k], k_BTKH[b, :, k], v_BTKH[b, :, k], seen) for b in (0, 1)])
+        for k in range(2)
+        for g in range(2)
     ]
-    wanted = np.concatenate(heads, axis=2) @ np.array(attention.out_proj_ED[...])
+    wanted = np.concatenate(heads, axis=2) @ np.array(attention.out_proj.weight[...]).reshape(16, 16)
     np.testing.assert_allclose(np.concatenate(ys, axis=1), wanted, atol=1e-5)
 
 
 def test_cross_attention_sees_all_of_its_source_from_every_step():
     cross = small.build(lambda rngs: CrossAttention(dataclasses.replace(CONFIG, kv_repeat=1), rngs=rngs))
     x_BTD, source_BXD = noise(2, 3, 16), noise(2, 7, 16) + 1
-    weights = np.array(cross.q_proj_DE[...]), *np.split(np.array(cross.kv_proj_DE[...]), 2, axis=1)
-    q, k, v = ((x @ w).reshape(2, -1, 4, 4) for x, w in zip((x_BTD, source_BXD, source_BXD), weights, strict=True))
+    weights_DKH = np.array(cross.q_proj.weight[...]), *np.moveaxis(np.array(cross.kv_proj.weight[...]), 1, 0)
+    inputs = x_BTD, source_BXD, source_BXD
+    q, k, v = (np.einsum("BTD,DKH->BTKH", x, w_DKH) for x, w_DKH in zip(inputs, weights_DKH, strict=True))
     heads = [
         np.stack([softmax_attention(q[b, :, n], k[b, :, n], v[b, :, n], np.ones((3, 7), bool)) for b in (0, 1)])
         for n in range(4)
     ]
     found = cross(jnp.asarray(x_BTD), *cross.keys_values(jnp.asarray(source_BXD)))
-    np.testing.assert_allclose(found, np.concatenate(heads, axis=2) @ np.array(cross.out_proj_ED[...]), atol=1e-5)
+    wanted = np.concatenate(heads, axis=2) @ np.array(cross.out_proj.weight[...]).reshape(16, 16)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_weights_are_added_up_in_float32():
     # 1000 equal weights times values of 1: a sum kept in bfloat16 stops growing at 256 of them.
     config = dataclasses.replace(CONFIG, context=1000, kv_repeat=1, positional_embedding="none")
-    attention = small.build(lambda rngs: Attention(config, rngs=rngs))
-    ones = jnp.zeros((16, 48), jnp.bfloat16).at[:, 32:].set(1 / 16)
-    attention.in_proj_DE, attention.out_proj_ED = nnx.Param(ones), nnx.Param(jnp.eye(16, dtype=jnp.bfloat16))
+    attention = small.build(lambda rngs: Attention(config, dtype=jnp.bfloat16, rngs=rngs))
+    attention.in_proj.weight[...] = jnp.zeros((16, 3, 4, 4)).at[:, 2].set(1 / 16)
+    attention.out_proj.weight[...] = jnp.eye(16).reshape(4, 1, 4, 16)
     cache = attention.init_cache(1)
     assert cache.k_BKSH.dtype == jnp.bfloat16
     cache = dataclasses.replace(cache, v_BKSH=jnp.ones_like(cache.v_BKSH))

@@ -17,6 +17,8 @@ from dsm_jax.configs import MimiConfig
 from dsm_jax.convert import convert, kyutai
 from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models.parameters import flatten
+from dsm_jax.nn.quant import PackedBfloat16
+from dsm_jax.sharding import Sharding
 from tests import small
 from tests.checkpoint_maker import arrays_of, assert_same_weights, copy_of, make_checkpoint, random_model
 
@@ -68,44 +70,40 @@ def test_the_conditioning_stays_float32(tmp_path):
     assert kept == {name for name in arrays if name.startswith("conditioning.")} != set()
 
 
-def mesh(*names: str) -> jax.sharding.Mesh:
-    return jax.make_mesh((2,) + (1,) * (len(names) - 1), names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))
+def over(axis: str) -> Sharding:
+    return Sharding(jax.make_mesh((2,), (axis,)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_mesh_splits_projections_and_vocabularies_and_changes_no_value(folders, layout):
-    model = checkpoints.load(folders[layout], mesh=mesh("model"))
+    model = checkpoints.load(folders[layout], sharding=over("model"))
     specs = {name: tuple(array.sharding.spec) for name, array in flatten(model.lm_params).items()}
     layer = "transformer.layers.0"
-    assert specs[f"{layer}.self_attn.in_proj_DE"] == (None, "model")
-    assert specs[f"{layer}.self_attn.out_proj_ED"] == ("model", None)
-    assert specs[f"{layer}.feedforward.linear_in_DG"] == (None, "model")
-    assert specs[f"{layer}.feedforward.linear_out_FD"] == ("model", None)
-    assert specs["text_linear_DV"] == (None, "model")
+    assert specs[f"{layer}.self_attn.in_proj.weight_DPKH"] == (None, None, "model", None)
+    assert specs[f"{layer}.self_attn.out_proj.weight_KGHD"] == ("model", None, None, None)
+    assert specs[f"{layer}.feedforward.linear_in.weight_DPF"] == (None, None, "model")
+    assert specs[f"{layer}.feedforward.linear_out.weight_FD"] == ("model", None)
+    assert specs["text_linear.weight_DV"] == (None, "model")
     assert specs["text_emb.table_LW"] == (None, None)
     assert all(array.sharding.is_fully_replicated for array in jax.tree.leaves(model.mimi_params))
-    assert len(flatten(model.lm_params)["text_linear_DV"].sharding.device_set) == 2
+    assert len(flatten(model.lm_params)["text_linear.weight_DV"].sharding.device_set) == 2
     assert_same_weights(model, checkpoints.load(folders[layout]))
 
 
 def test_an_axis_that_does_not_divide_stays_whole(tmp_path):
     folder = make_checkpoint(tmp_path, "kyutai", lm=dataclasses.replace(small.STT, text_card=65, text_card_out=None))
-    arrays = flatten(checkpoints.load(folder, mesh=mesh("model")).lm_params)
-    assert arrays["text_linear_DV"].sharding.is_fully_replicated
+    arrays = flatten(checkpoints.load(folder, sharding=over("model")).lm_params)
+    assert arrays["text_linear.weight_DV"].sharding.is_fully_replicated
 
 
 def test_a_mesh_without_the_axis_keeps_everything_whole_and_rules_choose_another(folders):
-    whole = checkpoints.load(folders["kyutai"], mesh=mesh("data"))
+    whole = checkpoints.load(folders["kyutai"], sharding=over("data"))
     assert all(a.sharding.is_fully_replicated for a in jax.tree.leaves(whole.lm_params))
-    ruled = checkpoints.load(folders["kyutai"], mesh=mesh("data"), rules={"L": "data", "E": "data"})
-    arrays = flatten(ruled.lm_params)
-    assert tuple(arrays["transformer.layers.1.self_attn.in_proj_DE"].sharding.spec) == (None, "data")
-    assert arrays["text_linear_DV"].sharding.is_fully_replicated
-
-
-def test_rules_for_an_axis_that_the_mesh_lacks_are_refused(folders):
-    with pytest.raises(CheckpointError, match=r"the rules name the mesh axes \['model'\]; the mesh has \['data'\]"):
-        checkpoints.load(folders["kyutai"], mesh=mesh("data"), rules={"E": "model"})
+    rules = Sharding(over("data").mesh, (("L", "data"), ("H", "data")))
+    arrays = flatten(checkpoints.load(folders["kyutai"], sharding=rules).lm_params)
+    packed = arrays["transformer.layers.1.self_attn.in_proj.weight_DPKH"]
+    assert tuple(packed.sharding.spec) == (None, None, None, "data")
+    assert arrays["text_linear.weight_DV"].sharding.is_fully_replicated
 
 
 def test_a_saved_model_is_the_same_when_loaded(tmp_path):
@@ -211,10 +209,10 @@ def test_a_conversion_finds_hub_names_too(folders, tmp_path, monkeypatch):
 def test_tables_stored_in_16_bits_stay_so_for_listening_and_say_the_same(tmp_path):
     folder = make_checkpoint(tmp_path, "kyutai", dtype="bfloat16")
     whole, light = checkpoints.load(folder), checkpoints.load(folder, listen_only=True)
-    tables = {name for name, array in flatten(light.lm_params).items() if array.dtype == jnp.uint16}
-    assert tables == {"audio_emb_QLD", "text_emb.table_LW"}
+    tables = {name for name, leaf in flatten(light.lm_params).items() if isinstance(leaf, PackedBfloat16)}
+    assert tables == {"audio_emb.table_QLW", "text_emb.table_LW"}
     for name in tables:
-        widened = np.asarray(flatten(light.lm_params)[name]).view(jnp.bfloat16).astype(np.float32)
+        widened = np.asarray(flatten(light.lm_params)[name].bits).view(jnp.bfloat16).astype(np.float32)
         np.testing.assert_array_equal(widened, flatten(whole.lm_params)[name])
     tokens_BKT = jnp.array(np.random.default_rng(0).integers(-1, 12, (2, 4, 6)), jnp.int32)
     logits = [nnx.merge(model.lm_def, model.lm_params)(tokens_BKT).text_logits_BTV for model in (whole, light)]

@@ -136,13 +136,15 @@ def test_an_index_that_does_not_fit_is_refused(folders, tmp_path):
         checkpoints.load(folder)
 
 
-def test_a_native_folder_of_a_later_format_is_refused(folders, tmp_path):
+@pytest.mark.parametrize(
+    ("format_", "remedy"),
+    [(99, "upgrade dsm_jax"), (1, "convert the published model again, or with the version that wrote it")],
+)
+def test_a_native_folder_of_another_format_is_refused(folders, tmp_path, format_, remedy):
     folder = copy_of(folders["orbax"], tmp_path / "in")
     values = files.read_json(folder / native.CONFIG_NAME)
-    files.write_json(folder / native.CONFIG_NAME, values | {"format": 99})
-    with pytest.raises(
-        CheckpointError, match=r"dsm_jax.json is of format 99; this version reads 1 to 2; upgrade dsm_jax"
-    ):
+    files.write_json(folder / native.CONFIG_NAME, values | {"format": format_})
+    with pytest.raises(CheckpointError, match=f"dsm_jax.json is of format {format_}; this version reads 2; {remedy}"):
         checkpoints.load(folder)
 
 

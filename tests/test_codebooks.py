@@ -44,9 +44,9 @@ def rounded(branch: ResidualQuantizer, x_BTD: np.ndarray) -> tuple[np.ndarray, n
     """What each codebook is given [Q, N, C], the codes [Q, N], and their entries [Q, N, C], by `encode`."""
     codes_QN = np.asarray(branch.encode(x_BTD, Q)).swapaxes(0, 1).reshape(Q, -1)
     entries_QNC = np.stack(
-        [np.asarray(b.embedding_VC[...])[c] for b, c in zip(branch.codebooks, codes_QN, strict=True)]
+        [np.asarray(b.embedding_LC[...])[c] for b, c in zip(branch.codebooks, codes_QN, strict=True)]
     )
-    x_NC = (x_BTD @ np.asarray(branch.input_proj_DC[...])).reshape(codes_QN.shape[1], -1)
+    x_NC = (x_BTD @ np.asarray(branch.input_proj.weight[...])).reshape(codes_QN.shape[1], -1)
     return x_NC - np.cumsum(entries_QNC, axis=0) + entries_QNC, codes_QN, entries_QNC
 
 
@@ -58,7 +58,7 @@ def test_vectors_are_the_entries_that_encoding_chooses(branch):
 
 def test_rows_that_are_limited_to_some_codebooks_decode_as_those_codes_do(branch):
     used_B, x_BTD = np.arange(B, dtype=np.int32), latents(0)
-    found_BTD = np.asarray(run(branch, x_BTD, used_B=used_B).vectors_BTC) @ np.asarray(branch.output_proj_CD[...])
+    found_BTD = np.asarray(run(branch, x_BTD, used_B=used_B).vectors_BTC) @ np.asarray(branch.output_proj.weight[...])
     codes_BQT = branch.encode(x_BTD, Q)
     assert not found_BTD[0].any(), "no codebook at all is silence"
     for row in range(1, B):
@@ -75,7 +75,7 @@ def test_gradients_pass_as_if_nothing_had_been_rounded(branch):
         return jnp.sum(quantize(nnx.merge(graph, params), x_BTD, averages, STAY, used_B, key).vectors_BTC * weight_BTC)
 
     def plain(params, x_BTD):
-        return jnp.sum((x_BTD @ nnx.merge(graph, params).input_proj_DC[...]) * weight_BTC)
+        return jnp.sum((x_BTD @ nnx.merge(graph, params).input_proj.weight[...]) * weight_BTC)
 
     found, wanted = (jax.jit(jax.grad(f, argnums=(0, 1)))(params, x_BTD) for f in (through, plain))
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
@@ -94,7 +94,7 @@ def test_commitment_is_the_mean_squared_distance_to_the_entries_in_use(branch):
 def test_a_batch_that_uses_no_codebook_commits_to_nothing(branch):
     found = run(branch, latents(0), used_B=np.zeros(B, np.int32))
     assert float(found.commitment) == 0
-    np.testing.assert_allclose(found.entries_QVC, [book.embedding_VC[...] for book in branch.codebooks], rtol=1e-6)
+    np.testing.assert_allclose(found.entries_QVC, [book.embedding_LC[...] for book in branch.codebooks], rtol=1e-6)
 
 
 def test_commitment_draws_latents_to_their_entries(branch):
@@ -108,7 +108,7 @@ def test_commitment_draws_latents_to_their_entries(branch):
 
     given_QNC, _, entries_QNC = rounded(branch, x_BTD)
     pull_NC = 2 * (given_QNC[0] - entries_QNC[0]) / given_QNC[0].size
-    wanted_BTD = (pull_NC @ np.asarray(branch.input_proj_DC[...]).T).reshape(x_BTD.shape)
+    wanted_BTD = (pull_NC @ np.asarray(branch.input_proj.weight[...]).T).reshape(x_BTD.shape)
     np.testing.assert_allclose(jax.jit(jax.grad(commitment))(x_BTD), wanted_BTD, atol=1e-6)
 
 
@@ -131,7 +131,7 @@ def test_entries_are_moving_averages_of_the_vectors_that_were_rounded_to_them(br
         np.testing.assert_allclose(averages.sum_QVC, sum_QVC, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(found.entries_QVC, sum_QVC / usage_QV[..., None], rtol=1e-4, atol=1e-5)
         for book, entries_VC in zip(branch.codebooks, found.entries_QVC, strict=True):
-            book.embedding_VC[...] = entries_VC
+            book.embedding_LC[...] = entries_VC
 
 
 def test_rows_that_do_not_use_a_codebook_do_not_move_it(branch):
@@ -171,7 +171,7 @@ def test_a_dead_entry_begins_again_at_one_of_the_batchs_vectors_and_a_living_one
 def test_averages_begin_at_the_entries_or_at_the_first_batch(branch):
     averages = init_averages(branch, fresh=False)
     for q, book in enumerate(branch.codebooks):
-        np.testing.assert_array_equal(averages.sum_QVC[q] / averages.usage_QV[q][:, None], book.embedding_VC[...])
+        np.testing.assert_array_equal(averages.sum_QVC[q] / averages.usage_QV[q][:, None], book.embedding_LC[...])
     x_BTD = latents(0)
     given_QNC, codes_QN, _ = rounded(branch, x_BTD)
     found = run(branch, x_BTD, init_averages(branch, fresh=True), CodebookRule())
@@ -184,8 +184,8 @@ def test_averages_begin_at_the_entries_or_at_the_first_batch(branch):
 
 
 def test_perplexity_is_the_number_of_entries_in_effective_use(branch):
-    book_VC = np.asarray(branch.codebooks[0].embedding_VC[...])
-    branch.input_proj_DC[...] = jnp.eye(CONFIG.input_dimension, CONFIG.dimension)
+    book_VC = np.asarray(branch.codebooks[0].embedding_LC[...])
+    branch.input_proj.weight[...] = jnp.eye(CONFIG.input_dimension, CONFIG.dimension)
     for entries in (1, 2, 4):
         x_NC = np.tile(book_VC[:entries], (B * T // entries, 1))
         x_BTD = np.pad(x_NC, ((0, 0), (0, CONFIG.input_dimension - CONFIG.dimension))).reshape(B, T, -1)
@@ -197,5 +197,5 @@ def test_entries_are_put_into_their_branches():
     shape = (CONFIG.bins, CONFIG.dimension)
     semantic_QVC, acoustic_QVC = jnp.full((1, *shape), 7.0), jnp.arange(3.0)[:, None, None] * jnp.ones(shape)
     set_entries(quantizer, semantic_QVC, acoustic_QVC)
-    assert [float(book.embedding_VC[0, 0]) for book in quantizer.semantic.codebooks] == [7.0]
-    assert [float(book.embedding_VC[-1, -1]) for book in quantizer.acoustic.codebooks] == [0.0, 1.0, 2.0]
+    assert [float(book.embedding_LC[0, 0]) for book in quantizer.semantic.codebooks] == [7.0]
+    assert [float(book.embedding_LC[-1, -1]) for book in quantizer.acoustic.codebooks] == [0.0, 1.0, 2.0]

@@ -74,7 +74,7 @@ def test_splitting_and_merging_gives_the_codec_again(fresh):
     found, wanted = (named(nnx.state(t)) for t in (merge(graph, params, memory), trainee))
     assert found.keys() == wanted.keys()
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
-    books = {name for name in wanted if "embedding_VC" in name}
+    books = {name for name in wanted if "embedding_LC" in name}
     assert len(books) == CONFIG.quantizer.n_q
     assert named(memory.entries).keys() == books
     assert named(params).keys() == wanted.keys() - books
@@ -107,7 +107,7 @@ def test_entries_are_those_of_the_averages_step_after_step(fresh):
         ):
             for q, book in enumerate(branch.codebooks):
                 wanted_VC = np.asarray(averages.sum_QVC[q]) / np.asarray(averages.usage_QV[q])[:, None]
-                np.testing.assert_allclose(book.embedding_VC[...], wanted_VC, rtol=1e-6)
+                np.testing.assert_allclose(book.embedding_LC[...], wanted_VC, rtol=1e-6)
 
 
 def test_labels_of_frames_that_are_not_known_do_not_count():
@@ -119,7 +119,7 @@ def test_labels_of_frames_that_are_not_known_do_not_count():
         trainee = merge(GRAPH, params, memory)
         branch = trainee.mimi.quantizer.semantic
         codes_BN = branch.encode(trainee.mimi.encoder(given["pcm_BT"][..., None]), 1)[:, 0]
-        return trainee.head(branch.codebooks[0].embedding_VC[...][codes_BN])
+        return trainee.head(branch.codebooks[0].embedding_LC[...][codes_BN])
 
     logits_BNL = np.asarray(head(start().params, start().memory))[:, look:]
     score_BNL = logits_BNL - np.log(np.exp(logits_BNL).sum(-1, keepdims=True))

@@ -34,8 +34,8 @@ def conditioning() -> Conditioning:
 
 def parts(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     conditioner = conditioning().conditioners[name]
-    table = None if conditioner.table_LC is None else np.array(conditioner.table_LC[...])
-    return table, np.array(conditioner.output_proj_CD[...]), np.array(conditioner.learnt_padding_D[...])
+    table = None if conditioner.table is None else np.array(conditioner.table.table)
+    return table, np.array(conditioner.output_proj.weight[...]), np.array(conditioner.learnt_padding_D[...])
 
 
 def test_summed_conditions_are_added_and_a_missing_one_is_its_learnt_vector():

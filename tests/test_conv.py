@@ -34,7 +34,7 @@ def test_a_convolution_is_a_sum_over_the_past(kernel, stride, dilation, replicat
     conv = CausalConv1d(
         2, 3, kernel=kernel, stride=stride, dilation=dilation, replicate=replicate, rngs=nnx.Rngs(kernel)
     )
-    conv.bias_D[...] = jnp.array([1.0, 2.0, 3.0])
+    conv.bias_O[...] = jnp.array([1.0, 2.0, 3.0])
     x_BTC = noise(2, steps * stride, 2)
     y_BTD = np.array(conv(x_BTC))
     first_BC = x_BTC[:, 0] if replicate else np.zeros((2, 2), np.float32)
@@ -43,7 +43,7 @@ def test_a_convolution_is_a_sum_over_the_past(kernel, stride, dilation, replicat
         wanted_BD = np.array([1.0, 2.0, 3.0])
         for k in range(kernel):
             at = now - reach + k * dilation
-            wanted_BD = wanted_BD + (x_BTC[:, at] if at >= 0 else first_BC) @ np.array(conv.kernel_KCD[k])
+            wanted_BD = wanted_BD + (x_BTC[:, at] if at >= 0 else first_BC) @ np.array(conv.kernel_RCO[k])
         np.testing.assert_allclose(y_BTD[:, t], wanted_BD, rtol=1e-5, atol=1e-5)
     assert y_BTD.shape == (2, steps, 3)
 
@@ -51,9 +51,9 @@ def test_a_convolution_is_a_sum_over_the_past(kernel, stride, dilation, replicat
 @pytest.mark.parametrize("stride", [1, 2, 5])
 def test_a_transposed_convolution_adds_every_input_to_two_strides_of_output(stride):
     conv = CausalConvTranspose1d(3, 2, stride=stride, rngs=nnx.Rngs(0))
-    conv.bias_D[...] = jnp.array([1.0, 2.0])
+    conv.bias_O[...] = jnp.array([1.0, 2.0])
     x_BTC = noise(2, 4, 3)
-    taps_MCSD = np.array(conv.kernel_MCE[...]).reshape(2, 3, stride, 2)[::-1]  # stored oldest input first
+    taps_MCSD = np.array(conv.kernel_RCU[...]).reshape(2, 3, stride, 2)[::-1]  # stored oldest input first
     wanted_BTD = np.full((2, 5 * stride, 2), [1.0, 2.0])
     for t in range(4):
         for m in range(2):
@@ -66,8 +66,8 @@ def test_a_transposed_convolution_adds_every_input_to_two_strides_of_output(stri
 def test_the_depthwise_upsample_is_a_transposed_convolution_with_a_diagonal_kernel():
     upsample = DepthwiseUpsample(3, stride=2, rngs=nnx.Rngs(0))
     full = CausalConvTranspose1d(3, 3, stride=2, bias=False, rngs=nnx.Rngs(0))
-    diagonal = jnp.einsum("MSC,CD->MCSD", upsample.kernel_MSC[...], jnp.eye(3))
-    full.kernel_MCE[...] = diagonal.reshape(2, 3, 6)
+    diagonal = jnp.einsum("MSC,CD->MCSD", upsample.kernel_RJC[...], jnp.eye(3))
+    full.kernel_RCU[...] = diagonal.reshape(2, 3, 6)
     x_BTC = noise(2, 5, 3)
     np.testing.assert_allclose(upsample(x_BTC), full(x_BTC), rtol=1e-5, atol=1e-6)
 

@@ -10,7 +10,7 @@ from dsm_jax.convert import pieces, transforms
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.sampled_from(["conv", "transpose", "depthwise", "halves", "linear", "pointwise"]), st.data())
+@given(st.sampled_from(["conv", "transpose", "depthwise", "linear", "axes", "heads", "halves", "pointwise"]), st.data())
 def test_every_transform_is_undone_exactly(kind, data):
     n = st.integers(1, 4)
     a, b, stride = data.draw(n), data.draw(n), data.draw(n)
@@ -18,7 +18,9 @@ def test_every_transform_is_undone_exactly(kind, data):
         "conv": (transforms.CONV, (a, b, stride)),
         "transpose": (transforms.conv_transpose(stride), (a, b, 2 * stride)),
         "depthwise": (transforms.depthwise(stride), (a, 1, 2 * stride)),
-        "halves": (transforms.half_split(a), (a * 2 * stride, b)),
+        "axes": (transforms.linear((a, b), (stride, 2)), (stride * 2, a * b)),
+        "heads": (transforms.heads(a, stride, half_split=False), (a * stride * 2, b)),
+        "halves": (transforms.heads(a, stride, half_split=True), (a * stride * 4, b)),
         "linear": (transforms.LINEAR, (a, b)),
         "pointwise": (transforms.POINTWISE, (a, b, 1)),
     }[kind]
@@ -38,7 +40,13 @@ def test_a_transposed_convolution_has_the_tap_of_the_older_step_first():
 
 def test_halves_become_neighbours():
     w_D1 = np.arange(8.0)[:, None]  # two heads, [0, 1 | 2, 3] and [4, 5 | 6, 7]
-    assert transforms.half_split(2).load(w_D1)[0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert transforms.heads(2, 1, half_split=True).load(w_D1)[0].tolist() == [[[0, 2, 1, 3], [4, 6, 5, 7]]]
+
+
+def test_queries_that_share_a_key_become_parts_of_its_head():
+    w_E1 = np.arange(8.0)[:, None]  # of the first key/value head, queries 0 and 1; of the second, 2 and 3; H is 2
+    w_1PKH = transforms.heads(2, 2, half_split=False).load(w_E1)
+    assert w_1PKH[0].tolist() == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
 
 def test_a_codebook_is_sums_over_counts_and_an_unused_entry_is_not_divided_by_zero():

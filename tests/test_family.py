@@ -2,10 +2,8 @@
 
 import dataclasses
 import inspect
-import json
 import pkgutil
 import re
-from pathlib import Path
 
 import pytest
 from flax import nnx
@@ -147,15 +145,3 @@ def test_a_config_that_is_not_one_of_its_family_is_refused(config, message):
 def test_the_language_model_of_a_codec_is_refused():
     with pytest.raises(ConfigError, match="'mimi' is the config of a model without a language model; use one that has"):
         family.lm_config(CONFIGS["mimi"])
-
-
-def test_a_config_of_the_first_native_format_is_read():
-    values = json.loads((Path(__file__).parent / "goldens" / "native_format_1.json").read_text())
-    config = native.read_config(values, "dsm_jax.json")
-    assert (config.model_type, config.lm, config.mimi, config.stt) == ("tts", small.TTS, small.MIMI, SttConfig())
-    assert (config.tts.second_stream_ahead, config.sampling.text_temp, config.model_id.sig) == (2, 0.6, "x")
-    values["config"] |= {"model_type": "mimi", "lm": None}
-    assert native.read_config(values, "dsm_jax.json") == ModelConfig(model_type="mimi", mimi=small.MIMI)
-    values["config"]["mimi"]["quantum"] = 1
-    with pytest.raises(ConfigError, match=r"dsm_jax.json: mimi: unknown keys \['quantum'\]"):
-        native.read_config(values, "dsm_jax.json")

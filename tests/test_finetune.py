@@ -119,10 +119,10 @@ def test_only_targets_have_changed_and_the_written_model_is_the_merged_one(adapt
     output, model = adapted
     layer = "lm.transformer.layers.0"
     assert changed(model, checkpoint) == {
-        f"{layer}.self_attn.in_proj_DE",
-        f"{layer}.self_attn.out_proj_ED",
-        f"{layer}.feedforward.linear_in_DG",
-        f"{layer}.feedforward.linear_out_FD",
+        f"{layer}.self_attn.in_proj.weight_DPKH",
+        f"{layer}.self_attn.out_proj.weight_KGHD",
+        f"{layer}.feedforward.linear_in.weight_DPF",
+        f"{layer}.feedforward.linear_out.weight_FD",
     }
     written = dsm_jax.load(output / "model")
     assert_same_weights(written, model)
@@ -142,7 +142,7 @@ def test_a_checkpoint_of_adapters_holds_adapters_alone(adapted):
         tree = checkpointer.metadata((adapted[0] / "checkpoints/4").absolute()).item_metadata.tree
     assert len(tree["params"]) == 4
     assert not tree["memory"]
-    assert {shape for pair in tree["params"].values() for shape in (pair[0].shape[1], pair[1].shape[0])} == {4}
+    assert {shape for pair in tree["params"].values() for shape in (pair[0].shape[-1], pair[1].shape[0])} == {4}
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(adapted, s
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(stopped, monkeypatch):
     def not_finite(lm, *_):
-        return jnp.nan * lm.transformer.layers[0].self_attn.in_proj_DE[...].sum(), {}
+        return jnp.nan * lm.transformer.layers[0].self_attn.in_proj.weight_DPKH[...].sum(), {}
 
     config = stopped(2)
     monkeypatch.setattr("dsm_jax.training.finetune.stt_loss", not_finite)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (
     ("configs", "errors", "memory", "progress"),
     ("streaming", "audio", "hub", "tokenizers"),
-    ("nn",),
+    ("nn", "sharding"),
     ("models",),
     ("convert",),
     ("checkpoints",),

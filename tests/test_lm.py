@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from dsm_jax.errors import StreamError
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.streams import delay, undelay
-from dsm_jax.nn.embedding import Embedding
+from dsm_jax.nn.embedding import TokenEmbedding
 from tests import small
 from tests.check import check_in_place
 
@@ -37,7 +37,7 @@ def test_an_absent_token_adds_exactly_nothing():
     np.testing.assert_array_equal(lm.embed(jnp.full((1, 4, 2), -1)), np.zeros((1, 2, 16)))
     for stream in range(4):
         only_BKT = np.where(np.arange(4)[None, :, None] == stream, codes_BKT, -1)
-        table_LD = lm.text_emb.table_LW[...] if stream == 0 else lm.audio_emb_QLD[stream - 1]
+        table_LD = lm.text_emb.table_LW[...] if stream == 0 else lm.audio_emb.table_QLW[stream - 1]
         np.testing.assert_array_equal(lm.embed(only_BKT), np.array(table_LD)[codes_BKT[:, stream]])
 
 
@@ -45,16 +45,16 @@ def test_the_embedding_is_the_sum_over_streams():
     lm, codes_BKT = stt(), tokens(3)
     wanted_BTD = np.array(lm.text_emb.table_LW[...])[codes_BKT[:, 0]]
     for q in range(3):
-        wanted_BTD = wanted_BTD + np.array(lm.audio_emb_QLD[q])[codes_BKT[:, q + 1]]
+        wanted_BTD = wanted_BTD + np.array(lm.audio_emb.table_QLW[q])[codes_BKT[:, q + 1]]
     np.testing.assert_allclose(lm.embed(codes_BKT), wanted_BTD, atol=1e-6)
 
 
 @pytest.mark.parametrize("rank", [None, 3])
 def test_an_embedding_looks_up_then_widens(rank):
-    embedding = small.build(lambda rngs: Embedding(9, 6, rank=rank, rngs=rngs))
+    embedding = small.build(lambda rngs: TokenEmbedding(9, 6, rank=rank, rngs=rngs))
     found = embedding(jnp.array([[4, -1, 0]]))
     rows = np.array(embedding.table_LW[...])[[4, 0, 0]]
-    rows = rows if embedding.low_rank_WD is None else rows @ np.array(embedding.low_rank_WD[...])
+    rows = rows if embedding.low_rank is None else rows @ np.array(embedding.low_rank.weight[...])
     np.testing.assert_allclose(found[0], rows * [[1], [0], [1]], atol=1e-6)
     assert not np.any(found[0, 1])
 
@@ -65,15 +65,15 @@ def test_a_folded_token_is_two(first, second, absent, rank):
     embedding = demuxed(rank)
     token = -1 if absent else (second + 1) * 9 + first
     table = np.array(embedding.table_LW[...])
-    wanted = table[first] @ np.array(embedding.first_WD[...])
+    wanted = table[first] @ np.array(embedding.first.weight[...])
     if second >= 0:
-        wanted = wanted + table[second] @ np.array(embedding.second_WD[...])
+        wanted = wanted + table[second] @ np.array(embedding.second.weight[...])
     np.testing.assert_allclose(embedding(jnp.array([token]))[0], 0 * wanted if absent else wanted, atol=1e-6)
 
 
 @functools.cache
-def demuxed(rank: int | None) -> Embedding:
-    return small.build(lambda rngs: Embedding(9, 6, rank=rank, demux=True, rngs=rngs))
+def demuxed(rank: int | None) -> TokenEmbedding:
+    return small.build(lambda rngs: TokenEmbedding(9, 6, rank=rank, demux=True, rngs=rngs))
 
 
 @settings(max_examples=25, deadline=None)
@@ -124,10 +124,10 @@ def test_every_stream_starts_with_a_token_of_its_own():
 def test_heads_score_in_float32():
     lm = stt()
     hidden_BTD = jax.random.normal(jax.random.key(0), (2, 3, 16))
-    wanted = np.array(hidden_BTD) @ np.array(lm.text_linear_DV[...]) + np.array(lm.text_bias_V[...])
+    wanted = np.array(hidden_BTD) @ np.array(lm.text_linear.weight[...]) + np.array(lm.text_linear.bias_V[...])
     np.testing.assert_allclose(lm.text_logits(hidden_BTD), wanted, atol=1e-5)
     probability_BTPO = lm.extra_probabilities(hidden_BTD)
-    score = np.stack([np.array(hidden_BTD) @ np.array(lm.extra_heads_PDO[p]) for p in range(4)], axis=2)
+    score = np.stack([np.array(hidden_BTD) @ np.array(lm.extra_heads.weight[:, p]) for p in range(4)], axis=2)
     np.testing.assert_allclose(probability_BTPO, np.exp(score) / np.exp(score).sum(-1, keepdims=True), atol=1e-6)
     low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), lm)
     assert low.text_logits(hidden_BTD.astype(jnp.bfloat16)).dtype == jnp.float32
@@ -137,7 +137,8 @@ def test_heads_score_in_float32():
 def test_a_model_without_extra_heads_says_nothing_of_pauses():
     config = dataclasses.replace(small.STT, extra_heads_num_heads=0, bias_proj=False)
     lm = small.build(lambda rngs: DelayedStreamsLM(config, rngs=rngs))
-    assert lm.extra_heads_PDO is lm.text_bias_V is None
+    assert lm.extra_heads is None
+    assert not lm.text_linear.bias
     assert lm.extra_probabilities(jnp.zeros((2, 3, 16))).shape == (2, 3, 0, 6)
 
 

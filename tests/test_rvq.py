@@ -28,13 +28,13 @@ def latents_BTD() -> np.ndarray:
 def test_the_nearest_entry_is_the_nearest():
     book = Codebook(32, 4, rngs=nnx.Rngs(0))
     x_NC = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
-    distance_NV = np.linalg.norm(x_NC[:, None] - np.array(book.embedding_VC[...]), axis=2)
+    distance_NV = np.linalg.norm(x_NC[:, None] - np.array(book.embedding_LC[...]), axis=2)
     np.testing.assert_array_equal(book.nearest(jnp.asarray(x_NC)), distance_NV.argmin(1))
 
 
 def test_of_equally_near_entries_the_first_is_taken():
     book = Codebook(4, 2, rngs=nnx.Rngs(0))
-    book.embedding_VC[...] = jnp.array([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    book.embedding_LC[...] = jnp.array([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
     assert book.nearest(jnp.array([[0.0, 3.0], [0.0, 0.0], [0.5, 0.5]])).tolist() == [1, 1, 1]
 
 
@@ -43,9 +43,9 @@ def test_each_codebook_rounds_what_the_ones_before_it_left(quantizer, latents_BT
     assert codes_BQT.dtype == np.int32
     assert codes_BQT.shape == (2, 4, 7)
     for branch, codes in ((quantizer.semantic, codes_BQT[:, :1]), (quantizer.acoustic, codes_BQT[:, 1:])):
-        rest_BTC = latents_BTD @ np.array(branch.input_proj_DC[...])
+        rest_BTC = latents_BTD @ np.array(branch.input_proj.weight[...])
         for q, book in enumerate(branch.codebooks):
-            entries_VC = np.array(book.embedding_VC[...])
+            entries_VC = np.array(book.embedding_LC[...])
             distance_BTV = np.linalg.norm(rest_BTC[:, :, None] - entries_VC, axis=3)
             np.testing.assert_array_equal(codes[:, q], distance_BTV.argmin(2))
             rest_BTC = rest_BTC - entries_VC[codes[:, q]]
@@ -63,8 +63,8 @@ def test_decoding_adds_up_the_entries_of_each_branch(quantizer, codebooks):
     wanted = 0
     for q in range(codebooks):
         branch, book = (quantizer.semantic, q) if q < 1 else (quantizer.acoustic, q - 1)
-        entries_BTC = np.array(branch.codebooks[book].embedding_VC[...])[codes_BQT[:, q]]
-        wanted = wanted + entries_BTC @ np.array(branch.output_proj_CD[...])
+        entries_BTC = np.array(branch.codebooks[book].embedding_LC[...])[codes_BQT[:, q]]
+        wanted = wanted + entries_BTC @ np.array(branch.output_proj.weight[...])
     np.testing.assert_allclose(quantizer.decode(jnp.asarray(codes_BQT)), wanted, rtol=1e-5, atol=1e-5)
 
 

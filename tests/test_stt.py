@@ -11,6 +11,7 @@ import dsm_jax
 from dsm_jax import audio
 from dsm_jax.configs import ModelConfig, SttConfig
 from dsm_jax.errors import AudioError, BatchError, CheckpointError, ConfigError, PromptError
+from dsm_jax.sharding import Sharding
 from dsm_jax.stt import Options, Prompt, WordEnded, WordStarted, transcribe_each
 from dsm_jax.stt.transcriber import Transcriber
 from tests import stt_model
@@ -260,7 +261,7 @@ def test_bfloat16_runs_and_streams():
 
 def test_a_model_spread_over_devices_says_the_same_and_compiles_once(whole, compilations):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("model",))
-    spread = dsm_jax.load(stt_model.CHECKPOINT, mesh=mesh)
+    spread = dsm_jax.load(stt_model.CHECKPOINT, sharding=Sharding(mesh))
     assert tokens(dsm_jax.transcribe(spread, stt_model.recording(), frames=True)) == tokens(whole)
     warm = len(compilations)
     dsm_jax.transcribe(spread, stt_model.recording()[:50_000])

@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from dsm_jax.configs import TransformerConfig
-from dsm_jax.nn.transformer import FeedForward, GatedFeedForward, LayerNorm, RMSNorm, Transformer, make_norm
+from dsm_jax.nn.norms import LayerNorm, RMSNorm, make_norm
+from dsm_jax.nn.transformer import FeedForward, GatedFeedForward, Transformer
 from tests import small
 from tests.check import check_in_place
 from tests.goldens import compare
@@ -59,13 +60,13 @@ def test_feed_forwards_have_their_formulas():
     x_BTD = noise(2, 3, 6)
     plain = small.build(lambda rngs: FeedForward(6, 8, rngs=rngs))
     gated = small.build(lambda rngs: GatedFeedForward(6, 8, rngs=rngs))
-    inner = x_BTD @ np.array(plain.linear1_DF[...])
+    inner = x_BTD @ np.array(plain.linear1.weight[...])
     erf = np.array(jax.scipy.special.erf(inner / np.sqrt(2, dtype=np.float32)))
-    wanted = 0.5 * inner * (1 + erf) @ np.array(plain.linear2_FD[...])
+    wanted = 0.5 * inner * (1 + erf) @ np.array(plain.linear2.weight[...])
     np.testing.assert_allclose(plain(jnp.asarray(x_BTD)), wanted, atol=1e-5)
-    a, b = np.split(x_BTD @ np.array(gated.linear_in_DG[...]), 2, axis=-1)
+    a, b = (x_BTD @ part for part in np.moveaxis(np.array(gated.linear_in.weight[...]), 1, 0))
     np.testing.assert_allclose(
-        gated(jnp.asarray(x_BTD)), a / (1 + np.exp(-a)) * b @ np.array(gated.linear_out_FD[...]), atol=1e-5
+        gated(jnp.asarray(x_BTD)), a / (1 + np.exp(-a)) * b @ np.array(gated.linear_out.weight[...]), atol=1e-5
     )
 
 
@@ -77,7 +78,7 @@ def test_the_gated_inner_width_follows_the_reference(feedforward, inner):
         d_model=16, num_heads=2, num_layers=1, dim_feedforward=feedforward, context=4, gating="silu"
     )
     layer = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))).layers[0]
-    assert layer.feedforward.linear_in_DG.shape == (16, 2 * inner)
+    assert layer.feedforward.linear_in.weight.shape == (16, 2, inner)
 
 
 def test_a_chunk_sees_what_single_steps_see_where_the_reference_loses_keys():

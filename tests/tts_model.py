@@ -78,13 +78,13 @@ def make_checkpoint(folder: Path) -> Path:
 
 def _lm(config: LMConfig) -> DelayedStreamsLM:
     lm = small.build(lambda rngs: DelayedStreamsLM(config, rngs=rngs))
-    lm.text_linear_DV[...] = lm.text_linear_DV[...].at[:, np.array([NEW_WORD, PAD])].mul(3.0)
+    lm.text_linear.weight[...] = lm.text_linear.weight[...].at[:, np.array([NEW_WORD, PAD])].mul(3.0)
     # So loud that what was said decides what follows, or greedy speech would be one code.
-    lm.audio_emb_QLD[...] = 10 * lm.audio_emb_QLD[...]
+    lm.audio_emb.table_QLW[...] = 10 * lm.audio_emb.table_QLW[...]
     lm.text_emb.table_LW[...] = 10 * lm.text_emb.table_LW[...]
     assert lm.depformer is not None
     for linear in lm.depformer.inputs:
-        linear.weight_DE[...] = 3 * linear.weight_DE[...]
+        linear.weight[...] = 3 * linear.weight[...]
     return lm
 
 
@@ -92,7 +92,7 @@ def _mimi(config: MimiConfig) -> Mimi:
     mimi = small.build(lambda rngs: Mimi(config, rngs=rngs), seed=1)
     assert mimi.decoder is not None
     last = mimi.decoder.seanet.layers[-1]  # so quiet that few samples are clipped
-    last.kernel_KCD[...], last.bias_D[...] = 0.1 * last.kernel_KCD[...], 0.1 * last.bias_D[...]
+    last.kernel_RCO[...], last.bias_O[...] = 0.1 * last.kernel_RCO[...], 0.1 * last.bias_O[...]
     return mimi
 
 

@@ -3,7 +3,7 @@
 Each conditioner turns its value into vectors of the model's width. Those fused by "sum" are added to every step's
 input; those fused by "cross" are laid end to end for the cross-attention. Always float32, as the reference keeps it.
 
-Shape letters: B batch rows, X steps of a condition, C a conditioner's own width, D model width, L entries.
+Shape letters: docs/axes.md.
 Source: kyutai-labs/moshi@e6a55d2 moshi/conditioners.
 """
 
@@ -16,6 +16,7 @@ from flax import nnx
 
 from dsm_jax.configs import Fuser, LMConfig, LutConditioner
 from dsm_jax.nn.attention import sinusoids
+from dsm_jax.nn.linear import Embedding, Linear
 
 
 @jax.tree_util.register_dataclass
@@ -42,14 +43,13 @@ class Conditioner(nnx.Module):
 
     def __init__(self, width: int, model_width: int, *, entries: int | None, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal()
-        self.table_LC = nnx.Param(init(rngs.params(), (entries, width))) if entries else None
-        self.output_proj_CD = nnx.Param(init(rngs.params(), (width, model_width)))
+        self.table = Embedding(entries, width, init=init, rngs=rngs) if entries else None
+        self.output_proj = Linear({"W": width}, {"D": model_width}, rngs=rngs)
         self.learnt_padding_D = nnx.Param(nnx.initializers.normal(0.2)(rngs.params(), (model_width,)))
 
     def __call__(self, value: jax.Array, mask_BX: jax.Array) -> jax.Array:
-        """Values [B, X] of indices, or [B, X, C] of vectors, to [B, X, D]."""
-        x_BXC = value if self.table_LC is None else self.table_LC[value]
-        y_BXD = x_BXC @ self.output_proj_CD[...]
+        """Maps values, indices [B, X] or vectors [B, X, W], to [B, X, D]."""
+        y_BXD = self.output_proj(value if self.table is None else self.table(value))
         return jnp.where(mask_BX[..., None], y_BXD, self.learnt_padding_D[...])
 
 
@@ -72,7 +72,7 @@ class Conditioning(nnx.Module):
         """Fuses the conditions of every row.
 
         Args:
-          values: for each conditioner, indices [B, X] or vectors [B, X, C].
+          values: for each conditioner, indices [B, X] or vectors [B, X, W].
           masks: for each, bool [B, X]: whether the value is given.
 
         Returns:

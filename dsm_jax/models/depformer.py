@@ -4,14 +4,15 @@ Step k of the walk is fed the backbone's hidden state and the token of step k - 
 codebook k. Each step has weights of its own, or shares a set by the config's schedule. A walk never looks beyond its
 frame, so teacher-forced training treats every frame as a row.
 
-Shape letters: B batch rows, T frames, N = B * T, Q generated codebooks = steps of the walk, K streams, D model width,
-W depformer width, E projected width, F inner width, V vocabulary, A heads, H head width.
+Shape letters: docs/axes.md; here N = B * T, Q are the generated codebooks, which are the steps of the walk, D is the
+depformer's width and E the backbone's.
 Source: Moshi (Défossez et al. 2024), section 3.4; kyutai-labs/moshi@e6a55d2 moshi/models/lm.py
 forward_depformer_training and depformer_step.
 """
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +21,14 @@ from flax import nnx
 from dsm_jax.configs import LMConfig, gating_dim
 from dsm_jax.errors import ConfigError
 from dsm_jax.nn.attention import self_attention
-from dsm_jax.nn.embedding import Embedding
+from dsm_jax.nn.embedding import TokenEmbedding
+from dsm_jax.nn.linear import Linear
+from dsm_jax.nn.norms import make_norm
 from dsm_jax.nn.precision import full_precision
-from dsm_jax.nn.transformer import GatedFeedForward, make_norm
+from dsm_jax.nn.transformer import GatedFeedForward
 
 KeysValues = tuple[jax.Array, jax.Array]
 WALK_GROUP = 4  # codebooks between two looks at whether more are wanted, each of which waits for the device on a GPU
-
-
-class Linear(nnx.Module):
-    """A matrix product without bias."""
-
-    def __init__(self, width_in: int, width_out: int, *, rngs: nnx.Rngs):
-        self.weight_DE = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (width_in, width_out)))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies to the last axis."""
-        return x @ self.weight_DE[...]
 
 
 class DepformerLayer(nnx.Module):
@@ -45,41 +37,46 @@ class DepformerLayer(nnx.Module):
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
         width, sets = config.depformer.dim, max(config.depformer_schedule) + 1
         inner = gating_dim(width, config.depformer_feedforward)
-        self.heads = config.depformer.num_heads
+        heads = {"K": config.depformer.num_heads, "H": width // config.depformer.num_heads}
         self.schedule = config.depformer_schedule
         self.norm1 = make_norm(config.norm, width)
-        self.in_projs = nnx.List([Linear(width, 3 * width, rngs=rngs) for _ in range(sets)])
-        self.out_projs = nnx.List([Linear(width, width, rngs=rngs) for _ in range(sets)])
+        self.in_projs = nnx.List([Linear({"D": width}, {"P": 3, **heads}, rngs=rngs) for _ in range(sets)])
+        self.out_projs = nnx.List([Linear(heads, {"D": width}, rngs=rngs) for _ in range(sets)])
         self.norm2 = make_norm(config.norm, width)
         self.gating = nnx.List([GatedFeedForward(width, inner, rngs=rngs) for _ in range(sets)])
 
-    def _per_step(self, modules: nnx.List, x_NQW: jax.Array) -> jax.Array:
-        return jnp.stack([modules[s](x_NQW[:, q]) for q, s in enumerate(self.schedule)], axis=1)
+    def _per_step(self, modules: nnx.List, x_NQ: jax.Array) -> jax.Array:
+        return jnp.stack([modules[s](x_NQ[:, q]) for q, s in enumerate(self.schedule)], axis=1)
 
-    def __call__(self, x_NQW: jax.Array) -> jax.Array:
-        """All steps of every walk at once."""
-        N, Q, W = x_NQW.shape
-        packed = self._per_step(self.in_projs, self.norm1(x_NQW)).reshape(N, Q, 3, self.heads, W // self.heads)
-        y_NQW = self_attention(packed[:, :, 0], packed[:, :, 1], packed[:, :, 2])
-        x_NQW = x_NQW + self._per_step(self.out_projs, y_NQW)
-        return x_NQW + self._per_step(self.gating, self.norm2(x_NQW))
+    def __call__(self, x_NQD: jax.Array) -> jax.Array:
+        """Runs all steps of every walk at once."""
+        parts_NQPKH = self._per_step(self.in_projs, self.norm1(x_NQD))
+        y_NQKH = self_attention(parts_NQPKH[:, :, 0], parts_NQPKH[:, :, 1], parts_NQPKH[:, :, 2])
+        x_NQD = x_NQD + self._per_step(self.out_projs, y_NQKH)
+        return x_NQD + self._per_step(self.gating, self.norm2(x_NQD))
 
-    def step(self, x_BW: jax.Array, q: int, past: KeysValues | None) -> tuple[jax.Array, KeysValues]:
-        """Step `q` of every walk, after those whose keys and values [B, q, A, H] are given."""
-        B, W = x_BW.shape
-        packed = self.in_projs[self.schedule[q]](self.norm1(x_BW)).reshape(B, 1, 3, self.heads, W // self.heads)
-        seen = packed[:, :, 1], packed[:, :, 2]
+    def step(self, x_BD: jax.Array, q: int, past: KeysValues | None) -> tuple[jax.Array, KeysValues]:
+        """Runs step `q` of every walk, after those whose keys and values [B, q, K, H] are given."""
+        s = self.schedule[q]
+        parts_B1PKH = self.in_projs[s](self.norm1(x_BD))[:, None]
+        seen = parts_B1PKH[:, :, 1], parts_B1PKH[:, :, 2]
         if past is not None:
             seen = jnp.concatenate([past[0], seen[0]], axis=1), jnp.concatenate([past[1], seen[1]], axis=1)
-        y_BW = self_attention(packed[:, :, 0], *seen)[:, 0]
-        x_BW = x_BW + self.out_projs[self.schedule[q]](y_BW)
-        return x_BW + self.gating[self.schedule[q]](self.norm2(x_BW)), seen
+        y_BKH = self_attention(parts_B1PKH[:, :, 0], *seen)[:, 0]
+        x_BD = x_BD + self.out_projs[s](y_BKH)
+        return x_BD + self.gating[s](self.norm2(x_BD)), seen
 
 
 class Depformer(nnx.Module):
-    """Scores the codebooks of each frame in turn."""
+    """Scores the codebooks of each frame in turn.
 
-    def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
+    Args:
+      config: of the language model.
+      dtype: of the activations, which must be that of the backbone's.
+      rngs: random streams.
+    """
+
+    def __init__(self, config: LMConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         fixed = {
             "multi_linear": True,
             "weights_per_step": True,
@@ -94,41 +91,42 @@ class Depformer(nnx.Module):
                 raise ConfigError(f"{name} is {found!r}; every published depformer has {value!r}")
         width, rank = config.depformer.dim, config.depformer.low_rank_embeddings
         self.config = config
-        self.inputs = nnx.List(
-            [Linear(config.dim, width, rngs=rngs) for _ in range(max(config.depformer_schedule) + 1)]
+        sets = max(config.depformer_schedule) + 1
+        self.inputs = nnx.List([Linear({"E": config.dim}, {"D": width}, rngs=rngs) for _ in range(sets)])
+        self.text_emb = TokenEmbedding(
+            config.text_card + 1, width, rank=rank, demux=config.demux_second_stream, dtype=dtype, rngs=rngs
         )
-        self.text_emb = Embedding(config.text_card + 1, width, rank=rank, demux=config.demux_second_stream, rngs=rngs)
         self.audio_embs = nnx.List(
-            [Embedding(config.card + 1, width, rank=rank, rngs=rngs) for _ in range(config.dep_q - 1)]
+            [TokenEmbedding(config.card + 1, width, rank=rank, dtype=dtype, rngs=rngs) for _ in range(config.dep_q - 1)]
         )
         self.layers = nnx.List([DepformerLayer(config, rngs=rngs) for _ in range(config.depformer.num_layers)])
-        self.linears = nnx.List([Linear(width, config.card, rngs=rngs) for _ in range(config.dep_q)])
+        self.linears = nnx.List([Linear({"D": width}, {"V": config.card}, rngs=rngs) for _ in range(config.dep_q)])
 
-    def __call__(self, hidden_BTD: jax.Array, target_BKT: jax.Array) -> jax.Array:
+    def __call__(self, hidden_BTE: jax.Array, target_BKT: jax.Array) -> jax.Array:
         """Teacher-forced scores.
 
         Args:
-          hidden_BTD: the backbone's output.
+          hidden_BTE: the backbone's output.
           target_BKT: the tokens of the frame being predicted, text first, in delayed time.
 
         Returns:
           Logits [B, Q, T, V], float32.
         """
-        B, T, _ = hidden_BTD.shape
+        B, T, _ = hidden_BTE.shape
         inputs = []
         for q, s in enumerate(self.config.depformer_schedule):
             token = self.text_emb(target_BKT[:, 0]) if q == 0 else self.audio_embs[q - 1](target_BKT[:, q])
-            inputs.append(self.inputs[s](hidden_BTD) + token)
-        x_NQW = jnp.stack(inputs, axis=2).reshape(B * T, self.config.dep_q, -1)
+            inputs.append(self.inputs[s](hidden_BTE) + token)
+        x_NQD = jnp.stack(inputs, axis=2).reshape(B * T, self.config.dep_q, -1)
         for layer in self.layers:
-            x_NQW = layer(x_NQW)
-        logits_NQV = jnp.stack([linear(x_NQW[:, q]) for q, linear in enumerate(self.linears)], axis=1)
+            x_NQD = layer(x_NQD)
+        logits_NQV = jnp.stack([linear(x_NQD[:, q]) for q, linear in enumerate(self.linears)], axis=1)
         return logits_NQV.reshape(B, T, self.config.dep_q, -1).swapaxes(1, 2).astype(jnp.float32)
 
     @full_precision
     def walk(
         self,
-        hidden_BD: jax.Array,
+        hidden_BE: jax.Array,
         text_B: jax.Array,
         choose: Callable[[int, jax.Array], jax.Array],
         *,
@@ -138,7 +136,7 @@ class Depformer(nnx.Module):
         """Generates one frame, codebook after codebook.
 
         Args:
-          hidden_BD: the backbone's output for the frame.
+          hidden_BE: the backbone's output for the frame.
           text_B: int32, the text token of the frame.
           choose: maps a codebook's number and its logits [B, V], float32, to int32 tokens [B].
           codebooks: how many to generate at most, from 1 to Q.
@@ -152,7 +150,7 @@ class Depformer(nnx.Module):
         token_B, tokens_BQ = text_B, jnp.zeros((text_B.shape[0], 0), jnp.int32)
         for first in range(0, codebooks, WALK_GROUP):
             group = range(first, min(first + WALK_GROUP, codebooks))
-            generate = functools.partial(self._generate, hidden_BD, choose, group)
+            generate = functools.partial(self._generate, hidden_BE, choose, group)
             if wanted is None or first == 0:
                 made = generate(token_B, past)
             else:
@@ -164,7 +162,7 @@ class Depformer(nnx.Module):
 
     def _generate(
         self,
-        hidden_BD: jax.Array,
+        hidden_BE: jax.Array,
         choose: Callable[[int, jax.Array], jax.Array],
         group: range,
         token_B: jax.Array,
@@ -174,9 +172,9 @@ class Depformer(nnx.Module):
         past, tokens = list(past), []
         for q in group:
             embedding = self.text_emb if q == 0 else self.audio_embs[q - 1]
-            x_BW = self.inputs[self.config.depformer_schedule[q]](hidden_BD) + embedding(token_B)
+            x_BD = self.inputs[self.config.depformer_schedule[q]](hidden_BE) + embedding(token_B)
             for i, layer in enumerate(self.layers):
-                x_BW, past[i] = layer.step(x_BW, q, past[i])
-            token_B = choose(q, self.linears[q](x_BW).astype(jnp.float32))
+                x_BD, past[i] = layer.step(x_BD, q, past[i])
+            token_B = choose(q, self.linears[q](x_BD).astype(jnp.float32))
             tokens.append(token_B)
         return jnp.stack(tokens, axis=1), past

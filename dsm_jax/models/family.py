@@ -6,8 +6,9 @@ dotted paths, which the floor that needs them resolves (`pkgutil.resolve_name`).
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
+import jax.numpy as jnp
 from flax import nnx
 
 from dsm_jax.configs import LMConfig, ModelConfig, SttConfig, TtsConfig
@@ -15,6 +16,7 @@ from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.models.parameters import AbstractNetwork, abstract
+from dsm_jax.sharding import Sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,8 @@ class Family:
       example: a published one, by its name on the hub.
       parts: the fields of `ModelConfig` that it has besides the codec, and the class of each.
       check: raises ConfigError for parts that do not go together.
-      language_model: builds it from a config that has the parts; None for a codec alone.
+      language_model: builds it from a config that has the parts and the dtype that it computes in; None for a codec
+        alone.
       vocabulary: the number of pieces of the tokenizer, from such a config; None without a tokenizer.
       layouts: the modules that read and write its published layouts, by the layout's name.
       program: the module that runs it over batches of rows.
@@ -41,7 +44,7 @@ class Family:
     example: str
     parts: Mapping[str, type]
     check: Callable[[ModelConfig], None] = lambda config: None
-    language_model: Callable[[ModelConfig], nnx.Module] | None = None
+    language_model: Callable[[ModelConfig, Any], nnx.Module] | None = None
     vocabulary: Callable[[ModelConfig], int] | None = None
     layouts: Mapping[str, str]
     program: str | None = None
@@ -80,8 +83,8 @@ def lm_config(config: ModelConfig) -> LMConfig:
     return config.lm
 
 
-def _delayed_lm(config: ModelConfig) -> nnx.Module:
-    return DelayedStreamsLM(lm_config(config), rngs=nnx.Rngs(0))
+def _delayed_lm(config: ModelConfig, dtype: Any) -> nnx.Module:
+    return DelayedStreamsLM(lm_config(config), dtype=dtype, rngs=nnx.Rngs(0))
 
 
 def _text_card(config: ModelConfig) -> int:
@@ -205,12 +208,16 @@ def check(config: ModelConfig, where: str) -> Family:
     return family
 
 
-def abstract_model(config: ModelConfig, *, decoder: bool = True) -> dict[str, AbstractNetwork]:
+def abstract_model(
+    config: ModelConfig, *, decoder: bool = True, dtype: Any = "float32", sharding: Sharding | None = None
+) -> dict[str, AbstractNetwork]:
     """Returns the networks that a config describes, without weights; nothing is allocated.
 
     Args:
       config: of the model.
       decoder: whether the codec has its decoder.
+      dtype: in which the language model computes; the codec computes in float32.
+      sharding: how the language model is split over devices; of the codec only rows are.
 
     Returns:
       "mimi", and "lm" where the family has a language model.
@@ -219,8 +226,11 @@ def abstract_model(config: ModelConfig, *, decoder: bool = True) -> dict[str, Ab
       ConfigError: the config is not one of its family, or a network cannot honour it.
     """
     build = check(config, "the config").language_model
-    networks = {"mimi": abstract(lambda: Mimi(config.mimi, decoder=decoder, rngs=nnx.Rngs(0)))}
-    return networks if build is None else networks | {"lm": abstract(lambda: build(config))}
+    rows = None if sharding is None else sharding.rows
+    networks = {"mimi": abstract(lambda: Mimi(config.mimi, decoder=decoder, rngs=nnx.Rngs(0)), rows)}
+    if build is None:
+        return networks
+    return networks | {"lm": abstract(lambda: build(config, jnp.dtype(dtype)), sharding)}
 
 
 def require(model: Loaded, model_type: str) -> None:

@@ -4,12 +4,12 @@ At each step the model is fed one token of every stream and says what the next t
 audio have a depformer, which then walks over the codebooks. Token ids: `card` and `text_card` start a stream, -1 adds
 nothing to the input (and is left out of losses).
 
-Shape letters: B batch rows, T steps, K streams (text first), Q audio streams, V vocabulary, D model width, L entries of
-an embedding, R rank, P extra heads, O outputs of an extra head.
+Shape letters: docs/axes.md; of tokens, K are the streams, text first.
 Source: Zeghidour et al. 2025 (Delayed Streams Modeling); kyutai-labs/moshi@e6a55d2 moshi/models/lm.py.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,12 @@ from dsm_jax.errors import StreamError
 from dsm_jax.models.conditioning import Conditioning, Conditions
 from dsm_jax.models.depformer import Depformer
 from dsm_jax.models.streams import ZERO_TOKEN, delay, initial_tokens, inputs_of, undelay
-from dsm_jax.nn.embedding import Embedding, look_up
+from dsm_jax.nn.embedding import TokenEmbedding
+from dsm_jax.nn.linear import Embedding, Linear
+from dsm_jax.nn.norms import make_norm
 from dsm_jax.nn.precision import full_precision
-from dsm_jax.nn.transformer import Transformer, TransformerState, make_norm
+from dsm_jax.nn.transformer import Transformer, TransformerState
+from dsm_jax.sharding import Sharding
 
 
 @jax.tree_util.register_dataclass
@@ -37,23 +40,29 @@ class LMOutput:
 
 
 class DelayedStreamsLM(nnx.Module):
-    """The backbone with its embeddings and heads; conditioning and depformer where the config has them."""
+    """The backbone with its embeddings and heads; conditioning and depformer where the config has them.
 
-    def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        init = nnx.initializers.normal(config.dim**-0.5)
-        self.audio_emb_QLD = nnx.Param(init(rngs.params(), (config.n_q, config.card + 1, config.dim)))
-        self.text_emb = Embedding(config.text_card + 1, config.dim, demux=config.demux_second_stream, rngs=rngs)
-        self.transformer = Transformer(config.transformer, rngs=rngs)
-        self.out_norm = make_norm(config.norm, config.dim)
-        self.text_linear_DV = nnx.Param(init(rngs.params(), (config.dim, config.text_logits)))
-        self.text_bias_V = nnx.Param(jnp.zeros((config.text_logits,))) if config.bias_proj else None
-        heads = config.extra_heads_num_heads
-        self.extra_heads_PDO = (
-            nnx.Param(init(rngs.params(), (heads, config.dim, config.extra_heads_dim))) if heads else None
+    Args:
+      config: sizes and kinds.
+      dtype: of the activations and the caches, whatever the weights are stored in. Conditioning is always float32.
+      rngs: random streams.
+    """
+
+    def __init__(self, config: LMConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.sharding: Sharding | None = None  # of parameters and states: see `set_sharding`
+        width, init = {"D": config.dim}, nnx.initializers.normal(config.dim**-0.5)
+        self.audio_emb = Embedding(config.card + 1, config.dim, streams=config.n_q, dtype=dtype, rngs=rngs)
+        self.text_emb = TokenEmbedding(
+            config.text_card + 1, config.dim, demux=config.demux_second_stream, dtype=dtype, rngs=rngs
         )
+        self.transformer = Transformer(config.transformer, dtype=dtype, rngs=rngs)
+        self.out_norm = make_norm(config.norm, config.dim)
+        self.text_linear = Linear(width, {"V": config.text_logits}, bias=config.bias_proj, init=init, rngs=rngs)
+        heads = {"A": config.extra_heads_num_heads, "O": config.extra_heads_dim}
+        self.extra_heads = Linear(width, heads, init=init, rngs=rngs) if heads["A"] else None
         self.conditioning = Conditioning(config, rngs=rngs) if config.conditioners else None
-        self.depformer = Depformer(config, rngs=rngs) if config.dep_q else None
+        self.depformer = Depformer(config, dtype=dtype, rngs=rngs) if config.dep_q else None
 
     @property
     def initial_K(self) -> jax.Array:
@@ -62,10 +71,8 @@ class DelayedStreamsLM(nnx.Module):
 
     @full_precision
     def embed(self, tokens_BKT: jax.Array) -> jax.Array:
-        """The sum over streams of their tokens' embeddings; a token of -1 adds exactly nothing."""
-        audio_BTQ = tokens_BKT[:, 1:].swapaxes(1, 2)
-        rows_BTQD = look_up(self.audio_emb_QLD[...], (jnp.arange(self.config.n_q), jnp.maximum(audio_BTQ, 0)))
-        audio_BTD = jnp.where((audio_BTQ < 0)[..., None], jnp.zeros((), rows_BTQD.dtype), rows_BTQD).sum(2)
+        """Sums the embeddings of all streams; a token of -1 adds exactly nothing."""
+        audio_BTD = self.audio_emb(tokens_BKT[:, 1:].swapaxes(1, 2)).sum(2)
         return audio_BTD + self.text_emb(tokens_BKT[:, 0])
 
     def init_state(self, batch_size: int) -> TransformerState:
@@ -110,23 +117,19 @@ class DelayedStreamsLM(nnx.Module):
         sum_BD, cross_BXD = self.conditioning(values, masks)
         if cross_BXD is None:
             return Conditions(sum_BD, None)
-        return Conditions(sum_BD, self.transformer.cross_keys_values(cross_BXD.astype(self.text_linear_DV.dtype)))
+        return Conditions(sum_BD, self.transformer.cross_keys_values(cross_BXD.astype(self.dtype)))
 
     @full_precision
     def text_logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Scores of the next text token [B, T, V], float32."""
-        logits_BTV = hidden_BTD @ self.text_linear_DV[...]
-        if self.text_bias_V is not None:
-            logits_BTV = logits_BTV + self.text_bias_V[...]
-        return logits_BTV.astype(jnp.float32)
+        """Scores the next text token, float32 [B, T, V]."""
+        return self.text_linear(hidden_BTD).astype(jnp.float32)
 
     @full_precision
     def extra_probabilities(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Softmax of every extra head [B, T, P, O], float32. In STT models class 0 of head p is a pause to come."""
-        if self.extra_heads_PDO is None:
+        """Computes the softmax of every extra head, float32 [B, T, A, O]. In STT models class 0 is a pause to come."""
+        if self.extra_heads is None:
             return jnp.zeros((*hidden_BTD.shape[:2], 0, self.config.extra_heads_dim), jnp.float32)
-        logits_BTPO = jnp.einsum("BTD,PDO->BTPO", hidden_BTD, self.extra_heads_PDO[...])
-        return jax.nn.softmax(logits_BTPO.astype(jnp.float32), axis=-1)
+        return jax.nn.softmax(self.extra_heads(hidden_BTD).astype(jnp.float32), axis=-1)
 
     @full_precision
     def __call__(

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from dsm_jax.errors import CheckpointError
+from dsm_jax.sharding import Sharding, set_sharding
 
 # Kept in float32 whatever the model's dtype, as the reference does: it is computed once per stream.
 ALWAYS_FLOAT32 = "conditioning."
@@ -35,9 +36,16 @@ class AbstractNetwork:
         return nnx.from_flat_state([(path, variable.replace(arrays[_dotted(path)])) for path, variable in flat])
 
 
-def abstract(make: Callable[[], nnx.Module]) -> AbstractNetwork:
-    """Traces a constructor; nothing is allocated."""
-    graph, state = nnx.split(nnx.eval_shape(make))
+def abstract(make: Callable[[], nnx.Module], sharding: Sharding | None = None) -> AbstractNetwork:
+    """Traces a constructor; nothing is allocated.
+
+    Args:
+      make: of the network.
+      sharding: how its parameters and states are split over devices; None if they are not.
+    """
+    network = nnx.eval_shape(make)
+    set_sharding(network, sharding)
+    graph, state = nnx.split(network)
     return AbstractNetwork(graph, flatten(state), state)
 
 

@@ -7,7 +7,7 @@ is given frame 0 twice, as `moshi.run_inference` does.
 
 A clip is delayed and undelayed whole; generation keeps the tokens that are still to be fed in a ring.
 
-Shape letters: B batch rows, K streams (text first), Q some of the audio streams, T steps, S ring slots, V vocabulary.
+Shape letters: docs/axes.md; of tokens, K are the streams, text first (M in the ring), and Q some of the audio streams.
 Source: Zeghidour et al. 2025 (Delayed Streams Modeling); kyutai-labs/moshi@e6a55d2 moshi/models/lm.py:LMGen.
 """
 
@@ -78,7 +78,7 @@ def behind_text(codes_QT: np.ndarray, steps: int) -> np.ndarray:
 class TokenRing:
     """The tokens that are still to be fed, each in the ring slot of the step that feeds it, modulo S."""
 
-    tokens_BKS: jax.Array
+    tokens_BMS: jax.Array
 
     @classmethod
     def empty(cls, config: LMConfig, batch_size: int) -> "TokenRing":
@@ -86,24 +86,24 @@ class TokenRing:
         return cls(jnp.full((batch_size, config.n_q + 1, max(config.delays) + 2), ZERO_TOKEN, jnp.int32))
 
     def _slot(self, step: jax.Array) -> jax.Array:
-        return step % self.tokens_BKS.shape[2]
+        return step % self.tokens_BMS.shape[2]
 
     def inputs(self, step_B: jax.Array, config: LMConfig) -> jax.Array:
         """Returns the tokens that step `step_B` of each row feeds, int32 [B, K]."""
         step_B1 = step_B[:, None]
-        held_BK = jnp.take_along_axis(self.tokens_BKS, self._slot(step_B1)[:, :, None], axis=2)[:, :, 0]
+        held_BK = jnp.take_along_axis(self.tokens_BMS, self._slot(step_B1)[:, :, None], axis=2)[:, :, 0]
         return jnp.where(step_B1 <= jnp.array(config.delays), initial_tokens(config), held_BK)
 
     def with_made(self, tokens_BQ: jax.Array, step_B: jax.Array, first: int = 0) -> "TokenRing":
         """Adds the tokens made in step `step_B`, of the streams from number `first` on."""
         rows_B, streams = jnp.arange(tokens_BQ.shape[0]), slice(first, first + tokens_BQ.shape[1])
-        return TokenRing(self.tokens_BKS.at[rows_B, streams, self._slot(step_B + 1)].set(tokens_BQ))
+        return TokenRing(self.tokens_BMS.at[rows_B, streams, self._slot(step_B + 1)].set(tokens_BQ))
 
     def with_frame(self, codes_BQ: jax.Array, frame_B: jax.Array, config: LMConfig) -> "TokenRing":
         """Adds a frame of the audio streams, which each stream is fed after its own delay."""
         rows_B1, streams_Q = jnp.arange(codes_BQ.shape[0])[:, None], jnp.arange(1, 1 + codes_BQ.shape[1])
         step_BQ = frame_B[:, None] + jnp.array(config.delays[1 : 1 + codes_BQ.shape[1]])
-        return TokenRing(self.tokens_BKS.at[rows_B1, streams_Q, self._slot(step_BQ + 1)].set(codes_BQ))
+        return TokenRing(self.tokens_BMS.at[rows_B1, streams_Q, self._slot(step_BQ + 1)].set(codes_BQ))
 
     def newest_frame(self, step_B: jax.Array, config: LMConfig) -> jax.Array:
         """Returns the tokens of the newest frame that is whole once step `step_B` is made, int32 [B, K].
@@ -111,7 +111,7 @@ class TokenRing:
         The frame is number `step_B` less the longest delay; before that there is none.
         """
         made_in_BK = step_B[:, None] - max(config.delays) + jnp.array(config.delays)
-        return jnp.take_along_axis(self.tokens_BKS, self._slot(made_in_BK + 1)[:, :, None], axis=2)[:, :, 0]
+        return jnp.take_along_axis(self.tokens_BMS, self._slot(made_in_BK + 1)[:, :, None], axis=2)[:, :, 0]
 
     def kept(self, mask_B: jax.Array, before: "TokenRing") -> "TokenRing":
         """Returns the marked rows of this ring and the other rows of the one before."""

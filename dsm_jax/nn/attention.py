@@ -1,32 +1,44 @@
 """Attention over a sliding window with a ring of keys and values, attention to a fixed source, and positions.
 
-Shape letters: B batch rows, T steps, D model width, E projected width, N query heads, K key/value heads, G query heads
-per key/value head, H head width, S cache slots, U keys of the chunk itself, X steps of the cross-attention source.
+Shape letters: docs/axes.md.
 Source: kyutai-labs/moshi@e6a55d2 moshi/modules/transformer.py. Differs on purpose: a chunk of several steps sees
 exactly what single steps would see, where the reference drops keys once its ring is full (tests/test_transformer.py).
 """
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dsm_jax.configs import TransformerConfig
+from dsm_jax.nn.linear import Linear
+from dsm_jax.sharding import Sharding
 from dsm_jax.streaming import KVCache, taken_BT
 
 
-def rope(x_BTNH: jax.Array, position_BT: jax.Array, max_period: float) -> jax.Array:
-    """Rotates each pair (x[2i], x[2i+1]) by position * max_period ** (-2i / H), in float32."""
-    half = x_BTNH.shape[-1] // 2
+def rope(x: jax.Array, position_BT: jax.Array, max_period: float) -> jax.Array:
+    """Rotates each pair (x[2i], x[2i+1]) by position * max_period ** (-2i / H), in float32.
+
+    Args:
+      x: [B, T, ..., H], any number of head axes between.
+      position_BT: int32, of each step.
+      max_period: steps in which the slowest pair would turn by one radian.
+
+    Returns:
+      Of the shape and dtype of `x`.
+    """
+    half = x.shape[-1] // 2
     rates = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(max_period) / half))
-    angle = position_BT.astype(jnp.float32)[..., None, None] * rates
+    angle = position_BT.astype(jnp.float32).reshape(*position_BT.shape, *(1,) * (x.ndim - 2)) * rates
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    pairs = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], half, 2)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], half, 2)
     real, imaginary = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
-    return turned.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
+    return turned.reshape(x.shape).astype(x.dtype)
 
 
 def sinusoids(position_BT: jax.Array, width: int, max_period: float) -> jax.Array:
@@ -37,10 +49,10 @@ def sinusoids(position_BT: jax.Array, width: int, max_period: float) -> jax.Arra
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def _attend(q_BTKGH: jax.Array, sources: list[tuple[jax.Array, jax.Array, jax.Array | None]]) -> jax.Array:
-    """Softmax attention over several lots of keys at once, each (k_BKSH, v_BKSH, mask_BTS or None for all).
+def _attend(q_BTKGH: jax.Array, sources: Sequence[tuple[jax.Array, jax.Array, jax.Array | None]]) -> jax.Array:
+    """Attends to several sets of keys at once, each (k_BKSH, v_BKSH, mask_BTS or None for all), [B, T, K, G, H].
 
-    Keeping the lots apart means the ring is read where it lies and never copied next to the new keys.
+    Keeping the sets apart means the cache is read where it lies and never copied next to the new keys.
     """
     # float32 softmax: bfloat16 keeps 8 bits, too few to add up hundreds of weights.
     scale = q_BTKGH.shape[-1] ** -0.5
@@ -57,56 +69,74 @@ def _attend(q_BTKGH: jax.Array, sources: list[tuple[jax.Array, jax.Array, jax.Ar
         for w, (_, v, _) in zip(weights, sources, strict=True)
     ]
     mixed_BKGTH = functools.reduce(jnp.add, mixed)
-    y_BTKGH = jnp.moveaxis(mixed_BKGTH / total_BKGT[..., None], 3, 1)
-    return y_BTKGH.reshape(*y_BTKGH.shape[:2], -1).astype(q_BTKGH.dtype)
+    return jnp.moveaxis(mixed_BKGTH / total_BKGT[..., None], 3, 1).astype(q_BTKGH.dtype)
 
 
-def self_attention(q_BTNH: jax.Array, k_BUNH: jax.Array, v_BUNH: jax.Array) -> jax.Array:
-    """Causal attention of the last T of U steps to all before them, [B, T, N * H]; no window, no positions."""
-    B, T, U = *q_BTNH.shape[:2], k_BUNH.shape[1]
+def self_attention(q_BTKH: jax.Array, k_BUKH: jax.Array, v_BUKH: jax.Array) -> jax.Array:
+    """Attends causally from the last T of U steps to all before them, [B, T, K, H]; no window, no positions."""
+    B, T, U = *q_BTKH.shape[:2], k_BUKH.shape[1]
     causal_BTU = jnp.broadcast_to(jnp.arange(U - T, U)[:, None] >= jnp.arange(U), (B, T, U))
-    return _attend(q_BTNH[:, :, :, None], [(k_BUNH.swapaxes(1, 2), v_BUNH.swapaxes(1, 2), causal_BTU)])
+    sources = [(k_BUKH.swapaxes(1, 2), v_BUKH.swapaxes(1, 2), causal_BTU)]
+    return _attend(q_BTKH[:, :, :, None], sources)[:, :, :, 0]
 
 
-def _write(cache: KVCache, k_BKUH: jax.Array, v_BKUH: jax.Array, slot_BU: jax.Array) -> KVCache:
+def _write(
+    cache: KVCache, k_BKUH: jax.Array, v_BKUH: jax.Array, slot_BKU: jax.Array, sharding: Sharding | None
+) -> KVCache:
     """Writes the chunk's keys and values; a slot out of range is not written."""
-    # Every index but the last axis is spelt out: with a slice over heads XLA copies the whole cache (4.2 ms a layer
-    # against 0.5 ms at the published width, one row, two CPU cores).
-    B, K = k_BKUH.shape[:2]
-    at = (jnp.arange(B)[:, None, None], jnp.arange(K)[:, None], slot_BU[:, None])
 
-    def put(ring: jax.Array, new: jax.Array) -> jax.Array:
-        return ring.at[at].set(new.astype(ring.dtype), mode="drop")
+    def write(k_BKSH: jax.Array, v_BKSH: jax.Array, k_BKUH: jax.Array, v_BKUH: jax.Array, slot_BKU: jax.Array):
+        # Every index but the last axis is spelt out: with a slice over heads XLA copies the whole cache (4.2 ms a
+        # layer against 0.5 ms at the published width, one row, two CPU cores).
+        B, K = slot_BKU.shape[:2]
+        at = (jnp.arange(B)[:, None, None], jnp.arange(K)[:, None], slot_BKU)
+        caches = (k_BKSH, k_BKUH), (v_BKSH, v_BKUH)
+        return tuple(cache.at[at].set(new.astype(cache.dtype), mode="drop") for cache, new in caches)
 
-    return KVCache(put(cache.k_BKSH, k_BKUH), put(cache.v_BKSH, v_BKUH))
+    if sharding is not None:
+        # To keep an index over heads that are apart, XLA gathers the cache; each device's own part needs no other.
+        write = sharding.each_part(write, ("BKSH", "BKSH", "BKUH", "BKUH", "BKU"), ("BKSH", "BKSH"))
+    return KVCache(*write(cache.k_BKSH, cache.v_BKSH, k_BKUH, v_BKUH, slot_BKU))
 
 
-def _finite(slot_BT: jax.Array, outside: int, *values: jax.Array) -> jax.Array:
-    """The slots of rows whose values are all numbers, and `outside` for the others.
+def _finite_slots(slot_BU: jax.Array, outside: int, *values: jax.Array) -> jax.Array:
+    """Returns the slots [B, K, U] of the heads whose values [B, K, ...] are all numbers, and `outside` for the others.
 
     A key that is not a number would count even where it is masked (0 * nan is nan), so its row would be lost for good,
     even after a reset.
     """
-    finite = [jnp.isfinite(value).all(tuple(range(1, value.ndim))) for value in values]
-    return jnp.where(functools.reduce(jnp.logical_and, finite)[:, None], slot_BT, outside)
+    finite = [jnp.isfinite(value).all(tuple(range(2, value.ndim)), keepdims=True) for value in values]
+    finite_BK1 = functools.reduce(jnp.logical_and, [one.reshape(*one.shape[:2], 1) for one in finite])
+    return jnp.where(finite_BK1, slot_BU[:, None], outside)
 
 
 class Attention(nnx.Module):
-    """Self-attention over the last `context` steps. Queries, keys and values come from one packed projection."""
+    """Self-attention over the last `context` steps.
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        kv = config.num_kv_heads * config.head_dim
-        init = nnx.initializers.lecun_normal()
-        self.in_proj_DE = nnx.Param(init(rngs.params(), (config.d_model, config.d_model + 2 * kv)))
-        self.out_proj_ED = nnx.Param(init(rngs.params(), (config.d_model, config.d_model)))
+    Queries, keys and values come from one product. Its parts (axis P) are, for every key/value head, the queries that
+    the head serves, then its key, then its value; so a split over heads (axis K) keeps all of a head together.
+
+    Args:
+      config: sizes, positions and window.
+      dtype: of the cache.
+      rngs: random streams.
+    """
+
+    def __init__(self, config: TransformerConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.sharding: Sharding | None = None  # of the heads: see `set_sharding`
+        heads, width = config.num_kv_heads, config.head_dim
+        self.in_proj = Linear({"D": config.d_model}, {"P": config.kv_repeat + 2, "K": heads, "H": width}, rngs=rngs)
+        self.out_proj = Linear({"K": heads, "G": config.kv_repeat, "H": width}, {"D": config.d_model}, rngs=rngs)
 
     def init_cache(self, batch_size: int) -> KVCache:
-        """An empty ring of `context` slots, in the dtype of the weights."""
+        """Makes an empty cache of `context` slots."""
         c = self.config
         shape = (batch_size, c.num_kv_heads, c.context, c.head_dim)
-        dtype = self.in_proj_DE.dtype
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        if self.sharding is not None:
+            zeros = functools.partial(self.sharding.zeros, shape=shape, dtype=self.dtype)
+            return KVCache(zeros("k_BKSH"), zeros("v_BKSH"))
+        return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
     def step(
         self, x_BTD: jax.Array, cache: KVCache | None, position_B: jax.Array, lengths_B: jax.Array | None
@@ -115,16 +145,12 @@ class Attention(nnx.Module):
         c = self.config
         B, T, _ = x_BTD.shape
         S = c.context
-        q, k, v = jnp.split(x_BTD @ self.in_proj_DE[...], [c.d_model, c.d_model + c.num_kv_heads * c.head_dim], axis=-1)
-        q_BTNH = q.reshape(B, T, c.num_heads, c.head_dim)
-        k_BUKH = k.reshape(B, T, c.num_kv_heads, c.head_dim)
-        v_BKUH = v.reshape(B, T, c.num_kv_heads, c.head_dim).swapaxes(1, 2)
+        parts_BTPKH = self.in_proj(x_BTD)
+        turned_BTPKH, v_BKUH = parts_BTPKH[:, :, :-1], parts_BTPKH[:, :, -1].swapaxes(1, 2)
         position_BT = position_B[:, None] + jnp.arange(T)
         if c.positional_embedding in ("rope", "sin_rope"):
-            q_BTNH = rope(q_BTNH, position_BT, c.max_period)
-            k_BUKH = rope(k_BUKH, position_BT, c.max_period)
-        k_BKUH = k_BUKH.swapaxes(1, 2)
-        q_BTKGH = q_BTNH.reshape(B, T, c.num_kv_heads, c.kv_repeat, c.head_dim)
+            turned_BTPKH = rope(turned_BTPKH, position_BT, c.max_period)
+        q_BTKGH, k_BKUH = turned_BTPKH[:, :, :-1].swapaxes(2, 3), turned_BTPKH[:, :, -1].swapaxes(1, 2)
         slot_BT = position_BT % S
         step_taken_BT = None if lengths_B is None else taken_BT(lengths_B, T)
         if step_taken_BT is not None:
@@ -134,53 +160,51 @@ class Attention(nnx.Module):
 
         if cache is None:
             near_TU = steps_T[:, None] - steps_T < S
-            y_BTE = _attend(q_BTKGH, [(k_BKUH, v_BKUH, causal_BTU & near_TU)])
+            y_BTKGH = _attend(q_BTKGH, [(k_BKUH, v_BKUH, causal_BTU & near_TU)])
         elif T == 1:
             # The new key takes the place of the one that just left the window, so after the write the ring is the
             # window, and XLA updates the donated cache in place. An idle row of a fresh stream has no key at all; its
             # empty slot 0 keeps its softmax finite.
-            cache = _write(cache, k_BKUH, v_BKUH, _finite(slot_BT, S, k_BKUH, v_BKUH))
+            cache = _write(cache, k_BKUH, v_BKUH, _finite_slots(slot_BT, S, k_BKUH, v_BKUH), self.sharding)
             filled_BTS = jnp.arange(S) <= position_BT[..., None]
-            y_BTE = _attend(q_BTKGH, [(cache.k_BKSH, cache.v_BKSH, filled_BTS)])
+            y_BTKGH = _attend(q_BTKGH, [(cache.k_BKSH, cache.v_BKSH, filled_BTS)])
         else:
             # A longer chunk overwrites keys that its first steps still need, so it reads first. Slot s holds the last
             # position before the chunk that is s modulo S, or nothing while that is negative.
             held_BS = position_B[:, None] - 1 - (position_B[:, None] - 1 - jnp.arange(S)) % S
             seen_BTS = (held_BS >= 0)[:, None] & (position_BT[..., None] - held_BS[:, None] < S)
-            y_BTE = _attend(q_BTKGH, [(cache.k_BKSH, cache.v_BKSH, seen_BTS), (k_BKUH, v_BKUH, causal_BTU)])
+            y_BTKGH = _attend(q_BTKGH, [(cache.k_BKSH, cache.v_BKSH, seen_BTS), (k_BKUH, v_BKUH, causal_BTU)])
             # The write must depend on the read: XLA would copy the donated cache otherwise.
-            kept_BTE = y_BTE if step_taken_BT is None else jnp.where(step_taken_BT[..., None], y_BTE, 0)
-            cache = _write(cache, k_BKUH, v_BKUH, _finite(slot_BT, S, kept_BTE))
-        return y_BTE @ self.out_proj_ED[...], cache
+            kept_BTKGH = y_BTKGH
+            if step_taken_BT is not None:
+                kept_BTKGH = jnp.where(step_taken_BT[:, :, None, None, None], y_BTKGH, 0)
+            slot_BKT = _finite_slots(slot_BT, S, kept_BTKGH.swapaxes(1, 2))
+            cache = _write(cache, k_BKUH, v_BKUH, slot_BKT, self.sharding)
+        return self.out_proj(y_BTKGH), cache
 
 
 class CrossAttention(nnx.Module):
     """Attention to a fixed source, all of it; its keys and values are computed once per stream."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        init = nnx.initializers.lecun_normal()
+        width, heads = {"D": config.d_model}, {"K": config.num_heads, "H": config.head_dim}
         # Apart, as only queries are made in every step: XLA copies a slice of a matrix before it multiplies by it
         # (a step of the 1.6B model's backbone on two CPU cores: 177 ms, in place of 82 ms).
-        self.q_proj_DE = nnx.Param(init(rngs.params(), (config.d_model, config.d_model)))
-        self.kv_proj_DE = nnx.Param(init(rngs.params(), (config.d_model, 2 * config.d_model)))
-        self.out_proj_ED = nnx.Param(init(rngs.params(), (config.d_model, config.d_model)))
+        self.q_proj = Linear(width, heads, rngs=rngs)
+        self.kv_proj = Linear(width, {"P": 2, **heads}, rngs=rngs)
+        self.out_proj = Linear(heads, width, rngs=rngs)
 
     def keys_values(self, source_BXD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, N, X, H] of the source."""
-        c = self.config
-        kv = source_BXD @ self.kv_proj_DE[...]
-        k_BXNH, v_BXNH = jnp.split(kv.reshape(*source_BXD.shape[:2], 2 * c.num_heads, c.head_dim), 2, axis=2)
-        return k_BXNH.swapaxes(1, 2), v_BXNH.swapaxes(1, 2)
+        """Computes keys and values [B, K, X, H] of the source."""
+        kv_BXPKH = self.kv_proj(source_BXD)
+        return kv_BXPKH[:, :, 0].swapaxes(1, 2), kv_BXPKH[:, :, 1].swapaxes(1, 2)
 
     def __call__(
-        self, x_BTD: jax.Array, k_BNXH: jax.Array, v_BNXH: jax.Array, length_B: jax.Array | None = None
+        self, x_BTD: jax.Array, k_BKXH: jax.Array, v_BKXH: jax.Array, length_B: jax.Array | None = None
     ) -> jax.Array:
         """Attends from every step to the first `length_B` steps of the source; None for all of them."""
-        c = self.config
-        q_BTNGH = (x_BTD @ self.q_proj_DE[...]).reshape(*x_BTD.shape[:2], c.num_heads, 1, c.head_dim)
-        mask_B1X = None
+        q_BTKGH, mask_B1X = self.q_proj(x_BTD)[:, :, :, None], None
         if length_B is not None:
             # A row without a source attends to its first, empty step: its result means nothing, and stays finite.
-            mask_B1X = taken_BT(jnp.maximum(length_B, 1), k_BNXH.shape[2])[:, None]
-        return _attend(q_BTNGH, [(k_BNXH, v_BNXH, mask_B1X)]) @ self.out_proj_ED[...]
+            mask_B1X = taken_BT(jnp.maximum(length_B, 1), k_BKXH.shape[2])[:, None]
+        return self.out_proj(_attend(q_BTKGH, [(k_BKXH, v_BKXH, mask_B1X)])[:, :, :, 0])

@@ -1,7 +1,6 @@
 """Causal convolutions, forward and transposed, that run over a whole clip or one chunk at a time.
 
-Shape letters: B batch rows, T time steps, C channels in, D channels out, K taps, S stride, M taps per output phase,
-E = S * D.
+Shape letters: docs/axes.md; C are the channels in, O those out.
 """
 
 import dataclasses
@@ -26,10 +25,10 @@ class ConvState:
 
 
 @full_precision
-def _convolve(x_BTC: jax.Array, kernel_KCD: jax.Array, stride: int = 1, dilation: int = 1) -> jax.Array:
+def _convolve(x_BTC: jax.Array, kernel_RCO: jax.Array, stride: int = 1, dilation: int = 1) -> jax.Array:
     return jax.lax.conv_general_dilated(
         x_BTC,
-        kernel_KCD,
+        kernel_RCO,
         window_strides=(stride,),
         padding="VALID",
         rhs_dilation=(dilation,),
@@ -89,8 +88,8 @@ class CausalConv1d(_Tailed):
         self.channels, self.stride, self.dilation, self.replicate = channels_in, stride, dilation, replicate
         self.tail = (kernel - 1) * dilation + 1 - stride
         init = nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
-        self.kernel_KCD = nnx.Param(init(rngs.params(), (kernel, channels_in, channels_out)))
-        self.bias_D = nnx.Param(jnp.zeros((channels_out,))) if bias else None
+        self.kernel_RCO = nnx.Param(init(rngs.params(), (kernel, channels_in, channels_out)))
+        self.bias_O = nnx.Param(jnp.zeros((channels_out,))) if bias else None
 
     def step(
         self, x_BTC: jax.Array, state: ConvState, lengths_B: jax.Array | None = None
@@ -106,15 +105,15 @@ class CausalConv1d(_Tailed):
                 f"send a positive multiple of {self.stride}, and pad the end of the clip if need be"
             )
         seen_BTC, state = self._extend(x_BTC, state, lengths_B)
-        y_BTD = _convolve(seen_BTC, self.kernel_KCD[...], self.stride, self.dilation)
-        return (y_BTD if self.bias_D is None else y_BTD + self.bias_D[...]), state
+        y_BTO = _convolve(seen_BTC, self.kernel_RCO[...], self.stride, self.dilation)
+        return (y_BTO if self.bias_O is None else y_BTO + self.bias_O[...]), state
 
 
 class CausalConvTranspose1d(_Tailed):
-    """Transposed 1-D convolution with a kernel of M strides, cut on the right so that it never looks ahead.
+    """Transposed 1-D convolution with a kernel of R strides, cut on the right so that it never looks ahead.
 
-    Output step t * S + j is the sum over m of x[t - m] times the kernel's tap m * S + j: an ordinary causal convolution
-    of M taps with S * D output channels, whose channels are then laid out in time. So the state is the last M - 1 input
+    Output step t * J + j is the sum over r of x[t - r] times the kernel's tap r * J + j: an ordinary causal convolution
+    of R taps with U = J * O output channels, which are then laid out in time. So the state is the last R - 1 input
     steps, and there is no overlap to add up between chunks.
 
     Source: kyutai-labs/moshi@e6a55d2 moshi/modules/conv.py:StreamingConvTranspose1d, which keeps partial outputs
@@ -124,17 +123,17 @@ class CausalConvTranspose1d(_Tailed):
     def __init__(self, channels_in: int, channels_out: int, *, stride: int, bias: bool = True, rngs: nnx.Rngs):
         self.channels, self.stride, self.tail = channels_in, stride, 1
         init = nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
-        self.kernel_MCE = nnx.Param(init(rngs.params(), (2, channels_in, stride * channels_out)))
-        self.bias_D = nnx.Param(jnp.zeros((channels_out,))) if bias else None
+        self.kernel_RCU = nnx.Param(init(rngs.params(), (2, channels_in, stride * channels_out)))
+        self.bias_O = nnx.Param(jnp.zeros((channels_out,))) if bias else None
 
     def step(
         self, x_BTC: jax.Array, state: ConvState, lengths_B: jax.Array | None = None
     ) -> tuple[jax.Array, ConvState]:
         """Consumes T steps and returns T * stride steps."""
         seen_BTC, state = self._extend(x_BTC, state, lengths_B)
-        y_BTE = _convolve(seen_BTC, self.kernel_MCE[...])
-        y_BTD = y_BTE.reshape(y_BTE.shape[0], y_BTE.shape[1] * self.stride, -1)
-        return (y_BTD if self.bias_D is None else y_BTD + self.bias_D[...]), state
+        y_BTU = _convolve(seen_BTC, self.kernel_RCU[...])
+        y_BTO = y_BTU.reshape(y_BTU.shape[0], y_BTU.shape[1] * self.stride, -1)
+        return (y_BTO if self.bias_O is None else y_BTO + self.bias_O[...]), state
 
 
 class DepthwiseUpsample(_Tailed):
@@ -145,14 +144,14 @@ class DepthwiseUpsample(_Tailed):
 
     def __init__(self, channels: int, *, stride: int, rngs: nnx.Rngs):
         self.channels, self.stride, self.tail = channels, stride, 1
-        self.kernel_MSC = nnx.Param(nnx.initializers.normal(0.5)(rngs.params(), (2, stride, channels)))
+        self.kernel_RJC = nnx.Param(nnx.initializers.normal(0.5)(rngs.params(), (2, stride, channels)))
 
     def step(
         self, x_BTC: jax.Array, state: ConvState, lengths_B: jax.Array | None = None
     ) -> tuple[jax.Array, ConvState]:
         """Consumes T steps and returns T * stride steps."""
         seen_BTC, state = self._extend(x_BTC, state, lengths_B)
-        kernel_MSC = self.kernel_MSC[...]
-        older_BTSC = seen_BTC[:, :-1, None] * kernel_MSC[0]
-        y_BTSC = older_BTSC + seen_BTC[:, 1:, None] * kernel_MSC[1]
-        return y_BTSC.reshape(y_BTSC.shape[0], -1, self.channels), state
+        kernel_RJC = self.kernel_RJC[...]
+        older_BTJC = seen_BTC[:, :-1, None] * kernel_RJC[0]
+        y_BTJC = older_BTJC + seen_BTC[:, 1:, None] * kernel_RJC[1]
+        return y_BTJC.reshape(y_BTJC.shape[0], -1, self.channels), state

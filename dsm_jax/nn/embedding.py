@@ -1,6 +1,6 @@
-"""Token embeddings: plain, low-rank, or of two tokens folded into one integer.
+"""Token embeddings of the published models: plain, low-rank, or of two tokens folded into one integer.
 
-Shape letters: L entries, W stored width (the rank where there is one), D width out.
+Shape letters: docs/axes.md.
 Source: kyutai-labs/moshi@e6a55d2 moshi/models/lm_utils.py:ScaledEmbedding.
 """
 
@@ -10,47 +10,54 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-
-def look_up(table: jax.Array, index: Any) -> jax.Array:
-    """Rows of a table of embeddings.
-
-    A table of uint16 holds the bits of bfloat16 numbers, and its rows come as float32: to read one row of a bfloat16
-    table into a float32 program, XLA on CPU would widen the whole table first.
-    """
-    rows = table[index]
-    if rows.dtype != jnp.uint16:
-        return rows
-    return jax.lax.bitcast_convert_type(rows.astype(jnp.uint32) << 16, jnp.float32)
+from dsm_jax.nn.linear import Embedding, Linear
 
 
-class Embedding(nnx.Module):
-    """Looks tokens up; -1 gives exactly zero.
+class TokenEmbedding(Embedding):
+    """Looks tokens up and projects the rows where the model does; -1 gives exactly zero.
 
     With `demux` a token carries two, `(second + 1) * entries + first`, where a second of -1 is none; each goes through
     a matrix of its own and the results are added. The published files then hold a low-rank matrix too, which nothing
     reads: it is kept so that a file written back is complete.
+
+    Args:
+      entries: of the table.
+      width: of the vectors.
+      rank: width of the table's rows, if it is less.
+      demux: whether a token carries two.
+      dtype: of the vectors.
+      rngs: random streams.
     """
 
-    def __init__(self, entries: int, width: int, *, rank: int | None = None, demux: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        entries: int,
+        width: int,
+        *,
+        rank: int | None = None,
+        demux: bool = False,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         stored = rank or width
         init = nnx.initializers.normal(width**-0.5)
-        self.entries = entries
-        self.table_LW = nnx.Param(init(rngs.params(), (entries, stored)))
-        self.low_rank_WD = nnx.Param(init(rngs.params(), (stored, width))) if rank else None
-        self.first_WD = nnx.Param(init(rngs.params(), (stored, width))) if demux else None
-        self.second_WD = nnx.Param(init(rngs.params(), (stored, width))) if demux else None
+        super().__init__(entries, stored, dtype=dtype, init=init, rngs=rngs)
+
+        def project(wanted: bool) -> Linear | None:
+            return Linear({"W": stored}, {"D": width}, init=init, rngs=rngs) if wanted else None
+
+        self.low_rank, self.first, self.second = project(bool(rank)), project(demux), project(demux)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Tokens of any shape [...] to vectors [..., D]."""
-        absent = (tokens < 0)[..., None]
-        tokens = jnp.maximum(tokens, 0)
-        if self.first_WD is None or self.second_WD is None:
-            rows = look_up(self.table_LW[...], tokens)
-            rows = jnp.where(absent, jnp.zeros((), rows.dtype), rows)
-            return rows if self.low_rank_WD is None else rows @ self.low_rank_WD[...]
-        second = tokens // self.entries - 1
-        first_rows = look_up(self.table_LW[...], tokens % self.entries) @ self.first_WD[...]
-        second_rows = look_up(self.table_LW[...], jnp.maximum(second, 0)) @ self.second_WD[...]
+        """Maps tokens of any shape [...] to vectors [..., D]."""
+        look_up = super().__call__
+        if self.first is None or self.second is None:
+            rows = look_up(tokens)
+            return rows if self.low_rank is None else self.low_rank(rows)
+        absent, present = tokens < 0, jnp.maximum(tokens, 0)
+        second = present // self.entries - 1
+        first_rows = self.first(look_up(present % self.entries))
+        second_rows = self.second(look_up(second))
         zero = jnp.zeros((), first_rows.dtype)
         rows = first_rows + jnp.where((second < 0)[..., None], zero, second_rows)
-        return jnp.where(absent, zero, rows)
+        return jnp.where(absent[..., None], zero, rows)

@@ -6,9 +6,11 @@ are multiplied as such either way.
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
@@ -23,3 +25,15 @@ def full_precision(function: Callable[Args, Result]) -> Callable[Args, Result]:
             return function(*args, **kwargs)
 
     return traced
+
+
+def set_compute_dtype(module: nnx.Module, dtype: Any) -> None:
+    """Makes a module, parts included, compute in `dtype`; conditioning, which is float32 always, stays as it is.
+
+    Args:
+      module: its structure changes, its parameters do not.
+      dtype: of activations and caches from now on.
+    """
+    for path, part in nnx.iter_modules(module):
+        if hasattr(part, "dtype") and "conditioning" not in path:
+            setattr(part, "dtype", jnp.dtype(dtype))  # noqa: B010  not every module has one

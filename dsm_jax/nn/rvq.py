@@ -3,53 +3,61 @@
 Both branches quantise the same latents, each through a projection of its own; the decoded branches are added. Within a
 branch every codebook quantises what the ones before it left over.
 
-Shape letters: B batch rows, T frames, N = B * T, D latent width, C codebook width, V codebook entries, Q codebooks.
+Shape letters: docs/axes.md; here N = B * T.
 Source: Moshi (Défossez et al. 2024), section 3.3; kyutai-labs/moshi@e6a55d2 moshi/quantization/{vq,core_vq}.py.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dsm_jax.configs import QuantizerConfig
+from dsm_jax.nn.linear import Linear
 from dsm_jax.nn.precision import full_precision
+from dsm_jax.nn.quant import take
 
 
 class Codebook(nnx.Module):
     """Entries that vectors are rounded to, by Euclidean distance; ties go to the lowest index."""
 
     def __init__(self, entries: int, width: int, *, rngs: nnx.Rngs):
-        self.embedding_VC = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (entries, width)))
+        self.embedding_LC = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (entries, width)))
 
     @full_precision
     def nearest(self, x_NC: jax.Array) -> jax.Array:
-        """Index of the nearest entry, int32 [N]."""
-        embedding_VC = self.embedding_VC[...]
-        # |x - e|^2 without |x|^2, which is the same for every entry.
-        score_VN = jnp.sum(embedding_VC**2, axis=1)[:, None] - 2.0 * (embedding_VC @ x_NC.T)
+        """Finds the nearest entry of each vector, int32 [N]."""
+        embedding_LC = self.embedding_LC[...]
+        # |x - e|^2 without |x|^2, which is the same for every entry. A distance, so not a product for `Linear`.
+        score_LN = jnp.sum(embedding_LC**2, axis=1)[:, None] - 2.0 * (embedding_LC @ x_NC.T)
         # The first entry at the minimum, by two plain reductions: XLA's argmin takes twice as long on CPU.
-        entries_V1 = jnp.arange(embedding_VC.shape[0], dtype=jnp.int32)[:, None]
-        last = embedding_VC.shape[0] - 1
-        return jnp.min(jnp.where(score_VN == score_VN.min(axis=0), entries_V1, last), axis=0)
+        entries_L1 = jnp.arange(embedding_LC.shape[0], dtype=jnp.int32)[:, None]
+        last = embedding_LC.shape[0] - 1
+        return jnp.min(jnp.where(score_LN == score_LN.min(axis=0), entries_L1, last), axis=0)
+
+    def look_up(self, index: jax.Array) -> jax.Array:
+        """Reads entries [..., C] by their index [...]."""
+        return take(self.embedding_LC.get_value(), index)
 
 
 class ResidualQuantizer(nnx.Module):
     """One branch: a projection in, a chain of codebooks, a projection out."""
 
     def __init__(self, codebooks: int, config: QuantizerConfig, *, rngs: nnx.Rngs):
-        init = nnx.initializers.lecun_normal()
-        self.input_proj_DC = nnx.Param(init(rngs.params(), (config.input_dimension, config.dimension)))
-        self.output_proj_CD = nnx.Param(init(rngs.params(), (config.dimension, config.output_dimension)))
+        self.input_proj = Linear({"D": config.input_dimension}, {"C": config.dimension}, rngs=rngs)
+        self.output_proj = Linear({"C": config.dimension}, {"D": config.output_dimension}, rngs=rngs)
         self.codebooks = nnx.List([Codebook(config.bins, config.dimension, rngs=rngs) for _ in range(codebooks)])
 
     @full_precision
     def encode(self, x_BTD: jax.Array, codebooks: int) -> jax.Array:
-        """Codes of the first `codebooks` stages, int32 [B, codebooks, T]."""
-        x_NC = (x_BTD @ self.input_proj_DC[...]).reshape(-1, self.input_proj_DC.shape[1])
+        """Computes the codes of the first `codebooks` stages, int32 [B, codebooks, T]."""
+        x_BTC = self.input_proj(x_BTD)
+        x_NC = x_BTC.reshape(-1, x_BTC.shape[2])
         codes = []
         for codebook in self.codebooks[:codebooks]:
             codes.append(codebook.nearest(x_NC))
-            x_NC = x_NC - codebook.embedding_VC[codes[-1]]
+            x_NC = x_NC - codebook.look_up(codes[-1])
         return jnp.stack(codes).reshape(codebooks, *x_BTD.shape[:2]).swapaxes(0, 1)
 
     @full_precision
@@ -58,9 +66,9 @@ class ResidualQuantizer(nnx.Module):
         stages = []
         for q, book in enumerate(self.codebooks[: codes_BQT.shape[1]]):
             codes_BT = codes_BQT[:, q]
-            entries_BTC = book.embedding_VC[jnp.maximum(codes_BT, 0)]
+            entries_BTC = book.look_up(jnp.maximum(codes_BT, 0))
             stages.append(jnp.where((codes_BT < 0)[..., None], 0.0, entries_BTC))
-        return sum(stages) @ self.output_proj_CD[...]
+        return self.output_proj(functools.reduce(jnp.add, stages))
 
 
 class SplitQuantizer(nnx.Module):

@@ -1,11 +1,11 @@
 """A causal transformer with a sliding window: layers in a Python loop under jit, each with a ring of its own.
 
-Shape letters: B batch rows, T steps, D model width, F inner width of the feed-forward, G = 2 * F, X steps of the
-cross-attention source.
+Shape letters: docs/axes.md.
 Source: kyutai-labs/moshi@e6a55d2 moshi/modules/transformer.py.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,13 @@ from flax import nnx
 
 from dsm_jax.configs import TransformerConfig, gating_dim
 from dsm_jax.nn.attention import Attention, CrossAttention, sinusoids
+from dsm_jax.nn.linear import Linear
+from dsm_jax.nn.norms import LayerNorm, make_norm
 from dsm_jax.nn.precision import full_precision
 from dsm_jax.streaming import KVCache, step_in_blocks
 
-_WINDOWS_AT_ONCE = 3  # of a clip; in more of them, by far the most scores would be masked ones
+# Clips up to this many windows use one full attention; longer ones would waste most of it on masked scores.
+_WINDOWS_AT_ONCE = 3
 
 
 @jax.tree_util.register_dataclass
@@ -28,76 +31,38 @@ class TransformerState:
     position_B: jax.Array
 
 
-class LayerNorm(nnx.Module):
-    """Layer norm with scale and bias, computed in float32."""
-
-    def __init__(self, width: int, *, epsilon: float):
-        self.epsilon = epsilon
-        self.scale_D = nnx.Param(jnp.ones((width,)))
-        self.bias_D = nnx.Param(jnp.zeros((width,)))
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Normalises the last axis."""
-        x32 = x_BTD.astype(jnp.float32)
-        centred = x32 - x32.mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + self.epsilon)
-        return (y * self.scale_D[...].astype(jnp.float32) + self.bias_D[...].astype(jnp.float32)).astype(x_BTD.dtype)
-
-
-class RMSNorm(nnx.Module):
-    """x * alpha / rms(x), computed in float32; the epsilon is added to the mean square."""
-
-    def __init__(self, width: int, *, epsilon: float):
-        self.epsilon = epsilon
-        self.alpha_D = nnx.Param(jnp.ones((width,)))
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Normalises the last axis."""
-        x32 = x_BTD.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + self.epsilon)
-        return (x32 * (self.alpha_D[...].astype(jnp.float32) * inverse)).astype(x_BTD.dtype)
-
-
-def make_norm(name: str, width: int) -> LayerNorm | RMSNorm:
-    """The norm that a config names; `_f32` in the name means an epsilon of 1e-8, without it 1e-5."""
-    kind = RMSNorm if name.startswith("rms_norm") else LayerNorm
-    return kind(width, epsilon=1e-8 if name.endswith("_f32") else 1e-5)
-
-
 class FeedForward(nnx.Module):
     """linear2(gelu(linear1(x))) with the exact GELU, no biases."""
 
     def __init__(self, width: int, inner: int, *, rngs: nnx.Rngs):
-        init = nnx.initializers.lecun_normal()
-        self.linear1_DF = nnx.Param(init(rngs.params(), (width, inner)))
-        self.linear2_FD = nnx.Param(init(rngs.params(), (inner, width)))
+        self.linear1 = Linear({"D": width}, {"F": inner}, rngs=rngs)
+        self.linear2 = Linear({"F": inner}, {"D": width}, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Applies to every step."""
-        return jax.nn.gelu(x_BTD @ self.linear1_DF[...], approximate=False) @ self.linear2_FD[...]
+        return self.linear2(jax.nn.gelu(self.linear1(x_BTD), approximate=False))
 
 
 class GatedFeedForward(nnx.Module):
-    """linear_out(silu(a) * b), where linear_in gives a and b side by side; no biases."""
+    """linear_out(silu(gate) * up), where linear_in gives both parts at once; no biases."""
 
     def __init__(self, width: int, inner: int, *, rngs: nnx.Rngs):
-        init = nnx.initializers.lecun_normal()
-        self.linear_in_DG = nnx.Param(init(rngs.params(), (width, 2 * inner)))
-        self.linear_out_FD = nnx.Param(init(rngs.params(), (inner, width)))
+        self.linear_in = Linear({"D": width}, {"P": 2, "F": inner}, rngs=rngs)
+        self.linear_out = Linear({"F": inner}, {"D": width}, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Applies to every step."""
-        a, b = jnp.split(x_BTD @ self.linear_in_DG[...], 2, axis=-1)
-        return (jax.nn.silu(a) * b) @ self.linear_out_FD[...]
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies to the last axis."""
+        gate_up = self.linear_in(x)
+        return self.linear_out(jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :])
 
 
 class TransformerLayer(nnx.Module):
     """Pre-norm self-attention, cross-attention where the config has it, and feed-forward."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, dtype: Any, rngs: nnx.Rngs):
         width = config.d_model
         self.norm1 = make_norm(config.norm, width)
-        self.self_attn = Attention(config, rngs=rngs)
+        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
         self.norm2 = make_norm(config.norm, width)
         self.feedforward = (
             FeedForward(width, config.dim_feedforward, rngs=rngs)
@@ -121,19 +86,28 @@ class TransformerLayer(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Runs one chunk."""
         y_BTD, cache = self.self_attn.step(self.norm1(x_BTD), cache, position_B, lengths_B)
-        x_BTD = x_BTD + (y_BTD if self.layer_scale_1_D is None else self.layer_scale_1_D[...] * y_BTD)
+        x_BTD = x_BTD + _scaled(y_BTD, self.layer_scale_1_D)
         if self.cross_attention is not None and self.norm_cross is not None and cross is not None:
             x_BTD = x_BTD + self.cross_attention(self.norm_cross(x_BTD), *cross, cross_length_B)
-        y_BTD = self.feedforward(self.norm2(x_BTD))
-        return x_BTD + (y_BTD if self.layer_scale_2_D is None else self.layer_scale_2_D[...] * y_BTD), cache
+        return x_BTD + _scaled(self.feedforward(self.norm2(x_BTD)), self.layer_scale_2_D), cache
+
+
+def _scaled(y_BTD: jax.Array, scale_D: nnx.Param | None) -> jax.Array:
+    return y_BTD if scale_D is None else scale_D[...].astype(y_BTD.dtype) * y_BTD
 
 
 class Transformer(nnx.Module):
-    """A stack of layers. Chunks longer than the window run as a scan over windows; short clips in one go."""
+    """A stack of layers. Chunks longer than the window run as a scan over windows; short clips in one go.
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    Args:
+      config: sizes and kinds.
+      dtype: of the activations and the caches, whatever the weights are stored in.
+      rngs: random streams.
+    """
+
+    def __init__(self, config: TransformerConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
-        self.layers = nnx.List([TransformerLayer(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.layers = nnx.List([TransformerLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
 
     def init_state(self, batch_size: int) -> TransformerState:
         """The state of `batch_size` fresh streams."""
@@ -141,9 +115,9 @@ class Transformer(nnx.Module):
         return TransformerState(caches, jnp.zeros((batch_size,), jnp.int32))
 
     def init_clip(self, batch_size: int, length: int) -> TransformerState:
-        """The state before the one step that clips of `length` steps are: without rings where none is needed.
+        """Makes the state for clips of `length` steps that are run in one step: without caches where none is needed.
 
-        An empty ring would be attended to all the same, and to no end: it doubles the time of attention in training.
+        Attending to an empty cache doubles the time of attention in training, so short clips get none.
         """
         if length > _WINDOWS_AT_ONCE * self.config.context:
             return self.init_state(batch_size)

@@ -38,7 +38,9 @@ class Compiled:
             global _compilations
             _compilations += 1
             networks = [nnx.merge(graph, part) for graph, part in zip(graphs, params, strict=True)]
-            return function(*networks, *args) if settings is None else function(*networks, *args, settings)
+            made = function(*networks, *args) if settings is None else function(*networks, *args, settings)
+            sharding = getattr(networks[0], "sharding", None)
+            return made if sharding is None else sharding.constrain(made)
 
         self._jitted = jax.jit(traced, donate_argnums=tuple(1 + index for index in donate))
 

@@ -48,7 +48,7 @@ class Quantized:
 
 def init_averages(branch: ResidualQuantizer, *, fresh: bool) -> Averages:
     """Averages that give the entries that the branch has; or, `fresh`, that take the first batch's vectors for them."""
-    entries_QVC = jnp.stack([book.embedding_VC[...] for book in branch.codebooks])
+    entries_QVC = jnp.stack([book.embedding_LC[...] for book in branch.codebooks])
     usage = 0.0 if fresh else 1.0
     return Averages(jnp.full(entries_QVC.shape[:2], usage), usage * entries_QVC)
 
@@ -72,7 +72,8 @@ def quantize(
       used_B: how many codebooks each row goes through, from 0: codebook dropout.
       key: for the vectors that take the place of dead entries.
     """
-    x_NC = (x_BTD @ branch.input_proj_DC[...]).reshape(-1, branch.input_proj_DC.shape[1])
+    x_BTC = branch.input_proj(x_BTD)
+    x_NC = x_BTC.reshape(-1, x_BTC.shape[2])
     used_N = jnp.repeat(used_B, x_BTD.shape[1])
     residual_NC, total_NC = x_NC, jnp.zeros_like(x_NC)
     distance, weight = jnp.zeros(()), jnp.zeros(())
@@ -82,11 +83,11 @@ def quantize(
     ):
         seen_NC = jax.lax.stop_gradient(residual_NC)
         index_N = book.nearest(seen_NC)
-        entry_NC = book.embedding_VC[index_N]
+        entry_NC = book.look_up(index_N)
         in_use_N1 = (q < used_N)[:, None].astype(x_NC.dtype)
         distance += jnp.sum(in_use_N1 * (residual_NC - entry_NC) ** 2) / x_NC.shape[1]
         weight += in_use_N1.sum()
-        one_hot_NV = jax.nn.one_hot(index_N, book.embedding_VC.shape[0]) * in_use_N1
+        one_hot_NV = jax.nn.one_hot(index_N, book.embedding_LC.shape[0]) * in_use_N1
         moved = _move(averages.usage_QV[q], averages.sum_QVC[q], one_hot_NV, seen_NC, rule, book_key)
         usage.append(moved[0])
         sums.append(moved[1])
@@ -123,4 +124,4 @@ def set_entries(quantizer: SplitQuantizer, semantic_QVC: jax.Array, acoustic_QVC
     """Puts entries into both branches."""
     for branch, entries_QVC in ((quantizer.semantic, semantic_QVC), (quantizer.acoustic, acoustic_QVC)):
         for book, entries_VC in zip(branch.codebooks, entries_QVC, strict=True):
-            book.embedding_VC = nnx.Param(entries_VC)
+            book.embedding_LC = nnx.Param(entries_VC)

@@ -71,7 +71,7 @@ class CodecMemory:
 
 def is_codebook(path: tuple, _: object) -> bool:
     """A filter for `nnx.split`: entries of codebooks."""
-    return "embedding_VC" in path
+    return "embedding_LC" in path
 
 
 def split(trainee: CodecTrainee, *, fresh: bool) -> tuple[nnx.GraphDef, nnx.State, CodecMemory]:
@@ -123,10 +123,8 @@ def codec_loss(
     rule = objective.codebooks
     semantic = quantize(quantizer.semantic, latents_BND, memory.semantic, rule, all_B, semantic_key)
     acoustic = quantize(quantizer.acoustic, latents_BND, memory.acoustic, rule, used_B, acoustic_key)
-    decoded_BND = (
-        semantic.vectors_BTC @ quantizer.semantic.output_proj_CD[...]
-        + acoustic.vectors_BTC @ quantizer.acoustic.output_proj_CD[...]
-    )
+    decoded_BND = quantizer.semantic.output_proj(semantic.vectors_BTC)
+    decoded_BND = decoded_BND + quantizer.acoustic.output_proj(acoustic.vectors_BTC)
 
     logits_BNL = trainee.head(semantic.vectors_BTC)[:, objective.look_ahead :]
     target_BN = labels_BN[:, : frames - objective.look_ahead]

@@ -20,6 +20,8 @@ from dsm_jax import checkpoints, hub
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import ConfigError, TrainingError
 from dsm_jax.models.parameters import read_dtype
+from dsm_jax.nn.precision import set_compute_dtype
+from dsm_jax.sharding import Sharding
 from dsm_jax.training import lora, manifest
 from dsm_jax.training.batches import batches
 from dsm_jax.training.export import write_model
@@ -98,7 +100,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, mesh: Mesh | None 
     _check_output(run, resume)
     dtype = read_dtype(config.compute_dtype)
     mesh = _mesh(config, mesh)
-    model = checkpoints.load(config.model, dtype="float32", mesh=mesh, rules={})
+    model = checkpoints.load(config.model, dtype="float32", sharding=Sharding(mesh, ()))
     rows = Rows(model, mesh, seconds=config.seconds, at_once=config.encode_batch)
     trained = _Trained(model, config, dtype)
     optimizer = config.optimizer.build(config.run.steps)
@@ -176,7 +178,9 @@ class _Trained:
 
     def _network(self, params: Any, frozen: Any) -> Any:
         cast = jax.tree.map(lambda p: p.astype(self._dtype), self._merged(params, frozen))
-        return nnx.merge(self._graph, cast)
+        network = nnx.merge(self._graph, cast)
+        set_compute_dtype(network, self._dtype)
+        return network
 
     def loss(self, params: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, tuple[Any, Metrics]]:
         """For `make_step`."""

@@ -1,8 +1,9 @@
 """Low-rank adapters: a model learns through a small addition to each of some matrices, the matrices stay as they are.
 
 A matrix W [in, out] becomes W + scale * A @ B, where A is [in, rank], B is [rank, out] and scale is alpha / rank. B is
-zero before training, so that the model begins as it was. A parameter that stacks matrices, such as one embedding per
-stream, has adapters of its own for each; vectors, such as the scales of norms, are left alone.
+zero before training, so that the model begins as it was. Inputs and outputs may be several axes each, such as heads
+and their width. A parameter that stacks matrices, such as one embedding per stream, has adapters of its own for each;
+vectors, such as the scales of norms, are left alone.
 
 Source: Hu et al. 2021 (LoRA), section 4.
 """
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsm_jax.errors import ConfigError
-from dsm_jax.models.parameters import flatten
+from dsm_jax.nn.linear import fan_in
 
-# (A [..., in, rank], B [..., rank, out]) by the dotted path of the parameter that they are added to, float32.
+# (A [..., *in, rank], B [..., rank, *out]) by the dotted path of the parameter that they are added to, float32.
 Adapters = dict[str, tuple[jax.Array, jax.Array]]
 
 
@@ -29,7 +30,7 @@ class LoraConfig:
       rank: of each addition.
       alpha: its weight, times the rank.
       targets: regular expressions; a parameter is adapted where one is found in its dotted path, which looks like
-        "transformer.layers.0.self_attn.in_proj_DE".
+        "transformer.layers.0.self_attn.in_proj.weight_DPKH".
     """
 
     rank: int = 16
@@ -64,18 +65,31 @@ def init(params: nnx.State, config: LoraConfig, key: jax.Array) -> Adapters:
     Raises:
       ConfigError: a target that is found in no matrix's path.
     """
-    matrices = {name: array.shape for name, array in flatten(params).items() if array.ndim >= 2}
+    matrices = {
+        ".".join(map(str, path)): variable
+        for path, variable in nnx.to_flat_state(params)
+        if variable.get_value().ndim >= 2
+    }
     for target in config.targets:
         if not any(re.search(target, name) for name in matrices):
             some = ", ".join(list(matrices)[:8])
             raise ConfigError(f"the target {target!r} is found in no matrix of the model; its matrices are {some}, ...")
     adapters = {}
-    for name, (*stack, width, out) in matrices.items():
+    for name, variable in matrices.items():
         if any(re.search(target, name) for target in config.targets):
+            stack, inputs, outputs = _axes(variable)
             own = jax.random.fold_in(key, len(adapters))
-            a = jax.random.normal(own, (*stack, width, config.rank), jnp.float32) * width**-0.5
-            adapters[name] = a, jnp.zeros((*stack, config.rank, out), jnp.float32)
+            a = jax.random.normal(own, (*stack, *inputs, config.rank), jnp.float32) * fan_in(variable) ** -0.5
+            adapters[name] = a, jnp.zeros((*stack, config.rank, *outputs), jnp.float32)
     return adapters
+
+
+def _axes(variable: nnx.Variable) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Sizes of the axes that stack matrices, of those that are summed over, and of those that are made."""
+    shape, inputs = variable.get_value().shape, variable.get_metadata().get("inputs")
+    if inputs is None:
+        return shape[:-2], shape[-2:-1], shape[-1:]
+    return (), shape[:inputs], shape[inputs:]
 
 
 def merge(params: nnx.State, adapters: Adapters, config: LoraConfig) -> nnx.State:
@@ -95,11 +109,14 @@ def merge(params: nnx.State, adapters: Adapters, config: LoraConfig) -> nnx.Stat
             f"the adapters are of parameters that the model does not have, {strange[0]} first; use its own"
         )
 
-    def adapted(name: str, weight: jax.Array) -> jax.Array:
+    def adapted(name: str, variable: nnx.Variable) -> nnx.Variable:
         if name not in adapters:
-            return weight
-        a, b = adapters[name]
-        added = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
-        return (weight.astype(jnp.float32) + config.scale * added).astype(weight.dtype)
+            return variable
+        weight = variable.get_value()
+        a, b = (part.astype(jnp.float32) for part in adapters[name])
+        stack = tuple(range(len(_axes(variable)[0])))
+        dimensions = ((a.ndim - 1,), (len(stack),)), (stack, stack)
+        added = jax.lax.dot_general(a, b, dimensions, precision="highest")
+        return variable.replace((weight.astype(jnp.float32) + config.scale * added).astype(weight.dtype))
 
-    return nnx.from_flat_state([(path, v.replace(adapted(name, v.get_value()))) for name, path, v in flat])
+    return nnx.from_flat_state([(path, adapted(name, variable)) for name, path, variable in flat])

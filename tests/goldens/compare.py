@@ -101,7 +101,7 @@ def downsample(config: dict[str, Any], arrays: Arrays) -> None:
     def make(rngs: nnx.Rngs) -> CausalConv1d:
         return CausalConv1d(3, 3, kernel=4, stride=2, bias=False, replicate=True, rngs=rngs)
 
-    _one_kernel(make, [pieces.piece(".conv.conv.conv.weight", ".kernel_KCD", transforms.CONV)], arrays)
+    _one_kernel(make, [pieces.piece(".conv.conv.conv.weight", ".kernel_RCO", transforms.CONV)], arrays)
 
 
 def conv_transpose(config: dict[str, Any], arrays: Arrays) -> None:
@@ -110,7 +110,7 @@ def conv_transpose(config: dict[str, Any], arrays: Arrays) -> None:
 
 
 def upsample(config: dict[str, Any], arrays: Arrays) -> None:
-    table = [pieces.piece(".convtr.convtr.convtr.weight", ".kernel_MSC", transforms.depthwise(2))]
+    table = [pieces.piece(".convtr.convtr.convtr.weight", ".kernel_RJC", transforms.depthwise(2))]
     _one_kernel(lambda rngs: DepthwiseUpsample(3, stride=2, rngs=rngs), table, arrays)
 
 

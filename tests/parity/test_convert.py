@@ -118,7 +118,7 @@ def test_a_codebook_is_what_torch_divides():
     stem = "quantizer.rvq_rest.vq.layers.2._codebook"
     usage = tensors[f"{stem}.cluster_usage"].clamp(min=1e-5)
     wanted = (tensors[f"{stem}.embedding_sum"] / usage[:, None]).numpy()
-    np.testing.assert_array_equal(arrays["mimi.quantizer.acoustic.codebooks.2.embedding_VC"], wanted)
+    np.testing.assert_array_equal(arrays["mimi.quantizer.acoustic.codebooks.2.embedding_LC"], wanted)
 
 
 def test_a_weight_normed_codec_is_the_plain_one(tmp_path):

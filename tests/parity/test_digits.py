@@ -42,10 +42,10 @@ def differences(model: dsm_jax.Model, pcm: np.ndarray, ours_QT: np.ndarray, thei
         branch, first = (
             (mimi.quantizer.semantic, 0) if ours_QT[0, t] != theirs_QT[0, t] else (mimi.quantizer.acoustic, 1)
         )
-        left_C = latents_TD[t] @ np.asarray(branch.input_proj_DC[...])
+        left_C = latents_TD[t] @ np.asarray(branch.input_proj.weight[...])
         length = np.linalg.norm(left_C)
         for q, book in enumerate(branch.codebooks, first):
-            pair_2C = np.asarray(book.embedding_VC[...])[[ours_QT[q, t], theirs_QT[q, t]]]
+            pair_2C = np.asarray(book.embedding_LC[...])[[ours_QT[q, t], theirs_QT[q, t]]]
             if ours_QT[q, t] != theirs_QT[q, t]:
                 near, far = np.sort(((left_C - pair_2C) ** 2).sum(-1))
                 gaps.append(float((far - near) / 2 / np.linalg.norm(pair_2C[0] - pair_2C[1]) / length))
@@ -97,7 +97,7 @@ def test_what_adapters_learnt_is_read_by_moshi(tmp_path):
     run = references.moshi_tokens(folder, codes_QT[:, : padded.size // 1920])
     frames = dsm_jax.transcribe(dsm_jax.load(folder), pcm, frames=True).frames
     np.testing.assert_array_equal(frames.text_tokens, run.tokens_T)
-    weights = (flatten(model.lm_params)["text_linear_DV"] for model in (learnt, dsm_jax.load(folder)))
+    weights = (flatten(model.lm_params)["text_linear.weight_DV"] for model in (learnt, dsm_jax.load(folder)))
     np.testing.assert_array_equal(*weights)
 
 

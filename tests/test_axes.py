@@ -1,0 +1,76 @@
+"""Axis letters: every parameter and every field of a state spells its axes with letters of the glossary."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from dsm_jax.models.lm import DelayedStreamsLM
+from dsm_jax.models.mimi import Mimi
+from dsm_jax.nn.linear import Linear
+from dsm_jax.sharding import RULES, letters_of
+from tests import small
+
+GLOSSARY = Path(__file__).resolve().parents[1] / "docs/axes.md"
+
+
+def glossary() -> dict[str, str]:
+    """The mesh axis of every letter, "" for those that are never split."""
+    return dict(re.findall(r"^\| ([A-Z]) \|[^|]*\| ?(\w*) ?\|$", GLOSSARY.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def axis_faults(tree: Any) -> list[str]:
+    faults = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        names = [str(getattr(key, "name", getattr(key, "key", ""))) for key in path]
+        name = next((name for name in reversed(names) if letters_of(name)), names[-1])
+        letters = letters_of(name)
+        if len(letters) != len(leaf.shape):
+            faults.append(f"{'.'.join(names)} has {len(leaf.shape)} axes and {len(letters)} letters")
+        faults += [f"{'.'.join(names)}: {letter} is not in docs/axes.md" for letter in letters if letter not in known()]
+    return faults
+
+
+def known() -> set[str]:
+    return glossary().keys() | set("123456789")
+
+
+@pytest.mark.parametrize("config", [small.STT, small.TTS], ids=["stt", "tts"])
+def test_the_language_model_spells_its_axes(config):
+    lm = nnx.eval_shape(lambda: DelayedStreamsLM(config, rngs=nnx.Rngs(0)))
+    assert axis_faults(nnx.state(lm)) == []
+    assert axis_faults(jax.eval_shape(lambda: lm.init_state(2))) == []
+
+
+def test_the_codec_spells_its_axes():
+    mimi = nnx.eval_shape(lambda: Mimi(small.MIMI, rngs=nnx.Rngs(0)))
+    assert axis_faults(nnx.state(mimi)) == []
+    assert axis_faults(jax.eval_shape(lambda: (mimi.encoder.init_state(2), mimi.decoder.init_state(2)))) == []
+
+
+def test_the_glossary_and_the_sharding_agree():
+    assert {letter: axis for letter, axis in glossary().items() if axis} == dict(RULES)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Planted:
+    rows_BZ: jax.Array
+    tail_BT: jax.Array
+    position: jax.Array
+
+
+def test_a_letter_that_nobody_knows_and_one_too_few_are_caught():
+    planted = Planted(jnp.zeros((2, 3)), jnp.zeros((2, 3, 4)), jnp.zeros(2))
+    assert axis_faults(planted) == [
+        "rows_BZ: Z is not in docs/axes.md",
+        "tail_BT has 3 axes and 2 letters",
+        "position has 1 axes and 0 letters",
+    ]
+    linear = nnx.eval_shape(lambda: Linear({"D": 3}, {"Z": 2}, rngs=nnx.Rngs(0)))
+    assert axis_faults(nnx.state(linear)) == ["weight_DZ.value: Z is not in docs/axes.md"]

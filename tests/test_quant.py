@@ -1,0 +1,156 @@
+"""Weights in fewer bits: how near the products come, what they compute in, and that models run with them."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import dsm_jax
+from dsm_jax import checkpoints
+from dsm_jax.errors import CheckpointError
+from dsm_jax.models.lm import DelayedStreamsLM
+from dsm_jax.models.parameters import flatten
+from dsm_jax.nn import quant
+from dsm_jax.nn.linear import Embedding, Linear
+from dsm_jax.nn.precision import set_compute_dtype
+from dsm_jax.nn.quant import QuantizedArray
+from tests import small
+
+RECORDING = Path(__file__).resolve().parents[1] / "examples/audio/digits_jackson.flac"
+
+
+def noise(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("rows", [(), (1,), (2, 3)])
+@pytest.mark.parametrize(("inputs", "outputs"), [((64,), (3, 2, 4)), ((4, 16), (5,))])
+def test_an_int8_product_is_near_the_float_one_and_has_its_shape(rows, inputs, outputs):
+    x, weight = noise(*rows, *inputs), noise(*inputs, *outputs)
+    whole = quant.matmul(x, weight, inputs=len(inputs))
+    near = quant.matmul(x, quant.quantize_array(weight, inputs=len(inputs)), inputs=len(inputs))
+    assert near.shape == whole.shape == (*rows, *outputs)
+    assert near.dtype == jnp.float32
+    # Both factors are off by at most half of a step of 1/127 of the largest value; 64 such errors add up at random.
+    np.testing.assert_allclose(near, whole, atol=0.4)
+    assert np.abs(near - whole).max() > 0
+
+
+def test_an_int8_product_is_exact_where_nothing_is_rounded():
+    x = jnp.asarray([[127.0, -3.0], [0.0, 0.0]])
+    weight = jnp.asarray([[127.0, 1.0], [5.0, 127.0]])
+    np.testing.assert_array_equal(quant.matmul(x, quant.quantize_array(weight, inputs=1)), x @ weight)
+
+
+def test_int8_values_are_stored_outputs_first_with_a_scale_for_each_output():
+    weight = noise(4, 16, 5) * jnp.asarray([1, 10, 100, 1000, 0.0])
+    stored = quant.quantize_array(weight, inputs=2)
+    assert (stored.values.shape, stored.values.dtype) == ((5, 4, 16), jnp.int8)
+    assert (stored.scale.shape, stored.scale.dtype) == ((5,), jnp.float32)
+    assert np.abs(np.asarray(stored.values[:4], int)).max((1, 2)).tolist() == [127] * 4
+    assert not np.any(stored.values[4])
+    back = jnp.moveaxis(stored.values.astype(jnp.float32) * stored.scale[:, None, None], 0, 2)
+    np.testing.assert_allclose(back, weight, atol=float(np.abs(weight).max() / 254) * 1.001)  # half a step
+
+
+def test_an_int8_product_stays_an_integer_product_of_two_rows_when_compiled():
+    weight = quant.quantize_array(noise(64, 32), inputs=1)
+    text = jax.jit(lambda x: quant.matmul(x, weight)).lower(noise(1, 1, 64)).compile().as_text()
+    (product,) = [line for line in text.splitlines() if " dot(" in line]
+    assert product.split("=")[1].strip().startswith("s32[2,32]")
+
+
+def test_an_int8_table_gives_its_rows_by_their_scales():
+    rows = quant.take(quant.quantize_array(noise(9, 6).T, inputs=1), jnp.asarray([[3, 8]]))
+    np.testing.assert_allclose(rows, noise(9, 6)[jnp.asarray([[3, 8]])], atol=0.02)  # half a step of 3 / 127
+
+
+def test_a_packed_table_gives_the_rows_of_the_bfloat16_one_in_float32():
+    table = noise(9, 6).astype(jnp.bfloat16)
+    rows = quant.take(quant.pack_bfloat16(table), jnp.asarray([3, 8]))
+    assert rows.dtype == jnp.float32
+    np.testing.assert_array_equal(rows, table[jnp.asarray([3, 8])].astype(jnp.float32))
+
+
+def test_only_the_linears_of_the_layers_are_quantised():
+    params = nnx.state(small.build(lambda rngs: DelayedStreamsLM(small.TTS, rngs=rngs)))
+    before, after = flatten(params), flatten(quant.quantize(params))
+    changed = {name for name, leaf in after.items() if isinstance(leaf, QuantizedArray)}
+    kept = before.keys() - changed
+    assert {name.split(".")[0] for name in changed} == {"transformer", "depformer"}
+    layer = "transformer.layers.1."
+    assert {name.removeprefix(layer) for name in changed if name.startswith(layer)} == {
+        *(f"self_attn.{name}" for name in ("in_proj.weight_DPKH", "out_proj.weight_KGHD")),
+        *(f"cross_attention.{name}" for name in ("q_proj.weight_DKH", "kv_proj.weight_DPKH", "out_proj.weight_KHD")),
+        *(f"feedforward.{name}" for name in ("linear_in.weight_DPF", "linear_out.weight_FD")),
+    }
+    assert all(after[name] is before[name] for name in kept)
+    assert {name for name in kept if "norm" not in name and "emb" not in name and "conditioning" not in name} == {
+        "text_linear.weight_DV"
+    }
+    everything = flatten(quant.quantize(params, ["weight_"]))
+    assert isinstance(everything["text_linear.weight_DV"], QuantizedArray)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", [small.STT, small.TTS], ids=["stt", "tts"])
+def test_int8_weights_change_neither_the_dtype_of_activations_nor_of_caches(config, dtype):
+    graph, params = nnx.split(small.build(lambda rngs: DelayedStreamsLM(config, dtype=dtype, rngs=rngs)))
+    lm = nnx.merge(graph, quant.quantize(params))
+    state, conditions = lm.init_state(2), None
+    if config.conditioners:
+        values = {
+            "speaker_wavs": noise(2, 3, 10),
+            "cfg": jnp.zeros((2, 1), jnp.int32),
+            "control": jnp.zeros((2, 1), jnp.int32),
+        }
+        masks = {name: jnp.ones(value.shape[:2], bool) for name, value in values.items()}
+        conditions = lm.condition(values, masks)
+        assert {a.dtype.name for a in jax.tree.leaves(conditions.cross)} == {dtype}
+    hidden_BTD, after = jax.jit(lm.step)(jnp.zeros((2, config.n_q + 1, 1), jnp.int32), state, None, conditions)
+    assert hidden_BTD.dtype.name == dtype
+    assert {a.dtype.name for cache in after.caches for a in jax.tree.leaves(cache)} == {dtype}
+
+
+def test_bfloat16_weights_in_a_float32_model_make_float32_caches():
+    lm = small.build(lambda rngs: DelayedStreamsLM(small.STT, rngs=rngs))
+    narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), lm)
+    hidden_BTD, state = jax.jit(narrow.step)(jnp.zeros((1, 4, 1), jnp.int32), narrow.init_state(1))
+    assert {hidden_BTD.dtype, state.caches[0].k_BKSH.dtype} == {jnp.dtype("float32")}
+
+
+def test_the_compute_dtype_can_be_changed_but_for_conditioning():
+    lm = small.build(lambda rngs: DelayedStreamsLM(small.TTS, rngs=rngs))
+    set_compute_dtype(lm, jnp.bfloat16)
+    assert lm.dtype == lm.text_emb.dtype == lm.depformer.audio_embs[0].dtype == jnp.bfloat16
+    assert lm.init_state(1).caches[0].k_BKSH.dtype == jnp.bfloat16
+    assert lm.conditioning.conditioners["cfg"].table.dtype == jnp.float32
+
+
+def test_a_bias_is_added_once_in_the_dtype_of_the_input():
+    linear = small.build(lambda rngs: Linear({"D": 3}, {"A": 2, "O": 4}, bias=True, rngs=rngs))
+    x = noise(5, 3).astype(jnp.bfloat16)
+    assert linear(x).dtype == jnp.bfloat16
+    weight, bias = np.asarray(linear.weight_DAO[...]), np.asarray(linear.bias_AO[...])
+    wanted = np.einsum("bd,dao->bao", np.asarray(x, np.float32), weight) + bias
+    np.testing.assert_allclose(np.asarray(linear(x), np.float32), wanted, rtol=0.05, atol=0.05)  # bfloat16 rounding
+
+
+def test_streams_have_tables_of_their_own():
+    embedding = small.build(lambda rngs: Embedding(5, 2, streams=3, rngs=rngs))
+    found = embedding(jnp.asarray([[0, 4, -1]]))
+    table = np.asarray(embedding.table_QLW[...])
+    np.testing.assert_array_equal(found[0], [table[0, 0], table[1, 4], np.zeros(2)])
+
+
+def test_an_int8_model_transcribes_the_same_words_and_cannot_be_saved(tmp_path):
+    model = dsm_jax.load("digits")
+    light = dataclasses.replace(model, lm_params=quant.quantize(model.lm_params))
+    whole, near = (dsm_jax.transcribe(m, RECORDING) for m in (model, light))
+    assert near.text == whole.text != ""
+    with pytest.raises(CheckpointError, match="digits has quantised weights; save the model before it is quantised"):
+        checkpoints.save(light, tmp_path / "saved")
