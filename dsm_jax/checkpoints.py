@@ -13,7 +13,6 @@ from flax import nnx
 
 from dsm_jax.configs import ModelConfig
 from dsm_jax.errors import CheckpointError
-from dsm_jax.memory import return_freed
 from dsm_jax.tokenizers import Tokenizer, copy_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -120,7 +119,6 @@ def load(
         part: network.fill({name: arrays[f"{part}.{name}"] for name in network.parameters})
         for part, network in used.items()
     }
-    return_freed()
     lm, mimi = used.get("lm"), used["mimi"]
     return Model(
         config=opened.config,

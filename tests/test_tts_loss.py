@@ -15,10 +15,10 @@ from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.stt.words import Timing
 from dsm_jax.tokenizers import load_tokenizer
-from dsm_jax.training.alignment import text_stream
-from dsm_jax.training.compose import Spoken
+from dsm_jax.training.data import WordSpan
+from dsm_jax.training.losses.tts import TtsObjective, sampled_steps, tts_loss
+from dsm_jax.training.rows import text_stream
 from dsm_jax.training.step import OptimizerConfig, init, make_step
-from dsm_jax.training.tts import TtsObjective, asked, tts_loss
 from dsm_jax.tts import voices
 from dsm_jax.tts.engine import Manner
 from dsm_jax.tts.script import MAIN, entries_of
@@ -29,7 +29,7 @@ from tests.tokenizer_maker import make_tokenizer
 LM = dataclasses.replace(tts_model.SPEAKERS, demux_second_stream=False, context=64)
 FRAMES, DELAY = 24, 3
 UNDISTURBED = TtsObjective(random_codes=0.0)
-TOLD_B = jnp.zeros(2, bool)
+CONDITIONAL_B = jnp.zeros(2, bool)
 KEY = jax.random.key(0)
 
 
@@ -46,7 +46,7 @@ def told(lm: DelayedStreamsLM, rows: int):
 
 def text_of(tokenizer) -> np.ndarray:
     """The text of a clip in which two words are said."""
-    words = [Spoken("on", 0.16, 0.3), Spoken("a", 0.9, 1.0)]
+    words = [WordSpan("on", 0.16, 0.3), WordSpan("a", 0.9, 1.0)]
     return text_stream(words, tokenizer, LM, Timing(12.5, 0.0, 0.0), frames=FRAMES, marks={0: MAIN})
 
 
@@ -71,23 +71,23 @@ def measured(network):
     graph, params = network
 
     @jax.jit
-    def compiled(params, codes_BKT, untold_B, key, shares):
+    def compiled(params, codes_BKT, unconditional_B, key, shares):
         lm = nnx.merge(graph, params)
-        return tts_loss(lm, codes_BKT, told(lm, len(codes_BKT)), untold_B, key, TtsObjective(**shares))
+        return tts_loss(lm, codes_BKT, told(lm, len(codes_BKT)), unconditional_B, key, TtsObjective(**shares))
 
-    return lambda codes_BKT, objective=UNDISTURBED, untold_B=TOLD_B, key=KEY: compiled(
-        params, codes_BKT, untold_B, key, dataclasses.asdict(objective)
+    return lambda codes_BKT, objective=UNDISTURBED, unconditional_B=CONDITIONAL_B, key=KEY: compiled(
+        params, codes_BKT, unconditional_B, key, dataclasses.asdict(objective)
     )
 
 
-def test_text_is_asked_until_the_last_word_begins_and_not_while_one_is_fed(tokenizer):
+def test_the_text_loss_covers_the_steps_that_inference_samples(tokenizer):
     text_T = text_of(tokenizer)
     begins = np.flatnonzero(text_T == 0)
     expected_T = ((text_T == 0) | (text_T == 3)) & (np.arange(FRAMES) <= begins[-1])
     assert begins.tolist() == [2, 11]
     assert text_T[3] == MAIN
-    np.testing.assert_array_equal(np.asarray(asked(text_T[None]))[0], expected_T)
-    assert not np.asarray(asked(np.full((1, 8), 3, np.int32))).any(), "nothing is said, and so nothing is asked"
+    np.testing.assert_array_equal(np.asarray(sampled_steps(text_T[None]))[0], expected_T)
+    assert not np.asarray(sampled_steps(np.full((1, 8), 3, np.int32))).any(), "no word, so no step is sampled"
 
 
 def test_both_losses_are_mean_cross_entropies_where_they_count(network, measured, rows):
@@ -126,10 +126,14 @@ def test_chance_is_the_keys_and_changes_what_is_fed_only_where_it_is_asked_for(m
     assert len({plain, float(measured(rows, random)[0]), float(measured(rows, random, key=jax.random.key(7))[0])}) == 3
 
 
-def test_untold_rows_are_not_fed_their_text_and_others_are(measured, rows):
+def test_unconditional_rows_are_not_fed_their_text_and_others_are(measured, rows):
     other = rows.at[1, 0, 4].set(9)  # a piece of the second row's first word, which is fed and never asked
-    for untold_B, same in ((TOLD_B, False), (jnp.array([True, False]), False), (jnp.array([False, True]), True)):
-        losses = [float(measured(codes, untold_B=untold_B)[1]["text"]) for codes in (rows, other)]
+    for unconditional_B, same in (
+        (CONDITIONAL_B, False),
+        (jnp.array([True, False]), False),
+        (jnp.array([False, True]), True),
+    ):
+        losses = [float(measured(codes, unconditional_B=unconditional_B)[1]["text"]) for codes in (rows, other)]
         assert (losses[0] == losses[1]) is same
 
 
@@ -138,12 +142,12 @@ def test_a_model_that_has_learnt_a_row_says_it(network, tokenizer, rows):
     row = rows[:1]
     optimizer = OptimizerConfig(learning_rate=2e-2, warmup=5).build(150)
 
-    def loss(params, memory, batch, key):
+    def loss(params, frozen, aux, batch, key):
         lm = nnx.merge(graph, params)
-        value, metrics = tts_loss(lm, batch, told(lm, 1), TOLD_B[:1], key, UNDISTURBED)
-        return value, (memory, metrics)
+        value, metrics = tts_loss(lm, batch, told(lm, 1), CONDITIONAL_B[:1], key, UNDISTURBED)
+        return value, (aux, metrics)
 
-    step, state = make_step(loss, optimizer), init(jax.tree.map(jnp.copy, params), (), optimizer, 0)
+    step, state = make_step(loss, optimizer), init(jax.tree.map(jnp.copy, params), optimizer, 0)
     for _ in range(150):
         state, metrics = step(state, row)
     assert float(metrics["loss"]) < 0.05

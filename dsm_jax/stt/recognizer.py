@@ -15,7 +15,6 @@ from flax import nnx
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import CheckpointError, ConfigError
-from dsm_jax.memory import return_freed
 from dsm_jax.stt import engine
 from dsm_jax.stt.engine import FrameOutputs, Sampling, SttState
 from dsm_jax.stt.hearing import Hearing, Prompt, prompt_tokens, word_reader
@@ -138,7 +137,6 @@ class Recognizer:
         self._key = jax.random.key(options.seed)
         self._programs = _programs(model.lm_def, model.mimi_def, options.sampling(model))
         self._compile()
-        return_freed()  # by compiling, or by the rows of a recogniser before this one
         self._state = self._programs.init(model.lm_params, model.mimi_params, batch_size)
 
     def _compile(self) -> None:

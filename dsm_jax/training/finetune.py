@@ -20,14 +20,14 @@ from dsm_jax import checkpoints
 from dsm_jax.checkpoints import Model
 from dsm_jax.convert.networks import read_dtype
 from dsm_jax.errors import ConfigError, TrainingError
-from dsm_jax.training import lora, manifest
-from dsm_jax.training.batches import batches
+from dsm_jax.training import lora
+from dsm_jax.training.data import Recording, batches, read_recordings
 from dsm_jax.training.export import write_model
+from dsm_jax.training.loop import Run, RunConfig
 from dsm_jax.training.lora import LoraConfig
-from dsm_jax.training.rows import Rows, filled
-from dsm_jax.training.run import Run, RunConfig
+from dsm_jax.training.losses.stt import SttObjective, stt_loss
+from dsm_jax.training.rows import SttRows, pad_to
 from dsm_jax.training.step import Metrics, OptimizerConfig, TrainState, init, make_step
-from dsm_jax.training.stt import SttObjective, stt_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,31 +99,35 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, mesh: Mesh | None 
     dtype = read_dtype(config.compute_dtype)
     mesh = _mesh(config, mesh)
     model = checkpoints.load(config.model, dtype="float32", mesh=mesh, rules={})
-    rows = Rows(model, mesh, seconds=config.seconds, at_once=config.encode_batch)
+    rows = SttRows(model, mesh, seconds=config.seconds, batch_size=config.encode_batch)
     trained = _Trained(model, config, dtype)
     optimizer = config.optimizer.build(config.run.steps)
-    state = init(trained.start(), (), optimizer, config.run.seed)
+    params, frozen = trained.split(model.lm_params)
+    state = init(params, optimizer, config.run.seed, frozen=frozen)
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    model = dataclasses.replace(model, lm_params=None)  # the state has them now, or `trained` beside adapters
+    model = dataclasses.replace(model, lm_params=None)  # the state owns the parameters from here on
+    del params, frozen
     state = run.restore(state) if resume else state
-    step = trained.step(make_step(trained.loss, optimizer, accumulate=config.accumulate))
+    step = make_step(trained.loss, optimizer, accumulate=config.accumulate)
     if int(state.step) < config.run.steps:
         data, evaluate = _learnt_from(rows, trained, config, mesh, int(state.step))
     else:  # only the model is still to be written
         data, evaluate = iter(()), None
     state = run.train(step, state, data, evaluate=evaluate)
-    result = dataclasses.replace(model, lm_params=trained.whole(state.params), name=run.folder.absolute().name)
+    result = dataclasses.replace(
+        model, lm_params=trained.merged(state.params, state.frozen), name=run.folder.absolute().name
+    )
     write_model(result, run.folder / "model")
     return result
 
 
 def _learnt_from(
-    rows: Rows, trained: "_Trained", config: FinetuneConfig, mesh: Mesh, first_step: int
+    rows: SttRows, trained: "_Trained", config: FinetuneConfig, mesh: Mesh, first_step: int
 ) -> tuple[Iterator[Any], Callable[[TrainState], dict[str, float]] | None]:
     """Batches on their devices, and the measure of validation data; all data is checked before any is encoded."""
 
-    def read(source: str) -> list[manifest.Recording]:
-        return manifest.read(Path(source), rows.model.sample_rate, check=rows.check, skip_bad=config.skip_bad)
+    def read(source: str) -> list[Recording]:
+        return read_recordings(Path(source), rows.model.sample_rate, check=rows.check, skip_bad=config.skip_bad)
 
     recordings = read(config.data)
     unseen = None if config.validation is None else read(config.validation)
@@ -138,66 +142,45 @@ def _learnt_from(
     def evaluate(state: TrainState) -> dict[str, float]:
         losses: list[np.ndarray] = []
         for first in range(0, len(unseen_NKT), config.batch_size):
-            part_BKT = filled(unseen_NKT[first : first + config.batch_size], config.batch_size)
-            losses.append(np.asarray(trained.measure(state.params, jax.device_put(part_BKT, shared))))
+            part_BKT = pad_to(unseen_NKT[first : first + config.batch_size], config.batch_size)
+            losses.append(np.asarray(trained.measure(state.params, state.frozen, jax.device_put(part_BKT, shared))))
         return {"validation_loss": float(np.concatenate(losses)[: len(unseen_NKT)].mean())}
 
     return data, evaluate
 
 
 class _Trained:
-    """What is trained of a model, and the loss of it.
-
-    With adapters the model's own parameters are the loss's memory, which a step takes over and gives back. They are
-    kept here and not in the state, so that checkpoints hold adapters only.
-    """
+    """Splits a language model's parameters into trained and frozen ones, and computes the loss of both together."""
 
     def __init__(self, model: Model, config: FinetuneConfig, dtype: np.dtype):
         self.adapters, self.objective, self._seed = config.lora, config.objective, config.run.seed
         self._graph: Any = model.lm_def
         self._dtype = dtype
-        self._frozen: Any = model.lm_params
-        self._measure = jax.jit(self._row_losses)
+        self.measure = jax.jit(self._row_losses)
 
-    def start(self) -> Any:
-        """What is trained, before the first step; to be asked for once."""
-        params = self._frozen
-        if self.adapters is not None:
-            return lora.init(params, self.adapters, jax.random.PRNGKey(self._seed))
-        self._frozen = ()
-        return params
+    def split(self, params: Any) -> tuple[Any, Any]:
+        """Splits parameters into trained and frozen ones: new adapters and the model, or the model and ()."""
+        if self.adapters is None:
+            return params, ()
+        return lora.init(params, self.adapters, jax.random.PRNGKey(self._seed)), params
 
-    def _merged(self, params: Any, frozen: Any) -> nnx.State:
+    def merged(self, params: Any, frozen: Any) -> nnx.State:
+        """Merges adapters into the language model's parameters, where there are any."""
         return params if self.adapters is None else lora.merge(frozen, params, self.adapters)
 
-    def whole(self, params: Any) -> nnx.State:
-        """The language model's parameters, adapters merged."""
-        return self._merged(params, self._frozen)
-
     def _network(self, params: Any, frozen: Any) -> Any:
-        cast = jax.tree.map(lambda p: p.astype(self._dtype), self._merged(params, frozen))
+        cast = jax.tree.map(lambda p: p.astype(self._dtype), self.merged(params, frozen))
         return nnx.merge(self._graph, cast)
 
-    def loss(self, params: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        """For `make_step`."""
+    def loss(
+        self, params: Any, frozen: Any, aux: Any, batch: Any, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        """Computes the loss of a batch, for `make_step`."""
         value, metrics = stt_loss(self._network(params, frozen), batch["codes_BKT"], key, self.objective)
-        return value, (frozen, metrics)
-
-    def step(self, inner: Any) -> Any:
-        """The step over states that do not hold what is frozen."""
-
-        def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-            after, metrics = inner(dataclasses.replace(state, memory=self._frozen), batch)
-            self._frozen = after.memory
-            return dataclasses.replace(after, memory=()), metrics
-
-        return step
-
-    def measure(self, params: Any, codes_BKT: jax.Array) -> jax.Array:
-        """The loss of each row [B], nothing hidden from the model."""
-        return self._measure(params, self._frozen, codes_BKT)
+        return value, (aux, metrics)
 
     def _row_losses(self, params: Any, frozen: Any, codes_BKT: jax.Array) -> jax.Array:
+        """Computes the loss of each row [B] without dropouts."""
         plain = SttObjective(padding_weight=self.objective.padding_weight)
         network, key = self._network(params, frozen), jax.random.PRNGKey(0)
         return jax.vmap(lambda codes_KT: stt_loss(network, codes_KT[None], key, plain)[0])(codes_BKT)

@@ -1,8 +1,8 @@
-"""Low-rank adapters: a model learns through a small addition to each of some matrices, the matrices stay as they are.
+"""Trains low-rank adapters: a small addition to each of some matrices, which themselves stay frozen.
 
 A matrix W [in, out] becomes W + scale * A @ B, where A is [in, rank], B is [rank, out] and scale is alpha / rank. B is
-zero before training, so that the model begins as it was. A parameter that stacks matrices, such as one embedding per
-stream, has adapters of its own for each; vectors, such as the scales of norms, are left alone.
+zero before training, so that the model starts unchanged. A parameter that stacks matrices, such as one embedding for
+each stream, has adapters for each matrix; vectors, such as the scales of norms, have none.
 
 Source: Hu et al. 2021 (LoRA), section 4.
 """
@@ -23,12 +23,12 @@ Adapters = dict[str, tuple[jax.Array, jax.Array]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Which matrices are adapted, and how freely.
+    """Chooses the matrices that have adapters, and the rank and scale of these.
 
     Attributes:
-      rank: of each addition.
-      alpha: its weight, times the rank.
-      targets: regular expressions; a parameter is adapted where one is found in its dotted path, which looks like
+      rank: of each adapter.
+      alpha: scale of the adapters, times the rank.
+      targets: regular expressions; a parameter has an adapter if one of them matches part of its dotted path, such as
         "transformer.layers.0.self_attn.in_proj_DE".
     """
 
@@ -49,20 +49,20 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What A @ B is multiplied by."""
+        """The factor of A @ B."""
         return self.alpha / self.rank
 
 
 def init(params: nnx.State, config: LoraConfig, key: jax.Array) -> Adapters:
-    """Adapters that change nothing yet: A is normal with a variance of 1 / in, B is zero.
+    """Makes adapters that change nothing yet: A is normal with a variance of 1 / in, B is zero.
 
     Args:
       params: of a `DelayedStreamsLM`.
-      config: which of them, and the rank.
+      config: targets and rank.
       key: PRNG key.
 
     Raises:
-      ConfigError: a target that is found in no matrix's path.
+      ConfigError: a target that matches no matrix.
     """
     matrices = {name: array.shape for name, array in flatten(params).items() if array.ndim >= 2}
     for target in config.targets:
@@ -79,7 +79,7 @@ def init(params: nnx.State, config: LoraConfig, key: jax.Array) -> Adapters:
 
 
 def merge(params: nnx.State, adapters: Adapters, config: LoraConfig) -> nnx.State:
-    """The parameters with their additions, computed in float32, in the dtypes that they had.
+    """Adds adapters to parameters, computed in float32, in the dtypes that the parameters have.
 
     Args:
       params: as given to `init`.

@@ -16,7 +16,6 @@ from flax import nnx
 from dsm_jax import audio, codec
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import ConfigError, SpeechError
-from dsm_jax.memory import return_freed
 from dsm_jax.models.conditioning import Conditions
 from dsm_jax.tts import engine, voices
 from dsm_jax.tts.engine import Manner, Steps, Told, TtsState
@@ -172,7 +171,6 @@ class Synthesizer:
             keys_B=jnp.stack([jax.random.key(row.seed) for row in filled]),
         )
         self._state = self._programs.init(lm_params, self.model.mimi_params, self.batch_size)
-        return_freed()
 
     def tell(self, entries: Sequence[Sequence[Entry]], *, complete: bool) -> None:
         """Gives every row its script again, with more at its end."""

@@ -1,0 +1,89 @@
+"""Computes the loss of text-to-speech: cross-entropy of the text and audio streams, teacher-forced.
+
+The text stream of a text-to-speech model predicts only when the next word starts; the script decides which word. The
+text loss therefore covers only the steps in which inference samples that decision: not those that feed the tokens of a
+word, and not those after the last word.
+
+Shape letters: B batch rows, T frames, K streams (text first), Q audio streams.
+Source: Zeghidour et al. 2025 (Delayed Streams Modeling), section 3. The larger weight of the first codebook is from
+Moshi (Défossez et al. 2024), where it is larger still. The dropouts are ours.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsm_jax.models.conditioning import Conditions
+from dsm_jax.models.lm import ZERO_TOKEN, DelayedStreamsLM
+from dsm_jax.training.losses.stt import SttObjective, augment_codes
+from dsm_jax.tts.script import NEW_WORD, PAD
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TtsObjective:
+    """Weights the loss, and sets how much of the input is dropped in training.
+
+    Attributes:
+      text: weight of the text stream's loss; that of the audio streams weighs 1.
+      semantic: weight of the first codebook, which holds most of the content; other codebooks weigh 1.
+      unconditional: share of rows without text and voice, which classifier-free guidance needs.
+      random_codes: share of the codes fed to the backbone that are replaced by random ones, as errors at inference.
+    """
+
+    text: float = 1.0
+    semantic: float = 7.0
+    unconditional: float = 0.15
+    random_codes: float = 0.05
+
+
+def sampled_steps(text_BT: jax.Array) -> jax.Array:
+    """Marks the steps in which the model decides whether a word starts: bool [B, T]."""
+    last_BT = jax.lax.cummax(jnp.where(text_BT == NEW_WORD, 1, 0), axis=1, reverse=True) > 0
+    return ((text_BT == NEW_WORD) | (text_BT == PAD)) & last_BT
+
+
+def tts_loss(
+    lm: DelayedStreamsLM,
+    codes_BKT: jax.Array,
+    conditions: Conditions | None,
+    unconditional_B: jax.Array,
+    key: jax.Array,
+    objective: TtsObjective,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Computes the mean cross-entropies of the text stream and of the audio streams, and their weighted sum.
+
+    Args:
+      lm: a model with a depformer.
+      codes_BKT: int32: text from `rows.text_stream`; audio codes shifted by the model's `audio_delay`, and -1 before
+        them, without the delays of the codebooks.
+      conditions: from `lm.condition`, masked in the unconditional rows; None for a model without conditioners.
+      unconditional_B: bool, rows whose text is not fed to the backbone.
+      key: of this step.
+      objective: weights and dropouts.
+
+    Returns:
+      The loss, and metrics: the parts `text`, `semantic` (the first codebook) and `acoustic` (the others).
+    """
+    dropouts = SttObjective(random_codes=objective.random_codes)
+    inputs_BKT = augment_codes(codes_BKT, key, dropouts, card=lm.config.card, padding=PAD)
+    inputs_BKT = inputs_BKT.at[:, 0].set(jnp.where(unconditional_B[:, None], ZERO_TOKEN, inputs_BKT[:, 0]))
+    out = lm(codes_BKT, conditions, fed_BKT=inputs_BKT)
+    assert out.audio_logits_BQTV is not None
+    assert out.audio_mask_BQT is not None
+    text_BT, audio_BQT = codes_BKT[:, 0], codes_BKT[:, 1 : 1 + lm.config.dep_q]
+    text = _mean(out.text_logits_BTV, text_BT, out.text_mask_BT & sampled_steps(text_BT))
+    parts = [
+        _mean(out.audio_logits_BQTV[:, part], audio_BQT[:, part], out.audio_mask_BQT[:, part])
+        for part in (slice(1), slice(1, None))
+    ]
+    weights = objective.semantic, audio_BQT.shape[1] - 1.0
+    audio = sum(weight * part for weight, part in zip(weights, parts, strict=True)) / sum(weights)
+    return objective.text * text + audio, {"text": text, "semantic": parts[0], "acoustic": parts[1]}
+
+
+def _mean(logits: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Averages the cross-entropy over the masked tokens; 0 where the mask is empty."""
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(tokens, 0))
+    return jnp.sum(jnp.where(mask, each, 0.0)) / jnp.maximum(mask.sum(), 1).astype(jnp.float32)
