@@ -47,7 +47,7 @@ def told(lm: DelayedStreamsLM, rows: int):
 def text_of(tokenizer) -> np.ndarray:
     """The text of a clip in which two words are said."""
     words = [WordSpan("on", 0.16, 0.3), WordSpan("a", 0.9, 1.0)]
-    return text_stream(words, tokenizer, LM, Timing(12.5, 0.0, 0.0), frames=FRAMES, marks={0: MAIN})
+    return text_stream(words, tokenizer, LM, Timing(12.5, 0.0, 0.0), frames=FRAMES, prefixes={0: MAIN})
 
 
 @pytest.fixture(scope="module")

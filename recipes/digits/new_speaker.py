@@ -41,7 +41,11 @@ def make_new_speaker(voice: str, target: Path) -> None:
     for part, settings in SETTINGS.items():
         (target / part).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
-            clips = [synthesize_clip(word, voice, *setting, Path(scratch)) for word in WORDS for setting in settings]
+            clips = [
+                synthesize_clip(word, voice, stretch, pitch, Path(scratch))
+                for word in WORDS
+                for stretch, pitch in settings
+            ]
         for i in range(UTTERANCES[part]):
             random = np.random.default_rng((len(part), i))
             words = int(random.integers(3, 10))

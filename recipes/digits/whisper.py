@@ -21,7 +21,7 @@ def whisper(folder: Path) -> Recogniser:
     Args:
       folder: holds a model of faster-whisper.
     """
-    from faster_whisper import WhisperModel
+    from faster_whisper import WhisperModel  # pyright: ignore[reportMissingImports]
 
     model = WhisperModel(str(folder), device="cpu", compute_type="float32")
 
@@ -42,5 +42,6 @@ def words_of(text: str) -> list[WordSpan]:
 def spell_numbers(transcript: dsm_jax.Transcript) -> dsm_jax.Transcript:
     """Spells the numbers of a transcript digit by digit: "8 41" becomes "eight four one"."""
     numbers = {str(number): word for number, word in enumerate(WORDS)}
-    words = [numbers.get(part, part) for word in transcript.words for part in re.findall(r"[0-9]|[a-z']+", word.text)]
+    parts: list[str] = [part for word in transcript.words for part in re.findall(r"[0-9]|[a-z']+", word.text)]
+    words = [numbers.get(part, part) for part in parts]
     return dataclasses.replace(transcript, words=tuple(dsm_jax.Word(word, 0.0, 0.0, 1.0) for word in words))

@@ -9,12 +9,12 @@ import pytest
 from dsm_jax.errors import AudioError, ConfigError, TrainingError
 from dsm_jax.training.loop import RunConfig
 from dsm_jax.training.losses.codec import CodecObjective
-from recipes.digits import data as rows_of
-from recipes.rows_of.codec import CodecStage
-from recipes.rows_of.data import MIMI, CodecDataset, DataMix, SttDataset, load_clips, load_sentences
-from recipes.rows_of.stt import DigitsConfig, SttStage, train_digits
-from recipes.rows_of.tests.made_up_data import SENTENCES, write_data
-from recipes.rows_of.utterances import ProsodyConfig
+from recipes.digits import data
+from recipes.digits.codec import CodecStage
+from recipes.digits.data import MIMI, CodecDataset, DataMix, SttDataset, load_clips, load_sentences
+from recipes.digits.stt import DigitsConfig, SttStage, train_digits
+from recipes.digits.tests.made_up_data import SENTENCES, write_data
+from recipes.digits.utterances import ProsodyConfig
 from tests.checkpoint_maker import assert_same_weights
 
 
@@ -24,12 +24,12 @@ def recordings(tmp_path_factory) -> Path:
 
 
 def test_clips_are_split_by_number_and_know_the_times_of_their_words(recordings):
-    clips = load_clips(recordings / "fsdd", rows_of.TRAINING_CLIPS)
-    assert [clip.word for clip in clips] == list(rows_of.WORDS)
+    clips = load_clips(recordings / "fsdd", data.TRAINING_CLIPS)
+    assert [clip.word for clip in clips] == list(data.WORDS)
     for clip in clips:
         assert clip.start == pytest.approx(0.1, abs=0.03)
         assert clip.end == pytest.approx(0.6, abs=0.03)
-    kinds = rows_of.TEST_CLIPS, rows_of.VALIDATION_CLIPS, rows_of.TRAINING_CLIPS
+    kinds = data.TEST_CLIPS, data.VALIDATION_CLIPS, data.TRAINING_CLIPS
     assert len(set().union(*kinds)) == sum(map(len, kinds))
     with pytest.raises(AudioError, match=r"fsdd holds no clips DIGIT_SPEAKER_NUMBER.flac of numbers \[77\]; name its"):
         load_clips(recordings / "fsdd", [77])
@@ -42,7 +42,7 @@ def test_sentences_are_held_out_and_their_digits_found(recordings):
 
 
 def test_a_speaker_can_be_drawn_more_often_than_others(recordings):
-    recorded = load_clips(recordings / "fsdd", rows_of.TRAINING_CLIPS)
+    recorded = load_clips(recordings / "fsdd", data.TRAINING_CLIPS)
     clips = [dataclasses.replace(clip, speaker=name) for name in ("theo", "lucas") for clip in recorded]
 
     def share(mix: DataMix) -> float:
@@ -57,7 +57,7 @@ def test_a_speaker_can_be_drawn_more_often_than_others(recordings):
 
 
 def test_words_of_a_row_are_truncated_as_the_mix_sets(recordings):
-    clips = load_clips(recordings / "fsdd", rows_of.TRAINING_CLIPS)
+    clips = load_clips(recordings / "fsdd", data.TRAINING_CLIPS)
 
     def lengths(truncate: float) -> list[float]:
         mix = DataMix(sentences=0.0, noise=0.0, prosody=ProsodyConfig(truncate=truncate))
@@ -69,7 +69,7 @@ def test_words_of_a_row_are_truncated_as_the_mix_sets(recordings):
 
 
 def test_rows_are_the_same_whenever_they_are_drawn(recordings):
-    clips = load_clips(recordings / "fsdd", rows_of.TRAINING_CLIPS)
+    clips = load_clips(recordings / "fsdd", data.TRAINING_CLIPS)
     sentences = load_sentences(recordings / "kathleen", 24_000, held_out=False)
     rows = CodecDataset(clips, sentences, 25, (0, 0))
     drawn = [rows[i] for i in range(30)]
@@ -78,7 +78,7 @@ def test_rows_are_the_same_whenever_they_are_drawn(recordings):
             np.testing.assert_array_equal(rows[i][name], array)
     labels = np.unique(np.concatenate([row["labels_BN"] for row in drawn]))
     assert labels.min() == -1  # a sentence with a digit in it
-    assert labels.max() == rows_of.OTHER_SPEECH
+    assert labels.max() == data.OTHER_SPEECH
     assert all(row["pcm_BT"].shape == (48_000,) and np.abs(row["pcm_BT"]).max() <= 1 for row in drawn)
 
     speech = SttDataset(clips, sentences, 25, (0, 0))
@@ -89,12 +89,12 @@ def test_rows_are_the_same_whenever_they_are_drawn(recordings):
 
 
 def test_labels_follow_the_sound_of_an_utterance(recordings):
-    clips = load_clips(recordings / "fsdd", rows_of.TRAINING_CLIPS)
-    for pcm_T, spoken in rows_of.plain_utterances(clips, 3):
+    clips = load_clips(recordings / "fsdd", data.TRAINING_CLIPS)
+    for pcm_T, spoken in data.plain_utterances(clips, 3):
         for word in spoken:
             middle = round((word.start + word.end) / 2 * 24_000)
             spectrum = np.abs(np.fft.rfft(pcm_T[middle - 2400 : middle + 2400]))
-            assert spectrum.argmax() * 5 == pytest.approx(200 + 100 * rows_of.WORDS.index(word.text), abs=10)
+            assert spectrum.argmax() * 5 == pytest.approx(200 + 100 * data.WORDS.index(word.text), abs=10)
 
 
 def test_all_stages_run_and_a_resumed_recipe_ends_the_same(recordings, tmp_path):
