@@ -11,8 +11,8 @@ from dsm_jax.errors import TrainingError
 from dsm_jax.stt.transcript import Word, WordEnded
 from dsm_jax.stt.words import PauseRule, Timing, WordReader
 from dsm_jax.tokenizers import load_tokenizer
+from dsm_jax.training.alignment import text_stream, tokens_of
 from dsm_jax.training.data import WordSpan
-from dsm_jax.training.rows import text_stream, tokens_of
 from tests import small, stt_model
 
 TOKENIZER = load_tokenizer(next(stt_model.CHECKPOINT.glob("*.model")))

@@ -67,7 +67,7 @@ def test_a_row_is_what_the_recogniser_hears_and_is_to_say(model, tmp_path):
 def test_rows_come_in_order_whatever_is_encoded_together(model, tmp_path):
     several = [recording(tmp_path, name, seconds, ("on", 0.2)) for name, seconds in (("a", 1), ("bb", 2), ("ccc", 1.5))]
     together = SttRows(model, Mesh(jax.devices(), ("data",)), seconds=2.0, batch_size=3)
-    assert together.batch_size == 4, "as many for each device"
+    assert together.codec.batch_size == 4, "as many for each device"
     alone = [SttRows(model, MESH, seconds=2.0, batch_size=1).encode([one])[0] for one in several]
     np.testing.assert_array_equal(together.encode(several), np.stack(alone))
     assert len({row.tobytes() for row in alone}) == 3

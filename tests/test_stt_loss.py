@@ -13,9 +13,9 @@ from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.stt.transcript import WordEnded
 from dsm_jax.stt.words import PauseRule, Timing, WordReader
 from dsm_jax.tokenizers import load_tokenizer
+from dsm_jax.training.alignment import text_stream
 from dsm_jax.training.data import WordSpan
 from dsm_jax.training.losses.stt import SttObjective, augment_codes, stt_loss
-from dsm_jax.training.rows import text_stream
 from dsm_jax.training.step import OptimizerConfig, init, make_step
 from tests import checkpoint_maker, small
 from tests.tokenizer_maker import make_tokenizer

@@ -40,7 +40,7 @@ def row(*words: object, audio: str = "talks/good.wav", **others: object) -> dict
 
 def test_a_manifest_is_read_with_paths_from_its_own_folder(data):
     absolute = str(data / "talks/good.wav")
-    path = write(data, row(HELLO, WORLD, speaker="someone"), "", row(audio=absolute))
+    path = write(data, row(HELLO, WORLD, topic="weather"), "", row(audio=absolute))
     good = data / "talks/good.wav"
     assert read_recordings(path, RATE) == [
         Recording(good, WORDS, 1.0),
@@ -181,3 +181,37 @@ def test_nothing_at_all_is_an_error(data):
             read_recordings(source, RATE)
     with pytest.raises(TrainingError, match=r"lost\.jsonl cannot be read \(No such file.*\); give a JSON Lines file"):
         read_recordings(data / "lost.jsonl", RATE)
+
+
+def test_speakers_and_voices_are_read_and_voices_that_are_files_are_found_beside_the_data(data):
+    (data / "ann.safetensors").write_bytes(b"")
+    spoken = [HELLO, WORLD]
+    path = write(
+        data,
+        row(*spoken, voice="ann.safetensors"),
+        row(spoken[0], spoken[1] | {"speaker": "bob"}, speaker="ann", voices={"ann": "ann.safetensors", "bob": "theo"}),
+        row(*spoken),
+    )
+    alone, both, neither = read_recordings(path, RATE)
+    file = str(data / "ann.safetensors")
+    assert alone.voice_of("") == alone.voice_of("anyone") == file
+    assert [w.speaker for w in both.words] == ["ann", "bob"]
+    assert (both.voice_of("ann"), both.voice_of("bob"), both.voice_of("cid")) == (file, "theo", None)
+    assert neither.voice_of("") is None
+    assert [w.speaker for w in neither.words] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"voice": 3},
+            r"the voices are \{'': 3\}; expected \"voice\": VOICE, or \"voices\": \{SPEAKER: VOICE, \.\.\.\}",
+        ),
+        ({"voices": ["theo"]}, r"the voices are \['theo'\]; expected"),
+        ({"speaker": 3}, "word 1, 'hello', has the speaker 3; expected a name"),
+    ],
+)
+def test_voices_and_speakers_of_another_kind_are_refused(data, keys, message):
+    with pytest.raises(TrainingError, match=message):
+        read_recordings(write(data, row(HELLO, **keys)), RATE)

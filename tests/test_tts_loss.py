@@ -15,9 +15,9 @@ from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.stt.words import Timing
 from dsm_jax.tokenizers import load_tokenizer
+from dsm_jax.training.alignment import text_stream
 from dsm_jax.training.data import WordSpan
-from dsm_jax.training.losses.tts import TtsObjective, sampled_steps, tts_loss
-from dsm_jax.training.rows import text_stream
+from dsm_jax.training.losses.tts import TtsObjective, decisions, sampled_steps, tts_loss
 from dsm_jax.training.step import OptimizerConfig, init, make_step
 from dsm_jax.tts import voices
 from dsm_jax.tts.engine import Manner
@@ -135,6 +135,37 @@ def test_unconditional_rows_are_not_fed_their_text_and_others_are(measured, rows
     ):
         losses = [float(measured(codes, unconditional_B=unconditional_B)[1]["text"]) for codes in (rows, other)]
         assert (losses[0] == losses[1]) is same
+
+
+def test_a_second_text_stream_is_read_as_decisions():
+    card = 50
+    streams = [(-1, 3), (0, 7), (9, 8), (-1, 3), (0, 3)]  # second and first: padding, a word of two tokens, the end
+    text_T = np.array([-1] + [(second + 1) * card + first for second, first in streams], np.int32)
+    found_T = np.asarray(decisions(text_T[None], card, second_stream=True))[0]
+    np.testing.assert_array_equal(found_T, [-1, 3, 0, 8, 3, 0])
+    np.testing.assert_array_equal(np.asarray(sampled_steps(found_T[None]))[0], [False, True, True, False, True, True])
+    np.testing.assert_array_equal(decisions(text_T[None], card, second_stream=False), text_T[None])
+
+
+def test_a_prefix_does_not_count_and_is_not_fed_to_unconditional_rows(network, rows):
+    graph, params = network
+    context_B = jnp.array([DELAY + 6, DELAY])
+
+    @jax.jit
+    def measure(codes_BKT, unconditional_B):
+        lm = nnx.merge(graph, params)
+        conditions = told(lm, 2)
+        return tts_loss(lm, codes_BKT, conditions, unconditional_B, KEY, UNDISTURBED, context_B)[1]["acoustic"]
+
+    def changed(where: tuple, unconditional: bool) -> bool:
+        other = rows.at[where].set((rows[where] + 1) % LM.card)
+        drop_B = jnp.array([unconditional, False])
+        return float(measure(rows, drop_B)) != float(measure(other, drop_B))
+
+    prefix, rest = (0, 1, DELAY + 2), (0, 1, DELAY + 8)
+    assert changed(prefix, unconditional=False), "what follows depends on the prefix"
+    assert not changed(prefix, unconditional=True), "it is neither fed nor counted"
+    assert changed(rest, unconditional=True)
 
 
 def test_a_model_that_has_learnt_a_row_says_it(network, tokenizer, rows):

@@ -5,14 +5,16 @@ The data is either a JSON Lines file with a line for each recording:
     {"audio": "talks/first.flac", "words": [{"text": "hello", "start": 0.48, "end": 0.8}, ...]}
 
 with paths relative to the file's folder, or a folder of recordings with a JSON file of the same name beside each. Both
-are what `dsm-jax transcribe --format json` writes, so its transcripts can be corrected and trained on; keys other than
-these are ignored. Everything is checked, and every recording decoded to its end, before training starts.
+are what `dsm-jax transcribe --format json` writes, so its transcripts can be corrected and trained on. For
+text-to-speech, `"speaker": NAME` names who speaks in the recording, or in a word of it, and `"voice": VOICE` or
+`"voices": {NAME: VOICE, ...}` gives the speakers' voices: files, or names as for `synthesize`. Other keys are ignored.
+Everything is checked, and every recording decoded to its end, before training starts.
 """
 
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -51,11 +53,18 @@ class Recording:
       audio: path of a file that has been decoded to its end once.
       words: the words said in it, in order.
       seconds: its length.
+      voices: pairs of a speaker and the speaker's voice; the speaker "" stands for all that are not named.
     """
 
     audio: Path
     words: tuple[WordSpan, ...]
     seconds: float
+    voices: tuple[tuple[str, str], ...] = ()
+
+    def voice_of(self, speaker: str) -> str | None:
+        """Finds the voice of a speaker; None where the data names none."""
+        voices = dict(self.voices)
+        return voices.get(speaker, voices.get(""))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +175,21 @@ def _read_entry(entry: _Entry, source: Path, sample_rate: int, check: Callable[[
             f"the word {late.text!r} starts at {late.start} s and {path} ends at {seconds:.2f} s; is the recording cut "
             "short, or the transcript another's?"
         )
-    return Recording(path, words, seconds)
+    return Recording(path, words, seconds, tuple(_voices(values, source if source.is_dir() else source.parent)))
+
+
+def _voices(values: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
+    """Yields speakers and their voices; paths become relative to the present folder."""
+    voices = values.get("voices", {})
+    if "voice" in values:
+        voices = {"": values["voice"]}
+    if not isinstance(voices, dict) or not all(isinstance(voice, str) for voice in voices.values()):
+        raise TrainingError(
+            f'the voices are {voices!r}; expected "voice": VOICE, or "voices": {{SPEAKER: VOICE, ...}}, files or names'
+        )
+    for speaker, voice in voices.items():
+        path = folder / voice
+        yield speaker, str(path) if path.is_file() else voice
 
 
 def _words(values: Any, check: Callable[[str], object] | None) -> Iterator[WordSpan]:
@@ -178,6 +201,7 @@ def _words(values: Any, check: Callable[[str], object] | None) -> Iterator[WordS
     for number, word in enumerate(listed, 1):
         found = word if isinstance(word, dict) else {}
         text, start, end = found.get("text"), found.get("start"), found.get("end")
+        speaker = found.get("speaker", values.get("speaker", ""))
         if not isinstance(text, str) or not text.strip():
             raise TrainingError(f"word {number} is {word!r}, without text; expected {_FORMAT}")
         if not (_is_time(start) and _is_time(end) and start <= end):
@@ -189,10 +213,12 @@ def _words(values: Any, check: Callable[[str], object] | None) -> Iterator[WordS
             raise TrainingError(
                 f"word {number}, {text!r}, starts at {start} s, before the one ahead of it ({before} s); sort the words"
             )
+        if not isinstance(speaker, str):
+            raise TrainingError(f"word {number}, {text!r}, has the speaker {speaker!r}; expected a name")
         if check is not None:
             check(text)
         before = start
-        yield WordSpan(text, float(start), float(end))
+        yield WordSpan(text, float(start), float(end), speaker)
 
 
 def _is_time(value: Any) -> TypeGuard[float]:

@@ -1,22 +1,23 @@
-"""Turns recordings with words into the rows that a speech-to-text model is trained on.
+"""Turns recordings with words into the rows that speech-to-text and text-to-speech models are trained on.
 
-A row feeds a recording as `dsm_jax.stt` does: the silence before it that the model expects, the recording, and silence
-until the last of its text. A long recording is cut between words, and each part is a row of its own. The codec encodes
-everything once.
+A row holds what inference feeds and generates for a recording. A long recording is cut between words, and each part is
+a row of its own. The codec encodes everything once.
 
-In the text stream a word is a boundary token and the word's tokens, one in each frame; every other frame is padding.
-The first token stands where `WordReader` reads the start of the word: its start time plus the delay of the text and the
-silence before the audio. A word whose frame is taken by the tokens of the word before follows as soon as it can.
+For speech-to-text a row is fed as `dsm_jax.stt` feeds a recording: the silence before it that the model expects, the
+recording, and silence until the last of its text. For text-to-speech a row has the text stream of its script, and the
+recording's codes behind it by the model's audio delay; a model without speaker conditioning is first fed a prefix, the
+beginning of another part by the same speaker.
 
 Shape letters: B rows that are encoded together, N rows, K streams (text first), Q audio streams, T samples or frames,
-C audio channels.
-Source: Zeghidour et al. 2025 (Delayed Streams Modeling), section 3; the published models' streams.
+C audio channels, P frames of a prefix.
 """
 
+import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,81 +26,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
-from dsm_jax.configs import LMConfig
-from dsm_jax.errors import CheckpointError, TrainingError
+from dsm_jax.errors import CheckpointError, SpeechError, TrainingError
 from dsm_jax.models.lm import ZERO_TOKEN
 from dsm_jax.stt.hearing import Hearing, Prompt, word_reader
-from dsm_jax.stt.words import PauseRule, Timing
-from dsm_jax.tokenizers import Tokenizer
+from dsm_jax.stt.words import PauseRule
+from dsm_jax.training.alignment import script_stream, speaker_prefixes, text_stream, tokens_of
 from dsm_jax.training.data import Recording, WordSpan
+from dsm_jax.tts import voices
+from dsm_jax.tts.script import entries_of
+from dsm_jax.tts.speech import SpeechOptions
 
 LONGEST_WORD_S = 2
-
-
-def tokens_of(word: str, tokenizer: Tokenizer, config: LMConfig) -> list[int]:
-    """Encodes a word.
-
-    Raises:
-      TrainingError: the tokenizer cannot spell the word.
-    """
-    tokens = tokenizer.encode(word)
-    # The tokenizer's unknown token has the id of the boundary between words.
-    if not tokens or min(tokens) <= config.existing_text_padding_id:
-        raise TrainingError(
-            f"the word {word!r} cannot be spelt by the model's tokenizer; leave it out, or spell it in letters of the "
-            "model's languages"
-        )
-    return tokens
-
-
-def text_stream(
-    words: Iterable[WordSpan],
-    tokenizer: Tokenizer,
-    config: LMConfig,
-    timing: Timing,
-    *,
-    frames: int,
-    prefixes: Mapping[int, int] | None = None,
-) -> np.ndarray:
-    """Makes the text stream of a clip, as the first stream of `DelayedStreamsLM.__call__`.
-
-    Step t is fed the frames before t, so the model predicts at step i + 1 the token that `transcribe` lists for frame
-    i. That token's column is i + 1, less the delay that the config gives the text stream itself (0 in the published
-    models). The prediction of step 0 belongs to no frame and is padding; tokens after the last column are dropped.
-
-    Args:
-      words: in order.
-      tokenizer: of the model.
-      config: of the model.
-      timing: places the frames in the audio, as for `WordReader`.
-      frames: of the clip, the silence before the audio included.
-      prefixes: tokens ahead of the tokens of some words, by the word's number.
-
-    Returns:
-      int32 [frames].
-
-    Raises:
-      TrainingError: words out of order, or a word that the tokenizer cannot spell.
-    """
-    stream_T = np.full(frames, config.existing_text_padding_id, np.int32)
-    column_of_frame_0 = 1 - config.delays[0]
-    free, before = max(0, column_of_frame_0), -np.inf
-    for number, word in enumerate(words):
-        if word.start < before:
-            raise TrainingError(
-                f"the word {word.text!r} starts at {word.start} s, before the one ahead of it ({before} s); sort the "
-                "words"
-            )
-        before = word.start
-        tokens = tokens_of(word.text, tokenizer, config)
-        if prefixes is not None and number in prefixes:
-            tokens = [prefixes[number], *tokens]
-        first = round((word.start + timing.text_offset) * timing.frame_rate) + column_of_frame_0
-        boundary = max(first - 1, free)
-        free = boundary + 1 + len(tokens)
-        fed = np.array([config.existing_text_end_padding_id, *tokens], np.int32)[: max(0, frames - boundary)]
-        stream_T[boundary : boundary + len(fed)] = fed
-    return stream_T
 
 
 @functools.lru_cache(maxsize=8)
@@ -138,6 +75,51 @@ def cut(words: Sequence[WordSpan], samples: int, sample_rate: int, longest: int)
     return [*cuts, samples]
 
 
+def parts_of(recording: Recording, sample_rate: int, longest: int) -> Iterator[tuple[np.ndarray, list[WordSpan]]]:
+    """Cuts a recording into parts of at most `longest` samples; yields the samples and the words of each.
+
+    Raises:
+      AudioError: the recording cannot be read.
+    """
+    pcm_T = audio.read(recording.audio, sample_rate)
+    for first, end in itertools.pairwise(cut(recording.words, pcm_T.size, sample_rate, longest)):
+        yield (
+            pcm_T[first:end],
+            [
+                WordSpan(word.text, word.start - first / sample_rate, word.end - first / sample_rate, word.speaker)
+                for word in recording.words
+                # A last word may be timed after the recording's end.
+                if first <= round(word.start * sample_rate)
+                and (round(word.start * sample_rate) < end or end == pcm_T.size)
+            ],
+        )
+
+
+class _Codec:
+    """Encodes clips in batches of one shape, spread over the devices of a mesh."""
+
+    def __init__(self, model: Model, mesh: Mesh, *, codebooks: int, batch_size: int):
+        self.batch_size = -(-batch_size // mesh.shape["data"]) * mesh.shape["data"]
+        self._split = NamedSharding(mesh, PartitionSpec("data"))
+        self._params, self._encode = model.mimi_params, encoder(model.mimi_def, codebooks)
+
+    def encode(self, clips: Iterable[np.ndarray], length: int) -> np.ndarray:
+        """Encodes clips of at most `length` samples: codes [N, Q, T]."""
+        clips, codes, count = iter(clips), [], 0
+        while batch := list(itertools.islice(clips, self.batch_size)):
+            count += len(batch)
+            pcm_BTC = pad_to(np.stack([pad_to(pcm_T, length) for pcm_T in batch]), self.batch_size)[..., None]
+            codes.append(self._encode(self._params, jax.device_put(pcm_BTC, self._split)))
+            if len(codes) > 1:  # one behind: the device encodes while the next recordings are read
+                codes[-2] = np.asarray(codes[-2])
+        return np.concatenate([np.asarray(codes_BQT) for codes_BQT in codes])[:count]
+
+
+def _report(recordings: Sequence[Recording]) -> None:
+    hours = sum(recording.seconds for recording in recordings) / 3600
+    print(f"encoding {len(recordings)} recordings, {hours:.2f} hours", file=sys.stderr, flush=True)
+
+
 class SttRows:
     """Makes rows for one speech-to-text model.
 
@@ -162,9 +144,7 @@ class SttRows:
         self.longest = int(seconds * model.sample_rate)
         self.timing = word_reader(model.config, lm, tokenizer, Prompt(), PauseRule()).timing
         self.frames = self._framed(np.zeros(self.longest, np.float32)).ready
-        self.batch_size = -(-batch_size // mesh.shape["data"]) * mesh.shape["data"]
-        self._split = NamedSharding(mesh, PartitionSpec("data"))
-        self._encode = encoder(model.mimi_def, lm.n_q)
+        self.codec = _Codec(model, mesh, codebooks=lm.n_q, batch_size=batch_size)
 
     def check(self, word: str) -> None:
         """Checks that the model can spell a word.
@@ -189,41 +169,212 @@ class SttRows:
           ConfigError: the codec has fewer codebooks than the language model reads.
           TrainingError: words that the model cannot learn.
         """
-        hours = sum(recording.seconds for recording in recordings) / 3600
-        print(f"encoding {len(recordings)} recordings, {hours:.2f} hours", file=sys.stderr, flush=True)
-        parts = (part for recording in recordings for part in self._parts(recording))
-        texts, codes = [], []
-        while batch := list(itertools.islice(parts, self.batch_size)):
-            texts += [text_T for _, text_T in batch]
-            pcm_BTC = pad_to(np.stack([pcm_T for pcm_T, _ in batch]), self.batch_size)[..., None]
-            codes.append(self._encode(self.model.mimi_params, jax.device_put(pcm_BTC, self._split)))
-            if len(codes) > 1:  # one behind: the device encodes while the next recordings are read
-                codes[-2] = np.asarray(codes[-2])
-        codes_NQT = np.concatenate([np.asarray(codes_BQT) for codes_BQT in codes])[: len(texts)]
+        _report(recordings)
+        texts: list[np.ndarray] = []
+
+        def clips() -> Iterator[np.ndarray]:
+            for recording in recordings:
+                for pcm_T, words in parts_of(recording, self.model.sample_rate, self.longest):
+                    buffer = self._framed(pcm_T)
+                    frames = buffer.ready
+                    texts.append(np.full(self.frames, ZERO_TOKEN, np.int32))
+                    texts[-1][:frames] = text_stream(words, self.tokenizer, self.lm, self.timing, frames=frames)
+                    yield buffer.take(frames)
+
+        codes_NQT = self.codec.encode(clips(), self.frames * self.model.config.mimi.frame_size)
         return np.concatenate([np.stack(texts)[:, None], codes_NQT], axis=1)
 
-    def _parts(self, recording: Recording) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields the samples of each part, silences included, and its text stream."""
-        rate = self.model.sample_rate
-        pcm_T = audio.read(recording.audio, rate)
-        for first, end in itertools.pairwise(cut(recording.words, pcm_T.size, rate, self.longest)):
-            words = [
-                WordSpan(word.text, word.start - first / rate, word.end - first / rate)
-                for word in recording.words
-                # A last word may be timed after the recording's end.
-                if first <= round(word.start * rate) and (round(word.start * rate) < end or end == pcm_T.size)
-            ]
-            buffer = self._framed(pcm_T[first:end])
-            frames = buffer.ready
-            text_T = np.full(self.frames, ZERO_TOKEN, np.int32)
-            text_T[:frames] = text_stream(words, self.tokenizer, self.lm, self.timing, frames=frames)
-            yield pad_to(buffer.take(frames), self.frames * self.model.config.mimi.frame_size), text_T
+    def rows(self, recordings: Sequence[Recording]) -> list[dict[str, Any]]:
+        """Makes the rows of recordings as `batches` and the loss take them: `codes_BKT` without the batch axis."""
+        return [{"codes_BKT": codes_KT} for codes_KT in self.encode(recordings)]
 
     def _framed(self, pcm_T: np.ndarray) -> Hearing:
         buffer = Hearing(self.model.config, Prompt())
         buffer.push(pcm_T)
         buffer.end()
         return buffer
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A part of a recording: its words, with times from its start, and its frames."""
+
+    recording: Recording
+    words: Sequence[WordSpan]
+    frames: int
+
+    @property
+    def speaker(self) -> str:
+        """The speaker of the first word."""
+        return self.words[0].speaker if self.words else ""
+
+
+class TtsRows:
+    """Makes rows for one text-to-speech model.
+
+    Args:
+      model: a text-to-speech model.
+      mesh: devices with an axis "data"; the rows that are encoded together are spread over them.
+      seconds: of a recording in a row, at most.
+      batch_size: rows that are encoded together, rounded up to a multiple of the devices.
+      voice: the voice of speakers for whom the data names none.
+      guidance: the guidance value that models with distilled guidance are given; None draws one for each row.
+      prefix_seconds: of a prefix, at most, for models without speaker conditioning.
+      seed: draws the guidance values.
+
+    Raises:
+      CheckpointError: the model does not speak.
+      SpeechError: a guidance value that the model does not know.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        mesh: Mesh,
+        *,
+        seconds: float,
+        batch_size: int,
+        voice: str | None = None,
+        guidance: float | None = None,
+        prefix_seconds: float = 10.0,
+        seed: int = 0,
+    ):
+        decoding = SpeechOptions().manner(model)
+        lm, tokenizer = model.config.lm, model.tokenizer
+        assert lm is not None
+        assert tokenizer is not None
+        self.model, self.lm, self.tokenizer = model, lm, tokenizer
+        self.machine, self.delay = decoding.machine, decoding.delay_steps
+        self.voice, self.guidance, self.seed = voice, guidance, seed
+        self.frame_rate, self.frame_size = model.config.mimi.frame_rate, model.config.mimi.frame_size
+        self.longest = int(seconds * model.sample_rate)
+        self.has_speakers = voices.has_speakers(lm)
+        self.frames = -(-self.longest // self.frame_size)
+        self.prefix_frames = 0 if self.has_speakers else int(prefix_seconds * self.frame_rate)
+        self.codec = _Codec(model, mesh, codebooks=lm.dep_q, batch_size=batch_size)
+        self.steps: dict[str, np.ndarray] = {}  # of the voices read so far, by name
+
+    def check(self, word: str) -> None:
+        """Checks that the model can speak a word.
+
+        Raises:
+          TrainingError: the model cannot.
+        """
+        self._tokens_of(word)
+
+    def rows(self, recordings: Sequence[Recording]) -> list[dict[str, Any]]:
+        """Makes the rows of recordings, in order, as `batches` and `losses.tts.tts_batch_loss` take them.
+
+        Args:
+          recordings: at least one.
+
+        Raises:
+          AudioError: a recording cannot be read.
+          CheckpointError: a voice cannot be read.
+          TrainingError: words or voices that the model cannot learn, or a speaker without a second part as prefix.
+        """
+        if self.has_speakers:
+            for recording in recordings:
+                for speaker in dict.fromkeys([word.speaker for word in recording.words] or [""]):
+                    self._voice(recording, speaker)
+        _report(recordings)
+        parts: list[_Part] = []
+
+        def clips() -> Iterator[np.ndarray]:
+            for recording in recordings:
+                for pcm_T, words in parts_of(recording, self.model.sample_rate, self.longest):
+                    parts.append(_Part(recording, words, -(-pcm_T.size // self.frame_size)))
+                    yield pcm_T
+
+        codes_NQT = self.codec.encode(clips(), self.frames * self.frame_size)
+        rows = []
+        for number, part in enumerate(parts):
+            try:
+                prefix_QP = self._prefix(number, parts, codes_NQT)
+                row: dict[str, Any] = {
+                    "codes_BKT": self._streams(part.words, prefix_QP, codes_NQT[number, :, : part.frames])
+                }
+                if self.lm.conditioners:
+                    row["values"], row["masks"] = self._conditions(part, number)
+            except (SpeechError, TrainingError) as error:
+                raise TrainingError(f"{part.recording.audio} cannot be trained on: {error}") from None
+            if not self.has_speakers:
+                row["context_B"] = np.int32(prefix_QP.shape[1] + self.delay)
+            rows.append(row)
+        return rows
+
+    def _tokens_of(self, word: str) -> list[list[int]]:
+        """Encodes what stands for one word in the data, which the model may read as several."""
+        try:
+            entries = entries_of([word], self.tokenizer, frame_rate=self.frame_rate, multi_speaker=False)
+        except SpeechError:
+            raise TrainingError(
+                f"the word {word!r} cannot be spelt by the model's tokenizer; leave it out, or spell it in letters of "
+                "the model's languages"
+            ) from None
+        return [list(entry.tokens) for entry in entries if entry.tokens]
+
+    def _streams(self, words: Sequence[WordSpan], prefix_QP: np.ndarray, codes_QT: np.ndarray) -> np.ndarray:
+        """Makes the streams [K, T] of a row, prefix first; all rows have the length of the longest possible one."""
+        prefix, frames = prefix_QP.shape[1], codes_QT.shape[1]
+        tokens, starts = [], []
+        speakers = speaker_prefixes(words)[0] if self.has_speakers else {}
+        for number, word in enumerate(words):
+            mark = [speakers[number]] if number in speakers else []
+            for part in self._tokens_of(word.text):
+                tokens.append([*mark, *part])
+                starts.append(round(word.start * self.frame_rate))
+                mark = []
+        end = round(words[-1].end * self.frame_rate) if words else 0
+        length = self.prefix_frames + self.frames + self.delay + max(self.lm.delays)
+        codes_KT = np.full((1 + self.lm.n_q, length), ZERO_TOKEN, np.int32)
+        spoken = slice(prefix, prefix + frames + self.delay)
+        codes_KT[0, spoken] = script_stream(tokens, starts, self.machine, frames=frames + self.delay, end=end)
+        context = prefix + self.delay
+        codes_KT[1 : 1 + self.lm.dep_q, self.delay : context] = prefix_QP
+        codes_KT[1 : 1 + self.lm.dep_q, context : context + frames] = codes_QT
+        return codes_KT
+
+    def _prefix(self, number: int, parts: Sequence["_Part"], codes_NQT: np.ndarray) -> np.ndarray:
+        """Takes the codes [Q, P] of another part by the same speaker, the next one in the data."""
+        if self.has_speakers:
+            return codes_NQT[number, :, :0]
+        speaker = parts[number].speaker
+        for other in (*range(number + 1, len(parts)), *range(number)):
+            frames = parts[other].frames
+            # As at inference, without the last two frames, which lack what follows them.
+            if parts[other].speaker == speaker and frames > 2:
+                return codes_NQT[other, :, : min(self.prefix_frames, frames - 2)]
+        raise TrainingError(
+            f"it is all there is of the speaker {speaker!r}, and {self.model.name} is given another recording of the "
+            "speaker as a prefix; add one"
+        )
+
+    def _voice(self, recording: Recording, speaker: str) -> np.ndarray:
+        """Reads the voice [X, C] of a speaker in a recording; all voices must have one length."""
+        voice = recording.voice_of(speaker) or self.voice
+        if voice is None:
+            raise TrainingError(
+                f"{recording.audio} names no voice for the speaker {speaker!r}, which {self.model.name} needs; add "
+                '"voice" to the data, or to the config'
+            )
+        if voice not in self.steps:
+            self.steps[voice] = voices.read_voice(voice, self.model)
+        if len(lengths := sorted({len(steps_XC) for steps_XC in self.steps.values()})) > 1:
+            raise TrainingError(f"the voices are {lengths} steps long; give voices of one length")
+        return self.steps[voice]
+
+    def _conditions(self, part: "_Part", number: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Makes the conditioner values and masks of a row, as inference gives them."""
+        speakers = speaker_prefixes(part.words)[1] or [""]
+        steps = [self._voice(part.recording, speaker) for speaker in speakers] if self.has_speakers else []
+        known, guidance = voices.guidance_values(self.lm), self.guidance
+        if known and guidance is None:
+            guidance = float(np.random.default_rng((self.seed, number)).choice(known))
+        values, masks = voices.conditions(self.lm, [steps], guidance if known else None)
+        return {name: np.asarray(a)[0] for name, a in values.items()}, {
+            name: np.asarray(a)[0] for name, a in masks.items()
+        }
 
 
 def pad_to(array: np.ndarray, length: int) -> np.ndarray:

@@ -16,11 +16,11 @@ from dsm_jax.configs import LMConfig, MimiConfig, ModelConfig, QuantizerConfig, 
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.stt.words import Timing
 from dsm_jax.tokenizers import load_tokenizer
-from dsm_jax.training.export import write_model
+from dsm_jax.training.alignment import text_stream
+from dsm_jax.training.finetune import write_model
 from dsm_jax.training.loop import Run, RunConfig
 from dsm_jax.training.losses.codec import CodecTrainee
 from dsm_jax.training.losses.stt import SttObjective, stt_loss
-from dsm_jax.training.rows import text_stream
 from recipes.digits.codec import (
     AUGMENTED,
     DECODER,
@@ -179,13 +179,12 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
     def loss(objective: SttObjective) -> LmLoss:
         return lambda lm, batch, key: stt_loss(lm, batch["codes_BKT"], key, objective)
 
-    no_dropout = SttObjective(padding_weight=config.lm.objective.padding_weight)
     trained = train_lm(
         config.lm,
         Run(output / "lm", config.lm.run),
         lm,
         loss(config.lm.objective),
-        loss(no_dropout),
+        loss(config.lm.objective.without_dropout()),
         encode(clips, 2, config.lm.utterances),
         encode(validation_clips, 3, VALIDATION_UTTERANCES),
         seed=seed,

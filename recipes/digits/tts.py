@@ -18,12 +18,11 @@ from dsm_jax.configs import LMConfig, MimiConfig, ModelConfig, QuantizerConfig, 
 from dsm_jax.models.lm import ZERO_TOKEN, DelayedStreamsLM
 from dsm_jax.stt.words import Timing
 from dsm_jax.tokenizers import load_tokenizer
+from dsm_jax.training.alignment import speaker_prefixes, text_stream
 from dsm_jax.training.data import WordSpan
-from dsm_jax.training.export import write_model
+from dsm_jax.training.finetune import write_model
 from dsm_jax.training.loop import Run, RunConfig
-from dsm_jax.training.losses.tts import TtsObjective, tts_loss
-from dsm_jax.training.rows import text_stream
-from dsm_jax.tts.script import MAIN, OTHER
+from dsm_jax.training.losses.tts import TtsObjective, tts_batch_loss
 from dsm_jax.tts.voices import SLOTS, WAVS
 from recipes.digits import augment
 from recipes.digits.data import CLIP_RATE, ROWS, TRAINING_CLIPS, VALIDATION_CLIPS, WORDS, load_clips
@@ -116,29 +115,13 @@ def lm_config(quantizer: QuantizerConfig, text_card: int, context: int, speakers
     )
 
 
-def speaker_prefixes(words: Sequence[WordSpan]) -> tuple[dict[int, int], list[str]]:
-    """Finds the speaker tokens ahead of words at which the speaker changes, and the speakers in order of appearance."""
-    speakers: list[str] = []
-    prefixes, last = {}, None
-    for number, word in enumerate(words):
-        if word.speaker not in speakers:
-            speakers.append(word.speaker)
-        if word.speaker != last:
-            prefixes[number] = (MAIN, OTHER)[speakers.index(word.speaker)]
-            last = word.speaker
-    return prefixes, speakers
-
-
 def one_hot_loss(objective: TtsObjective, speakers: int) -> LmLoss:
     """Makes the loss of batches of `codes_BKT` and `voices_BS`: the number of each slot's speaker, -1 for none."""
 
     def loss(lm: DelayedStreamsLM, batch: dict[str, jax.Array], key: jax.Array):
         voices_BS = batch["voices_BS"]
-        drop_key, key = jax.random.split(key)
-        unconditional_B = jax.random.bernoulli(drop_key, objective.unconditional, voices_BS.shape[:1])
-        given_BS = (voices_BS >= 0) & ~unconditional_B[:, None]
-        conditions = lm.condition({WAVS: jax.nn.one_hot(voices_BS, speakers)}, {WAVS: given_BS})
-        return tts_loss(lm, batch["codes_BKT"], conditions, unconditional_B, key, objective)
+        values, masks = {WAVS: jax.nn.one_hot(voices_BS, speakers)}, {WAVS: voices_BS >= 0}
+        return tts_batch_loss(lm, {"codes_BKT": batch["codes_BKT"], "values": values, "masks": masks}, key, objective)
 
     return loss
 
@@ -191,7 +174,7 @@ def train_digits_tts(config: DigitsTtsConfig, *, resume: bool = False) -> checkp
         Run(output / "lm", stage.run),
         lm,
         one_hot_loss(stage.objective, len(speakers)),
-        one_hot_loss(dataclasses.replace(stage.objective, unconditional=0.0, random_codes=0.0), len(speakers)),
+        one_hot_loss(stage.objective.without_dropout(), len(speakers)),
         encode(clips, 0, stage.utterances),
         encode(validation_clips, 1, VALIDATION_UTTERANCES),
         seed=config.seed,

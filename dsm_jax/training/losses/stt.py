@@ -29,6 +29,10 @@ class SttObjective:
     codebook_dropout: float = 0.0
     random_codes: float = 0.0
 
+    def without_dropout(self) -> "SttObjective":
+        """Makes the objective of validation."""
+        return SttObjective(padding_weight=self.padding_weight)
+
 
 def augment_codes(
     codes_BKT: jax.Array, key: jax.Array, objective: SttObjective, *, card: int, padding: int
@@ -53,7 +57,7 @@ def stt_loss(
 
     Args:
       lm: a speech-to-text model.
-      codes_BKT: int32, undelayed: text from `rows.text_stream`, then audio codes; text of -1 is left out of the loss.
+      codes_BKT: int32, undelayed: text from `alignment.text_stream`, then audio codes; text of -1 does not count.
       key: of this step.
       objective: weights and dropouts.
 

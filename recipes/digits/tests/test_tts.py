@@ -7,29 +7,17 @@ import numpy as np
 import pytest
 
 from dsm_jax.errors import TrainingError
-from dsm_jax.training.data import WordSpan
 from dsm_jax.training.loop import RunConfig
 from dsm_jax.tts import voices
-from dsm_jax.tts.script import MAIN, OTHER
 from recipes.digits.data import MIMI, TRAINING_CLIPS, load_clips
 from recipes.digits.tests.made_up_data import write_data
-from recipes.digits.tts import DigitsTtsConfig, TtsDataset, TtsStage, speaker_prefixes, train_digits_tts
+from recipes.digits.tts import DigitsTtsConfig, TtsDataset, TtsStage, train_digits_tts
 from tests import tts_model
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"), ("bob", "ann"))
-
-
-def spans(*words: str) -> list[WordSpan]:
-    return [WordSpan("one", i, i + 0.5, speaker) for i, speaker in enumerate(words)]
-
-
-def test_words_have_speaker_tokens_where_the_speaker_changes_and_the_first_speaker_is_main():
-    assert speaker_prefixes(spans("bob", "bob", "ann", "bob")) == ({0: MAIN, 2: OTHER, 3: MAIN}, ["bob", "ann"])
-    assert speaker_prefixes(spans("ann", "ann")) == ({0: MAIN}, ["ann"])
-    assert speaker_prefixes([]) == ({}, [])
 
 
 def test_rows_have_one_or_two_speakers_and_some_end_in_silence(data):
