@@ -176,8 +176,9 @@ def test_a_model_that_has_learnt_a_recording_speaks_it(prefixed, checkpoint, pre
     )
     ((_, speech),) = synthesize_each(model, [Request(" ".join(TEXT), (voice,))], options)
     frames = speech.frames.shape[1]
-    words_end = STARTS[-1] + 2 + DELAY_STEPS + (int(1.0 * 12.5) if prefixed else 0)
-    assert frames >= words_end
+    prefix = int(1.0 * 12.5) if prefixed else 0
+    # The script ends two steps after the last word starts; one step of padding follows.
+    assert frames == prefix + STARTS[-1] + 2 + DELAY_STEPS + 1 - LAST_DELAY
     np.testing.assert_array_equal(speech.frames, row[:, :frames])
 
 
