@@ -34,10 +34,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="digits-tts")
     parser.add_argument("--voice", type=Path, help="safetensors file of the new voice; none draws a vector")
     parser.add_argument("--output", type=Path, default=Path("out/new_voice"), help="checkpoints, curve and model")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-4)
     parser.add_argument("--rank", type=int, default=16, help="of low-rank adapters; 0 trains the whole model")
-    parser.add_argument("--sentences", type=int, default=40, help="spoken before and after to count errors")
+    parser.add_argument("--sentences", type=int, default=100, help="spoken before and after to count errors")
     parser.add_argument("--resume", action="store_true")
     return parser.parse_args()
 
@@ -80,7 +80,7 @@ def main() -> None:
         model=args.model,
         seconds=9.0,
         voice=str(voice),
-        run=RunConfig(steps=args.steps, log_every=10, save_every=40),
+        run=RunConfig(steps=args.steps, log_every=10, save_every=20),
         optimizer=OptimizerConfig(learning_rate=args.learning_rate, warmup=10),
         lora=LoraConfig(rank=args.rank) if args.rank else None,
     )

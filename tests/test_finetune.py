@@ -72,7 +72,7 @@ def settings(checkpoint, data):
         batch_size=2,
         encode_batch=2,
         optimizer=OptimizerConfig(learning_rate=2e-2, warmup=1),
-        objective=SttObjective(text_dropout=0.2),
+        stt=SttObjective(text_dropout=0.2),
         lora=LoraConfig(rank=4),
     )
 

@@ -5,6 +5,8 @@ Shape letters: K streams (text first), Q codebooks, T frames, N rows.
 
 import dataclasses
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import jax
@@ -15,6 +17,7 @@ from jax.sharding import Mesh
 import dsm_jax
 from dsm_jax import audio, checkpoints, codec
 from dsm_jax.errors import CheckpointError, TrainingError
+from dsm_jax.stt.transcript import Transcript, Word
 from dsm_jax.training.alignment import script_stream
 from dsm_jax.training.data import Recording, WordSpan, read_recordings
 from dsm_jax.training.finetune import FinetuneConfig, finetune
@@ -23,13 +26,14 @@ from dsm_jax.training.lora import LoraConfig
 from dsm_jax.training.losses.tts import TtsObjective
 from dsm_jax.training.rows import TtsRows
 from dsm_jax.training.step import OptimizerConfig
-from dsm_jax.tts import Request, SpeechOptions, synthesize_each, voices
+from dsm_jax.tts import Request, Speech, SpeechOptions, SpokenWord, synthesize_each, voices
 from dsm_jax.tts.script import MAIN, OTHER
 from tests import tts_model
 from tests.checkpoint_maker import arrays_of, assert_same_weights
 from tests.tts_model import CODEBOOKS, DELAY_STEPS, FRAME, LAST_DELAY
 
 RATE = 1600
+EXAMPLE = Path(__file__).parents[1] / "examples/finetune_tts.py"
 MESH = Mesh(jax.devices()[:1], ("data",))
 TEXT = ("on", "a", "we")
 # The first word starts where inference starts it, two steps in.
@@ -236,3 +240,33 @@ def test_words_that_cannot_be_spelt_and_models_of_other_families_are_refused(che
         CheckpointError, match="other is of type 'hibiki', and stt and tts models can be fine-tuned; start"
     ):
         finetune(settings(tmp_path / "other", data, tmp_path / "run", steps=2, lora=None))
+
+
+def test_the_example_learns_a_voice_and_counts_errors(checkpoint, data, tmp_path, monkeypatch, capsys):
+    def speeches(model, requests, **_):
+        for number, request in enumerate(requests):
+            assert voices.read_voice(request.voices[0], model).shape == (2, tts_model.WIDTH)
+            words = tuple(SpokenWord(text, 0.1, 0.2) for text in request.text.split())
+            yield number, Speech(np.zeros(10, np.float32), RATE, words, np.zeros((3, 1), np.int32), model.name)
+
+    def transcripts(model, recordings):
+        return [Transcript("one", (Word("one", 0.1, 0.2, 1.0),), (), 1.0, None, None, "digits") for _ in recordings]
+
+    monkeypatch.setattr("dsm_jax.tts.synthesize_each", speeches)
+    monkeypatch.setattr(dsm_jax, "transcribe", transcripts)
+    arguments = {
+        "--validation": data,
+        "--model": checkpoint,
+        "--voice": data / "ann.safetensors",
+        "--output": tmp_path / "run",
+        "--steps": 2,
+        "--rank": 4,
+        "--sentences": 3,
+    }
+    flat = [str(part) for pair in arguments.items() for part in pair]
+    monkeypatch.setattr(sys, "argv", ["finetune_tts.py", str(data), *flat])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    before, after, _ = capsys.readouterr().out.splitlines()
+    assert before.startswith("before: word error rate ")
+    assert after == before.replace("before", "after"), "the same three texts, each transcribed as one word"
+    assert (tmp_path / "run/model/voices/ann.safetensors").is_file()
