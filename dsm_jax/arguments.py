@@ -140,9 +140,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--report", type=Path, metavar="FILE", help="write what went where as JSON")
     p.set_defaults(command="convert")
 
-    p = commands.add_parser("train", parents=[device], help="fine-tune a model, or train the small one again")
-    p.add_argument("config", type=Path, help="a JSON file: `task` (finetune, digits or digits-tts) and its settings")
-    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    p = commands.add_parser("train", parents=[device], help="fine-tune a model on recordings")
+    p.add_argument("config", type=Path, help="a JSON file: `task` (finetune) and its settings")
+    p.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     p.set_defaults(command="train")
 
     p = commands.add_parser("bench", parents=[device, dtype], help="time the published sizes here, with random weights")

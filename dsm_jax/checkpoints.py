@@ -16,7 +16,6 @@ from dsm_jax.convert.checkpoint import Checkpoint
 from dsm_jax.convert.layouts import open_checkpoint
 from dsm_jax.errors import CheckpointError
 from dsm_jax.hub import DEFAULT, find
-from dsm_jax.memory import return_freed
 from dsm_jax.models.family import abstract_model, family_of
 from dsm_jax.models.parameters import dtype_of, flatten, read_dtype, with_dtype
 from dsm_jax.nn.quant import PackedBfloat16
@@ -111,7 +110,6 @@ def load(
         part: network.unflatten({name: arrays[f"{part}.{name}"] for name in network.parameters})
         for part, network in used.items()
     }
-    return_freed()
     lm, mimi = used.get("lm"), used["mimi"]
     return Model(
         config=opened.config,

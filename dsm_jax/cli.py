@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsm_jax import terminal
+from dsm_jax import malloc, terminal
 from dsm_jax.arguments import PLATFORMS, cache_folder, parser
 from dsm_jax.errors import DsmError
-from dsm_jax.memory import keep_freed
 
 if TYPE_CHECKING:
     from dsm_jax.checkpoints import Model
@@ -167,12 +166,13 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Trains what a config file describes."""
-    keep_freed()
+    """Fine-tunes a model as a config file describes."""
+    malloc.keep_freed()
     _set_up_jax(args)
-    from dsm_jax.training.command import train as run
+    from dsm_jax import tasks
 
-    model = run(args.config, resume=args.resume)
+    config, run = tasks.read_config(args.config, tasks.library_tasks())
+    model = run(config, resume=args.resume)
     print(f"trained: {model!r}", file=sys.stderr)
     return 0
 
@@ -264,7 +264,9 @@ def _load(args: argparse.Namespace, *, listen_only: bool) -> "Model":
     _set_up_jax(args)
     from dsm_jax import checkpoints
 
-    return checkpoints.load(args.model, dtype=args.dtype, listen_only=listen_only)
+    model = checkpoints.load(args.model, dtype=args.dtype, listen_only=listen_only)
+    malloc.return_freed()  # reading and converting a checkpoint frees up to its size
+    return model
 
 
 COMMANDS = {

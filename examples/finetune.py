@@ -8,11 +8,11 @@ import argparse
 from pathlib import Path
 
 import dsm_jax
-from dsm_jax.training import manifest
+from dsm_jax.training.data import read_recordings
+from dsm_jax.training.evaluate import WerStats, total_word_errors
 from dsm_jax.training.finetune import FinetuneConfig, finetune
+from dsm_jax.training.loop import RunConfig
 from dsm_jax.training.lora import LoraConfig
-from dsm_jax.training.measure import Figures, compare_all
-from dsm_jax.training.run import RunConfig
 from dsm_jax.training.step import OptimizerConfig
 
 VOICE = Path(__file__).parent / "new_speaker"
@@ -31,10 +31,10 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def errors(model: dsm_jax.Model, folder: Path) -> Figures:
-    recordings = manifest.read(folder, model.sample_rate)
-    heard = dsm_jax.transcribe(model, [recording.audio for recording in recordings])
-    return compare_all(zip([recording.words for recording in recordings], heard, strict=True))
+def errors(model: dsm_jax.Model, folder: Path) -> WerStats:
+    recordings = read_recordings(folder, model.sample_rate)
+    transcripts = dsm_jax.transcribe(model, [recording.audio for recording in recordings])
+    return total_word_errors(zip([recording.words for recording in recordings], transcripts, strict=True))
 
 
 def main() -> None:

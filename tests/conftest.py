@@ -25,7 +25,7 @@ os.environ.update(
 )
 
 # Handed out first, or one process would be busy with them when the other has nothing left to do.
-LONGEST = ("test_readme.py", "test_tts_engine.py", "test_synthesize.py", "test_recipe.py", "test_finetune.py")
+LONGEST = ("test_readme.py", "test_tts_engine.py", "test_synthesize.py", "test_stt.py", "test_finetune.py")
 
 
 def pytest_collection_modifyitems(items: list) -> None:

@@ -14,26 +14,26 @@ import numpy as np
 import pytest
 
 from dsm_jax.errors import TrainingError
-from dsm_jax.training.batches import batches
-from dsm_jax.training.run import Run, RunConfig
+from dsm_jax.training.data import batches
+from dsm_jax.training.loop import Run, RunConfig
 from dsm_jax.training.step import OptimizerConfig, TrainState, init, make_step
 
 CONFIG = RunConfig(steps=10, log_every=2, save_every=4, keep=2)
 OPTIMIZER = OptimizerConfig(learning_rate=0.05, warmup=2).build(CONFIG.steps)
 
 
-def loss(params, memory, batch, key):
+def loss(params, frozen, aux, batch, key):
     """Chance is part of it, so that a resumed run has to have the key as well."""
     noise_D = 0.1 * jax.random.normal(key, params["w_D"].shape)
     made_B = batch["x_BD"] @ (params["w_D"] + noise_D)
-    return jnp.mean((made_B - batch["y_B"]) ** 2), ({"mean": 0.9 * memory["mean"] + batch["y_B"].mean()}, {})
+    return jnp.mean((made_B - batch["y_B"]) ** 2), ({"mean": 0.9 * aux["mean"] + batch["y_B"].mean()}, {})
 
 
 STEP = make_step(loss, OPTIMIZER)
 
 
 def start(width: int = 3) -> TrainState:
-    return init({"w_D": jnp.ones(width)}, {"mean": jnp.zeros(())}, OPTIMIZER, 0)
+    return init({"w_D": jnp.ones(width)}, OPTIMIZER, 0, aux={"mean": jnp.zeros(())})
 
 
 class Rows:

@@ -11,8 +11,8 @@ from dsm_jax.errors import TrainingError
 from dsm_jax.stt.transcript import Word, WordEnded
 from dsm_jax.stt.words import PauseRule, Timing, WordReader
 from dsm_jax.tokenizers import load_tokenizer
-from dsm_jax.training.alignment import pieces_of, text_stream
-from dsm_jax.training.compose import Spoken
+from dsm_jax.training.alignment import text_stream, tokens_of
+from dsm_jax.training.data import WordSpan
 from tests import small, stt_model
 
 TOKENIZER = load_tokenizer(next(stt_model.CHECKPOINT.glob("*.model")))
@@ -22,7 +22,7 @@ LM = dataclasses.replace(small.STT, delays=(0, 0, 0, 0))
 WORDS = ("mister", "the", "fox", "a", "quilter", "everyone", "i")
 
 
-def stream(words: list[Spoken], *, frames: int = 400, timing: Timing = TIMING, lm=LM) -> np.ndarray:
+def stream(words: list[WordSpan], *, frames: int = 400, timing: Timing = TIMING, lm=LM) -> np.ndarray:
     return text_stream(words, TOKENIZER, lm, timing, frames=frames)
 
 
@@ -34,22 +34,22 @@ def read(stream_T: np.ndarray, *, timing: Timing = TIMING, lm=LM) -> list[Word]:
     return [event.word for event in events if isinstance(event, WordEnded)]
 
 
-def spoken(*words: tuple[str, float]) -> list[Spoken]:
-    return [Spoken(text, start, start + 0.2) for text, start in words]
+def spoken(*words: tuple[str, float]) -> list[WordSpan]:
+    return [WordSpan(text, start, start + 0.2) for text, start in words]
 
 
 @st.composite
-def apart(draw) -> list[Spoken]:
+def apart(draw) -> list[WordSpan]:
     """Words with room for a boundary and all pieces before the next one, and 2 frames at least."""
     words, at = [], draw(st.floats(0, 2))
     for text in draw(st.lists(st.sampled_from(WORDS), max_size=8)):
-        words.append(Spoken(text, at, at + 0.1))
+        words.append(WordSpan(text, at, at + 0.1))
         frames = max(2, 1 + len(TOKENIZER.encode(text)))
         at += (frames + 1) / RATE + draw(st.floats(0, 1.5))  # one more, as both ends are rounded
     return words
 
 
-def faults(said: list[Spoken], heard: list[Word]) -> list[str]:
+def faults(said: list[WordSpan], heard: list[Word]) -> list[str]:
     """What is wrong of words that were read back: each is there, in its place, at its time."""
     lines = []
     if [w.text for w in said] != [w.text for w in heard]:
@@ -95,7 +95,7 @@ def test_the_stream_is_a_boundary_and_pieces_in_padding():
 
 @given(st.lists(st.sampled_from(WORDS), min_size=2, max_size=12), st.floats(0, 3))
 def test_crowded_words_come_later_and_none_is_lost(texts, start):
-    words = [Spoken(text, start, start) for text in texts]
+    words = [WordSpan(text, start, start) for text in texts]
     heard = read(stream(words))
     assert [w.text for w in heard] == texts
     assert faults(words[:1], heard[:1]) == []
@@ -137,14 +137,14 @@ def test_a_word_that_cannot_be_spelt_is_refused(word):
         stream(spoken((word, 1.0)))
 
 
-def test_the_pieces_of_a_word_are_the_tokenizers():
-    assert pieces_of("quilter", TOKENIZER, LM) == TOKENIZER.encode("quilter")
+def test_the_tokens_of_a_word_are_the_tokenizers():
+    assert tokens_of("quilter", TOKENIZER, LM) == TOKENIZER.encode("quilter")
 
 
-def test_a_mark_stands_between_the_boundary_and_the_pieces_of_its_word():
+def test_a_mark_stands_between_the_boundary_and_the_tokens_of_its_word():
     words = spoken(("fox", 0.4), ("quilter", 1.4))
     plain_T = stream(words)
-    marked_T = text_stream(words, TOKENIZER, LM, TIMING, frames=400, marks={1: 2})
+    marked_T = text_stream(words, TOKENIZER, LM, TIMING, frames=400, prefixes={1: 2})
     first = int(np.flatnonzero(plain_T == 0)[1])
     np.testing.assert_array_equal(marked_T[: first + 1], plain_T[: first + 1])
     assert marked_T[first + 1] == 2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsm_jax.errors import TrainingError
-from dsm_jax.training.batches import batches
+from dsm_jax.training.data import batches
 from tests.small_run import Rows, data
 
 

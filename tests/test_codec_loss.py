@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsm_jax.models.mimi import Mimi
-from dsm_jax.training.codec import CodecObjective, CodecTrainee, codec_loss, merge, split
+from dsm_jax.training.losses.codec import CodecObjective, CodecTrainee, codec_loss, merge, split
 from dsm_jax.training.step import TrainState, init, make_step
 from tests import small
 
@@ -40,18 +40,18 @@ def new_trainee() -> CodecTrainee:
 GRAPH, _, _ = split(new_trainee(), fresh=True)
 
 
-def loss(params, memory, batch, key):
+def loss(params, frozen, aux, batch, key):
     # An argument, so that no other share of dropout is compiled.
     objective = dataclasses.replace(OBJECTIVE, codebook_dropout=batch["dropout_B"])
-    return codec_loss(merge(GRAPH, params, memory), memory, batch, key, objective)
+    return codec_loss(merge(GRAPH, params, aux), aux, batch, key, objective)
 
 
 STEP = make_step(loss, OPTIMIZER)
 
 
 def start(*, fresh: bool = False) -> TrainState:
-    _, params, memory = split(new_trainee(), fresh=fresh)
-    return init(params, memory, OPTIMIZER, 0)
+    _, params, aux = split(new_trainee(), fresh=fresh)
+    return init(params, OPTIMIZER, 0, aux=aux)
 
 
 def batch(seed: int = 0, *, dropout: float = 0.5) -> dict[str, np.ndarray]:
@@ -63,33 +63,33 @@ def batch(seed: int = 0, *, dropout: float = 0.5) -> dict[str, np.ndarray]:
     return {"pcm_BT": pcm_BT, "labels_BN": labels_BN, "dropout_B": np.full(ROWS, dropout, np.float32)}
 
 
-def named(tree) -> dict[str, np.ndarray]:
+def arrays_by_name(tree) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_splitting_and_merging_gives_the_codec_again(fresh):
     trainee = new_trainee()
-    graph, params, memory = split(trainee, fresh=fresh)
-    found, wanted = (named(nnx.state(t)) for t in (merge(graph, params, memory), trainee))
+    graph, params, aux = split(trainee, fresh=fresh)
+    found, wanted = (arrays_by_name(nnx.state(t)) for t in (merge(graph, params, aux), trainee))
     assert found.keys() == wanted.keys()
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
     books = {name for name in wanted if "embedding_LC" in name}
     assert len(books) == CONFIG.quantizer.n_q
-    assert named(memory.entries).keys() == books
-    assert named(params).keys() == wanted.keys() - books
+    assert arrays_by_name(aux.entries).keys() == books
+    assert arrays_by_name(params).keys() == wanted.keys() - books
 
 
 def test_a_step_moves_every_parameter_and_every_codebook():
-    before, params = named(start().memory.entries), named(start().params)
+    before, params = arrays_by_name(start().aux.entries), arrays_by_name(start().params)
     state, metrics = STEP(start(), batch())
     assert float(metrics["finite"]) == 1
     assert all(np.isfinite(value) for value in metrics.values())
     for part in ("seanet", "transformer", "downsample", "input_proj", "output_proj", "upsample", "head", "decoder"):
         assert any(part in name for name in params), part
-    moved = named(state.params)
+    moved = arrays_by_name(state.params)
     assert [name for name in params if np.array_equal(moved[name], params[name])] == []
-    entries = named(state.memory.entries)
+    entries = arrays_by_name(state.aux.entries)
     assert [name for name in before if np.array_equal(entries[name], before[name])] == []
 
 
@@ -100,10 +100,10 @@ def test_entries_are_those_of_the_averages_step_after_step(fresh):
     for seed in range(2):
         state, _ = STEP(state, batch(seed))
         assert jax.tree.map(jax.typeof, state) == kinds
-        quantizer = merge(GRAPH, state.params, state.memory).mimi.quantizer
+        quantizer = merge(GRAPH, state.params, state.aux).mimi.quantizer
         for averages, branch in (
-            (state.memory.semantic, quantizer.semantic),
-            (state.memory.acoustic, quantizer.acoustic),
+            (state.aux.semantic, quantizer.semantic),
+            (state.aux.acoustic, quantizer.acoustic),
         ):
             for q, book in enumerate(branch.codebooks):
                 wanted_VC = np.asarray(averages.sum_QVC[q]) / np.asarray(averages.usage_QV[q])[:, None]
@@ -115,31 +115,31 @@ def test_labels_of_frames_that_are_not_known_do_not_count():
     given["labels_BN"][:, ::2] = -1
 
     @jax.jit
-    def head(params, memory):
-        trainee = merge(GRAPH, params, memory)
+    def head(params, aux):
+        trainee = merge(GRAPH, params, aux)
         branch = trainee.mimi.quantizer.semantic
         codes_BN = branch.encode(trainee.mimi.encoder(given["pcm_BT"][..., None]), 1)[:, 0]
         return trainee.head(branch.codebooks[0].embedding_LC[...][codes_BN])
 
-    logits_BNL = np.asarray(head(start().params, start().memory))[:, look:]
+    logits_BNL = np.asarray(head(start().params, start().aux))[:, look:]
     score_BNL = logits_BNL - np.log(np.exp(logits_BNL).sum(-1, keepdims=True))
-    target_BN = given["labels_BN"][:, : FRAMES - look]  # named when as many frames more have been heard
+    target_BN = given["labels_BN"][:, : FRAMES - look]  # predicted that many frames later
     known = [(b, n) for b in range(ROWS) for n in range(FRAMES - look) if target_BN[b, n] >= 0]
     assert 0 < len(known) < target_BN.size
     _, metrics = STEP(start(), given)
     wanted = -np.mean([score_BNL[b, n, target_BN[b, n]] for b, n in known])
     assert float(metrics["semantic"]) == pytest.approx(wanted, rel=1e-4)
     right = np.mean([score_BNL[b, n].argmax() == target_BN[b, n] for b, n in known])
-    assert float(metrics["named"]) == pytest.approx(right)
+    assert float(metrics["label_accuracy"]) == pytest.approx(right)
 
 
 def test_without_any_label_the_head_learns_nothing():
     given = batch()
     given["labels_BN"][:] = -1
-    before = named(start().params)
+    before = arrays_by_name(start().params)
     state, metrics = STEP(start(), given)
-    assert (float(metrics["semantic"]), float(metrics["named"]), float(metrics["finite"])) == (0.0, 0.0, 1.0)
-    stayed = {name for name, value in named(state.params).items() if np.array_equal(value, before[name])}
+    assert (float(metrics["semantic"]), float(metrics["label_accuracy"]), float(metrics["finite"])) == (0.0, 0.0, 1.0)
+    stayed = {name for name, value in arrays_by_name(state.params).items() if np.array_equal(value, before[name])}
     assert stayed == {name for name in before if "head" in name} != set()
 
 
@@ -152,9 +152,9 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
 def rows_that_use(dropout: float, step: int) -> list[list[float]]:
     """How many rows go through each codebook, semantic and acoustic."""
     state, decay = dataclasses.replace(start(), step=jnp.int32(step)), OBJECTIVE.codebooks.decay
-    before = [np.asarray(a.usage_QV).sum(1) for a in (state.memory.semantic, state.memory.acoustic)]
+    before = [np.asarray(a.usage_QV).sum(1) for a in (state.aux.semantic, state.aux.acoustic)]
     state, _ = STEP(state, batch(dropout=dropout))
-    after = [np.asarray(a.usage_QV).sum(1) for a in (state.memory.semantic, state.memory.acoustic)]
+    after = [np.asarray(a.usage_QV).sum(1) for a in (state.aux.semantic, state.aux.acoustic)]
     each = [(b - decay * a) / (1 - decay) / FRAMES for a, b in zip(before, after, strict=True)]
     return [np.round(e, 2).tolist() for e in each]
 
@@ -181,11 +181,11 @@ def test_two_devices_that_share_a_batch_measure_and_move_codebooks_as_one():
     everywhere, shared = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     state = jax.device_put(start(), everywhere)
     key = jax.random.fold_in(state.key, 0)
-    value, (memory, metrics) = jax.jit(loss)(state.params, state.memory, jax.device_put(batch(), shared), key)
+    value, (aux, metrics) = jax.jit(loss)(state.params, (), state.aux, jax.device_put(batch(), shared), key)
     alone, alone_metrics = STEP(start(), batch())
     for name, found in {"loss": value, **metrics}.items():
         assert float(found) == pytest.approx(float(alone_metrics[name]), rel=1e-4), name
-    wanted = named(alone.memory)
-    for name, found in named(memory).items():
+    wanted = arrays_by_name(alone.aux)
+    for name, found in arrays_by_name(aux).items():
         # Sums over rows are added in another order.
         np.testing.assert_allclose(found, wanted[name], rtol=1e-4, atol=1e-5, err_msg=name)

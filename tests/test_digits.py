@@ -10,8 +10,8 @@ import pytest
 import dsm_jax
 from dsm_jax import audio, cli
 from dsm_jax.checkpoints import Model
-from dsm_jax.training.compose import Spoken
-from dsm_jax.training.measure import compare_all
+from dsm_jax.training.data import WordSpan
+from dsm_jax.training.evaluate import total_word_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "dsm_jax/assets/digits"
@@ -39,8 +39,8 @@ def test_it_is_small_and_complete():
 def test_digits_are_heard_where_they_were_said():
     paths = RECORDINGS + STRINGS
     heard = dsm_jax.transcribe(model(), paths)
-    truth = [[Spoken(word["text"], word["start"], word["end"]) for word in said(path)] for path in paths]
-    figures = compare_all(zip(truth, heard, strict=True))
+    truth = [[WordSpan(word["text"], word["start"], word["end"]) for word in said(path)] for path in paths]
+    figures = total_word_errors(zip(truth, heard, strict=True))
     assert figures.words == 15 + 54
     assert figures.word_error_rate <= 0.08  # of so few words; the model card has the rate
     assert figures.start_error <= 0.08

@@ -8,8 +8,8 @@ import pytest
 
 import dsm_jax
 from dsm_jax.errors import CheckpointError, SpeechError
-from dsm_jax.training.compose import Spoken
-from dsm_jax.training.measure import compare_all
+from dsm_jax.training.data import WordSpan
+from dsm_jax.training.evaluate import total_word_errors
 from dsm_jax.tts import Request, Speech, blend, read_voice, synthesize_each, voices_of
 
 ASSETS = Path(__file__).resolve().parents[1] / "dsm_jax/assets/digits-tts"
@@ -38,8 +38,8 @@ def test_it_is_small_and_has_six_voices():
 def test_what_it_says_is_heard():
     assert len(said()) == len(VOICES) * len(TEXTS)
     heard = dsm_jax.transcribe(dsm_jax.load("digits"), [speech.pcm for speech in said()], batch_size=12)
-    words = [[Spoken(word.text, word.start, word.end) for word in speech.words] for speech in said()]
-    figures = compare_all(zip(words, heard, strict=True))
+    words = [[WordSpan(word.text, word.start, word.end) for word in speech.words] for speech in said()]
+    figures = total_word_errors(zip(words, heard, strict=True))
     assert figures.words == 10 * len(VOICES)
     assert figures.word_error_rate <= 0.08  # of so few words; the model card has the rate
     assert figures.start_error <= 0.12

@@ -21,13 +21,13 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.configs.json import from_dict, to_dict
 from dsm_jax.errors import CheckpointError, ConfigError, TrainingError
 from dsm_jax.stt.transcript import Transcript, Word
-from dsm_jax.training import manifest
+from dsm_jax.training.data import read_recordings
 from dsm_jax.training.finetune import FinetuneConfig, finetune
+from dsm_jax.training.loop import RunConfig
 from dsm_jax.training.lora import LoraConfig
-from dsm_jax.training.rows import Rows
-from dsm_jax.training.run import RunConfig
+from dsm_jax.training.losses.stt import SttObjective, stt_loss
+from dsm_jax.training.rows import SttRows
 from dsm_jax.training.step import OptimizerConfig
-from dsm_jax.training.stt import SttObjective, stt_loss
 from tests.checkpoint_maker import PLAIN_STT, arrays_of, assert_same_weights, make_checkpoint
 
 RATE = 400  # of the miniature codec
@@ -73,7 +73,7 @@ def settings(checkpoint, data):
         batch_size=2,
         encode_batch=2,
         optimizer=OptimizerConfig(learning_rate=2e-2, warmup=1),
-        objective=SttObjective(text_dropout=0.2),
+        stt=SttObjective(text_dropout=0.2),
         lora=LoraConfig(rank=4),
     )
 
@@ -103,8 +103,8 @@ def test_the_loss_of_the_data_falls_and_is_measured_where_it_is_saved(adapted):
 
 def test_the_validation_loss_is_the_mean_of_the_rows_with_nothing_hidden(adapted, checkpoint, data):
     output, model = adapted
-    recordings = manifest.read(data, RATE)
-    codes_NKT = Rows(model, Mesh(jax.devices(), ("data",)), seconds=1.0, at_once=2).encode(recordings)
+    recordings = read_recordings(data, RATE)
+    codes_NKT = SttRows(model, Mesh(jax.devices(), ("data",)), seconds=1.0, batch_size=2).encode(recordings)
     assert len(codes_NKT) == 3
 
     @jax.jit
@@ -141,7 +141,8 @@ def test_a_checkpoint_of_adapters_holds_adapters_alone(adapted):
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.metadata((adapted[0] / "checkpoints/4").absolute()).item_metadata.tree
     assert len(tree["params"]) == 4
-    assert not tree["memory"]
+    assert not tree["frozen"]
+    assert not tree["aux"]
     assert {shape for pair in tree["params"].values() for shape in (pair[0].shape[-1], pair[1].shape[0])} == {4}
 
 

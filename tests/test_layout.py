@@ -13,15 +13,16 @@ import dsm_jax
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (
-    ("configs", "errors", "memory", "progress"),
+    ("configs", "errors", "progress"),
     ("streaming", "audio", "hub", "tokenizers"),
     ("nn", "sharding"),
     ("models",),
     ("convert",),
     ("checkpoints",),
+    ("runtime",),
     ("codec", "stt", "tts"),
     ("benchmark", "training"),
-    ("arguments", "cli", "terminal"),
+    ("arguments", "cli", "malloc", "tasks", "terminal"),
     ("dsm_jax",),
 )
 RANK = {part: rank for rank, parts in enumerate(LEVELS) for part in parts}
@@ -117,7 +118,7 @@ def naming_faults(root: Path) -> list[str]:
     """Relative imports, and `convert` by its folder's name, which exists only in a checkout."""
     return [
         f"{path.relative_to(root)}:{line}: {name}; write the full name, dsm_jax.…"
-        for path in sources(root, "dsm_jax", "convert", "tests", "examples")
+        for path in sources(root, "dsm_jax", "convert", "tests", "examples", "recipes")
         for line, name in imports(path)
         if name.startswith(".") or name.split(".")[0] == "convert"
     ]

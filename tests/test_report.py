@@ -8,14 +8,14 @@ import rich.console
 from matplotlib import image
 from PIL import Image
 
-from dsm_jax.training.report import bar, draw_curve
+from dsm_jax.training.loop import draw_curve, progress_bar
 
 
 def test_on_a_terminal_there_is_a_bar_with_the_loss(monkeypatch, capsys):
     monkeypatch.setattr(rich.console.Console, "is_terminal", True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    with bar("digits", 20, 10) as report:
+    with progress_bar("digits", 20, 10) as report:
         report({"step": 12, "loss": 0.25, "gradient_norm": 1.0})
     out, err = capsys.readouterr()
     assert out == ""

@@ -14,9 +14,8 @@ from dsm_jax import audio, codec
 from dsm_jax.errors import CheckpointError, TrainingError
 from dsm_jax.stt.framing import word_reader
 from dsm_jax.stt.transcript import WordEnded
-from dsm_jax.training.compose import Spoken
-from dsm_jax.training.manifest import Recording
-from dsm_jax.training.rows import Rows, cut, filled
+from dsm_jax.training.data import Recording, WordSpan
+from dsm_jax.training.rows import SttRows, cut, pad_to
 from tests.checkpoint_maker import PLAIN_STT, random_model
 
 RATE = 400  # of the miniature codec
@@ -38,7 +37,7 @@ def model(tmp_path_factory):
 def recording(folder, name: str, seconds: float, *words: tuple[str, float]) -> Recording:
     path = folder / f"{name}.wav"
     audio.write(path, 0.3 * np.random.default_rng(len(name)).normal(size=round(seconds * RATE)), RATE)
-    return Recording(path, tuple(Spoken(text, start, start + 0.2) for text, start in words), seconds)
+    return Recording(path, tuple(WordSpan(text, start, start + 0.2) for text, start in words), seconds)
 
 
 def words_of(model, text_T: np.ndarray) -> list[tuple[str, float]]:
@@ -51,7 +50,7 @@ def words_of(model, text_T: np.ndarray) -> list[tuple[str, float]]:
 
 def test_a_row_is_what_the_recogniser_hears_and_is_to_say(model, tmp_path):
     said = (("on", 0.3), ("a", 0.9), ("we", 1.5))
-    (row_KT,) = Rows(model, MESH, seconds=3.0, at_once=2).encode([recording(tmp_path, "a", 2.0, *said)])
+    (row_KT,) = SttRows(model, MESH, seconds=3.0, batch_size=2).encode([recording(tmp_path, "a", 2.0, *said)])
     # 1 s of silence before, and after it the delay of 0.5 s and a second more.
     pcm = np.concatenate([np.zeros(RATE), audio.read(tmp_path / "a.wav", RATE), np.zeros(RATE * 3 // 2)])
     heard = pcm.size // 16  # whole frames
@@ -66,9 +65,9 @@ def test_a_row_is_what_the_recogniser_hears_and_is_to_say(model, tmp_path):
 
 def test_rows_come_in_order_whatever_is_encoded_together(model, tmp_path):
     several = [recording(tmp_path, name, seconds, ("on", 0.2)) for name, seconds in (("a", 1), ("bb", 2), ("ccc", 1.5))]
-    together = Rows(model, Mesh(jax.devices(), ("data",)), seconds=2.0, at_once=3)
-    assert together.at_once == 4, "as many for each device"
-    alone = [Rows(model, MESH, seconds=2.0, at_once=1).encode([one])[0] for one in several]
+    together = SttRows(model, Mesh(jax.devices(), ("data",)), seconds=2.0, batch_size=3)
+    assert together.codec.batch_size == 4, "as many for each device"
+    alone = [SttRows(model, MESH, seconds=2.0, batch_size=1).encode([one])[0] for one in several]
     np.testing.assert_array_equal(together.encode(several), np.stack(alone))
     assert len({row.tobytes() for row in alone}) == 3
 
@@ -76,7 +75,7 @@ def test_rows_come_in_order_whatever_is_encoded_together(model, tmp_path):
 def test_a_long_recording_is_cut_and_every_word_is_in_one_row_at_its_time(model, tmp_path):
     said = [("on", 0.4), ("a", 1.9), ("we", 2.5), ("he", 4.2), ("on", 6.9)]
     long = recording(tmp_path, "long", 6.5, *said)
-    rows = Rows(model, MESH, seconds=2.0, at_once=2).encode([long])
+    rows = SttRows(model, MESH, seconds=2.0, batch_size=2).encode([long])
     starts = np.array(cut(long.words, round(6.5 * RATE), RATE, 2 * RATE)[:-1]) / RATE
     assert len(rows) == len(starts) == 4
     heard = [
@@ -85,7 +84,7 @@ def test_a_long_recording_is_cut_and_every_word_is_in_one_row_at_its_time(model,
     assert heard == [(text, pytest.approx(start, abs=0.021)) for text, start in said]
 
 
-def faults(words: list[Spoken], cuts: list[int], samples: int, rate: int, longest: int) -> list[str]:
+def faults(words: list[WordSpan], cuts: list[int], samples: int, rate: int, longest: int) -> list[str]:
     """What is wrong of cuts: pieces too long or empty, and words cut through in what counts of them."""
     lines = [] if (cuts[0], cuts[-1]) == (0, samples) else ["not the whole recording"]
     for first, end in itertools.pairwise(cuts):
@@ -99,13 +98,13 @@ def faults(words: list[Spoken], cuts: list[int], samples: int, rate: int, longes
 
 
 @st.composite
-def talks(draw) -> tuple[list[Spoken], int]:
+def talks(draw) -> tuple[list[WordSpan], int]:
     """Words in order, some of which last long, and the samples of their recording."""
     words, at = [], 0.0
     for number in range(draw(st.integers(0, 12))):
         start = at + draw(st.floats(0, 3))
         at = start + draw(st.floats(0, 4))
-        words.append(Spoken(f"w{number}", start, at))
+        words.append(WordSpan(f"w{number}", start, at))
     return words, draw(st.integers(1, 4_000))
 
 
@@ -116,16 +115,16 @@ def test_pieces_are_whole_short_and_between_words(talk, longest):
 
 
 def test_cuts_are_in_the_middle_of_a_gap_or_half_a_second_before_a_word():
-    words = [Spoken("a", 0.5, 1.0), Spoken("b", 1.6, 2.4), Spoken("c", 2.4, 9.0)]
+    words = [WordSpan("a", 0.5, 1.0), WordSpan("b", 1.6, 2.4), WordSpan("c", 2.4, 9.0)]
     assert cut(words, 300, 100, 200) == [0, 130, 300]
     assert cut(words, 600, 100, 200) == [0, 130, 240, 440, 600]
-    assert cut([Spoken("late", 1.9, 2.2)], 300, 100, 200) == [0, 140, 300]
+    assert cut([WordSpan("late", 1.9, 2.2)], 300, 100, 200) == [0, 140, 300]
     assert cut([], 500, 100, 200) == [0, 200, 400, 500]
     assert cut(words, 150, 100, 200) == [0, 150]
 
 
 def test_the_checker_sees_a_word_that_is_cut_through():
-    words = [Spoken("a", 0.5, 1.0), Spoken("b", 1.6, 2.4)]
+    words = [WordSpan("a", 0.5, 1.0), WordSpan("b", 1.6, 2.4)]
     assert faults(words, [0, 200, 300], 300, 100, 200) == ["b is cut through at 200"]
     assert faults(words, [0, 250], 250, 100, 200) == ["0 to 250 is too long or empty"]
 
@@ -136,15 +135,15 @@ def test_models_that_do_not_transcribe_are_refused(model):
         dataclasses.replace(model, config=dataclasses.replace(model.config, lm=None)),
     ):
         with pytest.raises(CheckpointError, match="random is no speech-to-text model: one has a language model and a"):
-            Rows(other, MESH, seconds=2.0, at_once=1)
+            SttRows(other, MESH, seconds=2.0, batch_size=1)
 
 
 def test_a_word_that_cannot_be_spelt_is_refused_before_anything_is_encoded(model):
-    rows = Rows(model, MESH, seconds=2.0, at_once=1)
+    rows = SttRows(model, MESH, seconds=2.0, batch_size=1)
     rows.check("on")
     with pytest.raises(TrainingError, match="'語' cannot be spelt"):
         rows.check("語")
 
 
-def test_filled_adds_zeros_at_the_end_of_the_first_axis():
-    np.testing.assert_array_equal(filled(np.ones((2, 2)), 3), [[1, 1], [1, 1], [0, 0]])
+def test_pad_to_adds_zeros_at_the_end_of_the_first_axis():
+    np.testing.assert_array_equal(pad_to(np.ones((2, 2)), 3), [[1, 1], [1, 1], [0, 0]])

@@ -12,9 +12,9 @@ from dsm_jax.stt.transcript import WordEnded
 from dsm_jax.stt.words import PauseRule, Timing, WordReader
 from dsm_jax.tokenizers import load_tokenizer
 from dsm_jax.training.alignment import text_stream
-from dsm_jax.training.compose import Spoken
+from dsm_jax.training.data import WordSpan
+from dsm_jax.training.losses.stt import SttObjective, augment_codes, stt_loss
 from dsm_jax.training.step import OptimizerConfig, init, make_step
-from dsm_jax.training.stt import SttObjective, disturb, stt_loss
 from tests import checkpoint_maker, small
 from tests.greedy import greedy_tokens
 from tests.tokenizer_maker import make_tokenizer
@@ -59,8 +59,8 @@ def measured(network):
 
 
 @jax.jit
-def disturbed(codes_BKT: jax.Array, objective: dict[str, float]) -> jax.Array:
-    return disturb(codes_BKT, KEY, SttObjective(**objective), card=LM.card, padding=3)
+def augmented(codes_BKT: jax.Array, objective: dict[str, float]) -> jax.Array:
+    return augment_codes(codes_BKT, KEY, SttObjective(**objective), card=LM.card, padding=3)
 
 
 def plainly(logits_BTV: np.ndarray, codes_BKT: jax.Array, padding_weight: float) -> tuple[float, float]:
@@ -86,7 +86,7 @@ def test_the_loss_is_the_weighted_mean_cross_entropy(network, measured):
         loss, metrics = measured(codes(), SttObjective(padding_weight=padding_weight))
         expected, right = plainly(logits_BTV, codes(), padding_weight)
         assert float(loss) == pytest.approx(expected, rel=1e-5)  # float32 against float64
-        assert float(metrics["said_right"]) == pytest.approx(right)
+        assert float(metrics["words_right"]) == pytest.approx(right)
 
 
 def test_unknown_text_does_not_count_and_known_text_does(measured):
@@ -97,7 +97,7 @@ def test_unknown_text_does_not_count_and_known_text_does(measured):
     assert float(measured(rows.at[-1, 0, 16].set(5))[0]) != float(loss)
     nothing, metrics = measured(rows.at[:, 0].set(-1))
     assert float(nothing) == 0.0
-    assert {name: float(value) for name, value in metrics.items()} == {"said_right": 0.0, "silent_right": 0.0}
+    assert {name: float(value) for name, value in metrics.items()} == {"words_right": 0.0, "padding_right": 0.0}
 
 
 def test_what_is_hidden_changes_what_is_heard_and_not_what_is_asked(network, measured):
@@ -115,7 +115,7 @@ def test_hiding_is_as_much_as_was_asked_for():
     rows = jnp.tile(codes(), (100, 1, 1)).at[:, 0].set(5)
 
     def fed(**hidden: float) -> np.ndarray:
-        return np.asarray(disturbed(rows, shares(SttObjective(**hidden))))
+        return np.asarray(augmented(rows, shares(SttObjective(**hidden))))
 
     np.testing.assert_array_equal(fed(), rows)
     text = fed(text_dropout=0.25)
@@ -133,7 +133,7 @@ def test_hiding_is_as_much_as_was_asked_for():
 
 def test_a_text_that_is_not_known_is_never_hidden():
     rows = jnp.tile(codes(), (100, 1, 1))
-    fed = disturbed(rows, shares(SttObjective(text_dropout=1.0)))
+    fed = augmented(rows, shares(SttObjective(text_dropout=1.0)))
     np.testing.assert_array_equal(fed[:, 0], jnp.where(rows[:, 0] == -1, -1, 3))
 
 
@@ -147,21 +147,21 @@ def said(network, codes_BQT: jax.Array) -> list[int]:
 def test_a_model_that_has_learnt_a_row_says_its_words(network, tmp_path):
     tokenizer = load_tokenizer(make_tokenizer(tmp_path / "words.model", LM.text_card))
     timing = Timing(12.5, text_offset=0.24, audio_offset=0.0)
-    words = [Spoken("on", 0.1, 0.3), Spoken("a", 0.9, 1.0)]
+    words = [WordSpan("on", 0.1, 0.3), WordSpan("a", 0.9, 1.0)]
     text_T = text_stream(words, tokenizer, LM, timing, frames=FRAMES)
     row = codes(1).at[0, 0].set(text_T)
     graph, params = network
     optimizer = OptimizerConfig(learning_rate=2e-2, warmup=5).build(60)
 
-    def loss(params, memory, batch, key):
+    def loss(params, frozen, aux, batch, key):
         value, metrics = stt_loss(nnx.merge(graph, params), batch, key, SttObjective())
-        return value, (memory, metrics)
+        return value, (aux, metrics)
 
-    step, state = make_step(loss, optimizer), init(jax.tree.map(jnp.copy, params), (), optimizer, 0)
+    step, state = make_step(loss, optimizer), init(jax.tree.map(jnp.copy, params), optimizer, 0)
     for _ in range(60):
         state, metrics = step(state, row)
     assert float(metrics["loss"]) < 0.05
-    assert float(metrics["said_right"]) == float(metrics["silent_right"]) == 1.0
+    assert float(metrics["words_right"]) == float(metrics["padding_right"]) == 1.0
 
     tokens = said((graph, state.params), row[:, 1:])
     # Column c is what is said of frame c - 1, later by the text's own delay.

@@ -19,12 +19,12 @@ STEPS = 6
 OPTIMIZER = OptimizerConfig(learning_rate=0.05, warmup=2, weight_decay=0.1, clip=0.5)
 
 
-def loss(params, memory, batch, key):
+def loss(params, frozen, aux, batch, key):
     """A regression with a moving average of its targets; the key is only reported."""
     made_BE = batch["x_BD"].astype(params["w_DE"].dtype) @ params["w_DE"] + params["b_E"]
     value = jnp.mean((made_BE - batch["y_BE"].astype(made_BE.dtype)) ** 2)
-    memory = {"average_E": 0.9 * memory["average_E"] + 0.1 * batch["y_BE"].mean(0), "seen": memory["seen"] + 1}
-    return value, (memory, {"draw": jax.random.uniform(key)})
+    aux = {"average_E": 0.9 * aux["average_E"] + 0.1 * batch["y_BE"].mean(0), "seen": aux["seen"] + 1}
+    return value, (aux, {"draw": jax.random.uniform(key)})
 
 
 def start(optimizer: optax.GradientTransformation, seed: int = 0) -> TrainState:
@@ -33,7 +33,7 @@ def start(optimizer: optax.GradientTransformation, seed: int = 0) -> TrainState:
         "w_DE": jnp.asarray(random.normal(size=(3, 2)), jnp.float32),
         "b_E": jnp.full((2,), 1.0),  # weakly typed, as is the average
     }
-    return init(params, {"average_E": jnp.full((2,), 0.0), "seen": jnp.array(0)}, optimizer, seed)
+    return init(params, optimizer, seed, aux={"average_E": jnp.full((2,), 0.0), "seen": jnp.array(0)})
 
 
 def batch(number: int, rows: int = 8) -> dict[str, np.ndarray]:
@@ -75,17 +75,17 @@ def test_steps_are_those_of_a_plain_optax_loop():
     found, rows = run(make_step(loss, optimizer), start(optimizer))
 
     wanted = start(optimizer)
-    params, memory, opened = wanted.params, wanted.memory, wanted.optimizer
+    params, aux, opened = wanted.params, wanted.aux, wanted.optimizer
     for number in range(STEPS):
         key = jax.random.fold_in(jax.random.PRNGKey(0), number)
-        (value, (memory, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(params, memory, batch(number), key)
+        (value, (aux, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(params, (), aux, batch(number), key)
         with jax.numpy_dtype_promotion("standard"):
             updates, opened = optimizer.update(grads, opened, params)
         params = optax.apply_updates(params, updates)
         wanted_row = {"loss": value, "gradient_norm": optax.tree.norm(grads), "finite": 1.0, **metrics}
         assert rows[number].keys() == wanted_row.keys()
         assert rows[number] == pytest.approx({name: float(value) for name, value in wanted_row.items()}, rel=1e-5)
-    assert_close((found.params, found.memory, found.optimizer), (params, memory, opened), rtol=1e-5, atol=1e-7)
+    assert_close((found.params, found.aux, found.optimizer), (params, aux, opened), rtol=1e-5, atol=1e-7)
     assert (int(found.step), found.key.tolist()) == (STEPS, jax.random.PRNGKey(0).tolist())
     assert rows[-1]["loss"] < rows[0]["loss"]
 
@@ -98,7 +98,7 @@ def test_accumulated_parts_are_the_whole_batch_for_a_mean_over_rows():
     assert_close((found.params, found.optimizer), (whole.params, whole.optimizer), rtol=1e-5, atol=1e-6)
     for name in ("loss", "gradient_norm"):
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in whole_rows], rel=1e-5)
-    assert int(found.memory["seen"]) == STEPS * parts, "each part goes on from the memory of the one before"
+    assert int(found.aux["seen"]) == STEPS * parts, "each part starts from the aux of the part before"
 
 
 def test_a_batch_that_has_no_equal_parts_is_refused():
@@ -113,9 +113,9 @@ def test_a_batch_that_has_no_equal_parts_is_refused():
 def test_computing_in_bfloat16_moves_float32_parameters_by_less_than_bfloat16_can_tell(parts):
     seen = set()
 
-    def watched(params, memory, batch, key):
+    def watched(params, frozen, aux, batch, key):
         seen.update(p.dtype.name for p in jax.tree.leaves(params))
-        return loss(params, memory, batch, key)
+        return loss(params, frozen, aux, batch, key)
 
     optimizer = optax.sgd(1e-4)
     before = jax.tree.map(np.asarray, start(optimizer).params)
@@ -132,7 +132,7 @@ def test_computing_in_bfloat16_moves_float32_parameters_by_less_than_bfloat16_ca
 
 
 def test_parameters_that_come_in_bfloat16_are_trained_in_float32():
-    state = init({"w_D": jnp.ones(3, jnp.bfloat16)}, (), optax.adam(0.1), 0)
+    state = init({"w_D": jnp.ones(3, jnp.bfloat16)}, optax.adam(0.1), 0)
     assert {a.dtype.name for a in jax.tree.leaves((state.params, state.optimizer))} == {"float32", "int32"}
 
 
@@ -153,10 +153,10 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_step_number():
 
 
 def test_a_gradient_that_is_not_finite_is_not_taken_either():
-    def root(params, memory, batch, key):
-        return jnp.sqrt(params["w"] * batch.sum()), (memory, {})
+    def root(params, frozen, aux, batch, key):
+        return jnp.sqrt(params["w"] * batch.sum()), (aux, {})
 
-    state, metrics = make_step(root, optax.sgd(0.1))(init({"w": jnp.ones(())}, (), optax.sgd(0.1), 0), np.zeros(2))
+    state, metrics = make_step(root, optax.sgd(0.1))(init({"w": jnp.ones(())}, optax.sgd(0.1), 0), np.zeros(2))
     assert (float(metrics["loss"]), float(metrics["finite"]), float(state.params["w"])) == (0.0, 0.0, 1.0)
 
 
@@ -172,13 +172,13 @@ def test_the_key_is_another_each_step_and_depends_on_the_seed_and_the_step_alone
 
 
 def test_accumulated_parts_have_keys_of_their_own():
-    def keep(params, memory, batch, key):
-        return jnp.sum(params) * 0.0, (jnp.stack([memory[1], jax.random.uniform(key)]), {})
+    def keep(params, frozen, aux, batch, key):
+        return jnp.sum(params) * 0.0, (jnp.stack([aux[1], jax.random.uniform(key)]), {})
 
     state, _ = make_step(keep, optax.sgd(0.1), accumulate=2)(
-        init(jnp.ones(1), jnp.zeros(2), optax.sgd(0.1), 0), np.zeros(2)
+        init(jnp.ones(1), optax.sgd(0.1), 0, aux=jnp.zeros(2)), np.zeros(2)
     )
-    first, second = state.memory.tolist()
+    first, second = state.aux.tolist()
     assert 0 < first != second > 0
 
 
@@ -189,7 +189,7 @@ def test_a_step_writes_the_next_state_where_the_last_one_was(parts):
     size = sum(a.nbytes for a in jax.tree.leaves(state))
     assert step.lower(state, batch(0)).compile().memory_analysis().alias_size_in_bytes == size
     after, _ = step(state, batch(0))
-    assert all(a.is_deleted() for a in jax.tree.leaves((state.params, state.memory, state.optimizer)))
+    assert all(a.is_deleted() for a in jax.tree.leaves((state.params, state.aux, state.optimizer)))
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, start(optimizer)), "weak types included"
 
 

@@ -16,11 +16,11 @@ from dsm_jax.models.mimi import Mimi
 from dsm_jax.stt.words import Timing
 from dsm_jax.tokenizers import load_tokenizer
 from dsm_jax.training.alignment import text_stream
-from dsm_jax.training.compose import Spoken
+from dsm_jax.training.data import WordSpan
+from dsm_jax.training.losses.tts import TtsObjective, decisions, sampled_steps, tts_loss
 from dsm_jax.training.step import OptimizerConfig, init, make_step
-from dsm_jax.training.tts import TtsObjective, asked, tts_loss
 from dsm_jax.tts import voices
-from dsm_jax.tts.engine import Manner
+from dsm_jax.tts.program import SpeechRequest, TtsSettings
 from dsm_jax.tts.script import MAIN, entries_of
 from dsm_jax.tts.words import WordMachine
 from tests import checkpoint_maker, speaking, tts_model
@@ -29,7 +29,7 @@ from tests.tokenizer_maker import make_tokenizer
 LM = dataclasses.replace(tts_model.SPEAKERS, demux_second_stream=False, context=64)
 FRAMES, DELAY = 24, 3
 UNDISTURBED = TtsObjective(random_codes=0.0)
-TOLD_B = jnp.zeros(2, bool)
+CONDITIONAL_B = jnp.zeros(2, bool)
 KEY = jax.random.key(0)
 
 
@@ -46,8 +46,8 @@ def told(lm: DelayedStreamsLM, rows: int):
 
 def text_of(tokenizer) -> np.ndarray:
     """The text of a clip in which two words are said."""
-    words = [Spoken("on", 0.16, 0.3), Spoken("a", 0.9, 1.0)]
-    return text_stream(words, tokenizer, LM, Timing(12.5, 0.0, 0.0), frames=FRAMES, marks={0: MAIN})
+    words = [WordSpan("on", 0.16, 0.3), WordSpan("a", 0.9, 1.0)]
+    return text_stream(words, tokenizer, LM, Timing(12.5, 0.0, 0.0), frames=FRAMES, prefixes={0: MAIN})
 
 
 @pytest.fixture(scope="module")
@@ -71,23 +71,23 @@ def measured(network):
     graph, params = network
 
     @jax.jit
-    def compiled(params, codes_BKT, untold_B, key, shares):
+    def compiled(params, codes_BKT, unconditional_B, key, shares):
         lm = nnx.merge(graph, params)
-        return tts_loss(lm, codes_BKT, told(lm, len(codes_BKT)), untold_B, key, TtsObjective(**shares))
+        return tts_loss(lm, codes_BKT, told(lm, len(codes_BKT)), unconditional_B, key, TtsObjective(**shares))
 
-    return lambda codes_BKT, objective=UNDISTURBED, untold_B=TOLD_B, key=KEY: compiled(
-        params, codes_BKT, untold_B, key, dataclasses.asdict(objective)
+    return lambda codes_BKT, objective=UNDISTURBED, unconditional_B=CONDITIONAL_B, key=KEY: compiled(
+        params, codes_BKT, unconditional_B, key, dataclasses.asdict(objective)
     )
 
 
-def test_text_is_asked_until_the_last_word_begins_and_not_while_one_is_fed(tokenizer):
+def test_the_text_loss_covers_the_steps_that_inference_samples(tokenizer):
     text_T = text_of(tokenizer)
     begins = np.flatnonzero(text_T == 0)
     expected_T = ((text_T == 0) | (text_T == 3)) & (np.arange(FRAMES) <= begins[-1])
     assert begins.tolist() == [2, 11]
     assert text_T[3] == MAIN
-    np.testing.assert_array_equal(np.asarray(asked(text_T[None]))[0], expected_T)
-    assert not np.asarray(asked(np.full((1, 8), 3, np.int32))).any(), "nothing is said, and so nothing is asked"
+    np.testing.assert_array_equal(np.asarray(sampled_steps(text_T[None]))[0], expected_T)
+    assert not np.asarray(sampled_steps(np.full((1, 8), 3, np.int32))).any(), "no word, so no step is sampled"
 
 
 def test_both_losses_are_mean_cross_entropies_where_they_count(network, measured, rows):
@@ -126,11 +126,46 @@ def test_chance_is_the_keys_and_changes_what_is_fed_only_where_it_is_asked_for(m
     assert len({plain, float(measured(rows, random)[0]), float(measured(rows, random, key=jax.random.key(7))[0])}) == 3
 
 
-def test_untold_rows_are_not_fed_their_text_and_others_are(measured, rows):
+def test_unconditional_rows_are_not_fed_their_text_and_others_are(measured, rows):
     other = rows.at[1, 0, 4].set(9)  # a piece of the second row's first word, which is fed and never asked
-    for untold_B, same in ((TOLD_B, False), (jnp.array([True, False]), False), (jnp.array([False, True]), True)):
-        losses = [float(measured(codes, untold_B=untold_B)[1]["text"]) for codes in (rows, other)]
+    for unconditional_B, same in (
+        (CONDITIONAL_B, False),
+        (jnp.array([True, False]), False),
+        (jnp.array([False, True]), True),
+    ):
+        losses = [float(measured(codes, unconditional_B=unconditional_B)[1]["text"]) for codes in (rows, other)]
         assert (losses[0] == losses[1]) is same
+
+
+def test_a_second_text_stream_is_read_as_decisions():
+    card = 50
+    streams = [(-1, 3), (0, 7), (9, 8), (-1, 3), (0, 3)]  # second and first: padding, a word of two tokens, the end
+    text_T = np.array([-1] + [(second + 1) * card + first for second, first in streams], np.int32)
+    found_T = np.asarray(decisions(text_T[None], card, second_stream=True))[0]
+    np.testing.assert_array_equal(found_T, [-1, 3, 0, 8, 3, 0])
+    np.testing.assert_array_equal(np.asarray(sampled_steps(found_T[None]))[0], [False, True, True, False, True, True])
+    np.testing.assert_array_equal(decisions(text_T[None], card, second_stream=False), text_T[None])
+
+
+def test_a_prefix_does_not_count_and_is_not_fed_to_unconditional_rows(network, rows):
+    graph, params = network
+    context_B = jnp.array([DELAY + 6, DELAY])
+
+    @jax.jit
+    def measure(codes_BKT, unconditional_B):
+        lm = nnx.merge(graph, params)
+        conditions = told(lm, 2)
+        return tts_loss(lm, codes_BKT, conditions, unconditional_B, KEY, UNDISTURBED, context_B)[1]["acoustic"]
+
+    def changed(where: tuple, unconditional: bool) -> bool:
+        other = rows.at[where].set((rows[where] + 1) % LM.card)
+        drop_B = jnp.array([unconditional, False])
+        return float(measure(rows, drop_B)) != float(measure(other, drop_B))
+
+    prefix, rest = (0, 1, DELAY + 2), (0, 1, DELAY + 8)
+    assert changed(prefix, unconditional=False), "what follows depends on the prefix"
+    assert not changed(prefix, unconditional=True), "it is neither fed nor counted"
+    assert changed(rest, unconditional=True)
 
 
 def test_a_model_that_has_learnt_a_row_says_it(network, tokenizer, rows):
@@ -138,24 +173,37 @@ def test_a_model_that_has_learnt_a_row_says_it(network, tokenizer, rows):
     row = rows[:1]
     optimizer = OptimizerConfig(learning_rate=2e-2, warmup=5).build(150)
 
-    def loss(params, memory, batch, key):
+    def loss(params, frozen, aux, batch, key):
         lm = nnx.merge(graph, params)
-        value, metrics = tts_loss(lm, batch, told(lm, 1), TOLD_B[:1], key, UNDISTURBED)
-        return value, (memory, metrics)
+        value, metrics = tts_loss(lm, batch, told(lm, 1), CONDITIONAL_B[:1], key, UNDISTURBED)
+        return value, (aux, metrics)
 
-    step, state = make_step(loss, optimizer), init(jax.tree.map(jnp.copy, params), (), optimizer, 0)
+    step, state = make_step(loss, optimizer), init(jax.tree.map(jnp.copy, params), optimizer, 0)
     for _ in range(150):
         state, metrics = step(state, row)
     assert float(metrics["loss"]) < 0.05
 
-    machine = WordMachine(card=LM.text_card + 1, max_padding=20)
-    how = Manner(machine=machine, delay_steps=DELAY, codebooks=LM.dep_q, temperature=0.0, final_padding=1)
+    settings = TtsSettings(slots=1, machine=WordMachine(card=LM.text_card + 1), delay_steps=DELAY)
     mimi = nnx.merge(*nnx.split(Mimi(tts_model._MIMI, rngs=nnx.Rngs(0))))
-    entries = entries_of(["on a"], tokenizer, frame_rate=12.5, multi_speaker=True)
-    lm = nnx.merge(graph, state.params)
-    (said,) = speaking.Loop(lm, mimi, how, 1, most=FRAMES).speak(
-        speaking.tell([entries], told(lm, 1), jax.random.split(KEY, 1))
+    request = SpeechRequest(
+        entries=entries_of(["on a"], tokenizer, frame_rate=12.5, multi_speaker=True),
+        complete=True,
+        voices=[tts_model.voice(0)],
+        condition_guidance=2.0,
+        prefix_QP=np.zeros((LM.n_q, 0), np.int32),
+        seed=0,
+        temperature=0.0,
+        top_k_text=25,
+        top_k_audio=250,
+        guidance=1.0,
+        padding_bonus=0.0,
+        codebooks=LM.dep_q,
+        max_padding=20,
+        initial_padding=2,
+        final_padding=1,
+        max_steps=400,
     )
+    (said,) = speaking.Loop(nnx.merge(graph, state.params), mimi, settings, [request]).speak([request])
     frames = min(said.frames_KF.shape[1], FRAMES - max(LM.delays))
     assert frames > 15
     np.testing.assert_array_equal(said.frames_KF[:, :frames], row[0, :, :frames])

@@ -114,7 +114,7 @@ FAMILIES: Mapping[str, Family] = {
             example="kyutai/mimi",
             parts={},
             layouts={"kyutai": _KYUTAI, "transformers": "dsm_jax.convert.transformers_mimi"},
-            loss="dsm_jax.training.codec:codec_loss",
+            loss="dsm_jax.training.losses.codec:codec_loss",
         ),
         Family(
             model_type="stt",
@@ -127,7 +127,7 @@ FAMILIES: Mapping[str, Family] = {
             vocabulary=_text_card,
             layouts={"kyutai": _KYUTAI, "transformers": "dsm_jax.convert.transformers_stt"},
             program="dsm_jax.stt.program",
-            loss="dsm_jax.training.stt:stt_loss",
+            loss="dsm_jax.training.losses.stt:stt_loss",
         ),
         Family(
             model_type="tts",
@@ -140,7 +140,7 @@ FAMILIES: Mapping[str, Family] = {
             vocabulary=_text_card,
             layouts={"kyutai": _KYUTAI},
             program="dsm_jax.tts.program",
-            loss="dsm_jax.training.tts:tts_loss",
+            loss="dsm_jax.training.losses.tts:tts_loss",
         ),
         Family(
             model_type="moshi",

@@ -1,1 +1,1 @@
-"""Training: pure train steps, their state and data, and the recipe of the embedded model. Needs the `train` extra."""
+"""Trains models: pure steps, resumable runs, data, losses and fine-tuning. Needs the `train` extra."""

@@ -1,4 +1,4 @@
-"""Codebooks that learn by moving averages: each entry is the mean of the vectors that were rounded to it lately.
+"""Trains codebooks by moving averages: each entry is the mean of the vectors that were rounded to it lately.
 
 Shape letters: B batch rows, T frames, N = B * T, D latent width, C codebook width, V codebook entries, Q codebooks of
 a branch.
@@ -20,7 +20,7 @@ from dsm_jax.nn.rvq import ResidualQuantizer, SplitQuantizer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Averages:
-    """What the entries of every codebook of one branch are made of; an entry is sum / usage."""
+    """Holds the moving averages of every codebook of one branch; an entry is sum / usage."""
 
     usage_QV: jax.Array
     sum_QVC: jax.Array
@@ -28,16 +28,16 @@ class Averages:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodebookRule:
-    """How codebooks move."""
+    """Sets how codebooks move."""
 
     decay: float = 0.98
-    dead: float = 0.02  # entries used less often per step, on the average, start again at a random vector
+    dead: float = 0.02  # entries used less often per step, on average, are reset to a random vector
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """What a branch makes of latents in training."""
+    """Holds the result of quantising latents by one branch in training."""
 
     vectors_BTC: jax.Array  # straight through: gradients pass as if nothing had been rounded
     commitment: jax.Array  # mean squared distance to the entries, over the codebooks in use
@@ -47,7 +47,7 @@ class Quantized:
 
 
 def init_averages(branch: ResidualQuantizer, *, fresh: bool) -> Averages:
-    """Averages that give the entries that the branch has; or, `fresh`, that take the first batch's vectors for them."""
+    """Makes averages of the branch's entries; or, if `fresh`, averages that vectors of the first batch replace."""
     entries_QVC = jnp.stack([book.embedding_LC[...] for book in branch.codebooks])
     usage = 0.0 if fresh else 1.0
     return Averages(jnp.full(entries_QVC.shape[:2], usage), usage * entries_QVC)
@@ -65,12 +65,12 @@ def quantize(
     """Rounds latents as `ResidualQuantizer.encode` does, passes gradients through, and moves the codebooks.
 
     Args:
-      branch: whose projection and entries are used.
+      branch: gives the projection and the entries.
       x_BTD: latents.
-      averages: of the branch, from the step before.
+      averages: of the branch, before this step.
       rule: how codebooks move.
-      used_B: how many codebooks each row goes through, from 0: codebook dropout.
-      key: for the vectors that take the place of dead entries.
+      used_B: number of codebooks that quantise each row, from 0: codebook dropout.
+      key: draws the vectors that replace dead entries.
     """
     x_BTC = branch.input_proj(x_BTD)
     x_NC = x_BTC.reshape(-1, x_BTC.shape[2])
@@ -109,19 +109,19 @@ def quantize(
 def _move(
     usage_V: jax.Array, sum_VC: jax.Array, one_hot_NV: jax.Array, x_NC: jax.Array, rule: CodebookRule, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One step of one codebook's averages, and its entries after it."""
+    """Updates the averages of one codebook, and computes its entries after the update."""
     usage_V = rule.decay * usage_V + (1 - rule.decay) * one_hot_NV.sum(0)
     sum_VC = rule.decay * sum_VC + (1 - rule.decay) * (one_hot_NV.T @ x_NC)
     dead_V = usage_V < rule.dead
     fresh_VC = x_NC[jax.random.randint(key, usage_V.shape, 0, x_NC.shape[0])]
-    # A fresh entry starts well above the threshold, so that it has time to attract vectors.
+    # A reset entry starts well above the threshold, so that it has time to attract vectors.
     usage_V = jnp.where(dead_V, 10 * rule.dead, usage_V)
     sum_VC = jnp.where(dead_V[:, None], fresh_VC * 10 * rule.dead, sum_VC)
     return usage_V, sum_VC, sum_VC / usage_V[:, None]
 
 
 def set_entries(quantizer: SplitQuantizer, semantic_QVC: jax.Array, acoustic_QVC: jax.Array) -> None:
-    """Puts entries into both branches."""
+    """Writes the entries of both branches."""
     for branch, entries_QVC in ((quantizer.semantic, semantic_QVC), (quantizer.acoustic, acoustic_QVC)):
         for book, entries_VC in zip(branch.codebooks, entries_QVC, strict=True):
             book.embedding_LC = nnx.Param(entries_VC)

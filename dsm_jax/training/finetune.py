@@ -1,13 +1,15 @@
-"""Fine-tunes a speech-to-text model on recordings with words, all of it or through low-rank adapters.
+"""Fine-tunes a model on recordings with words, all of it or through low-rank adapters.
 
-The codec is not trained, and neither are pause heads: the loss is of the text alone.
+The family of the model chooses rows and loss: the text stream of speech-to-text models, text and audio streams of
+text-to-speech models. The codec is not trained, and neither are pause heads.
 
-Shape letters: B batch rows, N rows of validation data, K streams (text first), T frames.
+Shape letters: B batch rows.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +20,47 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsm_jax import checkpoints, hub
 from dsm_jax.checkpoints import Model
-from dsm_jax.errors import ConfigError, TrainingError
+from dsm_jax.convert import convert
+from dsm_jax.errors import CheckpointError, ConfigError, TrainingError
 from dsm_jax.models.parameters import read_dtype
 from dsm_jax.nn.precision import set_compute_dtype
 from dsm_jax.sharding import Sharding
-from dsm_jax.training import lora, manifest
-from dsm_jax.training.batches import batches
-from dsm_jax.training.export import write_model
+from dsm_jax.training import lora
+from dsm_jax.training.data import Recording, batches, read_recordings
+from dsm_jax.training.loop import Run, RunConfig
 from dsm_jax.training.lora import LoraConfig
-from dsm_jax.training.rows import Rows, filled
-from dsm_jax.training.run import Run, RunConfig
+from dsm_jax.training.losses.stt import SttObjective, stt_loss
+from dsm_jax.training.losses.tts import TtsObjective, tts_batch_loss
+from dsm_jax.training.rows import SttRows, TtsRows, pad_to
 from dsm_jax.training.step import Metrics, OptimizerConfig, TrainState, init, make_step
-from dsm_jax.training.stt import SttObjective, stt_loss
+from dsm_jax.tts.voices import Voice, guidance_values, has_speakers, read_voice, voices_of, write_voices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """What to learn from, how, and where to.
+    """Sets the data, the training and the output of fine-tuning.
 
     Attributes:
-      data: a JSON Lines file or a folder; see `dsm_jax.training.manifest`.
+      data: a JSON Lines file or a folder; see `dsm_jax.training.data`.
       output: the run's folder; the model is written to `model` in it.
-      run: how long.
-      model: where to begin, as for `dsm_jax.load`.
-      validation: data that is not learnt from; its loss is measured at each checkpoint.
-      skip_bad: leave faulty recordings out instead of refusing all.
+      run: length of the training.
+      model: the model to start from, as for `dsm_jax.load`.
+      validation: data that is not trained on; its loss is measured at each checkpoint.
+      skip_bad: leave faulty recordings out instead of refusing the data.
       seconds: of a recording in a row, at most.
       batch_size: rows in a batch.
       accumulate: parts that a batch is cut into to save memory.
       encode_batch: rows that the codec encodes at a time.
-      compute_dtype: of the model in the loss; what is learnt is always float32.
-      optimizer: of the run.
-      objective: what counts how much.
-      lora: adapters to learn in place of the whole model.
+      compute_dtype: of the model in the loss; trained parameters are always float32.
+      optimizer: settings of the optimizer.
+      stt: weights and dropouts of the loss of a speech-to-text model.
+      tts: weights and dropouts of the loss of a text-to-speech model.
+      voice: for text-to-speech with speaker conditioning, the voice of speakers for whom the data names none.
+      guidance: for text-to-speech with distilled guidance, the guidance value that is given with every row; None draws
+        one of the model's for each row, so that all of them are trained.
+      prefix_seconds: for text-to-speech without speaker conditioning, length of the prefix, at most: each row starts
+        with the beginning of another recording of the same speaker.
+      lora: adapters to train in place of the whole model.
     """
 
     data: str
@@ -65,12 +75,18 @@ class FinetuneConfig:
     encode_batch: int = 8
     compute_dtype: str = "float32"
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-5)
-    objective: SttObjective = SttObjective()
+    stt: SttObjective = SttObjective()
+    tts: TtsObjective = TtsObjective()
+    voice: str | None = None
+    guidance: float | None = None
+    prefix_seconds: float = 10.0
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         if self.seconds < 1:
             raise ConfigError(f"a row has {self.seconds} seconds of a recording; give at least 1")
+        if self.prefix_seconds < 1:
+            raise ConfigError(f"prefix_seconds is {self.prefix_seconds}; give at least 1")
         if min(self.batch_size, self.accumulate, self.encode_batch) < 1 or self.batch_size % self.accumulate:
             raise ConfigError(
                 f"batch_size is {self.batch_size}, accumulate {self.accumulate} and encode_batch {self.encode_batch}; "
@@ -78,133 +94,215 @@ class FinetuneConfig:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """Fine-tunes one family of models.
+
+    Attributes:
+      rows: makes the rows of recordings for a model.
+      objective: finds the weights and dropouts for a model.
+      loss: of (language model, batch, key, objective).
+    """
+
+    rows: Callable[[Model, Mesh, FinetuneConfig], SttRows | TtsRows]
+    objective: Callable[[Model, FinetuneConfig], Any]
+    loss: Callable[[Any, Mapping[str, Any], jax.Array, Any], tuple[jax.Array, Metrics]]
+
+
+def _stt_rows(model: Model, mesh: Mesh, config: FinetuneConfig) -> SttRows:
+    return SttRows(model, mesh, seconds=config.seconds, batch_size=config.encode_batch)
+
+
+def _tts_rows(model: Model, mesh: Mesh, config: FinetuneConfig) -> TtsRows:
+    return TtsRows(
+        model,
+        mesh,
+        seconds=config.seconds,
+        batch_size=config.encode_batch,
+        voice=config.voice,
+        guidance=config.guidance,
+        prefix_seconds=config.prefix_seconds,
+        seed=config.run.seed,
+    )
+
+
+def _tts_objective(model: Model, config: FinetuneConfig) -> TtsObjective:
+    # A model with distilled guidance is never run without text and voice.
+    distilled = model.config.lm is not None and bool(guidance_values(model.config.lm))
+    return dataclasses.replace(config.tts, unconditional=0.0) if distilled else config.tts
+
+
+def _stt_batch_loss(lm: Any, batch: Mapping[str, Any], key: jax.Array, objective: Any) -> tuple[jax.Array, Metrics]:
+    return stt_loss(lm, batch["codes_BKT"], key, objective)
+
+
+TASKS: Mapping[str, _Task] = {
+    "stt": _Task(_stt_rows, lambda model, config: config.stt, _stt_batch_loss),
+    "tts": _Task(_tts_rows, _tts_objective, tts_batch_loss),
+}
+
+
 def finetune(config: FinetuneConfig, *, resume: bool = False, mesh: Mesh | None = None) -> Model:
     """Fine-tunes a model and writes it, in Kyutai's layout and float32, to `model` in the run's folder.
 
     Args:
       config: of the run.
-      resume: go on from the run's last checkpoint.
-      mesh: devices that share each batch, the parameters being on all of them; None takes as many of those there are
-        as can share one equally.
+      resume: continue from the run's last checkpoint.
+      mesh: devices that share each batch; the parameters are copied to each. None takes as many of the present devices
+        as can share a batch equally.
 
     Returns:
       The model that was written, in float32; adapters are merged into it.
 
     Raises:
-      CheckpointError: the model cannot be loaded, or does not transcribe.
+      CheckpointError: the model cannot be loaded, or is neither a speech-to-text nor a text-to-speech model.
       ConfigError: settings that do not fit the model or the devices.
-      TrainingError: data that cannot be learnt from, a loss that is not finite, a checkpoint or model that cannot be
-        written, or a run to resume that is not there, or one that is and would be lost.
+      TrainingError: data that cannot be trained on, a loss that is not finite, a checkpoint or model that cannot be
+        written, no run to resume, or a run that would be overwritten.
     """
     run = Run(Path(config.output), config.run)
     _check_output(run, resume)
     dtype = read_dtype(config.compute_dtype)
     mesh = _mesh(config, mesh)
     model = checkpoints.load(config.model, dtype="float32", sharding=Sharding(mesh, ()))
-    rows = Rows(model, mesh, seconds=config.seconds, at_once=config.encode_batch)
-    trained = _Trained(model, config, dtype)
+    task = _task_of(model)
+    rows = task.rows(model, mesh, config)
+    trained = _Trained(model, task, config, dtype)
     optimizer = config.optimizer.build(config.run.steps)
-    state = init(trained.start(), (), optimizer, config.run.seed)
+    params, frozen = trained.split(model.lm_params)
+    state = init(params, optimizer, config.run.seed, frozen=frozen)
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    model = dataclasses.replace(model, lm_params=None)  # the state has them now, or `trained` beside adapters
+    model = dataclasses.replace(model, lm_params=None)  # the state owns the parameters from here on
+    del params, frozen
     state = run.restore(state) if resume else state
-    step = trained.step(make_step(trained.loss, optimizer, accumulate=config.accumulate))
+    step = make_step(trained.loss, optimizer, accumulate=config.accumulate)
     if int(state.step) < config.run.steps:
-        data, evaluate = _learnt_from(rows, trained, config, mesh, int(state.step))
+        data, evaluate = _read_data(rows, trained, config, mesh, int(state.step))
     else:  # only the model is still to be written
         data, evaluate = iter(()), None
     state = run.train(step, state, data, evaluate=evaluate)
-    result = dataclasses.replace(model, lm_params=trained.whole(state.params), name=run.folder.absolute().name)
-    write_model(result, run.folder / "model")
+    params = trained.merged(state.params, state.frozen)
+    result = dataclasses.replace(model, lm_params=params, name=run.folder.absolute().name)
+    write_model(result, run.folder / "model", _voices_to_write(result, config))
     return result
 
 
-def _learnt_from(
-    rows: Rows, trained: "_Trained", config: FinetuneConfig, mesh: Mesh, first_step: int
-) -> tuple[Iterator[Any], Callable[[TrainState], dict[str, float]] | None]:
-    """Batches on their devices, and the measure of validation data; all data is checked before any is encoded."""
+def _voices_to_write(model: Model, config: FinetuneConfig) -> dict[str, np.ndarray] | None:
+    """Reads the model's own voices and that of the config, which stand beside the fine-tuned model."""
+    if model.config.lm is None or not has_speakers(model.config.lm):
+        return None
+    names: dict[str, Voice] = dict(voices_of(model))
+    if config.voice is not None:
+        names[Path(config.voice).stem] = config.voice
+    return {name: read_voice(voice, model) for name, voice in names.items()} or None
 
-    def read(source: str) -> list[manifest.Recording]:
-        return manifest.read(Path(source), rows.model.sample_rate, check=rows.check, skip_bad=config.skip_bad)
+
+def write_model(model: Model, folder: Path, voices: Mapping[str, np.ndarray] | None = None) -> None:
+    """Writes a model in Kyutai's layout, in the dtypes that it has, whole or not at all.
+
+    Args:
+      model: a language model with its codec and tokenizer.
+      folder: a new folder in one that exists.
+      voices: voices to write with the model: steps [X, C] by name.
+
+    Raises:
+      TrainingError: the folder exists, or cannot be written; the run's last checkpoint is still there.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".model.", dir=folder.parent) as scratch:
+            checkpoints.save(model, Path(scratch) / "native")
+            made = folder if voices is None else Path(scratch) / "made"
+            convert(Path(scratch) / "native", made, to="kyutai", progress=False)
+            if voices is not None:
+                write_voices(made / "voices", voices)
+                made.rename(folder)
+    except (CheckpointError, OSError) as error:
+        raise TrainingError(
+            f"the model could not be written ({error}); its parameters are in the run's last checkpoint. Put that "
+            "right, then go on with --resume"
+        ) from error
+
+
+def _task_of(model: Model) -> _Task:
+    if model.config.model_type not in TASKS:
+        raise CheckpointError(
+            f"{model.name} is of type {model.config.model_type!r}, and {' and '.join(TASKS)} models can be "
+            "fine-tuned; start from one such as kyutai/stt-1b-en_fr or kyutai/tts-1.6b-en_fr"
+        )
+    return TASKS[model.config.model_type]
+
+
+def _read_data(
+    rows: SttRows | TtsRows, trained: "_Trained", config: FinetuneConfig, mesh: Mesh, first_step: int
+) -> tuple[Iterator[Any], Callable[[TrainState], dict[str, float]] | None]:
+    """Makes batches on their devices, and the measure of validation data; checks all data before encoding any."""
+
+    def read(source: str) -> list[Recording]:
+        return read_recordings(Path(source), rows.model.sample_rate, check=rows.check, skip_bad=config.skip_bad)
 
     recordings = read(config.data)
-    unseen = None if config.validation is None else read(config.validation)
-    source = [{"codes_BKT": codes_KT} for codes_KT in rows.encode(recordings)]
+    held_out = None if config.validation is None else read(config.validation)
+    source = rows.rows(recordings)
     drawn = batches(source, batch_size=config.batch_size, seed=config.run.seed, first_step=first_step)
     shared = NamedSharding(mesh, PartitionSpec("data"))
     data = (jax.device_put(batch, shared) for batch in drawn)
-    if unseen is None:
+    if held_out is None:
         return data, None
-    unseen_NKT = rows.encode(unseen)
+    validation = rows.rows(held_out)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         losses: list[np.ndarray] = []
-        for first in range(0, len(unseen_NKT), config.batch_size):
-            part_BKT = filled(unseen_NKT[first : first + config.batch_size], config.batch_size)
-            losses.append(np.asarray(trained.measure(state.params, jax.device_put(part_BKT, shared))))
-        return {"validation_loss": float(np.concatenate(losses)[: len(unseen_NKT)].mean())}
+        for first in range(0, len(validation), config.batch_size):
+            several = validation[first : first + config.batch_size]
+            batch = jax.tree.map(lambda *arrays: pad_to(np.stack(arrays), config.batch_size), *several)
+            losses.append(np.asarray(trained.measure(state.params, state.frozen, jax.device_put(batch, shared))))
+        return {"validation_loss": float(np.concatenate(losses)[: len(validation)].mean())}
 
     return data, evaluate
 
 
 class _Trained:
-    """What is trained of a model, and the loss of it.
+    """Splits a language model's parameters into trained and frozen ones, and computes the loss of both together."""
 
-    With adapters the model's own parameters are the loss's memory, which a step takes over and gives back. They are
-    kept here and not in the state, so that checkpoints hold adapters only.
-    """
-
-    def __init__(self, model: Model, config: FinetuneConfig, dtype: np.dtype):
-        self.adapters, self.objective, self._seed = config.lora, config.objective, config.run.seed
+    def __init__(self, model: Model, task: _Task, config: FinetuneConfig, dtype: np.dtype):
+        self.adapters, self._seed = config.lora, config.run.seed
+        self._loss, self._objective = task.loss, task.objective(model, config)
         self._graph: Any = model.lm_def
         self._dtype = dtype
-        self._frozen: Any = model.lm_params
-        self._measure = jax.jit(self._row_losses)
+        self.measure = jax.jit(self._row_losses)
 
-    def start(self) -> Any:
-        """What is trained, before the first step; to be asked for once."""
-        params = self._frozen
-        if self.adapters is not None:
-            return lora.init(params, self.adapters, jax.random.PRNGKey(self._seed))
-        self._frozen = ()
-        return params
+    def split(self, params: Any) -> tuple[Any, Any]:
+        """Splits parameters into trained and frozen ones: new adapters and the model, or the model and ()."""
+        if self.adapters is None:
+            return params, ()
+        return lora.init(params, self.adapters, jax.random.PRNGKey(self._seed)), params
 
-    def _merged(self, params: Any, frozen: Any) -> nnx.State:
+    def merged(self, params: Any, frozen: Any) -> nnx.State:
+        """Merges adapters into the language model's parameters, where there are any."""
         return params if self.adapters is None else lora.merge(frozen, params, self.adapters)
 
-    def whole(self, params: Any) -> nnx.State:
-        """The language model's parameters, adapters merged."""
-        return self._merged(params, self._frozen)
-
     def _network(self, params: Any, frozen: Any) -> Any:
-        cast = jax.tree.map(lambda p: p.astype(self._dtype), self._merged(params, frozen))
+        cast = jax.tree.map(lambda p: p.astype(self._dtype), self.merged(params, frozen))
         network = nnx.merge(self._graph, cast)
         set_compute_dtype(network, self._dtype)
         return network
 
-    def loss(self, params: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        """For `make_step`."""
-        value, metrics = stt_loss(self._network(params, frozen), batch["codes_BKT"], key, self.objective)
-        return value, (frozen, metrics)
+    def loss(
+        self, params: Any, frozen: Any, aux: Any, batch: Any, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        """Computes the loss of a batch, for `make_step`."""
+        value, metrics = self._loss(self._network(params, frozen), batch, key, self._objective)
+        return value, (aux, metrics)
 
-    def step(self, inner: Any) -> Any:
-        """The step over states that do not hold what is frozen."""
-
-        def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-            after, metrics = inner(dataclasses.replace(state, memory=self._frozen), batch)
-            self._frozen = after.memory
-            return dataclasses.replace(after, memory=()), metrics
-
-        return step
-
-    def measure(self, params: Any, codes_BKT: jax.Array) -> jax.Array:
-        """The loss of each row [B], nothing hidden from the model."""
-        return self._measure(params, self._frozen, codes_BKT)
-
-    def _row_losses(self, params: Any, frozen: Any, codes_BKT: jax.Array) -> jax.Array:
-        plain = SttObjective(padding_weight=self.objective.padding_weight)
+    def _row_losses(self, params: Any, frozen: Any, batch: Any) -> jax.Array:
+        """Computes the loss of each row [B] without dropouts."""
         network, key = self._network(params, frozen), jax.random.PRNGKey(0)
-        return jax.vmap(lambda codes_KT: stt_loss(network, codes_KT[None], key, plain)[0])(codes_BKT)
+        objective = self._objective.without_dropout()
+
+        def row_loss(row: Any) -> jax.Array:
+            return self._loss(network, jax.tree.map(lambda a: a[None], row), key, objective)[0]
+
+        return jax.vmap(row_loss)(batch)
 
 
 def _check_output(run: Run, resume: bool) -> None:

@@ -1,17 +1,22 @@
-"""From recordings with words to the rows that a speech-to-text model is trained on.
+"""Turns recordings with words into the rows that speech-to-text and text-to-speech models are trained on.
 
-A recording is heard as `dsm_jax.stt` hears it: the silence that the model wants, the recording, and silence until the
-text is out. A long one is cut, between words, into pieces that are heard as if each were a recording. The codec encodes
-everything once.
+A row holds what inference feeds and generates for a recording. A long recording is cut between words, and each part is
+a row of its own. The codec encodes everything once.
+
+For speech-to-text a row is fed as `dsm_jax.stt` feeds a recording: the silence before it that the model expects, the
+recording, and silence until the last of its text. For text-to-speech a row has the text stream of its script, and the
+recording's codes behind it by the model's audio delay; a model without speaker conditioning is first fed a prefix, the
+beginning of another part by the same speaker.
 
 Shape letters: B rows that are encoded together, N rows, K streams (text first), Q audio streams, T samples or frames,
-C audio channels.
+C audio channels, P frames of a prefix.
 """
 
-import functools
+import dataclasses
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,66 +25,119 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
+from dsm_jax.errors import SpeechError, TrainingError
 from dsm_jax.models.family import require
-from dsm_jax.models.streams import ZERO_TOKEN
+from dsm_jax.models.mimi import Mimi
+from dsm_jax.models.streams import ZERO_TOKEN, behind_text
+from dsm_jax.runtime.compile import compiled
 from dsm_jax.stt.framing import FrameBuffer, word_reader
-from dsm_jax.training.alignment import pieces_of, text_stream
-from dsm_jax.training.compose import Spoken
-from dsm_jax.training.manifest import Recording
+from dsm_jax.training.alignment import script_stream, speaker_prefixes, text_stream, tokens_of
+from dsm_jax.training.data import Recording, WordSpan
+from dsm_jax.tts import voices
+from dsm_jax.tts.script import entries_of
+from dsm_jax.tts.speech import SpeechOptions, settings_of
 
 LONGEST_WORD_S = 2
 
 
-@functools.lru_cache(maxsize=8)
 def encoder(mimi_def: nnx.GraphDef, codebooks: int) -> Callable[[nnx.State, jax.Array], jax.Array]:
-    """A codec's compiled encoding: parameters and samples [B, T, C] to codes [B, Q, frames], whole clips at once."""
-    # The graphdef is closed over and not an argument: an argument is hashed at every call.
-    return jax.jit(lambda params, pcm_BTC: nnx.merge(mimi_def, params).encode(pcm_BTC, codebooks=codebooks))
+    """Compiles a codec's encoding of whole clips: parameters and samples [B, T, C] to codes [B, Q, frames]."""
+    encode = compiled(_encode, (mimi_def,), codebooks)
+    return lambda params, pcm_BTC: encode((params,), pcm_BTC)
 
 
-def cut(words: Sequence[Spoken], samples: int, sample_rate: int, longest: int) -> list[int]:
-    """Where to cut a recording into pieces of at most `longest` samples: between words, unless they overlap.
+def _encode(mimi: Mimi, pcm_BTC: jax.Array, codebooks: int) -> jax.Array:
+    return mimi.encode(pcm_BTC, codebooks=codebooks)
+
+
+def cut(words: Sequence[WordSpan], samples: int, sample_rate: int, longest: int) -> list[int]:
+    """Cuts a recording into parts of at most `longest` samples: between words, unless the words overlap.
 
     Args:
-      words: in the order of their starts. Where they last until the next one, pauses included, as in transcripts of our
-        own, they are taken to end after two seconds; and always after half a piece.
-      samples: of the recording.
+      words: in the order of their starts. A word is taken to end two seconds after its start at the latest, as the
+        words of our own transcripts last until the next one, pauses included; and after half a part at the latest.
+      samples: length of the recording.
       sample_rate: of the recording, Hz.
-      longest: samples.
+      longest: samples of a part.
 
     Returns:
-      Rising samples, the first 0 and the last the recording's end.
+      Rising positions in samples, the first 0 and the last the recording's end.
     """
     most = min(LONGEST_WORD_S * sample_rate, longest // 2)
     starts = [round(word.start * sample_rate) for word in words]
     ends = [min(round(word.end * sample_rate), start + most) for word, start in zip(words, starts, strict=True)]
-    at = [0]
-    while samples - at[-1] > longest:
-        latest, said = at[-1] + longest, at[-1]
+    cuts = [0]
+    while samples - cuts[-1] > longest:
+        latest, spoken_until = cuts[-1] + longest, cuts[-1]
         place = latest
         for start, end in zip(starts, ends, strict=True):
-            if at[-1] < start < latest < end:
-                place = max((min(said, start) + start + 1) // 2, start - sample_rate // 2)
+            if cuts[-1] < start < latest < end:
+                place = max((min(spoken_until, start) + start + 1) // 2, start - sample_rate // 2)
                 break
-            said = max(said, end)
-        at.append(place)
-    return [*at, samples]
+            spoken_until = max(spoken_until, end)
+        cuts.append(place)
+    return [*cuts, samples]
 
 
-class Rows:
-    """Makes rows for one model.
+def parts_of(recording: Recording, sample_rate: int, longest: int) -> Iterator[tuple[np.ndarray, list[WordSpan]]]:
+    """Cuts a recording into parts of at most `longest` samples; yields the samples and the words of each.
+
+    Raises:
+      AudioError: the recording cannot be read.
+    """
+    pcm_T = audio.read(recording.audio, sample_rate)
+    for first, end in itertools.pairwise(cut(recording.words, pcm_T.size, sample_rate, longest)):
+        yield (
+            pcm_T[first:end],
+            [
+                WordSpan(word.text, word.start - first / sample_rate, word.end - first / sample_rate, word.speaker)
+                for word in recording.words
+                # A last word may be timed after the recording's end.
+                if first <= round(word.start * sample_rate)
+                and (round(word.start * sample_rate) < end or end == pcm_T.size)
+            ],
+        )
+
+
+class _Codec:
+    """Encodes clips in batches of one shape, spread over the devices of a mesh."""
+
+    def __init__(self, model: Model, mesh: Mesh, *, codebooks: int, batch_size: int):
+        self.batch_size = -(-batch_size // mesh.shape["data"]) * mesh.shape["data"]
+        self._split = NamedSharding(mesh, PartitionSpec("data"))
+        self._params, self._encode = model.mimi_params, encoder(model.mimi_def, codebooks)
+
+    def encode(self, clips: Iterable[np.ndarray], length: int) -> np.ndarray:
+        """Encodes clips of at most `length` samples: codes [N, Q, T]."""
+        clips, codes, count = iter(clips), [], 0
+        while batch := list(itertools.islice(clips, self.batch_size)):
+            count += len(batch)
+            pcm_BTC = pad_to(np.stack([pad_to(pcm_T, length) for pcm_T in batch]), self.batch_size)[..., None]
+            codes.append(self._encode(self._params, jax.device_put(pcm_BTC, self._split)))
+            if len(codes) > 1:  # one behind: the device encodes while the next recordings are read
+                codes[-2] = np.asarray(codes[-2])
+        return np.concatenate([np.asarray(codes_BQT) for codes_BQT in codes])[:count]
+
+
+def _report(recordings: Sequence[Recording]) -> None:
+    hours = sum(recording.seconds for recording in recordings) / 3600
+    print(f"encoding {len(recordings)} recordings, {hours:.2f} hours", file=sys.stderr, flush=True)
+
+
+class SttRows:
+    """Makes rows for one speech-to-text model.
 
     Args:
       model: a speech-to-text model.
-      mesh: devices with an axis "data", over which the rows that are encoded together are spread.
+      mesh: devices with an axis "data"; the rows that are encoded together are spread over them.
       seconds: of a recording in a row, at most.
-      at_once: rows that are encoded together, rounded up to a multiple of the devices.
+      batch_size: rows that are encoded together, rounded up to a multiple of the devices.
 
     Raises:
       CheckpointError: the model does not transcribe.
     """
 
-    def __init__(self, model: Model, mesh: Mesh, *, seconds: float, at_once: int):
+    def __init__(self, model: Model, mesh: Mesh, *, seconds: float, batch_size: int):
         require(model, "stt")
         lm, tokenizer = model.config.lm, model.tokenizer
         assert lm is not None
@@ -87,71 +145,239 @@ class Rows:
         self.model, self.lm, self.tokenizer = model, lm, tokenizer
         self.longest = int(seconds * model.sample_rate)
         self.timing = word_reader(model.config, lm, tokenizer).timing
-        self.frames = self._heard(np.zeros(self.longest, np.float32)).ready
-        self.at_once = -(-at_once // mesh.shape["data"]) * mesh.shape["data"]
-        self._split = NamedSharding(mesh, PartitionSpec("data"))
-        self._encode = encoder(model.mimi_def, lm.n_q)
+        self.frames = self._framed(np.zeros(self.longest, np.float32)).ready
+        self.codec = _Codec(model, mesh, codebooks=lm.n_q, batch_size=batch_size)
 
     def check(self, word: str) -> None:
-        """Refuses a word that the model cannot spell.
+        """Checks that the model can spell a word.
 
         Raises:
-          TrainingError: it is one.
+          TrainingError: the model cannot.
         """
-        pieces_of(word, self.tokenizer, self.lm)
+        tokens_of(word, self.tokenizer, self.lm)
 
     def encode(self, recordings: Sequence[Recording]) -> np.ndarray:
-        """The rows of recordings, in order.
+        """Makes the rows of recordings, in order.
 
         Args:
           recordings: at least one.
 
         Returns:
-          int32 [N, K, T] for `DelayedStreamsLM.__call__`. All rows are as long as the longest possible; text after what
-          is heard of a piece is -1, which `stt_loss` leaves out.
+          int32 [N, K, T] for `DelayedStreamsLM.__call__`. All rows have the length of the longest possible part; text
+          after the end of a part is -1, which `stt_loss` leaves out.
 
         Raises:
           AudioError: a recording cannot be read.
-          ConfigError: the codec has fewer codebooks than the language model hears.
+          ConfigError: the codec has fewer codebooks than the language model reads.
           TrainingError: words that the model cannot learn.
         """
-        hours = sum(recording.seconds for recording in recordings) / 3600
-        print(f"encoding {len(recordings)} recordings, {hours:.2f} hours", file=sys.stderr, flush=True)
-        pieces = (piece for recording in recordings for piece in self._pieces(recording))
-        texts, codes = [], []
-        while several := list(itertools.islice(pieces, self.at_once)):
-            texts += [text_T for _, text_T in several]
-            pcm_BTC = filled(np.stack([pcm_T for pcm_T, _ in several]), self.at_once)[..., None]
-            codes.append(self._encode(self.model.mimi_params, jax.device_put(pcm_BTC, self._split)))
-            if len(codes) > 1:  # one behind: the device encodes while the next recordings are read
-                codes[-2] = np.asarray(codes[-2])
-        codes_NQT = np.concatenate([np.asarray(codes_BQT) for codes_BQT in codes])[: len(texts)]
+        _report(recordings)
+        texts: list[np.ndarray] = []
+
+        def clips() -> Iterator[np.ndarray]:
+            for recording in recordings:
+                for pcm_T, words in parts_of(recording, self.model.sample_rate, self.longest):
+                    buffer = self._framed(pcm_T)
+                    frames = buffer.ready
+                    texts.append(np.full(self.frames, ZERO_TOKEN, np.int32))
+                    texts[-1][:frames] = text_stream(words, self.tokenizer, self.lm, self.timing, frames=frames)
+                    yield buffer.pop_frames(frames)
+
+        codes_NQT = self.codec.encode(clips(), self.frames * self.model.config.mimi.frame_size)
         return np.concatenate([np.stack(texts)[:, None], codes_NQT], axis=1)
 
-    def _pieces(self, recording: Recording) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """What is heard of each piece, and its text."""
-        rate = self.model.sample_rate
-        pcm_T = audio.read(recording.audio, rate)
-        for first, end in itertools.pairwise(cut(recording.words, pcm_T.size, rate, self.longest)):
-            said = [
-                Spoken(word.text, word.start - first / rate, word.end - first / rate)
-                for word in recording.words
-                # A last word may be timed after the recording's end.
-                if first <= round(word.start * rate) and (round(word.start * rate) < end or end == pcm_T.size)
-            ]
-            hearing = self._heard(pcm_T[first:end])
-            heard = hearing.ready
-            text_T = np.full(self.frames, ZERO_TOKEN, np.int32)
-            text_T[:heard] = text_stream(said, self.tokenizer, self.lm, self.timing, frames=heard)
-            yield filled(hearing.pop_frames(heard), self.frames * self.model.config.mimi.frame_size), text_T
+    def rows(self, recordings: Sequence[Recording]) -> list[dict[str, Any]]:
+        """Makes the rows of recordings as `batches` and the loss take them: `codes_BKT` without the batch axis."""
+        return [{"codes_BKT": codes_KT} for codes_KT in self.encode(recordings)]
 
-    def _heard(self, pcm_T: np.ndarray) -> FrameBuffer:
-        hearing = FrameBuffer(self.model.config)
-        hearing.push(pcm_T)
-        hearing.end()
-        return hearing
+    def _framed(self, pcm_T: np.ndarray) -> FrameBuffer:
+        buffer = FrameBuffer(self.model.config)
+        buffer.push(pcm_T)
+        buffer.end()
+        return buffer
 
 
-def filled(array: np.ndarray, length: int) -> np.ndarray:
-    """The array with zeros after it, `length` along its first axis."""
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A part of a recording: its words, with times from its start, and its frames."""
+
+    recording: Recording
+    words: Sequence[WordSpan]
+    frames: int
+
+    @property
+    def speaker(self) -> str:
+        """The speaker of the first word."""
+        return self.words[0].speaker if self.words else ""
+
+
+class TtsRows:
+    """Makes rows for one text-to-speech model.
+
+    Args:
+      model: a text-to-speech model.
+      mesh: devices with an axis "data"; the rows that are encoded together are spread over them.
+      seconds: of a recording in a row, at most.
+      batch_size: rows that are encoded together, rounded up to a multiple of the devices.
+      voice: the voice of speakers for whom the data names none.
+      guidance: the guidance value that models with distilled guidance are given; None draws one for each row.
+      prefix_seconds: of a prefix, at most, for models without speaker conditioning.
+      seed: draws the guidance values.
+
+    Raises:
+      CheckpointError: the model does not speak.
+      SpeechError: a guidance value that the model does not know.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        mesh: Mesh,
+        *,
+        seconds: float,
+        batch_size: int,
+        voice: str | None = None,
+        guidance: float | None = None,
+        prefix_seconds: float = 10.0,
+        seed: int = 0,
+    ):
+        SpeechOptions().checked(model)
+        settings = settings_of(model, slots=1)
+        lm, tokenizer = model.config.lm, model.tokenizer
+        assert lm is not None
+        assert tokenizer is not None
+        self.model, self.lm, self.tokenizer = model, lm, tokenizer
+        self.machine, self.delay = settings.machine, settings.delay_steps
+        self.voice, self.guidance, self.seed = voice, guidance, seed
+        self.frame_rate, self.frame_size = model.config.mimi.frame_rate, model.config.mimi.frame_size
+        self.longest = int(seconds * model.sample_rate)
+        self.has_speakers = voices.has_speakers(lm)
+        self.frames = -(-self.longest // self.frame_size)
+        self.prefix_frames = 0 if self.has_speakers else int(prefix_seconds * self.frame_rate)
+        self.codec = _Codec(model, mesh, codebooks=lm.dep_q, batch_size=batch_size)
+        self.steps: dict[str, np.ndarray] = {}  # of the voices read so far, by name
+
+    def check(self, word: str) -> None:
+        """Checks that the model can speak a word.
+
+        Raises:
+          TrainingError: the model cannot.
+        """
+        self._tokens_of(word)
+
+    def rows(self, recordings: Sequence[Recording]) -> list[dict[str, Any]]:
+        """Makes the rows of recordings, in order, as `batches` and `losses.tts.tts_batch_loss` take them.
+
+        Args:
+          recordings: at least one.
+
+        Raises:
+          AudioError: a recording cannot be read.
+          CheckpointError: a voice cannot be read.
+          TrainingError: words or voices that the model cannot learn, or a speaker without a second part as prefix.
+        """
+        if self.has_speakers:
+            for recording in recordings:
+                for speaker in dict.fromkeys([word.speaker for word in recording.words] or [""]):
+                    self._voice(recording, speaker)
+        _report(recordings)
+        parts: list[_Part] = []
+
+        def clips() -> Iterator[np.ndarray]:
+            for recording in recordings:
+                for pcm_T, words in parts_of(recording, self.model.sample_rate, self.longest):
+                    parts.append(_Part(recording, words, -(-pcm_T.size // self.frame_size)))
+                    yield pcm_T
+
+        codes_NQT = self.codec.encode(clips(), self.frames * self.frame_size)
+        rows = []
+        for number, part in enumerate(parts):
+            try:
+                prefix_QP = self._prefix(number, parts, codes_NQT)
+                row: dict[str, Any] = {
+                    "codes_BKT": self._streams(part.words, prefix_QP, codes_NQT[number, :, : part.frames])
+                }
+                if self.lm.conditioners:
+                    row["values"], row["masks"] = self._conditions(part, number)
+            except (SpeechError, TrainingError) as error:
+                raise TrainingError(f"{part.recording.audio} cannot be trained on: {error}") from None
+            if not self.has_speakers:
+                row["context_B"] = np.int32(prefix_QP.shape[1] + self.delay)
+            rows.append(row)
+        return rows
+
+    def _tokens_of(self, word: str) -> list[list[int]]:
+        """Encodes what stands for one word in the data, which the model may read as several."""
+        try:
+            entries = entries_of([word], self.tokenizer, frame_rate=self.frame_rate, multi_speaker=False)
+        except SpeechError:
+            raise TrainingError(
+                f"the word {word!r} cannot be spelt by the model's tokenizer; leave it out, or spell it in letters of "
+                "the model's languages"
+            ) from None
+        return [list(entry.tokens) for entry in entries if entry.tokens]
+
+    def _streams(self, words: Sequence[WordSpan], prefix_QP: np.ndarray, codes_QT: np.ndarray) -> np.ndarray:
+        """Makes the streams [K, T] of a row, prefix first; all rows have the length of the longest possible one."""
+        prefix, frames = prefix_QP.shape[1], codes_QT.shape[1]
+        tokens, starts = [], []
+        speakers = speaker_prefixes(words)[0] if self.has_speakers else {}
+        for number, word in enumerate(words):
+            mark = [speakers[number]] if number in speakers else []
+            for part in self._tokens_of(word.text):
+                tokens.append([*mark, *part])
+                starts.append(round(word.start * self.frame_rate))
+                mark = []
+        end = round(words[-1].end * self.frame_rate) if words else 0
+        length = self.prefix_frames + self.frames + self.delay + max(self.lm.delays)
+        codes_KT = np.full((1 + self.lm.n_q, length), ZERO_TOKEN, np.int32)
+        spoken = slice(prefix, prefix + frames + self.delay)
+        codes_KT[0, spoken] = script_stream(tokens, starts, self.machine, frames=frames + self.delay, end=end)
+        audio_QT = np.full((self.lm.dep_q, length), ZERO_TOKEN, np.int32)
+        audio_QT[:, : prefix + frames] = np.concatenate([prefix_QP, codes_QT], axis=1)
+        codes_KT[1 : 1 + self.lm.dep_q] = behind_text(audio_QT, self.delay)
+        return codes_KT
+
+    def _prefix(self, number: int, parts: Sequence["_Part"], codes_NQT: np.ndarray) -> np.ndarray:
+        """Takes the codes [Q, P] of another part by the same speaker, the next one in the data."""
+        if self.has_speakers:
+            return codes_NQT[number, :, :0]
+        speaker = parts[number].speaker
+        for other in (*range(number + 1, len(parts)), *range(number)):
+            frames = parts[other].frames
+            # As at inference, without the last two frames, which lack what follows them.
+            if parts[other].speaker == speaker and frames > 2:
+                return codes_NQT[other, :, : min(self.prefix_frames, frames - 2)]
+        raise TrainingError(
+            f"it is all there is of the speaker {speaker!r}, and {self.model.name} is given another recording of the "
+            "speaker as a prefix; add one"
+        )
+
+    def _voice(self, recording: Recording, speaker: str) -> np.ndarray:
+        """Reads the voice [X, C] of a speaker in a recording; all voices must have one length."""
+        voice = recording.voice_of(speaker) or self.voice
+        if voice is None:
+            raise TrainingError(
+                f"{recording.audio} names no voice for the speaker {speaker!r}, which {self.model.name} needs; add "
+                '"voice" to the data, or to the config'
+            )
+        if voice not in self.steps:
+            self.steps[voice] = voices.read_voice(voice, self.model)
+        if len(lengths := sorted({len(steps_XC) for steps_XC in self.steps.values()})) > 1:
+            raise TrainingError(f"the voices are {lengths} steps long; give voices of one length")
+        return self.steps[voice]
+
+    def _conditions(self, part: "_Part", number: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Makes the conditioner values and masks of a row, as inference gives them."""
+        speakers = speaker_prefixes(part.words)[1] or [""]
+        steps = [self._voice(part.recording, speaker) for speaker in speakers] if self.has_speakers else []
+        known, guidance = voices.guidance_values(self.lm), self.guidance
+        if known and guidance is None:
+            guidance = float(np.random.default_rng((self.seed, number)).choice(known))
+        values, masks, _ = voices.conditions(self.lm, [steps], guidance if known else None)
+        return {name: a[0] for name, a in values.items()}, {name: a[0] for name, a in masks.items()}
+
+
+def pad_to(array: np.ndarray, length: int) -> np.ndarray:
+    """Appends zeros to an array until its first axis has `length` entries."""
     return np.pad(array, [(0, length - len(array)), *[(0, 0)] * (array.ndim - 1)])

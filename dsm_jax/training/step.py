@@ -1,4 +1,4 @@
-"""The pure train step: gradients, accumulated over parts of a batch, and one update.
+"""Computes the pure train step: gradients, accumulated over parts of a batch, and one update.
 
 The step runs wherever its arrays are. For data parallelism, place the state on every device of a mesh and the rows of
 each batch on one of them each: `jax.device_put` with `NamedSharding` of `PartitionSpec()` and of the mesh's axis.
@@ -14,34 +14,36 @@ import optax
 
 from dsm_jax.errors import ConfigError
 
-# (params, memory, batch, key) -> loss, (memory, metrics)
-Loss = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]]
 Metrics = dict[str, jax.Array]
+# (params, frozen, aux, batch, key) -> loss, (aux after the step, metrics)
+Loss = Callable[[Any, Any, Any, Any, jax.Array], tuple[jax.Array, tuple[Any, Metrics]]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training is made of: a run that is resumed from it goes on as if it had never stopped.
+    """Holds everything that a run needs to go on: a resumed run ends as if it had never stopped.
 
     Attributes:
       step: steps taken.
-      params: what gradients train, float32.
-      memory: what the loss carries from step to step, such as moving averages; () where there is nothing.
+      params: parameters that gradients train, float32.
+      frozen: parameters that the loss reads and nothing changes; checkpoints leave them out. () where there are none.
+      aux: auxiliary state that the loss updates, such as moving averages; () where there is none.
       optimizer: optax's state.
-      key: of the whole run; each step folds its number in.
+      key: PRNG key of the whole run; each step folds its number in.
     """
 
     step: jax.Array
     params: Any
-    memory: Any
+    frozen: Any
+    aux: Any
     optimizer: optax.OptState
     key: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with warm-up, a cosine to a fiftieth, and clipping by the global norm."""
+    """Configures AdamW with warm-up, cosine decay to a fiftieth, and clipping by the global norm."""
 
     learning_rate: float = 1e-3
     warmup: int = 100
@@ -51,7 +53,7 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def build(self, steps: int) -> optax.GradientTransformation:
-        """The transformation for a run of so many steps."""
+        """Builds the transformation for a run of `steps` steps."""
         warmup = min(self.warmup, steps // 2)
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, warmup, max(steps, warmup + 1), self.learning_rate / 50
@@ -62,14 +64,17 @@ class OptimizerConfig:
         )
 
 
-def init(params: Any, memory: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step, which takes over the memory of what is given here.
+def init(
+    params: Any, optimizer: optax.GradientTransformation, seed: int, *, frozen: Any = (), aux: Any = ()
+) -> TrainState:
+    """Makes the state before the first step; the state takes over the arrays given here.
 
     Args:
-      params: what gradients are to train; they become float32, whatever floating-point type they come in.
-      memory: what the loss carries along before the first step.
+      params: parameters to train; floating-point ones become float32.
       optimizer: the same that the step is made with.
       seed: of the run.
+      frozen: parameters that the loss only reads, in the dtypes that they have.
+      aux: auxiliary state of the loss before the first step.
     """
 
     def master(p: jax.Array) -> jax.Array:
@@ -79,8 +84,9 @@ def init(params: Any, memory: Any, optimizer: optax.GradientTransformation, seed
         return jnp.asarray(a, a.dtype)
 
     params = jax.tree.map(master, params)
-    state = TrainState(jnp.zeros((), jnp.int32), params, memory, optimizer.init(params), jax.random.PRNGKey(seed))
-    return jax.tree.map(strong, state)
+    trained = jnp.zeros((), jnp.int32), params, aux, optimizer.init(params), jax.random.PRNGKey(seed)
+    step, params, aux, optimizer_state, key = jax.tree.map(strong, trained)
+    return TrainState(step, params, frozen, aux, optimizer_state, key)
 
 
 def make_step(
@@ -90,32 +96,33 @@ def make_step(
     accumulate: int = 1,
     compute_dtype: Any = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """A jitted step that takes over its state's memory.
+    """Makes a jitted step; the step donates its state.
 
-    A batch whose loss or gradient is not finite changes nothing but the step number, and says so: `finite` is 0.
+    A batch whose loss or gradient is not finite changes nothing but the step number, and is reported: `finite` is 0.
 
     Args:
-      loss: differentiated in its first argument; memory goes out in the shapes and dtypes that it came in.
+      loss: differentiated in its first argument; returns `aux` in the shapes and dtypes that it was given.
       optimizer: from `OptimizerConfig.build`, or any of optax.
-      accumulate: parts that a batch is cut into along its first axis; their gradients are averaged, so that the step
-        is that of the whole batch where the loss is a mean over rows.
-      compute_dtype: what parameters are cast to for the loss; the update stays in float32. The loss gets the batch
-        and the memory as they are.
+      accumulate: parts that a batch is cut into along its first axis. Gradients are averaged over the parts, so the
+        step equals that of the whole batch where the loss is a mean over rows.
+      compute_dtype: dtype that `params` are cast to for the loss; the update stays in float32. Everything else is
+        passed to the loss as it is.
 
     Returns:
-      Maps a state and a batch to the next state and metrics: `loss`, `gradient_norm`, `finite` and the loss's own.
+      A function from a state and a batch to the next state and metrics: `loss`, `gradient_norm`, `finite` and the
+      loss's own.
 
     Raises:
-      ConfigError: `accumulate` is below 1; or, of the step, a batch has no equal parts.
+      ConfigError: `accumulate` is below 1; or, when the step is called, a batch does not divide into equal parts.
     """
     if accumulate < 1:
         raise ConfigError(f"a batch is to be cut into {accumulate} parts; give 1 or more")
 
-    def cast_loss(params: Any, memory: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, tuple[Any, Metrics]]:
+    def cast_loss(params: Any, frozen: Any, aux: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Any]:
         if compute_dtype is not None:
             params = jax.tree.map(lambda p: p.astype(compute_dtype), params)
-        value, aux = loss(params, memory, batch, key)
-        return value.astype(jnp.float32), aux
+        value, rest = loss(params, frozen, aux, batch, key)
+        return value.astype(jnp.float32), rest
 
     gradient = jax.value_and_grad(cast_loss, has_aux=True)
 
@@ -128,31 +135,31 @@ def make_step(
         return a.reshape(a.shape[0] // accumulate, accumulate, *a.shape[1:]).swapaxes(0, 1)
 
     def whole(state: TrainState, batch: Any, key: jax.Array) -> tuple[Any, Any, Metrics]:
-        (value, (memory, metrics)), grads = gradient(state.params, state.memory, batch, key)
-        return grads, memory, {**metrics, "loss": value}
+        (value, (aux, metrics)), grads = gradient(state.params, state.frozen, state.aux, batch, key)
+        return grads, aux, {**metrics, "loss": value}
 
     def by_parts(state: TrainState, batch: Any, key: jax.Array) -> tuple[Any, Any, Metrics]:
         def body(carry: tuple[Any, Any], part: tuple[Any, jax.Array]) -> tuple[tuple[Any, Any], Metrics]:
-            total, memory = carry
-            (value, (memory, metrics)), grads = gradient(state.params, memory, *part)
-            return (jax.tree.map(jnp.add, total, grads), memory), {**metrics, "loss": value}
+            total, aux = carry
+            (value, (aux, metrics)), grads = gradient(state.params, state.frozen, aux, *part)
+            return (jax.tree.map(jnp.add, total, grads), aux), {**metrics, "loss": value}
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         parts = jax.tree.map(parts_of, batch), jax.random.split(key, accumulate)
-        (total, memory), metrics = jax.lax.scan(body, (zeros, state.memory), parts)
-        return jax.tree.map(lambda g: g / accumulate, total), memory, jax.tree.map(lambda m: m.mean(0), metrics)
+        (total, aux), metrics = jax.lax.scan(body, (zeros, state.aux), parts)
+        return jax.tree.map(lambda g: g / accumulate, total), aux, jax.tree.map(lambda m: m.mean(0), metrics)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        grads, memory, metrics = (whole if accumulate == 1 else by_parts)(state, batch, key)
+        grads, aux, metrics = (whole if accumulate == 1 else by_parts)(state, batch, key)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        with jax.numpy_dtype_promotion("standard"):  # what optax is written for, whatever the rest of a program wants
+        with jax.numpy_dtype_promotion("standard"):  # optax is written for it, whatever the rest of a program uses
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        new = (optax.apply_updates(state.params, updates), memory, optimizer_state)
-        old = (state.params, state.memory, state.optimizer)
-        params, memory, optimizer_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        new = (optax.apply_updates(state.params, updates), aux, optimizer_state)
+        old = (state.params, state.aux, state.optimizer)
+        params, aux, optimizer_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         metrics = {**metrics, "gradient_norm": norm, "finite": finite.astype(jnp.float32)}
-        return TrainState(state.step + 1, params, memory, optimizer_state, state.key), metrics
+        return TrainState(state.step + 1, params, state.frozen, aux, optimizer_state, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)

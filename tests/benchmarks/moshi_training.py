@@ -22,15 +22,14 @@ from torch.nn import functional as F
 
 from dsm_jax.configs import LMConfig, MimiConfig, ModelConfig
 from dsm_jax.convert import kyutai_config
-from dsm_jax.training.codec import QUIET
-from dsm_jax.training.spectral import SCALES
+from dsm_jax.training.losses.codec import QUIET, SCALES
 from dsm_jax.training.step import OptimizerConfig
 from tests.benchmarks import training
 from tests.benchmarks.training import CodecCase, LmCase
 from tests.benchmarks.worker import Step
 from tests.parity.references.kyutai import lm_config
 
-_FLOOR = 1e-3  # of a magnitude, as in `dsm_jax.training.spectral`
+_FLOOR = 1e-3  # of a magnitude, as in `dsm_jax.training.losses.codec`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +86,7 @@ def train_lm(case: LmCase, lm: LMModel) -> Training:
 
 
 def lm_loss(lm: LMModel, codes_BKT: torch.Tensor, weight_V: torch.Tensor) -> torch.Tensor:
-    """The loss of `dsm_jax.training.stt.stt_loss`."""
+    """The loss of `dsm_jax.training.losses.stt.stt_loss`."""
     initial_BK1 = lm._get_initial_token().expand(len(codes_BKT), -1, -1)
     delayed_BKT = torch.cat([initial_BK1, _delay_sequence(lm.delays, codes_BKT, initial_BK1)], dim=2)
     _, logits_B1TV = lm.forward_text(delayed_BKT[:, :, :-1])
@@ -115,7 +114,7 @@ def train_codec(case: CodecCase, trainee: CodecTrainee) -> Training:
 def codec_loss(
     trainee: CodecTrainee, pcm_BT: torch.Tensor, labels_BN: torch.Tensor, first_B: list[int], case: CodecCase
 ) -> torch.Tensor:
-    """The loss of `dsm_jax.training.codec.codec_loss`, of the frames from `first_B` on."""
+    """The loss of `dsm_jax.training.losses.codec.codec_loss`, of the frames from `first_B` on."""
     mimi, objective, size = trainee.mimi, case.objective, case.config.frame_size
     (latents_BDN,) = mimi.encoder_transformer(mimi.encoder(pcm_BT[:, None]))
     latents_BDN = mimi._to_framerate(latents_BDN)
@@ -151,7 +150,7 @@ def magnitudes(x_BT: torch.Tensor, window: int) -> torch.Tensor:
 
 
 def stft_loss(x_BT: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
-    """The loss of `dsm_jax.training.spectral.stft_loss`."""
+    """The loss of `dsm_jax.training.losses.codec.stft_loss`."""
     total = torch.zeros(())
     for window in SCALES:
         x_BFN, y_BFN = magnitudes(x_BT, window), magnitudes(y_BT, window)

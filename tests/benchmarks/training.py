@@ -14,20 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dsm_jax import malloc
 from dsm_jax.configs import LMConfig, MimiConfig
-from dsm_jax.memory import keep_freed, set_pieces_aside
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
-from dsm_jax.training import codec, digits, recipe, step
-from dsm_jax.training.codec import CodecObjective, CodecTrainee
-from dsm_jax.training.codec_stages import CodecStage
+from dsm_jax.training import step
+from dsm_jax.training.losses import codec
+from dsm_jax.training.losses.codec import CodecObjective, CodecTrainee
+from dsm_jax.training.losses.stt import SttObjective, stt_loss
 from dsm_jax.training.step import OptimizerConfig
-from dsm_jax.training.stt import SttObjective, stt_loss
+from recipes.digits.codec import CodecStage
+from recipes.digits.data import LABELS, MIMI
+from recipes.digits.stt import SttStage, lm_config
 from tests import small
 from tests.benchmarks.worker import Step
 
-_LM, _CODEC = recipe.LmStage(), CodecStage()
-_LM_CONFIG = recipe.lm_config(digits.MIMI.quantizer, 41, _LM.context)  # as many pieces as the recipe's tokenizer has
+_LM, _CODEC = SttStage(), CodecStage()
+_LM_CONFIG = lm_config(MIMI.quantizer, 41, _LM.context)  # as many pieces as the recipe's tokenizer has
 _NEVER = 10**9  # steps of a schedule that does not get anywhere
 
 
@@ -36,7 +39,7 @@ class LmCase:
     """A language model, what it is trained on, and how."""
 
     config: LMConfig = _LM_CONFIG
-    rows: int = _LM.rows
+    rows: int = _LM.batch_size
     frames: int = _LM.frames
     objective: SttObjective = SttObjective(padding_weight=_LM.objective.padding_weight)
     optimizer: OptimizerConfig = dataclasses.replace(_LM.optimizer, warmup=0)
@@ -54,9 +57,9 @@ class LmCase:
 class CodecCase:
     """A codec, what it is trained on, and how."""
 
-    config: MimiConfig = digits.MIMI
-    labels: int = digits.LABELS
-    rows: int = _CODEC.rows
+    config: MimiConfig = MIMI
+    labels: int = LABELS
+    rows: int = _CODEC.batch_size
     frames: int = _CODEC.frames
     objective: CodecObjective = dataclasses.replace(_CODEC.objective, codebook_dropout=0.0)
     optimizer: OptimizerConfig = dataclasses.replace(_CODEC.optimizer, warmup=0)
@@ -85,14 +88,14 @@ class Training:
 
     loss: step.Loss
     params: Any
-    memory: Any
+    aux: Any
     batch: dict[str, jax.Array]
     optimizer: OptimizerConfig
 
 
 def make(task: str, tiny: bool) -> Step:
     """The step of `task`, on fresh weights, with memory kept as `dsm-jax train` does."""
-    keep_freed()
+    malloc.keep_freed()
     if task == "train_lm_step":
         case = TINY_LM if tiny else LmCase()
         return start(train_lm(case, DelayedStreamsLM(case.config, rngs=nnx.Rngs(0))))
@@ -105,30 +108,29 @@ def train_lm(case: LmCase, lm: DelayedStreamsLM) -> Training:
     """Training of a language model, as the recipe does it."""
     graph, params = nnx.split(lm)
 
-    def loss(params: Any, memory: tuple, batch: dict[str, jax.Array], key: jax.Array) -> Any:
+    def loss(params: Any, frozen: tuple, aux: tuple, batch: dict[str, jax.Array], key: jax.Array) -> Any:
         value, metrics = stt_loss(nnx.merge(graph, params), batch["codes_BKT"], key, case.objective)
-        return value, (memory, metrics)
+        return value, (aux, metrics)
 
     return Training(loss, params, (), {"codes_BKT": jnp.asarray(case.codes())}, case.optimizer)
 
 
 def train_codec(case: CodecCase, trainee: CodecTrainee, *, fresh: bool) -> Training:
     """Training of a codec, as the recipe does it; `fresh` codebooks start at vectors of the first batch."""
-    graph, params, memory = codec.split(trainee, fresh=fresh)
+    graph, params, aux = codec.split(trainee, fresh=fresh)
 
-    def loss(params: Any, memory: codec.CodecMemory, batch: dict[str, jax.Array], key: jax.Array) -> Any:
-        return codec.codec_loss(codec.merge(graph, params, memory), memory, batch, key, case.objective)
+    def loss(params: Any, frozen: tuple, aux: codec.CodecAux, batch: dict[str, jax.Array], key: jax.Array) -> Any:
+        return codec.codec_loss(codec.merge(graph, params, aux), aux, batch, key, case.objective)
 
     pcm_BT, labels_BN = map(jnp.asarray, case.sound())
-    return Training(loss, params, memory, {"pcm_BT": pcm_BT, "labels_BN": labels_BN}, case.optimizer)
+    return Training(loss, params, aux, {"pcm_BT": pcm_BT, "labels_BN": labels_BN}, case.optimizer)
 
 
 def start(training: Training) -> Step:
     """A step that goes on from the one before, and returns the loss once its update is done."""
     optimizer = training.optimizer.build(_NEVER)
-    state = step.init(training.params, training.memory, optimizer, seed=0)
+    state = step.init(training.params, optimizer, seed=0, aux=training.aux)
     advance = step.make_step(training.loss, optimizer).lower(state, training.batch).compile()
-    set_pieces_aside()
 
     def run() -> float:
         nonlocal state

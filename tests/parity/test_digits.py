@@ -11,8 +11,8 @@ import dsm_jax
 from dsm_jax import audio, codec
 from dsm_jax.models.parameters import flatten
 from dsm_jax.training.finetune import FinetuneConfig, finetune
+from dsm_jax.training.loop import RunConfig
 from dsm_jax.training.lora import LoraConfig
-from dsm_jax.training.run import RunConfig
 from dsm_jax.training.step import OptimizerConfig
 from tests.parity import references
 

@@ -19,7 +19,7 @@ from dsm_jax.convert import kyutai, pieces
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.models.parameters import flatten
-from dsm_jax.training.codec import CodecTrainee
+from dsm_jax.training.losses.codec import CodecTrainee
 from dsm_jax.training.step import OptimizerConfig
 from tests import small
 from tests.benchmarks import moshi_training, training
@@ -50,7 +50,7 @@ def expect_gradients(module: torch.nn.Module, ours: Mapping[str, np.ndarray]) ->
 
 def gradients(ours: training.Training) -> tuple[float, dict[str, Any]]:
     value_and_grad = jax.jit(jax.value_and_grad(ours.loss, has_aux=True))
-    (loss, _), grads = value_and_grad(ours.params, ours.memory, ours.batch, jax.random.key(0))
+    (loss, _), grads = value_and_grad(ours.params, (), ours.aux, ours.batch, jax.random.key(0))
     return float(loss), flatten(grads)
 
 

@@ -1,0 +1,51 @@
+"""Reads the JSON file of a training command: it names a task and holds the fields of the task's config."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dsm_jax.checkpoints import Model
+from dsm_jax.configs.json import from_dict
+from dsm_jax.errors import ConfigError
+
+# Name of a task -> its config class, and the function that runs it: (config, *, resume) -> the trained model.
+Tasks = Mapping[str, tuple[type, Callable[..., Model]]]
+PATHS = ("data", "output", "validation")  # fields that are relative to the file
+
+
+def library_tasks() -> Tasks:
+    """Lists the tasks of `dsm-jax train`."""
+    from dsm_jax.training.finetune import FinetuneConfig, finetune
+
+    return {"finetune": (FinetuneConfig, finetune)}
+
+
+def read_config(path: Path, tasks: Tasks) -> tuple[Any, Callable[..., Model]]:
+    """Reads a config file.
+
+    Args:
+      path: a JSON file with `task` and fields of its config. Fields that are missing, in nested configs too, take the
+        defaults of the task's config class. Folders may be relative to the file.
+      tasks: the tasks that may be named.
+
+    Returns:
+      The config, and the function that runs it.
+
+    Raises:
+      ConfigError: the file cannot be read, names no task, or has fields that the task does not have.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); give a JSON file") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); mend it") from None
+    if not isinstance(values, dict) or values.get("task") not in tasks:
+        found = values.get("task") if isinstance(values, dict) else values
+        raise ConfigError(f"{path}: the task is {found!r}; choose one of {sorted(tasks)}")
+    kind, run = tasks[values.pop("task")]
+    config = from_dict(kind, values, str(path), like=kind)
+    folders = {name: str(path.parent / values[name]) for name in PATHS if values.get(name) is not None}
+    return dataclasses.replace(config, **folders), run

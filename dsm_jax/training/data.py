@@ -1,0 +1,248 @@
+"""Reads training data: recordings with the words said in each and their times; and draws batches of rows.
+
+The data is either a JSON Lines file with a line for each recording:
+
+    {"audio": "talks/first.flac", "words": [{"text": "hello", "start": 0.48, "end": 0.8}, ...]}
+
+with paths relative to the file's folder, or a folder of recordings with a JSON file of the same name beside each. Both
+are what `dsm-jax transcribe --format json` writes, so its transcripts can be corrected and trained on. For
+text-to-speech, `"speaker": NAME` names who speaks in the recording, or in a word of it, and `"voice": VOICE` or
+`"voices": {NAME: VOICE, ...}` gives the speakers' voices: files, or names as for `synthesize`. Other keys are ignored.
+Everything is checked, and every recording decoded to its end, before training starts.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from dsm_jax import audio
+from dsm_jax.errors import DsmError, TrainingError
+
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+LISTED = 5  # faults that an error lists
+# `transcribe` appends a second of silence to a recording, and may time a last word into that silence.
+SLACK_S = 1.0
+LONGEST_S = 1e7
+_FORMAT = '{"audio": PATH, "words": [{"text": TEXT, "start": SECONDS, "end": SECONDS}, ...]}'
+
+
+@dataclasses.dataclass(frozen=True)
+class WordSpan:
+    """A word in a recording.
+
+    Attributes:
+      text: the word.
+      start, end: its times, in seconds.
+      speaker: who says it; empty where that is not known.
+    """
+
+    text: str
+    start: float
+    end: float
+    speaker: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """One recording to train on.
+
+    Attributes:
+      audio: path of a file that has been decoded to its end once.
+      words: the words said in it, in order.
+      seconds: its length.
+      voices: pairs of a speaker and the speaker's voice; the speaker "" stands for all that are not named.
+    """
+
+    audio: Path
+    words: tuple[WordSpan, ...]
+    seconds: float
+    voices: tuple[tuple[str, str], ...] = ()
+
+    def voice_of(self, speaker: str) -> str | None:
+        """Finds the voice of a speaker; None where the data names none."""
+        voices = dict(self.voices)
+        return voices.get(speaker, voices.get(""))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A recording that has not been checked: `place` names it in errors; the audio or the transcript may be missing."""
+
+    place: str
+    audio: Path | None
+    transcript: Path | bytes | None
+
+
+def read_recordings(
+    source: Path,
+    sample_rate: int,
+    *,
+    check: Callable[[str], object] | None = None,
+    skip_bad: bool = False,
+) -> list[Recording]:
+    """Reads a manifest or a folder.
+
+    Args:
+      source: a JSON Lines file, or a folder.
+      sample_rate: Hz that the recordings will be read at.
+      check: called with the text of each word; raises a DsmError for a word that the model cannot learn.
+      skip_bad: leave faulty recordings out, with a line on standard error for each, instead of raising.
+
+    Returns:
+      The recordings, in the order of the file, or of the names in the folder.
+
+    Raises:
+      TrainingError: there are no recordings, none without a fault, or a faulty one and not `skip_bad`. All faulty
+        recordings are counted, and the first few listed with their faults.
+    """
+    recordings, faults = [], []
+    entries = list(_folder_entries(source) if source.is_dir() else _file_entries(source))
+    for entry in entries:
+        try:
+            recordings.append(_read_entry(entry, source, sample_rate, check))
+        except DsmError as error:
+            faults.append(f"{entry.place}: {error}")
+            if skip_bad:
+                print(f"left out: {faults[-1]}", file=sys.stderr, flush=True)
+    if not entries:
+        raise TrainingError(f"{source} lists no recordings; expected rows {_FORMAT}, or a folder of recordings")
+    if faults and not (skip_bad and recordings):
+        listed = "".join(f"\n  {fault}" for fault in faults[:LISTED])
+        more = f"\n  and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
+        remedy = "mend them, or set skip_bad to leave them out" if recordings else "mend them"
+        raise TrainingError(
+            f"{len(faults)} of the {len(entries)} recordings of {source} cannot be learnt from; {remedy}:{listed}{more}"
+        )
+    return recordings
+
+
+def _file_entries(source: Path) -> Iterator[_Entry]:
+    for number, line in enumerate(_bytes_of(source).splitlines(), 1):
+        if line.strip():
+            yield _Entry(f"{source.name} line {number}", None, line)
+
+
+def _folder_entries(folder: Path) -> Iterator[_Entry]:
+    """Lists every recording of a folder, and every transcript that has no recording."""
+    recordings = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+    for path in recordings:
+        transcript = path.with_suffix(".json")
+        found = transcript.is_file()
+        yield _Entry(transcript.name if found else path.name, path, transcript if found else None)
+    stems = {path.stem for path in recordings}
+    for path in sorted(folder.glob("*.json")):
+        if path.stem not in stems:
+            yield _Entry(path.name, None, None)
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise TrainingError(
+            f"{path} cannot be read ({error.strerror}); give a JSON Lines file, or a folder of recordings"
+        ) from None
+
+
+def _read_entry(entry: _Entry, source: Path, sample_rate: int, check: Callable[[str], object] | None) -> Recording:
+    if entry.transcript is None and entry.audio is None:
+        raise TrainingError(f"there is no recording of this name beside it; add one ({', '.join(SUFFIXES)})")
+    if entry.transcript is None:
+        raise TrainingError(f"there is no {Path(entry.place).stem}.json beside it; write one: {_FORMAT}")
+    text = entry.transcript if isinstance(entry.transcript, bytes) else _bytes_of(entry.transcript)
+    try:
+        values = json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise TrainingError(f"this is not text in UTF-8 ({error.reason}); expected {_FORMAT}") from None
+    except json.JSONDecodeError as error:
+        where = f"column {error.colno}" if entry.audio is None else f"line {error.lineno}, column {error.colno}"
+        raise TrainingError(f"this is no JSON ({error.msg} at {where}); expected {_FORMAT}") from None
+    path = entry.audio
+    if path is None:
+        named = values.get("audio") if isinstance(values, dict) else None
+        if not isinstance(named, str):
+            raise TrainingError(f"the key 'audio' is {named!r}; expected the path of a recording: {_FORMAT}")
+        path = source.parent / named
+    words = tuple(_words(values, check))
+    samples = sum(len(block_T) for block_T in audio.blocks(path, sample_rate))
+    seconds = samples / sample_rate
+    late = next((word for word in words if word.start > seconds + SLACK_S), None)
+    if late is not None:
+        raise TrainingError(
+            f"the word {late.text!r} starts at {late.start} s and {path} ends at {seconds:.2f} s; is the recording cut "
+            "short, or the transcript another's?"
+        )
+    return Recording(path, words, seconds, tuple(_voices(values, source if source.is_dir() else source.parent)))
+
+
+def _voices(values: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
+    """Yields speakers and their voices; paths become relative to the present folder."""
+    voices = values.get("voices", {})
+    if "voice" in values:
+        voices = {"": values["voice"]}
+    if not isinstance(voices, dict) or not all(isinstance(voice, str) for voice in voices.values()):
+        raise TrainingError(
+            f'the voices are {voices!r}; expected "voice": VOICE, or "voices": {{SPEAKER: VOICE, ...}}, files or names'
+        )
+    for speaker, voice in voices.items():
+        path = folder / voice
+        yield speaker, str(path) if path.is_file() else voice
+
+
+def _words(values: Any, check: Callable[[str], object] | None) -> Iterator[WordSpan]:
+    listed = values.get("words") if isinstance(values, dict) else None
+    text = values.get("text") if isinstance(values, dict) else None
+    if not isinstance(listed, list) or (not listed and isinstance(text, str) and text.strip()):
+        raise TrainingError(f"the transcript has no words with times; expected {_FORMAT}")
+    before = 0.0
+    for number, word in enumerate(listed, 1):
+        found = word if isinstance(word, dict) else {}
+        text, start, end = found.get("text"), found.get("start"), found.get("end")
+        speaker = found.get("speaker", values.get("speaker", ""))
+        if not isinstance(text, str) or not text.strip():
+            raise TrainingError(f"word {number} is {word!r}, without text; expected {_FORMAT}")
+        if not (_is_time(start) and _is_time(end) and start <= end):
+            raise TrainingError(
+                f"word {number}, {text!r}, goes from {start!r} to {end!r}; expected two times in seconds, the end not "
+                "before the start"
+            )
+        if start < before:
+            raise TrainingError(
+                f"word {number}, {text!r}, starts at {start} s, before the one ahead of it ({before} s); sort the words"
+            )
+        if not isinstance(speaker, str):
+            raise TrainingError(f"word {number}, {text!r}, has the speaker {speaker!r}; expected a name")
+        if check is not None:
+            check(text)
+        before = start
+        yield WordSpan(text, float(start), float(end), speaker)
+
+
+def _is_time(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < LONGEST_S
+
+
+def batches(rows: Any, *, batch_size: int, seed: int, first_step: int) -> Iterator[Any]:
+    """Draws endless batches of a random-access source, in a new order every epoch, prepared ahead on a thread.
+
+    Batch n is always the same, so a resumed run continues with the batch after its last one.
+
+    Args:
+      rows: has a length, and for each index a dict of arrays without a batch axis.
+      batch_size: rows in a batch.
+      seed: of the order.
+      first_step: the number of the first batch, from 0: the steps already taken.
+
+    Raises:
+      TrainingError: there are no rows.
+    """
+    import grain
+
+    if not len(rows):
+        raise TrainingError("there are no rows to train on; look at where the data comes from")
+    endless = grain.MapDataset.source(rows).seed(seed).shuffle().repeat().batch(batch_size)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return iter(endless[first_step:].to_iter_dataset(options))

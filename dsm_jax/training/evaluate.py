@@ -1,0 +1,75 @@
+"""Evaluates transcription: word error rate, and errors of word times."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from dsm_jax.checkpoints import Model
+from dsm_jax.stt import transcribe
+from dsm_jax.stt.transcript import Transcript
+from dsm_jax.training.data import WordSpan
+
+
+@dataclasses.dataclass(frozen=True)
+class WerStats:
+    """Counts the errors of transcripts against reference words.
+
+    Attributes:
+      words: reference words.
+      substituted, inserted, deleted: the edits that turn the reference into the transcript.
+      start_errors: for each correct word, seconds by which its start is late; negative where it is early.
+    """
+
+    words: int = 0
+    substituted: int = 0
+    inserted: int = 0
+    deleted: int = 0
+    start_errors: tuple[float, ...] = ()
+
+    @property
+    def word_error_rate(self) -> float:
+        """Edits per reference word; without reference words, the number of inserted words."""
+        return (self.substituted + self.inserted + self.deleted) / max(self.words, 1)
+
+    @property
+    def start_error(self) -> float:
+        """Median of the absolute start errors, seconds; NaN where no word was correct."""
+        return float(np.median(np.abs(self.start_errors))) if self.start_errors else float("nan")
+
+    def __add__(self, other: "WerStats") -> "WerStats":
+        ours, theirs = (dataclasses.astuple(stats) for stats in (self, other))
+        return WerStats(*(a + b for a, b in zip(ours, theirs, strict=True)))
+
+    def __str__(self) -> str:
+        edits = f"{self.substituted} substituted, {self.inserted} inserted, {self.deleted} deleted"
+        rate = f"word error rate {100 * self.word_error_rate:.2f} % of {self.words} words ({edits})"
+        return f"{rate}; word starts off by {1000 * self.start_error:.0f} ms (median)"
+
+
+def word_errors(reference: Sequence[WordSpan], transcript: Transcript) -> WerStats:
+    """Counts the errors of one transcript; words are compared by their spelling in lower case."""
+    import jiwer
+
+    expected, found = [w.text.lower() for w in reference], [w.text.lower() for w in transcript.words]
+    if not expected:
+        return WerStats(inserted=len(found))
+    result = jiwer.process_words(" ".join(expected), " ".join(found))
+    errors = [
+        transcript.words[chunk.hyp_start_idx + i].start - reference[chunk.ref_start_idx + i].start
+        for chunk in result.alignments[0]
+        if chunk.type == "equal"
+        for i in range(chunk.ref_end_idx - chunk.ref_start_idx)
+    ]
+    return WerStats(len(expected), result.substitutions, result.insertions, result.deletions, tuple(errors))
+
+
+def total_word_errors(pairs: Iterable[tuple[Sequence[WordSpan], Transcript]]) -> WerStats:
+    """Counts the errors of many transcripts together."""
+    return sum((word_errors(reference, transcript) for reference, transcript in pairs), WerStats())
+
+
+def evaluate(model: Model, recordings: Sequence[tuple[np.ndarray, Sequence[WordSpan]]]) -> WerStats:
+    """Transcribes recordings, each samples at the model's rate and its reference words, and counts the errors."""
+    transcripts = transcribe(model, [pcm_T for pcm_T, _ in recordings], batch_size=16)
+    return total_word_errors(zip((reference for _, reference in recordings), transcripts, strict=True))

@@ -1,0 +1,390 @@
+"""Runs a training in a folder: steps, progress, metrics, checkpoints, and a picture of the loss at the end.
+
+A run's folder holds `metrics.jsonl` (one object per logged step), `checkpoints/` (Orbax, the last few) and `curve.png`.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsm_jax.errors import ConfigError, TrainingError
+from dsm_jax.training.data import batches
+from dsm_jax.training.step import Loss, Metrics, OptimizerConfig, TrainState, init, make_step
+
+StepFunction = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+Record = Mapping[str, Any]  # metrics of a logged step; None stands for a number that is not finite, which JSON lacks
+_COLOURS = 64  # of a curve: makes its file less than a third as large as all the colours of antialiasing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Sets the length of a run, and how often it reports and saves."""
+
+    steps: int
+    seed: int = 0
+    log_every: int = 50
+    save_every: int = 500
+    keep: int = 2  # checkpoints that stay on disk
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} of a run is {getattr(self, name)}; give 1 or more")
+
+
+class Run:
+    """Writes and reads the folder of one run.
+
+    Args:
+      folder: made if it does not exist.
+      config: of the run.
+
+    Raises:
+      TrainingError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig):
+        self.folder, self.config = folder, config
+        self._checkpoints = (folder / "checkpoints").absolute()
+        self._metrics = folder / "metrics.jsonl"
+        try:
+            self._checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"{folder} cannot be made ({error.strerror}); choose another folder") from None
+
+    def latest(self) -> int | None:
+        """Finds the step of the last checkpoint; None where there is none."""
+        return max(self._saved(), default=None)
+
+    def _saved(self) -> list[int]:
+        # Orbax names an unfinished checkpoint by more than its number, and renames it once it is whole.
+        return sorted(int(p.name) for p in self._checkpoints.glob("*") if p.name.isdecimal())
+
+    def save(self, state: TrainState) -> None:
+        """Writes a checkpoint of all but the frozen parameters, whole or not at all, then removes the oldest ones.
+
+        Raises:
+          TrainingError: the checkpoint cannot be written, or exists; earlier checkpoints are still there.
+        """
+        import orbax.checkpoint as ocp
+
+        step, state = int(state.step), dataclasses.replace(state, frozen=())
+        try:
+            self._clear()  # leftovers of a run that was killed
+            size, free = sum(a.nbytes for a in jax.tree.leaves(state)), shutil.disk_usage(self._checkpoints).free
+            if free < size:
+                raise OSError(f"it needs {size / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free")
+            with _without_log(), ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(self._checkpoints / str(step), state)
+        except Exception as error:  # a fault of the disk, raised as whatever type Orbax's layers use
+            self._clear()
+            # The file system's message comes last, after Orbax's and tensorstore's own words.
+            reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2] or type(error).__name__
+            raise TrainingError(
+                f"the checkpoint of step {step} could not be written to {self._checkpoints} ({reason.strip()}); "
+                f"{self._have()}. Put that right, then go on with --resume"
+            ) from error
+        for old in self._saved()[: -self.config.keep]:
+            # Renamed first, so that a removal that is cut short leaves nothing that looks like a checkpoint.
+            with contextlib.suppress(OSError):
+                (self._checkpoints / str(old)).rename(self._checkpoints / f"{old}.old")
+        self._clear()
+
+    def _clear(self) -> None:
+        for path in self._checkpoints.glob("*"):
+            if not path.name.isdecimal():
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _have(self) -> str:
+        saved = self.latest()
+        return f"the last one is of step {saved}" if saved is not None else "there is none before it"
+
+    def restore(self, like: TrainState) -> TrainState:
+        """Reads the last checkpoint.
+
+        Args:
+          like: a state of the same run: gives the structure and placement of arrays, and the frozen parameters.
+
+        Raises:
+          TrainingError: there is no checkpoint, it belongs to another run, or it is damaged.
+        """
+        import orbax.checkpoint as ocp
+
+        step = self.latest()
+        if step is None:
+            raise TrainingError(f"{self.folder} holds no checkpoint to resume from; start without --resume")
+        folder = self._checkpoints / str(step)
+        target = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None)),
+            dataclasses.replace(like, frozen=()),
+        )
+        try:
+            with _without_log(), ocp.StandardCheckpointer() as checkpointer:
+                held = checkpointer.metadata(folder).item_metadata
+                if held is None:
+                    raise ValueError("it does not say what it holds")
+                faults = _faults(ocp.tree.to_flat_dict(held.tree, sep="."), ocp.tree.to_flat_dict(target, sep="."))
+                # Checked here, as Orbax would cast some arrays that do not fit.
+                state = None if faults else checkpointer.restore(folder, target)
+        except Exception as error:  # Orbax raises many types
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise TrainingError(
+                f"{folder} cannot be read ({reason}); remove it to resume from the one before"
+            ) from error
+        if state is None:
+            more = f", and {len(faults) - 1} more" if faults[1:] else ""
+            raise TrainingError(
+                f"{folder} does not fit this run ({faults[0]}{more}); resume with the config that it was made with"
+            )
+        return dataclasses.replace(state, frozen=like.frozen)
+
+    def train(
+        self,
+        step: StepFunction,
+        state: TrainState,
+        data: Iterator[Any],
+        *,
+        evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    ) -> TrainState:
+        """Trains to the last step.
+
+        Args:
+          step: from `make_step`.
+          state: before the first step, or restored; donated to the steps.
+          data: batches, from the step that `state` is at.
+          evaluate: computes further metrics at each checkpoint.
+
+        Returns:
+          The state after the last step; it has been saved.
+
+        Raises:
+          TrainingError: a loss that is not finite, a batch that cannot be read, a checkpoint or metrics that cannot be
+            written, or a folder that holds a later checkpoint.
+        """
+        first, last = int(state.step), self.config.steps
+        if (saved := self.latest()) is not None and saved > first:
+            raise TrainingError(
+                f"{self.folder} holds a checkpoint of step {saved}, and this run would begin at step {first}; go on "
+                "from there with --resume, or choose another folder"
+            )
+        records = self._read_records(first)
+        pending: list[Metrics] = []
+        began = time.perf_counter()
+        with progress_bar(self.folder.absolute().name, last, first) as report:
+            for number in range(first + 1, last + 1):
+                state, metrics = step(state, self._next(data, number))
+                pending.append(metrics)
+                saves = number % self.config.save_every == 0 or number == last
+                if number % self.config.log_every and not saves:
+                    continue
+                record = self._mean(pending, number)
+                record["seconds_per_step"] = (time.perf_counter() - began) / len(pending)
+                pending = []
+                if saves:
+                    self.save(state)
+                    record |= {name: float(value) for name, value in (evaluate(state) if evaluate else {}).items()}
+                began = time.perf_counter()
+                records.append({name: value if math.isfinite(value) else None for name, value in record.items()})
+                self._append(records[-1])
+                report(record)
+        picture = self.folder / "curve.png"
+        with _writing(picture):
+            draw_curve(records, picture)
+        return state
+
+    def _next(self, data: Iterator[Any], number: int) -> Any:
+        try:
+            return next(data)
+        except StopIteration:
+            raise TrainingError(
+                f"the data ended before step {number} of {self.config.steps}; give more, or fewer steps"
+            ) from None
+        except (OSError, RuntimeError) as error:  # raised by the disk, and by libsndfile
+            raise TrainingError(
+                f"the batch of step {number} could not be read ({error}); put that right, then go on with --resume. "
+                f"Of the checkpoints, {self._have()}"
+            ) from error
+
+    def _mean(self, pending: Sequence[Metrics], number: int) -> dict[str, float]:
+        values = jax.device_get(list(pending))
+        for at, one in enumerate(values, number - len(values) + 1):
+            if not one["finite"]:
+                raise TrainingError(
+                    f"the loss or its gradient is not finite at step {at} (loss {float(one['loss'])}); that step was "
+                    "not taken. Lower the learning rate, or look at that batch, then go on with --resume. Of the "
+                    f"checkpoints, {self._have()}"
+                )
+        names = ["loss", *(name for name in values[0] if name not in ("loss", "finite"))]
+        return {"step": number} | {name: float(np.mean([one[name] for one in values])) for name in names}
+
+    def _read_records(self, step: int) -> list[Record]:
+        """Reads the records up to a step, and removes later ones from the file."""
+        records = []
+        for line in self._metrics.read_text(encoding="utf-8").splitlines() if self._metrics.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):  # a line that a full disk cut off
+                records.append(json.loads(line))
+        records = [record for record in records if record["step"] <= step]
+        new = self._metrics.with_suffix(".new")
+        with _writing(self._metrics):
+            new.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+            new.replace(self._metrics)
+        return records
+
+    def _append(self, record: Record) -> None:
+        with _writing(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def fit(
+    run: Run,
+    optimizer: OptimizerConfig,
+    loss: Loss,
+    measure: Callable[[Any, Any, Any], Metrics],
+    params: Any,
+    rows: Any,
+    *,
+    batch_size: int,
+    seed: int,
+    resume: bool,
+    frozen: Any = (),
+    aux: Any = (),
+) -> TrainState:
+    """Trains parameters on rows to the last step of a run, and measures them at each checkpoint.
+
+    Args:
+      run: where the training is saved.
+      optimizer: settings of the optimizer.
+      loss: see `step.make_step`.
+      measure: jittable function from `params, frozen, aux` to metrics of rows that are not trained on.
+      params: initial parameters; donated.
+      rows: see `data.batches`.
+      batch_size: rows in a batch.
+      seed: of the order of the rows, and of what is random in the loss.
+      resume: continue from the last checkpoint, if there is one.
+      frozen: parameters that the loss only reads; donated, and returned in the state.
+      aux: initial auxiliary state of the loss; donated.
+
+    Returns:
+      The state after the last step; it has been saved.
+
+    Raises:
+      TrainingError: a loss that is not finite, or a checkpoint that cannot be written or resumed from.
+    """
+    update = optimizer.build(run.config.steps)
+    state = init(params, update, seed, frozen=frozen, aux=aux)
+    state = run.restore(state) if resume and run.latest() is not None else state
+    jitted = jax.jit(measure)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        metrics = jitted(state.params, state.frozen, state.aux)
+        return {f"validation_{name}": float(value) for name, value in metrics.items()}
+
+    data = batches(rows, batch_size=batch_size, seed=seed, first_step=int(state.step))
+    return run.train(make_step(loss, update), state, data, evaluate=evaluate)
+
+
+def _faults(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Lists the differences between the arrays of a checkpoint and those of the state that it is read into."""
+    found, expected = (
+        {name: f"{np.dtype(a.dtype).name} {list(a.shape)}" for name, a in arrays.items()} for arrays in (saved, wanted)
+    )
+    return [
+        f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
+        for name in sorted(found | expected)
+        if found.get(name) != expected.get(name)
+    ]
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{path} could not be written ({error.strerror}); put that right, then go on with --resume"
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """Keeps Orbax from logging the traceback of each of its threads; the error itself is still raised."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@contextlib.contextmanager
+def progress_bar(name: str, steps: int, first: int) -> Iterator[Callable[[dict[str, float]], None]]:
+    """Shows the progress of a run on standard error: a bar on a terminal, elsewhere a line per record.
+
+    Args:
+      name: of the run.
+      steps: of the whole run.
+      first: steps taken before this process.
+
+    Yields:
+      A function to call with each record.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    shown = console.is_terminal
+    with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console, disable=not shown) as progress:
+        task = progress.add_task(name, total=steps, completed=first, loss="")
+
+        def report(record: dict[str, float]) -> None:
+            progress.update(task, completed=record["step"], loss=f"loss {record['loss']:.4g}")
+            if not shown:
+                values = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "step")
+                print(f"{name} {record['step']}/{steps}  {values}", file=sys.stderr, flush=True)
+
+        yield report
+
+
+def draw_curve(records: Sequence[Record], path: Path) -> None:
+    """Draws the loss, and any metrics whose names begin with "validation", over steps, in a file of a few kB.
+
+    Args:
+      records: in the order of their steps; None is left out.
+      path: of the PNG.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    lowest = math.inf
+    for name in ["loss", *sorted({name for record in records for name in record if name.startswith("validation")})]:
+        points = [(record["step"], value) for record in records if (value := record.get(name)) is not None]
+        lowest = min([lowest, *(value for _, value in points)])
+        marker = "" if name == "loss" and len(points) > 1 else "o"
+        axes.plot([step for step, _ in points], [value for _, value in points], label=name, marker=marker, markersize=3)
+    axes.set(xlabel="step", yscale="log" if lowest > 0 else "linear", title=path.absolute().parent.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110)
+    Image.open(drawn).convert("RGB").quantize(_COLOURS).save(path, optimize=True)

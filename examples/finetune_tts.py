@@ -1,0 +1,93 @@
+"""Fine-tunes a text-to-speech model on a new voice, and counts the errors of its speech before and after.
+
+Beside each recording lies a JSON file of the same name with the words and their times, as for `examples/finetune.py`.
+Without arguments `digits-tts` learns the synthetic voice of `examples/new_speaker`. Speech is transcribed by `digits`.
+
+The voices of `digits-tts` are one-hot vectors, so a new speaker has no embedding of its own. The example draws a random
+unit vector, which is neither a voice of the model nor a blend of them. For a published model give the speaker's own
+embedding with --voice.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+import dsm_jax
+from dsm_jax.training.data import WordSpan
+from dsm_jax.training.evaluate import WerStats, total_word_errors
+from dsm_jax.training.finetune import FinetuneConfig, finetune
+from dsm_jax.training.loop import RunConfig
+from dsm_jax.training.lora import LoraConfig
+from dsm_jax.training.step import OptimizerConfig
+from dsm_jax.tts import Request, Speech, read_voice, synthesize_each, voices_of
+from dsm_jax.tts.voices import write_voices
+
+DATA = Path(__file__).parent / "new_speaker"
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("data", type=Path, nargs="?", default=DATA / "train", help="recordings to train on")
+    parser.add_argument("--validation", type=Path, default=DATA / "test", help="recordings to measure the loss on")
+    parser.add_argument("--model", default="digits-tts")
+    parser.add_argument("--voice", type=Path, help="safetensors file of the new voice; none draws a vector")
+    parser.add_argument("--output", type=Path, default=Path("out/new_voice"), help="checkpoints, curve and model")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-4)
+    parser.add_argument("--rank", type=int, default=16, help="of low-rank adapters; 0 trains the whole model")
+    parser.add_argument("--sentences", type=int, default=100, help="spoken before and after to count errors")
+    parser.add_argument("--resume", action="store_true")
+    return parser.parse_args()
+
+
+def draw_voice(folder: Path, model: dsm_jax.Model) -> Path:
+    """Writes a random unit vector of the width of the model's voices, once."""
+    if not folder.exists():
+        width = read_voice(next(iter(voices_of(model))), model).shape[1]
+        vector = np.random.default_rng(0).normal(size=(1, width)).astype(np.float32)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_voices(folder, {"new_speaker": vector / np.linalg.norm(vector)})
+    return folder / "new_speaker.safetensors"
+
+
+def errors(model: dsm_jax.Model, voice: Path, count: int) -> WerStats:
+    """Synthesises random digits in a voice, and compares the transcripts with the text."""
+    requests = []
+    for seed in range(count):
+        random = np.random.default_rng(seed)
+        requests.append(Request(" ".join(random.choice(WORDS, random.integers(3, 10))), (voice,), seed=seed))
+    speeches: dict[int, Speech] = {}
+    for number, result in synthesize_each(model, requests, batch_size=20):
+        if not isinstance(result, Speech):
+            raise result
+        speeches[number] = result
+    transcripts = dsm_jax.transcribe(dsm_jax.load("digits"), [speeches[number].pcm for number in range(count)])
+    spoken = [[WordSpan(w.text, w.start, w.end) for w in speeches[number].words] for number in range(count)]
+    return total_word_errors(zip(spoken, transcripts, strict=True))
+
+
+def main() -> None:
+    args = arguments()
+    model = dsm_jax.load(args.model)
+    voice = args.voice or draw_voice(args.output.with_name(f"{args.output.name}-voice"), model)
+    print(f"before: {errors(model, voice, args.sentences)}")
+    config = FinetuneConfig(
+        data=str(args.data),
+        validation=str(args.validation),
+        output=str(args.output),
+        model=args.model,
+        seconds=9.0,
+        voice=str(voice),
+        run=RunConfig(steps=args.steps, log_every=10, save_every=20),
+        optimizer=OptimizerConfig(learning_rate=args.learning_rate, warmup=10),
+        lora=LoraConfig(rank=args.rank) if args.rank else None,
+    )
+    tuned = finetune(config, resume=args.resume)
+    print(f"after: {errors(tuned, voice, args.sentences)}")
+    print(f"dsm-jax speak 'one two three' --model {args.output / 'model'} --speaker {voice.stem} said.wav uses it")
+
+
+if __name__ == "__main__":
+    main()

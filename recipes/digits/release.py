@@ -1,0 +1,25 @@
+"""Prepares a recipe's model for release: the folder that it is written to, and its dtype."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsm_jax.errors import TrainingError
+
+
+def to_bfloat16(params: nnx.State) -> nnx.State:
+    """Rounds parameters to bfloat16: half the size, and exact again in float32, in which the codec always runs."""
+    return jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+
+
+def model_dir(output: Path, name: str) -> Path:
+    """Names the folder that a recipe writes its model to.
+
+    Raises:
+      TrainingError: the folder exists.
+    """
+    if (folder := output / name).exists():
+        raise TrainingError(f"{folder} exists, so this recipe is done; choose another output, or move it away")
+    return folder

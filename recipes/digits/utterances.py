@@ -1,0 +1,124 @@
+"""Concatenates recordings of single words into utterances, with the times of each word."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from dsm_jax.training.data import WordSpan
+from recipes.digits import augment
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A recording of one word by one speaker; `start` and `end` are the word's times in it, in seconds."""
+
+    word: str
+    speaker: str
+    pcm_T: np.ndarray
+    start: float
+    end: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProsodyConfig:
+    """Sets how the words of an utterance follow each other, and how each is changed; by default they are as recorded.
+
+    Attributes:
+      lead: longest silence before the first word, in seconds.
+      shortest_gap, longest_gap: silence between words, in seconds; most gaps are near the shortest.
+      speed: largest change of speed and pitch together, as a logarithm; each utterance has one, and each word up to
+        half as much on top.
+      tempo: the same for speed at an unchanged pitch; word times are then exact to some milliseconds.
+      truncate: half of the words lose up to this much of their beginning and of their end, in seconds, and at most a
+        quarter of the word at either, as recordings trimmed by level do.
+      turn_taking: probability that the speaker changes from one word to the next; 0 is never.
+    """
+
+    lead: float = 1.2
+    shortest_gap: float = 0.0
+    longest_gap: float = 0.9
+    speed: float = 0.0
+    tempo: float = 0.0
+    truncate: float = 0.0
+    turn_taking: float = 0.0
+
+
+def concat_words(
+    random: np.random.Generator,
+    clips: Sequence[Clip],
+    sample_rate: int,
+    *,
+    seconds: float,
+    words: int | None = None,
+    prosody: ProsodyConfig = ProsodyConfig(),
+) -> tuple[np.ndarray, list[WordSpan]]:
+    """Makes an utterance by one speaker, or two who take turns, between silences.
+
+    Args:
+      random: source of randomness.
+      clips: recordings to draw from; those of one speaker are used, or of two.
+      sample_rate: of the clips, Hz.
+      seconds: length of the result.
+      words: number of words; None for as many as fit.
+      prosody: gaps and changes of the words.
+
+    Returns:
+      Samples, float32 [seconds * sample_rate], and the words in order; words that do not fit are left out.
+    """
+    own = _of_one_speaker(random, clips)
+    other = _of_one_speaker(random, clips) if prosody.turn_taking else own
+    pcm_T = np.zeros(round(seconds * sample_rate), np.float32)
+    at, spans = random.uniform(0, prosody.lead), []
+    shortest, longest, most = prosody.shortest_gap, prosody.longest_gap, (prosody.speed, prosody.tempo)
+    speeds = np.exp(random.uniform(-1, 1, 2) * most)
+    tightness = random.choice([1.0, 2.0, 4.0])
+    while words is None or len(spans) < words:
+        if prosody.turn_taking and random.random() < prosody.turn_taking:
+            own, other = other, own
+        clip = own[int(random.integers(len(own)))]
+        if prosody.truncate and random.random() < 0.5:
+            clip = _truncate(random, clip, prosody.truncate, sample_rate)
+        speed, tempo = speeds * np.exp(random.uniform(-0.5, 0.5, 2) * most)
+        factor = speed * tempo
+        word_T = augment.change_speed(clip.pcm_T, speed)
+        if prosody.tempo:
+            word_T = augment.change_tempo(word_T, tempo, sample_rate)
+        word_T = word_T * (augment.gain(random.uniform(-4, 4)) * 0.1 / augment.rms(word_T))
+        first = round(at * sample_rate)
+        if first + len(word_T) > len(pcm_T):
+            break
+        pcm_T[first : first + len(word_T)] += word_T
+        spans.append(WordSpan(clip.word, at + clip.start / factor, at + clip.end / factor, clip.speaker))
+        at += len(word_T) / sample_rate + shortest + (longest - shortest) * random.random() ** tightness
+    return pcm_T, spans
+
+
+def _of_one_speaker(random: np.random.Generator, clips: Sequence[Clip]) -> list[Clip]:
+    speaker = clips[int(random.integers(len(clips)))].speaker
+    return [clip for clip in clips if clip.speaker == speaker]
+
+
+def _truncate(random: np.random.Generator, clip: Clip, most: float, sample_rate: int) -> Clip:
+    """Removes the silence around a word, and up to `most` seconds of the word at either end."""
+    lost = random.random(2) ** 2 * min(most, (clip.end - clip.start) / 4)
+    first, last = round((clip.start + lost[0]) * sample_rate), round((clip.end - lost[1]) * sample_rate)
+    pcm_T = clip.pcm_T[first:last]
+    return dataclasses.replace(clip, pcm_T=pcm_T, start=0.0, end=len(pcm_T) / sample_rate)
+
+
+def frame_labels(
+    words: Sequence[WordSpan], vocabulary: Sequence[str], *, frames: int, frame_rate: float, parts: int
+) -> np.ndarray:
+    """Labels each frame, int32 [frames], with the part of the word that is spoken at its middle; 0 is silence.
+
+    The word at place w of the vocabulary has the labels 1 + w * parts to (w + 1) * parts, from its first part to its
+    last.
+    """
+    labels_T = np.zeros(frames, np.int32)
+    for word in words:
+        middles = (np.arange(frames) + 0.5) / frame_rate
+        inside_T = (word.start <= middles) & (middles < word.end)
+        part_T = np.minimum((middles - word.start) / (word.end - word.start) * parts, parts - 1).astype(np.int32)
+        labels_T[inside_T] = (1 + vocabulary.index(word.text) * parts + part_T)[inside_T]
+    return labels_T

@@ -1,0 +1,23 @@
+"""Exporting a trained model: whole or not at all."""
+
+import numpy as np
+import pytest
+
+import dsm_jax
+from dsm_jax.errors import TrainingError
+from dsm_jax.training import finetune
+from tests import tts_model
+
+
+def test_a_model_whose_voices_cannot_be_written_is_not_there_at_all(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(finetune, "write_voices", full)
+    model = dsm_jax.load(tts_model.make_checkpoint(tmp_path))
+    with pytest.raises(
+        TrainingError, match=r"could not be written \(.*No space left on device\); its parameters are in"
+    ):
+        finetune.write_model(model, tmp_path / "out", {"ann": np.zeros((1, 2), np.float32)})
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".model.*"))

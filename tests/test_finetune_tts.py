@@ -1,0 +1,272 @@
+"""Fine-tuning text-to-speech in miniature: rows hold what inference feeds, and a model that learnt a row speaks it.
+
+Shape letters: K streams (text first), Q codebooks, T frames, N rows.
+"""
+
+import dataclasses
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import dsm_jax
+from dsm_jax import audio, checkpoints, codec
+from dsm_jax.errors import CheckpointError, TrainingError
+from dsm_jax.stt.transcript import Transcript, Word
+from dsm_jax.training.alignment import script_stream
+from dsm_jax.training.data import Recording, WordSpan, read_recordings
+from dsm_jax.training.finetune import FinetuneConfig, finetune
+from dsm_jax.training.loop import RunConfig
+from dsm_jax.training.lora import LoraConfig
+from dsm_jax.training.losses.tts import TtsObjective
+from dsm_jax.training.rows import TtsRows
+from dsm_jax.training.step import OptimizerConfig
+from dsm_jax.tts import Request, Speech, SpeechOptions, SpokenWord, synthesize_each, voices
+from dsm_jax.tts.script import MAIN, OTHER
+from tests import tts_model
+from tests.checkpoint_maker import arrays_of, assert_same_weights
+from tests.tts_model import CODEBOOKS, DELAY_STEPS, FRAME, LAST_DELAY
+
+RATE = 1600
+EXAMPLE = Path(__file__).parents[1] / "examples/finetune_tts.py"
+MESH = Mesh(jax.devices()[:1], ("data",))
+TEXT = ("on", "a", "we")
+# The first word starts where inference starts it, two steps in.
+STARTS = (2, 6, 9)
+SECONDS = 2.0
+NO_DROPOUT = TtsObjective(unconditional=0.0, random_codes=0.0)
+
+
+def write_recording(folder: Path, name: str, seed: int, **keys: object) -> Path:
+    """Writes a recording of three words and its transcript."""
+    path = folder / f"{name}.wav"
+    audio.write(path, 0.3 * np.random.default_rng(seed).normal(size=round(SECONDS * RATE)), RATE)
+    spans = [
+        {"text": text, "start": step / 12.5, "end": (step + 2) / 12.5} for text, step in zip(TEXT, STARTS, strict=True)
+    ]
+    path.with_suffix(".json").write_text(json.dumps({"words": spans, **keys}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder with one recording and a voice."""
+    folder = tmp_path_factory.mktemp("data")
+    write_recording(folder, "first", 1, voice="ann.safetensors")
+    tts_model.write_voice(folder / "ann.safetensors", tts_model.voice(0))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A model with voices, guidance values and a second text stream: tts-1.6b-en_fr."""
+    return tts_model.make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def prefix_checkpoint(tmp_path_factory) -> Path:
+    """A model that continues a recording: tts-0.75b-en-public."""
+    folder = tmp_path_factory.mktemp("prefix")
+    checkpoints.save(tts_model.random_model(folder, tts_model.PREFIX), folder / "speaker")
+    return folder / "speaker"
+
+
+def settings(checkpoint: Path, data: Path, output: Path, *, steps: int, lora: LoraConfig | None) -> FinetuneConfig:
+    return FinetuneConfig(
+        data=str(data),
+        output=str(output),
+        model=str(checkpoint),
+        run=RunConfig(steps=steps, log_every=1, save_every=max(1, steps // 2)),
+        seconds=SECONDS,
+        batch_size=2,
+        encode_batch=2,
+        optimizer=OptimizerConfig(learning_rate=2e-2, warmup=5),
+        tts=NO_DROPOUT,
+        guidance=2.0,
+        prefix_seconds=1.0,
+        lora=lora,
+    )
+
+
+def test_a_row_holds_script_codes_and_conditions_as_inference_feeds_them(checkpoint, tmp_path):
+    model = dsm_jax.load(checkpoint)
+    path = write_recording(tmp_path, "talk", 3)
+    spans = [WordSpan(text, step / 12.5, 0.0, speaker) for text, step, speaker in zip(TEXT, STARTS, "aba", strict=True)]
+    names = {speaker: str(tmp_path / f"{speaker}.safetensors") for speaker in "ab"}
+    steps = {speaker: tts_model.voice(seed) for seed, speaker in enumerate("ab")}
+    for speaker, name in names.items():
+        tts_model.write_voice(Path(name), steps[speaker])
+    maker = TtsRows(model, MESH, seconds=3.0, batch_size=1, guidance=3.0)
+    (row,) = maker.rows([Recording(path, tuple(spans), SECONDS, tuple(names.items()))])
+
+    codes_QT = codec.encode(model, audio.read(path, RATE), codebooks=CODEBOOKS)
+    frames = codes_QT.shape[1]
+    assert frames == SECONDS * RATE / FRAME
+    codes_KT = row["codes_BKT"]
+    assert codes_KT.shape == (3, 38 + DELAY_STEPS + LAST_DELAY), "room for 3 s, the audio's delay and the codebooks'"
+    assert (codes_KT[1:, :DELAY_STEPS] == -1).all()
+    np.testing.assert_array_equal(codes_KT[1:, DELAY_STEPS : DELAY_STEPS + frames], codes_QT)
+    assert (codes_KT[:, DELAY_STEPS + frames :] == -1).all()
+    marks = [[MAIN], [OTHER], [MAIN]]
+    tokens = [[*mark, *model.tokenizer.encode(text)] for mark, text in zip(marks, TEXT, strict=True)]
+    stream_T = script_stream(tokens, STARTS, maker.machine, frames=DELAY_STEPS + frames, end=0)
+    np.testing.assert_array_equal(codes_KT[0, : DELAY_STEPS + frames], stream_T)
+
+    values, masks = voices.conditions(model.config.lm, [[steps["a"], steps["b"]]], 3.0)
+    for found, wanted in ((row["values"], values), (row["masks"], masks)):
+        assert found.keys() == wanted.keys()
+        for name, array in wanted.items():
+            np.testing.assert_array_equal(found[name], np.asarray(array)[0])
+    assert "context_B" not in row
+
+
+def test_guidance_values_are_drawn_for_each_row_where_none_is_given(checkpoint, data):
+    model = dsm_jax.load(checkpoint)
+    recordings = read_recordings(data, RATE) * 20
+    drawn = [
+        [
+            int(row["values"]["cfg"][0])
+            for row in TtsRows(model, MESH, seconds=2.0, batch_size=4, seed=seed).rows(recordings)
+        ]
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) == len(voices.guidance_values(model.config.lm))
+
+
+def test_a_row_of_a_model_without_voices_starts_with_another_part_of_the_speaker(prefix_checkpoint, tmp_path):
+    model = dsm_jax.load(prefix_checkpoint)
+    files = [write_recording(tmp_path, name, seed) for seed, name in enumerate(("x1", "y1", "x2", "y2"))]
+    recordings = [
+        Recording(path, tuple(WordSpan(text, 0.2, 0.3, path.stem[0]) for text in TEXT[:1]), SECONDS) for path in files
+    ]
+    rows = TtsRows(model, MESH, seconds=SECONDS, batch_size=3, prefix_seconds=1.0).rows(recordings)
+    codes = [codec.encode(model, audio.read(path, RATE), codebooks=CODEBOOKS) for path in files]
+    prefix = int(1.0 * 12.5)
+    for number, other in enumerate((2, 3, 0, 1)):
+        codes_KT, context = rows[number]["codes_BKT"], prefix + DELAY_STEPS
+        assert rows[number]["context_B"] == context
+        np.testing.assert_array_equal(codes_KT[1:, DELAY_STEPS:context], codes[other][:, :prefix])
+        np.testing.assert_array_equal(codes_KT[1:, context : context + 25], codes[number])
+        assert (codes_KT[0, :prefix] == -1).all(), "the script starts after the prefix"
+        assert (codes_KT[0, prefix : context + 25] >= 0).all()
+    with pytest.raises(TrainingError, match=r"x1.wav cannot be trained on: it is all there is of the speaker 'x', and"):
+        TtsRows(model, MESH, seconds=SECONDS, batch_size=3).rows(recordings[:2])
+
+
+@pytest.mark.parametrize("prefixed", [False, True], ids=["voice", "prefix"])
+def test_a_model_that_has_learnt_a_recording_speaks_it(prefixed, checkpoint, prefix_checkpoint, data, tmp_path):
+    folder, voice = data, tts_model.voice(0)
+    if prefixed:
+        folder, checkpoint = tmp_path / "data", prefix_checkpoint
+        folder.mkdir()
+        _, second = (write_recording(folder, name, seed) for seed, name in enumerate(("first", "second"), 1))
+        voice = audio.read(second, RATE)[: (int(1.0 * 12.5) + 2) * FRAME]
+    config = settings(checkpoint, folder, tmp_path / "run", steps=200, lora=None)
+    finetune(config)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.05 < losses[0]
+
+    model = dsm_jax.load(tmp_path / "run/model")
+    maker = TtsRows(model, MESH, seconds=SECONDS, batch_size=2, guidance=2.0, prefix_seconds=1.0)
+    row = maker.rows(read_recordings(folder, RATE))[0]["codes_BKT"]
+    options = SpeechOptions(
+        temperature=0.0, guidance=1.0 if prefixed else 2.0, padding_between=0, max_padding=20, final_padding=1
+    )
+    ((_, speech),) = synthesize_each(model, [Request(" ".join(TEXT), (voice,))], options)
+    frames = speech.frames.shape[1]
+    prefix = int(1.0 * 12.5) if prefixed else 0
+    # The script ends two steps after the last word starts; one step of padding follows.
+    assert frames == prefix + STARTS[-1] + 2 + DELAY_STEPS + 1 - LAST_DELAY
+    np.testing.assert_array_equal(speech.frames, row[:, :frames])
+
+
+def test_adapters_learn_resume_bit_for_bit_and_are_merged_beside_the_voices(checkpoint, data, tmp_path):
+    config = dataclasses.replace(
+        settings(checkpoint, data, tmp_path / "whole", steps=4, lora=LoraConfig(rank=4)),
+        tts=TtsObjective(),
+        guidance=None,
+        validation=str(data),
+        voice=str(data / "ann.safetensors"),
+    )
+    whole = finetune(config)
+    before, after = arrays_of(dsm_jax.load(checkpoint)), arrays_of(whole)
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed
+    assert all("self_attn" in name or "feedforward" in name for name in changed)
+    records = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert records[3]["validation_loss"] < records[1]["validation_loss"]
+    written = dsm_jax.load(tmp_path / "whole/model")
+    assert_same_weights(written, whole)
+    np.testing.assert_array_equal(voices.read_voice("ann", written), tts_model.voice(0))
+
+    part = dataclasses.replace(config, output=str(tmp_path / "part"))
+    (tmp_path / "part").mkdir()
+    (tmp_path / "whole/checkpoints/4").rename(tmp_path / "later")
+    (tmp_path / "whole/checkpoints").rename(tmp_path / "part/checkpoints")
+    assert_same_weights(finetune(part, resume=True), whole)
+
+
+def test_speakers_without_a_voice_and_voices_of_two_lengths_are_refused_before_encoding(checkpoint, data, tmp_path):
+    path = write_recording(tmp_path, "talk", 3)
+    config = settings(checkpoint, tmp_path, tmp_path / "run", steps=2, lora=None)
+    with pytest.raises(
+        TrainingError, match=r"talk.wav names no voice for the speaker '', which .* needs; add \"voice\""
+    ):
+        finetune(config)
+    tts_model.write_voice(tmp_path / "long.safetensors", tts_model.voice(0, steps=3))
+    both = [
+        Recording(path, (), SECONDS, (("", str(folder / f"{name}.safetensors")),))
+        for folder, name in ((data, "ann"), (tmp_path, "long"))
+    ]
+    with pytest.raises(TrainingError, match=r"the voices are \[2, 3\] steps long; give voices of one length"):
+        TtsRows(dsm_jax.load(checkpoint), MESH, seconds=SECONDS, batch_size=1).rows(both)
+
+
+def test_words_that_cannot_be_spelt_and_models_of_other_families_are_refused(checkpoint, data, tmp_path):
+    model = dsm_jax.load(checkpoint)
+    maker = TtsRows(model, MESH, seconds=SECONDS, batch_size=1)
+    maker.check("on")
+    with pytest.raises(TrainingError, match="the word '語' cannot be spelt by the model's tokenizer"):
+        maker.check("語")
+    config = dataclasses.replace(model.config, model_type="hibiki")
+    checkpoints.save(dataclasses.replace(model, config=config), tmp_path / "other")
+    with pytest.raises(
+        CheckpointError, match="other is of type 'hibiki', and stt and tts models can be fine-tuned; start"
+    ):
+        finetune(settings(tmp_path / "other", data, tmp_path / "run", steps=2, lora=None))
+
+
+def test_the_example_learns_a_voice_and_counts_errors(checkpoint, data, tmp_path, monkeypatch, capsys):
+    def speeches(model, requests, **_):
+        for number, request in enumerate(requests):
+            assert voices.read_voice(request.voices[0], model).shape == (2, tts_model.WIDTH)
+            words = tuple(SpokenWord(text, 0.1, 0.2) for text in request.text.split())
+            yield number, Speech(np.zeros(10, np.float32), RATE, words, np.zeros((3, 1), np.int32), model.name)
+
+    def transcripts(model, recordings):
+        return [Transcript("one", (Word("one", 0.1, 0.2, 1.0),), (), 1.0, None, None, "digits") for _ in recordings]
+
+    monkeypatch.setattr("dsm_jax.tts.synthesize_each", speeches)
+    monkeypatch.setattr(dsm_jax, "transcribe", transcripts)
+    arguments = {
+        "--validation": data,
+        "--model": checkpoint,
+        "--voice": data / "ann.safetensors",
+        "--output": tmp_path / "run",
+        "--steps": 2,
+        "--rank": 4,
+        "--sentences": 3,
+    }
+    flat = [str(part) for pair in arguments.items() for part in pair]
+    monkeypatch.setattr(sys, "argv", ["finetune_tts.py", str(data), *flat])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    before, after, _ = capsys.readouterr().out.splitlines()
+    assert before.startswith("before: word error rate ")
+    assert after == before.replace("before", "after"), "the same three texts, each transcribed as one word"
+    assert (tmp_path / "run/model/voices/ann.safetensors").is_file()

@@ -1,0 +1,115 @@
+"""A training run in its folder: what it leaves there, and what a resumed run makes of it."""
+
+import dataclasses
+import itertools
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsm_jax.errors import ConfigError, TrainingError
+from dsm_jax.training.loop import Run, RunConfig
+from dsm_jax.training.step import TrainState
+from tests.small_run import CONFIG, STEP, assert_same, checkpoints, data, evaluate, metrics, start, stopped
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, TrainState]:
+    """A run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, Run(folder, CONFIG).train(STEP, start(), data(), evaluate=evaluate)
+
+
+@pytest.mark.parametrize(("steps", "saved"), [(4, 4), (7, 4), (9, 8)])
+def test_a_run_stopped_and_resumed_is_one_that_never_stopped(tmp_path, whole, steps, saved):
+    run = stopped(tmp_path, steps)
+    assert run.latest() == saved
+    state = run.restore(start())
+    assert int(state.step) == saved
+    state = run.train(STEP, state, data(saved), evaluate=evaluate)
+    assert_same(state, whole[1])
+    assert metrics(tmp_path) == metrics(whole[0])
+
+
+def test_rows_that_a_stopped_run_wrote_after_its_checkpoint_are_dropped(tmp_path):
+    run = stopped(tmp_path, 7)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # as a full disk cuts it off
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows[:-1]] == [2, 4, 6]
+    run.train(STEP, run.restore(start()), data(4))
+    assert [row["step"] for row in metrics(tmp_path)] == [2, 4, 6, 8, 10]
+
+
+def test_a_run_leaves_metrics_the_last_checkpoints_and_a_picture(whole):
+    folder, state = whole
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10]
+    assert all({"loss", "gradient_norm"} <= row.keys() for row in rows)
+    assert [row["step"] for row in rows if "validation_w" in row] == [4, 8, 10]
+    assert rows[-1]["validation_w"] == pytest.approx(evaluate(state)["validation_w"])
+    assert checkpoints(folder) == ["10", "8"]
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoints", "curve.png", "metrics.jsonl"]
+    assert_same(Run(folder, CONFIG).restore(start()), state)
+
+
+def test_a_row_is_the_mean_of_the_steps_since_the_last(tmp_path):
+    losses, state = [], start()
+    for batch in itertools.islice(data(), 10):
+        state, found = STEP(state, batch)
+        losses.append(float(found["loss"]))
+    Run(tmp_path, dataclasses.replace(CONFIG, log_every=3)).train(STEP, start(), data())
+    spans = [(0, 3), (3, 4), (4, 6), (6, 8), (8, 9), (9, 10)]
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows] == [end for _, end in spans]
+    assert [row["loss"] for row in rows] == pytest.approx([np.mean(losses[a:b]) for a, b in spans], rel=1e-6)
+
+
+def test_what_is_not_finite_is_null_in_the_metrics(tmp_path):
+    run = Run(tmp_path, dataclasses.replace(CONFIG, steps=4))
+    run.train(STEP, start(), data(), evaluate=lambda state: {"validation_x": float("nan")})
+    assert [row.get("validation_x", 0) for row in metrics(tmp_path)] == [0, None]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_resuming_a_run_that_is_done_gives_its_state(tmp_path):
+    run = Run(tmp_path, CONFIG)
+    state = run.train(STEP, start(), data())
+    before = metrics(tmp_path)
+    assert_same(run.train(STEP, run.restore(start()), data(10)), state)
+    assert (metrics(tmp_path), checkpoints(tmp_path)) == (before, ["10", "8"])
+
+
+def test_a_folder_that_a_run_has_got_further_in_is_not_begun_again(tmp_path):
+    stopped(tmp_path, 5)
+    before = metrics(tmp_path)
+    with pytest.raises(TrainingError, match=r"holds a checkpoint of step 4, and this run would begin at step 0; go on"):
+        Run(tmp_path, CONFIG).train(STEP, start(), data())
+    assert (metrics(tmp_path), checkpoints(tmp_path)) == (before, ["4"])
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, ["10"]), (3, ["10", "4", "8"])])
+def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path, keep, left):
+    Run(tmp_path, dataclasses.replace(CONFIG, keep=keep)).train(STEP, start(), data())
+    assert checkpoints(tmp_path) == left
+
+
+@pytest.mark.parametrize("name", ["steps", "log_every", "save_every", "keep"])
+def test_a_run_of_nothing_is_refused(name):
+    with pytest.raises(ConfigError, match=f"{name} of a run is 0; give 1 or more"):
+        RunConfig(**{"steps": 1, name: 0})
+
+
+def test_off_a_terminal_each_report_is_a_line(tmp_path, capsys):
+    Run(tmp_path / "digits", CONFIG).train(STEP, start(), data(), evaluate=evaluate)
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == ""
+    assert [line.split("  ")[0] for line in lines] == [f"digits {step}/10" for step in (2, 4, 6, 8, 10)]
+    assert re.fullmatch(
+        r"digits 4/10  loss [\d.e+-]+  gradient_norm [\d.e+-]+  seconds_per_step [\d.e+-]+  validation_w [\d.]+",
+        lines[1],
+    )
