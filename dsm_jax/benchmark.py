@@ -62,32 +62,41 @@ def _random_lm(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx
 def lm_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, Any]:
     """One frame through the language model, greedy token included."""
     graph, params = _random_lm(config, dtype)
-    streams = nnx.merge(graph, params).config.n_q + 1
-    tokens_BKT = jnp.zeros((batch, streams, 1), jnp.int32)
+    assert config.lm is not None
+    tokens_BKT = jnp.zeros((batch, config.lm.n_q + 1, 1), jnp.int32)
+    step = compiled(_greedy_step, (graph,), donate=(1,))
+    return lambda state: step((params,), tokens_BKT, state), compiled(_lm_state, (graph,), batch)((params,))
 
-    def step(params: nnx.State, state: Any):
-        lm = nnx.merge(graph, params)
-        hidden_BTD, state = lm.step(tokens_BKT, state)
-        return jnp.argmax(lm.text_logits(hidden_BTD), axis=-1), state
 
-    jitted = jax.jit(step, donate_argnums=1)
-    return lambda state: jitted(params, state), jax.jit(lambda p: nnx.merge(graph, p).init_state(batch))(params)
+def _greedy_step(lm: DelayedStreamsLM, tokens_BKT: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    hidden_BTD, state = lm.step(tokens_BKT, state)
+    return jnp.argmax(lm.text_logits(hidden_BTD), axis=-1), state
+
+
+def _lm_state(lm: DelayedStreamsLM, batch: int) -> Any:
+    return lm.init_state(batch)
 
 
 def mimi_step(batch: int, way: str, config: MimiConfig = MimiConfig()) -> tuple[Step, Any]:
     """One frame through the codec, "encode" or "decode"."""
     graph, params = random_params(lambda: Mimi(config, rngs=nnx.Rngs(0)), jnp.float32)
-    pcm_BTC = 0.1 * jax.random.normal(jax.random.key(1), (batch, config.frame_size, 1))
-    codes_BQT = jax.random.randint(jax.random.key(2), (batch, config.quantizer.n_q, 1), 0, config.quantizer.bins)
-
-    def step(params: nnx.State, state: Any):
-        mimi = nnx.merge(graph, params)
-        return mimi.encode_step(pcm_BTC, state) if way == "encode" else mimi.decode_step(codes_BQT, state)
-
-    jitted = jax.jit(step, donate_argnums=1)
     mimi = nnx.merge(graph, params)
+    if way == "encode":
+        frame = 0.1 * jax.random.normal(jax.random.key(1), (batch, config.frame_size, 1))
+    else:
+        shape = batch, config.quantizer.n_q, 1
+        frame = jax.random.randint(jax.random.key(2), shape, 0, config.quantizer.bins)
+    step = compiled(_encode_step if way == "encode" else _decode_step, (graph,), donate=(1,))
     half = mimi.encoder if way == "encode" else mimi.decoder
-    return lambda state: jitted(params, state), half.init_state(batch)
+    return lambda state: step((params,), frame, state), half.init_state(batch)
+
+
+def _encode_step(mimi: Mimi, pcm_BTC: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    return mimi.encode_step(pcm_BTC, state)
+
+
+def _decode_step(mimi: Mimi, codes_BQT: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    return mimi.decode_step(codes_BQT, state)
 
 
 def stt_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, Any]:
@@ -122,7 +131,7 @@ def tts_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, A
         complete=True,
         voices=[np.random.default_rng(0).standard_normal((VOICE_STEPS, speaker.dim), np.float32)],
         condition_guidance=2.0,
-        prefix_QP=np.zeros((lm_config.n_q, 0), np.int32),
+        prefix_QT=np.zeros((lm_config.n_q, 0), np.int32),
         seed=0,
         temperature=0.6,
         top_k_text=25,

@@ -3,7 +3,6 @@
 Shape letters: B batch rows, T samples or frames, C audio channels, Q codebooks.
 """
 
-import functools
 import os
 from pathlib import Path
 
@@ -16,20 +15,18 @@ from safetensors import SafetensorError, safe_open
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import CheckpointError, ConfigError
+from dsm_jax.models.mimi import CodecState, Mimi
+from dsm_jax.runtime.compile import compiled
 
 CHUNK_FRAMES = 16
 
 
-@functools.lru_cache(maxsize=8)
-def _compile(mimi_def: nnx.GraphDef, codebooks: int):
-    # The graphdef is closed over and not an argument: an argument is hashed at every call.
-    def encode(params: nnx.State, pcm_BTC: jax.Array, state):
-        return nnx.merge(mimi_def, params).encode_step(pcm_BTC, state, codebooks=codebooks)
+def _encode(mimi: Mimi, pcm_BTC: jax.Array, state: CodecState, codebooks: int) -> tuple[jax.Array, CodecState]:
+    return mimi.encode_step(pcm_BTC, state, codebooks=codebooks)
 
-    def decode(params: nnx.State, codes_BQT: jax.Array, state):
-        return nnx.merge(mimi_def, params).decode_step(codes_BQT, state)
 
-    return jax.jit(encode, donate_argnums=2), jax.jit(decode, donate_argnums=2)
+def _decode(mimi: Mimi, codes_BQT: jax.Array, state: CodecState) -> tuple[jax.Array, CodecState]:
+    return mimi.decode_step(codes_BQT, state)
 
 
 def encode(model: Model, source: audio.Source, *, codebooks: int | None = None) -> np.ndarray:
@@ -51,14 +48,14 @@ def encode(model: Model, source: audio.Source, *, codebooks: int | None = None) 
     codebooks = config.quantizer.n_q if codebooks is None else codebooks
     if not 1 <= codebooks <= config.quantizer.n_q:
         raise ConfigError(f"{codebooks} codebooks were asked for; {model.name} has 1 to {config.quantizer.n_q}")
-    step, _ = _compile(model.mimi_def, codebooks)
+    step = compiled(_encode, (model.mimi_def,), codebooks, donate=(1,))
     state = nnx.merge(model.mimi_def, model.mimi_params).encoder.init_state(1)
     held, columns = np.zeros(0, np.float32), []
     chunk = CHUNK_FRAMES * config.frame_size
 
     def hear(samples: np.ndarray) -> None:
         nonlocal state
-        codes_BQT, state = step(model.mimi_params, jnp.asarray(samples[None, :, None]), state)
+        codes_BQT, state = step((model.mimi_params,), jnp.asarray(samples[None, :, None]), state)
         columns.append(codes_BQT[0])
 
     for block in audio.blocks(source, config.sample_rate):
@@ -93,7 +90,7 @@ def decode(model: Model, codes_QT: np.ndarray) -> np.ndarray:
         )
     if codes_QT.size and (codes_QT.min() < 0 or codes_QT.max() >= bins):
         raise ConfigError(f"codes go from {codes_QT.min()} to {codes_QT.max()}; {model.name} has 0 to {bins - 1}")
-    _, step = _compile(model.mimi_def, books)
+    step = compiled(_decode, (model.mimi_def,), donate=(1,))
     decoder = nnx.merge(model.mimi_def, model.mimi_params).decoder
     if decoder is None:
         raise ConfigError(
@@ -105,7 +102,7 @@ def decode(model: Model, codes_QT: np.ndarray) -> np.ndarray:
     starts += [(t, 1) for t in range(whole, codes_QT.shape[1])]
     for start, frames in starts:
         codes_BQT = jnp.asarray(codes_QT[None, :, start : start + frames].astype(np.int32))
-        pcm_BTC, state = step(model.mimi_params, codes_BQT, state)
+        pcm_BTC, state = step((model.mimi_params,), codes_BQT, state)
         pieces.append(np.asarray(pcm_BTC[0, :, 0]))
     return np.concatenate(pieces)
 

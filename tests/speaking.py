@@ -107,7 +107,7 @@ def _said(made: list[StepOutputs], slot: int, steps: int, end_step: int) -> Said
         return Said(np.zeros((0, 0)), np.zeros(0), [], steps, end_step)
     frames, framed, taken, pcm, audible, step = (
         np.concatenate([np.asarray(getattr(part, name))[: int(part.count), slot] for part in made])
-        for name in ("frames_NBK", "framed_NB", "taken_NB", "pcm_NBT", "audible_NB", "step_NB")
+        for name in ("frames_NBM", "framed_NB", "taken_NB", "pcm_NBT", "audible_NB", "step_NB")
     )
     return Said(frames[framed].T, pcm[audible].reshape(-1), step[taken].tolist(), steps, end_step)
 

@@ -13,7 +13,11 @@ from flax import nnx
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.nn.linear import Linear
+from dsm_jax.runtime.compile import compiled
 from dsm_jax.sharding import RULES, letters_of
+from dsm_jax.stt import program as stt_program
+from dsm_jax.tts import program as tts_program
+from dsm_jax.tts.words import WordMachine
 from tests import small
 
 GLOSSARY = Path(__file__).resolve().parents[1] / "docs/axes.md"
@@ -51,6 +55,20 @@ def test_the_codec_spells_its_axes():
     mimi = nnx.eval_shape(lambda: Mimi(small.MIMI, rngs=nnx.Rngs(0)))
     assert axis_faults(nnx.state(mimi)) == []
     assert axis_faults(jax.eval_shape(lambda: (mimi.encoder.init_state(2), mimi.decoder.init_state(2)))) == []
+
+
+def test_the_states_of_programs_spell_their_axes():
+    def state(program, config, settings):
+        makers = lambda: DelayedStreamsLM(config, rngs=nnx.Rngs(0)), lambda: Mimi(small.MIMI, rngs=nnx.Rngs(0))
+        graphs, params = zip(*(nnx.split(nnx.eval_shape(make)) for make in makers), strict=True)
+        return compiled(program.init_state, graphs, settings).shapes(params)
+
+    stt = state(stt_program, small.STT, stt_program.SttSettings(3, 64))
+    machine = WordMachine(small.TTS.text_card + 1)
+    settings = tts_program.TtsSettings(slots=3, machine=machine, delay_steps=2, guided=True, prefix_frames=64)
+    tts = state(tts_program, small.TTS, settings)
+    conditions = dataclasses.replace(tts, conditions=None)  # tuples of keys and values, whose letters the layers know
+    assert axis_faults((stt, conditions)) == []
 
 
 def test_the_glossary_and_the_sharding_agree():

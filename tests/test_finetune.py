@@ -13,13 +13,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 import dsm_jax
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.configs.json import from_dict, to_dict
 from dsm_jax.errors import CheckpointError, ConfigError, TrainingError
+from dsm_jax.models.parameters import flatten
 from dsm_jax.stt.transcript import Transcript, Word
 from dsm_jax.training.data import read_recordings
 from dsm_jax.training.finetune import FinetuneConfig, finetune
@@ -206,7 +207,7 @@ def test_the_whole_model_learns_in_bfloat16_and_in_parts_on_a_mesh_of_ones_own(s
         compute_dtype="bfloat16",
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup=1),
     )
-    model = finetune(config, mesh=Mesh(jax.devices()[:2], ("any",)))
+    model = finetune(config, mesh=Mesh(jax.devices()[:2], ("data",)))
     assert changed(model, checkpoint) == {name for name in arrays_of(model) if name.startswith("lm.")}
     assert_same_weights(dsm_jax.load(tmp_path / "run/model"), model)
     assert {p.dtype.name for p in jax.tree.leaves(model.lm_params)} == {"float32"}
@@ -246,6 +247,31 @@ def test_a_run_is_never_overwritten_by_mistake(settings, tmp_path):
 def test_there_has_to_be_a_run_to_resume(settings, tmp_path):
     with pytest.raises(TrainingError, match="holds no checkpoint to resume from; start without --resume"):
         finetune(dataclasses.replace(settings, output=str(tmp_path / "run")), resume=True)
+
+
+def test_a_mesh_that_splits_the_parameters_keeps_them_split_and_changes_no_loss(settings, tmp_path):
+    def run(name: str, *shape: int):
+        config = dataclasses.replace(
+            settings, output=str(tmp_path / name), lora=None, validation=None, run=RunConfig(steps=2, log_every=1)
+        )
+        mesh = Mesh(np.array(jax.devices()[: shape[0] * shape[1]]).reshape(shape), ("data", "model"))
+        return finetune(config, mesh=mesh), [row["loss"] for row in metrics(tmp_path / name)]
+
+    whole, losses = run("whole", 1, 1)
+    split, split_losses = run("split", 1, 2)
+    # float32: sums are in another order once each device has half of the inner width.
+    np.testing.assert_allclose(split_losses, losses, rtol=1e-4)
+    name = "transformer.layers.0.feedforward.linear_in.weight_DPF"
+    weight = flatten(split.lm_params)[name]
+    assert weight.sharding.spec == PartitionSpec(None, None, "model")
+    assert {shard.data.shape[2] for shard in weight.addressable_shards} == {weight.shape[2] // 2}
+    np.testing.assert_allclose(weight, flatten(whole.lm_params)[name], atol=1e-3)
+
+
+def test_a_mesh_with_other_axes_is_refused(settings, tmp_path):
+    config = dataclasses.replace(settings, output=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"the mesh has the axes \['rows'\]; name them \"data\""):
+        finetune(config, mesh=Mesh(jax.devices()[:2], ("rows",)))
 
 
 def test_devices_that_cannot_share_a_batch_are_refused(settings, tmp_path):

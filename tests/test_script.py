@@ -139,14 +139,14 @@ def test_a_row_reads_back_as_its_entries():
     rows = [entries, [], entries[1:]]
     script = pack(rows, [True, False, False])
     for row, known in enumerate(rows):
-        spans = zip(script.start_BE[row].tolist(), script.end_BE[row].tolist(), strict=True)
-        read = [tuple(script.tokens_BL[row, start:end].tolist()) for start, end in spans][: len(known)]
+        spans = zip(script.start_BL[row].tolist(), script.end_BL[row].tolist(), strict=True)
+        read = [tuple(script.tokens_BT[row, start:end].tolist()) for start, end in spans][: len(known)]
         assert read == [entry.tokens for entry in known]
-        assert script.padding_BE[row, : len(known)].tolist() == [entry.padding for entry in known]
+        assert script.padding_BL[row, : len(known)].tolist() == [entry.padding for entry in known]
         of_words = [e for e, entry in enumerate(known) if entry.tokens]
-        assert script.word_BE[row, : len(of_words)].tolist() == of_words
+        assert script.word_BL[row, : len(of_words)].tolist() == of_words
         before = [sum(word < e for word in of_words) for e in range(len(known))]
-        assert script.words_before_BE[row, : len(known)].tolist() == before
+        assert script.words_before_BL[row, : len(known)].tolist() == before
         assert (script.count_B[row], script.words_B[row]) == (len(known), len(of_words))
     assert script.complete_B.tolist() == [True, False, False]
     assert pack(rows).complete_B.all()

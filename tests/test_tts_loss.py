@@ -190,7 +190,7 @@ def test_a_model_that_has_learnt_a_row_says_it(network, tokenizer, rows):
         complete=True,
         voices=[tts_model.voice(0)],
         condition_guidance=2.0,
-        prefix_QP=np.zeros((LM.n_q, 0), np.int32),
+        prefix_QT=np.zeros((LM.n_q, 0), np.int32),
         seed=0,
         temperature=0.0,
         top_k_text=25,

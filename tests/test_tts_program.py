@@ -86,7 +86,7 @@ def request(row: int, **more) -> SpeechRequest:
         "complete": True,
         "voices": [np.random.default_rng(row).normal(size=(2, 10)).astype(np.float32)],
         "condition_guidance": 2.0,
-        "prefix_QP": np.zeros((small.TTS.n_q, 0), np.int32),
+        "prefix_QT": np.zeros((small.TTS.n_q, 0), np.int32),
         "seed": 70 + row,
         "temperature": 0.8,
         "top_k_text": 6,
@@ -112,7 +112,7 @@ def prefix(row: int) -> np.ndarray:
 
 def guided(row: int, **more) -> SpeechRequest:
     """A greedy row that is guided by its prefix, with fewer codebooks."""
-    return request(row, **{"temperature": 0.0, "guidance": 1.7, "codebooks": 2, "prefix_QP": prefix(row)} | more)
+    return request(row, **{"temperature": 0.0, "guidance": 1.7, "codebooks": 2, "prefix_QT": prefix(row)} | more)
 
 
 @functools.cache
@@ -321,7 +321,7 @@ def test_a_request_larger_than_the_room_makes_the_program_grow_and_the_others_go
     assert loop.settings.voice_steps == 1
     state = loop.start([request(0), request(1), None])
     _, state = loop.call(state, 9)
-    state = loop.program.insert(state, [2], [request(2, prefix_QP=prefix(2), entries=SCRIPTS[2] * 300)])
+    state = loop.program.insert(state, [2], [request(2, prefix_QT=prefix(2), entries=SCRIPTS[2] * 300)])
     assert loop.settings.entries == 2048
     assert loop.settings.prefix_frames == 64
     said, _ = loop.go_on(state, [12] * 3)
@@ -441,8 +441,8 @@ def test_noise_is_of_the_row_the_step_and_the_stream():
     settings = dataclasses.replace(CALMLY, slots=300, entries=1, tokens=1)
     requests_B = jax.eval_shape(lambda: program.init_state(*build(5), settings)).request
     requests_B = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), requests_B)
-    keys_BW = jax.vmap(jax.random.PRNGKey)(jnp.arange(300))
-    requests_B = dataclasses.replace(requests_B, key_BW=keys_BW, temperature_B=jnp.ones(300))
+    keys_B2 = jax.vmap(jax.random.PRNGKey)(jnp.arange(300))
+    requests_B = dataclasses.replace(requests_B, key_B2=keys_B2, temperature_B=jnp.ones(300))
     zeros_B = jnp.zeros(300, jnp.int32)
     draw = jax.jit(lambda stream, step_B: program._sample(jnp.zeros((300, 9)), requests_B, step_B, stream, zeros_B, 0))
     step_B = jnp.arange(300) % 2

@@ -4,8 +4,8 @@
 first frame. `step` takes a chunk of audio: Mimi encodes all of it, and a scan over its frames feeds each to the
 language model and chooses a text token.
 
-Shape letters: B slots, N requests, T samples, C audio channels, F frames of the chunk, Q codebooks, V vocabulary, P
-prompt tokens, H pause horizons, W words of a PRNG key.
+Shape letters: B slots, N requests, T samples or prompt tokens, C audio channels, F frames of the chunk, Q codebooks, V
+vocabulary, H pause horizons.
 """
 
 import dataclasses
@@ -53,16 +53,16 @@ class SttRequest:
     """What each slot's request chooses.
 
     Attributes:
-      key_BW: PRNG key; the noise of a slot depends on it and on the slot's own step only.
+      key_B2: PRNG key; the noise of a slot depends on it and on the slot's own step only.
       temperature_B: float32; 0 is greedy.
       top_k_B: int32; 0 is the whole vocabulary.
-      prompt_BP: int32 text tokens that come first, 0 after the last.
+      prompt_BT: int32 text tokens that come first, 0 after the last.
     """
 
-    key_BW: Array
+    key_B2: Array
     temperature_B: Array
     top_k_B: Array
-    prompt_BP: Array
+    prompt_BT: Array
 
 
 @jax.tree_util.register_dataclass
@@ -185,7 +185,7 @@ def _text_step(
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], SttState]:
     """Takes one step of the language model: token, its probability and pauses, and the next state."""
     config, request, step_B = lm.config, state.request, state.lm.position_B
-    wanted_B = _next_prompt_token(request.prompt_BP, state.prompted_B)
+    wanted_B = _next_prompt_token(request.prompt_BT, state.prompted_B)
     inputs_BK = state.ring.inputs(step_B, config)
     hidden_BTD, after = lm.step(inputs_BK[:, :, None], state.lm, active_B.astype(jnp.int32))
     logits_BV = lm.text_logits(hidden_BTD)[:, 0]
@@ -197,7 +197,7 @@ def _text_step(
         next_B = jnp.where(step_B == 0, -1, wanted_B)
         allowed = silent_V | (ids_V == next_B[:, None]) | (wanted_B == 0)[:, None]
         allowed_BV = jnp.where(allowed, logits_BV, -jnp.inf)
-    keys_B = jax.vmap(jax.random.fold_in)(request.key_BW, step_B)
+    keys_B = jax.vmap(jax.random.fold_in)(request.key_B2, step_B)
     tokens_B = sample(allowed_BV, keys_B, request.temperature_B, request.top_k_B, max_top_k=settings.max_top_k)
     probability_B = jnp.take_along_axis(jax.nn.softmax(logits_BV), tokens_B[:, None], axis=-1)[:, 0]
     pauses_BH = lm.extra_probabilities(hidden_BTD)[:, 0, :, 0]
@@ -208,10 +208,10 @@ def _text_step(
     return (tokens_B, probability_B, pauses_BH), after
 
 
-def _next_prompt_token(prompt_BP: jax.Array, prompted_B: jax.Array) -> jax.Array:
+def _next_prompt_token(prompt_BT: jax.Array, prompted_B: jax.Array) -> jax.Array:
     """Returns the prompt token that each slot has yet to produce, 0 when none is left."""
-    padded_BP = jnp.pad(prompt_BP, ((0, 0), (0, 1)))
-    return jnp.take_along_axis(padded_BP, jnp.minimum(prompted_B, prompt_BP.shape[1])[:, None], axis=1)[:, 0]
+    padded_BT = jnp.pad(prompt_BT, ((0, 0), (0, 1)))
+    return jnp.take_along_axis(padded_BT, jnp.minimum(prompted_B, prompt_BT.shape[1])[:, None], axis=1)[:, 0]
 
 
 class SttProgram:
@@ -251,7 +251,7 @@ class SttProgram:
 
     def insert(self, state: SttState, slot_N: Sequence[int], requests: Sequence[SttRequest]) -> SttState:
         """Puts requests into slots."""
-        longest = max(request.prompt_BP.shape[0] for request in requests)
+        longest = max(request.prompt_BT.shape[0] for request in requests)
         if longest > self.settings.prompt_tokens:
             self._compile(dataclasses.replace(self.settings, prompt_tokens=_rounded_up(longest)))
             state = grow(state, self._init.shapes(self._params))
@@ -291,5 +291,5 @@ def _rounded_up(tokens: int) -> int:
 
 def _with_room(request: SttRequest, tokens: int) -> SttRequest:
     padded = np.zeros(tokens, np.int32)
-    padded[: request.prompt_BP.shape[0]] = request.prompt_BP
-    return dataclasses.replace(request, prompt_BP=padded)
+    padded[: request.prompt_BT.shape[0]] = request.prompt_BT
+    return dataclasses.replace(request, prompt_BT=padded)

@@ -91,8 +91,8 @@ class Transcriber:
         prompt = options.prompt
         prompt_T = None if prompt.audio is None else audio.read(prompt.audio, self.model.config.mimi.sample_rate)
         ids = prompt_tokens(prompt.text, self.tokenizer, self.lm)
-        key_W = np.asarray(jax.random.PRNGKey(options.seed))
-        request = SttRequest(key_W, np.float32(temperature), np.int32(top_k), np.array(ids, np.int32))
+        key_2 = np.asarray(jax.random.PRNGKey(options.seed))
+        request = SttRequest(key_2, np.float32(temperature), np.int32(top_k), np.array(ids, np.int32))
         self._read[id(options)] = Utterance(request, prompt_T, ids, options)
         return self._read[id(options)]
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from dsm_jax import checkpoints, hub
 from dsm_jax.checkpoints import Model
@@ -31,7 +31,7 @@ from dsm_jax.training.loop import Run, RunConfig
 from dsm_jax.training.lora import LoraConfig
 from dsm_jax.training.losses.stt import SttObjective, stt_loss
 from dsm_jax.training.losses.tts import TtsObjective, tts_batch_loss
-from dsm_jax.training.rows import SttRows, TtsRows, pad_to
+from dsm_jax.training.rows import SttRows, TtsRows, pad_to, rows_place
 from dsm_jax.training.step import Metrics, OptimizerConfig, TrainState, init, make_step
 from dsm_jax.tts.voices import Voice, guidance_values, has_speakers, read_voice, voices_of, write_voices
 
@@ -148,8 +148,8 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, mesh: Mesh | None 
     Args:
       config: of the run.
       resume: continue from the run's last checkpoint.
-      mesh: devices that share each batch; the parameters are copied to each. None takes as many of the present devices
-        as can share a batch equally.
+      mesh: devices, with an axis "data" that shares each batch, an axis "model" that splits the parameters, or both.
+        None takes as many of the present devices as can share a batch equally.
 
     Returns:
       The model that was written, in float32; adapters are merged into it.
@@ -164,18 +164,19 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, mesh: Mesh | None 
     _check_output(run, resume)
     dtype = read_dtype(config.compute_dtype)
     mesh = _mesh(config, mesh)
-    model = checkpoints.load(config.model, dtype="float32", sharding=Sharding(mesh, ()))
+    sharding = Sharding(mesh)
+    model = checkpoints.load(config.model, dtype="float32", sharding=sharding)
     task = _task_of(model)
     rows = task.rows(model, mesh, config)
     trained = _Trained(model, task, config, dtype)
     optimizer = config.optimizer.build(config.run.steps)
     params, frozen = trained.split(model.lm_params)
     state = init(params, optimizer, config.run.seed, frozen=frozen)
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    state = jax.device_put(state, sharding.places(state))
     model = dataclasses.replace(model, lm_params=None)  # the state owns the parameters from here on
     del params, frozen
     state = run.restore(state) if resume else state
-    step = make_step(trained.loss, optimizer, accumulate=config.accumulate)
+    step = make_step(trained.loss, optimizer, accumulate=config.accumulate, place=sharding.constrain)
     if int(state.step) < config.run.steps:
         data, evaluate = _read_data(rows, trained, config, mesh, int(state.step))
     else:  # only the model is still to be written
@@ -244,7 +245,7 @@ def _read_data(
     held_out = None if config.validation is None else read(config.validation)
     source = rows.rows(recordings)
     drawn = batches(source, batch_size=config.batch_size, seed=config.run.seed, first_step=first_step)
-    shared = NamedSharding(mesh, PartitionSpec("data"))
+    shared = rows_place(mesh)
     data = (jax.device_put(batch, shared) for batch in drawn)
     if held_out is None:
         return data, None
@@ -318,15 +319,18 @@ def _check_output(run: Run, resume: bool) -> None:
 
 
 def _mesh(config: FinetuneConfig, mesh: Mesh | None) -> Mesh:
-    """One axis of devices, each with as many rows of a batch's part as the others."""
+    """Returns the mesh as it was given, or one axis of devices that can share a batch's part equally."""
     rows = config.batch_size // config.accumulate
     if mesh is None:
-        devices = jax.devices()[: math.gcd(rows, jax.device_count())]
-    elif rows % mesh.size == 0:
-        devices = list(mesh.devices.flat)
-    else:
+        return Mesh(jax.devices()[: math.gcd(rows, jax.device_count())], ("data",))
+    if not set(mesh.axis_names) <= {"data", "model"}:
         raise ConfigError(
-            f"{rows} rows at a time cannot be shared equally by the {mesh.size} devices of the mesh; give a multiple "
-            f"of {mesh.size}"
+            f'the mesh has the axes {list(mesh.axis_names)}; name them "data", over which a batch\'s rows are spread, '
+            'and "model", over which the parameters are'
         )
-    return Mesh(devices, ("data",))
+    if rows % (shares := mesh.shape.get("data", 1)):
+        raise ConfigError(
+            f"{rows} rows at a time cannot be shared equally by the {shares} devices of the mesh; give a multiple "
+            f"of {shares}"
+        )
+    return mesh

@@ -99,12 +99,17 @@ def parts_of(recording: Recording, sample_rate: int, longest: int) -> Iterator[t
         )
 
 
+def rows_place(mesh: Mesh) -> NamedSharding:
+    """Returns the place of arrays whose rows are spread over the mesh axis "data", where the mesh has it."""
+    return NamedSharding(mesh, PartitionSpec("data" if "data" in mesh.axis_names else None))
+
+
 class _Codec:
     """Encodes clips in batches of one shape, spread over the devices of a mesh."""
 
     def __init__(self, model: Model, mesh: Mesh, *, codebooks: int, batch_size: int):
-        self.batch_size = -(-batch_size // mesh.shape["data"]) * mesh.shape["data"]
-        self._split = NamedSharding(mesh, PartitionSpec("data"))
+        shares = mesh.shape.get("data", 1)
+        self.batch_size, self._split = -(-batch_size // shares) * shares, rows_place(mesh)
         self._params, self._encode = model.mimi_params, encoder(model.mimi_def, codebooks)
 
     def encode(self, clips: Iterable[np.ndarray], length: int) -> np.ndarray:
@@ -129,7 +134,7 @@ class SttRows:
 
     Args:
       model: a speech-to-text model.
-      mesh: devices with an axis "data"; the rows that are encoded together are spread over them.
+      mesh: devices; the rows that are encoded together are spread over its axis "data".
       seconds: of a recording in a row, at most.
       batch_size: rows that are encoded together, rounded up to a multiple of the devices.
 
@@ -216,7 +221,7 @@ class TtsRows:
 
     Args:
       model: a text-to-speech model.
-      mesh: devices with an axis "data"; the rows that are encoded together are spread over them.
+      mesh: devices; the rows that are encoded together are spread over its axis "data".
       seconds: of a recording in a row, at most.
       batch_size: rows that are encoded together, rounded up to a multiple of the devices.
       voice: the voice of speakers for whom the data names none.
@@ -293,16 +298,16 @@ class TtsRows:
         rows = []
         for number, part in enumerate(parts):
             try:
-                prefix_QP = self._prefix(number, parts, codes_NQT)
+                prefix_QT = self._prefix(number, parts, codes_NQT)
                 row: dict[str, Any] = {
-                    "codes_BKT": self._streams(part.words, prefix_QP, codes_NQT[number, :, : part.frames])
+                    "codes_BKT": self._streams(part.words, prefix_QT, codes_NQT[number, :, : part.frames])
                 }
                 if self.lm.conditioners:
                     row["values"], row["masks"] = self._conditions(part, number)
             except (SpeechError, TrainingError) as error:
                 raise TrainingError(f"{part.recording.audio} cannot be trained on: {error}") from None
             if not self.has_speakers:
-                row["context_B"] = np.int32(prefix_QP.shape[1] + self.delay)
+                row["context_B"] = np.int32(prefix_QT.shape[1] + self.delay)
             rows.append(row)
         return rows
 
@@ -317,9 +322,9 @@ class TtsRows:
             ) from None
         return [list(entry.tokens) for entry in entries if entry.tokens]
 
-    def _streams(self, words: Sequence[WordSpan], prefix_QP: np.ndarray, codes_QT: np.ndarray) -> np.ndarray:
+    def _streams(self, words: Sequence[WordSpan], prefix_QT: np.ndarray, codes_QT: np.ndarray) -> np.ndarray:
         """Makes the streams [K, T] of a row, prefix first; all rows have the length of the longest possible one."""
-        prefix, frames = prefix_QP.shape[1], codes_QT.shape[1]
+        prefix, frames = prefix_QT.shape[1], codes_QT.shape[1]
         tokens, starts = [], []
         speakers = speaker_prefixes(words)[0] if self.has_speakers else {}
         for number, word in enumerate(words):
@@ -334,7 +339,7 @@ class TtsRows:
         spoken = slice(prefix, prefix + frames + self.delay)
         codes_KT[0, spoken] = script_stream(tokens, starts, self.machine, frames=frames + self.delay, end=end)
         audio_QT = np.full((self.lm.dep_q, length), ZERO_TOKEN, np.int32)
-        audio_QT[:, : prefix + frames] = np.concatenate([prefix_QP, codes_QT], axis=1)
+        audio_QT[:, : prefix + frames] = np.concatenate([prefix_QT, codes_QT], axis=1)
         codes_KT[1 : 1 + self.lm.dep_q] = behind_text(audio_QT, self.delay)
         return codes_KT
 

@@ -95,6 +95,7 @@ def make_step(
     *,
     accumulate: int = 1,
     compute_dtype: Any = None,
+    place: Callable[[TrainState], TrainState] | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Makes a jitted step; the step donates its state.
 
@@ -107,6 +108,8 @@ def make_step(
         step equals that of the whole batch where the loss is a mean over rows.
       compute_dtype: dtype that `params` are cast to for the loss; the update stays in float32. Everything else is
         passed to the loss as it is.
+      place: keeps the next state's arrays in their places on a mesh, such as `Sharding.constrain`; None leaves the
+        places to the compiler.
 
     Returns:
       A function from a state and a batch to the next state and metrics: `loss`, `gradient_norm`, `finite` and the
@@ -160,6 +163,7 @@ def make_step(
         old = (state.params, state.aux, state.optimizer)
         params, aux, optimizer_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
         metrics = {**metrics, "gradient_norm": norm, "finite": finite.astype(jnp.float32)}
-        return TrainState(state.step + 1, params, state.frozen, aux, optimizer_state, state.key), metrics
+        after = TrainState(state.step + 1, params, state.frozen, aux, optimizer_state, state.key)
+        return after if place is None else place(after), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -8,8 +8,8 @@ The audio is `delay_steps` behind the text, and each codebook its own delay behi
 have no audio: its streams are fed -1 there, and while no slot is further the depformer and the codec do not run.
 
 Shape letters: B slots, N requests or steps of a call, R rows of the backbone (2 B under guidance, the second half
-unconditional), K streams (text first), Q generated codebooks, P frames of a prefix, T samples of a frame, V vocabulary,
-W words of a PRNG key, X positions of the voices.
+unconditional), K streams (text first; M in states and outputs), Q generated codebooks, T frames of a prefix or samples
+of a frame, V vocabulary, L entries of a script, X positions of the voices.
 Source: Zeghidour et al. 2025 (Delayed Streams Modeling); kyutai-labs/moshi@e6a55d2 moshi/models/tts.py:TTSModel
 and moshi/models/lm.py:LMGen. A slot that has come to its end stops, where the reference lets it run on until all have.
 """
@@ -87,7 +87,7 @@ class TtsRequest:
     """What each slot's request chooses; more may be added to the end of its script while the slot runs.
 
     Attributes:
-      key_BW: PRNG key, on which the slot's noise depends, and on nothing else.
+      key_B2: PRNG key, on which the slot's noise depends, and on nothing else.
       temperature_B: float32, of text and audio tokens; 0 takes the most probable.
       top_k_text_B, top_k_audio_B: int32; 0 is the whole vocabulary.
       guidance_B: float32, weight of classifier-free guidance; 1 is none.
@@ -97,12 +97,12 @@ class TtsRequest:
       initial_padding_B: int32, steps before the first word.
       final_padding_B: int32, steps that follow the end of the script, for the last word to sound in full.
       max_steps_B: int32, steps after which the slot gives up.
-      prefix_BQP: int32 codes of a recording to go on from.
+      prefix_BQT: int32 codes of a recording to go on from.
       prefix_B: int32, how many of its frames each slot has.
       script: what to say.
     """
 
-    key_BW: Array
+    key_B2: Array
     temperature_B: Array
     top_k_text_B: Array
     top_k_audio_B: Array
@@ -113,7 +113,7 @@ class TtsRequest:
     initial_padding_B: Array
     final_padding_B: Array
     max_steps_B: Array
-    prefix_BQP: Array
+    prefix_BQT: Array
     prefix_B: Array
     script: Script
 
@@ -180,7 +180,7 @@ class StepOutputs:
     Attributes:
       count: int32 [], steps that were taken.
       step_NB: int32, the number of the step within the slot's own speech.
-      frames_NBK: int32, the newest whole frame: the text as fed to the model, then the codes, delays undone.
+      frames_NBM: int32, the newest whole frame: the text as fed to the model, then the codes, delays undone.
       framed_NB: whether there is a frame: the slot ran, and is as many steps in as the longest delay.
       taken_NB: whether the slot began its next entry in this step.
       pcm_NBT: float32 samples of the frame, in [-1, 1].
@@ -192,7 +192,7 @@ class StepOutputs:
 
     count: Array
     step_NB: Array
-    frames_NBK: Array
+    frames_NBM: Array
     framed_NB: Array
     taken_NB: Array
     pcm_NBT: Array
@@ -218,18 +218,18 @@ def init_state(lm: DelayedStreamsLM, mimi: Mimi, settings: TtsSettings) -> TtsSt
         return jnp.zeros((slots, *shape), dtype)
 
     script = Script(
-        tokens_BL=zeros(jnp.int32, settings.tokens),
-        start_BE=zeros(jnp.int32, settings.entries),
-        end_BE=zeros(jnp.int32, settings.entries),
-        padding_BE=zeros(jnp.int32, settings.entries),
-        words_before_BE=zeros(jnp.int32, settings.entries),
-        word_BE=zeros(jnp.int32, settings.entries),
+        tokens_BT=zeros(jnp.int32, settings.tokens),
+        start_BL=zeros(jnp.int32, settings.entries),
+        end_BL=zeros(jnp.int32, settings.entries),
+        padding_BL=zeros(jnp.int32, settings.entries),
+        words_before_BL=zeros(jnp.int32, settings.entries),
+        word_BL=zeros(jnp.int32, settings.entries),
         count_B=zeros(jnp.int32),
         words_B=zeros(jnp.int32),
         complete_B=zeros(jnp.bool),
     )
     request = TtsRequest(
-        key_BW=zeros(jnp.uint32, 2),
+        key_B2=zeros(jnp.uint32, 2),
         temperature_B=zeros(jnp.float32),
         top_k_text_B=zeros(jnp.int32),
         top_k_audio_B=zeros(jnp.int32),
@@ -240,7 +240,7 @@ def init_state(lm: DelayedStreamsLM, mimi: Mimi, settings: TtsSettings) -> TtsSt
         initial_padding_B=zeros(jnp.int32),
         final_padding_B=zeros(jnp.int32),
         max_steps_B=zeros(jnp.int32),
-        prefix_BQP=zeros(jnp.int32, config.n_q, settings.prefix_frames),
+        prefix_BQT=zeros(jnp.int32, config.n_q, settings.prefix_frames),
         prefix_B=zeros(jnp.int32),
         script=script,
     )
@@ -378,11 +378,11 @@ def step(
 
     count, columns, state = jax.lax.while_loop(goes_on, take, (jnp.zeros((), jnp.int32), columns, state))
     complete_B, ended_B = _ends(settings, state)
-    step_NB, frames_NBK, framed_NB, taken_NB, pcm_NBT, audible_NB = columns
+    step_NB, frames_NBM, framed_NB, taken_NB, pcm_NBT, audible_NB = columns
     outputs = StepOutputs(
         count=count,
         step_NB=step_NB,
-        frames_NBK=frames_NBK,
+        frames_NBM=frames_NBM,
         framed_NB=framed_NB,
         taken_NB=taken_NB,
         pcm_NBT=pcm_NBT,
@@ -483,17 +483,17 @@ def _sample(
 ) -> jax.Array:
     """Chooses a token per slot, by noise that is the slot's own in this step and stream."""
     fold = jax.random.fold_in
-    keys_B = jax.vmap(lambda key_W, step: fold(fold(key_W, step), stream))(request.key_BW, step_B)
+    keys_B = jax.vmap(lambda key_2, step: fold(fold(key_2, step), stream))(request.key_B2, step_B)
     return sample(logits_BV, keys_B, request.temperature_B, top_k_B, max_top_k=max_top_k)
 
 
 def _with_prefix(codes_BQ: jax.Array, request: TtsRequest, frame_BQ: jax.Array) -> jax.Array:
     """Replaces generated codes by the prefix's, for the frames that it has."""
-    room = request.prefix_BQP.shape[2]
+    room = request.prefix_BQT.shape[2]
     if not room:
         return codes_BQ
     at_BQ1 = jnp.clip(frame_BQ, 0, room - 1)[:, :, None]
-    given_BQ = jnp.take_along_axis(request.prefix_BQP[:, : codes_BQ.shape[1]], at_BQ1, axis=2)[:, :, 0]
+    given_BQ = jnp.take_along_axis(request.prefix_BQT[:, : codes_BQ.shape[1]], at_BQ1, axis=2)[:, :, 0]
     return jnp.where((frame_BQ >= 0) & (frame_BQ < request.prefix_B[:, None]), given_BQ, codes_BQ)
 
 
@@ -506,7 +506,7 @@ class SpeechRequest:
       complete: whether no more will come.
       voices: the vectors [steps, width] of each voice.
       condition_guidance: guidance as a condition, for models with distilled guidance; None for others.
-      prefix_QP: int32 codes to go on from; P may be 0.
+      prefix_QT: int32 codes to go on from; P may be 0.
       seed: of the sampling.
       others: fields of `TtsRequest` of the same names without their shape letter.
     """
@@ -515,7 +515,7 @@ class SpeechRequest:
     complete: bool
     voices: Sequence[np.ndarray]
     condition_guidance: float | None
-    prefix_QP: np.ndarray
+    prefix_QT: np.ndarray
     seed: int
     temperature: float
     top_k_text: int
@@ -536,7 +536,7 @@ class SpeechRequest:
             entries=max(entries, settings.entries),
             tokens=max(tokens, settings.tokens),
             voice_steps=max(voices.positions(self.voices), settings.voice_steps),
-            prefix_frames=max(-(-self.prefix_QP.shape[1] // _PREFIX_STEP) * _PREFIX_STEP, settings.prefix_frames),
+            prefix_frames=max(-(-self.prefix_QT.shape[1] // _PREFIX_STEP) * _PREFIX_STEP, settings.prefix_frames),
         )
 
     def script(self, settings: TtsSettings) -> Script:
@@ -549,9 +549,9 @@ class SpeechRequest:
         def one(value: float, dtype: Any) -> np.ndarray:
             return np.array([value], dtype)
 
-        room = settings.prefix_frames - self.prefix_QP.shape[1]
+        room = settings.prefix_frames - self.prefix_QT.shape[1]
         return TtsRequest(
-            key_BW=np.asarray(jax.random.PRNGKey(self.seed))[None],
+            key_B2=np.asarray(jax.random.PRNGKey(self.seed))[None],
             temperature_B=one(self.temperature, np.float32),
             top_k_text_B=one(self.top_k_text, np.int32),
             top_k_audio_B=one(self.top_k_audio, np.int32),
@@ -562,8 +562,8 @@ class SpeechRequest:
             initial_padding_B=one(self.initial_padding, np.int32),
             final_padding_B=one(self.final_padding, np.int32),
             max_steps_B=one(self.max_steps, np.int32),
-            prefix_BQP=np.pad(self.prefix_QP, ((0, 0), (0, room))).astype(np.int32)[None],
-            prefix_B=one(self.prefix_QP.shape[1], np.int32),
+            prefix_BQT=np.pad(self.prefix_QT, ((0, 0), (0, room))).astype(np.int32)[None],
+            prefix_B=one(self.prefix_QT.shape[1], np.int32),
             script=self.script(settings),
         )
 

@@ -3,7 +3,7 @@
 A word that follows a change of speaker begins with the speaker's token. Turns alternate between two speakers; an empty
 first turn lets the other one begin. Of the marks of SSML one is known, `<break time="0.5s"/>`.
 
-Shape letters: B batch rows, E entries, L tokens.
+Shape letters: B batch rows, L entries, T tokens.
 Source: kyutai-labs/moshi@e6a55d2 moshi/models/tts.py:script_to_entries.
 """
 
@@ -149,27 +149,27 @@ def _encode(tokenizer: Tokenizer, word: str, turn: int) -> list[int]:
 class Script:
     """What every row is to say, in arrays of capacities that scripts of many lengths share.
 
-    The tokens of entry e are `tokens_BL[start_BE[e] : end_BE[e]]`, and lie after those of all entries before it. More
+    The tokens of entry e are `tokens_BT[start_BL[e] : end_BL[e]]`, and lie after those of all entries before it. More
     entries may be added at a row's end while the row is spoken: what was there keeps its place.
 
     Attributes:
-      tokens_BL: int32.
-      start_BE: int32.
-      end_BE: int32; a break's is its start.
-      padding_BE: int32, as in `Entry`.
-      words_before_BE: int32, the words among the entries before each.
-      word_BE: int32, of the n-th word the entry that it is.
+      tokens_BT: int32.
+      start_BL: int32.
+      end_BL: int32; a break's is its start.
+      padding_BL: int32, as in `Entry`.
+      words_before_BL: int32, the words among the entries before each.
+      word_BL: int32, of the n-th word the entry that it is.
       count_B: int32, entries that are known.
       words_B: int32, words that are known.
       complete_B: bool, whether no more will come.
     """
 
-    tokens_BL: Array
-    start_BE: Array
-    end_BE: Array
-    padding_BE: Array
-    words_before_BE: Array
-    word_BE: Array
+    tokens_BT: Array
+    start_BL: Array
+    end_BL: Array
+    padding_BL: Array
+    words_before_BL: Array
+    word_BL: Array
     count_B: Array
     words_B: Array
     complete_B: Array

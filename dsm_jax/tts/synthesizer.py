@@ -1,6 +1,6 @@
 """Text to speech on slots: the program of a model, and the sessions that speak requests in it.
 
-Shape letters: N steps, K streams (text first), F frames, Q codebooks, P frames of a prefix, T samples.
+Shape letters: N steps, K streams (text first), F frames, Q codebooks, T samples or frames of a prefix.
 """
 
 from collections.abc import Callable, Sequence
@@ -83,7 +83,7 @@ class Synthesizer:
         if not -(2**63) <= seed < 2**63:
             raise SpeechError(f"the seed is {seed}, and must fit into 64 bits: give a smaller one")
         steps: list[np.ndarray] = []
-        prefix_QP = np.zeros((self.lm.n_q, 0), np.int32)
+        prefix_QT = np.zeros((self.lm.n_q, 0), np.int32)
         if voices.has_speakers(self.lm):
             if not request.voices and (own := voices.voices_of(self.model)):
                 raise SpeechError(f"{self.model.name} needs a voice, and was given none; its own are {', '.join(own)}")
@@ -93,7 +93,7 @@ class Synthesizer:
                 f"{len(request.voices)} voices were given; {self.model.name} goes on from the recording of one"
             )
         elif request.voices:
-            prefix_QP = self._prefix(request.voices[0])
+            prefix_QT = self._prefix(request.voices[0])
         guidance = options.guidance if self.distilled else None
         if self.lm.conditioners:
             voices.conditions(self.lm, [steps], guidance)  # raises for voices and guidance that the model cannot take
@@ -102,7 +102,7 @@ class Synthesizer:
             complete=complete,
             voices=steps,
             condition_guidance=guidance,
-            prefix_QP=prefix_QP,
+            prefix_QT=prefix_QT,
             seed=seed,
             temperature=options.temperature_of(self.model),
             top_k_text=options.top_k_text,
@@ -179,7 +179,7 @@ class SpeechSession:
         self._frames: list[np.ndarray] = []
         self._pcm: list[np.ndarray] = []
         self._taken: list[int] = []
-        self._prefix_left = 0 if prepared is None else prepared.prefix_QP.shape[1]
+        self._prefix_left = 0 if prepared is None else prepared.prefix_QT.shape[1]
         self.waits = False  # for more of its text
         self.steps = 0
 
@@ -205,7 +205,7 @@ class SpeechSession:
         """Collects what a call made in this slot."""
         count = int(outputs.count)
         framed_N, taken_N = outputs.framed_NB[:count, slot], outputs.taken_NB[:count, slot]
-        self._frames.append(outputs.frames_NBK[:count, slot][framed_N])
+        self._frames.append(outputs.frames_NBM[:count, slot][framed_N])
         self._taken += outputs.step_NB[:count, slot][taken_N].tolist()
         pcm_NT = outputs.pcm_NBT[:count, slot][outputs.audible_NB[:count, slot]]
         skipped = min(self._prefix_left, len(pcm_NT))
@@ -227,7 +227,7 @@ class SpeechSession:
 
     def speech(self) -> Speech:
         """Returns the whole speech of a session that has ended."""
-        pcm_T, prefix = np.concatenate(self._pcm), self.prepared.prefix_QP.shape[1]
+        pcm_T, prefix = np.concatenate(self._pcm), self.prepared.prefix_QT.shape[1]
         rate = self.model.sample_rate
         words = words_at(
             self.prepared.entries, self._taken, prefix, self.model.config.mimi.frame_rate, pcm_T.size / rate

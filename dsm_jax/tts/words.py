@@ -13,7 +13,7 @@ The script ends when a word is asked for and there is none. `end_step_B` is the 
 
 All of it is arithmetic on int32 arrays, for use inside a compiled loop.
 
-Shape letters: B batch rows, E entries, L tokens.
+Shape letters: B batch rows, L entries, T tokens.
 Source: kyutai-labs/moshi@e6a55d2 moshi/models/tts.py:StateMachine.
 """
 
@@ -130,8 +130,8 @@ def process(
     token_end_B = jnp.where(word_B, end_B, state.token_end_B)
     ahead_B, ahead_end_B = state.ahead_B, state.ahead_end_B
     if machine.second_stream_ahead:
-        far_B = _read(script.words_before_BE, state.entry_B) + machine.second_stream_ahead
-        far_start_B, far_end_B = _tokens_of(script, _read(script.word_BE, far_B))
+        far_B = _read(script.words_before_BL, state.entry_B) + machine.second_stream_ahead
+        far_start_B, far_end_B = _tokens_of(script, _read(script.word_BL, far_B))
         queued_B = word_B & (far_B < script.words_B)
         # A queue that still holds tokens ends where the new ones start. Only the first word ahead opens a gap.
         ahead_B = jnp.where(queued_B & (ahead_B == ahead_end_B), far_start_B, ahead_B)
@@ -140,7 +140,7 @@ def process(
     # The end is marked like a word for a model that reads ahead, once, so that it knows of it.
     mark_B = (word_B | ended_B) if machine.second_stream_ahead else word_B
     remaining_B = jnp.where(word_B, state.max_padding_B, state.remaining_B)
-    forced_B = jnp.where(taken_B, _read(script.padding_BE, state.entry_B), state.forced_B)
+    forced_B = jnp.where(taken_B, _read(script.padding_BL, state.entry_B), state.forced_B)
     remaining_B = jnp.where(mark_B, remaining_B, jnp.maximum(remaining_B - 1, 0))
     forced_B = jnp.where(mark_B, forced_B, jnp.maximum(forced_B - 1, 0))
 
@@ -170,7 +170,7 @@ def ready_B(machine: WordMachine, script: Script, state: WordState) -> jax.Array
       state: before the step.
     """
     start_B, end_B = _tokens_of(script, state.entry_B)
-    far_B = _read(script.words_before_BE, state.entry_B) + machine.second_stream_ahead
+    far_B = _read(script.words_before_BL, state.entry_B) + machine.second_stream_ahead
     whole_B = (state.entry_B < script.count_B) & ((start_B == end_B) | (far_B < script.words_B))
     return script.complete_B | _must_pad_B(state) | whole_B
 
@@ -185,13 +185,13 @@ def _next(
 ) -> tuple[jax.Array, jax.Array]:
     """Takes a token of a queue where it may and there is one; else the token is `otherwise`."""
     take_B = take_B & (at_B < end_B)
-    return jnp.where(take_B, _read(script.tokens_BL, at_B), otherwise), at_B + take_B.astype(jnp.int32)
+    return jnp.where(take_B, _read(script.tokens_BT, at_B), otherwise), at_B + take_B.astype(jnp.int32)
 
 
 def _tokens_of(script: Script, entry_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _read(script.start_BE, entry_B), _read(script.end_BE, entry_B)
+    return _read(script.start_BL, entry_B), _read(script.end_BL, entry_B)
 
 
-def _read(values_BE: jax.Array, at_B: jax.Array) -> jax.Array:
+def _read(values_BL: jax.Array, at_B: jax.Array) -> jax.Array:
     """One value per row. Past the end it is the last one, which no caller uses."""
-    return jnp.take_along_axis(values_BE, at_B[:, None], axis=1, mode="clip")[:, 0]
+    return jnp.take_along_axis(values_BL, at_B[:, None], axis=1, mode="clip")[:, 0]

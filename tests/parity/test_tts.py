@@ -118,7 +118,7 @@ def requests(case: Case) -> list[SpeechRequest]:
             complete=True,
             voices=steps_of(case.kind, case.voices[number] if case.voices else ()),
             condition_guidance=case.guidance,
-            prefix_QP=codes[number],
+            prefix_QT=codes[number],
             seed=0,
             temperature=0.0,
             top_k_text=25,
@@ -207,11 +207,11 @@ def first_scores() -> list[torch.Tensor]:
 def first_choices() -> list[np.ndarray]:
     """How often the engine chooses each of these tokens [V], by as many keys as there are draws."""
     _, lm, _ = ours("speakers")
-    keys_BW = jax.vmap(jax.random.PRNGKey)(jnp.arange(DRAWS))
+    keys_B2 = jax.vmap(jax.random.PRNGKey)(jnp.arange(DRAWS))
 
     def choose(logits_1V: jax.Array, stream: int) -> jax.Array:
         logits_BV = jnp.broadcast_to(logits_1V, (DRAWS, logits_1V.shape[1]))
-        draws_B = jax.vmap(lambda key_W: jax.random.fold_in(jax.random.fold_in(key_W, 0), stream))(keys_BW)
+        draws_B = jax.vmap(lambda key_2: jax.random.fold_in(jax.random.fold_in(key_2, 0), stream))(keys_B2)
         top_k_B, temperature_B = jnp.full(DRAWS, TOP_K[stream]), jnp.full(DRAWS, TEMPERATURE)
         return sample(logits_BV, draws_B, temperature_B, top_k_B, max_top_k=top_k_capacity(*TOP_K))
 
