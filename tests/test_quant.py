@@ -1,6 +1,7 @@
 """Weights in fewer bits: how near the products come, what they compute in, and that models run with them."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -57,11 +58,34 @@ def test_int8_values_are_stored_outputs_first_with_a_scale_for_each_output():
     np.testing.assert_allclose(back, weight, atol=float(np.abs(weight).max() / 254) * 1.001)  # half a step
 
 
-def test_an_int8_product_stays_an_integer_product_of_two_rows_when_compiled():
-    weight = quant.quantize_array(noise(64, 32), inputs=1)
-    text = jax.jit(lambda x: quant.matmul(x, weight)).lower(noise(1, 1, 64)).compile().as_text()
-    (product,) = [line for line in text.splitlines() if " dot(" in line]
-    assert product.split("=")[1].strip().startswith("s32[2,32]")
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(("inputs", "outputs"), [((64,), (3, 4, 16)), ((4, 1, 16), (128,))])
+def test_an_int8_product_stays_one_of_integers_and_copies_no_weight(inputs, outputs, split):
+    weight = quant.quantize_array(noise(*inputs, *outputs), inputs=len(inputs))
+
+    def product(x: jax.Array, weight: QuantizedArray) -> jax.Array:
+        return quant.matmul(x, weight, inputs=len(inputs), split=split)
+
+    compiled = jax.jit(product).lower(noise(1, 1, *inputs), weight).compile()
+    (line,) = [line for line in compiled.as_text().splitlines() if " dot(" in line]
+    rows_and_outputs = [2, weight.scale.size]
+    kind, shape = re.findall(r"= (\w+)\[([\d,]+)\]", line)[0]
+    assert (kind, sorted(map(int, shape.split(",")))) == ("s32", rows_and_outputs)
+    assert compiled.memory_analysis().temp_size_in_bytes < weight.values.nbytes
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_float_product_copies_no_weight(split):
+    weight = noise(64, 3, 4, 16)
+    compiled = jax.jit(lambda x, w: quant.matmul(x, w, split=split)).lower(noise(1, 1, 64), weight).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < weight.nbytes / 4
+
+
+def test_products_are_the_same_whether_a_weight_is_split():
+    x, weight = noise(2, 3, 4, 16), noise(4, 16, 2, 5)
+    for stored in (weight, quant.quantize_array(weight, inputs=2)):
+        whole, split = (quant.matmul(x, stored, inputs=2, split=split) for split in (False, True))
+        np.testing.assert_allclose(split, whole, rtol=0, atol=1e-5)  # sums in another order
 
 
 def test_an_int8_table_gives_its_rows_by_their_scales():

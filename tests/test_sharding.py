@@ -202,6 +202,6 @@ def test_speech_in_slots_that_are_apart_has_the_frames_of_one_device(tmp_path, a
     frames = []
     for sharding in (None, over(axis)):
         results = synthesize_each(dsm_jax.load(folder, sharding=sharding), requests, options, batch_size=2)
-        frames.append({result.index: result.speech.frames for result in results})
+        frames.append({index: speech.frames for index, speech in results})
     for index in range(len(requests)):
         np.testing.assert_array_equal(frames[1][index], frames[0][index])

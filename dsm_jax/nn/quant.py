@@ -66,7 +66,7 @@ def matmul(x: jax.Array, weight: Weight, *, inputs: int = 1, split: bool = False
       [..., *outputs].
     """
     if isinstance(weight, QuantizedArray):
-        return _int8_matmul(x, weight, inputs)
+        return _int8_matmul(x, weight, inputs, split)
     if isinstance(weight, PackedBfloat16):
         weight = _widen(weight.bits)
     weight, batch = weight.astype(x.dtype), x.shape[: x.ndim - inputs]
@@ -98,7 +98,7 @@ def _widen(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
 
 
-def _int8_matmul(x: jax.Array, weight: QuantizedArray, inputs: int) -> jax.Array:
+def _int8_matmul(x: jax.Array, weight: QuantizedArray, inputs: int, split: bool) -> jax.Array:
     """Quantises each row of activations, multiplies integers, and scales the sums back in float32."""
     batch, summed = x.shape[: x.ndim - inputs], x.shape[x.ndim - inputs :]
     rows = x.reshape(math.prod(batch), *summed).astype(jnp.float32)
@@ -109,12 +109,18 @@ def _int8_matmul(x: jax.Array, weight: QuantizedArray, inputs: int) -> jax.Array
         values = jnp.concatenate([values, jnp.zeros_like(values)])
     # XLA would move the padding, or the cut below, through the product, and scalar code with it.
     values = jax.lax.optimization_barrier(values)
-    outputs = weight.values.ndim - inputs
-    dimensions = (axes, tuple(range(outputs, weight.values.ndim))), ((), ())
-    sums = jax.lax.dot_general(values, weight.values, dimensions, preferred_element_type=jnp.int32)
+    outputs = weight.scale.shape
+    if split:  # the weight comes first, and whole: on the other side its axes would be transposed, and so copied
+        dimensions = (tuple(range(len(outputs), weight.values.ndim)), axes), ((), ())
+        sums = jax.lax.dot_general(weight.values, values, dimensions, preferred_element_type=jnp.int32)
+        sums = jnp.moveaxis(sums, -1, 0)
+    else:
+        matrix, values = weight.values.reshape(math.prod(outputs), -1), values.reshape(values.shape[0], -1)
+        sums = jax.lax.dot_general(values, matrix, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        sums = sums.reshape(-1, *outputs)
     sums = jax.lax.optimization_barrier(sums)[: rows.shape[0]].astype(jnp.float32)
-    y = sums * scale.reshape(-1, *(1,) * outputs) * weight.scale
-    return y.reshape(*batch, *weight.scale.shape).astype(x.dtype)
+    y = sums * scale.reshape(-1, *(1,) * len(outputs)) * weight.scale
+    return y.reshape(*batch, *outputs).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="inputs")
