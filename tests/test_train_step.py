@@ -10,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsm_jax.errors import ConfigError
-from dsm_jax.training.step import OptimizerConfig, TrainState, init, make_step
+from dsm_jax.nn.linear import Linear
+from dsm_jax.training.step import OptimizerConfig, TrainState, clip_by_norm, init, make_step, norm
+from tests import small
 
 STEPS = 6
 OPTIMIZER = OptimizerConfig(learning_rate=0.05, warmup=2, weight_decay=0.1, clip=0.5)
@@ -244,3 +247,13 @@ def test_gradients_are_clipped_by_their_norm_all_together():
     state = optimizer.update({"a": jnp.full(1, 30.0), "b": jnp.full(1, 40.0)}, optimizer.init(params), params)[1]
     mu = optax.tree.get(state, "mu")
     assert [float(mu[name][0]) for name in "ab"] == pytest.approx([0.5 * 2 * 0.6, 0.5 * 2 * 0.8], rel=1e-5)
+
+
+def test_clipping_is_that_of_optax_and_a_norm_does_not_depend_on_a_weights_axes():
+    weight = small.build(lambda rngs: Linear({"D": 192}, {"P": 3, "K": 4, "H": 48}, rngs=rngs))
+    grads, plain = nnx.state(weight), {"w": weight.weight[...].reshape(192, 576)}
+    assert float(jax.jit(norm)(grads)) == float(jax.jit(optax.tree.norm)(plain))
+    for largest in (1e-3, 1e3):
+        clipped, _ = jax.jit(clip_by_norm(largest).update)(grads, optax.EmptyState())
+        wanted, _ = jax.jit(optax.clip_by_global_norm(largest).update)(plain, optax.EmptyState())
+        np.testing.assert_array_equal(jax.tree.leaves(clipped)[0].reshape(192, 576), wanted["w"])

@@ -5,12 +5,14 @@ each batch on one of them each: `jax.device_put` with `NamedSharding` of `Partit
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from dsm_jax.errors import ConfigError
 
@@ -59,9 +61,37 @@ class OptimizerConfig:
             0.0, self.learning_rate, warmup, max(steps, warmup + 1), self.learning_rate / 50
         )
         return optax.chain(
-            optax.clip_by_global_norm(self.clip),
+            clip_by_norm(self.clip),
             optax.adamw(schedule, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay),
         )
+
+
+def norm(tree: Any) -> jax.Array:
+    """Computes the norm of all values of a tree.
+
+    The order in which squares are added up follows an array's axes. Weights of several axes are therefore taken as the
+    matrices that they are, so that the axes of a parameter do not decide the last bit of what is learnt.
+    """
+
+    def matrix(leaf: Any) -> Any:
+        if not isinstance(leaf, nnx.Variable):
+            return leaf
+        value, inputs = leaf.get_value(), leaf.get_metadata().get("inputs")
+        return value if inputs is None else value.reshape(math.prod(value.shape[:inputs]), -1)
+
+    return optax.tree.norm(jax.tree.map(matrix, tree, is_leaf=lambda node: isinstance(node, nnx.Variable)))
+
+
+def clip_by_norm(largest: float) -> optax.GradientTransformation:
+    """Scales updates down to a norm of `largest`, as `optax.clip_by_global_norm` does, by the norm of this module."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        size = norm(updates)
+        return jax.tree.map(
+            lambda u: jnp.where(size < largest, u, (u / size.astype(u.dtype)) * largest), updates
+        ), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def init(
@@ -155,14 +185,14 @@ def make_step(
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         grads, aux, metrics = (whole if accumulate == 1 else by_parts)(state, batch, key)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        size = norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(size)
         with jax.numpy_dtype_promotion("standard"):  # optax is written for it, whatever the rest of a program uses
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         new = (optax.apply_updates(state.params, updates), aux, optimizer_state)
         old = (state.params, state.aux, state.optimizer)
         params, aux, optimizer_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-        metrics = {**metrics, "gradient_norm": norm, "finite": finite.astype(jnp.float32)}
+        metrics = {**metrics, "gradient_norm": size, "finite": finite.astype(jnp.float32)}
         after = TrainState(state.step + 1, params, state.frozen, aux, optimizer_state, state.key)
         return after if place is None else place(after), metrics
 
