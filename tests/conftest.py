@@ -25,7 +25,10 @@ os.environ.update(
 )
 
 # Handed out first, or one process would be busy with them when the other has nothing left to do.
-LONGEST = ("test_readme.py", "test_tts_engine.py", "test_synthesize.py", "test_stt.py", "test_finetune.py")
+LONGEST = (
+    *("test_readme.py", "test_mixed_slots.py", "test_tts_program.py", "test_synthesize.py", "test_stt.py"),
+    *("test_finetune.py", "test_sharding.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list) -> None:

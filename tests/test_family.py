@@ -49,7 +49,7 @@ def test_the_names_in_an_entry_are_those_of_what_they_say(entry: Family):
         assert (layout.NAME, layout.__name__) == (name, path)
         assert all(inspect.isfunction(getattr(layout, f)) for f in ("recognises", "open_checkpoint", "write"))
     if entry.program is not None:
-        assert {"init_state", "advance"} <= vars(pkgutil.resolve_name(entry.program)).keys()
+        assert {"init_state", "insert", "step"} <= vars(pkgutil.resolve_name(entry.program)).keys()
     if entry.loss is not None:
         assert inspect.isfunction(pkgutil.resolve_name(entry.loss))
     assert (entry.task is None) == (entry.program is None)
@@ -57,7 +57,7 @@ def test_the_names_in_an_entry_are_those_of_what_they_say(entry: Family):
 
 def test_a_path_that_leads_nowhere_is_noticed():
     with pytest.raises((ImportError, AttributeError)):
-        pkgutil.resolve_name("dsm_jax.training.stt:no_such_loss")
+        pkgutil.resolve_name("dsm_jax.training.losses.stt:no_such_loss")
 
 
 def test_every_layout_is_one_of_a_family_or_the_librarys_own():

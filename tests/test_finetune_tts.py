@@ -117,7 +117,7 @@ def test_a_row_holds_script_codes_and_conditions_as_inference_feeds_them(checkpo
     stream_T = script_stream(tokens, STARTS, maker.machine, frames=DELAY_STEPS + frames, end=0)
     np.testing.assert_array_equal(codes_KT[0, : DELAY_STEPS + frames], stream_T)
 
-    values, masks = voices.conditions(model.config.lm, [[steps["a"], steps["b"]]], 3.0)
+    values, masks, _ = voices.conditions(model.config.lm, [[steps["a"], steps["b"]]], 3.0)
     for found, wanted in ((row["values"], values), (row["masks"], masks)):
         assert found.keys() == wanted.keys()
         for name, array in wanted.items():
@@ -234,7 +234,7 @@ def test_words_that_cannot_be_spelt_and_models_of_other_families_are_refused(che
     maker.check("on")
     with pytest.raises(TrainingError, match="the word '語' cannot be spelt by the model's tokenizer"):
         maker.check("語")
-    config = dataclasses.replace(model.config, model_type="hibiki")
+    config = dataclasses.replace(model.config, model_type="hibiki", tts=None)
     checkpoints.save(dataclasses.replace(model, config=config), tmp_path / "other")
     with pytest.raises(
         CheckpointError, match="other is of type 'hibiki', and stt and tts models can be fine-tuned; start"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 from dsm_jax import audio, codec
+from dsm_jax.configs import ModelConfig
 from dsm_jax.errors import CheckpointError, TrainingError
 from dsm_jax.stt.framing import word_reader
 from dsm_jax.stt.transcript import WordEnded
@@ -130,11 +131,12 @@ def test_the_checker_sees_a_word_that_is_cut_through():
 
 
 def test_models_that_do_not_transcribe_are_refused(model):
-    for other in (
-        dataclasses.replace(model, tokenizer=None),
-        dataclasses.replace(model, config=dataclasses.replace(model.config, lm=None)),
+    codec = ModelConfig(model_type="mimi", mimi=model.config.mimi)
+    for other, message in (
+        (dataclasses.replace(model, tokenizer=None), "random has no tokenizer; add the published one, and name it in"),
+        (dataclasses.replace(model, config=codec), "random is a codec without a language model; to transcribe, load a"),
     ):
-        with pytest.raises(CheckpointError, match="random is no speech-to-text model: one has a language model and a"):
+        with pytest.raises(CheckpointError, match=message):
             SttRows(other, MESH, seconds=2.0, batch_size=1)
 
 

@@ -160,6 +160,6 @@ def test_capacities_are_powers_of_two(entries, tokens, shape):
     script = pack([[Entry((5,) * tokens, "a", 0)] * entries, []])
     arrays = {field.name: np.asarray(getattr(script, field.name)) for field in dataclasses.fields(script)}
     assert {name: array.shape for name, array in arrays.items()} == {
-        name: {"B": (2,), "E": (2, shape[0]), "L": (2, shape[1])}[re.sub(".*_B?", "", name) or "B"] for name in arrays
+        name: {"B": (2,), "L": (2, shape[0]), "T": (2, shape[1])}[re.sub(".*_B?", "", name) or "B"] for name in arrays
     }
     assert {array.dtype for name, array in arrays.items() if name != "complete_B"} == {np.dtype(np.int32)}

@@ -206,7 +206,10 @@ def test_every_option_reaches_the_model(speak, monkeypatch, desk):
         (["missing.txt", "talk.wav"], r"missing.txt cannot be read \(No such file"),
         ([TEXT, "talk.wav", "--cfg", "0"], r"guidance is 0\.0, and must be 1 or more"),
         ([TEXT, "talk.wav", "--codebooks", "3"], "3 codebooks are to be generated; speaker makes 1 to 2"),
-        ([TEXT, "talk.wav", "--model", stt_model.CHECKPOINT], "checkpoint does not generate speech from text"),
+        (
+            [TEXT, "talk.wav", "--model", stt_model.CHECKPOINT],
+            "checkpoint is a speech-to-text model; to speak, load a text-to-speech model",
+        ),
         ([TEXT, "talk.wav", "--model", "nowhere"], "nowhere is no file or folder"),
     ],
 )

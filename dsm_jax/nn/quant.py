@@ -2,7 +2,7 @@
 
 `matmul` and `take` are the only readers of a weight, so the rest of a model does not know which kind a weight is.
 
-Source: the figures behind int8's layout, padding and barriers are in docs/decisions/0101-int8-products.md.
+Source: the figures behind int8's layout, padding and barriers are in docs/decisions/0003-int8-products.md.
 """
 
 import dataclasses

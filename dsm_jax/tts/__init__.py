@@ -1,4 +1,4 @@
-"""Text to speech: whole texts with `synthesize`, live text with `synthesize_stream`, pure functions in `engine`."""
+"""Text to speech: `synthesize` for whole texts, `synthesize_stream` for live text, and the `program` over slots."""
 
 from dsm_jax.tts.batch import synthesize, synthesize_each
 from dsm_jax.tts.live import synthesize_stream
