@@ -3,6 +3,7 @@
 Dimensions: K streams (text first), F frames, X steps of a voice.
 """
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -103,7 +104,9 @@ def make_kyutai_tts(folder: Path, *, kind: Kind = "speakers", seed: int = 0) -> 
     """Writes a checkpoint of a model that speaks, as Kyutai publishes one, with random weights; returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = tts_config(kind)
-    save_file(random_lm(lm_shapes(config), config["n_q"], seed, torch.float32), folder / config["moshi_name"])
+    # A copy, as the package adds keys of its own to the conditioners that it is given.
+    shapes = lm_shapes(copy.deepcopy(config))
+    save_file(random_lm(shapes, config["n_q"], seed, torch.float32), folder / config["moshi_name"])
     make_mimi(folder / config["mimi_name"], seed=seed)
     (folder / MIMI_CONFIG_NAME).write_text(json.dumps(mimi_config(published=False), indent=1))
     make_tokenizer(folder / config["tokenizer_name"], config["text_card"])
