@@ -94,9 +94,9 @@ class TokenRing:
         held_BK = jnp.take_along_axis(self.tokens_BMS, self._slot(step_B1)[:, :, None], axis=2)[:, :, 0]
         return jnp.where(step_B1 <= jnp.array(config.delays), initial_tokens(config), held_BK)
 
-    def with_made(self, tokens_BQ: jax.Array, step_B: jax.Array, first: int = 0) -> "TokenRing":
-        """Adds the tokens made in step `step_B`, of the streams from number `first` on."""
-        rows_B, streams = jnp.arange(tokens_BQ.shape[0]), slice(first, first + tokens_BQ.shape[1])
+    def with_made(self, tokens_BQ: jax.Array, step_B: jax.Array) -> "TokenRing":
+        """Adds the tokens made in step `step_B` of the first streams, text first."""
+        rows_B, streams = jnp.arange(tokens_BQ.shape[0]), slice(tokens_BQ.shape[1])
         return TokenRing(self.tokens_BMS.at[rows_B, streams, self._slot(step_B + 1)].set(tokens_BQ))
 
     def with_frame(self, codes_BQ: jax.Array, frame_B: jax.Array, config: LMConfig) -> "TokenRing":

@@ -1,1 +1,1 @@
-"""How models run: compiled programs over slots, and the one scheduler that puts requests into them."""
+"""Runs models: compiled programs over slots, and the one scheduler that puts requests into them."""
