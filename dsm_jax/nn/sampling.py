@@ -28,21 +28,32 @@ def sample(
     vocabulary = logits_BV.shape[-1]
     max_top_k = min(max_top_k, vocabulary)
 
-    def draw() -> jax.Array:
-        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (vocabulary,)))(keys_B)
-        scaled_BV = logits_BV / jnp.where(temperature_B > 0, temperature_B, 1.0)[:, None]
-        of_all_B = jnp.argmax(scaled_BV + noise_BV, axis=-1)
-        if max_top_k:
-            top_BK, index_BK = jax.lax.top_k(scaled_BV, max_top_k)
-            noisy_BK = top_BK + jnp.take_along_axis(noise_BV, index_BK, axis=-1)
-            kept_BK = jnp.arange(max_top_k) < top_k_B[:, None]
-            choice_B1 = jnp.argmax(jnp.where(kept_BK, noisy_BK, -jnp.inf), axis=-1)[:, None]
-            of_top_B = jnp.take_along_axis(index_BK, choice_B1, axis=-1)[:, 0]
-            of_all_B = jnp.where((top_k_B > 0) & (top_k_B < vocabulary), of_top_B, of_all_B)
-        return jnp.where(temperature_B > 0, of_all_B, greedy_B).astype(jnp.int32)
+    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (vocabulary,)))(keys_B)
+    scaled_BV = logits_BV / jnp.where(temperature_B > 0, temperature_B, 1.0)[:, None]
+    chosen_B = jnp.argmax(scaled_BV + noise_BV, axis=-1)
+    if max_top_k:
+        top_BK, index_BK = jax.lax.top_k(scaled_BV, max_top_k)
+        noisy_BK = top_BK + jnp.take_along_axis(noise_BV, index_BK, axis=-1)
+        kept_BK = jnp.arange(max_top_k) < top_k_B[:, None]
+        choice_B1 = jnp.argmax(jnp.where(kept_BK, noisy_BK, -jnp.inf), axis=-1)[:, None]
+        of_top_B = jnp.take_along_axis(index_BK, choice_B1, axis=-1)[:, 0]
+        chosen_B = jnp.where((top_k_B > 0) & (top_k_B < vocabulary), of_top_B, chosen_B)
+    return jnp.where(temperature_B > 0, chosen_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
 
-    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    return jax.lax.cond((temperature_B > 0).any(), draw, lambda: greedy_B)
+
+def sample_or_greedy(
+    logits_BV: jax.Array, keys_B: jax.Array, temperature_B: jax.Array, top_k_B: jax.Array, *, max_top_k: int
+) -> jax.Array:
+    """Picks a token per row as `sample` does, and makes no noise while the temperature of every row is 0.
+
+    The branch costs time to compile and breaks fusion, so it suits one large vocabulary that is mostly greedy (the
+    words of speech to text), and not the codebooks of a depformer.
+    """
+    return jax.lax.cond(
+        (temperature_B > 0).any(),
+        lambda: sample(logits_BV, keys_B, temperature_B, top_k_B, max_top_k=max_top_k),
+        lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
+    )
 
 
 def top_k_capacity(*top_k: int) -> int:

@@ -21,7 +21,7 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import CodecState, Mimi
 from dsm_jax.models.streams import TokenRing
-from dsm_jax.nn.sampling import sample
+from dsm_jax.nn.sampling import sample_or_greedy
 from dsm_jax.nn.transformer import TransformerState
 from dsm_jax.runtime.compile import compiled
 from dsm_jax.runtime.slots import grow, write_rows
@@ -198,7 +198,7 @@ def _text_step(
         allowed = silent_V | (ids_V == next_B[:, None]) | (wanted_B == 0)[:, None]
         allowed_BV = jnp.where(allowed, logits_BV, -jnp.inf)
     keys_B = jax.vmap(jax.random.fold_in)(request.key_B2, step_B)
-    tokens_B = sample(allowed_BV, keys_B, request.temperature_B, request.top_k_B, max_top_k=settings.max_top_k)
+    tokens_B = sample_or_greedy(allowed_BV, keys_B, request.temperature_B, request.top_k_B, max_top_k=settings.max_top_k)
     probability_B = jnp.take_along_axis(jax.nn.softmax(logits_BV), tokens_B[:, None], axis=-1)[:, 0]
     pauses_BH = lm.extra_probabilities(hidden_BTD)[:, 0, :, 0]
     matched_B = (wanted_B > 0) & (tokens_B == wanted_B)
