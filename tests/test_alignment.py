@@ -13,7 +13,7 @@ from dsm_jax.stt.words import PauseRule, Timing, WordReader
 from dsm_jax.tokenizers import load_tokenizer
 from dsm_jax.training.alignment import text_stream, tokens_of
 from dsm_jax.training.data import WordSpan
-from tests import small, stt_model
+from tests.helpers import small, stt_model
 
 TOKENIZER = load_tokenizer(next(stt_model.CHECKPOINT.glob("*.model")))
 RATE = 12.5

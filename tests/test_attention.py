@@ -14,7 +14,7 @@ from dsm_jax.configs import TransformerConfig
 from dsm_jax.nn.attention import Attention, CrossAttention, rope, self_attention, sinusoids
 from dsm_jax.nn.transformer import Transformer
 from dsm_jax.streaming import reset_rows
-from tests import small
+from tests.helpers import small
 
 CONFIG = TransformerConfig(d_model=16, num_heads=4, num_layers=1, dim_feedforward=24, context=5, kv_repeat=2)
 

@@ -18,7 +18,7 @@ from dsm_jax.sharding import RULES, letters_of
 from dsm_jax.stt import program as stt_program
 from dsm_jax.tts import program as tts_program
 from dsm_jax.tts.words import WordMachine
-from tests import small
+from tests.helpers import small
 
 GLOSSARY = Path(__file__).resolve().parents[1] / "docs/axes.md"
 

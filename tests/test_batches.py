@@ -7,7 +7,7 @@ import pytest
 
 from dsm_jax.errors import TrainingError
 from dsm_jax.training.data import batches
-from tests.small_run import Rows, data
+from tests.helpers.small_run import Rows, data
 
 
 def indices(count: int, batch_size: int = 5, **settings: int) -> list[int]:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from dsm_jax.nn.conv import CausalConv1d, ConvState
 from dsm_jax.streaming import KVCache, select_rows
-from tests.check import check_in_place, check_streaming
+from tests.helpers.check import check_in_place, check_streaming
 
 X_BTC = np.random.default_rng(0).normal(size=(2, 24, 3)).astype(np.float32)
 WINDOW = 5
@@ -142,7 +142,9 @@ def test_each_fault_is_caught_by_its_clause(module, clause):
 
 
 def test_a_reset_that_reaches_other_rows_is_caught(monkeypatch):
-    monkeypatch.setattr("tests.check.reset_rows", lambda state, reset_B, fresh: jax.tree.map(jnp.zeros_like, state))
+    monkeypatch.setattr(
+        "tests.helpers.check.reset_rows", lambda state, reset_B, fresh: jax.tree.map(jnp.zeros_like, state)
+    )
     with pytest.raises(AssertionError, match=r"^reset: another row felt it"):
         check_streaming(Conv(), X_BTC, window=WINDOW, atol=1e-5)
 

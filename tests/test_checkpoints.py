@@ -19,8 +19,8 @@ from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models.parameters import flatten
 from dsm_jax.nn.quant import PackedBfloat16
 from dsm_jax.sharding import Sharding
-from tests import small
-from tests.checkpoint_maker import arrays_of, assert_same_weights, copy_of, make_checkpoint, random_model
+from tests.helpers import small
+from tests.helpers.checkpoint_maker import arrays_of, assert_same_weights, copy_of, make_checkpoint, random_model
 
 
 @pytest.fixture(scope="module")

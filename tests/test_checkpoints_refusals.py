@@ -9,8 +9,8 @@ from safetensors.numpy import load_file, save_file
 from dsm_jax import checkpoints
 from dsm_jax.convert import files, kyutai, native
 from dsm_jax.errors import CheckpointError, ConfigError
-from tests import small
-from tests.checkpoint_maker import assert_same_weights, copy_of, make_checkpoint
+from tests.helpers import small
+from tests.helpers.checkpoint_maker import assert_same_weights, copy_of, make_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import dsm_jax
 from dsm_jax import audio, cli
-from tests import stt_model
+from tests.helpers import stt_model
 
 MODEL = ["--model", str(stt_model.CHECKPOINT), "--no-cache"]
 CLIP = str(stt_model.RECORDING)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import dsm_jax
-from tests import stt_model
+from tests.helpers import stt_model
 
 MODEL = ["--model", str(stt_model.CHECKPOINT), "--no-cache"]
 CLIP = str(stt_model.RECORDING)

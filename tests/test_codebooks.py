@@ -13,7 +13,7 @@ from flax import nnx
 
 from dsm_jax.nn.rvq import ResidualQuantizer, SplitQuantizer
 from dsm_jax.training.codebooks import Averages, CodebookRule, Quantized, init_averages, quantize, set_entries
-from tests import small
+from tests.helpers import small
 
 CONFIG = small.MIMI.quantizer
 Q, B, T = 3, 4, 6

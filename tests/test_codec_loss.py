@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.training.losses.codec import CodecObjective, CodecTrainee, codec_loss, merge, split
 from dsm_jax.training.step import TrainState, init, make_step
-from tests import small
+from tests.helpers import small
 
 # Frames of 128 samples, so that a few of them are as long as the longest window of the spectral loss.
 CONFIG = dataclasses.replace(

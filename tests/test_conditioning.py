@@ -16,7 +16,7 @@ from dsm_jax.errors import ConfigError, StreamError
 from dsm_jax.models.conditioning import Conditioning
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.nn.attention import sinusoids
-from tests import small
+from tests.helpers import small
 
 VOICE_BXC = np.random.default_rng(0).normal(size=(2, 5, 10)).astype(np.float32)
 VALUES = {"speaker_wavs": VOICE_BXC, "cfg": np.array([[1], [3]]), "control": np.array([[0], [0]])}

@@ -27,7 +27,7 @@ from dsm_jax.configs import (
 from dsm_jax.configs.json import from_dict, to_dict
 from dsm_jax.convert import kyutai_config
 from dsm_jax.errors import ConfigError
-from tests import small
+from tests.helpers import small
 
 PUBLISHED = Path(__file__).parent / "published"
 LM = to_dict(small.STT)

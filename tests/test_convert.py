@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 from dsm_jax import checkpoints
 from dsm_jax.convert import convert, files, kyutai, native
 from dsm_jax.errors import CheckpointError
-from tests import small
-from tests.checkpoint_maker import PLAIN_STT, arrays_of, assert_same_weights, copy_of, make_checkpoint
+from tests.helpers import small
+from tests.helpers.checkpoint_maker import PLAIN_STT, arrays_of, assert_same_weights, copy_of, make_checkpoint
 
 WITH_HEADS = dataclasses.replace(PLAIN_STT, extra_heads_num_heads=4)
 

@@ -12,9 +12,9 @@ from dsm_jax.convert import convert, files, native
 from dsm_jax.convert import transformers_mimi as mimi_layout
 from dsm_jax.convert import transformers_stt as stt_layout
 from dsm_jax.errors import CheckpointError, ConfigError
-from tests import small
-from tests.checkpoint_maker import PLAIN_STT, copy_of, make_checkpoint, model_config
-from tests.tokenizer_maker import make_tokenizer
+from tests.helpers import small
+from tests.helpers.checkpoint_maker import PLAIN_STT, copy_of, make_checkpoint, model_config
+from tests.helpers.tokenizer_maker import make_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from flax import nnx
 from dsm_jax.convert.kyutai_config import flat_lm, read_lm
 from dsm_jax.errors import ConfigError
 from dsm_jax.models.depformer import Depformer
-from tests import small
+from tests.helpers import small
 
 
 @functools.cache

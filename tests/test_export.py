@@ -6,7 +6,7 @@ import pytest
 import dsm_jax
 from dsm_jax.errors import TrainingError
 from dsm_jax.training import finetune
-from tests import tts_model
+from tests.helpers import tts_model
 
 
 def test_a_model_whose_voices_cannot_be_written_is_not_there_at_all(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from dsm_jax.convert import layouts, native
 from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models import family
 from dsm_jax.models.family import FAMILIES, Family, require
-from tests import small
+from tests.helpers import small
 
 TTS = TtsConfig(audio_delay=0.2)
 CONFIGS = {

@@ -29,7 +29,7 @@ from dsm_jax.training.lora import LoraConfig
 from dsm_jax.training.losses.stt import SttObjective, stt_loss
 from dsm_jax.training.rows import SttRows
 from dsm_jax.training.step import OptimizerConfig
-from tests.checkpoint_maker import PLAIN_STT, arrays_of, assert_same_weights, make_checkpoint
+from tests.helpers.checkpoint_maker import PLAIN_STT, arrays_of, assert_same_weights, make_checkpoint
 
 RATE = 400  # of the miniature codec
 LM = dataclasses.replace(PLAIN_STT, card=16, num_layers=1, context=160)

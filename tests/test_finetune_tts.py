@@ -28,9 +28,9 @@ from dsm_jax.training.rows import TtsRows
 from dsm_jax.training.step import OptimizerConfig
 from dsm_jax.tts import Request, Speech, SpeechOptions, SpokenWord, synthesize_each, voices
 from dsm_jax.tts.script import MAIN, OTHER
-from tests import tts_model
-from tests.checkpoint_maker import arrays_of, assert_same_weights
-from tests.tts_model import CODEBOOKS, DELAY_STEPS, FRAME, LAST_DELAY
+from tests.helpers import tts_model
+from tests.helpers.checkpoint_maker import arrays_of, assert_same_weights
+from tests.helpers.tts_model import CODEBOOKS, DELAY_STEPS, FRAME, LAST_DELAY
 
 RATE = 1600
 EXAMPLE = Path(__file__).parents[1] / "examples/finetune_tts.py"

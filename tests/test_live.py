@@ -6,7 +6,7 @@ import pytest
 import dsm_jax
 from dsm_jax.errors import AudioError, StreamError
 from dsm_jax.stt import WordEnded, WordStarted
-from tests import stt_model
+from tests.helpers import stt_model
 
 
 @pytest.fixture(scope="module")

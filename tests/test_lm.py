@@ -19,8 +19,8 @@ from dsm_jax.errors import StreamError
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.streams import delay, undelay
 from dsm_jax.nn.embedding import TokenEmbedding
-from tests import small
-from tests.check import check_in_place
+from tests.helpers import small
+from tests.helpers.check import check_in_place
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import pytest
 from dsm_jax.errors import ConfigError, TrainingError
 from dsm_jax.training.loop import Run, RunConfig
 from dsm_jax.training.step import TrainState
-from tests.small_run import CONFIG, STEP, assert_same, checkpoints, data, evaluate, metrics, start, stopped
+from tests.helpers.small_run import CONFIG, STEP, assert_same, checkpoints, data, evaluate, metrics, start, stopped
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from dsm_jax import audio
 from dsm_jax.errors import AudioError, TrainingError
 from dsm_jax.training.loop import Run
 from dsm_jax.training.step import TrainState, init
-from tests.small_run import (
+from tests.helpers.small_run import (
     BAD_STEP,
     CONFIG,
     STEP,

@@ -13,7 +13,7 @@ from dsm_jax.models.family import abstract_model
 from dsm_jax.models.parameters import flatten
 from dsm_jax.training import lora
 from dsm_jax.training.lora import LoraConfig
-from tests import checkpoint_maker, small
+from tests.helpers import checkpoint_maker, small
 
 CONFIG = LoraConfig(rank=3, alpha=6.0)
 STT = dataclasses.replace(small.STT, num_layers=1, context=16)

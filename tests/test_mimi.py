@@ -15,8 +15,8 @@ from flax import nnx
 from dsm_jax.configs import MimiConfig
 from dsm_jax.errors import StreamError
 from dsm_jax.models.mimi import Mimi, MimiDecoder, MimiEncoder, pad_to_frames
-from tests import small
-from tests.check import check_in_place
+from tests.helpers import small
+from tests.helpers.check import check_in_place
 
 FRAME = small.MIMI.frame_size
 

@@ -12,7 +12,7 @@ from dsm_jax.stt.batch import CHUNK_FRAMES
 from dsm_jax.stt.transcriber import FileSession, Transcriber
 from dsm_jax.tts import Request, SpeechOptions, synthesize_each
 from dsm_jax.tts.synthesizer import SpeechSession, Synthesizer
-from tests import stt_model, tts_model
+from tests.helpers import stt_model, tts_model
 
 REQUESTS, SLOTS = 64, 8
 WORDS = [

@@ -19,7 +19,7 @@ from dsm_jax.nn import quant
 from dsm_jax.nn.linear import Embedding, Linear
 from dsm_jax.nn.precision import set_compute_dtype
 from dsm_jax.nn.quant import QuantizedArray
-from tests import small
+from tests.helpers import small
 
 RECORDING = Path(__file__).resolve().parents[1] / "examples/audio/digits_jackson.flac"
 

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from dsm_jax import checkpoints
-from tests import stt_model, tts_model
+from tests.helpers import stt_model, tts_model
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from dsm_jax.stt.framing import word_reader
 from dsm_jax.stt.transcript import WordEnded
 from dsm_jax.training.data import Recording, WordSpan
 from dsm_jax.training.rows import SttRows, cut, pad_to
-from tests.checkpoint_maker import PLAIN_STT, random_model
+from tests.helpers.checkpoint_maker import PLAIN_STT, random_model
 
 RATE = 400  # of the miniature codec
 LM = dataclasses.replace(PLAIN_STT, card=16, num_layers=1)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from dsm_jax.configs import QuantizerConfig
 from dsm_jax.nn.rvq import Codebook, SplitQuantizer
-from tests import small
+from tests.helpers import small
 
 CONFIG = small.MIMI.quantizer
 

@@ -9,7 +9,7 @@ import pytest
 from dsm_jax.errors import SpeechError
 from dsm_jax.tokenizers import Tokenizer, load_tokenizer
 from dsm_jax.tts.script import MAIN, OTHER, Entry, entries_of, pack
-from tests.tokenizer_maker import make_tokenizer
+from tests.helpers.tokenizer_maker import make_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from dsm_jax.training.data import WordSpan
 from dsm_jax.training.losses.tts import decisions
 from dsm_jax.tts.script import MAIN, NEW_WORD, OTHER, PAD, Entry, pack
 from dsm_jax.tts.words import WordMachine
-from tests.word_scripts import CARD, STEPS, Rules, advance
+from tests.helpers.word_scripts import CARD, STEPS, Rules, advance
 
 NEVER = 10_000  # steps until the machine orders a word
 RULES = tuple(Rules(ahead, max_padding=NEVER) for ahead in (0, 1, 2))

@@ -14,7 +14,7 @@ from flax import nnx
 
 from dsm_jax.configs import SeanetConfig
 from dsm_jax.nn.seanet import elu, seanet_decoder, seanet_encoder
-from tests import small
+from tests.helpers import small
 
 LISTING = (Path(__file__).parent / "published/mimi.tensors.tsv").read_text().splitlines()
 

@@ -19,7 +19,7 @@ from dsm_jax.nn.transformer import Transformer
 from dsm_jax.sharding import Sharding, letters_of, set_sharding
 from dsm_jax.streaming import KVCache
 from dsm_jax.tts import Request, SpeechOptions, synthesize_each
-from tests import small, stt_model, tts_model
+from tests.helpers import small, stt_model, tts_model
 
 CONFIG = TransformerConfig(
     d_model=64, num_heads=4, num_layers=2, dim_feedforward=96, context=512, gating="silu", norm="rms_norm_f32"

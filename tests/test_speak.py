@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 import dsm_jax
 from dsm_jax import audio, cli
 from dsm_jax.tts import Request, SpeechOptions, command
-from tests import stt_model, tts_model
-from tests.tts_model import CODEBOOKS, FRAME
+from tests.helpers import stt_model, tts_model
+from tests.helpers.tts_model import CODEBOOKS, FRAME
 
 TEXT = "good morning everyone"
 TURNS = ("thank you", "for coming")

@@ -9,7 +9,7 @@ import pytest
 
 from dsm_jax.errors import SpeechError
 from dsm_jax.tts import Request, command
-from tests import tts_model
+from tests.helpers import tts_model
 
 TEXT = "good morning everyone"
 

@@ -17,8 +17,8 @@ from dsm_jax.nn.conv import CausalConv1d, CausalConvTranspose1d, DepthwiseUpsamp
 from dsm_jax.nn.seanet import ResidualBlock, seanet_decoder, seanet_encoder
 from dsm_jax.nn.transformer import Transformer
 from dsm_jax.streaming import KVCache, reset_rows, select_rows, step_in_blocks, taken_BT
-from tests import small
-from tests.check import check_streaming
+from tests.helpers import small
+from tests.helpers.check import check_streaming
 
 ROUNDING = 2e-5  # float32 sums of values about 1, added up in another order
 

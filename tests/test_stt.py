@@ -14,7 +14,7 @@ from dsm_jax.errors import AudioError, BatchError, CheckpointError, ConfigError,
 from dsm_jax.sharding import Sharding
 from dsm_jax.stt import Options, Prompt, WordEnded, WordStarted, transcribe_each
 from dsm_jax.stt.transcriber import Transcriber
-from tests import stt_model
+from tests.helpers import stt_model
 
 SAMPLED = Options(temperature=1.0, top_k=20, seed=3)
 

@@ -15,9 +15,9 @@ from dsm_jax.training.alignment import text_stream
 from dsm_jax.training.data import WordSpan
 from dsm_jax.training.losses.stt import SttObjective, augment_codes, stt_loss
 from dsm_jax.training.step import OptimizerConfig, init, make_step
-from tests import checkpoint_maker, small
-from tests.greedy import greedy_tokens
-from tests.tokenizer_maker import make_tokenizer
+from tests.helpers import checkpoint_maker, small
+from tests.helpers.greedy import greedy_tokens
+from tests.helpers.tokenizer_maker import make_tokenizer
 
 LM = dataclasses.replace(small.STT, num_layers=1, context=64, text_card=64, text_card_out=None)
 KEY = jax.random.key(0)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from dsm_jax.stt import program
 from dsm_jax.stt.program import SttInputs, SttSettings
-from tests import stt_model
+from tests.helpers import stt_model
 
 
 @pytest.fixture(scope="module")

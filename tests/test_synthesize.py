@@ -19,8 +19,8 @@ from dsm_jax.errors import SpeechError
 from dsm_jax.tts import Request, SpeechOptions, synthesize_each
 from dsm_jax.tts.script import MAIN, OTHER, ZERO
 from dsm_jax.tts.synthesizer import Synthesizer
-from tests import tts_model
-from tests.tts_model import CODEBOOKS, DELAY_STEPS, FRAME, LAST_DELAY
+from tests.helpers import tts_model
+from tests.helpers.tts_model import CODEBOOKS, DELAY_STEPS, FRAME, LAST_DELAY
 
 GREEDY = SpeechOptions(temperature=0.0)
 SAMPLED = SpeechOptions(temperature=0.8, codebooks=1, seed=3)

@@ -10,8 +10,8 @@ from dsm_jax.configs import ModelConfig
 from dsm_jax.errors import AudioError, CheckpointError, ConfigError, SpeechError
 from dsm_jax.tts import SpeechOptions
 from dsm_jax.tts.live import STEPS
-from tests import tts_model
-from tests.tts_model import FRAME, voice
+from tests.helpers import tts_model
+from tests.helpers.tts_model import FRAME, voice
 
 GREEDY = SpeechOptions(temperature=0.0)
 LONG = "to be at the old city"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from tests.tokenizer_maker import make_tokenizer
+from tests.helpers.tokenizer_maker import make_tokenizer
 
 
 @pytest.mark.parametrize("vocab_size", [48, 64, 400, 4000, 8000])

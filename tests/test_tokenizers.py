@@ -7,7 +7,7 @@ import pytest
 from dsm_jax.convert import tokenizer as rewriting
 from dsm_jax.errors import CheckpointError
 from dsm_jax.tokenizers import load_tokenizer
-from tests.tokenizer_maker import make_tokenizer
+from tests.helpers.tokenizer_maker import make_tokenizer
 
 TEXTS = (
     "mister quilter is the apostle of the middle classes",

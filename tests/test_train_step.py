@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dsm_jax.errors import ConfigError
 from dsm_jax.nn.linear import Linear
 from dsm_jax.training.step import OptimizerConfig, TrainState, clip_by_norm, init, make_step, norm
-from tests import small
+from tests.helpers import small
 
 STEPS = 6
 OPTIMIZER = OptimizerConfig(learning_rate=0.05, warmup=2, weight_decay=0.1, clip=0.5)

@@ -12,9 +12,9 @@ from flax import nnx
 from dsm_jax.configs import TransformerConfig
 from dsm_jax.nn.norms import LayerNorm, RMSNorm, make_norm
 from dsm_jax.nn.transformer import FeedForward, GatedFeedForward, Transformer
-from tests import small
-from tests.check import check_in_place
 from tests.goldens import compare
+from tests.helpers import small
+from tests.helpers.check import check_in_place
 
 
 def noise(*shape: int) -> np.ndarray:

@@ -23,8 +23,8 @@ from dsm_jax.tts import voices
 from dsm_jax.tts.program import SpeechRequest, TtsSettings
 from dsm_jax.tts.script import MAIN, entries_of
 from dsm_jax.tts.words import WordMachine
-from tests import checkpoint_maker, speaking, tts_model
-from tests.tokenizer_maker import make_tokenizer
+from tests.helpers import checkpoint_maker, speaking, tts_model
+from tests.helpers.tokenizer_maker import make_tokenizer
 
 LM = dataclasses.replace(tts_model.SPEAKERS, demux_second_stream=False, context=64)
 FRAMES, DELAY = 24, 3

@@ -24,8 +24,8 @@ from dsm_jax.tts import program
 from dsm_jax.tts.program import SpeechRequest, TtsSettings, Turn
 from dsm_jax.tts.script import NEW_WORD, PAD, Entry
 from dsm_jax.tts.words import WordMachine
-from tests import small
-from tests.speaking import Loop, Said, join, steps_B
+from tests.helpers import small
+from tests.helpers.speaking import Loop, Said, join, steps_B
 
 # A frame of 4 samples, as compiling is what these tests spend their time on.
 SEANET = dataclasses.replace(small.MIMI.seanet, ratios=(2,))

@@ -15,7 +15,7 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.configs import Fuser, ModelConfig, ModelId
 from dsm_jax.errors import CheckpointError, SpeechError
 from dsm_jax.tts import voices
-from tests import small
+from tests.helpers import small
 
 WIDTH, STEPS = 10, 3
 MODEL_ID = ModelId(sig="abc123", epoch=7)

@@ -13,8 +13,8 @@ from dsm_jax.errors import ConfigError, SpeechError
 from dsm_jax.tts import words
 from dsm_jax.tts.script import Entry, Script, pack
 from dsm_jax.tts.words import WordMachine, WordState
-from tests import word_scripts
-from tests.word_scripts import CARD, CHOICES, MACHINES, STEPS, Oracle, Rules, advance, faults, run
+from tests.helpers import word_scripts
+from tests.helpers.word_scripts import CARD, CHOICES, MACHINES, STEPS, Oracle, Rules, advance, faults, run
 
 machines = st.sampled_from(MACHINES)
 

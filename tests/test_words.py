@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dsm_jax.errors import ConfigError
 from dsm_jax.stt.transcript import Pause, WordEnded, WordStarted
 from dsm_jax.stt.words import PauseRule, Timing, WordReader
-from tests import stt_model
+from tests.helpers import stt_model
 
 NO_OFFSET = Timing(frame_rate=12.5, text_offset=0.0, audio_offset=0.0)
 

@@ -198,7 +198,9 @@ def _text_step(
         allowed = silent_V | (ids_V == next_B[:, None]) | (wanted_B == 0)[:, None]
         allowed_BV = jnp.where(allowed, logits_BV, -jnp.inf)
     keys_B = jax.vmap(jax.random.fold_in)(request.key_B2, step_B)
-    tokens_B = sample_or_greedy(allowed_BV, keys_B, request.temperature_B, request.top_k_B, max_top_k=settings.max_top_k)
+    tokens_B = sample_or_greedy(
+        allowed_BV, keys_B, request.temperature_B, request.top_k_B, max_top_k=settings.max_top_k
+    )
     probability_B = jnp.take_along_axis(jax.nn.softmax(logits_BV), tokens_B[:, None], axis=-1)[:, 0]
     pauses_BH = lm.extra_probabilities(hidden_BTD)[:, 0, :, 0]
     matched_B = (wanted_B > 0) & (tokens_B == wanted_B)

@@ -219,7 +219,7 @@ def _tokens(config: Any, place: Any) -> np.ndarray:
 
     from dsm_jax import benchmark
     from dsm_jax.models.lm import DelayedStreamsLM
-    from tests.greedy import greedy_tokens
+    from tests.helpers.greedy import greedy_tokens
 
     with jax.default_device(jax.devices("cpu")[0]):
         graph, params = benchmark.random_params(
@@ -238,7 +238,7 @@ def _tokens(config: Any, place: Any) -> np.ndarray:
 
 def _tiny_config() -> Any:
     from dsm_jax.configs import ModelConfig
-    from tests import small
+    from tests.helpers import small
 
     # As many codes in the language model as in the codec, so that none is out of range.
     return ModelConfig(model_type="stt", lm=dataclasses.replace(small.STT, card=16), mimi=small.MIMI)

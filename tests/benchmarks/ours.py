@@ -16,8 +16,8 @@ import dsm_jax
 from dsm_jax import benchmark
 from dsm_jax.configs import MimiConfig, ModelConfig, TtsConfig, presets
 from dsm_jax.models.mimi import Mimi
-from tests import small
 from tests.benchmarks.worker import Step
+from tests.helpers import small
 
 # `small.TTS` also hears, which Kyutai's loop for speech does not provide for.
 _LM = dataclasses.replace(small.TTS, n_q=4, delays=(0, 0, 2, 2, 2), card=16)

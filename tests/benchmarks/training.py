@@ -26,8 +26,8 @@ from dsm_jax.training.step import OptimizerConfig
 from recipes.digits.codec import CodecStage
 from recipes.digits.data import LABELS, MIMI
 from recipes.digits.stt import SttStage, lm_config
-from tests import small
 from tests.benchmarks.worker import Step
+from tests.helpers import small
 
 _LM, _CODEC = SttStage(), CodecStage()
 _LM_CONFIG = lm_config(MIMI.quantizer, 41, _LM.context)  # as many pieces as the recipe's tokenizer has

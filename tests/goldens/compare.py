@@ -24,7 +24,7 @@ from dsm_jax.models.mimi import Mimi
 from dsm_jax.nn.conv import CausalConv1d, CausalConvTranspose1d, DepthwiseUpsample
 from dsm_jax.nn.rvq import SplitQuantizer
 from dsm_jax.nn.transformer import Transformer
-from tests import small
+from tests.helpers import small
 
 FOLDER = Path(__file__).parent
 ROUNDING = 1e-5  # of float32, relative to the largest value: both add up the same terms, in another order

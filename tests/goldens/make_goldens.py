@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 from dsm_jax.configs import TransformerConfig
 from dsm_jax.configs.json import to_dict
 from dsm_jax.convert.kyutai_config import flat_lm
-from tests import small
+from tests.helpers import small
 
 Arrays = dict[str, np.ndarray]
 Golden = tuple[Any, Arrays]  # the config of the case, in JSON's types, and the tensors

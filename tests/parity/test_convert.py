@@ -13,7 +13,7 @@ from transformers import KyutaiSpeechToTextForConditionalGeneration, KyutaiSpeec
 from dsm_jax import checkpoints
 from dsm_jax.convert import convert
 from dsm_jax.tokenizers import load_tokenizer
-from tests.checkpoint_maker import arrays_of, assert_same_weights
+from tests.helpers.checkpoint_maker import arrays_of, assert_same_weights
 from tests.parity.references import (
     kyutai_stt,
     make_mimi,

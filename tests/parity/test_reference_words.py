@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from tests.helpers.tokenizer_maker import make_tokenizer
 from tests.parity import references
-from tests.tokenizer_maker import make_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from dsm_jax.models.mimi import Mimi
 from dsm_jax.models.parameters import flatten
 from dsm_jax.training.losses.codec import CodecTrainee
 from dsm_jax.training.step import OptimizerConfig
-from tests import small
 from tests.benchmarks import moshi_training, training
+from tests.helpers import small
 from tests.parity.references.kyutai import published_names
 
 ROUNDING = 1e-4  # of float32, relative to the largest value, through the backward passes of whole networks

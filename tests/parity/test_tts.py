@@ -23,9 +23,9 @@ from dsm_jax.tts import voices
 from dsm_jax.tts.program import SpeechRequest, TtsSettings
 from dsm_jax.tts.script import Entry, entries_of
 from dsm_jax.tts.words import WordMachine
+from tests.helpers.speaking import Loop, Said
 from tests.parity import references
 from tests.parity.references import How
-from tests.speaking import Loop, Said
 
 SCRIPTS = (
     ("good morning everyone", 'thank you <break time="0.5s"/> for coming', "to the station"),

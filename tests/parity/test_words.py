@@ -8,8 +8,8 @@ from moshi.models import tts
 
 from dsm_jax.tokenizers import load_tokenizer
 from dsm_jax.tts.script import MAIN, NEW_WORD, OTHER, PAD, ZERO, entries_of
-from tests import word_scripts
-from tests.tokenizer_maker import make_tokenizer
+from tests.helpers import word_scripts
+from tests.helpers.tokenizer_maker import make_tokenizer
 
 PARTS = (
     *("the", "fox", "glockenspiel", "crêpes", "don’t", "12", "a:b", "(so)", "…", "fo(ur", ":", "()"),

@@ -15,7 +15,7 @@ from dsm_jax.training.loop import Run, RunConfig
 from dsm_jax.training.losses.codec import decoder_loss, is_decoder
 from dsm_jax.training.step import OptimizerConfig
 from recipes.digits.codec import DECODER, first_rows, train_decoder
-from tests import small
+from tests.helpers import small
 from tests.test_codec_loss import CONFIG
 
 FRAMES = 20

@@ -15,7 +15,7 @@ from recipes.digits.data import MIMI, CodecDataset, DataMix, SttDataset, load_cl
 from recipes.digits.stt import DigitsConfig, SttStage, train_digits
 from recipes.digits.tests.made_up_data import SENTENCES, write_data
 from recipes.digits.utterances import ProsodyConfig
-from tests.checkpoint_maker import assert_same_weights
+from tests.helpers.checkpoint_maker import assert_same_weights
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from dsm_jax.tts import voices
 from recipes.digits.data import MIMI, TRAINING_CLIPS, load_clips
 from recipes.digits.tests.made_up_data import write_data
 from recipes.digits.tts import DigitsTtsConfig, TtsDataset, TtsStage, train_digits_tts
-from tests import tts_model
+from tests.helpers import tts_model
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import torch
 from moshi.models import loaders
 from safetensors.torch import load_file, save_file
 
+from tests.helpers.tokenizer_maker import make_tokenizer
 from tests.parity.references.random_weights import random_lm, random_mimi
-from tests.tokenizer_maker import make_tokenizer
 
 Size = Literal["small", "stt-1b", "stt-2.6b"]
 Spelling = Literal["in_proj_weight", "in_projs"]

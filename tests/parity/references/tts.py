@@ -17,10 +17,10 @@ from moshi.models import loaders
 from moshi.models.tts import StateMachine, TokenIds, TTSModel
 from safetensors.torch import save_file
 
+from tests.helpers.tokenizer_maker import make_tokenizer
 from tests.parity.references.drivers import inference, load_mimi, read_config
 from tests.parity.references.kyutai import MIMI_CONFIG_NAME, PUBLISHED, lm_config, lm_shapes, make_mimi, mimi_config
 from tests.parity.references.random_weights import random_lm
-from tests.tokenizer_maker import make_tokenizer
 
 Kind = Literal["speakers", "prefix"]
 VOICE_STEPS = 7

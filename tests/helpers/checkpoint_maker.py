@@ -14,8 +14,8 @@ from dsm_jax.convert import convert
 from dsm_jax.models.family import abstract_model
 from dsm_jax.models.parameters import flatten
 from dsm_jax.tokenizers import load_tokenizer
-from tests import small
-from tests.tokenizer_maker import make_tokenizer
+from tests.helpers import small
+from tests.helpers.tokenizer_maker import make_tokenizer
 
 # What the published models have in common, so that every layout can hold it.
 PLAIN_STT = dataclasses.replace(

@@ -11,9 +11,9 @@ import dsm_jax
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 
-DATA = Path(__file__).with_name("data")
+DATA = Path(__file__).parent.with_name("data")
 RECORDING = DATA / "librispeech-1272-128104-0000.flac"
-CHECKPOINT = Path(__file__).parent / "goldens/stt/checkpoint"
+CHECKPOINT = Path(__file__).parents[1] / "goldens/stt/checkpoint"
 
 
 @functools.cache

@@ -17,8 +17,8 @@ from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.tokenizers import load_tokenizer
 from dsm_jax.tts.script import NEW_WORD, PAD
-from tests import small
-from tests.tokenizer_maker import make_tokenizer
+from tests.helpers import small
+from tests.helpers.tokenizer_maker import make_tokenizer
 
 CODEBOOKS = 2
 DELAY_STEPS, LAST_DELAY = 5, 2  # of the audio behind the text, and of the codebooks behind it
