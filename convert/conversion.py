@@ -12,11 +12,16 @@ from dsm_jax.convert.layouts import layout_for, layout_names, open_checkpoint
 from dsm_jax.convert.report import Report
 from dsm_jax.errors import CheckpointError
 from dsm_jax.models.parameters import read_dtype
-from dsm_jax.progress import byte_bar
+from dsm_jax.progress import Progress, ProgressCallback
 
 
 def convert(
-    source: str | Path, destination: str | Path, *, to: str = "orbax", dtype: Any = None, progress: bool = True
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str = "orbax",
+    dtype: Any = None,
+    progress: ProgressCallback | None = None,
 ) -> Report:
     """Rewrites a checkpoint in another layout, strictly: every tensor is accounted for, or nothing is written.
 
@@ -26,7 +31,7 @@ def convert(
       to: "orbax" (this library's own), "kyutai" or "transformers".
       dtype: of the language model's weights, "bfloat16", "float16" or "float32"; None keeps the stored one. The codec
         is always float32.
-      progress: shows a bar where standard error is a terminal.
+      progress: called with the bytes that were written so far.
 
     Returns:
       An account of every tensor read, written and left out.
@@ -46,16 +51,16 @@ def convert(
     cast = checkpoint if dtype is None else checkpoint.in_dtype(read_dtype(dtype))
     total = sum(p.size * p.dtype.itemsize for parameters in cast.stored.values() for p in parameters.values())
     written, dropped = [], []
-    with (
-        byte_bar(f"converting {checkpoint.name}", total, progress) as advance,
-        native.new_folder(destination, total) as folder,
-    ):
+    done = 0
+    with native.new_folder(destination, total) as folder:
         for item in layout.write(cast, folder):
             if isinstance(item, LeftOut):
                 dropped.append(item)
                 continue
             written.append(report.written_as(item))
-            advance(int(np.prod(item.shape)) * np.dtype(item.dtype).itemsize)
+            done += int(np.prod(item.shape)) * np.dtype(item.dtype).itemsize
+            if progress is not None:
+                progress(Progress(done, total))
     return Report(
         checkpoint.name,
         checkpoint.layout,

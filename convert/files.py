@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from dsm_jax.convert.pieces import DTYPES, Outgoing, Rows, Tensor
 from dsm_jax.convert.transforms import contiguous
 from dsm_jax.errors import CheckpointError
+from dsm_jax.files import read_text
 
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
@@ -170,7 +171,7 @@ def read_json(path: Path) -> dict:
       CheckpointError: it is missing, unreadable or no object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
     if not isinstance(value, dict):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsm_jax.errors import CheckpointError
+from dsm_jax.files import read_text
 from dsm_jax.tokenizers import SPACE
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE, _UNIGRAM = 1, 2, 3, 4, 6, 1
@@ -70,12 +71,12 @@ def to_sentencepiece(source: Path, target: Path) -> None:
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    values = json.loads(source.read_text(encoding="utf-8"))
+    values = json.loads(read_text(source))
     model = values["model"]
     if model.get("type") != "Unigram":
         raise CheckpointError(f"{source.name} is a {model.get('type')} model; only unigram models are rewritten")
     settings_path = source.with_name("tokenizer_config.json")
-    settings = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
+    settings = json.loads(read_text(settings_path)) if settings_path.is_file() else {}
     special = {token["content"] for token in values["added_tokens"] if token["special"]}
     own = {token["content"] for token in values["added_tokens"]} - special
     proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]

@@ -25,6 +25,7 @@ from dsm_jax.models.mimi import Mimi
 from dsm_jax.nn.linear import fan_in
 from dsm_jax.runtime.compile import compiled
 from dsm_jax.stt import program as stt_program
+from dsm_jax.tts import host as tts_host
 from dsm_jax.tts import program as tts_program
 from dsm_jax.tts.script import Entry
 from dsm_jax.tts.words import WordMachine
@@ -126,7 +127,7 @@ def tts_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, A
     speaker = lm_config.conditioner("speaker_wavs")
     assert isinstance(speaker, TensorConditioner)
     machine = WordMachine(lm_config.text_card + 1, tts.second_stream_ahead)
-    request = tts_program.SpeechRequest(
+    request = tts_host.SpeechRequest(
         entries=[Entry((4, 5), "word", 0)] * 1000,
         complete=True,
         voices=[np.random.default_rng(0).standard_normal((VOICE_STEPS, speaker.dim), np.float32)],
@@ -147,11 +148,11 @@ def tts_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, A
     delay_steps = int(tts.audio_delay * config.mimi.frame_rate)
     settings = tts_program.TtsSettings(slots=batch, machine=machine, delay_steps=delay_steps, steps=1)
     model = Model(config, lm_def, lm_params, mimi_def, mimi_params, None, "random")
-    program = tts_program.TtsProgram(model, request.fitted(settings))
+    program = tts_host.TtsProgram(model, request.fitted(settings))
     state = program.init()
     for slot in range(batch):
         state = program.insert(state, [slot], [request])
-    everyone = [tts_program.Turn()] * batch
+    everyone = [tts_host.Leave()] * batch
     return lambda state: program.step(state, everyone, waiting=False), state
 
 

@@ -1,6 +1,9 @@
-"""Loads models, placing their weights on devices, and saves them."""
+"""Load models, placing their weights on devices, and save them."""
 
 import dataclasses
+import functools
+import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,28 +12,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from dsm_jax.configs import ModelConfig
 from dsm_jax.convert import native
 from dsm_jax.convert.checkpoint import Checkpoint
 from dsm_jax.convert.layouts import open_checkpoint
-from dsm_jax.errors import CheckpointError
-from dsm_jax.hub import DEFAULT, find
+from dsm_jax.errors import CheckpointError, ConfigError
+from dsm_jax.hub import DEFAULT, HubOptions, find
 from dsm_jax.models.family import abstract_model, family_of
+from dsm_jax.models.lm import DelayedStreamsLM
+from dsm_jax.models.mimi import Mimi
 from dsm_jax.models.parameters import dtype_of, flatten, read_dtype, with_dtype
 from dsm_jax.nn.quant import PackedBfloat16
-from dsm_jax.progress import byte_bar
+from dsm_jax.process import check_process
+from dsm_jax.progress import Progress, ProgressCallback
 from dsm_jax.sharding import Sharding
 from dsm_jax.tokenizers import Tokenizer
 
+_log = logging.getLogger("dsm_jax")
 _TABLES = ("audio_emb.table_QLW", "text_emb.table_LW")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Model:
-    """A loaded model: `nnx.merge(lm_def, lm_params)` is its `DelayedStreamsLM`, likewise its `Mimi`.
+    """A loaded model: the structure of its networks, their parameters, and its tokenizer.
 
-    A codec alone has no language model (`lm_def`, `lm_params` and `tokenizer` are None), and `config.lm` is None.
+    A codec alone has no language model (`lm_def`, `lm_params`, `tokenizer` and `lm` are None), and `config.lm` is None.
     """
 
     config: ModelConfig
@@ -41,71 +49,122 @@ class Model:
     tokenizer: Tokenizer | None
     name: str
 
+    @functools.cached_property
+    def lm(self) -> DelayedStreamsLM | None:
+        """The language model as a Flax module that holds the parameters; None for a codec."""
+        return None if self.lm_def is None else nnx.merge(self.lm_def, self.lm_params)
+
+    @functools.cached_property
+    def codec(self) -> Mimi:
+        """The codec as a Flax module that holds the parameters."""
+        return nnx.merge(self.mimi_def, self.mimi_params)
+
     @property
     def sample_rate(self) -> int:
         """Hz of the samples that the model takes and makes: 24,000 in the published ones."""
         return self.config.mimi.sample_rate
 
+    @functools.cached_property
+    def num_parameters(self) -> int:
+        """Numbers in the weights of the language model and the codec."""
+        return sum(leaf.size for leaf in self._leaves)
+
+    @functools.cached_property
+    def dtype(self) -> str:
+        """Name of the type of the language model's weights; float32 for a codec."""
+        return "float32" if self.lm_params is None else str(dtype_of(flatten(self.lm_params)))
+
+    @functools.cached_property
+    def devices(self) -> tuple[Any, ...]:
+        """The devices that hold the parameters, in order of their number."""
+        held = {device for leaf in self._leaves if isinstance(leaf, jax.Array) for device in leaf.devices()}
+        return tuple(sorted(held, key=lambda device: device.id))
+
+    @property
+    def _leaves(self) -> list[Any]:
+        return jax.tree.leaves((self.lm_params, self.mimi_params))
+
     def __repr__(self) -> str:
         kind = family_of(self.config).description
-        return f"Model({self.name!r}: {kind}, {self.sample_rate} Hz, {self.config.mimi.frame_rate} frames a second)"
+        where = ", ".join(str(device) for device in self.devices)
+        size = f"{self.num_parameters / 1e6:.1f} M parameters"
+        return f"Model({self.name!r}: {kind}, {size}, {self.dtype}, on {where}, {self.sample_rate} Hz)"
 
 
 def load(
     source: str | Path = DEFAULT,
     *,
     dtype: Any = None,
+    device: Any = None,
     sharding: Sharding | None = None,
-    listen_only: bool = False,
+    stt_only: bool = False,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    progress: ProgressCallback | None = None,
 ) -> Model:
-    """Loads a model for use.
+    """Load a model for use.
 
     Args:
       source: a local folder, a codec's file, "digits" or "digits-tts" (small models inside the package), or a name on
         the hub ("organisation/name", fetched on first use); in Kyutai's, transformers' or this library's own layout.
       dtype: of the language model, by name or as jax has it; None is bfloat16 on GPU and TPU, float32 on CPU. The codec
         and the conditioning are always float32.
-      sharding: the devices to spread the language model over, and how; None uses the default device. The codec is on
-        all of them.
-      listen_only: leave out what a model that only hears does without: the codec's decoder, and in float32 on CPU half
-        of the embedding tables, if they are stored in bfloat16 (rows are widened as they are read, to the same values).
-        Such a model cannot be saved or trained.
+      device: one of `jax.devices()`, or "cpu", "gpu" or "tpu" for the first of its kind; None is JAX's default.
+      sharding: the devices to spread the language model over, and how, in place of `device`. The codec is on all of
+        them.
+      stt_only: leave out what transcription does without: the codec's decoder, and in float32 on CPU half of the
+        embedding tables, if they are stored in bfloat16 (rows are widened as they are read, to the same values). Such a
+        model cannot be saved or trained.
+      revision: branch, tag or commit on the hub; None is its newest.
+      cache_dir: folder of fetched models; None is the hub's own.
+      token: of the hub, for models behind a login; None takes the one of `hf auth login`.
+      local_files_only: never ask the hub; the model has to be in `cache_dir`.
+      progress: called with the bytes of weights that were loaded so far.
 
     Returns:
       The model, each parameter placed straight on its devices.
 
     Raises:
       CheckpointError: nothing of that name, a layout that is not known, or weights that are not those of the config.
-      ConfigError: a config that the library does not understand.
+      ConfigError: a config that the library does not understand, or a device that is not there.
     """
-    path = find(source)
+    check_process()
+    place = _placement(device, sharding)
+    hub_options = HubOptions(revision, cache_dir, token, local_files_only)
+    path = find(source, hub_options)
     opened = open_checkpoint(path)
     tokenizer = opened.load_tokenizer()
     if dtype is None:
-        platform = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
-        dtype = "float32" if platform == "cpu" else "bfloat16"
+        dtype = "float32" if _platform(place, sharding) == "cpu" else "bfloat16"
     dtype = read_dtype(dtype)
-    used = abstract_model(opened.config, decoder=not listen_only, dtype=dtype, sharding=sharding)
+    used = abstract_model(opened.config, decoder=not stt_only, dtype=dtype, sharding=sharding)
     wanted = {
         f"{part}.{name}": jax.ShapeDtypeStruct(
-            p.shape, p.dtype, sharding=sharding and sharding.named(name if part == "lm" else "", p.shape)
+            p.shape, p.dtype, sharding=sharding.named(name if part == "lm" else "", p.shape) if sharding else place
         )
         for part, network in used.items()
         for name, p in with_dtype(part, network.parameters, dtype).items()
     }
     packed = (
         _tables_to_pack(opened, wanted)
-        if listen_only and sharding is None and jax.default_backend() == "cpu"
+        if stt_only and sharding is None and _platform(place, sharding) == "cpu"
         else set()
     )
     for name in packed:
         wanted[name] = jax.ShapeDtypeStruct(wanted[name].shape, jnp.bfloat16, sharding=wanted[name].sharding)
-    arrays = {}
-    total = sum(p.size * p.dtype.itemsize for p in wanted.values())
-    with byte_bar(f"loading {opened.name}", total, show=True) as advance:
-        for name, array in opened.place(wanted):
-            arrays[name] = PackedBfloat16(jnp.asarray(np.asarray(array).view(np.uint16))) if name in packed else array
-            advance(array.nbytes)
+    arrays: dict[str, Any] = {}
+    total, done, start = sum(p.size * p.dtype.itemsize for p in wanted.values()), 0, time.perf_counter()
+    for name, array in opened.place(wanted):
+        done += array.nbytes
+        if name in packed:
+            arrays[name] = PackedBfloat16(jax.device_put(np.asarray(array).view(np.uint16), place))
+        else:
+            arrays[name] = array
+        if progress is not None:
+            progress(Progress(done, total))
+    _log.info("loaded %s, %.1f MB, from %s in %.1f s", opened.name, total / 1e6, path, time.perf_counter() - start)
     states = {
         part: network.unflatten({name: arrays[f"{part}.{name}"] for name in network.parameters})
         for part, network in used.items()
@@ -122,18 +181,44 @@ def load(
     )
 
 
+def _placement(device: Any, sharding: Sharding | None) -> SingleDeviceSharding | None:
+    """Return the placement on one device; None for JAX's default, or a sharding in its place.
+
+    Raises:
+      ConfigError: there is no such device, or a sharding was given too.
+    """
+    if device is None:
+        return None
+    if sharding is not None:
+        raise ConfigError("both device and sharding were given; the sharding names its devices, so leave out device")
+    if isinstance(device, str):
+        try:
+            device = jax.devices(device)[0]
+        except RuntimeError:
+            known = ", ".join(sorted({found.platform for found in jax.devices()} | {"cpu"}))
+            raise ConfigError(f"there is no device {device!r} here; expected one of {known}") from None
+    return SingleDeviceSharding(device)
+
+
+def _platform(place: SingleDeviceSharding | None, sharding: Sharding | None) -> str:
+    """Return the kind of device that the parameters go to."""
+    if sharding is not None:
+        return sharding.mesh.devices.flat[0].platform
+    return jax.default_backend() if place is None else next(iter(place.device_set)).platform
+
+
 def save(model: Model, destination: str | Path) -> None:
-    """Writes a model in the library's own layout, which `load` reads.
+    """Write a model in the library's own layout, which `load` reads.
 
     Args:
       model: any model.
       destination: a folder that does not exist yet.
 
     Raises:
-      CheckpointError: it exists, or cannot be written, or the model was loaded with `listen_only`.
+      CheckpointError: it exists, or cannot be written, or the model was loaded with `stt_only`.
     """
-    if nnx.merge(model.mimi_def, model.mimi_params).decoder is None:
-        raise CheckpointError(f"{model.name} was loaded with listen_only=True; load it without to save it")
+    if model.codec.decoder is None:
+        raise CheckpointError(f"{model.name} was loaded with stt_only=True; load it without to save it")
     lm, mimi = flatten(model.lm_params or nnx.State({})), flatten(model.mimi_params)
     arrays = {f"lm.{name}": array for name, array in lm.items()} | {f"mimi.{name}": a for name, a in mimi.items()}
     if any(not isinstance(array, jax.Array) for array in arrays.values()):
@@ -146,7 +231,7 @@ def save(model: Model, destination: str | Path) -> None:
 
 
 def _tables_to_pack(opened: Checkpoint, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> set[str]:
-    """The embedding tables that lose nothing by staying in 16 bits, though the model computes in 32."""
+    """Return the embedding tables that lose nothing by staying in 16 bits, though the model computes in 32."""
     tables = {f"lm.{name}" for name in _TABLES} & wanted.keys()
     return {
         name

@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from dsm_jax import audio
@@ -30,7 +29,7 @@ def _decode(mimi: Mimi, codes_BQT: jax.Array, state: CodecState) -> tuple[jax.Ar
 
 
 def encode(model: Model, source: audio.Source, *, codebooks: int | None = None) -> np.ndarray:
-    """Turns a recording into codes.
+    """Turn a recording into codes.
 
     Args:
       model: any model; its codec is used.
@@ -49,7 +48,7 @@ def encode(model: Model, source: audio.Source, *, codebooks: int | None = None) 
     if not 1 <= codebooks <= config.quantizer.n_q:
         raise ConfigError(f"{codebooks} codebooks were asked for; {model.name} has 1 to {config.quantizer.n_q}")
     step = compiled(_encode, (model.mimi_def,), codebooks, donate=(1,))
-    state = nnx.merge(model.mimi_def, model.mimi_params).encoder.init_state(1)
+    state = model.codec.encoder.init_state(1)
     held, columns = np.zeros(0, np.float32), []
     chunk = CHUNK_FRAMES * config.frame_size
 
@@ -70,7 +69,7 @@ def encode(model: Model, source: audio.Source, *, codebooks: int | None = None) 
 
 
 def decode(model: Model, codes_QT: np.ndarray) -> np.ndarray:
-    """Turns codes into samples.
+    """Turn codes into samples.
 
     Args:
       model: any model; its codec is used.
@@ -91,10 +90,10 @@ def decode(model: Model, codes_QT: np.ndarray) -> np.ndarray:
     if codes_QT.size and (codes_QT.min() < 0 or codes_QT.max() >= bins):
         raise ConfigError(f"codes go from {codes_QT.min()} to {codes_QT.max()}; {model.name} has 0 to {bins - 1}")
     step = compiled(_decode, (model.mimi_def,), donate=(1,))
-    decoder = nnx.merge(model.mimi_def, model.mimi_params).decoder
+    decoder = model.codec.decoder
     if decoder is None:
         raise ConfigError(
-            f"{model.name} was loaded with listen_only=True, so without its codec's decoder; load it without"
+            f"{model.name} was loaded with stt_only=True, so without its codec's decoder; load it without"
         )
     state = decoder.init_state(1)
     pieces, whole = [np.zeros(0, np.float32)], codes_QT.shape[1] // CHUNK_FRAMES * CHUNK_FRAMES
@@ -108,7 +107,7 @@ def decode(model: Model, codes_QT: np.ndarray) -> np.ndarray:
 
 
 def read_codes(path: str | os.PathLike[str]) -> np.ndarray:
-    """The codes [Q, T] of a file that `dsm-jax codec encode` wrote.
+    """Read the codes [Q, T] of a file that `dsm-jax codec encode` wrote.
 
     Raises:
       CheckpointError: no such file, or no codes in it.

@@ -1,12 +1,12 @@
-"""What callers can catch: every error that a user can put right is one of these."""
+"""Errors of the library: every error that a user can put right is one of these."""
 
 
 class DsmError(Exception):
     """Base of the library's own errors. The message says what was found, what was expected and what to do."""
 
 
-class ConfigError(DsmError):
-    """A configuration with a key or a value that the library does not understand."""
+class ConfigError(DsmError, ValueError):
+    """An argument, an option or a configuration with a key or a value that the library does not understand."""
 
 
 class AudioError(DsmError):
@@ -17,16 +17,36 @@ class CheckpointError(DsmError):
     """Weights, a tokenizer or a folder that do not fit the model they are meant for."""
 
 
+class ModelKindError(CheckpointError, ValueError):
+    """A model of another kind than the one that is needed, such as a codec that is to transcribe."""
+
+
 class StreamError(DsmError):
     """A chunk or a state that does not fit the stream it was given to."""
 
 
-class PromptError(DsmError):
+class PromptError(DsmError, ValueError):
     """A prompt that the model cannot follow."""
 
 
-class SpeechError(DsmError):
-    """A script that cannot be said, or rules that no script can be said by."""
+class SpeechError(DsmError, ValueError):
+    """A text that cannot be said, or a voice that the model cannot take."""
+
+
+class UnsayableError(SpeechError):
+    """A word that the tokenizer cannot spell, or a tag that is unknown.
+
+    Attributes:
+      before: the entries of the script before it.
+    """
+
+    def __init__(self, message: str, before: list):
+        super().__init__(message)
+        self.before = before
+
+
+class ForkError(DsmError):
+    """A process that was forked from one that uses JAX."""
 
 
 class TrainingError(DsmError):
@@ -37,8 +57,8 @@ class BatchError(DsmError):
     """Some inputs of several failed.
 
     Attributes:
-      results: what came of each input, in order; None for those that failed.
-      errors: for the place of each that failed, why.
+      results: the result of each input, in order; None for those that failed.
+      errors: the reason of each that failed, by its place.
     """
 
     def __init__(self, results: list, errors: dict[int, DsmError]):

@@ -1,23 +1,45 @@
-"""Finds a model: a local path, a model inside the package, or a name on the hub, fetched on first use."""
+"""Find a model: a local path, a model inside the package, or a name on the hub, fetched on first use."""
 
+import dataclasses
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dsm_jax.errors import CheckpointError
 
+_log = logging.getLogger("dsm_jax")
 DEFAULT = "kyutai/stt-1b-en_fr"
 _ASSETS = Path(__file__).with_name("assets")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_INSTEAD = "give a local folder, or use the model that came with the library: --model digits"
+_INSTEAD = "give a local folder, or use a model that came with the library: digits transcribes, digits-tts speaks"
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "params/*")
 
 
-def find(source: str | Path) -> Path:
-    """Finds a model, fetching it if it is on the hub only.
+@dataclasses.dataclass(frozen=True)
+class HubOptions:
+    """Where and how models are fetched.
+
+    Attributes:
+      revision: branch, tag or commit; None is the newest.
+      cache_dir: folder of fetched models; None is the hub's own.
+      token: for models behind a login; None takes the one of `hf auth login`.
+      local_files_only: never ask the hub.
+    """
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+
+
+def find(source: str | Path, options: HubOptions = HubOptions()) -> Path:
+    """Find a model, fetching it if it is on the hub only.
 
     Args:
       source: a local folder or file, the name of a model inside the package, or "organisation/name" on the hub.
+      options: where and how it is fetched.
 
     Returns:
       A folder or file that exists.
@@ -32,14 +54,14 @@ def find(source: str | Path) -> Path:
     if (_ASSETS / name).is_dir() and "/" not in name:
         return _ASSETS / name
     if _HUB_NAME.fullmatch(name) and not name.endswith((".safetensors", ".json")):
-        return _fetch(name)
+        return _fetch(name, options)
     raise CheckpointError(
         f"{source} is no file or folder, and no name on the hub, which has one slash, as {DEFAULT} has; check the path"
     )
 
 
 def fetch_file(repository: str, name: str) -> Path:
-    """Fetches one file of a repository on the hub on first use, and finds it in the cache afterwards.
+    """Fetch one file of a repository on the hub on first use, and find it in the cache afterwards.
 
     Args:
       repository: "organisation/name".
@@ -58,11 +80,13 @@ def fetch_file(repository: str, name: str) -> Path:
     )
 
 
-def _fetch(name: str) -> Path:
+def _fetch(name: str, options: HubOptions) -> Path:
     import huggingface_hub
 
     patterns: list[str] = list(_PATTERNS)
-    return _fetched(name, lambda: huggingface_hub.snapshot_download(name, allow_patterns=patterns), _INSTEAD)
+    chosen: dict[str, Any] = dataclasses.asdict(options)
+    _log.info("looking for %s on the hub", name)
+    return _fetched(name, lambda: huggingface_hub.snapshot_download(name, allow_patterns=patterns, **chosen), _INSTEAD)
 
 
 def _fetched(name: str, fetch: Callable[[], str], instead: str) -> Path:
@@ -81,9 +105,11 @@ def _fetched(name: str, fetch: Callable[[], str], instead: str) -> Path:
         ) from None
     except errors.LocalEntryNotFoundError:
         raise CheckpointError(
-            f"{name} is not in the local cache and could not be fetched: there is no network, or HF_HUB_OFFLINE is "
-            f"set; {instead}"
+            f"{name} is not in the local cache and could not be fetched: there is no network, or HF_HUB_OFFLINE or "
+            f"local_files_only is set; {instead}"
         ) from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(f"{name} has no such revision on the hub; check its branches, tags and commits") from None
     except errors.EntryNotFoundError:
         raise CheckpointError(f"there is no {name} on the hub; check the spelling, or {instead}") from None
     except Exception as error:  # of the network, the disk, or the hub

@@ -1,27 +1,22 @@
-"""A bar over bytes on standard error; nothing where that is not a terminal."""
+"""Report how far long work has come: the library calls back, and draws nothing."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 
 
-@contextlib.contextmanager
-def byte_bar(title: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """Shows a bar while the block runs.
+@dataclass(frozen=True)
+class Progress:
+    """How far one item of the work has come.
 
-    Args:
-      title: what is going on.
-      total: bytes in all.
-      show: False for no bar.
-
-    Yields:
-      What to call with the bytes that have just been dealt with.
+    Attributes:
+      done: seconds of audio that were read or made, or bytes that were loaded.
+      total: of them; None where it is not known.
+      item: place of the item in a batch.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    hidden = not (show and console.is_terminal)
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)
+    done: float
+    total: float | None = None
+    item: int = 0
+
+
+ProgressCallback = Callable[[Progress], None]

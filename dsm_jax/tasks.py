@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dsm_jax import files
 from dsm_jax.checkpoints import Model
 from dsm_jax.configs.json import from_dict
 from dsm_jax.errors import ConfigError
@@ -37,7 +38,7 @@ def read_config(path: Path, tasks: Tasks) -> tuple[Any, Callable[..., Model]]:
       ConfigError: the file cannot be read, names no task, or has fields that the task does not have.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(files.read_text(path))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give a JSON file") from None
     except ValueError as error:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsm_jax import files
 from dsm_jax.errors import CheckpointError
 
 SPACE = "▁"  # what pieces write for a space
@@ -119,11 +120,11 @@ def _from_sentencepiece(path: Path) -> Tokenizer | None:
 def _from_json(path: Path) -> Tokenizer:
     import tokenizers
 
-    text = path.read_text(encoding="utf-8")
+    text = files.read_text(path)
     model = tokenizers.Tokenizer.from_str(text)
     silent = frozenset(token["id"] for token in json.loads(text).get("added_tokens", []) if token["special"])
     settings = path.with_name("tokenizer_config.json")
-    eos = json.loads(settings.read_text(encoding="utf-8")).get("eos_token") if settings.is_file() else None
+    eos = json.loads(files.read_text(settings)).get("eos_token") if settings.is_file() else None
     eos = eos["content"] if isinstance(eos, dict) else eos or "</s>"
     eos_id = model.token_to_id(eos)
     size = model.get_vocab_size(with_added_tokens=True)

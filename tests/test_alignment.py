@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dsm_jax.errors import TrainingError
 from dsm_jax.stt.transcript import Word, WordEnded
-from dsm_jax.stt.words import PauseRule, Timing, WordReader
+from dsm_jax.stt.words import Timing, VadOptions, WordReader
 from dsm_jax.tokenizers import load_tokenizer
 from dsm_jax.training.alignment import text_stream, tokens_of
 from dsm_jax.training.data import WordSpan
@@ -28,7 +28,7 @@ def stream(words: list[WordSpan], *, frames: int = 400, timing: Timing = TIMING,
 
 def read(stream_T: np.ndarray, *, timing: Timing = TIMING, lm=LM) -> list[Word]:
     """The words of a stream; frame i is in column i + 1, less the text's own delay."""
-    reader = WordReader(TOKENIZER, timing, padding=3, boundary=0, pauses=PauseRule())
+    reader = WordReader(TOKENIZER, timing, padding=3, boundary=0, pauses=VadOptions())
     of_frames = stream_T[1 - lm.delays[0] :] if lm.delays[0] <= 1 else [*[3] * (lm.delays[0] - 1), *stream_T]
     events = [event for token in of_frames for event in reader.read(int(token), 1.0)] + reader.finish()
     return [event.word for event in events if isinstance(event, WordEnded)]

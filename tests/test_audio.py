@@ -1,11 +1,14 @@
 """Audio comes in as the same mono samples whatever its container, rate, channels or block length, or says why not."""
 
 import io
+import re
+import struct
 import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -51,8 +54,8 @@ def test_a_tone_survives_any_container_rate_and_channel_count(tmp_path, containe
     soundfile.write(path, tone(2.0, rate)[:, None] * gains, rate, subtype=subtype)
     pcm = audio.read(path)
     assert pcm.dtype == np.float32
-    assert pcm.shape == (48_000,)
-    np.testing.assert_allclose(pcm[2_400:-2_400], tone(2.0, 24_000)[2_400:-2_400], atol=tolerance)
+    assert abs(pcm.size - 48_000) <= (700 if tolerance > 1e-2 else 0)  # lossy ones may end in the encoder's padding
+    np.testing.assert_allclose(pcm[2_400:45_600], tone(2.0, 24_000)[2_400:45_600], atol=tolerance)
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 24_000, 44_100, 192_000])
@@ -90,7 +93,7 @@ def test_paths_files_pipes_and_standard_input_read_alike(monkeypatch):
 def test_arrays_are_taken_at_the_given_rate():
     pcm = tone(1.0, 16_000)
     np.testing.assert_array_equal(audio.read(pcm, 16_000), pcm)
-    np.testing.assert_array_equal(audio.read(np.stack([pcm, -pcm])), np.zeros_like(pcm))
+    np.testing.assert_array_equal(audio.read(np.stack([pcm, 0.5 * pcm])), 0.75 * pcm)
     np.testing.assert_array_equal(audio.read(np.array([-32768, 16384], np.int16)), np.array([-1.0, 0.5], np.float32))
     copy = audio.read(pcm)
     copy[:] = 0
@@ -101,18 +104,91 @@ def test_an_mp3_is_decoded_in_pieces_as_in_one(tmp_path):
     """An mp3 frame borrows bits from earlier ones, so a decoder that seeks between pieces garbles their starts."""
     soundfile.write(tmp_path / "tone.mp3", tone(4.0, 24_000), 24_000)
     one, _ = soundfile.read(tmp_path / "tone.mp3", dtype="float32")
-    np.testing.assert_allclose(audio.read(tmp_path / "tone.mp3"), one, atol=1e-6)
+    np.testing.assert_allclose(audio.read(tmp_path / "tone.mp3"), one, atol=1e-5)
 
 
-def test_an_mp3_whose_length_is_guessed_short_is_refused(tmp_path):
-    loud = np.random.default_rng(0).uniform(-0.9, 0.9, 16_000 * 4)
+def without_first_frame(content: bytes) -> bytes:
+    """An mp3 without the frame that says how long it is, as an encoder that writes to a pipe leaves it."""
+    return content[content.index(content[:2], 4) :]
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+@pytest.mark.parametrize("bitrate_mode", ["CONSTANT", "AVERAGE", "VARIABLE"])
+@pytest.mark.parametrize("header", [True, False])
+def test_all_of_an_mp3_is_decoded(tmp_path, caplog, rate, bitrate_mode, header):
+    loud = np.random.default_rng(0).uniform(-0.9, 0.9, rate * 4)
     path = tmp_path / "a.mp3"
-    soundfile.write(path, np.concatenate([loud, np.zeros(16_000 * 60)]), 16_000, bitrate_mode="VARIABLE")
-    assert len(audio.read(path, 16_000)) == 16_000 * 64
+    soundfile.write(path, np.concatenate([loud, np.zeros(rate * 6)]), rate, bitrate_mode=bitrate_mode)
+    if not header:
+        path.write_bytes(without_first_frame(path.read_bytes()))
+    assert 10.0 <= len(audio.read(path, rate)) / rate < 10.2
+    assert not caplog.messages
+
+
+def test_joined_and_tagged_files_are_decoded_through_all_their_parts(tmp_path, caplog):
+    for suffix, options in ((".mp3", {}), (".flac", {}), (".ogg", {"subtype": "VORBIS"}), (".opus", {"format": "OGG"})):
+        one = tmp_path / f"one{suffix}"
+        options = {"subtype": "OPUS", **options} if suffix == ".opus" else options
+        soundfile.write(one, tone(2.0, 24_000), 24_000, **options)
+        two = tmp_path / f"two{suffix}"
+        two.write_bytes(one.read_bytes() * 2)
+        assert 4.0 <= len(audio.read(two)) / 24_000 < 4.2, suffix
+    tag = b"APETAGEX" + struct.pack("<IIII8x", 2000, 30_064, 1, 0xA0000000) + bytes(range(256)) * 117
+    footer = b"APETAGEX" + struct.pack("<IIII8x", 2000, len(tag) - 32 + 32, 1, 0x80000000)
+    tagged = tmp_path / "tagged.mp3"
+    tagged.write_bytes((tmp_path / "one.mp3").read_bytes() + tag + footer)
+    np.testing.assert_array_equal(audio.read(tagged), audio.read(tmp_path / "one.mp3"))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    "name,codec", [("a.m4a", "aac"), ("a.mp4", "aac"), ("a.webm", "libopus"), ("a.aac", "aac"), ("a.mka", "libopus")]
+)
+def test_recordings_of_phones_and_meetings_are_read(tmp_path, name, codec):
+    rate = 48_000
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(tone(3.0, rate)[None], format="fltp", layout="mono")
+        frame.sample_rate = rate
+        resampler = av.AudioResampler(format=stream.codec_context.format, layout="mono", rate=rate)
+        for out in [*resampler.resample(frame), *resampler.resample(None), None]:
+            container.mux(stream.encode(out))
+    pcm = audio.read(tmp_path / name)
+    assert 3.0 <= pcm.size / 24_000 < 3.1
+    piped = audio.read(Pipe((tmp_path / name).read_bytes()))
+    for heard in (pcm, piped):
+        np.testing.assert_allclose(heard[12_000:60_000].std(), 0.35, atol=0.05)
+    assert audio.duration(tmp_path / name) == pytest.approx(3.0, abs=0.5)
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 0x7FFFF000])
+def test_a_wav_of_unknown_size_is_read_to_its_end(tmp_path, caplog, size):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(1.0, 24_000), 24_000)
+    content = bytearray(path.read_bytes())
+    content[40:44] = struct.pack("<I", size)
+    path.write_bytes(content)
+    assert audio.read(path).size == 24_000
+    assert not caplog.messages
+
+
+def test_channels_that_cancel_out_are_not_averaged(tmp_path):
+    pcm = tone(2.0, 24_000)
+    np.testing.assert_array_equal(audio.read(np.stack([pcm, -pcm])), pcm)
+    soundfile.write(tmp_path / "a.wav", np.stack([-pcm, pcm], axis=1), 24_000, subtype="FLOAT")
+    np.testing.assert_array_equal(audio.read(tmp_path / "a.wav"), -pcm)
+    late = np.where(np.arange(pcm.size) < 24_000, 0.0, pcm)
+    np.testing.assert_array_equal(audio.read(np.stack([late, np.zeros_like(pcm)])), late / 2)
+
+
+def test_a_pipe_is_decoded_as_it_arrives(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.random.default_rng(0).uniform(-1, 1, 24_000 * 20), 24_000)
     content = path.read_bytes()
-    path.write_bytes(content[content.index(content[:2], 4) :])  # without its first frame, which holds the length
-    with pytest.raises(AudioError, match=r"a\.mp3 decodes up to \d\.\d s and then fails \(\d+ bytes are left over\)"):
-        audio.read(path)
+    pipe = Pipe(content)
+    first = next(audio.blocks(pipe, block_seconds=0.5))
+    assert first.size == 12_000
+    assert pipe.tell() < len(content) / 4
 
 
 def peak_bytes(run) -> int:
@@ -142,8 +218,11 @@ def test_an_hour_streams_in_constant_memory(tmp_path):
         (b"", r"is empty \(0 bytes\); expected audio\. Record or fetch it again"),
         (b"these are words, not samples" * 9, r"is not audio that can be decoded: its first bytes are b'these are wo'"),
         (b"RIFF", r"is not audio that can be decoded: its first bytes are b'RIFF'"),
-        (b"\x00\x00\x00\x18ftypM4A " * 9, r"is MP4 \(m4a, mov\); expected wav, flac, mp3 or ogg"),
-        (b"\x1aE\xdf\xa3" * 9, r"is WebM or Matroska; .* convert it: ffmpeg -i .*a\.bin .*a-converted\.wav"),
+        (b"\x00\x00\x00\x18ftypM4A " * 9, r"is an MP4 without its index, as a recorder that was interrupted"),
+        (
+            b"\x1aE\xdf\xa3" * 9,
+            r"is not audio .*; expected a recording .* convert it: ffmpeg -i .*a\.bin .*a-converted\.wav",
+        ),
     ],
 )
 def test_what_is_not_audio_is_refused(tmp_path, content, message):
@@ -188,23 +267,29 @@ def test_samples_that_are_not_finite_are_refused_with_their_time(tmp_path, bad):
         audio.read(pcm.T)
 
 
-def test_a_truncated_flac_says_where_it_fails(tmp_path):
-    path = tmp_path / "cut.flac"
-    path.write_bytes(SPEECH.read_bytes()[:80_000])
-    with pytest.raises(
-        AudioError, match=r"cut\.flac decodes up to [23]\.\d s and then fails \(flac decoder lost sync\)"
-    ):
-        audio.read(path)
-    first = next(audio.blocks(path, block_seconds=1.0))
-    np.testing.assert_array_equal(first, audio.read(SPEECH)[:24_000])
-
-
-@pytest.mark.parametrize("container", ["wav", "ogg", "mp3"])
-def test_other_truncated_files_give_what_is_there(tmp_path, container):
+@pytest.mark.parametrize("container", ["wav", "flac", "ogg", "mp3"])
+def test_a_file_that_was_cut_short_gives_what_is_there_and_a_warning(tmp_path, caplog, container):
     whole, path = tmp_path / f"whole.{container}", tmp_path / f"cut.{container}"
     soundfile.write(whole, np.random.default_rng(0).uniform(-0.9, 0.9, 96_000), 24_000)
     path.write_bytes(whole.read_bytes()[: whole.stat().st_size * 3 // 4])
+    audio.read(whole)
+    assert not caplog.messages
     assert 2.0 < len(audio.read(path)) / 24_000 < 3.5
+    (record,) = caplog.records
+    wanted = r"lacks its end" if container == "ogg" else r"lacks [01]\.\d s of its 4\.0 s"
+    assert re.search(rf"cut\.{container} {wanted}", record.getMessage()), record.getMessage()
+
+
+@pytest.mark.parametrize("container", ["flac", "mp3"])
+def test_a_damaged_file_gives_what_is_left_and_a_warning(tmp_path, caplog, container):
+    path = tmp_path / f"a.{container}"
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.9, 0.9, 96_000), 24_000)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 500] = np.random.default_rng(1).bytes(500)
+    path.write_bytes(content)
+    assert 3.0 < len(audio.read(path)) / 24_000 < 4.1
+    assert "a." + container in caplog.text
 
 
 @pytest.mark.parametrize("rate", [10, 2_000_000])
@@ -244,13 +329,15 @@ def test_a_block_has_a_positive_length(seconds):
         audio.blocks(SPEECH, block_seconds=seconds)
 
 
-@pytest.mark.parametrize("suffix,tolerance", [(".wav", 1e-4), (".flac", 1e-4), (".OGG", 5e-2)])
+@pytest.mark.parametrize(
+    "suffix,tolerance", [(".wav", 1e-4), (".flac", 1e-4), (".OGG", 5e-2), (".opus", 1e-1), (".mp3", 5e-2)]
+)
 def test_what_is_written_reads_back(tmp_path, suffix, tolerance):
     pcm = tone(1.0, 24_000)
     pcm[:900] *= 6  # clipped: neither wrapped around nor kept
     audio.write(tmp_path / f"out{suffix}", pcm, 24_000)
     back = audio.read(tmp_path / f"out{suffix}")
-    np.testing.assert_allclose(back[1_000:-1_000], pcm[1_000:-1_000], atol=tolerance)
+    np.testing.assert_allclose(back[1_000:23_000], pcm[1_000:23_000], atol=tolerance)
     np.testing.assert_allclose(np.abs(back).max(), 1.0, atol=0.3)
     assert (back[10:20] > 0.5).all()
     audio.write(tmp_path / f"out{suffix}", np.stack([pcm, pcm]), 24_000)
@@ -266,12 +353,14 @@ def test_four_minutes_of_ogg_can_be_written(tmp_path):
 
 
 def test_places_that_cannot_be_written_are_refused(tmp_path):
-    with pytest.raises(AudioError, match=r"a\.aac ends in '\.aac'; expected \.wav, \.flac or \.ogg\. Rename"):
+    with pytest.raises(
+        AudioError, match=r"a\.aac ends in '\.aac'; expected one of \.wav, \.flac, \.ogg, \.opus, \.mp3\. Rename"
+    ):
         audio.write(tmp_path / "a.aac", np.zeros(9), 24_000)
     with pytest.raises(AudioError, match=r"there is no folder .*absent\. Create it first"):
         audio.write(tmp_path / "absent" / "a.wav", np.zeros(9), 24_000)
     (tmp_path / "folder.wav").mkdir()
-    with pytest.raises(AudioError, match=r"folder\.wav cannot be written as PCM_16 at 24000 Hz \(.*\)\. Check"):
+    with pytest.raises(AudioError, match=r"folder\.wav cannot be written \(Is a directory\)\. Choose"):
         audio.write(tmp_path / "folder.wav", np.zeros(9), 24_000)
     with pytest.raises(AudioError, match=r"the audio for .*empty\.wav is empty"):
         audio.write(tmp_path / "empty.wav", np.zeros(0), 24_000)
@@ -279,7 +368,7 @@ def test_places_that_cannot_be_written_are_refused(tmp_path):
 
 def test_duration_comes_from_the_header(tmp_path):
     assert audio.duration(SPEECH) == pytest.approx(5.855)
-    assert audio.duration(DATA / "bria.mp3") == pytest.approx(44.955, abs=1e-3)
+    assert audio.duration(DATA / "bria.mp3") == pytest.approx(44.852, abs=1e-3)
     assert audio.duration("-") is None
     assert audio.duration(Pipe(SPEECH.read_bytes())) is None
     assert audio.duration(tmp_path / "absent.wav") is None

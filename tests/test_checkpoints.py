@@ -208,27 +208,27 @@ def test_a_conversion_finds_hub_names_too(folders, tmp_path, monkeypatch):
 
 def test_tables_stored_in_16_bits_stay_so_for_listening_and_say_the_same(tmp_path):
     folder = make_checkpoint(tmp_path, "kyutai", dtype="bfloat16")
-    whole, light = checkpoints.load(folder), checkpoints.load(folder, listen_only=True)
+    whole, light = checkpoints.load(folder), checkpoints.load(folder, stt_only=True)
     tables = {name for name, leaf in flatten(light.lm_params).items() if isinstance(leaf, PackedBfloat16)}
     assert tables == {"audio_emb.table_QLW", "text_emb.table_LW"}
     for name in tables:
         widened = np.asarray(flatten(light.lm_params)[name].bits).view(jnp.bfloat16).astype(np.float32)
         np.testing.assert_array_equal(widened, flatten(whole.lm_params)[name])
     tokens_BKT = jnp.array(np.random.default_rng(0).integers(-1, 12, (2, 4, 6)), jnp.int32)
-    logits = [nnx.merge(model.lm_def, model.lm_params)(tokens_BKT).text_logits_BTV for model in (whole, light)]
+    logits = [model.lm(tokens_BKT).text_logits_BTV for model in (whole, light)]
     np.testing.assert_array_equal(*logits)
-    in_16_bits = checkpoints.load(folder, listen_only=True, dtype="bfloat16")
+    in_16_bits = checkpoints.load(folder, stt_only=True, dtype="bfloat16")
     assert {array.dtype for array in flatten(in_16_bits.lm_params).values()} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_the_decoder_can_be_left_out_and_is_missed_clearly(folders, tmp_path):
     for layout in ("kyutai", "orbax"):
-        whole, light = (checkpoints.load(folders[layout], listen_only=only) for only in (False, True))
+        whole, light = (checkpoints.load(folders[layout], stt_only=only) for only in (False, True))
         names = {name for name in flatten(whole.mimi_params) if not name.startswith("decoder.")}
         assert names == flatten(light.mimi_params).keys() != flatten(whole.mimi_params).keys()
         for name, array in flatten(light.mimi_params).items():
             np.testing.assert_array_equal(array, flatten(whole.mimi_params)[name])
-        with pytest.raises(CheckpointError, match="was loaded with listen_only=True; load it without to save it"):
+        with pytest.raises(CheckpointError, match="was loaded with stt_only=True; load it without to save it"):
             checkpoints.save(light, tmp_path / "saved")
-        with pytest.raises(ConfigError, match="listen_only=True, so without its codec's decoder; load it without"):
+        with pytest.raises(ConfigError, match="stt_only=True, so without its codec's decoder; load it without"):
             codec.decode(light, np.zeros((1, 1), np.int32))

@@ -107,7 +107,7 @@ def test_prompts(capsys, tmp_path, result):
     code, out, _ = run(capsys, "transcribe", CLIP, *MODEL, *given)
     assert code == 0
     assert out.startswith("the fox") or out.startswith("thefox")
-    code, cut, _ = run(capsys, "transcribe", CLIP, *MODEL, *given, "--cut-prompt")
+    code, cut, _ = run(capsys, "transcribe", CLIP, *MODEL, *given, "--exclude-prompt")
     assert code == 0
     assert cut
     assert out.replace(" ", "").endswith(cut.replace(" ", ""))
@@ -118,7 +118,7 @@ def test_prompts(capsys, tmp_path, result):
     ("arguments", "message"),
     [
         (["--frames"], "--frames is part of the JSON, and --format is text"),
-        (["--cut-prompt"], "--cut-prompt has nothing to cut"),
+        (["--exclude-prompt"], "--exclude-prompt has nothing to cut"),
         ([CLIP, "--format", "srt"], "2 recordings as srt need a file each; add --output-dir"),
         (["nothing*.wav"], r"nothing\*.wav matches no file"),
         (["-", "-"], "standard input"),

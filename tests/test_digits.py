@@ -51,7 +51,7 @@ def test_digits_are_heard_where_they_were_said():
 def test_live_words_are_the_same(milliseconds):
     pcm_T = audio.read(RECORDINGS[0], model().sample_rate)
     size = model().sample_rate * milliseconds // 1000
-    events = dsm_jax.stream(model(), (pcm_T[i : i + size] for i in range(0, pcm_T.size, size)))
+    events = dsm_jax.transcribe_stream(model(), (pcm_T[i : i + size] for i in range(0, pcm_T.size, size)))
     words = [event.word for event in events if isinstance(event, dsm_jax.WordEnded)]
     expected = dsm_jax.transcribe(model(), pcm_T).words
     assert [(word.text, word.start, word.end) for word in words] == [(w.text, w.start, w.end) for w in expected]

@@ -46,16 +46,16 @@ def test_what_it_says_is_heard():
 
 
 def test_live_speech_is_the_same():
-    whole = dsm_jax.synthesize(speaker(), TEXTS[0], speaker="theo")
+    whole = dsm_jax.synthesize(speaker(), TEXTS[0], voice="theo")
     live = np.concatenate(
-        list(dsm_jax.synthesize_stream(speaker(), iter(["zero on", "e two three ", "four"]), speaker="theo"))
+        list(dsm_jax.synthesize_stream(speaker(), iter(["zero on", "e two three ", "four"]), voice="theo"))
     )
     np.testing.assert_allclose(live, whole.pcm, rtol=0, atol=1e-5)
 
 
 def test_voices_differ_and_can_be_blended():
     theo, lucas = (read_voice(name, speaker()) for name in ("theo", "lucas"))
-    made = [dsm_jax.synthesize(speaker(), "one two", speaker=voice) for voice in (theo, lucas, blend([theo, lucas]))]
+    made = [dsm_jax.synthesize(speaker(), "one two", voice=voice) for voice in (theo, lucas, blend([theo, lucas]))]
     assert len({speech.frames.tobytes() for speech in made}) == 3
 
 
@@ -65,4 +65,4 @@ def test_a_voice_that_is_missing_or_unknown_is_answered_with_those_that_it_has()
         dsm_jax.synthesize(speaker(), "one")
     message = rf"^the voice ann is not a file; give a voice's safetensors file, or one of the model's own: {own}"
     with pytest.raises(CheckpointError, match=message):
-        dsm_jax.synthesize(speaker(), "one", speaker="ann")
+        dsm_jax.synthesize(speaker(), "one", voice="ann")

@@ -26,7 +26,7 @@ from dsm_jax.training.lora import LoraConfig
 from dsm_jax.training.losses.tts import TtsObjective
 from dsm_jax.training.rows import TtsRows
 from dsm_jax.training.step import OptimizerConfig
-from dsm_jax.tts import Request, Speech, SpeechOptions, SpokenWord, synthesize_each, voices
+from dsm_jax.tts import Request, Speech, SpokenWord, SynthesizeOptions, synthesize_each, voices
 from dsm_jax.tts.script import MAIN, OTHER
 from tests.helpers import tts_model
 from tests.helpers.checkpoint_maker import arrays_of, assert_same_weights
@@ -175,10 +175,10 @@ def test_a_model_that_has_learnt_a_recording_speaks_it(prefixed, checkpoint, pre
     model = dsm_jax.load(tmp_path / "run/model")
     maker = TtsRows(model, MESH, seconds=SECONDS, batch_size=2, guidance=2.0, prefix_seconds=1.0)
     row = maker.rows(read_recordings(folder, RATE))[0]["codes_BKT"]
-    options = SpeechOptions(
-        temperature=0.0, guidance=1.0 if prefixed else 2.0, padding_between=0, max_padding=20, final_padding=1
+    options = SynthesizeOptions(
+        temperature=0.0, guidance_scale=1.0 if prefixed else 2.0, padding_between=0, max_padding=20, final_padding=1
     )
-    ((_, speech),) = synthesize_each(model, [Request(" ".join(TEXT), (voice,))], options)
+    ((_, speech),) = synthesize_each(model, [Request(" ".join(TEXT), (voice,))], options=options)
     frames = speech.frames.shape[1]
     prefix = int(1.0 * 12.5) if prefixed else 0
     # The script ends two steps after the last word starts; one step of padding follows.

@@ -73,7 +73,7 @@ def test_json_keeps_every_field_and_every_letter():
     rows = (tuple(np.float32([0.12345678, 0.25, 0.5, 1.0])),)
     framed = json.loads(render(replace(result, frames=Frames((np.int32(3),), rows)), "json"))
     assert framed["frames"] == {"text_tokens": [3], "pause_probabilities": [[0.123457, 0.25, 0.5, 1.0]]}
-    headless = replace(result, frames=Frames((3, 0), None)).to_json()
+    headless = replace(result, frames=Frames((3, 0), None)).to_dict()
     assert headless["frames"] == {"text_tokens": [3, 0], "pause_probabilities": None}
 
 
@@ -180,7 +180,7 @@ def test_cues_hold_all_words_in_order_within_the_limits(steps, in_order):
         content = render(whole, name)
         assert content == "" or content.endswith("\n")
     assert len(render(whole, "tsv").split("\n")) == len(cues(words)) + 2
-    assert json.loads(render(whole, "json")) == whole.to_json()
+    assert json.loads(render(whole, "json")) == whole.to_dict()
 
 
 @pytest.mark.parametrize(

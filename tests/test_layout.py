@@ -13,16 +13,16 @@ import dsm_jax
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (
-    ("configs", "errors", "progress"),
-    ("streaming", "audio", "hub", "tokenizers"),
+    ("errors", "progress", "process", "files", "options", "configs"),
+    ("streaming", "decoding", "audio", "hub", "tokenizers"),
     ("nn", "sharding"),
     ("models",),
     ("convert",),
     ("checkpoints",),
     ("runtime",),
-    ("codec", "stt", "tts"),
+    ("microphone", "codec", "stt", "tts"),
     ("benchmark", "training"),
-    ("arguments", "cli", "malloc", "tasks", "terminal"),
+    ("malloc", "tasks", "cli", "__main__"),
     ("dsm_jax",),
 )
 RANK = {part: rank for rank, parts in enumerate(LEVELS) for part in parts}

@@ -15,7 +15,7 @@ def model():
 
 
 def test_every_word_starts_before_it_ends(model):
-    events = list(dsm_jax.stream(model, [stt_model.recording()]))
+    events = list(dsm_jax.transcribe_stream(model, [stt_model.recording()]))
     started = [e for e in events if isinstance(e, WordStarted)]
     ended = [e.word for e in events if isinstance(e, WordEnded)]
     assert [e.start for e in started] == [w.start for w in ended]
@@ -24,7 +24,7 @@ def test_every_word_starts_before_it_ends(model):
 
 
 def test_a_listener_hears_frames_as_they_complete(model):
-    listener = dsm_jax.Listener(model)
+    listener = dsm_jax.StreamingTranscriber(model)
     pcm = stt_model.recording()
     assert listener.feed(pcm[:0]) == []
     events = [event for i in range(0, pcm.size, 960) for event in listener.feed(pcm[i : i + 960])]
@@ -34,7 +34,7 @@ def test_a_listener_hears_frames_as_they_complete(model):
 
 
 def test_a_listener_that_is_finished_hears_no_more(model):
-    listener = dsm_jax.Listener(model)
+    listener = dsm_jax.StreamingTranscriber(model)
     with pytest.raises(AudioError, match=r"shape \(2, 5\); feed mono samples"):
         listener.feed(np.zeros((2, 5), np.float32))
     listener.finish()

@@ -7,10 +7,10 @@ import pytest
 
 import dsm_jax
 from dsm_jax.runtime.compile import compilations
-from dsm_jax.stt import Options, Prompt
+from dsm_jax.stt import Prompt, TranscribeOptions
 from dsm_jax.stt.batch import CHUNK_FRAMES
 from dsm_jax.stt.transcriber import FileSession, Transcriber
-from dsm_jax.tts import Request, SpeechOptions, synthesize_each
+from dsm_jax.tts import Request, SynthesizeOptions, synthesize_each
 from dsm_jax.tts.synthesizer import SpeechSession, Synthesizer
 from tests.helpers import stt_model, tts_model
 
@@ -43,11 +43,11 @@ def speech_request(number: int) -> Request:
     half = length // 2
     turns = (" ".join(words[:half]), " ".join(words[half:])) if number % 4 == 1 and half else text
     voices = tuple(tts_model.voice(10 * number + n, steps=1 + number % 3) for n in range(1 + number % 2))
-    options = SpeechOptions(
+    options = SynthesizeOptions(
         temperature=(0.0, 0.4, 0.8, 1.0)[number % 4],
-        guidance=(1.0, 2.0, 3.0)[number % 3],
+        guidance_scale=(1.0, 2.0, 3.0)[number % 3],
         top_k_text=(5, 25, 0)[number % 3],
-        top_k_audio=(3, 8, 250)[number % 3],
+        top_k=(3, 8, 250)[number % 3],
         codebooks=1 + number % 2,
         padding_between=number % 2,
         padding_bonus=(0.0, 1.0, -0.5)[number % 3],
@@ -56,11 +56,11 @@ def speech_request(number: int) -> Request:
     return Request(turns, voices, options=options)
 
 
-def transcription(number: int) -> tuple[np.ndarray, Options]:
+def transcription(number: int) -> tuple[np.ndarray, TranscribeOptions]:
     """A recording of 0.1 to 1.9 s, with a prompt or without, by a temperature and a seed of its own."""
     pcm, start = stt_model.recording(), 1_500 * number
-    options = Options(
-        prompt=Prompt(text=PROMPTS[number % 4], cut=bool(number % 8 > 3)),
+    options = TranscribeOptions(
+        prompt=Prompt(text=PROMPTS[number % 4], exclude_from_output=bool(number % 8 > 3)),
         temperature=(0.0, 0.5, 1.0)[number % 3],
         top_k=(0, 5, 20)[(number // 3) % 3],
         seed=number,
@@ -70,7 +70,7 @@ def transcription(number: int) -> tuple[np.ndarray, Options]:
 
 def synthesizer_of(model, requests: list[Request]) -> tuple[Synthesizer, list]:
     synthesizer = Synthesizer(model, SLOTS, [request.options for request in requests])
-    prepared = [synthesizer.prepare(request, SpeechOptions()) for request in requests]
+    prepared = [synthesizer.prepare(request, SynthesizeOptions()) for request in requests]
     synthesizer.slots_for(*prepared)
     return synthesizer, prepared
 
@@ -83,7 +83,7 @@ def test_speech_requests_of_every_kind_through_few_slots_are_as_alone(speaker):
     assert compilations() == before, "nothing is compiled for another order of requests"
     assert len({speech.pcm.tobytes() for speech in together.values()}) == REQUESTS
     for number, request in enumerate(requests):
-        alone = dsm_jax.synthesize(speaker, request.turns, speaker=request.voices, options=request.options)
+        alone = dsm_jax.synthesize(speaker, request.turns, voice=request.voices, options=request.options)
         for found in (together[number], again[REQUESTS - 1 - number]):
             np.testing.assert_array_equal(found.frames, alone.frames, err_msg=f"request {number}")
             assert found.words == alone.words
@@ -131,7 +131,7 @@ def test_recordings_of_every_kind_through_few_slots_are_as_alone(listener):
     assert compilations() == before
     assert len({transcript.frames.text_tokens for transcript in together}) > 0.9 * REQUESTS
     for number, found in enumerate(together):
-        alone = dsm_jax.transcribe(listener, recordings[number], options[number], frames=True)
+        alone = dsm_jax.transcribe(listener, recordings[number], options=options[number], frames=True)
         same_as_alone(found, alone)
 
 
@@ -163,7 +163,7 @@ def test_as_many_options_as_recordings_are_needed(listener):
 
 
 def test_options_of_a_request_that_do_not_fit_cost_only_that_request(speaker):
-    bad = dataclasses.replace(speech_request(1), options=SpeechOptions(temperature=-1.0))
+    bad = dataclasses.replace(speech_request(1), options=SynthesizeOptions(temperature=-1.0))
     results = dict(synthesize_each(speaker, [speech_request(0), bad], batch_size=2))
     assert "temperature is -1.0, and must be 0 or more" in str(results[1])
     assert results[0].words

@@ -18,7 +18,7 @@ from dsm_jax.nn import quant
 from dsm_jax.nn.transformer import Transformer
 from dsm_jax.sharding import Sharding, letters_of, set_sharding
 from dsm_jax.streaming import KVCache
-from dsm_jax.tts import Request, SpeechOptions, synthesize_each
+from dsm_jax.tts import Request, SynthesizeOptions, synthesize_each
 from tests.helpers import small, stt_model, tts_model
 
 CONFIG = TransformerConfig(
@@ -198,10 +198,10 @@ def test_speech_in_slots_that_are_apart_has_the_frames_of_one_device(tmp_path, a
     requests = [
         Request(text, (tts_model.voice(i),)) for i, text in enumerate(("good morning everyone", "at the station"))
     ]
-    options = SpeechOptions(temperature=0.8, seed=3)
+    options = SynthesizeOptions(temperature=0.8, seed=3)
     frames = []
     for sharding in (None, over(axis)):
-        results = synthesize_each(dsm_jax.load(folder, sharding=sharding), requests, options, batch_size=2)
+        results = synthesize_each(dsm_jax.load(folder, sharding=sharding), requests, options=options, batch_size=2)
         frames.append({index: speech.frames for index, speech in results})
     for index in range(len(requests)):
         np.testing.assert_array_equal(frames[1][index], frames[0][index])

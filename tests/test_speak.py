@@ -14,13 +14,13 @@ from safetensors.numpy import load_file
 
 import dsm_jax
 from dsm_jax import audio, cli
-from dsm_jax.tts import Request, SpeechOptions, command
+from dsm_jax.tts import Request, SynthesizeOptions, command
 from tests.helpers import stt_model, tts_model
 from tests.helpers.tts_model import CODEBOOKS, FRAME
 
 TEXT = "good morning everyone"
 TURNS = ("thank you", "for coming")
-OPTIONS = SpeechOptions(temperature=0.0)
+OPTIONS = SynthesizeOptions(temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def model(desk):
 
 @pytest.fixture(scope="module")
 def speech(desk, model):
-    return dsm_jax.synthesize(model, TEXT, speaker=desk / "anna.safetensors", options=OPTIONS)
+    return dsm_jax.synthesize(model, TEXT, voice=desk / "anna.safetensors", options=OPTIONS)
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_frames_and_words_are_written_beside_the_recording(speak, tmp_path, spee
     assert list(saved) == ["frames"]
     assert (saved["frames"].dtype, saved["frames"].shape[0]) == (np.int32, 1 + CODEBOOKS)
     np.testing.assert_array_equal(saved["frames"], speech.frames)
-    assert json.loads(Path("talk.json").read_text(encoding="utf-8")) == speech.to_json() | {"model": "speaker"}
+    assert json.loads(Path("talk.json").read_text(encoding="utf-8")) == speech.to_dict() | {"model": "speaker"}
 
 
 def test_requests_are_written_to_a_folder_and_a_bad_one_costs_only_itself(speak, capsys, desk, tmp_path, model, speech):
@@ -153,9 +153,9 @@ def test_requests_are_written_to_a_folder_and_a_bad_one_costs_only_itself(speak,
     assert [line.split(": ")[0] for line in error] == ["out/a.b.wav", "dsm-jax", "out/c.wav"]
     assert error[1].startswith("dsm-jax: out/bad.wav: turn 1 has the word 'ÿ'")
     assert sorted(path.name for path in Path("out").iterdir()) == ["a.b.json", "a.b.wav", "c.json", "c.wav"]
-    assert json.loads(Path("out/c.json").read_text(encoding="utf-8")) == speech.to_json()
-    conversation = dsm_jax.synthesize(model, TURNS, speaker=voices, options=OPTIONS)
-    assert json.loads(Path("out/a.b.json").read_text(encoding="utf-8")) == conversation.to_json()
+    assert json.loads(Path("out/c.json").read_text(encoding="utf-8")) == speech.to_dict()
+    conversation = dsm_jax.synthesize(model, TURNS, voice=voices, options=OPTIONS)
+    assert json.loads(Path("out/a.b.json").read_text(encoding="utf-8")) == conversation.to_dict()
     heard = audio.read("out/a.b.wav", speech.sample_rate)
     np.testing.assert_allclose(heard, conversation.pcm, rtol=0, atol=1 / 32_768)
     assert speak(tts_model.write_requests(tmp_path, rows[2]), "out/more", "--save-frames") == 0
@@ -183,10 +183,10 @@ def test_every_option_reaches_the_model(speak, monkeypatch, desk):
     values = "--cfg 3 --top-k 7 --codebooks 2 --padding-between 2 --padding-bonus 0.5 --max-frames 77 --seed 5"
     assert speak(TEXT, "talk.wav", *values.split(), "--batch-size", "3") == 0
     anna = str(desk / "anna.safetensors")
-    chosen = SpeechOptions(
-        guidance=3.0,
+    chosen = SynthesizeOptions(
+        guidance_scale=3.0,
         temperature=0.0,
-        top_k_audio=7,
+        top_k=7,
         codebooks=2,
         padding_between=2,
         padding_bonus=0.5,

@@ -12,11 +12,11 @@ from dsm_jax import audio
 from dsm_jax.configs import ModelConfig, SttConfig
 from dsm_jax.errors import AudioError, BatchError, CheckpointError, ConfigError, PromptError
 from dsm_jax.sharding import Sharding
-from dsm_jax.stt import Options, Prompt, WordEnded, WordStarted, transcribe_each
+from dsm_jax.stt import Prompt, TranscribeOptions, WordEnded, WordStarted, transcribe_each
 from dsm_jax.stt.transcriber import Transcriber
 from tests.helpers import stt_model
 
-SAMPLED = Options(temperature=1.0, top_k=20, seed=3)
+SAMPLED = TranscribeOptions(temperature=1.0, top_k=20, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,9 @@ def test_duration_and_probabilities_make_sense(whole):
     assert "".join(word.text for word in whole.words) == whole.text.replace(" ", "")
 
 
-@pytest.mark.parametrize("options", [Options(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("options", [TranscribeOptions(), SAMPLED], ids=["greedy", "sampled"])
 def test_each_of_a_ragged_batch_equals_itself_alone(model, options):
-    alone = [dsm_jax.transcribe(model, [clip], options, frames=True)[0] for clip in clips()]
+    alone = [dsm_jax.transcribe(model, [clip], options=options, frames=True)[0] for clip in clips()]
     # Two rows for five recordings: rows are refilled while the other runs on.
     together = dsm_jax.transcribe(model, clips(), options, batch_size=2, frames=True)
     assert [tokens(t) for t in together] == [tokens(t) for t in alone]
@@ -77,7 +77,7 @@ def test_each_of_a_ragged_batch_equals_itself_alone(model, options):
 @pytest.mark.parametrize("size", [1, 1_919, 5_000, 200_000])
 def test_streaming_equals_transcribing(model, size):
     pcm = stt_model.recording()[: 2_500 if size == 1 else None]
-    events = list(dsm_jax.stream(model, (pcm[i : i + size] for i in range(0, pcm.size, size))))
+    events = list(dsm_jax.transcribe_stream(model, (pcm[i : i + size] for i in range(0, pcm.size, size))))
     expected = dsm_jax.transcribe(model, pcm)
     assert expected.words
     assert [e.word for e in events if isinstance(e, WordEnded)] == list(expected.words)
@@ -127,7 +127,9 @@ def test_a_long_recording_is_never_held_whole(model, monkeypatch):
 def test_a_text_prompt_is_said_first_and_in_order(model):
     prompt = Prompt(text="the quick fox")
     wanted = model.tokenizer.encode(prompt.text)
-    said = tokens(dsm_jax.transcribe(model, stt_model.recording(), Options(prompt=prompt), frames=True))
+    said = tokens(
+        dsm_jax.transcribe(model, stt_model.recording(), options=TranscribeOptions(prompt=prompt), frames=True)
+    )
     pieces = [t for t in said if t > 3]
     assert pieces[: len(wanted)] == wanted
     free = tokens(dsm_jax.transcribe(model, stt_model.recording(), frames=True))
@@ -135,9 +137,13 @@ def test_a_text_prompt_is_said_first_and_in_order(model):
 
 
 def test_a_cut_text_prompt_leaves_no_word_of_it(model):
-    prompt = Prompt(text="the quick fox", cut=True)
-    whole = dsm_jax.transcribe(model, stt_model.recording(), Options(prompt=dataclasses.replace(prompt, cut=False)))
-    cut = dsm_jax.transcribe(model, stt_model.recording(), Options(prompt=prompt))
+    prompt = Prompt(text="the quick fox", exclude_from_output=True)
+    whole = dsm_jax.transcribe(
+        model,
+        stt_model.recording(),
+        options=TranscribeOptions(prompt=dataclasses.replace(prompt, exclude_from_output=False)),
+    )
+    cut = dsm_jax.transcribe(model, stt_model.recording(), options=TranscribeOptions(prompt=prompt))
     said = model.tokenizer.decode(model.tokenizer.encode("the quick fox"))
     assert whole.text.startswith(said)
     assert cut.text
@@ -147,8 +153,8 @@ def test_a_cut_text_prompt_leaves_no_word_of_it(model):
 def test_an_audio_prompt_is_heard_first_and_cut_in_frames(model):
     pcm = stt_model.recording()
     heard, rest = pcm[:48_001], pcm[48_001:]
-    options = Options(prompt=Prompt(audio=heard, cut=True))
-    prompted = dsm_jax.transcribe(model, rest, options, frames=True)
+    options = TranscribeOptions(prompt=Prompt(audio=heard, exclude_from_output=True))
+    prompted = dsm_jax.transcribe(model, rest, options=options, frames=True)
     frames = -(-heard.size // 1_920)
     silence = np.zeros(frames * 1_920 - heard.size + 10 * 1_920, np.float32)
     joined = dsm_jax.transcribe(model, np.concatenate([heard, silence, rest]), frames=True)
@@ -164,7 +170,7 @@ def test_an_audio_prompt_is_heard_first_and_cut_in_frames(model):
 @pytest.mark.parametrize(("text", "message"), [("  ", "has no words"), ("語", "cannot spell")])
 def test_a_prompt_that_cannot_be_followed_says_why(model, text, message):
     with pytest.raises(PromptError, match=message):
-        dsm_jax.transcribe(model, stt_model.recording(), Options(prompt=Prompt(text=text)))
+        dsm_jax.transcribe(model, stt_model.recording(), options=TranscribeOptions(prompt=Prompt(text=text)))
 
 
 def test_sampling_depends_on_the_seed_alone(model):
@@ -255,7 +261,7 @@ def test_bfloat16_runs_and_streams():
     whole = dsm_jax.transcribe(narrow, stt_model.recording(), frames=True)
     same = np.mean(np.array(tokens(whole)) == stt_model.expected()["tokens_T"])
     assert same > 0.2, "an eighth of the digits decide a random model's tokens often enough"
-    words = [e.word for e in dsm_jax.stream(narrow, [stt_model.recording()]) if isinstance(e, WordEnded)]
+    words = [e.word for e in dsm_jax.transcribe_stream(narrow, [stt_model.recording()]) if isinstance(e, WordEnded)]
     assert len(words) > 5
 
 
@@ -274,13 +280,16 @@ def test_an_audio_prompt_may_be_a_file_or_samples_of_any_kind(model, tmp_path):
     samples = audio.read(tmp_path / "prompt.wav")
     prompts = [tmp_path / "prompt.wav", samples, np.round(samples * 32_768).astype(np.int16)]
     said = [
-        tokens(dsm_jax.transcribe(model, pcm[:30_000], Options(prompt=Prompt(audio=p)), frames=True)) for p in prompts
+        tokens(dsm_jax.transcribe(model, pcm[:30_000], options=TranscribeOptions(prompt=Prompt(audio=p)), frames=True))
+        for p in prompts
     ]
     assert said[0] == said[1] == said[2]
     with pytest.raises(AudioError, match="NaN"):
-        dsm_jax.transcribe(model, pcm, Options(prompt=Prompt(audio=np.full(9_000, np.nan, np.float32))))
+        dsm_jax.transcribe(
+            model, pcm, options=TranscribeOptions(prompt=Prompt(audio=np.full(9_000, np.nan, np.float32)))
+        )
 
 
 def test_a_negative_temperature_is_refused(model):
     with pytest.raises(ConfigError, match=r"temperature is -1.*neither can be below 0"):
-        dsm_jax.transcribe(model, stt_model.recording(), Options(temperature=-1))
+        dsm_jax.transcribe(model, stt_model.recording(), options=TranscribeOptions(temperature=-1))

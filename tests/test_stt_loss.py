@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from dsm_jax.stt.transcript import WordEnded
-from dsm_jax.stt.words import PauseRule, Timing, WordReader
+from dsm_jax.stt.words import Timing, VadOptions, WordReader
 from dsm_jax.tokenizers import load_tokenizer
 from dsm_jax.training.alignment import text_stream
 from dsm_jax.training.data import WordSpan
@@ -166,7 +166,7 @@ def test_a_model_that_has_learnt_a_row_says_its_words(network, tmp_path):
     tokens = said((graph, state.params), row[:, 1:])
     # Column c is what is said of frame c - 1, later by the text's own delay.
     assert tokens[LM.delays[0] - 1 :][: FRAMES - LM.delays[0]] == list(text_T[: FRAMES - LM.delays[0]])
-    reader = WordReader(tokenizer, timing, padding=3, boundary=0, pauses=PauseRule())
+    reader = WordReader(tokenizer, timing, padding=3, boundary=0, pauses=VadOptions())
     events = [event for token in tokens for event in reader.read(token, 1.0)] + reader.finish()
     starts = {event.word.text: event.word.start for event in events if isinstance(event, WordEnded)}
     assert starts == {"on": pytest.approx(0.1, abs=0.04), "a": pytest.approx(0.9, abs=0.04)}  # half a frame

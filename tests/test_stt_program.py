@@ -18,7 +18,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def parts(model):
-    lm, mimi = nnx.merge(model.lm_def, model.lm_params), nnx.merge(model.mimi_def, model.mimi_params)
+    lm, mimi = model.lm, model.codec
     pcm = jnp.asarray(stt_model.recording()[: 8 * 1_920])[None, :, None]
     return lm, mimi, jnp.concatenate([pcm, 0.5 * pcm])
 

@@ -9,21 +9,20 @@ import json
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import dsm_jax
 from dsm_jax import codec
 from dsm_jax.errors import SpeechError
-from dsm_jax.tts import Request, SpeechOptions, synthesize_each
+from dsm_jax.tts import Request, SynthesizeOptions, synthesize_each
 from dsm_jax.tts.script import MAIN, OTHER, ZERO
 from dsm_jax.tts.synthesizer import Synthesizer
 from tests.helpers import tts_model
 from tests.helpers.tts_model import CODEBOOKS, DELAY_STEPS, FRAME, LAST_DELAY
 
-GREEDY = SpeechOptions(temperature=0.0)
-SAMPLED = SpeechOptions(temperature=0.8, codebooks=1, seed=3)
+GREEDY = SynthesizeOptions(temperature=0.0)
+SAMPLED = SynthesizeOptions(temperature=0.8, codebooks=1, seed=3)
 TEXT = "good morning everyone"
 BROKEN = 'good <break time="0.5s"/>morning at<break time="0.24s"/> the station'
 FRAME_RATE = 12.5
@@ -43,7 +42,7 @@ def prefix_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def speech(model):
-    return dsm_jax.synthesize(model, TEXT, speaker=VOICE, options=GREEDY)
+    return dsm_jax.synthesize(model, TEXT, voice=VOICE, options=GREEDY)
 
 
 def first_tokens(speech) -> np.ndarray:
@@ -90,7 +89,7 @@ def test_frames_and_samples_are_as_long_as_promised(model, speech):
 
 
 def test_json_has_what_was_promised(speech):
-    read = json.loads(json.dumps(speech.to_json()))
+    read = json.loads(json.dumps(speech.to_dict()))
     assert list(read) == ["model", "duration", "text", "words"]
     assert (read["model"], read["text"]) == ("random", TEXT)
     assert read["duration"] == round(speech.duration, 3)
@@ -102,38 +101,38 @@ def test_json_has_what_was_promised(speech):
 
 
 def test_a_break_is_a_pause_and_no_word(model):
-    words = dsm_jax.synthesize(model, BROKEN, speaker=VOICE, options=GREEDY).words
+    words = dsm_jax.synthesize(model, BROKEN, voice=VOICE, options=GREEDY).words
     assert [word.text for word in words] == ["good", "morning", "at", "the", "station"]
-    long = dsm_jax.synthesize(model, BROKEN.replace("0.5s", "4s"), speaker=VOICE, options=GREEDY).words
+    long = dsm_jax.synthesize(model, BROKEN.replace("0.5s", "4s"), voice=VOICE, options=GREEDY).words
     assert long[0] == dataclasses.replace(words[0], end=long[1].start)
     assert long[1].start - long[0].start >= 4 > words[1].start - words[0].start
 
 
 def test_two_speakers_take_turns(model):
     turns = ["good morning", "thank you", "the station"]
-    said = dsm_jax.synthesize(model, turns, speaker=[VOICE, OTHER_VOICE], options=GREEDY)
+    said = dsm_jax.synthesize(model, turns, voice=[VOICE, OTHER_VOICE], options=GREEDY)
     assert [word.text for word in said.words] == " ".join(turns).split()
     tokens = first_tokens(said)
     assert tokens[np.isin(tokens, [MAIN, OTHER])].tolist() == [MAIN, OTHER, MAIN]
-    second = dsm_jax.synthesize(model, ["", *turns], speaker=[VOICE, OTHER_VOICE], options=GREEDY)
+    second = dsm_jax.synthesize(model, ["", *turns], voice=[VOICE, OTHER_VOICE], options=GREEDY)
     tokens = first_tokens(second)
     assert tokens[np.isin(tokens, [MAIN, OTHER])].tolist() == [OTHER, MAIN, OTHER]
-    swapped = dsm_jax.synthesize(model, turns, speaker=[OTHER_VOICE, VOICE], options=GREEDY)
-    doubled = dsm_jax.synthesize(model, turns, speaker=[VOICE, VOICE], options=GREEDY)
+    swapped = dsm_jax.synthesize(model, turns, voice=[OTHER_VOICE, VOICE], options=GREEDY)
+    doubled = dsm_jax.synthesize(model, turns, voice=[VOICE, VOICE], options=GREEDY)
     assert len({swapped.pcm.tobytes(), doubled.pcm.tobytes(), said.pcm.tobytes()}) == 3
 
 
 def test_a_voice_may_be_a_file_or_an_array(model, speech, tmp_path):
     path = tts_model.write_voice(tmp_path / "voice.safetensors", VOICE)
     for given_as in (path, str(path), [path], (VOICE,)):
-        np.testing.assert_array_equal(dsm_jax.synthesize(model, TEXT, speaker=given_as, options=GREEDY).pcm, speech.pcm)
-    other = dsm_jax.synthesize(model, TEXT, speaker=OTHER_VOICE, options=GREEDY)
+        np.testing.assert_array_equal(dsm_jax.synthesize(model, TEXT, voice=given_as, options=GREEDY).pcm, speech.pcm)
+    other = dsm_jax.synthesize(model, TEXT, voice=OTHER_VOICE, options=GREEDY)
     assert other.pcm.tobytes() != speech.pcm.tobytes()
 
 
 def test_sampling_depends_on_the_seed_alone(model):
-    runs = [dsm_jax.synthesize(model, TEXT, speaker=VOICE, options=SAMPLED) for _ in range(2)]
-    other = dsm_jax.synthesize(model, TEXT, speaker=VOICE, options=dataclasses.replace(SAMPLED, seed=4))
+    runs = [dsm_jax.synthesize(model, TEXT, voice=VOICE, options=SAMPLED) for _ in range(2)]
+    other = dsm_jax.synthesize(model, TEXT, voice=VOICE, options=dataclasses.replace(SAMPLED, seed=4))
     np.testing.assert_array_equal(runs[0].pcm, runs[1].pcm)
     assert runs[0].frames.shape[0] == 2, "of the codebooks one was asked for"
     assert runs[0].frames[1].tobytes() != other.frames[1].tobytes()
@@ -147,7 +146,7 @@ def test_each_of_a_batch_equals_itself_alone_and_a_bad_one_costs_only_itself(mod
         4: Request(BROKEN, (OTHER_VOICE,), seed=7),
     }
     requests = [good[0], Request(" ", (VOICE,)), good[2], Request(("zoo", "a ÿ"), (VOICE,)), good[4]]
-    results = dict(synthesize_each(model, requests, options, batch_size=2))
+    results = dict(synthesize_each(model, requests, options=options, batch_size=2))
     assert sorted(results) == [0, 1, 2, 3, 4]
     with pytest.raises(SpeechError, match="has no word in it"):
         raise results[1]
@@ -155,13 +154,13 @@ def test_each_of_a_batch_equals_itself_alone_and_a_bad_one_costs_only_itself(mod
         raise results[3]
     for index, request in good.items():
         seeded = options if request.seed is None else dataclasses.replace(options, seed=request.seed)
-        assert_same(results[index], dsm_jax.synthesize(model, request.turns, speaker=request.voices, options=seeded))
+        assert_same(results[index], dsm_jax.synthesize(model, request.turns, voice=request.voices, options=seeded))
 
 
 def test_voices_of_two_lengths_are_both_said(model, speech):
     long = tts_model.voice(0, steps=3)
     requests = [Request(TEXT, (voice,)) for voice in (VOICE, long, OTHER_VOICE, VOICE)]
-    results = dict(synthesize_each(model, requests, GREEDY, batch_size=2))
+    results = dict(synthesize_each(model, requests, options=GREEDY, batch_size=2))
     assert [[word.text for word in results[index].words] for index in range(4)] == [TEXT.split()] * 4
     assert_same(results[0], speech)
     assert_same(results[3], speech)
@@ -178,14 +177,14 @@ def test_the_batch_is_no_larger_than_asked_or_needed(model, monkeypatch, request
         init(self, model, slots, options)
 
     monkeypatch.setattr(Synthesizer, "__init__", spy)
-    results = dict(synthesize_each(model, [Request("")] * requests, GREEDY, batch_size=asked))
+    results = dict(synthesize_each(model, [Request("")] * requests, options=GREEDY, batch_size=asked))
     assert len(results) == requests
     assert made == [rows]
 
 
 def test_progress_counts_the_seconds_there_are(model, speech):
     seen = []
-    dsm_jax.synthesize(model, TEXT, speaker=VOICE, options=GREEDY, progress=seen.append)
+    dsm_jax.synthesize(model, TEXT, voice=VOICE, options=GREEDY, progress=seen.append)
     assert len(seen) > 1
     assert seen == sorted(seen)
     assert seen[-1] == pytest.approx(speech.duration)
@@ -195,13 +194,13 @@ def test_progress_counts_the_seconds_there_are(model, speech):
 def say(model):
     """Says pieces of text live; a function, as a failing example is shown with all of a fixture's value."""
     return lambda pieces: np.concatenate(
-        list(dsm_jax.synthesize_stream(model, pieces, speaker=VOICE, options=GREEDY))
+        list(dsm_jax.synthesize_stream(model, pieces, voice=VOICE, options=GREEDY))
     ).tobytes()
 
 
 @pytest.fixture(scope="module")
 def broken_said(model):
-    return lambda: dsm_jax.synthesize(model, BROKEN, speaker=VOICE, options=GREEDY).pcm.tobytes()
+    return lambda: dsm_jax.synthesize(model, BROKEN, voice=VOICE, options=GREEDY).pcm.tobytes()
 
 
 @settings(max_examples=12, deadline=None)
@@ -224,12 +223,12 @@ def test_sound_comes_while_text_is_still_to_come(model, speech):
             given_out.append(word)
             yield f"{word} "
 
-    heard = dsm_jax.synthesize_stream(model, pieces(), speaker=VOICE, options=GREEDY)
+    heard = dsm_jax.synthesize_stream(model, pieces(), voice=VOICE, options=GREEDY)
     first = next(heard)
     assert len(given_out) < 6
     assert first.dtype == np.float32
     assert all(piece.size % FRAME == 0 for piece in [first, *heard])
-    whole = list(dsm_jax.synthesize_stream(model, TEXT, speaker=VOICE, options=GREEDY))
+    whole = list(dsm_jax.synthesize_stream(model, TEXT, voice=VOICE, options=GREEDY))
     np.testing.assert_array_equal(np.concatenate(whole), speech.pcm)
     assert len(whole) > 4
 
@@ -238,15 +237,15 @@ def test_a_recording_is_gone_on_from_and_not_said_again(prefix_model):
     # Two frames are left out: they have not heard what follows them.
     heard_QP = codec.encode(prefix_model, recording(10), codebooks=CODEBOOKS)[:, :-2]
     after = 8
-    said = dsm_jax.synthesize(prefix_model, TEXT, speaker=recording(10))
+    said = dsm_jax.synthesize(prefix_model, TEXT, voice=recording(10))
     np.testing.assert_array_equal(said.frames[1:, DELAY_STEPS : DELAY_STEPS + after], heard_QP)
     assert (said.frames[0, :after] == ZERO).all()
     assert [word.text for word in said.words] == TEXT.split()
-    assert said.words[0].start == SpeechOptions().initial_padding / FRAME_RATE
+    assert said.words[0].start == SynthesizeOptions().initial_padding / FRAME_RATE
     np.testing.assert_allclose([w.start for w in said.words], (word_columns(said)[:-1] - after) / FRAME_RATE)
     assert said.words[-1].end == said.duration
-    mimi = nnx.merge(prefix_model.mimi_def, prefix_model.mimi_params)
+    mimi = prefix_model.codec
     pcm_T = np.clip(jax.jit(mimi.decode)(said.frames[None, 1:, DELAY_STEPS:])[0, :, 0], -1, 1)
     np.testing.assert_allclose(said.pcm, pcm_T[after * FRAME :], rtol=0, atol=ROUNDING)
-    streamed = dsm_jax.synthesize_stream(prefix_model, TEXT, speaker=recording(10))
+    streamed = dsm_jax.synthesize_stream(prefix_model, TEXT, voice=recording(10))
     np.testing.assert_array_equal(np.concatenate(list(streamed)), said.pcm)

@@ -8,12 +8,12 @@ import pytest
 import dsm_jax
 from dsm_jax.configs import ModelConfig
 from dsm_jax.errors import AudioError, CheckpointError, ConfigError, SpeechError
-from dsm_jax.tts import SpeechOptions
+from dsm_jax.tts import SynthesizeOptions
 from dsm_jax.tts.live import STEPS
 from tests.helpers import tts_model
 from tests.helpers.tts_model import FRAME, voice
 
-GREEDY = SpeechOptions(temperature=0.0)
+GREEDY = SynthesizeOptions(temperature=0.0)
 LONG = "to be at the old city"
 
 
@@ -53,8 +53,8 @@ def test_a_codec_alone_is_refused(model):
 
 
 def test_a_model_without_its_decoder_is_refused(checkpoint):
-    deaf = dsm_jax.load(checkpoint, listen_only=True)
-    refused_alike(deaf, ConfigError, "^speaker was loaded with listen_only=True; load it without to speak$")
+    deaf = dsm_jax.load(checkpoint, stt_only=True)
+    refused_alike(deaf, ConfigError, "^speaker was loaded with stt_only=True; load it without to speak$")
 
 
 def test_a_model_without_a_tokenizer_is_refused(model):
@@ -96,7 +96,7 @@ def test_a_model_of_two_streams_is_refused(model):
 )
 def test_voices_that_the_model_cannot_take(model, speaker, error, message):
     with pytest.raises(error, match=message):
-        dsm_jax.synthesize(model, "good", speaker=speaker, options=GREEDY)
+        dsm_jax.synthesize(model, "good", voice=speaker, options=GREEDY)
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,7 @@ def test_texts_that_cannot_be_said(model, text, message):
 
 
 def test_what_is_wrong_with_live_text_is_told_when_it_arrives(model):
-    heard = dsm_jax.synthesize_stream(
-        model, iter(["good ", "<b> ", "never asked for"]), speaker=voice(0), options=GREEDY
-    )
+    heard = dsm_jax.synthesize_stream(model, iter(["good ", "<b> ", "never asked for"]), voice=voice(0), options=GREEDY)
     with pytest.raises(SpeechError, match="turn 1 has '<b>', an unknown tag"):
         list(heard)
 
@@ -128,7 +126,7 @@ def test_what_is_wrong_with_live_text_is_told_when_it_arrives(model):
 def test_a_text_that_does_not_fit_into_the_frames_is_refused(model):
     def say(max_frames: int) -> dsm_jax.Speech:
         options = dataclasses.replace(GREEDY, max_frames=max_frames)
-        return dsm_jax.synthesize(model, LONG, speaker=voice(0), options=options)
+        return dsm_jax.synthesize(model, LONG, voice=voice(0), options=options)
 
     enough = say(1000)
     exactly = enough.frames.shape[1] + tts_model.LAST_DELAY
@@ -139,7 +137,7 @@ def test_a_text_that_does_not_fit_into_the_frames_is_refused(model):
     assert 0 < begun < 6
     with pytest.raises(SpeechError, match=f"20 frames: {begun} of its 6 words and breaks were; allow more with max"):
         say(20)
-    live = dsm_jax.synthesize_stream(model, LONG, speaker=voice(0), options=dataclasses.replace(GREEDY, max_frames=20))
+    live = dsm_jax.synthesize_stream(model, LONG, voice=voice(0), options=dataclasses.replace(GREEDY, max_frames=20))
     heard = [next(live) for _ in range((20 - tts_model.DELAY_STEPS - tts_model.LAST_DELAY + 1) // STEPS)]
     np.testing.assert_array_equal(np.concatenate(heard), enough.pcm[: 13 * FRAME])
     with pytest.raises(
@@ -171,13 +169,13 @@ def test_a_text_that_does_not_fit_into_the_frames_is_refused(model):
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_options_out_of_their_range(model, options, message):
-    refused_alike(model, SpeechError, message, speaker=voice(0), options=SpeechOptions(**options))
+    refused_alike(model, SpeechError, message, speaker=voice(0), options=SynthesizeOptions(**options))
 
 
 def test_two_recordings_to_go_on_from_are_refused(prefix_model):
     one = np.zeros(20 * FRAME, np.float32)
     with pytest.raises(SpeechError, match="2 voices were given; random goes on from the recording of one"):
-        dsm_jax.synthesize(prefix_model, "good", speaker=[one, one])
+        dsm_jax.synthesize(prefix_model, "good", voice=[one, one])
 
 
 def test_a_recording_that_leaves_nothing_to_go_on_from_is_refused(prefix_model):

@@ -71,7 +71,7 @@ def test_our_own_transcripts_can_be_learnt_from(data):
     transcript = Transcript("hello world", words, (Pause(0.95, 2.0, 0.7),), 1.0, audio="talks/good.wav", model="some")
     (data / "talks/good.json").write_text(render(transcript, "json"), encoding="utf-8")
     as_folder = read_recordings(data / "talks", RATE)
-    as_lines = read_recordings(write(data, transcript.to_json()), RATE)
+    as_lines = read_recordings(write(data, transcript.to_dict()), RATE)
     assert as_folder == as_lines == [Recording(data / "talks/good.wav", WORDS, 1.0)]
 
 

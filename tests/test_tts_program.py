@@ -21,7 +21,8 @@ from dsm_jax.models.mimi import Mimi
 from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.runtime.compile import compilations
 from dsm_jax.tts import program
-from dsm_jax.tts.program import SpeechRequest, TtsSettings, Turn
+from dsm_jax.tts.host import Leave, SpeechRequest
+from dsm_jax.tts.program import TtsSettings
 from dsm_jax.tts.script import NEW_WORD, PAD, Entry
 from dsm_jax.tts.words import WordMachine
 from tests.helpers import small
@@ -333,7 +334,7 @@ def test_a_request_larger_than_the_room_makes_the_program_grow_and_the_others_go
 
 def test_nothing_leaves_or_enters_the_device_in_a_call():
     state = calm().start(requests(range(3)))
-    inputs = jax.tree.map(jnp.asarray, calm().program._inputs([Turn()] * 3, waiting=False))
+    inputs = jax.tree.map(jnp.asarray, calm().program._inputs([Leave()] * 3, waiting=False))
     params, step = calm().program._params, calm().program._step
     outputs, state = step(params, state, inputs)
     with jax.transfer_guard("disallow"):
@@ -347,7 +348,7 @@ def test_nothing_leaves_or_enters_the_device_in_a_call():
 def compiled_step() -> jax.stages.Compiled:
     """The compiled loop; compiled once, as jax keeps it."""
     loop = calm()
-    inputs = loop.program._inputs([Turn()] * 3, waiting=False)
+    inputs = loop.program._inputs([Leave()] * 3, waiting=False)
     return loop.program._step.compile(loop.program._params, loop.program.init(), inputs)
 
 

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from dsm_jax.errors import ConfigError
 from dsm_jax.stt.transcript import Pause, WordEnded, WordStarted
-from dsm_jax.stt.words import PauseRule, Timing, WordReader
+from dsm_jax.stt.words import Timing, VadOptions, WordReader
 from tests.helpers import stt_model
 
 NO_OFFSET = Timing(frame_rate=12.5, text_offset=0.0, audio_offset=0.0)
 
 
 def reader(timing: Timing = NO_OFFSET, **settings) -> WordReader:
-    settings = {"padding": 3, "boundary": 0, "pauses": PauseRule(), **settings}
+    settings = {"padding": 3, "boundary": 0, "pauses": VadOptions(), **settings}
     return WordReader(stt_model.model().tokenizer, timing, **settings)
 
 
@@ -126,13 +126,13 @@ def test_a_pause_is_told_once_until_somebody_speaks():
 
 
 def test_another_head_or_threshold_can_decide():
-    assert pauses([0.9] * 3, pauses=PauseRule(horizon=0.5)) == []
-    assert pauses([0.9] * 3, pauses=PauseRule(threshold=0.95)) == []
+    assert pauses([0.9] * 3, pauses=VadOptions(horizon=0.5)) == []
+    assert pauses([0.9] * 3, pauses=VadOptions(threshold=0.95)) == []
 
 
 def test_a_horizon_that_no_head_has_is_refused():
     with pytest.raises(ConfigError, match=r"5\.0 s was asked for; the heads know \(0\.5, 1\.0, 2\.0, 3\.0\)"):
-        PauseRule(horizon=5.0)
+        VadOptions(horizon=5.0)
 
 
 def test_a_prompt_is_left_out_by_frames_and_by_tokens():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsm_jax.configs import LMConfig, ModelConfig, SttConfig, TtsConfig
-from dsm_jax.errors import CheckpointError, ConfigError
+from dsm_jax.errors import CheckpointError, ConfigError, ModelKindError
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.models.parameters import AbstractNetwork, abstract
@@ -241,12 +241,13 @@ def require(model: Loaded, model_type: str) -> None:
       model_type: of the family.
 
     Raises:
-      CheckpointError: it is of another family, or lacks its tokenizer.
+      CheckpointError: it lacks its tokenizer.
+      ModelKindError: it is of another family.
       ConfigError: its config is not one of the family.
     """
     wanted, family = FAMILIES[model_type], check(model.config, model.name)
     if family is not wanted:
-        raise CheckpointError(
+        raise ModelKindError(
             f"{model.name} is {family.description}; to {wanted.task}, load {wanted.description} such as "
             f"{wanted.example}"
         )

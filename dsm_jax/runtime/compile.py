@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dsm_jax.process import check_process
+
 _log = logging.getLogger("dsm_jax")
 _compilations = 0
 
@@ -45,7 +47,8 @@ class Compiled:
         self._jitted = jax.jit(traced, donate_argnums=tuple(1 + index for index in donate))
 
     def __call__(self, params: tuple[nnx.State, ...], *args: Any) -> Any:
-        """Runs the function; compiles it first for shapes that are new."""
+        """Run the function; compile it first for shapes that are new."""
+        check_process()
         return self._jitted(params, *args)
 
     def compile(self, params: tuple[nnx.State, ...], *args: Any) -> jax.stages.Compiled:

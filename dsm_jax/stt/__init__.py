@@ -1,23 +1,26 @@
-"""Speech to text: whole recordings with `transcribe`, live audio with `stream`, the program over slots in `program`."""
+"""Speech to text: `transcribe` for whole recordings, `transcribe_stream` for live audio, and the program over slots."""
 
 from dsm_jax.stt.batch import transcribe, transcribe_each
-from dsm_jax.stt.live import Listener, stream
-from dsm_jax.stt.options import Options, Prompt
-from dsm_jax.stt.transcript import Frames, Pause, Transcript, Word, WordEnded, WordStarted
-from dsm_jax.stt.words import PauseRule
+from dsm_jax.stt.events import Event, Pause, Word, WordEnded, WordStarted
+from dsm_jax.stt.live import StreamingTranscriber, transcribe_stream
+from dsm_jax.stt.options import Prompt, TranscribeOptions
+from dsm_jax.stt.transcript import Frames, Segment, Transcript
+from dsm_jax.stt.words import VadOptions
 
 __all__ = [
+    "Event",
     "Frames",
-    "Listener",
-    "Options",
     "Pause",
-    "PauseRule",
     "Prompt",
+    "Segment",
+    "StreamingTranscriber",
+    "TranscribeOptions",
     "Transcript",
+    "VadOptions",
     "Word",
     "WordEnded",
     "WordStarted",
-    "stream",
     "transcribe",
     "transcribe_each",
+    "transcribe_stream",
 ]

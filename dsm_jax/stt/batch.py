@@ -2,121 +2,136 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import overload
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, overload
 
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import BatchError, ConfigError, DsmError
+from dsm_jax.progress import Progress, ProgressCallback
 from dsm_jax.runtime.slots import Slots
-from dsm_jax.stt.options import Options
+from dsm_jax.stt.events import Event
+from dsm_jax.stt.options import TranscribeOptions
 from dsm_jax.stt.transcriber import FileSession, Transcriber
 from dsm_jax.stt.transcript import Transcript
 
-CHUNK_FRAMES = 8  # of a device call: enough for efficient convolutions, few enough to waste little on the last chunk
+EventCallback = Callable[[int, Event], None]  # the place of a recording, and what was found in it
 
-Progress = Callable[[int, float], None]  # which recording, and how many seconds of it have been read
-Result = tuple[int, Transcript | DsmError]  # the place of a recording, and what came of it
+CHUNK_FRAMES = 8  # of a device call: enough for efficient convolutions, few enough to waste little on the last chunk
 
 
 def transcribe_each(
     model: Model,
-    sources: Sequence[audio.Source],
-    options: Options | Sequence[Options] = Options(),
+    sources: Iterable[audio.Source],
     *,
+    options: TranscribeOptions | Sequence[TranscribeOptions] = TranscribeOptions(),
     batch_size: int = 8,
     frames: bool = False,
-    progress: Progress | None = None,
-) -> Iterator[Result]:
-    """Transcribes recordings and yields each as it ends, with its place in `sources`.
+    progress: ProgressCallback | None = None,
+    on_event: EventCallback | None = None,
+) -> Iterator[tuple[int, Transcript | DsmError]]:
+    """Transcribe recordings and yield each as it ends, with its place in `sources`.
 
-    A recording that cannot be read yields its error, and the others go on. Otherwise as `transcribe`.
+    A recording that cannot be read yields its error, and the others go on. Otherwise as `transcribe`. An iterator's
+    recordings are taken as slots become free; `on_event` is called with the place of a recording and each of its words
+    and pauses as they are found.
     """
-    each = [options] * len(sources) if isinstance(options, Options) else list(options)
-    if len(each) != len(sources):
-        raise ConfigError(f"{len(sources)} recordings have {len(each)} options; give one for all, or one each")
-    # Few recordings take a power of two: so that different numbers of them share a compilation.
-    count = max(1, min(batch_size, 1 << max(0, len(sources) - 1).bit_length()))
-    transcriber = Transcriber(model, count, CHUNK_FRAMES, each)
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; expected 1 or more")
+    one = options if isinstance(options, TranscribeOptions) else None
+    several = None if isinstance(options, TranscribeOptions) else list(options)
+    if several is not None or isinstance(sources, Sequence):
+        sources = list(sources)
+        if several is not None and len(several) != len(sources):
+            raise ConfigError(f"{len(sources)} recordings have {len(several)} options; give one for all, or one each")
+        # Few recordings take a power of two: so that different numbers of them share a compilation.
+        batch_size = max(1, min(batch_size, 1 << max(0, len(sources) - 1).bit_length()))
+    transcriber = Transcriber(model, batch_size, CHUNK_FRAMES, [one] if several is None and one else several or [])
 
-    def session(index: int) -> FileSession:
-        report = None if progress is None else functools.partial(progress, index)
-        return FileSession(transcriber, each[index], index, sources[index], keep_frames=frames, progress=report)
+    def session(index: int, source: audio.Source) -> FileSession:
+        chosen = one if several is None else several[index]
+        assert chosen is not None
+        report = None if progress is None else functools.partial(_report, progress, index, audio.duration(source))
+        heard = None if on_event is None else functools.partial(on_event, index)
+        return FileSession(transcriber, chosen, index, source, keep_frames=frames, progress=report, on_event=heard)
 
     slots: Slots[FileSession] = transcriber.slots
-    for done in slots.run(map(session, range(len(sources)))):
+    for done in slots.run(session(index, source) for index, source in enumerate(sources)):
         name = str(done.source) if isinstance(done.source, (str, os.PathLike)) else None
         yield done.index, done.transcript(name) if done.error is None else done.error
 
 
-@overload
-def transcribe(
-    model: Model,
-    recordings: Sequence[audio.Source],
-    options: Options | Sequence[Options] = ...,
-    *,
-    batch_size: int = ...,
-    frames: bool = ...,
-    progress: Progress | None = ...,
-) -> list[Transcript]: ...
+def _report(progress: ProgressCallback, index: int, total: float | None, seconds: float) -> None:
+    progress(Progress(seconds, total, index))
 
 
 @overload
 def transcribe(
     model: Model,
     recordings: audio.Source,
-    options: Options = ...,
     *,
+    options: TranscribeOptions = ...,
     batch_size: int = ...,
     frames: bool = ...,
-    progress: Progress | None = ...,
+    progress: ProgressCallback | None = ...,
 ) -> Transcript: ...
+
+
+@overload
+def transcribe(
+    model: Model,
+    recordings: Iterable[audio.Source],
+    *,
+    options: TranscribeOptions | Sequence[TranscribeOptions] = ...,
+    batch_size: int = ...,
+    frames: bool = ...,
+    progress: ProgressCallback | None = ...,
+) -> list[Transcript]: ...
 
 
 def transcribe(
     model: Model,
-    recordings: audio.Source | Sequence[audio.Source],
-    options: Options | Sequence[Options] = Options(),
+    recordings: audio.Source | Iterable[audio.Source],
     *,
+    options: TranscribeOptions | Sequence[TranscribeOptions] = TranscribeOptions(),
     batch_size: int = 8,
     frames: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Transcript | list[Transcript]:
-    """Turns recordings into text with word times.
+    """Transcribe recordings: text, with the times of its words.
 
     Args:
       model: a speech-to-text model, from `dsm_jax.load`.
       recordings: a path, "-" for standard input, an open file, or float or int16 samples [T] or [channels, T] at the
-        model's rate; or a list of these, transcribed together. Files are wav, flac, mp3, ogg or opus, of any rate,
-        number of channels and length.
-      options: how to transcribe: prompts, sampling, pauses; for a list, one for all recordings or one each.
+        model's rate; or a list or another iterable of these, transcribed together. Files may be whatever FFmpeg
+        decodes, of any rate, number of channels and length.
+      options: of the transcription: prompt, sampling, pauses; for several recordings, one for all or a list, one each.
       batch_size: at most how many recordings at a time. Each gives what it gives alone.
       frames: keep the text token and the pause probabilities of every 80 ms frame.
-      progress: called with the place of a recording and the seconds of it read so far.
+      progress: called with the seconds of each recording that were read so far.
 
     Returns:
-      A transcript, or for a list, a list in the same order.
+      A transcript, or for several recordings, a list in the same order.
 
     Raises:
       AudioError: the one recording cannot be read, or an audio prompt.
-      BatchError: some of a list cannot; it carries the transcripts of the others.
-      CheckpointError: the model does not transcribe.
-      ConfigError: not as many options as recordings, or a temperature or top-k below 0.
+      BatchError: some of several cannot; it carries the transcripts of the others.
+      ModelKindError: the model does not transcribe.
+      ConfigError: not as many options as recordings.
       PromptError: the model cannot follow the prompt.
     """
-    several = isinstance(recordings, (list, tuple))
-    sources: list[audio.Source] = list(recordings) if several else [recordings]  # pyright: ignore[reportAssignmentType]
-    results: list[Transcript | None] = [None] * len(sources)
+    several = not audio.is_source(recordings)
+    sources: Any = recordings if several else [recordings]
+    results: dict[int, Transcript | None] = {}
     errors: dict[int, DsmError] = {}
-    for index, result in transcribe_each(
-        model, sources, options, batch_size=batch_size, frames=frames, progress=progress
-    ):
+    each = transcribe_each(model, sources, options=options, batch_size=batch_size, frames=frames, progress=progress)
+    for index, result in each:
+        results[index] = None if isinstance(result, DsmError) else result
         if isinstance(result, DsmError):
             errors[index] = result
-        else:
-            results[index] = result
     if errors and not several:
         raise errors[0]
+    in_order = [results[index] for index in sorted(results)]
     if errors:
-        raise BatchError(results, errors)
-    return results if several else results[0]  # pyright: ignore[reportReturnType]  every place is filled
+        raise BatchError(in_order, errors)
+    return in_order if several else in_order[0]  # pyright: ignore[reportReturnType]  every place is filled

@@ -56,13 +56,16 @@ class SttRequest:
       key_B2: PRNG key; the noise of a slot depends on it and on the slot's own step only.
       temperature_B: float32; 0 is greedy.
       top_k_B: int32; 0 is the whole vocabulary.
-      prompt_BT: int32 text tokens that come first, 0 after the last.
+      prompt_BT: int32, one more than each text token that comes first; 0 after the last.
+      deadline_B: int32, the frame by which the prompt's tokens have been produced; they are forced where the model has
+        not chosen them by itself.
     """
 
     key_B2: Array
     temperature_B: Array
     top_k_B: Array
     prompt_BT: Array
+    deadline_B: Array
 
 
 @jax.tree_util.register_dataclass
@@ -112,6 +115,7 @@ def init_state(lm: DelayedStreamsLM, mimi: Mimi, settings: SttSettings) -> SttSt
         jnp.zeros((slots,), jnp.float32),
         jnp.zeros((slots,), jnp.int32),
         jnp.zeros((slots, settings.prompt_tokens), jnp.int32),
+        jnp.zeros((slots,), jnp.int32),
     )
     return SttState(
         mimi.encoder.init_state(slots),
@@ -194,8 +198,10 @@ def _text_step(
         ids_V = jnp.arange(logits_BV.shape[1])
         silent_V = (ids_V == config.existing_text_padding_id) | (ids_V == config.existing_text_end_padding_id)
         # The first step belongs to no frame, so a token made in it would be lost.
-        next_B = jnp.where(step_B == 0, -1, wanted_B)
-        allowed = silent_V | (ids_V == next_B[:, None]) | (wanted_B == 0)[:, None]
+        next_B1 = jnp.where(step_B == 0, -1, wanted_B)[:, None]
+        left_B = (request.prompt_BT > 0).sum(axis=1) - state.prompted_B
+        free_B1 = (left_B < request.deadline_B - step_B + 1)[:, None]
+        allowed = (silent_V & free_B1) | (ids_V == next_B1) | (wanted_B < 0)[:, None]
         allowed_BV = jnp.where(allowed, logits_BV, -jnp.inf)
     keys_B = jax.vmap(jax.random.fold_in)(request.key_B2, step_B)
     tokens_B = sample_or_greedy(
@@ -203,7 +209,7 @@ def _text_step(
     )
     probability_B = jnp.take_along_axis(jax.nn.softmax(logits_BV), tokens_B[:, None], axis=-1)[:, 0]
     pauses_BH = lm.extra_probabilities(hidden_BTD)[:, 0, :, 0]
-    matched_B = (wanted_B > 0) & (tokens_B == wanted_B)
+    matched_B = (wanted_B >= 0) & (tokens_B == wanted_B) & (step_B > 0)
     prompted_B = select_rows(active_B, state.prompted_B + matched_B.astype(jnp.int32), state.prompted_B)
     ring = state.ring.with_made(tokens_B[:, None], step_B).kept(active_B, state.ring)
     after = dataclasses.replace(state, lm=after, ring=ring, prompted_B=prompted_B)
@@ -211,9 +217,9 @@ def _text_step(
 
 
 def _next_prompt_token(prompt_BT: jax.Array, prompted_B: jax.Array) -> jax.Array:
-    """Returns the prompt token that each slot has yet to produce, 0 when none is left."""
+    """Return the prompt token that each slot has yet to produce, -1 when none is left."""
     padded_BT = jnp.pad(prompt_BT, ((0, 0), (0, 1)))
-    return jnp.take_along_axis(padded_BT, jnp.minimum(prompted_B, prompt_BT.shape[1])[:, None], axis=1)[:, 0]
+    return jnp.take_along_axis(padded_BT, jnp.minimum(prompted_B, prompt_BT.shape[1])[:, None], axis=1)[:, 0] - 1
 
 
 class SttProgram:

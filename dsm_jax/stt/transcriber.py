@@ -16,10 +16,11 @@ from dsm_jax.errors import CheckpointError, DsmError
 from dsm_jax.models.family import require
 from dsm_jax.nn.sampling import top_k_capacity
 from dsm_jax.runtime.slots import Slots
-from dsm_jax.stt.framing import FrameBuffer, prompt_tokens, word_reader
-from dsm_jax.stt.options import Options
+from dsm_jax.stt.events import Event, Pause, WordEnded
+from dsm_jax.stt.framing import FrameBuffer, LeadIn, lead_in, word_reader
+from dsm_jax.stt.options import TranscribeOptions
 from dsm_jax.stt.program import FrameOutputs, Samples, SttProgram, SttRequest
-from dsm_jax.stt.transcript import Event, Frames, Pause, Transcript, Word, WordEnded
+from dsm_jax.stt.transcript import Frames, Transcript
 from dsm_jax.stt.words import PAUSE_HORIZONS, WordReader
 
 
@@ -29,15 +30,13 @@ class Utterance:
 
     Attributes:
       request: of the slot.
-      prompt_T: samples of the audio prompt; None for none.
-      prompt_ids: tokens of the text prompt.
+      lead: what comes before the recording.
       options: as they were given.
     """
 
     request: SttRequest
-    prompt_T: np.ndarray | None
-    prompt_ids: tuple[int, ...]
-    options: Options
+    lead: LeadIn
+    options: TranscribeOptions
 
 
 class Transcriber:
@@ -56,7 +55,7 @@ class Transcriber:
       PromptError: the model cannot follow a prompt.
     """
 
-    def __init__(self, model: Model, slots: int, chunk: int, options: Sequence[Options], *, behind: int = 1):
+    def __init__(self, model: Model, slots: int, chunk: int, options: Sequence[TranscribeOptions], *, behind: int = 1):
         require(model, "stt")
         lm, name = model.config.lm, model.name
         assert lm is not None
@@ -79,26 +78,28 @@ class Transcriber:
             slots,
             chunk,
             max_top_k=top_k_capacity(0, *(int(one.request.top_k_B) for one in read if one.request.temperature_B > 0)),
-            prompt_tokens=max((len(one.prompt_ids) for one in read), default=0),
+            prompt_tokens=max((len(one.lead.ids) for one in read), default=0),
         )
         self.slots: Slots[Any] = Slots(program, behind=behind)
 
-    def read(self, options: Options) -> Utterance:
+    def read(self, options: TranscribeOptions) -> Utterance:
         """Reads options: loads the audio prompt, encodes the text prompt; once for each object."""
         if id(options) in self._read:
             return self._read[id(options)]
         temperature, top_k = options.sampling(self.model.config)
         prompt = options.prompt
         prompt_T = None if prompt.audio is None else audio.read(prompt.audio, self.model.config.mimi.sample_rate)
-        ids = prompt_tokens(prompt.text, self.tokenizer, self.lm)
+        lead = lead_in(prompt.text, prompt_T, self.model.config, self.lm, self.tokenizer)
         key_2 = np.asarray(jax.random.PRNGKey(options.seed))
-        request = SttRequest(key_2, np.float32(temperature), np.int32(top_k), np.array(ids, np.int32))
-        self._read[id(options)] = Utterance(request, prompt_T, ids, options)
+        request = SttRequest(
+            key_2, np.float32(temperature), np.int32(top_k), np.array(lead.ids, np.int32) + 1, np.int32(lead.deadline)
+        )
+        self._read[id(options)] = Utterance(request, lead, options)
         return self._read[id(options)]
 
     def buffer(self, utterance: Utterance) -> FrameBuffer:
         """Makes the frame buffer of a new recording."""
-        return FrameBuffer(self.model.config, utterance.prompt_T)
+        return FrameBuffer(self.model.config, utterance.lead)
 
     def reader(self, utterance: Utterance) -> WordReader:
         """Makes the word reader of a new recording."""
@@ -106,10 +107,10 @@ class Transcriber:
             self.model.config,
             self.lm,
             self.tokenizer,
-            pauses=utterance.options.pauses,
-            prompt_T=utterance.prompt_T,
-            prompt_ids=utterance.prompt_ids,
-            cut_prompt=utterance.options.prompt.cut,
+            pauses=utterance.options.vad,
+            lead=utterance.lead,
+            exclude_prompt=utterance.options.prompt.exclude_from_output,
+            reference_times=utterance.options.word_times == "reference",
         )
 
 
@@ -123,13 +124,14 @@ class RecordingSession:
 
     error: DsmError | None
 
-    def __init__(self, transcriber: Transcriber, options: Options):
+    def __init__(self, transcriber: Transcriber, options: TranscribeOptions):
         self._utterance = transcriber.read(options)
         self.transcriber = transcriber
         self.buffer, self.reader = transcriber.buffer(self._utterance), transcriber.reader(self._utterance)
         self.error = None
         self.ended = False
-        self.events: list[Event] = []  # found since they were last taken
+        self.events: list[Event] = []
+        self._taken = 0  # events that were returned
 
     def request(self) -> SttRequest:
         """Returns the options as the slot holds them."""
@@ -143,22 +145,37 @@ class RecordingSession:
 
     def read(self, outputs: FrameOutputs, slot: int, part: Samples) -> None:
         """Turns the outputs of a chunk into events."""
-        frames = part.pcm_T.size // self.buffer.frame_size
+        if self.buffer.ended:
+            self.reader.duration = self.buffer.samples / self.transcriber.model.sample_rate
+        frames = part.pcm_T.reshape(-1, self.buffer.frame_size)
         columns = (outputs.tokens_BF, outputs.probabilities_BF, outputs.pauses_BFH)
-        for token, probability, pauses in zip(*(a[slot, :frames].tolist() for a in columns), strict=True):
-            self.read_frame(token, probability, tuple(pauses))
+        rows = zip(*(a[slot, : len(frames)].tolist() for a in columns), frames, strict=True)
+        for token, probability, pauses, samples_T in rows:
+            self.read_frame(token, probability, tuple(pauses), samples_T)
         if part.last:
             self.events += self.reader.finish()
             self.ended = True
 
-    def read_frame(self, token: int, probability: float, pauses: tuple[float, ...]) -> None:
+    def read_frame(self, token: int, probability: float, pauses: tuple[float, ...], samples_T: np.ndarray) -> None:
         """Turns the outputs of one frame into events."""
-        self.events += self.reader.read(token, probability, pauses)
+        self.events += self.reader.read(token, probability, pauses, samples_T)
 
     def take_events(self) -> list[Event]:
-        """Returns the events since the last call."""
-        events, self.events = self.events, []
+        """Return the events since the last call."""
+        events = self.events[self._taken :]
+        self._taken = len(self.events)
         return events
+
+    def transcript(self, name: str | None) -> Transcript:
+        """Return the transcript of the recording so far."""
+        return Transcript(
+            text=self.reader.text,
+            words=tuple(event.word for event in self.events if isinstance(event, WordEnded)),
+            pauses=tuple(event for event in self.events if isinstance(event, Pause)),
+            duration=self.buffer.samples / self.transcriber.model.sample_rate,
+            audio=name,
+            model=self.transcriber.model.name,
+        )
 
 
 class FileSession(RecordingSession):
@@ -171,20 +188,22 @@ class FileSession(RecordingSession):
       source: the recording.
       keep_frames: keep the raw outputs of every frame.
       progress: called with the seconds read so far.
+      on_event: called with each event as it is found.
     """
 
     def __init__(
         self,
         transcriber: Transcriber,
-        options: Options,
+        options: TranscribeOptions,
         index: int,
         source: audio.Source,
         *,
         keep_frames: bool = False,
         progress: Callable[[float], None] | None = None,
+        on_event: Callable[[Event], None] | None = None,
     ):
         super().__init__(transcriber, options)
-        self.index, self.source, self.progress = index, source, progress
+        self.index, self.source, self.progress, self.on_event = index, source, progress, on_event
         self._blocks: Iterator[np.ndarray] = iter(())
         self._tokens: list[int] | None = [] if keep_frames else None
         self._pauses: list[tuple[float, ...]] = []
@@ -193,7 +212,9 @@ class FileSession(RecordingSession):
     def _open(self) -> DsmError | None:
         """Reads the first frame; returns the reason for which it cannot be read."""
         try:
-            self._blocks = audio.blocks(self.source, self.transcriber.model.sample_rate)
+            # Blocks are short, so that a pipe is heard as it arrives.
+            seconds = self.transcriber.chunk / self.transcriber.model.config.mimi.frame_rate
+            self._blocks = audio.blocks(self.source, self.transcriber.model.sample_rate, seconds)
             self._fill(1)
         except DsmError as error:
             return error
@@ -215,30 +236,25 @@ class FileSession(RecordingSession):
 
     def read(self, outputs: FrameOutputs, slot: int, part: Samples) -> None:
         """Turns the outputs of a chunk into events, and reports progress."""
+        known = len(self.events)
         super().read(outputs, slot, part)
+        if self.on_event is not None:
+            for event in self.events[known:]:
+                self.on_event(event)
         if self.progress is not None:
             self.progress(self.buffer.samples / self.transcriber.model.sample_rate)
 
-    def read_frame(self, token: int, probability: float, pauses: tuple[float, ...]) -> None:
+    def read_frame(self, token: int, probability: float, pauses: tuple[float, ...], samples_T: np.ndarray) -> None:
         """Turns the outputs of one frame into events, and keeps them where that was asked for."""
-        super().read_frame(token, probability, pauses)
+        super().read_frame(token, probability, pauses, samples_T)
         if self._tokens is not None:
             self._tokens.append(token)
             self._pauses.append(pauses)
 
     def transcript(self, name: str | None) -> Transcript:
-        """Returns the transcript of the recording, which has ended."""
-        words: list[Word] = [event.word for event in self.events if isinstance(event, WordEnded)]
-        pauses = [event for event in self.events if isinstance(event, Pause)]
-        frames = None
-        if self._tokens is not None:
-            frames = Frames(tuple(self._tokens), tuple(self._pauses) if any(self._pauses) else None)
-        return Transcript(
-            text=self.reader.text,
-            words=tuple(words),
-            pauses=tuple(pauses),
-            duration=self.buffer.samples / self.transcriber.model.sample_rate,
-            frames=frames,
-            audio=name,
-            model=self.transcriber.model.name,
-        )
+        """Return the transcript of the recording, with the raw outputs where they were kept."""
+        transcript = super().transcript(name)
+        if self._tokens is None:
+            return transcript
+        frames = Frames(tuple(self._tokens), tuple(self._pauses) if any(self._pauses) else None)
+        return dataclasses.replace(transcript, frames=frames)

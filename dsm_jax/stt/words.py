@@ -1,25 +1,33 @@
-"""From the text token of each frame to words with times, and back out as events, one frame at a time.
+"""Read words with times from the text token of each frame, and return them as events, one frame at a time.
 
 Token 0 (`existing_text_end_padding_id`) is a word boundary; ids up to 3 are never text. A segment is what lies between
-two boundaries: usually one word, whose time is the segment's. Of several words in one segment each but the last takes
-as many frames as it has tokens, and the last takes the rest. The last segment ends at the end-of-stream token (2), or a
-second after it began.
+two boundaries: usually one word.
 
-Text before the first boundary is a segment too, and a last word longer than a second keeps all its pieces; the
-published script drops both.
+Frame i is at i / 12.5 s of the stream, less the delay of the text and the silence and prompt before the audio. A word
+starts at the frame of its first piece. Its end comes from the sound: where the first silence begins, at most a second
+after the last piece, and never after the next word's start.
 
-Frame i is at i / 12.5 s of the stream, less the delay of the text and the silence and prompt before the audio. Source:
+Without the sound, times are those of the published script: a word lasts from boundary to boundary; of several words in
+one segment each but the last takes as many frames as it has tokens, and the last takes the rest; the last segment ends
+at the end-of-stream token (2), or a second after it began. Text before the first boundary is a segment too, and a last
+word longer than a second keeps all its pieces; the published script drops both. Source:
 kyutai-labs/delayed-streams-modeling@f6074cb6 scripts/stt_from_file_pytorch.py.
 """
 
 import dataclasses
 import math
 
+import numpy as np
+
 from dsm_jax.errors import ConfigError
-from dsm_jax.stt.transcript import Event, Pause, Word, WordEnded, WordStarted
+from dsm_jax.stt.events import Event, Pause, Word, WordEnded, WordStarted
+from dsm_jax.stt.levels import SILENCE_S, SoundLevels
 from dsm_jax.tokenizers import SPACE, Tokenizer
 
 PAUSE_HORIZONS = (0.5, 1.0, 2.0, 3.0)  # seconds, one per extra head
+COMPLETE_FRAMES = 3  # without a piece, after which a word's text is taken to be complete
+LONGEST_TAIL_S = 1.0  # of a word's sound after its last piece, where no silence is found
+UNFINISHED = "\ufffd"  # stands for a character of which some bytes are still to come
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,28 +39,42 @@ class Timing:
     audio_offset: float  # the first part alone
 
     def of_text(self, frame: float) -> float:
-        """Seconds of audio at which the text of a frame was said; never negative."""
+        """Return the seconds of audio at which the text of a frame was said; never negative."""
         return max(0.0, frame / self.frame_rate - self.text_offset)
 
+    def in_stream(self, frame: float) -> float:
+        """Return the seconds of the stream at which the text of a frame was said; of the audio, less `audio_offset`."""
+        return frame / self.frame_rate - (self.text_offset - self.audio_offset)
+
     def heard(self, frame: int) -> float:
-        """Seconds of audio heard once a frame has been."""
+        """Return the seconds of audio that were heard with a frame."""
         return max(0.0, (frame + 1) / self.frame_rate - self.audio_offset)
 
 
-@dataclasses.dataclass(frozen=True)
-class PauseRule:
-    """When the model's guess becomes a pause: the head that must say so, and how surely."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VadOptions:
+    """The rule by which the model's predictions of silence become a `Pause`.
 
-    horizon: float = 2.0  # seconds, one of PAUSE_HORIZONS
+    Attributes:
+      horizon: seconds of silence that are predicted, one of `PAUSE_HORIZONS`: each has a head of its own.
+      threshold: probability above which a pause is reported.
+
+    Raises:
+      ConfigError: no head has this horizon, or the threshold is not in [0, 1].
+    """
+
+    horizon: float = 2.0
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
         if self.horizon not in PAUSE_HORIZONS:
             raise ConfigError(f"a pause of {self.horizon} s was asked for; the heads know {PAUSE_HORIZONS} s")
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(f"the threshold of pauses is {self.threshold}; expected a probability from 0 to 1")
 
 
 class WordReader:
-    """Reads one stream's frames in order and tells the words and the pauses as they come.
+    """Read one stream's frames in order and return words and pauses as they come.
 
     Args:
       tokenizer: of the model.
@@ -60,8 +82,8 @@ class WordReader:
       padding: the token id that says nothing; ids up to it are never text.
       boundary: the token id between words.
       pauses: when to tell a pause.
-      skip: frames at the start whose text is left out: those that answer an audio prompt.
-      skip_ids: tokens of a text prompt; the text is left out until all have come.
+      skip: frames at the start whose text is left out: those that answer a prompt.
+      levels: of the stream's sound, filled by `read`, for the ends of words; None takes the published script's times.
     """
 
     def __init__(
@@ -71,105 +93,171 @@ class WordReader:
         *,
         padding: int,
         boundary: int,
-        pauses: PauseRule,
+        pauses: VadOptions,
         skip: int = 0,
-        skip_ids: tuple[int, ...] = (),
+        levels: SoundLevels | None = None,
     ):
-        self.tokenizer, self.timing = tokenizer, timing
-        self.padding, self.boundary, self.skip, self.skip_ids = padding, boundary, skip, skip_ids
+        self.tokenizer, self.timing, self.levels = tokenizer, timing, levels
+        self.padding, self.boundary, self.skip = padding, boundary, skip
         self.pause_head, self.threshold = PAUSE_HORIZONS.index(pauses.horizon), pauses.threshold
         self.frame = 0
         self.text_ids: list[int] = []
-        self._pieces: list[tuple[int, float]] = []
-        self._start: int | None = None
-        self._last_piece = 0
+        self.duration: float | None = None  # of the audio, once it is known: nothing is later
+        self._pieces: list[_Piece] = []
+        self._start: int | None = None  # frame at which the segment starts
         self._end_of_stream: int | None = None
-        self._told = 0  # words of the segment whose start has been told
+        self._told: list[float] = []  # starts of those words of the segment whose start was returned
         self._paused = False
 
-    def read(self, token: int, probability: float, pauses: tuple[float, ...] | None = None) -> list[Event]:
-        """One frame: its text token, how sure the model was, and the pause heads if there are any."""
+    def read(
+        self,
+        token: int,
+        probability: float,
+        pauses: tuple[float, ...] | None = None,
+        samples: np.ndarray | None = None,
+    ) -> list[Event]:
+        """Read one frame: its text token, the token's probability, the pause heads, and the frame's samples [T]."""
         events: list[Event] = []
         frame, self.frame = self.frame, self.frame + 1
-        if self.skip_ids:
-            self.skip_ids = self.skip_ids[token == self.skip_ids[0] :]
-        elif frame >= self.skip:
+        if self.levels is not None and samples is not None:
+            self.levels.push(samples)
+        if frame >= self.skip:
             if token == self.boundary:
                 events += self._close(frame)
                 self._start = frame + 1
             elif token > self.padding:
-                if self._start is None:
+                # A word starts with its sound, and a boundary may come long before.
+                if self._start is None or (self.levels is not None and not self._pieces):
                     self._start = frame
-                self._pieces.append((token, probability))
+                self._pieces.append(_Piece(token, probability, frame))
                 self.text_ids.append(token)
-                self._last_piece = frame
                 self._paused = False
             else:
                 if token == self.tokenizer.eos_id and self._pieces and self._end_of_stream is None:
                     self._end_of_stream = frame
                 events += self._tell_starts()
+                if self._is_over():
+                    events += self._close(self.frame)
         heard = (frame + 1) / self.timing.frame_rate > self.timing.audio_offset  # what comes before is not the audio's
         if heard and pauses and pauses[self.pause_head] > self.threshold and not self._paused:
             self._paused = True
-            events.append(
-                Pause(self.timing.heard(frame), PAUSE_HORIZONS[self.pause_head], float(pauses[self.pause_head]))
-            )
+            time = self._within(self.timing.heard(frame))
+            events.append(Pause(time, PAUSE_HORIZONS[self.pause_head], float(pauses[self.pause_head])))
         return events
 
     def finish(self) -> list[Event]:
-        """The end of the stream: the last word ends."""
+        """Return the events of the stream's end: the last word ends."""
         if self._start is None:
             return []
         end = self._end_of_stream
         if end is None:
             end = min(self.frame, self._start + int(self.timing.frame_rate))
-        return self._close(max(end, self._last_piece + 1))
+        last_piece = self._pieces[-1].frame if self._pieces else 0
+        return self._close(max(end, last_piece + 1))
 
     @property
     def text(self) -> str:
-        """All that has been said."""
+        """All text so far."""
         return self.tokenizer.decode(self.text_ids).strip()
 
     def _segment(self) -> list[str]:
-        return self.tokenizer.decode([token for token, _ in self._pieces]).split()
+        """Return the words of the segment."""
+        return self.tokenizer.decode([piece.token for piece in self._pieces]).split()
 
-    def _tell_starts(self) -> list[Event]:
+    def _within(self, seconds: float) -> float:
+        """Return a time of the audio, no later than its end."""
+        return seconds if self.duration is None else min(seconds, self.duration)
+
+    def _tell_starts(self, *, complete: bool = False) -> list[Event]:
+        """Return the starts of those words of the segment that are new; an unfinished character is waited for."""
         if not self._pieces:
             return []
         words = self._segment()
-        spans = self._spans(words, end=self.frame)
-        new = [WordStarted(w, self.timing.of_text(s)) for w, (s, _) in zip(words, spans, strict=True)][self._told :]
-        self._told = max(self._told, len(words))
+        starts = self._starts(words)
+        if not complete and words and words[-1].endswith(UNFINISHED):
+            words = words[:-1]
+        new = [WordStarted(word, start) for word, start in zip(words, starts, strict=False)][len(self._told) :]
+        self._told += [event.start for event in new]
         return list(new)
 
-    def _spans(self, words: list[str], end: int) -> list[tuple[int, int]]:
-        spans, start = [], self._start or 0
-        for word in words[:-1]:
-            after = min(end, start + len(self.tokenizer.encode(word)))
-            spans.append((start, after))
-            start = after
-        return [*spans, (start, end)] if words else []
+    def _frames(self, words: list[str]) -> list[int]:
+        """Return the frame at which each word of the segment starts."""
+        groups = self._groups()
+        if self.levels is not None and len(groups) == len(words):
+            return [group[0].frame for group in groups]
+        frames, frame = [], self._start or 0
+        for word in words:
+            frames.append(frame)
+            frame = min(self.frame, frame + len(self.tokenizer.encode(word)))
+        return frames
+
+    def _starts(self, words: list[str]) -> list[float]:
+        """Return the seconds at which each word starts; those that were returned before do not change."""
+        new = [self._within(self.timing.of_text(frame)) for frame in self._frames(words)[len(self._told) :]]
+        return [*self._told, *new][: len(words)]
+
+    def _ends(self, words: list[str], end: int) -> list[float]:
+        """Return the seconds at which each word ends, for a segment that ends at the frame `end`."""
+        frames = self._frames(words)
+        limits = [min(end, frame) for frame in frames[1:]] + [end]
+        if self.levels is None:
+            return [self.timing.of_text(limit) for limit in limits]
+        last_pieces = [limit - 1 for limit in limits[:-1]] + [self._pieces[-1].frame]
+        return [self._sound_end(*spans) for spans in zip(frames, last_pieces, limits, strict=True)]
+
+    def _sound_end(self, frame: int, last_piece: int, limit: int) -> float:
+        """Return the seconds at which the sound of a word ends that starts at `frame` and ends before `limit`."""
+        assert self.levels is not None
+        timing = self.timing
+        latest = min(timing.in_stream(limit), timing.in_stream(last_piece + 1) + LONGEST_TAIL_S)
+        found = self.levels.end_of_sound(timing.in_stream(frame), latest)
+        return self._within(max(timing.of_text(frame), (latest if found is None else found[0]) - timing.audio_offset))
+
+    def _is_over(self) -> bool:
+        """Tell whether the segment has ended though no boundary came: its text is complete, and its sound too."""
+        if self.levels is None or not self._pieces or self.frame - self._pieces[-1].frame <= COMPLETE_FRAMES:
+            return False
+        last = self._frames(self._segment())[-1:] or [self._pieces[0].frame]
+        longest = self.timing.in_stream(self._pieces[-1].frame + 1) + LONGEST_TAIL_S
+        if self.levels.seconds >= longest:
+            return True
+        found = self.levels.end_of_sound(self.timing.in_stream(last[0]), self.levels.seconds)
+        return found is not None and found[1] >= SILENCE_S
+
+    def _groups(self) -> list[list["_Piece"]]:
+        """Return the pieces of each word: a word begins with the piece that holds the space before it."""
+        groups: list[list[_Piece]] = []
+        for piece in self._pieces:
+            if not groups or self.tokenizer.piece(piece.token).startswith(SPACE):
+                groups.append([])
+            groups[-1].append(piece)
+        return groups
 
     def _probabilities(self, words: int) -> list[float]:
-        """How sure each word of the segment is: the geometric mean of its pieces, whatever their number."""
-        groups: list[list[float]] = []
-        for token, probability in self._pieces:
-            if not groups or self.tokenizer.piece(token).startswith(SPACE):
-                groups.append([])
-            groups[-1].append(math.log(max(probability, 1e-30)))
+        """Return each word's probability: the geometric mean of its pieces' probabilities."""
+        groups = [[math.log(max(piece.probability, 1e-30)) for piece in group] for group in self._groups()]
         if len(groups) != words:  # pieces that are only a space, say: the segment's mean is the best there is
             groups = [[log for group in groups for log in group]] * words
         return [math.exp(sum(group) / len(group)) for group in groups]
 
     def _close(self, end: int) -> list[Event]:
-        """Ends the segment: its words, their starts first where those have not been told."""
+        """End the segment at a frame; return its words, their starts first where those were not returned before."""
         if not self._pieces:
             self._end_of_stream = None
             return []
         words = self._segment()
-        events = self._tell_starts()
-        sures = self._probabilities(len(words))
-        for word, sure, (start, stop) in zip(words, sures, self._spans(words, end), strict=True):
-            events.append(WordEnded(Word(word, self.timing.of_text(start), self.timing.of_text(stop), sure)))
-        self._pieces, self._told, self._end_of_stream = [], 0, None
+        events = self._tell_starts(complete=True)
+        starts, ends, sures = self._starts(words), self._ends(words, end), self._probabilities(len(words))
+        for word, start, stop, sure in zip(words, starts, ends, sures, strict=True):
+            events.append(WordEnded(Word(word, start, max(start, stop), sure)))
+        self._pieces, self._told, self._end_of_stream, self._start = [], [], None, None
         return events
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """One piece of text, its probability, and its frame."""
+
+    token: int
+    probability: float
+    frame: int

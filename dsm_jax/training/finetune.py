@@ -213,7 +213,7 @@ def write_model(model: Model, folder: Path, voices: Mapping[str, np.ndarray] | N
         with tempfile.TemporaryDirectory(prefix=".model.", dir=folder.parent) as scratch:
             checkpoints.save(model, Path(scratch) / "native")
             made = folder if voices is None else Path(scratch) / "made"
-            convert(Path(scratch) / "native", made, to="kyutai", progress=False)
+            convert(Path(scratch) / "native", made, to="kyutai")
             if voices is not None:
                 write_voices(made / "voices", voices)
                 made.rename(folder)

@@ -35,7 +35,7 @@ from dsm_jax.training.alignment import script_stream, speaker_prefixes, text_str
 from dsm_jax.training.data import Recording, WordSpan
 from dsm_jax.tts import voices
 from dsm_jax.tts.script import entries_of
-from dsm_jax.tts.speech import SpeechOptions, settings_of
+from dsm_jax.tts.speech import SynthesizeOptions, settings_of
 
 LONGEST_WORD_S = 2
 
@@ -246,7 +246,7 @@ class TtsRows:
         prefix_seconds: float = 10.0,
         seed: int = 0,
     ):
-        SpeechOptions().checked(model)
+        SynthesizeOptions().checked(model)
         settings = settings_of(model, slots=1)
         lm, tokenizer = model.config.lm, model.tokenizer
         assert lm is not None

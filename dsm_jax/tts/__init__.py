@@ -1,15 +1,27 @@
-"""Text to speech: `synthesize` for whole texts, `synthesize_stream` for live text, and the `program` over slots."""
+"""Text to speech: `synthesize` for whole texts, `synthesize_stream` for live text, and the program over slots."""
 
 from dsm_jax.tts.batch import synthesize, synthesize_each
-from dsm_jax.tts.live import synthesize_stream
-from dsm_jax.tts.speech import Request, Speech, SpeechOptions, SpokenWord
+from dsm_jax.tts.live import StreamingSynthesizer, synthesize_stream
+from dsm_jax.tts.speech import (
+    Dialogue,
+    IncompleteSpeechError,
+    Request,
+    Speech,
+    SpokenWord,
+    SynthesizeOptions,
+    Turn,
+)
 from dsm_jax.tts.voices import blend, read_voice, voices_of
 
 __all__ = [
+    "Dialogue",
+    "IncompleteSpeechError",
     "Request",
     "Speech",
-    "SpeechOptions",
     "SpokenWord",
+    "StreamingSynthesizer",
+    "SynthesizeOptions",
+    "Turn",
     "blend",
     "read_voice",
     "synthesize",

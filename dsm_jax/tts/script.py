@@ -8,6 +8,7 @@ Source: kyutai-labs/moshi@e6a55d2 moshi/models/tts.py:script_to_entries.
 """
 
 import dataclasses
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsm_jax.errors import SpeechError
+from dsm_jax.errors import SpeechError, UnsayableError
 from dsm_jax.tokenizers import Tokenizer
 
 NEW_WORD = 0  # a word begins
@@ -23,6 +24,8 @@ MAIN = 1  # before the first word of a turn of the first speaker
 OTHER = 2  # and of the second
 PAD = 3  # nothing happens
 ZERO = -1  # no token at all: embedded as zeros
+
+_log = logging.getLogger("dsm_jax")
 
 Array = Any  # of jax or numpy: the host fills scripts, the device reads them
 
@@ -58,8 +61,9 @@ def entries_of(
     frame_rate: float,
     multi_speaker: bool,
     padding_between: int = 0,
+    skip_unsayable: bool = False,
 ) -> list[Entry]:
-    """The words and breaks of a script.
+    """Return the words and breaks of a script.
 
     Args:
       turns: what is said, one string per turn; the first belongs to the main speaker.
@@ -67,13 +71,15 @@ def entries_of(
       frame_rate: steps of the model per second, Hz.
       multi_speaker: whether the model knows two speakers; if not, no word has a speaker's token.
       padding_between: steps to leave free between words, for a clearer speech.
+      skip_unsayable: leave out words that cannot be encoded and tags that cannot be read, with a warning in the log.
 
     Returns:
       The entries, in the order in which they are said.
 
     Raises:
-      SpeechError: there is no word, a word cannot be encoded, a tag cannot be read, or a pause is negative or longer
-        than `LONGEST_PAUSE_S`.
+      SpeechError: there is no word.
+      UnsayableError: a word cannot be encoded, a tag cannot be read, or a pause is longer than `LONGEST_PAUSE_S`; the
+        error has the entries before it.
     """
     if not 0 <= padding_between <= LONGEST_PAUSE_S * frame_rate:
         raise SpeechError(
@@ -83,11 +89,19 @@ def entries_of(
     last = None
     for number, text in enumerate(turns, start=1):
         speaker = MAIN if number % 2 else OTHER
-        for part in _parts(text.translate(_REWRITTEN), number):
-            if not isinstance(part, str):
-                entries.append(Entry((), "", round(part * frame_rate)))
+        for part in _parts(text.translate(_REWRITTEN)):
+            try:
+                seconds = _seconds(part, number) if part[0] in "<>" else None
+                tokens = [] if seconds is not None else _encode(tokenizer, part, number)
+            except SpeechError as error:
+                if not skip_unsayable:
+                    raise UnsayableError(str(error), entries) from None
+                _log.warning("left out: %s", error)
                 continue
-            tokens = _encode(tokenizer, part, number)
+            if seconds is not None:
+                entries.append(Entry((), "", round(seconds * frame_rate)))
+            if not tokens:
+                continue
             if multi_speaker and speaker != last:
                 tokens, last = [speaker, *tokens], speaker
             # The steps that feed the word are padding to the machine too.
@@ -100,15 +114,15 @@ def entries_of(
     return entries
 
 
-def _parts(text: str, turn: int) -> Iterator[str | float]:
-    """The words of a turn, and for each break its seconds."""
+def _parts(text: str) -> Iterator[str]:
+    """Yield the words and tags of a turn; a tag begins with "<" or is a single ">"."""
     begin = 0
     for mark in _MARK.finditer(text):
         if mark.start() > begin:
             yield text[begin : mark.start()]
         begin = mark.end()
         if not mark[0].isspace():
-            yield _seconds(mark[0], turn)
+            yield mark[0]
     if begin < len(text):
         yield text[begin:]
 
@@ -133,8 +147,12 @@ def _seconds(tag: str, turn: int) -> float:
 
 
 def _encode(tokenizer: Tokenizer, word: str, turn: int) -> list[int]:
+    """Return the tokens of a word; none for one that normalises to nothing, such as a zero-width space."""
     # Halves of surrogate pairs, which wrongly encoded arguments and JSON can hold, make tokenizers raise.
-    tokens = [] if any("\ud800" <= letter <= "\udfff" for letter in word) else tokenizer.encode(word)
+    broken = any("\ud800" <= letter <= "\udfff" for letter in word)
+    tokens = [] if broken else tokenizer.encode(word)
+    if not tokens and not broken and not any(letter.isprintable() for letter in word):
+        return []
     # The first ids are the machine's own, whatever pieces the tokenizer keeps there.
     if not tokens or not all(token > PAD and tokenizer.has_text(token) for token in tokens):
         raise SpeechError(

@@ -1,16 +1,22 @@
-"""What is asked of a model that speaks, and what it gives back.
+"""Requests to a text-to-speech model, their options, and the speech that they give.
 
 Shape letters: T samples, Q codebooks, F frames.
 """
 
+import json
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
+from dsm_jax import audio
 from dsm_jax.checkpoints import Model
-from dsm_jax.errors import CheckpointError, DsmError, SpeechError
+from dsm_jax.errors import CheckpointError, ConfigError, DsmError, SpeechError
 from dsm_jax.models.family import require
+from dsm_jax.options import check_sampling
 from dsm_jax.tts.program import TtsSettings
 from dsm_jax.tts.script import Entry
 from dsm_jax.tts.voices import Voice
@@ -18,28 +24,35 @@ from dsm_jax.tts.words import WordMachine
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeechOptions:
-    """How to speak.
+class SynthesizeOptions:
+    """Options of a synthesis.
 
     Attributes:
-      guidance: how closely to follow text and voice, from 1 (not guided). Models with distilled guidance know some
-        values only (1 to 4 in steps of 0.5); others compute twice as much for any value but 1.
+      guidance_scale: how closely to follow text and voice, from 1 (no guidance). Models with distilled guidance know
+        some values only (1 to 4 in steps of 0.5); others compute twice as much for any value but 1.
       temperature: of the sampling; 0 takes the most probable tokens; None takes the checkpoint's, or 0.6.
-      top_k_text, top_k_audio: tokens are drawn from so many of the most probable; 0 is all.
+      top_k: sample audio tokens among so many of the most probable; 0 is all.
+      top_k_text: the same for text tokens.
+      seed: of the sampling.
       codebooks: how many to generate, from 1: fewer are faster and sound worse; None is all of the model's.
       padding_between: frames to leave between words; 1 makes the speech clearer.
-      padding_bonus: added to the score of saying nothing: above 0 speaks slower, below 0 faster.
+      padding_bonus: added to the score of silence: above 0 speaks slower, below 0 faster.
       initial_padding: frames before the first word.
       max_padding: frames without a new word after which one is ordered.
       final_padding: frames after the end of the text, in which the last word sounds.
       max_frames: frames after which to give up.
-      seed: of the sampling.
+      on_unsayable: "error" refuses a text with a word that the tokenizer cannot spell or a tag that is unknown; "skip"
+        leaves it out and logs it.
+
+    Raises:
+      ConfigError: a value out of its range.
     """
 
-    guidance: float = 2.0
+    guidance_scale: float = 2.0
     temperature: float | None = None
+    top_k: int = 250
     top_k_text: int = 25
-    top_k_audio: int = 250
+    seed: int = 0
     codebooks: int | None = None
     padding_between: int = 1
     padding_bonus: float = 0.0
@@ -47,14 +60,34 @@ class SpeechOptions:
     max_padding: int = 8
     final_padding: int = 4
     max_frames: int = 30_000
-    seed: int = 0
+    on_unsayable: Literal["error", "skip"] = "error"
 
-    def checked(self, model: Model) -> "SpeechOptions":
-        """Returns these options, which fit the model.
+    def __post_init__(self) -> None:
+        check_sampling(temperature=self.temperature, top_k=self.top_k, top_k_text=self.top_k_text, seed=self.seed)
+        least = {
+            "guidance_scale": 1,
+            "codebooks": 1,
+            "padding_between": 0,
+            "initial_padding": 0,
+            "max_padding": 0,
+            "final_padding": 0,
+            "max_frames": 1,
+        }
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and not smallest <= value < math.inf:
+                raise ConfigError(f"{name} is {value}; expected {smallest} or more")
+        if not math.isfinite(self.padding_bonus):
+            raise ConfigError(f"padding_bonus is {self.padding_bonus}; expected a finite number")
+        if self.on_unsayable not in ("error", "skip"):
+            raise ConfigError(f"on_unsayable is {self.on_unsayable!r}; expected 'error' or 'skip'")
+
+    def checked(self, model: Model) -> "SynthesizeOptions":
+        """Return these options, which fit the model.
 
         Raises:
-          CheckpointError: the model does not speak.
-          SpeechError: a value out of its range.
+          ConfigError: more codebooks than the model generates.
+          ModelKindError: the model does not speak.
         """
         require(model, "tts")
         lm, tts, name = model.config.lm, model.config.tts, model.name
@@ -62,27 +95,12 @@ class SpeechOptions:
         assert tts is not None
         if tts.multistream:
             raise CheckpointError(f"{name} generates two speakers in streams of their own, which is not supported")
-        numbers = {
-            "temperature": (self.temperature_of(model), 0),
-            "top_k_text": (self.top_k_text, 0),
-            "top_k_audio": (self.top_k_audio, 0),
-            "final_padding": (self.final_padding, 0),
-            "max_padding": (self.max_padding, 0),
-            "initial_padding": (self.initial_padding, 0),
-            "guidance": (self.guidance, 1),
-            "max_frames": (self.max_frames, 1),
-        }
-        if not np.isfinite(self.padding_bonus):
-            raise SpeechError(f"padding_bonus is {self.padding_bonus}, and must be finite: give another value")
-        for key, (value, least) in numbers.items():
-            if not (np.isfinite(value) and value >= least):
-                raise SpeechError(f"{key} is {getattr(self, key)}, and must be {least} or more: give another value")
-        if self.codebooks is not None and not 1 <= self.codebooks <= lm.dep_q:
-            raise SpeechError(f"{self.codebooks} codebooks are to be generated; {name} makes 1 to {lm.dep_q}")
+        if self.codebooks is not None and self.codebooks > lm.dep_q:
+            raise ConfigError(f"{self.codebooks} codebooks are to be generated; {name} makes 1 to {lm.dep_q}")
         return self
 
     def fits(self, model: Model) -> bool:
-        """Tells whether the model can honour these options."""
+        """Tell whether the model can honour these options."""
         try:
             self.checked(model)
         except DsmError:
@@ -90,7 +108,7 @@ class SpeechOptions:
         return True
 
     def temperature_of(self, model: Model) -> float:
-        """Returns the temperature: these options', the checkpoint's, or 0.6."""
+        """Return the temperature: these options', the checkpoint's, or 0.6."""
         default = 0.6 if model.config.sampling.temp is None else model.config.sampling.temp
         return default if self.temperature is None else self.temperature
 
@@ -98,7 +116,7 @@ class SpeechOptions:
 def settings_of(
     model: Model, slots: int, *, max_top_k_text: int = 32, max_top_k_audio: int = 256, guided: bool = False
 ) -> TtsSettings:
-    """Returns the settings of a model's program.
+    """Return the settings of a model's program.
 
     Args:
       model: a text-to-speech model.
@@ -121,31 +139,101 @@ def settings_of(
 
 
 @dataclass(frozen=True)
-class Request:
-    """Something to say.
+class Turn:
+    """One speaker's part of a dialogue.
 
     Attributes:
-      text: one turn, or the turns of a conversation between two speakers.
+      text: of the turn; `<break time="0.5s"/>` is a pause.
+      voice: of the speaker; None takes the `voice` that is given for the whole.
+    """
+
+    text: str
+    voice: Voice | None = None
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A conversation between at most two speakers, who are told apart by their voices.
+
+    Attributes:
+      turns: in order.
+    """
+
+    turns: Sequence[Turn]
+
+    def __post_init__(self) -> None:
+        if not self.turns or not all(isinstance(turn, Turn) for turn in self.turns):
+            kinds = sorted({type(turn).__name__ for turn in self.turns}) or "nothing"
+            raise SpeechError(f"a dialogue was made of {kinds}; expected one or more Turn(text, voice)")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to say, as the runtime reads it.
+
+    Attributes:
+      text: one turn, or the turns of alternating speakers, the first one's first.
       voices: of the speakers, the first one's first: names, files or arrays, see `voices.read_voice`; for a model
         without speaker conditioning one recording to go on from.
       seed: of its sampling; None takes the options'.
-      options: how to say it; None takes those that are given for all requests.
+      options: of its synthesis; None takes those that are given for all requests.
     """
 
     text: str | tuple[str, ...]
     voices: tuple[Voice, ...] = ()
     seed: int | None = None
-    options: SpeechOptions | None = None
+    options: SynthesizeOptions | None = None
 
     @property
     def turns(self) -> tuple[str, ...]:
         """The text as turns."""
-        return (self.text,) if isinstance(self.text, str) else tuple(self.text)
+        return (self.text,) if isinstance(self.text, str) else self.text
+
+    @classmethod
+    def of(
+        cls, text: "str | Dialogue | Request", voice: Voice | None = None, options: SynthesizeOptions | None = None
+    ) -> "Request":
+        """Make the request for a text or a dialogue.
+
+        Raises:
+          SpeechError: it is neither, or a dialogue of more than two voices.
+        """
+        if isinstance(text, Request):
+            return text
+        if isinstance(text, str):
+            return cls(text, () if voice is None else (voice,), options=options)
+        if not isinstance(text, Dialogue):
+            raise SpeechError(f"the text is {type(text).__name__}; expected a str, a Dialogue, or several of these")
+        spoken: list[str] = []
+        voices: list[Voice] = []
+        last = -1
+        for turn in text.turns:
+            own = voice if turn.voice is None else turn.voice
+            speaker = 0 if own is None else _place(voices, own)
+            if speaker == last:
+                spoken[-1] += " " + turn.text
+            else:
+                spoken += [turn.text] if speaker == len(spoken) % 2 else ["", turn.text]
+            last = speaker
+        if len(voices) > 2:
+            raise SpeechError(f"the dialogue has {len(voices)} voices; the models know two speakers")
+        return cls(tuple(spoken), tuple(voices), options=options)
+
+
+def _place(voices: list[Voice], voice: Voice) -> int:
+    """Return the place of a voice among those known so far, and add it if it is new."""
+    for place, known in enumerate(voices):
+        if known is voice or (
+            isinstance(known, str | os.PathLike) and isinstance(voice, type(known)) and known == voice
+        ):
+            return place
+    voices.append(voice)
+    return len(voices) - 1
 
 
 @dataclass(frozen=True)
 class SpokenWord:
-    """A word of the text and where it begins in the audio, in seconds; `end` is where the next begins, or the end."""
+    """A word of the text, its start in the audio in seconds, and its end: the next word's start, or the end."""
 
     text: str
     start: float
@@ -154,7 +242,7 @@ class SpokenWord:
 
 @dataclass(frozen=True)
 class Speech:
-    """Speech, and how it came about.
+    """Speech, with the times of its words.
 
     Attributes:
       pcm: float32 samples [T] in [-1, 1].
@@ -163,6 +251,7 @@ class Speech:
       frames: int32 [1 + Q, F], the text tokens as fed to the model and the codes, delays undone; the first
         `audio_delay` of them have no audio, and -1 for it.
       model: name of the model.
+      complete: whether the text was said to its end; otherwise the speech is the part that was made until `max_frames`.
     """
 
     pcm: np.ndarray = field(repr=False)
@@ -170,14 +259,15 @@ class Speech:
     words: tuple[SpokenWord, ...]
     frames: np.ndarray = field(repr=False)
     model: str
+    complete: bool = True
 
     @property
     def duration(self) -> float:
         """Seconds."""
         return self.pcm.size / self.sample_rate
 
-    def to_json(self) -> dict:
-        """All but the sound, as plain values."""
+    def to_dict(self) -> dict:
+        """Return all but the sound, as plain values that `json` can write."""
         return {
             "model": self.model,
             "duration": round(self.duration, 3),
@@ -185,11 +275,35 @@ class Speech:
             "words": [{"text": w.text, "start": round(w.start, 3), "end": round(w.end, 3)} for w in self.words],
         }
 
+    def to_json(self) -> str:
+        """Return all but the sound, as JSON."""
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the sound to a file; its suffix chooses the format, see `audio.write`.
+
+        Raises:
+          AudioError: the suffix is unknown, or the place cannot be written.
+        """
+        audio.write(path, self.pcm, self.sample_rate)
+
+
+class IncompleteSpeechError(SpeechError):
+    """A text that was not said to its end within `max_frames`.
+
+    Attributes:
+      speech: the part that was said.
+    """
+
+    def __init__(self, message: str, speech: Speech):
+        super().__init__(message)
+        self.speech = speech
+
 
 def words_at(
     entries: Sequence[Entry], steps: Sequence[int], first_step: int, frame_rate: float, end: float
 ) -> list[SpokenWord]:
-    """The words of a script from the steps at which its entries were taken."""
+    """Return the words of a script from the steps at which its entries began."""
     begun = [
         (entry.text, (step - first_step) / frame_rate)
         for entry, step in zip(entries, steps, strict=False)

@@ -6,7 +6,6 @@ Shape letters: N steps, K streams (text first), F frames, Q codebooks, T samples
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from flax import nnx
 
 from dsm_jax import audio, codec
 from dsm_jax.checkpoints import Model
@@ -14,9 +13,10 @@ from dsm_jax.errors import ConfigError, DsmError, SpeechError
 from dsm_jax.nn.sampling import top_k_capacity
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.tts import voices
-from dsm_jax.tts.program import SpeechRequest, StepOutputs, TtsProgram, Turn
+from dsm_jax.tts.host import Leave, SpeechRequest, TtsProgram
+from dsm_jax.tts.program import StepOutputs
 from dsm_jax.tts.script import Entry, entries_of
-from dsm_jax.tts.speech import Request, Speech, SpeechOptions, settings_of, words_at
+from dsm_jax.tts.speech import IncompleteSpeechError, Request, Speech, SynthesizeOptions, settings_of, words_at
 
 CUT_FRAMES = 2  # of a recording to go on from, at its end: the codec has not seen what follows them
 
@@ -32,16 +32,15 @@ class Synthesizer:
       behind: calls whose outputs may be left unread, see `Slots`.
 
     Raises:
-      CheckpointError: the model does not speak.
-      ConfigError: it was loaded with `listen_only`.
-      SpeechError: an option out of its range.
+      ConfigError: the model was loaded with `stt_only`, or an option does not fit it.
+      ModelKindError: the model does not speak.
     """
 
     def __init__(
         self,
         model: Model,
         slots: int,
-        options: Sequence[SpeechOptions],
+        options: Sequence[SynthesizeOptions],
         *,
         limit: int | None = None,
         behind: int = 1,
@@ -49,8 +48,8 @@ class Synthesizer:
         each = [one.checked(model) for one in options]
         assert model.config.lm is not None
         assert model.tokenizer is not None
-        if nnx.merge(model.mimi_def, model.mimi_params).decoder is None:
-            raise ConfigError(f"{model.name} was loaded with listen_only=True; load it without to speak")
+        if model.codec.decoder is None:
+            raise ConfigError(f"{model.name} was loaded with stt_only=True; load it without to speak")
         self.model, self.lm, self.tokenizer = model, model.config.lm, model.tokenizer
         self.distilled = bool(voices.guidance_values(self.lm))
         self._count, self._limit, self._behind = slots, limit, behind
@@ -58,30 +57,35 @@ class Synthesizer:
             model,
             slots,
             max_top_k_text=top_k_capacity(*(one.top_k_text for one in each)),
-            max_top_k_audio=top_k_capacity(*(one.top_k_audio for one in each)),
-            guided=not self.distilled and any(one.guidance != 1.0 for one in each),
+            max_top_k_audio=top_k_capacity(*(one.top_k for one in each)),
+            guided=not self.distilled and any(one.guidance_scale != 1.0 for one in each),
         )
         self._slots: Slots[SpeechSession] | None = None
 
-    def prepare(self, request: Request, options: SpeechOptions, *, complete: bool = True) -> SpeechRequest:
+    def prepare(
+        self,
+        request: Request,
+        options: SynthesizeOptions,
+        *,
+        entries: list[Entry] | None = None,
+        complete: bool = True,
+    ) -> SpeechRequest:
         """Reads a request: its words, voices, and the recording to go on from.
 
         Args:
           request: what to say.
           options: how, unless the request says so itself.
+          entries: the words and breaks of its text, where they are known already.
           complete: whether all of the text is there.
 
         Raises:
           AudioError: a recording to go on from that cannot be read.
           CheckpointError: a voice that cannot be read.
-          SpeechError: text that cannot be said, voices that the model cannot take, an option out of its range, or a
-            seed of more than 64 bits.
+          ConfigError: an option that does not fit the model.
+          SpeechError: text that cannot be said, or voices that the model cannot take.
         """
         options = (options if request.options is None else request.options).checked(self.model)
-        entries = self.entries(request.turns, options)
-        seed = options.seed if request.seed is None else request.seed
-        if not -(2**63) <= seed < 2**63:
-            raise SpeechError(f"the seed is {seed}, and must fit into 64 bits: give a smaller one")
+        entries = self.entries(request.turns, options) if entries is None else entries
         steps: list[np.ndarray] = []
         prefix_QT = np.zeros((self.lm.n_q, 0), np.int32)
         if voices.has_speakers(self.lm):
@@ -94,7 +98,7 @@ class Synthesizer:
             )
         elif request.voices:
             prefix_QT = self._prefix(request.voices[0])
-        guidance = options.guidance if self.distilled else None
+        guidance = options.guidance_scale if self.distilled else None
         if self.lm.conditioners:
             voices.conditions(self.lm, [steps], guidance)  # raises for voices and guidance that the model cannot take
         return SpeechRequest(
@@ -103,11 +107,11 @@ class Synthesizer:
             voices=steps,
             condition_guidance=guidance,
             prefix_QT=prefix_QT,
-            seed=seed,
+            seed=options.seed if request.seed is None else request.seed,
             temperature=options.temperature_of(self.model),
             top_k_text=options.top_k_text,
-            top_k_audio=options.top_k_audio,
-            guidance=1.0 if self.distilled else options.guidance,
+            top_k_audio=options.top_k,
+            guidance=1.0 if self.distilled else options.guidance_scale,
             padding_bonus=options.padding_bonus,
             codebooks=self.lm.dep_q if options.codebooks is None else options.codebooks,
             max_padding=options.max_padding,
@@ -116,7 +120,7 @@ class Synthesizer:
             max_steps=options.max_frames,
         )
 
-    def entries(self, turns: Sequence[str], options: SpeechOptions) -> list[Entry]:
+    def entries(self, turns: Sequence[str], options: SynthesizeOptions) -> list[Entry]:
         """Returns the words and breaks of a text, see `script.entries_of`."""
         return entries_of(
             turns,
@@ -124,6 +128,7 @@ class Synthesizer:
             frame_rate=self.model.config.mimi.frame_rate,
             multi_speaker=voices.has_speakers(self.lm),
             padding_between=options.padding_between,
+            skip_unsayable=options.on_unsayable == "skip",
         )
 
     def _prefix(self, voice: voices.Voice) -> np.ndarray:
@@ -162,7 +167,7 @@ class SpeechSession:
       prepared: the request; None for one that has failed already.
       error: why it has failed.
       index: its place among the requests.
-      heard: called with the number of new samples.
+      heard: called with the seconds of sound that were made so far.
     """
 
     def __init__(
@@ -172,16 +177,16 @@ class SpeechSession:
         *,
         error: DsmError | None = None,
         index: int = 0,
-        heard: Callable[[int], None] | None = None,
+        heard: Callable[[float], None] | None = None,
     ):
         self.model, self.index, self.error, self.ended = model, index, error, False
         self._prepared, self._heard = prepared, heard
         self._frames: list[np.ndarray] = []
         self._pcm: list[np.ndarray] = []
         self._taken: list[int] = []
+        self._samples = 0
         self._prefix_left = 0 if prepared is None else prepared.prefix_QT.shape[1]
         self.waits = False  # for more of its text
-        self.steps = 0
 
     @property
     def prepared(self) -> SpeechRequest:
@@ -197,11 +202,11 @@ class SpeechSession:
         """Returns the request as the program puts it into a slot."""
         return self.prepared
 
-    def take_input(self) -> Turn | None:
+    def take_input(self) -> Leave | None:
         """Lets the slot take steps, unless it waits for text."""
-        return None if self.waits else Turn()
+        return None if self.waits else Leave()
 
-    def read(self, outputs: StepOutputs, slot: int, part: Turn) -> None:
+    def read(self, outputs: StepOutputs, slot: int, part: Leave) -> None:
         """Collects what a call made in this slot."""
         count = int(outputs.count)
         framed_N, taken_N = outputs.framed_NB[:count, slot], outputs.taken_NB[:count, slot]
@@ -211,13 +216,16 @@ class SpeechSession:
         skipped = min(self._prefix_left, len(pcm_NT))
         self._prefix_left -= skipped
         self._pcm.append(pcm_NT[skipped:].reshape(-1))
+        self._samples += self._pcm[-1].size
         if self._heard is not None:
-            self._heard(self._pcm[-1].size)
+            self._heard(self._samples / self.model.sample_rate)
         self.waits, self.ended = bool(outputs.waits_B[slot]), bool(outputs.ended_B[slot])
         if self.ended and not outputs.complete_B[slot]:
-            self.error = SpeechError(
-                f"the text was not said to its end in {self.prepared.max_steps} frames: {len(self._taken)} of its "
-                f"{len(self.prepared.entries)} words and breaks were; allow more with max_frames, or cut the text"
+            said, entries = len(self._taken), len(self.prepared.entries)
+            self.error = IncompleteSpeechError(
+                f"the text was not said to its end in {self.prepared.max_steps} frames: {said} of its {entries} words "
+                "and breaks were; allow more with max_frames, or cut the text",
+                self.speech(complete=False),
             )
 
     def take_pcm(self) -> np.ndarray:
@@ -225,12 +233,12 @@ class SpeechSession:
         pcm, self._pcm = self._pcm, []
         return np.concatenate([np.zeros(0, np.float32), *pcm])
 
-    def speech(self) -> Speech:
-        """Returns the whole speech of a session that has ended."""
-        pcm_T, prefix = np.concatenate(self._pcm), self.prepared.prefix_QT.shape[1]
+    def speech(self, *, complete: bool = True) -> Speech:
+        """Return the speech of a session that has ended."""
+        pcm_T, prefix = np.concatenate([np.zeros(0, np.float32), *self._pcm]), self.prepared.prefix_QT.shape[1]
         rate = self.model.sample_rate
         words = words_at(
             self.prepared.entries, self._taken, prefix, self.model.config.mimi.frame_rate, pcm_T.size / rate
         )
         frames_KF = np.concatenate(self._frames).T[: 1 + self.prepared.codebooks]
-        return Speech(pcm_T, rate, tuple(words), frames_KF, self.model.name)
+        return Speech(pcm_T, rate, tuple(words), frames_KF, self.model.name, complete=complete)

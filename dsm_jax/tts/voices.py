@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from dsm_jax.audio import SupportsArray
 from dsm_jax.checkpoints import Model
 from dsm_jax.configs import LMConfig, LutConditioner, TensorConditioner
 from dsm_jax.errors import CheckpointError, SpeechError
@@ -26,7 +27,7 @@ VOICES = "kyutai/tts-voices"  # where voices are found by name
 SLOTS = 5  # speakers that a model can be told of; the first two speak
 WAVS, GUIDANCE, CONTROL = "speaker_wavs", "cfg", "control"
 
-Voice = str | os.PathLike[str] | np.ndarray
+Voice = str | os.PathLike[str] | SupportsArray  # see `read_voice`
 
 
 def voices_of(model: Model) -> dict[str, Path]:
@@ -55,8 +56,8 @@ def read_voice(voice: Voice, model: Model) -> np.ndarray:
       CheckpointError: a name that is neither, a file that is not a voice, or one that cannot be fetched.
       SpeechError: numbers of another shape, or not finite.
     """
-    if isinstance(voice, np.ndarray):
-        steps_XC = voice
+    if not isinstance(voice, str | os.PathLike):
+        steps_XC = np.asarray(voice)
     else:
         own, model_id = voices_of(model), model.config.model_id
         path = own.get(str(voice), Path(voice).expanduser())
@@ -69,7 +70,7 @@ def read_voice(voice: Voice, model: Model) -> np.ndarray:
         steps_XC = _read(path)
     numbers = np.issubdtype(steps_XC.dtype, np.floating)
     if not numbers or steps_XC.ndim != 2 or not steps_XC.size or not np.isfinite(steps_XC).all():
-        what = "the voice given" if isinstance(voice, np.ndarray) else f"the voice {voice}"
+        what = f"the voice {voice}" if isinstance(voice, str | os.PathLike) else "the voice given"
         raise SpeechError(f"{what} is {steps_XC.dtype} {list(steps_XC.shape)}; expected finite numbers [steps, width]")
     return steps_XC.astype(np.float32)
 
@@ -196,7 +197,7 @@ def _index(conditioner: LutConditioner, guidance: float | None) -> int | None:
 def _slots(given: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
     """Lays the voices of a request end to end in its slots, [S * X, C], and marks the slots that are filled."""
     if not 1 <= len(given) <= SLOTS:
-        raise SpeechError(f"a request has {len(given)} voices; this model needs 1 to {SLOTS}: give a speaker")
+        raise SpeechError(f"a request has {len(given)} voices; this model needs 1 to {SLOTS}: give a voice")
     lengths = sorted({len(voice) for voice in given})
     if len(lengths) > 1:
         raise SpeechError(f"the voices of a request are {lengths} steps long; give voices of one length")

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from dsm_jax import malloc, tasks
-from dsm_jax.arguments import PLATFORMS, cache_folder
+from dsm_jax.cli.parser import PLATFORMS, cache_folder
 from dsm_jax.errors import DsmError
 
 FOLDER = Path(__file__).parent

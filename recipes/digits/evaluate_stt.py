@@ -40,7 +40,7 @@ def stream_words(model: dsm_jax.Model, pcm_T: np.ndarray) -> list[dsm_jax.Word]:
     """Transcribes a recording that arrives in small chunks."""
     size = RATE * 37 // 1000
     chunks = (pcm_T[i : i + size] for i in range(0, len(pcm_T), size))
-    return [event.word for event in dsm_jax.stream(model, chunks) if isinstance(event, dsm_jax.WordEnded)]
+    return [event.word for event in dsm_jax.transcribe_stream(model, chunks) if isinstance(event, dsm_jax.WordEnded)]
 
 
 def times(words: Sequence[dsm_jax.Word]) -> list[tuple[str, float, float]]:

@@ -8,7 +8,7 @@ import numpy as np
 import dsm_jax
 from dsm_jax.training.data import WordSpan
 from dsm_jax.training.evaluate import WerStats, word_errors
-from dsm_jax.tts import Request, Speech, SpeechOptions, synthesize_each, voices_of
+from dsm_jax.tts import Request, Speech, SynthesizeOptions, synthesize_each, voices_of
 from recipes.digits.data import WORDS
 from recipes.digits.whisper import spell_numbers, whisper
 
@@ -26,10 +26,10 @@ def requests_of(count: int, voices: list[str], *, turns: int = 1) -> list[Reques
     return requests
 
 
-def synthesize(model: dsm_jax.Model, requests: list[Request], options: SpeechOptions) -> list[Speech]:
+def synthesize(model: dsm_jax.Model, requests: list[Request], options: SynthesizeOptions) -> list[Speech]:
     """Synthesises every request, in order."""
     speeches: dict[int, Speech] = {}
-    for index, result in synthesize_each(model, requests, options, batch_size=20):
+    for index, result in synthesize_each(model, requests, options=options, batch_size=20):
         if not isinstance(result, Speech):
             raise result
         speeches[index] = result
@@ -58,15 +58,15 @@ def evaluate_digits_tts(name: str, whisper_folder: Path | None) -> None:
         return dsm_jax.transcribe(stt, pcm_T)
 
     requests = requests_of(UTTERANCES, voices)
-    speeches = synthesize(model, requests, SpeechOptions())
+    speeches = synthesize(model, requests, SynthesizeOptions())
     print(f"{len(speeches)} utterances, {sum(speech.duration for speech in speeches):.0f} s of speech")
     errors = errors_of(speeches, transcribe)
     print(f"transcribed by digits: {sum(errors, WerStats())}")
     for place, voice in enumerate(voices):
         print(f"  {voice}: {sum(errors[place :: len(voices)], WerStats())}")
-    unguided = synthesize(model, requests, SpeechOptions(guidance=1.0))
+    unguided = synthesize(model, requests, SynthesizeOptions(guidance_scale=1.0))
     print(f"without guidance: {sum(errors_of(unguided, transcribe), WerStats())}")
-    turns = synthesize(model, requests_of(CONVERSATIONS, voices, turns=3), SpeechOptions())
+    turns = synthesize(model, requests_of(CONVERSATIONS, voices, turns=3), SynthesizeOptions())
     print(f"{CONVERSATIONS} conversations of three turns: {sum(errors_of(turns, transcribe), WerStats())}")
     if whisper_folder:
         recognise = whisper(whisper_folder)

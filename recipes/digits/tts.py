@@ -160,7 +160,7 @@ def train_digits_tts(config: DigitsTtsConfig, *, resume: bool = False) -> checkp
     validation_clips = load_clips(recordings / "fsdd", VALIDATION_CLIPS)
     speakers = sorted({clip.speaker for clip in clips})
     source = checkpoints.load(config.codec)
-    mimi = nnx.merge(source.mimi_def, source.mimi_params)
+    mimi = source.codec
 
     output.mkdir(parents=True, exist_ok=True)
     vocabulary = output / "tokenizer_digits.model"

@@ -64,7 +64,7 @@ def _encode_10s(config: MimiConfig) -> Step:
 
 
 def _transcribe(folder: Path) -> Step:
-    model = dsm_jax.load(folder / "kyutai", dtype="float32", listen_only=True)  # as `dsm-jax transcribe` does
+    model = dsm_jax.load(folder / "kyutai", dtype="float32", stt_only=True)  # as `dsm-jax transcribe` does
     pcm_T = np.load(folder / "pcm.npy")
     dsm_jax.transcribe(model, pcm_T[:48_000])
     return lambda: dsm_jax.transcribe(model, pcm_T).text

@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 import dsm_jax
-from dsm_jax.tts import Request, SpeechOptions, synthesize_each
+from dsm_jax.tts import Request, SynthesizeOptions, synthesize_each
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VOICES = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
@@ -33,11 +33,11 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=40, help="words")
     parser.add_argument("--slots", type=int, default=8)
     args = parser.parse_args()
-    model, options = dsm_jax.load("digits-tts"), SpeechOptions()
+    model, options = dsm_jax.load("digits-tts"), SynthesizeOptions()
     several = requests(args.requests, args.longest)
-    list(synthesize_each(model, several[: args.slots], options, batch_size=args.slots))  # compiles
+    list(synthesize_each(model, several[: args.slots], options=options, batch_size=args.slots))  # compiles
     start = time.perf_counter()
-    results = dict(synthesize_each(model, several, options, batch_size=args.slots))
+    results = dict(synthesize_each(model, several, options=options, batch_size=args.slots))
     seconds = time.perf_counter() - start
     spoken = sum(speech.duration for speech in results.values() if isinstance(speech, dsm_jax.Speech))
     frames = sum(int(speech.frames.sum()) for speech in results.values() if isinstance(speech, dsm_jax.Speech))

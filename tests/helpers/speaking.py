@@ -14,7 +14,8 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.configs import ModelConfig
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
-from dsm_jax.tts.program import SpeechRequest, StepOutputs, TtsProgram, TtsSettings, TtsState, Turn
+from dsm_jax.tts.host import Leave, SpeechRequest, TtsProgram
+from dsm_jax.tts.program import StepOutputs, TtsSettings, TtsState
 
 _ENDLESS = 500  # steps
 
@@ -74,7 +75,7 @@ class Loop:
         """One call; the state is used up."""
         self.program.limit = limit
         allowed = [True] * self.program.slots if allowed is None else allowed
-        return self.program.step(state, [Turn() if may else None for may in allowed], waiting=waiting)
+        return self.program.step(state, [Leave() if may else None for may in allowed], waiting=waiting)
 
     def go_on(
         self, state: TtsState, limits: Iterable[int] = (), *, allowed: Sequence[bool] | None = None

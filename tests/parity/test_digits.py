@@ -5,7 +5,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 import dsm_jax
 from dsm_jax import audio, codec
@@ -35,7 +34,7 @@ def differences(model: dsm_jax.Model, pcm: np.ndarray, ours_QT: np.ndarray, thei
     In thousands of frames a vector lies as near to one entry as to another, as far as float32 can tell; then the order
     of a sum decides, and all later codebooks of the frame follow another residual.
     """
-    mimi = nnx.merge(model.mimi_def, model.mimi_params)
+    mimi = model.codec
     latents_TD = np.asarray(jax.jit(lambda pcm: mimi.latents(pcm))(pcm[None, :, None]))[0].astype(np.float64)
     gaps = []
     for t in np.flatnonzero((ours_QT != theirs_QT).any(axis=0)):

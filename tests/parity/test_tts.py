@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from moshi.utils.sampling import sample_token
 
 import dsm_jax
@@ -20,7 +19,8 @@ from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.nn.sampling import sample, top_k_capacity
 from dsm_jax.tts import voices
-from dsm_jax.tts.program import SpeechRequest, TtsSettings
+from dsm_jax.tts.host import SpeechRequest
+from dsm_jax.tts.program import TtsSettings
 from dsm_jax.tts.script import Entry, entries_of
 from dsm_jax.tts.words import WordMachine
 from tests.helpers.speaking import Loop, Said
@@ -78,7 +78,7 @@ CASES = {
 @functools.cache
 def ours(kind: references.Kind) -> tuple[dsm_jax.Model, DelayedStreamsLM, Mimi]:
     model = dsm_jax.load(references.kyutai_tts(kind))
-    return model, nnx.merge(model.lm_def, model.lm_params), nnx.merge(model.mimi_def, model.mimi_params)
+    return model, model.lm, model.codec
 
 
 def settings(case: Case) -> TtsSettings:

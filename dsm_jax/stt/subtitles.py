@@ -1,6 +1,6 @@
-"""Renders a transcript as plain text, JSON, subtitles (SRT, WebVTT) or a table (TSV).
+"""Group words into subtitles: SubRip, WebVTT, and a table of tab-separated values.
 
-Subtitles and the table group words into cues. A new cue starts
+A new cue starts
 - after a silence of more than one second;
 - after the end of a sentence, once the cue has lasted a second;
 - where the cue would not fit two lines of 42 characters (a longer single word has a line to itself);
@@ -9,15 +9,11 @@ A cue shows from its first word's start to its last word's end, or for 0.3 s if 
 nor the start of the next cue, and cues start at least a millisecond apart.
 """
 
-import json
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dsm_jax.errors import DsmError
-from dsm_jax.stt.transcript import Transcript, Word
-
-SUFFIXES = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt", "tsv": ".tsv"}
+from dsm_jax.stt.events import Word
 
 MAX_GAP_S = 1.0
 MIN_SENTENCE_S = 1.0
@@ -36,43 +32,31 @@ class Cue:
     lines: tuple[str, ...]
 
 
-def render(transcript: Transcript, format: str) -> str:
-    """Renders a transcript as the content of a file.
+def srt(words: Sequence[Word]) -> str:
+    """Return SubRip subtitles of words in order."""
+    return "\n".join(
+        f"{number}\n{_clock(cue.start_ms, ',')} --> {_clock(cue.end_ms, ',')}\n" + "\n".join(cue.lines) + "\n"
+        for number, cue in enumerate(cues(words), start=1)
+    )
 
-    Args:
-      transcript: what to render.
-      format: one of `SUFFIXES`: "text", "json", "srt", "vtt" or "tsv". The table has whisper's columns: start and end
-        in milliseconds, and text; one row per cue.
 
-    Returns:
-      The content, ending in a newline unless it is empty.
+def vtt(words: Sequence[Word]) -> str:
+    """Return WebVTT subtitles of words in order."""
+    return "WEBVTT\n" + "".join(
+        f"\n{_clock(cue.start_ms, '.')} --> {_clock(cue.end_ms, '.')}\n" + _escaped("\n".join(cue.lines)) + "\n"
+        for cue in cues(words)
+    )
 
-    Raises:
-      DsmError: there is no such format.
-    """
-    if format == "text":
-        return transcript.text + "\n" if transcript.text else ""
-    if format == "json":
-        return json.dumps(transcript.to_json(), indent=2, ensure_ascii=False) + "\n"
-    if format == "srt":
-        return "\n".join(
-            f"{number}\n{_clock(cue.start_ms, ',')} --> {_clock(cue.end_ms, ',')}\n" + "\n".join(cue.lines) + "\n"
-            for number, cue in enumerate(cues(transcript.words), start=1)
-        )
-    if format == "vtt":
-        return "WEBVTT\n" + "".join(
-            f"\n{_clock(cue.start_ms, '.')} --> {_clock(cue.end_ms, '.')}\n" + _escaped("\n".join(cue.lines)) + "\n"
-            for cue in cues(transcript.words)
-        )
-    if format == "tsv":
-        return "start\tend\ttext\n" + "".join(
-            f"{cue.start_ms}\t{cue.end_ms}\t{' '.join(cue.lines)}\n" for cue in cues(transcript.words)
-        )
-    raise DsmError(f"The format {format!r} is unknown; expected one of {', '.join(SUFFIXES)}. Choose one of these.")
+
+def tsv(words: Sequence[Word]) -> str:
+    """Return a table of words in order: start and end in milliseconds and text of each cue."""
+    return "start\tend\ttext\n" + "".join(
+        f"{cue.start_ms}\t{cue.end_ms}\t{' '.join(cue.lines)}\n" for cue in cues(words)
+    )
 
 
 def cues(words: Sequence[Word]) -> list[Cue]:
-    """Groups words into cues by the rules at the top of this file.
+    """Group words into cues by the rules at the top of this file.
 
     Args:
       words: in order. White space within a word, line breaks included, becomes one space; blank words are left out.
@@ -130,7 +114,7 @@ def _milliseconds(seconds: float) -> int:
 
 
 def _clock(milliseconds: int, point: str) -> str:
-    """Formats a time that is already whole milliseconds, so that rounding never shows 60 in the seconds."""
+    """Format a time that is already whole milliseconds, so that rounding never shows 60 in the seconds."""
     seconds, milliseconds = divmod(milliseconds, 1000)
     minutes, seconds = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)
@@ -139,9 +123,3 @@ def _clock(milliseconds: int, point: str) -> str:
 
 def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def text_with_pauses(transcript: Transcript) -> str:
-    """The words in order, with "[pause]" wherever the model foresaw that nobody would speak."""
-    told = [(word.end, word.text) for word in transcript.words] + [(p.time, "[pause]") for p in transcript.pauses]
-    return " ".join(text for _, text in sorted(told, key=lambda item: item[0]))

@@ -1,16 +1,16 @@
-"""What the `dsm-jax` command accepts. Standard library only, so that `--help` is instant."""
+"""Parse the arguments of `dsm-jax`. Standard library only, so that `--help` is instant."""
 
 import argparse
 import os
 import sys
 from pathlib import Path
 
-FORMATS = ("text", "json", "srt", "vtt", "tsv")
+FORMATS = ("text", "json", "jsonl", "srt", "vtt", "tsv")
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # as we say it, and as JAX does
 
 
 def cache_folder() -> Path:
-    """Where compiled programs are kept unless the user says otherwise."""
+    """Return the folder of compiled programs, unless the user names another."""
     if sys.platform == "darwin":
         base = Path.home() / "Library/Caches"
     elif sys.platform == "win32":
@@ -21,7 +21,7 @@ def cache_folder() -> Path:
 
 
 class _Version(argparse.Action):
-    """Looks the version up only when it is asked for."""
+    """Look the version up only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib import metadata
@@ -31,11 +31,14 @@ class _Version(argparse.Action):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; the chosen command's name is in `command`."""
+    """Return the parser; the chosen command's name is in `command`."""
     top = argparse.ArgumentParser(prog="dsm-jax", description="Kyutai's delayed streams models in JAX.")
     top.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    device = argparse.ArgumentParser(add_help=False)
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--quiet", action="store_true", help="show errors alone: no bars, no warnings")
+    output.add_argument("--verbose", action="store_true", help="show what is fetched, loaded and compiled")
+    device = argparse.ArgumentParser(add_help=False, parents=[output])
     group = device.add_argument_group("device")
     group.add_argument("--device", choices=PLATFORMS, help="default: the best that JAX finds")
     group.add_argument(
@@ -48,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16"),
         help="of the weights; default: bfloat16 on GPU and TPU, float32 on CPU; the codec is always float32",
     )
-    model = argparse.ArgumentParser(add_help=False, parents=[device, dtype])
+    revision = argparse.ArgumentParser(add_help=False)
+    revision.add_argument("--revision", metavar="REF", help="branch, tag or commit of the model on the hub")
+    model = argparse.ArgumentParser(add_help=False, parents=[device, dtype, revision])
     model.add_argument(
         "--model",
         default="kyutai/stt-1b-en_fr",
@@ -58,9 +63,15 @@ def parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("transcribe", parents=[model], help="turn recordings into text with word times")
     p.add_argument(
-        "audio", nargs="+", help="files (wav, flac, mp3, ogg, opus; any rate), patterns, or - for standard input"
+        "audio",
+        nargs="*",
+        help="files (wav, flac, mp3, ogg, m4a, mp4, webm and others), patterns, or - for standard input",
     )
-    p.add_argument("--format", choices=FORMATS, default="text", help="default: %(default)s")
+    p.add_argument("--mic", action="store_true", help="transcribe the microphone until Ctrl-C")
+    p.add_argument("--input-device", metavar="NAME", help="the microphone; default: the system's")
+    p.add_argument(
+        "--format", choices=FORMATS, default="text", help="jsonl prints words as they come (default: %(default)s)"
+    )
     p.add_argument("--output-dir", type=Path, metavar="FOLDER", help="write a file per recording; default: print")
     p.add_argument(
         "--frames", action="store_true", help="add every frame's text token and pause probabilities to the JSON"
@@ -68,21 +79,29 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--batch-size", type=_positive, default=8, metavar="N", help="recordings at a time (default: %(default)s)"
     )
-    p.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; default: the checkpoint's")
-    p.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    p.add_argument("--prompt-text", metavar="TEXT", help="words that the model is made to say first, in your spelling")
-    p.add_argument("--prompt-audio", metavar="FILE", help="a recording that the model hears first")
-    p.add_argument("--cut-prompt", action="store_true", help="leave the prompt out of the transcript")
-    p.add_argument("--vad", action="store_true", help="mark the pauses that the model foresees in the text")
-    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    p.add_argument(
+        "--temperature", type=float, metavar="T", help="of the sampling; 0 is greedy; default: the checkpoint's"
+    )
+    p.add_argument("--top-k", type=int, metavar="K", help="sample among K tokens, 0 for all; default: the checkpoint's")
+    p.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    p.add_argument("--prompt-text", metavar="TEXT", help="words that come before the recording, in your spelling")
+    p.add_argument("--prompt-audio", metavar="FILE", help="a recording that comes before the recording")
+    p.add_argument("--exclude-prompt", action="store_true", help="leave the prompt out of the transcript")
+    p.add_argument("--vad", action="store_true", help="mark the pauses that the model predicts in the text")
+    p.add_argument(
+        "--word-times",
+        choices=("sound", "reference"),
+        default="sound",
+        help="sound: a word ends where its sound ends; reference: with the next word (default: %(default)s)",
+    )
     p.set_defaults(command="transcribe")
 
-    p = commands.add_parser("speak", parents=[device, dtype], help="turn text into speech")
+    p = commands.add_parser("speak", parents=[device, dtype, revision], help="turn text into speech")
     p.add_argument(
         "text",
-        help="the text, a file of it, - for standard input, or requests.jsonl: id, turns and voices on each line",
+        help="the text, a file of it, - for standard input, or requests.jsonl: id, text and voice on each line",
     )
-    p.add_argument("output", help="a wav, flac or ogg file, - to play or pipe it, or for requests a folder")
+    p.add_argument("output", help="a wav, flac, ogg, opus or mp3 file, - to play or pipe it, or for requests a folder")
     p.add_argument(
         "--model",
         default="kyutai/tts-1.6b-en_fr",
@@ -90,34 +109,57 @@ def parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     p.add_argument(
-        "--speaker",
+        "--voice",
         action="append",
         default=[],
         metavar="VOICE",
         help="one of the model's own voices, a published one's name or a voice's file; for models without speakers a "
         "recording to go on from; given twice, the second is the other speaker",
     )
-    p.add_argument("--cfg", type=float, default=2.0, metavar="G", help="guidance, from 1 (default: %(default)s)")
-    p.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; default: the checkpoint's")
     p.add_argument(
-        "--top-k", type=int, default=250, metavar="K", help="of audio tokens, 0 for all (default: %(default)s)"
+        "--guidance-scale",
+        type=float,
+        default=2.0,
+        metavar="G",
+        help="how closely to follow text and voice; 1 is no guidance (default: %(default)s)",
     )
-    p.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    p.add_argument("--codebooks", type=_positive, metavar="N", help="fewer are faster; default: all of the model's")
+    p.add_argument(
+        "--temperature", type=float, metavar="T", help="of the sampling; 0 is greedy; default: the checkpoint's"
+    )
+    p.add_argument(
+        "--top-k", type=int, default=250, metavar="K", help="sample among K audio tokens, 0 for all (%(default)s)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    p.add_argument(
+        "--codebooks", type=_positive, metavar="N", help="codebooks to generate; fewer are faster; default: all"
+    )
     p.add_argument(
         "--padding-between", type=int, default=1, metavar="N", help="frames between words (default: %(default)s)"
     )
     p.add_argument(
-        "--padding-bonus", type=float, default=0.0, metavar="B", help="above 0 is slower (default: %(default)s)"
+        "--padding-bonus",
+        type=float,
+        default=0.0,
+        metavar="B",
+        help="score added to silence: above 0 speaks slower (default: %(default)s)",
     )
     p.add_argument(
-        "--max-frames", type=_positive, default=30_000, metavar="N", help="give up after (default: %(default)s)"
+        "--max-frames",
+        type=_positive,
+        default=30_000,
+        metavar="N",
+        help="give up after N frames (default: %(default)s)",
+    )
+    p.add_argument(
+        "--on-unsayable",
+        choices=("error", "skip"),
+        default="error",
+        help="refuse a text with a word that cannot be said, or leave the word out (default: %(default)s)",
     )
     p.add_argument("--save-frames", action="store_true", help="write tokens and word times beside the recording")
     p.add_argument(
         "--batch-size", type=_positive, default=8, metavar="N", help="requests at a time (default: %(default)s)"
     )
-    p.add_argument("--quiet", action="store_true", help="no progress bar")
     p.set_defaults(command="speak")
 
     codec = commands.add_parser("codec", help="turn audio into Mimi codes and back")
@@ -132,11 +174,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("output", type=Path, help="a wav, flac or ogg file")
     p.set_defaults(command="codec_decode")
 
-    p = commands.add_parser("convert", parents=[device, dtype], help="rewrite a checkpoint in another layout")
+    p = commands.add_parser(
+        "convert", parents=[device, dtype], help="rewrite a checkpoint in another layout; --verbose: by tensor"
+    )
     p.add_argument("source", help="a published name or a local folder, in any supported layout")
     p.add_argument("destination", type=Path, help="a folder that does not exist yet")
     p.add_argument("--to", choices=("orbax", "kyutai", "transformers"), default="orbax", help="default: %(default)s")
-    p.add_argument("--verbose", action="store_true", help="print what went where, tensor by tensor")
     p.add_argument("--report", type=Path, metavar="FILE", help="write what went where as JSON")
     p.set_defaults(command="convert")
 

@@ -1,0 +1,83 @@
+"""The shorter commands: `codec`, `convert`, `train`, `bench`. Each takes parsed arguments and returns an exit code."""
+
+import argparse
+import json
+import sys
+
+from dsm_jax import files, malloc
+from dsm_jax.cli import terminal
+from dsm_jax.cli.setup import UsageError, check_folder_of, load, set_up_jax
+
+
+def codec_encode(args: argparse.Namespace) -> int:
+    """Turn a recording into codes."""
+    from safetensors.numpy import save
+
+    from dsm_jax import codec
+
+    check_folder_of(args.output)
+    model = load(args, stt_only=True)
+    codes_QT = codec.encode(model, args.input, codebooks=args.codebooks)
+    config = model.config.mimi
+    facts = {"model": model.name, "sample_rate": str(config.sample_rate), "frame_rate": str(config.frame_rate)}
+    try:
+        with files.replacing(args.output) as file:
+            file.write(save({"codes": codes_QT}, metadata=facts))
+    except OSError as error:
+        raise UsageError(f"{args.output} cannot be written ({error.strerror}); choose another place") from None
+    terminal.say(f"{args.output}: {codes_QT.shape[0]} codebooks x {codes_QT.shape[1]} frames")
+    return 0
+
+
+def codec_decode(args: argparse.Namespace) -> int:
+    """Turn codes into a recording."""
+    from dsm_jax import audio, codec
+
+    check_folder_of(args.output)
+    model = load(args, stt_only=False)
+    pcm = codec.decode(model, codec.read_codes(args.input))
+    audio.write(args.output, pcm, model.config.mimi.sample_rate)
+    terminal.say(f"{args.output}: {pcm.size / model.config.mimi.sample_rate:.2f} s")
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Rewrite a checkpoint in another layout."""
+    from dsm_jax.convert import convert
+
+    if args.report:
+        check_folder_of(args.report)
+    set_up_jax(args)
+    with terminal.loading_bar(f"converting {args.source}", quiet=args.quiet) as progress:
+        report = convert(args.source, args.destination, to=args.to, dtype=args.dtype, progress=progress)
+    if args.report:
+        files.write_text(args.report, json.dumps(report.to_dict(), indent=2) + "\n")
+    if not args.quiet:
+        lines = report.text().splitlines()
+        terminal.write("".join(f"{line}\n" for line in lines if args.verbose or not line.startswith("  ")))
+    return 0
+
+
+def train(args: argparse.Namespace) -> int:
+    """Fine-tune a model as a config file describes."""
+    malloc.keep_freed()
+    set_up_jax(args)
+    from dsm_jax import tasks
+
+    config, run = tasks.read_config(args.config, tasks.library_tasks())
+    model = run(config, resume=args.resume)
+    terminal.say(f"trained: {model!r}")
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Time the published sizes on this machine, with random weights."""
+    set_up_jax(args)
+    from dsm_jax import benchmark
+
+    what = args.what or ["lm", "mimi"]
+    if unknown := sorted(set(what) - {"lm", "mimi", "stt"}):
+        raise UsageError(f"{unknown[0]} cannot be timed; choose of lm, mimi and stt")
+    for row in benchmark.run(what, sizes=args.size, batches=args.batch, dtype=args.dtype, steps=args.steps):
+        terminal.write(json.dumps(row) + "\n", sys.stdout)
+    return 0

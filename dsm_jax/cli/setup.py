@@ -1,0 +1,117 @@
+"""Choose the device and the compile cache, and load models, for commands."""
+
+import argparse
+import warnings
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsm_jax import malloc
+from dsm_jax.cli import terminal
+from dsm_jax.cli.parser import PLATFORMS, cache_folder
+from dsm_jax.errors import DsmError
+
+if TYPE_CHECKING:
+    from dsm_jax.checkpoints import Model
+
+CACHE_BYTES = 4 * 2**30
+_UNREADABLE = "Error reading persistent compilation cache entry"
+
+
+class UsageError(DsmError):
+    """Arguments that do not go together."""
+
+
+def check_folder_of(path: Path) -> None:
+    """Refuse an output that could not be written, before the work for it is done.
+
+    Raises:
+      UsageError: its folder does not exist.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+
+
+def set_up_jax(args: argparse.Namespace) -> None:
+    """Choose the device and the compile cache, before JAX starts."""
+    import jax
+
+    if args.device:
+        jax.config.update("jax_platforms", PLATFORMS[args.device])
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where jax has no such backend at all
+        reason = (str(error) or "JAX knows of none").splitlines()[0]
+        asked = f"--device {args.device}" if args.device else "a device"
+        raise UsageError(f"{asked} is not to be had here ({reason}); try --device cpu") from None
+    if not args.no_cache:
+        folder = Path(args.cache_dir or cache_folder())
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        # With a limit, JAX locks the cache, so that commands that run at once cannot damage its entries.
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+        _replace_damaged_entries(folder)
+
+
+def _replace_damaged_entries(folder: Path) -> None:
+    """Make JAX's warning about an entry that it cannot read remove the entry, so that it is written anew."""
+    shown = warnings.showwarning
+
+    def show(message: Any, *args: Any, **kwargs: Any) -> None:
+        text = str(message)
+        if not text.startswith(_UNREADABLE):
+            shown(message, *args, **kwargs)
+        elif removed := remove_damaged(folder, text.removeprefix(_UNREADABLE + " for ").split("'")[1]):
+            terminal.say(f"{removed} damaged entries of the compile cache in {folder} are replaced", style="yellow")
+
+    warnings.showwarning = show
+
+
+def remove_damaged(folder: Path, module: str) -> int:
+    """Remove those of a module's cache entries that cannot be decompressed, or all of them where each can.
+
+    Args:
+      folder: of the cache.
+      module: name of the compiled module, with which the names of its entries begin.
+
+    Returns:
+      The number of entries that were removed.
+    """
+    entries = list(folder.glob(f"{module}-*-cache"))
+    damaged = [entry for entry in entries if not _decompresses(entry)]
+    for entry in damaged or entries:
+        entry.unlink(missing_ok=True)
+    return len(damaged or entries)
+
+
+def _decompresses(entry: Path) -> bool:
+    """Tell whether an entry holds whole compressed data, of zstandard or zlib."""
+    try:
+        content = entry.read_bytes()
+    except OSError:
+        return False
+    try:
+        import zstandard  # pyright: ignore[reportMissingImports]  JAX uses it where it is there
+    except ImportError:
+        zstandard = None
+    try:
+        if content[:4] == b"\x28\xb5\x2f\xfd" and zstandard is not None:
+            zstandard.ZstdDecompressor().decompress(content)
+        elif content[:4] != b"\x28\xb5\x2f\xfd":
+            zlib.decompress(content)
+    except Exception:  # each library has errors of its own
+        return False
+    return True
+
+
+def load(args: argparse.Namespace, *, stt_only: bool) -> "Model":
+    """Load the model that the arguments name."""
+    set_up_jax(args)
+    from dsm_jax import checkpoints
+
+    with terminal.loading_bar(f"loading {args.model}", quiet=args.quiet) as progress:
+        model = checkpoints.load(
+            args.model, dtype=args.dtype, stt_only=stt_only, revision=args.revision, progress=progress
+        )
+    malloc.return_freed()  # reading and converting a checkpoint frees up to its size
+    return model

@@ -1,0 +1,183 @@
+"""Show what the command has to say beside its output, on standard error: one kind of bar, warnings and errors."""
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TextIO
+
+from dsm_jax.progress import Progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+INTERRUPTED = 130  # exit code of a program that was ended by Ctrl-C
+_GRACE_S = 1.0  # after Ctrl-C, in which files are put in order
+
+_console: "Console | None" = None
+
+
+def console() -> "Console":
+    """Return the console of standard error, which bars and messages share."""
+    global _console
+    from rich.console import Console
+
+    if _console is None or _console.file is not sys.stderr:
+        _console = Console(stderr=True)
+    return _console
+
+
+def set_up(*, quiet: bool, verbose: bool) -> None:
+    """Send the library's log to standard error, and let text that an encoding lacks be replaced.
+
+    Args:
+      quiet: show errors alone.
+      verbose: show what is fetched, loaded and compiled as well.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    log = logging.getLogger("dsm_jax")
+    log.handlers = [_Handler()]
+    log.propagate = False
+    log.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
+
+
+class _Handler(logging.Handler):
+    """Print records as the command's own messages."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage(), style="yellow" if record.levelno >= logging.WARNING else "dim")
+
+
+def say(message: object, *, style: str = "") -> None:
+    """Print a message on standard error, above the bars."""
+    console().print(f"dsm-jax: {message}", style=style, soft_wrap=True, markup=False, highlight=False)
+
+
+def refuse(reason: object) -> None:
+    """Print why something failed."""
+    say(reason, style="red")
+
+
+_ending: threading.Timer | None = None
+
+
+def end_at_first_interrupt() -> None:
+    """Make one Ctrl-C enough: where Python drops the exception it raises, the process ends a second later."""
+
+    def interrupt(*_: object) -> None:
+        global _ending
+        _ending = threading.Timer(_GRACE_S, os._exit, [INTERRUPTED])
+        _ending.daemon = True
+        _ending.start()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, interrupt)
+
+
+def interrupt_was_handled() -> None:
+    """Let the process go on after a Ctrl-C, as a microphone's transcript is still to be written."""
+    if _ending is not None:
+        _ending.cancel()
+
+
+class Level:
+    """Show the level of a microphone on one line of standard error; nothing where that is no terminal.
+
+    Args:
+      quiet: show nothing.
+    """
+
+    WIDTH, FLOOR_DB = 30, -60.0
+
+    def __init__(self, *, quiet: bool):
+        self._shown = not quiet and console().is_terminal
+
+    def show(self, samples: "np.ndarray") -> None:
+        """Show the level of some samples [T] in [-1, 1]."""
+        if self._shown:
+            power = float((samples * samples).mean()) if samples.size else 0.0
+            db = max(self.FLOOR_DB, 10 * math.log10(power + 1e-10))
+            filled = round(self.WIDTH * (1 - db / self.FLOOR_DB))
+            write(f"\r[{'#' * filled}{' ' * (self.WIDTH - filled)}]", sys.stderr)
+
+    def clear(self) -> None:
+        """Take the level away."""
+        if self._shown:
+            write("\r" + " " * (self.WIDTH + 2) + "\r", sys.stderr)
+
+
+class Bars:
+    """Show a bar for each item of some work; nothing where standard error is no terminal.
+
+    Args:
+      quiet: show nothing.
+      unit: of the numbers, such as "s".
+      scale: of the numbers in their unit.
+    """
+
+    def __init__(self, *, quiet: bool, unit: str = "s", scale: float = 1.0):
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        amount = TextColumn(f"{{task.completed:.0f}} {unit}")
+        columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+        # Standard output is for the text alone: rich would send what is printed meanwhile to its own console, wrapped.
+        hidden = quiet or not console().is_terminal
+        self._scale = scale
+        self._bars = RichProgress(*columns, console=console(), transient=True, disable=hidden, redirect_stdout=False)
+        self._names: dict[int, str] = {}
+        self._tasks: dict[int, object] = {}
+
+    def __enter__(self) -> "Bars":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def name(self, item: int, name: str) -> None:
+        """Name an item, before its bar is shown."""
+        self._names[item] = name
+
+    def update(self, progress: Progress) -> None:
+        """Show how far an item has come; its first call makes its bar."""
+        total = None if progress.total is None else progress.total * self._scale
+        if progress.item not in self._tasks:
+            self._tasks[progress.item] = self._bars.add_task(self._names.get(progress.item, ""), total=total)
+        self._bars.update(self._tasks[progress.item], completed=progress.done * self._scale, total=total)  # pyright: ignore[reportArgumentType]
+
+    def remove(self, item: int) -> None:
+        """Take away the bar of an item that is done."""
+        if item in self._tasks:
+            self._bars.remove_task(self._tasks.pop(item))  # pyright: ignore[reportArgumentType]
+
+    def print(self, text: str) -> None:
+        """Print text on standard output; on a terminal that both share, the bars make room for it."""
+        self._bars.stop()
+        write(text)
+        self._bars.start()
+
+
+def write(text: str, file: TextIO | None = None) -> None:
+    """Write text to standard output at once."""
+    out = sys.stdout if file is None else file
+    if out is None:
+        return
+    out.write(text)
+    out.flush()
+
+
+@contextlib.contextmanager
+def loading_bar(name: str, *, quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """Show a bar over the megabytes of a model while the block runs; yields what to call with the progress."""
+    with Bars(quiet=quiet, unit="MB", scale=1e-6) as bars:
+        bars.name(0, name)
+        yield bars.update

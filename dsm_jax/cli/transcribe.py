@@ -1,0 +1,211 @@
+"""`dsm-jax transcribe`: recordings or a microphone in, text out."""
+
+import argparse
+import glob
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsm_jax.cli import terminal
+from dsm_jax.cli.setup import UsageError, load
+from dsm_jax.errors import DsmError
+
+if TYPE_CHECKING:
+    from dsm_jax.checkpoints import Model
+    from dsm_jax.stt import Event, TranscribeOptions, Transcript
+
+LINES = ("text", "json", "jsonl")  # formats of which several may follow each other on standard output
+
+
+def run(args: argparse.Namespace) -> int:
+    """Transcribe what the arguments name; return the exit code."""
+    from dsm_jax.stt import Prompt, TranscribeOptions
+
+    names = _check(args)
+    outputs = output_files(names, args.output_dir, args.format)
+    options = TranscribeOptions(
+        prompt=Prompt(text=args.prompt_text, audio=args.prompt_audio, exclude_from_output=args.exclude_prompt),
+        temperature=args.temperature,
+        top_k=args.top_k,
+        seed=args.seed,
+        word_times=args.word_times,
+    )
+    model = load(args, stt_only=True)
+    if args.vad and not (model.config.lm and model.config.lm.extra_heads_num_heads):
+        raise UsageError(f"{model.name} has no pause heads, which --vad needs; kyutai/stt-1b-en_fr-candle has them")
+    return listen(args, model, options) if args.mic else transcribe_files(args, model, options, names, outputs)
+
+
+def _check(args: argparse.Namespace) -> list[str]:
+    """Return the recordings' names; refuse arguments that do not go together."""
+    if args.mic and args.audio:
+        raise UsageError("--mic takes the microphone, and recordings were given too; leave one of them out")
+    if not args.mic and not args.audio:
+        raise UsageError("there is nothing to transcribe; give recordings, - for standard input, or --mic")
+    if args.input_device and not args.mic:
+        raise UsageError("--input-device names a microphone; add --mic")
+    if args.mic and (args.output_dir or args.frames):
+        raise UsageError("--mic prints its transcript; leave out --output-dir and --frames")
+    names = expand(args.audio)
+    if args.frames and args.format != "json":
+        raise UsageError(f"--frames is part of the JSON, and --format is {args.format}; add --format json")
+    if args.vad and args.format not in LINES:
+        raise UsageError(f"--vad marks pauses in text, and --format is {args.format}; leave one of them out")
+    if args.exclude_prompt and not (args.prompt_text or args.prompt_audio):
+        raise UsageError("--exclude-prompt has nothing to exclude; give --prompt-text or --prompt-audio")
+    if len(names) > 1 and not args.output_dir and args.format not in LINES:
+        raise UsageError(f"{len(names)} recordings as {args.format} need a file each; add --output-dir FOLDER")
+    if args.output_dir and args.format == "jsonl":
+        raise UsageError("--format jsonl prints words as they come; leave out --output-dir, or write json")
+    return names
+
+
+def transcribe_files(
+    args: argparse.Namespace, model: "Model", options: "TranscribeOptions", names: list[str], outputs: list[Path]
+) -> int:
+    """Transcribe recordings; print or write each in order, and return the exit code."""
+    from dsm_jax import files
+    from dsm_jax.stt import transcribe_each
+
+    failed, finished, shown = 0, {}, 0
+    as_lines = args.format == "jsonl"
+    with terminal.Bars(quiet=args.quiet) as bars:
+        for item, name in enumerate(names):
+            bars.name(item, Path(name).name)
+
+        def found(index: int, event: "Event") -> None:
+            bars.print(_line({"audio": names[index]} | _event(event)))
+
+        results = transcribe_each(
+            model,
+            names,
+            options=options,
+            batch_size=args.batch_size,
+            frames=args.frames,
+            progress=bars.update,
+            on_event=found if as_lines else None,
+        )
+        for index, result in results:
+            finished[index] = result
+            bars.remove(index)
+            while shown in finished:
+                done = finished.pop(shown)
+                if isinstance(done, DsmError):
+                    failed += 1
+                    terminal.refuse(done)
+                elif outputs:
+                    try:
+                        files.write_text(outputs[shown], render(done, args, several=len(names) > 1))
+                    except OSError as error:
+                        failed += 1
+                        reason = f"{outputs[shown]} cannot be written ({error.strerror}); choose another folder"
+                        terminal.refuse(reason)
+                elif as_lines:
+                    bars.print(_line(_end(done)))
+                else:
+                    bars.print(render(done, args, several=len(names) > 1))
+                shown += 1
+    return 1 if failed else 0
+
+
+def listen(args: argparse.Namespace, model: "Model", options: "TranscribeOptions") -> int:
+    """Transcribe the microphone until Ctrl-C: words as they are said, then the transcript in its format."""
+    from dsm_jax import microphone
+    from dsm_jax.stt import StreamingTranscriber, WordEnded
+
+    transcriber = StreamingTranscriber(model, options=options)
+    words_only = args.format == "text"
+
+    def show(events: list["Event"]) -> None:
+        for event in events:
+            if args.format == "jsonl":
+                terminal.write(_line(_event(event)))
+            elif words_only and isinstance(event, WordEnded):
+                terminal.write(event.word.text + " ")
+            elif words_only and args.vad and not isinstance(event, WordEnded) and hasattr(event, "horizon"):
+                terminal.write("[pause] ")
+
+    with microphone.Microphone(model.sample_rate, device=args.input_device) as source:
+        terminal.say(f"listening to {source.name}; Ctrl-C ends", style="dim")
+        level = terminal.Level(quiet=args.quiet or (words_only and sys.stdout.isatty()))
+        try:
+            for chunk_T in source.chunks():
+                level.show(chunk_T)
+                show(transcriber.feed(chunk_T))
+        except KeyboardInterrupt:
+            terminal.interrupt_was_handled()
+        finally:
+            level.clear()
+    show(transcriber.finish())
+    if words_only:
+        terminal.write("\n")
+    elif args.format == "jsonl":
+        terminal.write(_line(_end(transcriber.transcript)))
+    else:
+        terminal.write(render(transcriber.transcript, args, several=False))
+    return 0
+
+
+def expand(patterns: list[str]) -> list[str]:
+    """Return file names from names and glob patterns; a name that exists is never taken for a pattern."""
+    names: list[str] = []
+    for pattern in patterns:
+        if pattern == "-" or os.path.lexists(pattern) or not glob.has_magic(pattern):
+            names.append(pattern)
+        elif found := sorted(glob.glob(pattern, recursive=True)):
+            names += found
+        else:
+            raise UsageError(f"{pattern} matches no file; check the pattern, or give file names")
+    if names.count("-") > 1:
+        raise UsageError("standard input (-) was given more than once; it can be read once")
+    return names
+
+
+def output_files(names: list[str], folder: Path | None, kind: str) -> list[Path]:
+    """Return the file of each transcript; none where transcripts are printed."""
+    from dsm_jax.stt.transcript import SUFFIXES
+
+    if folder is None:
+        return []
+    stems = ["stdin" if name == "-" else Path(name).stem for name in names]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise UsageError(f"several recordings would be written to {twice[0]}{SUFFIXES[kind]}; transcribe them apart")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be made ({error.strerror}); give a folder with --output-dir") from None
+    return [folder / f"{stem}{SUFFIXES[kind]}" for stem in stems]
+
+
+def render(transcript: "Transcript", args: argparse.Namespace, *, several: bool) -> str:
+    """Return a transcript in the format of the arguments."""
+    if args.format == "text":
+        text = transcript.text_with_pauses() if args.vad else transcript.text
+        return f"{transcript.audio}: {text}\n" if several and not args.output_dir else f"{text}\n"
+    if args.format == "json" and several and not args.output_dir:
+        return _line(transcript.to_dict())
+    return transcript.render(args.format)
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def _event(event: "Event") -> dict[str, Any]:
+    """Return an event as plain values."""
+    from dsm_jax.stt import Pause, WordStarted
+    from dsm_jax.stt.transcript import pause_dict, word_dict
+
+    if isinstance(event, WordStarted):
+        return {"type": "word_started", "text": event.text, "start": round(event.start, 3)}
+    if isinstance(event, Pause):
+        return {"type": "pause", **pause_dict(event)}
+    return {"type": "word", **word_dict(event.word)}
+
+
+def _end(transcript: "Transcript") -> dict[str, Any]:
+    """Return the last line of a recording as plain values."""
+    about = {"audio": transcript.audio} if transcript.audio else {}
+    return {**about, "type": "end", "duration": round(transcript.duration, 3), "text": transcript.text}

@@ -1,0 +1,324 @@
+"""Decode the sound of any file or pipe that FFmpeg reads, through PyAV, in pieces.
+
+Dimension key: C channels, T samples.
+Sources: xiph.org/ogg/doc/framing.html for the flag of the last page, the RIFF specification for the size of the data,
+gabriel.mp3-tech.org/mp3infotag.html for the header that says how long an mp3 is.
+"""
+
+import io
+import logging
+import os
+import shlex
+import shutil
+import struct
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import av
+import av.error
+import numpy as np
+
+from dsm_jax.errors import AudioError
+
+_log = logging.getLogger("dsm_jax")
+
+_GUESSED = {"aac", "ac3", "amr", "eac3", "loas", "mpeg", "mpegts"}  # formats without a header that says their length
+_PIPE_OPTIONS = {"probesize": "4096", "analyzeduration": "1"}  # a pipe is heard as it arrives, not 5 s later
+_PIPE_BUFFER = 4096  # bytes
+_UNKNOWN_SIZE = 0x7FFF0000  # programs that write a WAV to a pipe leave a size this large or larger in its header
+_OGG_PAGE = 65_307  # bytes of the largest page
+_PADDING_FRAMES = 3  # of an mp3, at most, that are no sound
+_TOLERANCE_S = 0.06  # containers round their duration to milliseconds, and count the encoder's padding or do not
+
+
+def decode(file: BinaryIO, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """Decode the first audio stream of a file to its end.
+
+    Chained and joined files are decoded through all of their parts. Where the sound ends before the header says, or
+    where packets cannot be decoded, the log gets a warning that says how much is missing.
+
+    Args:
+      file: opened at its start; it need not be seekable.
+      name: of the file, for messages.
+
+    Yields:
+      The sample rate in Hz and float32 samples [C, T]; both the rate and C may change where a joined file does.
+
+    Raises:
+      AudioError: the file holds no audio, or its container cannot be read to its end.
+    """
+    with ExitStack() as stack:
+        container: Any = stack.enter_context(_open(file, name, stack))
+        if not container.streams.audio:
+            kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+            raise AudioError(f"{name} holds no audio ({kinds} alone); expected a recording. Check the file.")
+        stream = container.streams.best("audio")
+        stream.codec_context.options = {"err_detect": "crccheck+explode"}  # else a damaged flac is silent about it
+        missing = _Missing(file, container, stream)
+        seconds = 0.0
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets, None)
+                if packet is None:
+                    break
+                frames = packet.decode()
+            except av.error.InvalidDataError:
+                missing.damaged(seconds)
+                continue
+            except av.error.FFmpegError as error:
+                raise broken(name, seconds, str(error.strerror)) from error
+            for frame in frames:
+                seconds += frame.samples / frame.sample_rate
+                yield frame.sample_rate, _floats(frame)
+        if not seconds and missing.damages:
+            raise AudioError(
+                f"{name} has {missing.damages} packets and none can be decoded; expected a recording. "
+                f"If a player plays it, convert it: {_repair(name)}"
+            )
+        if reason := missing.reason(seconds):
+            _log.warning("%s %s", name, reason)
+
+
+def duration(path: str | os.PathLike[str]) -> float | None:
+    """Read a file's length in seconds from its header: a guess where the header does not say, None for other files."""
+    try:
+        with av.open(os.fspath(path)) as container:
+            return None if container.duration is None else container.duration / av.time_base
+    except (av.error.FFmpegError, OSError, ValueError, IndexError):
+        return None
+
+
+def broken(name: str, seconds: float, why: str) -> AudioError:
+    """Return the error for a recording that cannot be decoded to its end."""
+    return AudioError(
+        f"{name} decodes up to {seconds:.1f} s and then fails ({why.rstrip('.')}); expected audio to its end. "
+        f"Fetch it again if it is cut short, or repair it: {_repair(name)}"
+    )
+
+
+@contextmanager
+def opened(source: str | os.PathLike[str] | BinaryIO, name: str) -> Iterator[BinaryIO]:
+    """Open a path, "-" for standard input, or an open file, at its start where it can seek."""
+    with ExitStack() as stack:
+        if source == "-":
+            if sys.stdin is None:
+                raise AudioError("standard input is closed; expected audio. Give a file, or send audio through a pipe.")
+            file = sys.stdin.buffer
+        elif isinstance(source, str | os.PathLike):
+            try:
+                file = stack.enter_context(open(source, "rb"))
+            except FileNotFoundError as error:
+                raise AudioError(f"{name} does not exist; expected an audio file. Check the path.") from error
+            except IsADirectoryError as error:
+                raise AudioError(f"{name} is a folder; expected an audio file. Name the files in it.") from error
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise AudioError(f"{name} cannot be opened ({reason}). Check its name and permissions.") from error
+        else:
+            file = source
+        if file.seekable():
+            file.seek(0)
+        yield file
+
+
+class _Bytes(io.RawIOBase):
+    """Show FFmpeg a part of a file, or a pipe with the bytes that have been read from it already.
+
+    Args:
+      file: positioned after `head`.
+      head: bytes that come first, for a pipe.
+      size: bytes that a seekable file is taken to have; None for a pipe.
+    """
+
+    def __init__(self, file: BinaryIO, *, head: bytes = b"", size: int | None = None):
+        self._file, self._head, self._size = file, head, size
+
+    def read(self, size: int = -1) -> bytes:
+        if self._head:
+            first, self._head = self._head[:size], self._head[size:]
+            return first
+        if self._size is not None:
+            return self._file.read(max(0, min(size, self._size - self._file.tell())))
+        # A buffered pipe would wait until it has all bytes that were asked for.
+        read: Any = getattr(self._file, "read1", self._file.read)
+        return read(size)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._size is not None
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if self._size is None:
+            raise io.UnsupportedOperation("a pipe cannot seek")
+        if whence == os.SEEK_END:
+            offset, whence = self._size + offset, os.SEEK_SET
+        return self._file.seek(offset, whence)
+
+    def close(self) -> None:
+        """Leave the file open: whoever opened it closes it."""
+
+
+def _open(file: BinaryIO, name: str, stack: ExitStack) -> Any:
+    """Open a file's container.
+
+    Raises:
+      AudioError: the file is empty, or FFmpeg does not know its format.
+    """
+    head = file.read(12)
+    if not head:
+        raise AudioError(f"{name} is empty (0 bytes); expected audio. Record or fetch it again.")
+    if not file.seekable() and head[4:8] == b"ftyp":
+        # An MP4 may have its index at its end.
+        spool = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  the stack closes it
+        spool.write(head)
+        shutil.copyfileobj(file, spool)
+        file = spool
+    try:
+        if file.seekable():
+            shown, options = _Bytes(file, size=_size_without_tag(file)), {}
+            file.seek(0)
+            return av.open(shown, options=options)
+        shown = _Bytes(file, head=head)
+        return av.open(shown, options=_PIPE_OPTIONS, buffer_size=_PIPE_BUFFER)
+    except (av.error.FFmpegError, ValueError, IndexError) as error:
+        if head[4:8] == b"ftyp":
+            found = "an MP4 without its index, as a recorder that was interrupted leaves it"
+        else:
+            found = f"not audio that can be decoded: its first bytes are {head!r}"
+        raise AudioError(
+            f"{name} is {found}; expected a recording (wav, flac, mp3, ogg, m4a, mp4, webm, wma and others). "
+            f"If a player opens it, convert it: {_repair(name)}"
+        ) from error
+
+
+def _size_without_tag(file: BinaryIO) -> int:
+    """Return the size of a seekable file without an APE tag at its end, which FFmpeg would decode as mp3."""
+    size = file.seek(0, os.SEEK_END)
+    if size >= 32:
+        file.seek(size - 32)
+        footer = file.read(32)
+        if footer.startswith(b"APETAGEX"):
+            tag_size, flags = struct.unpack("<I4xI", footer[12:24])
+            size -= min(size, tag_size + (32 if flags & 1 << 31 else 0))
+    return size
+
+
+def _floats(frame: av.AudioFrame) -> np.ndarray:
+    """Return a frame's samples as float32 [C, T] in [-1, 1]."""
+    array = frame.to_ndarray()
+    if not frame.format.is_planar:
+        array = array.reshape(-1, frame.layout.nb_channels).T
+    if array.dtype == np.uint8:
+        return (array.astype(np.float32) - 128) / 128
+    if np.issubdtype(array.dtype, np.integer):
+        return array.astype(np.float32) / np.float32(2.0 ** (8 * array.dtype.itemsize - 1))
+    return array.astype(np.float32)
+
+
+class _Missing:
+    """Count the sound that a file should have and has not.
+
+    Args:
+      file: the file or pipe; a pipe's end says nothing.
+      container: opened from the file.
+      stream: the audio stream.
+    """
+
+    def __init__(self, file: BinaryIO, container: Any, stream: Any):
+        self.damages, self._damaged_at = 0, 0.0
+        kind = container.format.name
+        self._expected: float | None = None
+        self._open_end = False
+        if not file.seekable():
+            return
+        position = file.tell()
+        if kind == "wav":
+            self._expected = _wav_seconds(file)
+        elif kind == "ogg":
+            self._open_end = not _has_last_page(file)
+        elif kind == "mp3":
+            self._expected = _mp3_seconds(file, stream.codec_context.sample_rate)
+        elif kind not in _GUESSED:
+            length = stream.duration and float(stream.duration * stream.time_base)
+            whole = container.duration and container.duration / av.time_base
+            self._expected = length or whole
+        file.seek(position)
+
+    def damaged(self, seconds: float) -> None:
+        """Count a packet that cannot be decoded."""
+        self._damaged_at = seconds if not self.damages else self._damaged_at
+        self.damages += 1
+
+    def reason(self, seconds: float) -> str | None:
+        """Return the sentence that says how much is missing from a file that gave so many seconds; None for nothing."""
+        if self._expected is not None and seconds < self._expected - _TOLERANCE_S:
+            missing = self._expected - seconds
+            where = "it was cut short" if not self.damages else f"it is damaged from {self._damaged_at:.1f} s on"
+            return f"lacks {missing:.1f} s of its {self._expected:.1f} s: {where}; the rest is used"
+        if self.damages:
+            return (
+                f"is damaged from {self._damaged_at:.1f} s on: {self.damages} packets were left out; the rest is used"
+            )
+        return f"lacks its end, after {seconds:.1f} s: it was cut short; the rest is used" if self._open_end else None
+
+
+def _wav_seconds(file: BinaryIO) -> float | None:
+    """Return the length that a WAV's header says; None where it does not say."""
+    file.seek(12)
+    byte_rate = 0
+    while len(header := file.read(8)) == 8:
+        kind, size = struct.unpack("<4sI", header)
+        if kind == b"fmt ":
+            content = file.read(size + size % 2)
+            byte_rate = struct.unpack("<I", content[8:12])[0] if len(content) >= 12 else 0
+        elif kind == b"data":
+            return size / byte_rate if byte_rate and 0 < size < _UNKNOWN_SIZE else None
+        else:
+            file.seek(size + size % 2, os.SEEK_CUR)
+    return None
+
+
+def _has_last_page(file: BinaryIO) -> bool:
+    """Tell whether an Ogg file ends with the page that is marked as its last."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _OGG_PAGE))
+    tail = file.read()
+    start = tail.rfind(b"OggS")
+    if start < 0 or len(tail) < start + 27:
+        return False
+    lacing = tail[start + 27 : start + 27 + tail[start + 26]]
+    whole = len(tail) >= start + 27 + len(lacing) + sum(lacing) and len(lacing) == tail[start + 26]
+    return whole and bool(tail[start + 5] & 4)
+
+
+def _mp3_seconds(file: BinaryIO, rate: int) -> float | None:
+    """Return the length that an mp3's header says, less the encoder's padding; None where it does not say."""
+    file.seek(0)
+    head = file.read(10)
+    size = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))
+    file.seek(10 + size if head.startswith(b"ID3") else 0)
+    first = file.read(4096)
+    place = next((first.find(mark) for mark in (b"Xing", b"Info") if mark in first), -1)
+    if place < 0 or len(first) < place + 12:
+        return None
+    flags, frames = struct.unpack(">II", first[place + 4 : place + 12])
+    samples = 1152 if rate >= 32_000 else 576
+    return (frames - _PADDING_FRAMES) * samples / rate if flags & 1 else None
+
+
+def _repair(name: str) -> str:
+    """Return the command that converts a file."""
+    path = Path(name)
+    if not path.is_file():
+        return "ffmpeg -i INPUT OUTPUT.wav"
+    return f"ffmpeg -i {shlex.quote(name)} {shlex.quote(str(path.with_name(path.stem + '-converted.wav')))}"

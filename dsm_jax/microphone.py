@@ -1,0 +1,102 @@
+"""Take sound from a microphone and play sound, through the package `sounddevice` (the extra `mic`).
+
+Shape letters: T samples.
+"""
+
+import queue
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import soxr
+
+from dsm_jax.errors import AudioError
+
+BLOCK_S = 0.08  # of a chunk: one frame of the models
+
+
+def _sounddevice() -> Any:
+    """Import `sounddevice`.
+
+    Raises:
+      AudioError: it is not installed, or finds no PortAudio.
+    """
+    try:
+        import sounddevice  # pyright: ignore[reportMissingImports]  an extra
+    except (ImportError, OSError) as error:
+        raise AudioError(
+            f"the microphone needs the package sounddevice, which cannot be used here ({error}); "
+            "install it with pip install 'dsm-jax[mic]', and PortAudio where it is missing"
+        ) from None
+    return sounddevice
+
+
+class Microphone:
+    """Record from a microphone while the block runs.
+
+    Args:
+      sample_rate: of the chunks, Hz.
+      device: name or part of the name of an input; None takes the system's default.
+
+    Raises:
+      AudioError: there is no `sounddevice`, or no such input.
+    """
+
+    def __init__(self, sample_rate: int, *, device: str | None = None):
+        self._sounddevice = _sounddevice()
+        self._queue: queue.Queue[np.ndarray] = queue.Queue()
+        try:
+            about = self._sounddevice.query_devices(device, "input")
+        except ValueError as error:
+            known = [found["name"] for found in self._sounddevice.query_devices() if found["max_input_channels"] > 0]
+            found = f"there is no input {device!r}" if device else f"there is no microphone ({error})"
+            names = ", ".join(known) or "none"
+            raise AudioError(f"{found}; expected one of: {names}") from None
+        self.name = str(about["name"])
+        self._rate, self._sample_rate, self._device = round(about["default_samplerate"]), sample_rate, device
+
+    def __enter__(self) -> "Microphone":
+        self._stream = self._sounddevice.InputStream(
+            samplerate=self._rate,
+            blocksize=round(BLOCK_S * self._rate),
+            device=self._device,
+            channels=1,
+            dtype="float32",
+            callback=self._heard,
+        )
+        self._stream.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.stop()
+        self._stream.close()
+
+    def _heard(self, samples_TC: np.ndarray, *_: object) -> None:
+        self._queue.put(samples_TC[:, 0].copy())
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """Yield float32 samples [T] at `sample_rate` as they are recorded, until the stream stops."""
+        resampler = None
+        if self._rate != self._sample_rate:
+            resampler = soxr.ResampleStream(self._rate, self._sample_rate, 1, dtype="float32", quality="HQ")
+        while True:
+            try:
+                # A wait without an end would not be woken by Ctrl-C on every system.
+                samples_T = self._queue.get(timeout=0.2)
+            except queue.Empty:
+                if not self._stream.active:
+                    break
+                continue
+            yield samples_T if resampler is None else resampler.resample_chunk(samples_T)
+        if resampler is not None:
+            yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def play(samples: np.ndarray, sample_rate: int) -> bool:
+    """Play samples [T] and wait for their end; return False where there is no `sounddevice` or no output."""
+    try:
+        device = _sounddevice()
+        device.play(samples, sample_rate, blocking=True)
+    except Exception:  # PortAudio has errors of its own; the caller has other players
+        return False
+    return True
