@@ -48,7 +48,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
     def load_tokenizer(self) -> Tokenizer | None:
-        """Loads the tokenizer; None without one.
+        """Load the tokenizer; None without one.
 
         Raises:
           CheckpointError: it cannot be read, or its size is not that of the model's vocabulary.
@@ -59,7 +59,7 @@ class Checkpoint:
         return load_tokenizer(self.tokenizer, expected_size=vocabulary(self.config))
 
     def in_dtype(self, dtype: np.dtype) -> "Checkpoint":
-        """Returns the checkpoint with the language model's parameters read in another dtype."""
+        """Return the checkpoint with the language model's parameters read in another dtype."""
         stored = {part: with_dtype(part, parameters, dtype) for part, parameters in self.stored.items()}
 
         def read(part: str, name: str) -> np.ndarray:
@@ -78,7 +78,7 @@ class LeftOut:
 
 
 def outgoing(checkpoint: Checkpoint, part: str, table: pieces.Table) -> list[Outgoing]:
-    """Lists the published tensors of a network, each computed only when it is written."""
+    """List the published tensors of a network, each computed only when it is written."""
     last: dict[str, np.ndarray] = {}
 
     def get(name: str) -> np.ndarray:
@@ -101,7 +101,7 @@ def from_tensors(
     faults: list[str] | None = None,
     notes: tuple[str, ...] = (),
 ) -> Checkpoint:
-    """Makes a checkpoint of published tensors, holding them against the networks that the config describes.
+    """Make a checkpoint of published tensors, holding them against the networks that the config describes.
 
     Args:
       path: of the folder or file.

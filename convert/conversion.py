@@ -1,4 +1,4 @@
-"""Converts a checkpoint from any supported layout to any other, one parameter in memory at a time."""
+"""Convert a checkpoint from any supported layout to any other, one parameter in memory at a time."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dsm_jax.progress import byte_bar
 def convert(
     source: str | Path, destination: str | Path, *, to: str = "orbax", dtype: Any = None, progress: bool = True
 ) -> Report:
-    """Rewrites a checkpoint in another layout, strictly: every tensor is accounted for, or nothing is written.
+    """Rewrite a checkpoint in another layout, strictly: every tensor is accounted for, or nothing is written.
 
     Args:
       source: a folder or file in any supported layout, or a name on the hub.

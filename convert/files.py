@@ -1,4 +1,4 @@
-"""Reads and writes safetensors files one tensor at a time, so that memory never holds a file twice."""
+"""Read and write safetensors files one tensor at a time, so that memory never holds a file twice."""
 
 import json
 import re
@@ -18,7 +18,7 @@ _NAME_OF_DTYPE = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
 def tensors_in(path: Path) -> dict[str, Tensor]:
-    """Lists the tensors of a safetensors file; only its header is read now.
+    """List the tensors of a safetensors file; only its header is read now.
 
     Args:
       path: the file.
@@ -94,7 +94,7 @@ _WEIGHT_NORM = re.compile(r"(.+)\.(?:weight_([gv])|parametrizations\.weight\.ori
 
 
 def fold_weight_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replaces each pair of length g and direction v by weight = g v / |v|, the norm over all axes but the first."""
+    """Replace each pair of length g and direction v by weight = g v / |v|, the norm over all axes but the first."""
     pairs: dict[str, dict[str, str]] = {}
     for name in tensors:
         if match := _WEIGHT_NORM.fullmatch(name):
@@ -115,7 +115,7 @@ def fold_weight_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: Path, tensors: list[Outgoing]) -> Iterator[Outgoing]:
-    """Writes a file, computing each tensor when its turn comes.
+    """Write a file, computing each tensor when its turn comes.
 
     Args:
       path: the file to write.
@@ -142,7 +142,7 @@ def write_safetensors(path: Path, tensors: list[Outgoing]) -> Iterator[Outgoing]
 
 
 def write_sharded(folder: Path, tensors: list[Outgoing]) -> Iterator[Outgoing]:
-    """Writes `model.safetensors`, or several files and their index when the tensors take more than `SHARD_BYTES`."""
+    """Write `model.safetensors`, or several files and their index when the tensors take more than `SHARD_BYTES`."""
     shards: list[list[Outgoing]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(map(_bytes, shards[-1])) + _bytes(tensor) > SHARD_BYTES:
@@ -179,5 +179,5 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes an object as readable JSON."""
+    """Write an object as readable JSON."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

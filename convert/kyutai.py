@@ -42,7 +42,7 @@ NAME = "kyutai"
 
 
 def recognises(path: Path) -> bool:
-    """Tells whether a path is a codec's file, a folder with one, or a folder whose config.json is Kyutai's."""
+    """Tell whether a path is a codec's file, a folder with one, or a folder whose config.json is Kyutai's."""
     if path.is_file():
         return True
     if not (path / "config.json").is_file():
@@ -51,7 +51,7 @@ def recognises(path: Path) -> bool:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a folder or a codec's file.
+    """Open a folder or a codec's file.
 
     Raises:
       CheckpointError: the tensors are not those of the config; all faults at once.
@@ -95,7 +95,7 @@ def _read_mimi_config(path: Path) -> MimiConfig:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
-    """Writes a checkpoint to a folder.
+    """Write a checkpoint to a folder.
 
     Args:
       checkpoint: to write.
@@ -116,7 +116,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> str | None:
-    """Writes the tokenizer as a sentencepiece model; returns the name of its file."""
+    """Write the tokenizer as a sentencepiece model; return the name of its file."""
     source = checkpoint.tokenizer
     if source is None:
         return None
@@ -212,7 +212,7 @@ def norm_pieces(norm: str, there: str, here: str) -> list[Piece]:
 
 
 def _attention_spellings(there: str) -> tuple[Spellings, Spellings]:
-    """Names the packed projection, in its three spellings, and the one out."""
+    """Name the packed projection, in its three spellings, and the one out."""
     packed = tuple(f"{there}.{name}" for name in ("in_proj_weight", "in_projs.0.weight", "in_proj.weight"))
     return packed, tuple(f"{there}.{name}" for name in ("out_proj.weight", "out_projs.0.weight"))
 
@@ -267,7 +267,7 @@ def transformer_pieces(config: TransformerConfig, there: str, here: str) -> list
 
 
 def gate_up(width: int, feedforward: int) -> Transform:
-    """Splits the packed first matrix of a gated feed-forward of that `dim_feedforward`."""
+    """Split the packed first matrix of a gated feed-forward of that `dim_feedforward`."""
     return linear((width,), (2, gating_dim(width, feedforward)))
 
 

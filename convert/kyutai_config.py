@@ -52,7 +52,7 @@ class Files:
 
 
 def read_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, LMConfig, Files]:
-    """Reads the content of a config.json.
+    """Read the content of a config.json.
 
     Args:
       values: the decoded JSON.
@@ -98,13 +98,13 @@ def read_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, LMC
 
 
 def _read_settings(rest: dict[str, Any], key: str, kind: type, where: str) -> Any:
-    """Takes an object out of a config; None where it is empty or missing."""
+    """Take an object out of a config; None where it is empty or missing."""
     values = rest.pop(key, None)
     return from_dict(kind, values, f"{where}: {key}") if values else None
 
 
 def read_lm(values: Mapping[str, Any], where: str) -> LMConfig:
-    """Reads the flat config of a language model.
+    """Read the flat config of a language model.
 
     Args:
       values: the decoded JSON, without the keys around the language model.
@@ -148,7 +148,7 @@ def _read_conditioner(name: str, spec: Any, where: str) -> Conditioner:
 
 
 def flat_lm(config: LMConfig) -> dict[str, Any]:
-    """Returns the flat config of a language model with every key, as `read_lm` reads it."""
+    """Return the flat config of a language model with every key, as `read_lm` reads it."""
     values = _flat(to_dict(config))
     values["conditioners"] = {
         conditioner.name: {"type": conditioner.type, conditioner.type: _without(to_dict(conditioner), "name", "type")}
@@ -158,7 +158,7 @@ def flat_lm(config: LMConfig) -> dict[str, Any]:
 
 
 def write_lm(config: LMConfig) -> dict[str, Any]:
-    """Returns the flat config of a language model with the keys that a published file would have."""
+    """Return the flat config of a language model with the keys that a published file would have."""
     defaults = _flat({field.name: field.default for field in dataclasses.fields(config)} | {"depformer": _DEFAULTS})
     return {key: value for key, value in flat_lm(config).items() if key in _ALWAYS or value != defaults[key]}
 
@@ -172,12 +172,12 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """Leaves out these keys, and what is None."""
+    """Leave out these keys, and what is None."""
     return {key: value for key, value in values.items() if key not in keys and value is not None}
 
 
 def write_config(config: ModelConfig, lm: LMConfig, files: Files) -> dict[str, Any]:
-    """Returns the content of a config.json that `read_config` and the PyTorch package read.
+    """Return the content of a config.json that `read_config` and the PyTorch package read.
 
     Args:
       config: of the model.
@@ -203,7 +203,7 @@ def write_config(config: ModelConfig, lm: LMConfig, files: Files) -> dict[str, A
 
 
 def write_mimi_config(config: MimiConfig) -> dict[str, Any]:
-    """Returns the content of the file that `mimi_config_name` names."""
+    """Return the content of the file that `mimi_config_name` names."""
     values = to_dict(config)
     if values["quantizer"]["n_q_semantic"] == QuantizerConfig.n_q_semantic:  # the PyTorch package takes no such key
         del values["quantizer"]["n_q_semantic"]
@@ -213,7 +213,7 @@ def write_mimi_config(config: MimiConfig) -> dict[str, Any]:
 
 
 def with_extra_heads(config: LMConfig, tensors: Tensors) -> LMConfig:
-    """Adds the pause heads that the file holds and the published config does not mention.
+    """Add the pause heads that the file holds and the published config does not mention.
 
     Args:
       config: as read.

@@ -18,31 +18,31 @@ class Layout(Protocol):
     NAME: str
 
     def recognises(self, path: Path) -> bool:
-        """Tells whether a folder or file is of this layout, without a check."""
+        """Tell whether a folder or file is of this layout, without a check."""
         ...
 
     def open_checkpoint(self, path: Path) -> Checkpoint:
-        """Opens a folder or file that the layout recognises."""
+        """Open a folder or file that the layout recognises."""
         ...
 
     def write(self, checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
-        """Writes a checkpoint of one of the layout's families; yields what is written and what has no place."""
+        """Write a checkpoint of one of the layout's families; yield what is written and what has no place."""
         ...
 
 
 def layouts() -> list[Layout]:
-    """Lists the modules of all layouts: the library's own, then the published ones of every family."""
+    """List the modules of all layouts: the library's own, then the published ones of every family."""
     paths = dict.fromkeys(path for family in FAMILIES.values() for path in family.layouts.values())
     return [cast(Layout, native), *(pkgutil.resolve_name(path) for path in paths)]
 
 
 def layout_names() -> list[str]:
-    """Lists the names that `convert` can be given."""
+    """List the names that `convert` can be given."""
     return list(dict.fromkeys(layout.NAME for layout in layouts()))
 
 
 def layout_for(checkpoint: Checkpoint, name: str) -> Layout:
-    """Returns the module that writes a checkpoint in the layout of that name.
+    """Return the module that writes a checkpoint in the layout of that name.
 
     Raises:
       CheckpointError: an unknown name.
@@ -63,7 +63,7 @@ def layout_for(checkpoint: Checkpoint, name: str) -> Layout:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a checkpoint, whose layout is recognised by content.
+    """Open a checkpoint, whose layout is recognised by content.
 
     Opening reads headers and configs only, and holds all of them against the networks that the config describes.
 

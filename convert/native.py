@@ -42,12 +42,12 @@ class NativeCheckpoint:
 
 
 def recognises(path: Path) -> bool:
-    """Tells whether a path is a folder of this layout."""
+    """Tell whether a path is a folder of this layout."""
     return (path / CONFIG_NAME).is_file()
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a folder.
+    """Open a folder.
 
     Raises:
       CheckpointError: it was written by a later version, is damaged, or its parameters are not those of the config.
@@ -64,7 +64,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
-    """Writes a checkpoint to a folder.
+    """Write a checkpoint to a folder.
 
     Args:
       checkpoint: to write.
@@ -90,7 +90,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
 
 
 def write_about(folder: Path, config: ModelConfig, dtype: str, converted_from: str, tokenizer: Path | None) -> None:
-    """Writes `dsm_jax.json` and a copy of the tokenizer.
+    """Write `dsm_jax.json` and a copy of the tokenizer.
 
     Args:
       folder: to write to.
@@ -112,7 +112,7 @@ def write_about(folder: Path, config: ModelConfig, dtype: str, converted_from: s
 
 
 def read_config(values: Mapping[str, Any], where: str) -> ModelConfig:
-    """Reads the config in the content of `dsm_jax.json`.
+    """Read the config in the content of `dsm_jax.json`.
 
     Raises:
       CheckpointError: it was written in another format.
@@ -128,7 +128,7 @@ def read_config(values: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def write_params(folder: Path, arrays: Iterable[tuple[str, Any]]) -> Iterator[str]:
-    """Saves parameters, group by group.
+    """Save parameters, group by group.
 
     Args:
       folder: the checkpoint's.
@@ -162,7 +162,7 @@ def write_params(folder: Path, arrays: Iterable[tuple[str, Any]]) -> Iterator[st
 
 
 def open_folder(path: Path) -> NativeCheckpoint:
-    """Reads the config of a folder and lists its parameters, without weights.
+    """Read the config of a folder and list its parameters, without weights.
 
     Raises:
       CheckpointError: it was written by a later version, or is damaged.
@@ -188,7 +188,7 @@ def open_folder(path: Path) -> NativeCheckpoint:
 
 
 def faults(opened: NativeCheckpoint, expected: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]) -> list[str]:
-    """Holds a folder against the networks that its config describes; one line per fault."""
+    """Hold a folder against the networks that its config describes; one line per fault."""
     wanted = {f"{part}.{name}": p for part, parameters in expected.items() for name, p in parameters.items()}
     lines = [
         f"missing: {name}, expected {list(p.shape)}" for name, p in wanted.items() if name not in opened.parameters
@@ -202,7 +202,7 @@ def faults(opened: NativeCheckpoint, expected: Mapping[str, Mapping[str, jax.Sha
 
 
 def restore(opened: NativeCheckpoint, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
-    """Restores parameters, group by group, straight to their devices.
+    """Restore parameters, group by group, straight to their devices.
 
     Args:
       opened: the opened folder.
@@ -221,7 +221,7 @@ def restore(opened: NativeCheckpoint, wanted: Mapping[str, jax.ShapeDtypeStruct]
 
 
 def reader(opened: NativeCheckpoint) -> Callable[[str, str], np.ndarray]:
-    """Returns a function that reads parameters as numpy arrays, by network and name; the groups last read are kept."""
+    """Return a function that reads parameters as numpy arrays, by network and name; the groups last read are kept."""
 
     @functools.lru_cache(maxsize=3)
     def group(name: str) -> dict[str, np.ndarray]:

@@ -93,7 +93,7 @@ def saved_shapes(item: Piece, parameters: Parameters) -> list[tuple[int, ...]]:
 
 
 def load(item: Piece, names: Spellings, tensors: Tensors) -> np.ndarray:
-    """Reads the block of a parameter that a piece fills."""
+    """Read the block of a parameter that a piece fills."""
     return item.how.load(*(tensors[name].read(item.rows) for name in names))
 
 
@@ -181,7 +181,7 @@ class Claim:
 
 
 def plan(table: Table, tensors: Tensors, parameters: Parameters) -> tuple[list[Claim], list[str]]:
-    """Holds a table against a file and a model.
+    """Hold a table against a file and a model.
 
     Args:
       table: pieces and constants of the layout.
@@ -260,7 +260,7 @@ def _target_faults(table: Table, parameters: Parameters) -> list[str]:
 
 
 def fit_error(where: str, faults: Sequence[str]) -> CheckpointError:
-    """Makes one error of all faults."""
+    """Make one error of all faults."""
     lines = "".join(f"\n  {fault}" for fault in faults)
     return CheckpointError(
         f"{where}: the weights are not those of the model that the config describes; use the config.json that was "

@@ -1,4 +1,4 @@
-"""Rewrites a sentencepiece model as a `tokenizer.json`, and back; pieces, ids and scores stay as they are."""
+"""Rewrite a sentencepiece model as a `tokenizer.json`, and back; pieces, ids and scores stay as they are."""
 
 import base64
 import json
@@ -13,7 +13,7 @@ _ALL = 1 << 16  # more spaces than a text begins with
 
 
 def to_json(source: Path, folder: Path) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json` for a sentencepiece unigram model.
+    """Write `tokenizer.json` and `tokenizer_config.json` for a sentencepiece unigram model.
 
     Args:
       source: the `.model` file.
@@ -59,7 +59,7 @@ def to_json(source: Path, folder: Path) -> None:
 
 
 def to_sentencepiece(source: Path, target: Path) -> None:
-    """Writes a sentencepiece unigram model for a `tokenizer.json`.
+    """Write a sentencepiece unigram model for a `tokenizer.json`.
 
     Args:
       source: the `tokenizer.json`, with its `tokenizer_config.json` beside it where there is one.

@@ -68,18 +68,18 @@ NAME = "transformers"
 
 
 def recognises(path: Path) -> bool:
-    """Tells whether a path is a folder of this layout."""
+    """Tell whether a path is a folder of this layout."""
     return model_type_of(path) == "mimi"
 
 
 def model_type_of(path: Path) -> Any:
-    """Returns the model type in the config.json of a folder; None without one."""
+    """Return the model type in the config.json of a folder; None without one."""
     config_path = path / "config.json"
     return files.read_json(config_path).get("model_type") if config_path.is_file() else None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a folder.
+    """Open a folder.
 
     Raises:
       CheckpointError: the tensors are not those of the config; all faults at once.
@@ -92,7 +92,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
-    """Writes a codec to a folder.
+    """Write a codec to a folder.
 
     Args:
       checkpoint: to write.
@@ -146,7 +146,7 @@ def _codec_layers(config: TransformerConfig, there: str, here: str) -> Iterator[
 
 
 def attention(config: TransformerConfig, there: str, here: str, ending: str) -> Iterator[Piece]:
-    """Maps queries, keys and values, which are apart, to one packed projection; and the one out."""
+    """Map queries, keys and values, which are apart, to one packed projection; and the one out."""
     kv_heads, groups = config.num_kv_heads, config.kv_repeat
     for name, first, parts in (("q", 0, groups), ("k", groups, 1), ("v", groups + 1, 1)):
         how, at = heads(kv_heads, parts, half_split=name != "v"), (slice(None), slice(first, first + parts))
@@ -156,7 +156,7 @@ def attention(config: TransformerConfig, there: str, here: str, ending: str) -> 
 
 
 def read_config(values: Mapping[str, Any], where: str) -> MimiConfig:
-    """Reads the config of a Mimi checkpoint, or the `codec_config` of a speech-to-text one.
+    """Read the config of a Mimi checkpoint, or the `codec_config` of a speech-to-text one.
 
     Args:
       values: the decoded JSON; a key that is absent has transformers' default.
@@ -288,7 +288,7 @@ def write_files(config: MimiConfig) -> dict[str, dict[str, Any]]:
 
 
 def _computed(config: MimiConfig) -> dict[str, Any]:
-    """Lists the settings of a config that change the codes or samples, by dotted name."""
+    """List the settings of a config that change the codes or samples, by dotted name."""
     values = {}
     for part in ("seanet", "transformer", "quantizer"):
         values |= {f"{part}.{key}": value for key, value in dataclasses.asdict(getattr(config, part)).items()}
@@ -300,7 +300,7 @@ def _computed(config: MimiConfig) -> dict[str, Any]:
 
 
 def check_expressible(expressed: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Compares what transformers would compute with what the model computes.
+    """Compare what transformers would compute with what the model computes.
 
     Raises:
       ConfigError: they differ.
@@ -325,7 +325,7 @@ def check_rest(rest: Mapping[str, Any], fixed: Mapping[str, Any], where: str) ->
 
 
 def pop_theta(rest: dict[str, Any], default: float | None, where: str) -> float:
-    """Takes the period of the rotary positions out of a config: today's spelling or the one before.
+    """Take the period of the rotary positions out of a config: today's spelling or the one before.
 
     Raises:
       ConfigError: there is none, or it is scaled.

@@ -38,12 +38,12 @@ _NORMS = {1e-8: "rms_norm_f32", 1e-5: "rms_norm"}
 
 
 def recognises(path: Path) -> bool:
-    """Tells whether a path is a folder of this layout."""
+    """Tell whether a path is a folder of this layout."""
     return mimi.model_type_of(path) == _FIXED_STT["model_type"]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a folder.
+    """Open a folder.
 
     Raises:
       CheckpointError: a file is missing, or the tensors are not those of the config; all faults at once.
@@ -71,7 +71,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
-    """Writes a checkpoint to a folder.
+    """Write a checkpoint to a folder.
 
     Args:
       checkpoint: to write.
@@ -99,7 +99,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes the tokenizer as `tokenizer.json`."""
+    """Write the tokenizer as `tokenizer.json`."""
     source = checkpoint.tokenizer
     if source is None:
         raise CheckpointError(f"{checkpoint.name} names no tokenizer, which transformers' processor needs; add it")
@@ -137,7 +137,7 @@ def table(config: LMConfig) -> Table:
 
 
 def read_config(values: Mapping[str, Any], extractor: Mapping[str, Any], where: str) -> tuple[ModelConfig, LMConfig]:
-    """Reads the config of a speech-to-text checkpoint.
+    """Read the config of a speech-to-text checkpoint.
 
     Args:
       values: the decoded config.json.
@@ -254,7 +254,7 @@ def write_files(config: ModelConfig, lm: LMConfig, dtype: str) -> dict[str, dict
 
 
 def _computed(lm: LMConfig) -> dict[str, Any]:
-    """Lists the settings of a config that change the tokens; those of the pause heads do not."""
+    """List the settings of a config that change the tokens; those of the pause heads do not."""
     values = {key: value for key, value in dataclasses.asdict(lm).items() if not key.startswith(_WITHOUT_EFFECT)}
     values["text_card_out"] = lm.text_logits
     return values | {"hidden_scale": gating_dim(lm.dim, lm.transformer.dim_feedforward)}

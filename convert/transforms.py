@@ -1,4 +1,4 @@
-"""Transforms of published tensors into blocks of this library's parameters and back: exact inverses, in numpy.
+"""Transform of published tensors into blocks of this library's parameters and back: exact inverses, in numpy.
 
 Shape letters are of the files here, where outputs come first: D outputs, C inputs, K taps, S stride, M taps of a kernel
 of two strides, E = S * D, V entries.
@@ -63,7 +63,7 @@ def depthwise(stride: int) -> Transform:
 
 
 def linear(inputs: Sequence[int], outputs: Sequence[int]) -> Transform:
-    """Transposes a matrix [all outputs, all inputs] to a weight [*inputs, *outputs]."""
+    """Transpose a matrix [all outputs, all inputs] to a weight [*inputs, *outputs]."""
 
     def load(w_DC: np.ndarray) -> np.ndarray:
         return contiguous(w_DC.T).reshape(*inputs, *outputs)
@@ -72,7 +72,7 @@ def linear(inputs: Sequence[int], outputs: Sequence[int]) -> Transform:
 
 
 def heads(kv_heads: int, parts: int, *, half_split: bool) -> Transform:
-    """Transposes a projection [kv_heads * parts * H, D] to parts of a packed weight [D, parts, kv_heads, H].
+    """Transpose a projection [kv_heads * parts * H, D] to parts of a packed weight [D, parts, kv_heads, H].
 
     Args:
       kv_heads: key/value heads.

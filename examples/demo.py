@@ -1,4 +1,4 @@
-"""Transcribes real recordings of spoken digits with the model inside the package, whole and live, and codes one.
+"""Transcribe real recordings of spoken digits with the model inside the package, whole and live, and code one.
 
 Usage: python examples/demo.py [RECORDING ...]
 """

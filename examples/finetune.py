@@ -1,4 +1,4 @@
-"""Fine-tunes a model on a folder of recordings, and counts its errors on another folder before and after.
+"""Fine-tune a model on a folder of recordings, and count its errors on another folder before and after.
 
 Beside each recording lies a JSON file of the same name with the words and their times, as `dsm-jax transcribe --format
 json` writes it: transcribe, correct, and learn from that. Without arguments `digits` learns a voice that is new to it.

@@ -1,4 +1,4 @@
-"""Fine-tunes a text-to-speech model on a new voice, and counts the errors of its speech before and after.
+"""Fine-tune a text-to-speech model on a new voice, and count the errors of its speech before and after.
 
 Beside each recording lies a JSON file of the same name with the words and their times, as for `examples/finetune.py`.
 Without arguments `digits-tts` learns the synthetic voice of `examples/new_speaker`. Speech is transcribed by `digits`.
@@ -43,7 +43,7 @@ def arguments() -> argparse.Namespace:
 
 
 def draw_voice(folder: Path, model: dsm_jax.Model) -> Path:
-    """Writes a random unit vector of the width of the model's voices, once."""
+    """Write a random unit vector of the width of the model's voices, once."""
     if not folder.exists():
         width = read_voice(next(iter(voices_of(model))), model).shape[1]
         vector = np.random.default_rng(0).normal(size=(1, width)).astype(np.float32)
@@ -53,7 +53,7 @@ def draw_voice(folder: Path, model: dsm_jax.Model) -> Path:
 
 
 def errors(model: dsm_jax.Model, voice: Path, count: int) -> WerStats:
-    """Synthesises random digits in a voice, and compares the transcripts with the text."""
+    """Synthesise random digits in a voice, and compare the transcripts with the text."""
     requests = []
     for seed in range(count):
         random = np.random.default_rng(seed)

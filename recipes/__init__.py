@@ -1,1 +1,1 @@
-"""Holds recipes: how the embedded models are made. Not part of the library."""
+"""Hold recipes: how the embedded models are made. Not part of the library."""

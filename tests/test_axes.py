@@ -1,4 +1,4 @@
-"""Axis letters: every parameter and every field of a state spells its axes with letters of the glossary."""
+"""Axi letters: every parameter and every field of a state spells its axes with letters of the glossary."""
 
 import dataclasses
 import re

@@ -173,7 +173,7 @@ def write_then_read(x_BKH, cache):
 
 
 def read_after_write(x_BKH, cache):
-    """Needs the old ring when the new one is there already."""
+    """Need the old ring when the new one is there already."""
     y_BKH, written = write_then_read(x_BKH, cache)
     return y_BKH + (cache.k_BKSH * cache.v_BKSH * y_BKH[:, :, None]).sum(2), written
 

@@ -66,14 +66,14 @@ def test_crossed_conditions_lie_end_to_end():
 
 def test_conditions_change_what_the_model_says():
     lm = small.build(lambda rngs: DelayedStreamsLM(small.TTS, rngs=rngs))
-    tokens_BKT = np.zeros((2, 7, 1), np.int32)
+    tokens_BMT = np.zeros((2, 7, 1), np.int32)
 
     def three_ways(values, masks):
         conditions = lm.condition(values, masks)
         assert (len(conditions.cross), conditions.cross[0][0].shape) == (2, (2, 4, 5, 4))
         alike = dataclasses.replace(conditions, cross=jax.tree.map(lambda a: a[:1].repeat(2, 0), conditions.cross))
         unsummed = dataclasses.replace(alike, sum_BD=None)
-        return [lm.step(tokens_BKT, lm.init_state(2), conditions=told)[0] for told in (conditions, alike, unsummed)]
+        return [lm.step(tokens_BMT, lm.init_state(2), conditions=told)[0] for told in (conditions, alike, unsummed)]
 
     told, half_told, untold = map(np.array, jax.jit(three_ways)(VALUES, MASKS))
     assert np.abs(told - half_told).max() > 1e-2

@@ -222,7 +222,7 @@ def test_a_misspelt_key_of_any_part_of_kyutais_file_is_refused_by_its_name(key):
 
 
 def _with(config: dict, path: str, key: str) -> dict:
-    """Copies a config of plain values, with a key more at a dotted path."""
+    """Copy a config of plain values, with a key more at a dotted path."""
     copy = json.loads(json.dumps(config))
     place = copy
     for step in filter(None, path.split(".")):

@@ -1,4 +1,4 @@
-"""Convolutions against sums written out in numpy. That they stream is in test_streaming.py.
+"""Convolution against sums written out in numpy. That they stream is in test_streaming.py.
 
 Shape letters: B batch rows, T time steps, C channels in, D channels out, K taps, S stride, M taps per output phase.
 """

@@ -1,6 +1,6 @@
 """The walk over a frame's codebooks: what each step may see, and which weights it has. Values are in test_goldens.py.
 
-Shape letters: B batch rows, T frames, K streams, Q generated codebooks, V vocabulary, D model width.
+Shape letters: B batch rows, T frames, M streams, Q generated codebooks, V vocabulary, D model width.
 """
 
 import dataclasses
@@ -34,26 +34,26 @@ def scores():
 
 
 def test_a_codebook_depends_on_the_text_and_on_the_codebooks_before_it():
-    hidden_BTD, target_BKT = clip()
-    before_BQTV = np.array(scores()(hidden_BTD, target_BKT))
+    hidden_BTD, target_BMT = clip()
+    before_BQTV = np.array(scores()(hidden_BTD, target_BMT))
     assert before_BQTV.shape == (2, 4, 3, 12)
     assert before_BQTV.dtype == np.float32
     for stream in range(7):
-        changed_BKT = target_BKT.copy()
-        changed_BKT[:, stream] = (changed_BKT[:, stream] + 1) % 12
-        moved_Q = (np.array(scores()(hidden_BTD, changed_BKT)) != before_BQTV).any(axis=(0, 2, 3))
+        changed_BMT = target_BMT.copy()
+        changed_BMT[:, stream] = (changed_BMT[:, stream] + 1) % 12
+        moved_Q = (np.array(scores()(hidden_BTD, changed_BMT)) != before_BQTV).any(axis=(0, 2, 3))
         # Stream k is codebook k - 1, so step k is the first that is fed it. The last codebook, and those not generated,
         # are fed to no one.
         assert moved_Q.tolist() == [q >= stream for q in range(4)]
 
 
 def test_frames_do_not_see_each_other():
-    hidden_BTD, target_BKT = clip()
-    before_BQTV = np.array(scores()(hidden_BTD, target_BKT))
-    other_BTD, other_BKT = hidden_BTD.copy(), target_BKT.copy()
+    hidden_BTD, target_BMT = clip()
+    before_BQTV = np.array(scores()(hidden_BTD, target_BMT))
+    other_BTD, other_BMT = hidden_BTD.copy(), target_BMT.copy()
     other_BTD[:, 1] += 1
-    other_BKT[:, :, 1] = 5
-    after_BQTV = np.array(scores()(other_BTD, other_BKT))
+    other_BMT[:, :, 1] = 5
+    after_BQTV = np.array(scores()(other_BTD, other_BMT))
     assert (after_BQTV != before_BQTV).any(axis=(0, 1, 3)).tolist() == [False, True, False]
 
 
@@ -66,10 +66,10 @@ def test_steps_share_weights_as_the_schedule_says():
     unscheduled = dataclasses.replace(small.TTS.depformer, weights_per_step_schedule=None)
     own = dataclasses.replace(small.TTS, depformer=unscheduled)
     assert len(nnx.eval_shape(lambda: Depformer(own, rngs=nnx.Rngs(0))).inputs) == 4
-    hidden_BTD, target_BKT = clip()
+    hidden_BTD, target_BMT = clip()
     changed = nnx.merge(*nnx.split(model))
     changed.layers[0].gating = nnx.List([*model.layers[0].gating[:2], model.layers[0].gating[0]])
-    moved = np.array(jax.jit(changed.__call__)(hidden_BTD, target_BKT)) != np.array(scores()(hidden_BTD, target_BKT))
+    moved = np.array(jax.jit(changed.__call__)(hidden_BTD, target_BMT)) != np.array(scores()(hidden_BTD, target_BMT))
     assert moved.any(axis=(0, 2, 3))[2:].all()  # the last set serves the third and the fourth codebook
 
 

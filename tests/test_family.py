@@ -1,4 +1,4 @@
-"""Families: each is whole, every model is of one, and what a model cannot do is refused in one sentence."""
+"""Family: each is whole, every model is of one, and what a model cannot do is refused in one sentence."""
 
 import dataclasses
 import inspect

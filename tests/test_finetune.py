@@ -105,14 +105,14 @@ def test_the_loss_of_the_data_falls_and_is_measured_where_it_is_saved(adapted):
 def test_the_validation_loss_is_the_mean_of_the_rows_with_nothing_hidden(adapted, checkpoint, data):
     output, model = adapted
     recordings = read_recordings(data, RATE)
-    codes_NKT = SttRows(model, Mesh(jax.devices(), ("data",)), seconds=1.0, batch_size=2).encode(recordings)
-    assert len(codes_NKT) == 3
+    codes_NMT = SttRows(model, Mesh(jax.devices(), ("data",)), seconds=1.0, batch_size=2).encode(recordings)
+    assert len(codes_NMT) == 3
 
     @jax.jit
-    def loss(params, codes_KT):
-        return stt_loss(nnx.merge(model.lm_def, params), codes_KT[None], jax.random.key(0), SttObjective())[0]
+    def loss(params, codes_MT):
+        return stt_loss(nnx.merge(model.lm_def, params), codes_MT[None], jax.random.key(0), SttObjective())[0]
 
-    losses = [float(loss(model.lm_params, codes_KT)) for codes_KT in codes_NKT]
+    losses = [float(loss(model.lm_params, codes_MT)) for codes_MT in codes_NMT]
     assert metrics(output)[3]["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-5)  # orders of summation
 
 

@@ -1,6 +1,6 @@
 """Fine-tuning text-to-speech in miniature: rows hold what inference feeds, and a model that learnt a row speaks it.
 
-Shape letters: K streams (text first), Q codebooks, T frames, N rows.
+Shape letters: M streams (text first), Q codebooks, T frames, N rows.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ NO_DROPOUT = TtsObjective(unconditional=0.0, random_codes=0.0)
 
 
 def write_recording(folder: Path, name: str, seed: int, **keys: object) -> Path:
-    """Writes a recording of three words and its transcript."""
+    """Write a recording of three words and its transcript."""
     path = folder / f"{name}.wav"
     audio.write(path, 0.3 * np.random.default_rng(seed).normal(size=round(SECONDS * RATE)), RATE)
     spans = [
@@ -107,15 +107,15 @@ def test_a_row_holds_script_codes_and_conditions_as_inference_feeds_them(checkpo
     codes_QT = codec.encode(model, audio.read(path, RATE), codebooks=CODEBOOKS)
     frames = codes_QT.shape[1]
     assert frames == SECONDS * RATE / FRAME
-    codes_KT = row["codes_BKT"]
-    assert codes_KT.shape == (3, 38 + DELAY_STEPS + LAST_DELAY), "room for 3 s, the audio's delay and the codebooks'"
-    assert (codes_KT[1:, :DELAY_STEPS] == -1).all()
-    np.testing.assert_array_equal(codes_KT[1:, DELAY_STEPS : DELAY_STEPS + frames], codes_QT)
-    assert (codes_KT[:, DELAY_STEPS + frames :] == -1).all()
+    codes_MT = row["codes_BMT"]
+    assert codes_MT.shape == (3, 38 + DELAY_STEPS + LAST_DELAY), "room for 3 s, the audio's delay and the codebooks'"
+    assert (codes_MT[1:, :DELAY_STEPS] == -1).all()
+    np.testing.assert_array_equal(codes_MT[1:, DELAY_STEPS : DELAY_STEPS + frames], codes_QT)
+    assert (codes_MT[:, DELAY_STEPS + frames :] == -1).all()
     marks = [[MAIN], [OTHER], [MAIN]]
     tokens = [[*mark, *model.tokenizer.encode(text)] for mark, text in zip(marks, TEXT, strict=True)]
     stream_T = script_stream(tokens, STARTS, maker.machine, frames=DELAY_STEPS + frames, end=0)
-    np.testing.assert_array_equal(codes_KT[0, : DELAY_STEPS + frames], stream_T)
+    np.testing.assert_array_equal(codes_MT[0, : DELAY_STEPS + frames], stream_T)
 
     values, masks, _ = voices.conditions(model.config.lm, [[steps["a"], steps["b"]]], 3.0)
     for found, wanted in ((row["values"], values), (row["masks"], masks)):
@@ -149,12 +149,12 @@ def test_a_row_of_a_model_without_voices_starts_with_another_part_of_the_speaker
     codes = [codec.encode(model, audio.read(path, RATE), codebooks=CODEBOOKS) for path in files]
     prefix = int(1.0 * 12.5)
     for number, other in enumerate((2, 3, 0, 1)):
-        codes_KT, context = rows[number]["codes_BKT"], prefix + DELAY_STEPS
+        codes_MT, context = rows[number]["codes_BMT"], prefix + DELAY_STEPS
         assert rows[number]["context_B"] == context
-        np.testing.assert_array_equal(codes_KT[1:, DELAY_STEPS:context], codes[other][:, :prefix])
-        np.testing.assert_array_equal(codes_KT[1:, context : context + 25], codes[number])
-        assert (codes_KT[0, :prefix] == -1).all(), "the script starts after the prefix"
-        assert (codes_KT[0, prefix : context + 25] >= 0).all()
+        np.testing.assert_array_equal(codes_MT[1:, DELAY_STEPS:context], codes[other][:, :prefix])
+        np.testing.assert_array_equal(codes_MT[1:, context : context + 25], codes[number])
+        assert (codes_MT[0, :prefix] == -1).all(), "the script starts after the prefix"
+        assert (codes_MT[0, prefix : context + 25] >= 0).all()
     with pytest.raises(TrainingError, match=r"x1.wav cannot be trained on: it is all there is of the speaker 'x', and"):
         TtsRows(model, MESH, seconds=SECONDS, batch_size=3).rows(recordings[:2])
 
@@ -174,7 +174,7 @@ def test_a_model_that_has_learnt_a_recording_speaks_it(prefixed, checkpoint, pre
 
     model = dsm_jax.load(tmp_path / "run/model")
     maker = TtsRows(model, MESH, seconds=SECONDS, batch_size=2, guidance=2.0, prefix_seconds=1.0)
-    row = maker.rows(read_recordings(folder, RATE))[0]["codes_BKT"]
+    row = maker.rows(read_recordings(folder, RATE))[0]["codes_BMT"]
     options = SpeechOptions(
         temperature=0.0, guidance=1.0 if prefixed else 2.0, padding_between=0, max_padding=20, final_padding=1
     )

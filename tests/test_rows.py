@@ -51,17 +51,17 @@ def words_of(model, text_T: np.ndarray) -> list[tuple[str, float]]:
 
 def test_a_row_is_what_the_recogniser_hears_and_is_to_say(model, tmp_path):
     said = (("on", 0.3), ("a", 0.9), ("we", 1.5))
-    (row_KT,) = SttRows(model, MESH, seconds=3.0, batch_size=2).encode([recording(tmp_path, "a", 2.0, *said)])
+    (row_MT,) = SttRows(model, MESH, seconds=3.0, batch_size=2).encode([recording(tmp_path, "a", 2.0, *said)])
     # 1 s of silence before, and after it the delay of 0.5 s and a second more.
     pcm = np.concatenate([np.zeros(RATE), audio.read(tmp_path / "a.wav", RATE), np.zeros(RATE * 3 // 2)])
     heard = pcm.size // 16  # whole frames
     expected = codec.encode(model, pcm[: heard * 16].astype(np.float32), codebooks=LM.n_q)
-    assert row_KT.dtype == np.int32
-    assert row_KT.shape == (1 + LM.n_q, (pcm.size + RATE) // 16)
-    np.testing.assert_array_equal(row_KT[1:, :heard], expected)
-    assert (row_KT[0, :heard] >= 0).all(), "silence after the recording is to be learnt too"
-    assert (row_KT[0, heard:] == -1).all()
-    assert words_of(model, row_KT[0]) == [(text, pytest.approx(start, abs=0.021)) for text, start in said]
+    assert row_MT.dtype == np.int32
+    assert row_MT.shape == (1 + LM.n_q, (pcm.size + RATE) // 16)
+    np.testing.assert_array_equal(row_MT[1:, :heard], expected)
+    assert (row_MT[0, :heard] >= 0).all(), "silence after the recording is to be learnt too"
+    assert (row_MT[0, heard:] == -1).all()
+    assert words_of(model, row_MT[0]) == [(text, pytest.approx(start, abs=0.021)) for text, start in said]
 
 
 def test_rows_come_in_order_whatever_is_encoded_together(model, tmp_path):

@@ -1,6 +1,6 @@
 """Every streaming module keeps the contract: any cut, past the window, with rows that idle and are reset.
 
-Shape letters: B batch rows, T time steps, C channels, K streams.
+Shape letters: B batch rows, T time steps, C channels, M streams.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ def test_mimi_streams():
 
 @dataclasses.dataclass
 class HiddenStates:
-    """The language model from tokens [B, T, K]: its own have time last."""
+    """The language model from tokens [B, T, M]: its own have time last."""
 
     lm: DelayedStreamsLM
 

@@ -33,12 +33,12 @@ def network():
 def codes(rows: int = 2) -> jax.Array:
     """Random codes; text of words in silence, unknown at the end of the last row."""
     random = np.random.default_rng(3)
-    codes_BKT = random.integers(0, LM.card, (rows, 1 + LM.n_q, FRAMES)).astype(np.int32)
+    codes_BMT = random.integers(0, LM.card, (rows, 1 + LM.n_q, FRAMES)).astype(np.int32)
     said_BT = random.random((rows, FRAMES)) < 0.3
-    codes_BKT[:, 0] = np.where(said_BT, random.integers(4, LM.text_card, (rows, FRAMES)), 3)
-    codes_BKT[0, 0, :2] = 0
-    codes_BKT[-1, 0, 16:] = -1
-    return jnp.asarray(codes_BKT)
+    codes_BMT[:, 0] = np.where(said_BT, random.integers(4, LM.text_card, (rows, FRAMES)), 3)
+    codes_BMT[0, 0, :2] = 0
+    codes_BMT[-1, 0, 16:] = -1
+    return jnp.asarray(codes_BMT)
 
 
 def shares(objective: SttObjective) -> dict[str, float]:
@@ -52,21 +52,21 @@ def measured(network):
     graph, params = network
     compiled = jax.jit(lambda p, c, k, o: stt_loss(nnx.merge(graph, p), c, k, SttObjective(**o)))
 
-    def measure(codes_BKT: jax.Array, objective: SttObjective = SttObjective(), key: jax.Array = KEY):
-        return compiled(params, codes_BKT, key, shares(objective))
+    def measure(codes_BMT: jax.Array, objective: SttObjective = SttObjective(), key: jax.Array = KEY):
+        return compiled(params, codes_BMT, key, shares(objective))
 
     return measure
 
 
 @jax.jit
-def augmented(codes_BKT: jax.Array, objective: dict[str, float]) -> jax.Array:
-    return augment_codes(codes_BKT, KEY, SttObjective(**objective), card=LM.card, padding=3)
+def augmented(codes_BMT: jax.Array, objective: dict[str, float]) -> jax.Array:
+    return augment_codes(codes_BMT, KEY, SttObjective(**objective), card=LM.card, padding=3)
 
 
-def plainly(logits_BTV: np.ndarray, codes_BKT: jax.Array, padding_weight: float) -> tuple[float, float]:
+def plainly(logits_BTV: np.ndarray, codes_BMT: jax.Array, padding_weight: float) -> tuple[float, float]:
     """The loss, and the share of tokens said that are right, in loops."""
     total, weights, right = 0.0, 0.0, []
-    for row, text_T in enumerate(np.asarray(codes_BKT[:, 0])):
+    for row, text_T in enumerate(np.asarray(codes_BMT[:, 0])):
         for t, token in enumerate(text_T):
             if token == -1 or t + LM.delays[0] >= FRAMES:  # unknown, or said after the end
                 continue

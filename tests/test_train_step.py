@@ -61,7 +61,7 @@ def assert_close(found, wanted, **tolerance):
 
 @pytest.fixture
 def compilations():
-    """Counts programs compiled while a test runs."""
+    """Count programs compiled while a test runs."""
     found = []
 
     def count(event: str, _: float, **__: object) -> None:

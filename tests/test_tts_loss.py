@@ -1,6 +1,6 @@
 """Learning to speak: the losses against plain numpy, what counts in them, and that what is learnt is said.
 
-Shape letters: B batch rows, T frames, K streams (text first), Q codebooks, V vocabulary.
+Shape letters: B batch rows, T frames, M streams (text first), Q codebooks, V vocabulary.
 """
 
 import dataclasses
@@ -58,11 +58,11 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(tokenizer) -> jax.Array:
     """Two rows of text, and of codes behind it."""
-    codes_BKT = np.random.default_rng(3).integers(0, LM.card, (2, 1 + LM.n_q, FRAMES)).astype(np.int32)
-    codes_BKT[:, 0] = text_of(tokenizer)
-    codes_BKT[1, 0, 12:] = 3
-    codes_BKT[:, 1:, :DELAY] = -1
-    return jnp.asarray(codes_BKT)
+    codes_BMT = np.random.default_rng(3).integers(0, LM.card, (2, 1 + LM.n_q, FRAMES)).astype(np.int32)
+    codes_BMT[:, 0] = text_of(tokenizer)
+    codes_BMT[1, 0, 12:] = 3
+    codes_BMT[:, 1:, :DELAY] = -1
+    return jnp.asarray(codes_BMT)
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +71,12 @@ def measured(network):
     graph, params = network
 
     @jax.jit
-    def compiled(params, codes_BKT, unconditional_B, key, shares):
+    def compiled(params, codes_BMT, unconditional_B, key, shares):
         lm = nnx.merge(graph, params)
-        return tts_loss(lm, codes_BKT, told(lm, len(codes_BKT)), unconditional_B, key, TtsObjective(**shares))
+        return tts_loss(lm, codes_BMT, told(lm, len(codes_BMT)), unconditional_B, key, TtsObjective(**shares))
 
-    return lambda codes_BKT, objective=UNDISTURBED, unconditional_B=CONDITIONAL_B, key=KEY: compiled(
-        params, codes_BKT, unconditional_B, key, dataclasses.asdict(objective)
+    return lambda codes_BMT, objective=UNDISTURBED, unconditional_B=CONDITIONAL_B, key=KEY: compiled(
+        params, codes_BMT, unconditional_B, key, dataclasses.asdict(objective)
     )
 
 
@@ -101,15 +101,15 @@ def test_both_losses_are_mean_cross_entropies_where_they_count(network, measured
 
     text_BTV, audio_BQTV = (np.asarray(a, np.float64) for a in scores(params))
     text, audio = [], {True: [], False: []}  # whether it is the first codebook
-    for row, codes_KT in enumerate(np.asarray(rows)):
-        last = np.flatnonzero(codes_KT[0] == 0)[-1]
-        for t, token in enumerate(codes_KT[0]):
+    for row, codes_MT in enumerate(np.asarray(rows)):
+        last = np.flatnonzero(codes_MT[0] == 0)[-1]
+        for t, token in enumerate(codes_MT[0]):
             if token in (0, 3) and t <= last:
                 text.append(np.log(np.exp(text_BTV[row, t]).sum()) - text_BTV[row, t, token])
         for q in range(LM.dep_q):
             for t in range(DELAY, FRAMES - LM.delays[1 + q]):  # what is later is generated after the end
                 logits_V = audio_BQTV[row, q, t]
-                audio[q == 0].append(np.log(np.exp(logits_V).sum()) - logits_V[codes_KT[1 + q, t]])
+                audio[q == 0].append(np.log(np.exp(logits_V).sum()) - logits_V[codes_MT[1 + q, t]])
     for weight, semantic in ((1.0, 7.0), (0.3, 2.0)):
         loss, metrics = measured(rows, dataclasses.replace(UNDISTURBED, text=weight, semantic=semantic))
         expected = {"text": np.mean(text), "semantic": np.mean(audio[True]), "acoustic": np.mean(audio[False])}
@@ -152,10 +152,10 @@ def test_a_prefix_does_not_count_and_is_not_fed_to_unconditional_rows(network, r
     context_B = jnp.array([DELAY + 6, DELAY])
 
     @jax.jit
-    def measure(codes_BKT, unconditional_B):
+    def measure(codes_BMT, unconditional_B):
         lm = nnx.merge(graph, params)
         conditions = told(lm, 2)
-        return tts_loss(lm, codes_BKT, conditions, unconditional_B, KEY, UNDISTURBED, context_B)[1]["acoustic"]
+        return tts_loss(lm, codes_BMT, conditions, unconditional_B, KEY, UNDISTURBED, context_B)[1]["acoustic"]
 
     def changed(where: tuple, unconditional: bool) -> bool:
         other = rows.at[where].set((rows[where] + 1) % LM.card)

@@ -1,4 +1,4 @@
-"""Turns words with times into the text streams that models are trained on.
+"""Turn words with times into the text streams that models are trained on.
 
 For speech-to-text a word is a boundary token and the word's tokens, one in each frame; every other frame is padding.
 The first token stands where `WordReader` reads the start of the word: its start time plus the delay of the text and the
@@ -25,7 +25,7 @@ from dsm_jax.tts.words import WordMachine
 
 
 def tokens_of(word: str, tokenizer: Tokenizer, config: LMConfig) -> list[int]:
-    """Encodes a word.
+    """Encode a word.
 
     Raises:
       TrainingError: the tokenizer cannot spell the word.
@@ -49,7 +49,7 @@ def text_stream(
     frames: int,
     prefixes: Mapping[int, int] | None = None,
 ) -> np.ndarray:
-    """Makes the text stream of a clip, as the first stream of `DelayedStreamsLM.__call__`.
+    """Make the text stream of a clip, as the first stream of `DelayedStreamsLM.__call__`.
 
     Step t is fed the frames before t, so the model predicts at step i + 1 the token that `transcribe` lists for frame
     i. That token's column is i + 1, less the delay that the config gives the text stream itself (0 in the published
@@ -93,7 +93,7 @@ def text_stream(
 def script_stream(
     words: Sequence[Sequence[int]], starts: Sequence[int], machine: WordMachine, *, frames: int, end: int
 ) -> np.ndarray:
-    """Makes the text stream that the word machine feeds for a script whose words start at given steps.
+    """Make the text stream that the word machine feeds for a script whose words start at given steps.
 
     Args:
       words: tokens of each word, at least one.
@@ -132,7 +132,7 @@ def script_stream(
 
 
 def speaker_prefixes(words: Sequence[WordSpan]) -> tuple[dict[int, int], list[str]]:
-    """Finds the speaker tokens ahead of words at which the speaker changes, and the speakers in order of appearance.
+    """Find the speaker tokens ahead of words at which the speaker changes, and the speakers in order of appearance.
 
     Raises:
       TrainingError: more than two speakers.

@@ -1,4 +1,4 @@
-"""Trains codebooks by moving averages: each entry is the mean of the vectors that were rounded to it lately.
+"""Train codebooks by moving averages: each entry is the mean of the vectors that were rounded to it lately.
 
 Shape letters: B batch rows, T frames, N = B * T, D latent width, C codebook width, V codebook entries, Q codebooks of
 a branch.
@@ -47,7 +47,7 @@ class Quantized:
 
 
 def init_averages(branch: ResidualQuantizer, *, fresh: bool) -> Averages:
-    """Makes averages of the branch's entries; or, if `fresh`, averages that vectors of the first batch replace."""
+    """Make averages of the branch's entries; or, if `fresh`, averages that vectors of the first batch replace."""
     entries_QVC = jnp.stack([book.embedding_LC[...] for book in branch.codebooks])
     usage = 0.0 if fresh else 1.0
     return Averages(jnp.full(entries_QVC.shape[:2], usage), usage * entries_QVC)
@@ -62,7 +62,7 @@ def quantize(
     used_B: jax.Array,
     key: jax.Array,
 ) -> Quantized:
-    """Rounds latents as `ResidualQuantizer.encode` does, passes gradients through, and moves the codebooks.
+    """Round latents as `ResidualQuantizer.encode` does, passes gradients through, and move the codebooks.
 
     Args:
       branch: gives the projection and the entries.
@@ -109,7 +109,7 @@ def quantize(
 def _move(
     usage_V: jax.Array, sum_VC: jax.Array, one_hot_NV: jax.Array, x_NC: jax.Array, rule: CodebookRule, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Updates the averages of one codebook, and computes its entries after the update."""
+    """Update the averages of one codebook, and compute its entries after the update."""
     usage_V = rule.decay * usage_V + (1 - rule.decay) * one_hot_NV.sum(0)
     sum_VC = rule.decay * sum_VC + (1 - rule.decay) * (one_hot_NV.T @ x_NC)
     dead_V = usage_V < rule.dead
@@ -121,7 +121,7 @@ def _move(
 
 
 def set_entries(quantizer: SplitQuantizer, semantic_QVC: jax.Array, acoustic_QVC: jax.Array) -> None:
-    """Writes the entries of both branches."""
+    """Write the entries of both branches."""
     for branch, entries_QVC in ((quantizer.semantic, semantic_QVC), (quantizer.acoustic, acoustic_QVC)):
         for book, entries_VC in zip(branch.codebooks, entries_QVC, strict=True):
             book.embedding_LC = nnx.Param(entries_VC)

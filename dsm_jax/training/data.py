@@ -1,4 +1,4 @@
-"""Reads training data: recordings with the words said in each and their times; and draws batches of rows.
+"""Read training data: recordings with the words said in each and their times; and draw batches of rows.
 
 The data is either a JSON Lines file with a line for each recording:
 
@@ -62,7 +62,7 @@ class Recording:
     voices: tuple[tuple[str, str], ...] = ()
 
     def voice_of(self, speaker: str) -> str | None:
-        """Finds the voice of a speaker; None where the data names none."""
+        """Find the voice of a speaker; None where the data names none."""
         voices = dict(self.voices)
         return voices.get(speaker, voices.get(""))
 
@@ -83,7 +83,7 @@ def read_recordings(
     check: Callable[[str], object] | None = None,
     skip_bad: bool = False,
 ) -> list[Recording]:
-    """Reads a manifest or a folder.
+    """Read a manifest or a folder.
 
     Args:
       source: a JSON Lines file, or a folder.
@@ -126,7 +126,7 @@ def _file_entries(source: Path) -> Iterator[_Entry]:
 
 
 def _folder_entries(folder: Path) -> Iterator[_Entry]:
-    """Lists every recording of a folder, and every transcript that has no recording."""
+    """List every recording of a folder, and every transcript that has no recording."""
     recordings = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
     for path in recordings:
         transcript = path.with_suffix(".json")
@@ -179,7 +179,7 @@ def _read_entry(entry: _Entry, source: Path, sample_rate: int, check: Callable[[
 
 
 def _voices(values: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
-    """Yields speakers and their voices; paths become relative to the present folder."""
+    """Yield speakers and their voices; paths become relative to the present folder."""
     voices = values.get("voices", {})
     if "voice" in values:
         voices = {"": values["voice"]}
@@ -226,7 +226,7 @@ def _is_time(value: Any) -> TypeGuard[float]:
 
 
 def batches(rows: Any, *, batch_size: int, seed: int, first_step: int) -> Iterator[Any]:
-    """Draws endless batches of a random-access source, in a new order every epoch, prepared ahead on a thread.
+    """Draw endless batches of a random-access source, in a new order every epoch, prepared ahead on a thread.
 
     Batch n is always the same, so a resumed run continues with the batch after its last one.
 

@@ -1,4 +1,4 @@
-"""Evaluates transcription: word error rate, and errors of word times."""
+"""Evaluate transcription: word error rate, and errors of word times."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -48,7 +48,7 @@ class WerStats:
 
 
 def word_errors(reference: Sequence[WordSpan], transcript: Transcript) -> WerStats:
-    """Counts the errors of one transcript; words are compared by their spelling in lower case."""
+    """Count the errors of one transcript; words are compared by their spelling in lower case."""
     import jiwer
 
     expected, found = [w.text.lower() for w in reference], [w.text.lower() for w in transcript.words]
@@ -65,11 +65,11 @@ def word_errors(reference: Sequence[WordSpan], transcript: Transcript) -> WerSta
 
 
 def total_word_errors(pairs: Iterable[tuple[Sequence[WordSpan], Transcript]]) -> WerStats:
-    """Counts the errors of many transcripts together."""
+    """Count the errors of many transcripts together."""
     return sum((word_errors(reference, transcript) for reference, transcript in pairs), WerStats())
 
 
 def evaluate(model: Model, recordings: Sequence[tuple[np.ndarray, Sequence[WordSpan]]]) -> WerStats:
-    """Transcribes recordings, each samples at the model's rate and its reference words, and counts the errors."""
+    """Transcribe recordings, each samples at the model's rate and its reference words, and count the errors."""
     transcripts = transcribe(model, [pcm_T for pcm_T, _ in recordings], batch_size=16)
     return total_word_errors(zip((reference for _, reference in recordings), transcripts, strict=True))

@@ -1,4 +1,4 @@
-"""Fine-tunes a model on recordings with words, all of it or through low-rank adapters.
+"""Fine-tune a model on recordings with words, all of it or through low-rank adapters.
 
 The family of the model chooses rows and loss: the text stream of speech-to-text models, text and audio streams of
 text-to-speech models. The codec is not trained, and neither are pause heads.
@@ -133,7 +133,7 @@ def _tts_objective(model: Model, config: FinetuneConfig) -> TtsObjective:
 
 
 def _stt_batch_loss(lm: Any, batch: Mapping[str, Any], key: jax.Array, objective: Any) -> tuple[jax.Array, Metrics]:
-    return stt_loss(lm, batch["codes_BKT"], key, objective)
+    return stt_loss(lm, batch["codes_BMT"], key, objective)
 
 
 TASKS: Mapping[str, _Task] = {
@@ -143,7 +143,7 @@ TASKS: Mapping[str, _Task] = {
 
 
 def finetune(config: FinetuneConfig, *, resume: bool = False, mesh: Mesh | None = None) -> Model:
-    """Fine-tunes a model and writes it, in Kyutai's layout and float32, to `model` in the run's folder.
+    """Fine-tune a model and write it, in Kyutai's layout and float32, to `model` in the run's folder.
 
     Args:
       config: of the run.
@@ -189,7 +189,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, mesh: Mesh | None 
 
 
 def _voices_to_write(model: Model, config: FinetuneConfig) -> dict[str, np.ndarray] | None:
-    """Reads the model's own voices and that of the config, which stand beside the fine-tuned model."""
+    """Read the model's own voices and that of the config, which stand beside the fine-tuned model."""
     if model.config.lm is None or not has_speakers(model.config.lm):
         return None
     names: dict[str, Voice] = dict(voices_of(model))
@@ -199,7 +199,7 @@ def _voices_to_write(model: Model, config: FinetuneConfig) -> dict[str, np.ndarr
 
 
 def write_model(model: Model, folder: Path, voices: Mapping[str, np.ndarray] | None = None) -> None:
-    """Writes a model in Kyutai's layout, in the dtypes that it has, whole or not at all.
+    """Write a model in Kyutai's layout, in the dtypes that it has, whole or not at all.
 
     Args:
       model: a language model with its codec and tokenizer.
@@ -236,7 +236,7 @@ def _task_of(model: Model) -> _Task:
 def _read_data(
     rows: SttRows | TtsRows, trained: "_Trained", config: FinetuneConfig, mesh: Mesh, first_step: int
 ) -> tuple[Iterator[Any], Callable[[TrainState], dict[str, float]] | None]:
-    """Makes batches on their devices, and the measure of validation data; checks all data before encoding any."""
+    """Make batches on their devices, and the measure of validation data; check all data before encoding any."""
 
     def read(source: str) -> list[Recording]:
         return read_recordings(Path(source), rows.model.sample_rate, check=rows.check, skip_bad=config.skip_bad)
@@ -273,13 +273,13 @@ class _Trained:
         self.measure = jax.jit(self._row_losses)
 
     def split(self, params: Any) -> tuple[Any, Any]:
-        """Splits parameters into trained and frozen ones: new adapters and the model, or the model and ()."""
+        """Split parameters into trained and frozen ones: new adapters and the model, or the model and ()."""
         if self.adapters is None:
             return params, ()
         return lora.init(params, self.adapters, jax.random.PRNGKey(self._seed)), params
 
     def merged(self, params: Any, frozen: Any) -> nnx.State:
-        """Merges adapters into the language model's parameters, where there are any."""
+        """Merge adapters into the language model's parameters, where there are any."""
         return params if self.adapters is None else lora.merge(frozen, params, self.adapters)
 
     def _network(self, params: Any, frozen: Any) -> Any:
@@ -291,12 +291,12 @@ class _Trained:
     def loss(
         self, params: Any, frozen: Any, aux: Any, batch: Any, key: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        """Computes the loss of a batch, for `make_step`."""
+        """Compute the loss of a batch, for `make_step`."""
         value, metrics = self._loss(self._network(params, frozen), batch, key, self._objective)
         return value, (aux, metrics)
 
     def _row_losses(self, params: Any, frozen: Any, batch: Any) -> jax.Array:
-        """Computes the loss of each row [B] without dropouts."""
+        """Compute the loss of each row [B] without dropouts."""
         network, key = self._network(params, frozen), jax.random.PRNGKey(0)
         objective = self._objective.without_dropout()
 
@@ -319,7 +319,7 @@ def _check_output(run: Run, resume: bool) -> None:
 
 
 def _mesh(config: FinetuneConfig, mesh: Mesh | None) -> Mesh:
-    """Returns the mesh as it was given, or one axis of devices that can share a batch's part equally."""
+    """Return the mesh as it was given, or one axis of devices that can share a batch's part equally."""
     rows = config.batch_size // config.accumulate
     if mesh is None:
         return Mesh(jax.devices()[: math.gcd(rows, jax.device_count())], ("data",))

@@ -1,4 +1,4 @@
-"""Runs a training in a folder: steps, progress, metrics, checkpoints, and a picture of the loss at the end.
+"""Run a training in a folder: steps, progress, metrics, checkpoints, and a picture of the loss at the end.
 
 A run's folder holds `metrics.jsonl` (one object per logged step), `checkpoints/` (Orbax, the last few) and `curve.png`.
 """
@@ -65,7 +65,7 @@ class Run:
             raise TrainingError(f"{folder} cannot be made ({error.strerror}); choose another folder") from None
 
     def latest(self) -> int | None:
-        """Finds the step of the last checkpoint; None where there is none."""
+        """Find the step of the last checkpoint; None where there is none."""
         return max(self._saved(), default=None)
 
     def _saved(self) -> list[int]:
@@ -73,7 +73,7 @@ class Run:
         return sorted(int(p.name) for p in self._checkpoints.glob("*") if p.name.isdecimal())
 
     def save(self, state: TrainState) -> None:
-        """Writes a checkpoint of all but the frozen parameters, whole or not at all, then removes the oldest ones.
+        """Write a checkpoint of all but the frozen parameters, whole or not at all, then remove the oldest ones.
 
         Raises:
           TrainingError: the checkpoint cannot be written, or exists; earlier checkpoints are still there.
@@ -112,7 +112,7 @@ class Run:
         return f"the last one is of step {saved}" if saved is not None else "there is none before it"
 
     def restore(self, like: TrainState) -> TrainState:
-        """Reads the last checkpoint.
+        """Read the last checkpoint.
 
         Args:
           like: a state of the same run: gives the structure and placement of arrays, and the frozen parameters.
@@ -158,7 +158,7 @@ class Run:
         *,
         evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     ) -> TrainState:
-        """Trains to the last step.
+        """Train to the last step.
 
         Args:
           step: from `make_step`.
@@ -230,7 +230,7 @@ class Run:
         return {"step": number} | {name: float(np.mean([one[name] for one in values])) for name in names}
 
     def _read_records(self, step: int) -> list[Record]:
-        """Reads the records up to a step, and removes later ones from the file."""
+        """Read the records up to a step, and remove later ones from the file."""
         records = []
         for line in self._metrics.read_text(encoding="utf-8").splitlines() if self._metrics.exists() else ():
             with contextlib.suppress(json.JSONDecodeError):  # a line that a full disk cut off
@@ -261,7 +261,7 @@ def fit(
     frozen: Any = (),
     aux: Any = (),
 ) -> TrainState:
-    """Trains parameters on rows to the last step of a run, and measures them at each checkpoint.
+    """Train parameters on rows to the last step of a run, and measure them at each checkpoint.
 
     Args:
       run: where the training is saved.
@@ -296,7 +296,7 @@ def fit(
 
 
 def _faults(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Lists the differences between the arrays of a checkpoint and those of the state that it is read into."""
+    """List the differences between the arrays of a checkpoint and those of the state that it is read into."""
     found, expected = (
         {name: f"{np.dtype(a.dtype).name} {list(a.shape)}" for name, a in arrays.items()} for arrays in (saved, wanted)
     )
@@ -319,7 +319,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
-    """Keeps Orbax from logging the traceback of each of its threads; the error itself is still raised."""
+    """Keep Orbax from logging the traceback of each of its threads; the error itself is still raised."""
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.CRITICAL + 1)
@@ -331,7 +331,7 @@ def _without_log() -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress_bar(name: str, steps: int, first: int) -> Iterator[Callable[[dict[str, float]], None]]:
-    """Shows the progress of a run on standard error: a bar on a terminal, elsewhere a line per record.
+    """Show the progress of a run on standard error: a bar on a terminal, elsewhere a line per record.
 
     Args:
       name: of the run.
@@ -360,7 +360,7 @@ def progress_bar(name: str, steps: int, first: int) -> Iterator[Callable[[dict[s
 
 
 def draw_curve(records: Sequence[Record], path: Path) -> None:
-    """Draws the loss, and any metrics whose names begin with "validation", over steps, in a file of a few kB.
+    """Draw the loss, and any metrics whose names begin with "validation", over steps, in a file of a few kB.
 
     Args:
       records: in the order of their steps; None is left out.

@@ -1,4 +1,4 @@
-"""Turns recordings with words into the rows that speech-to-text and text-to-speech models are trained on.
+"""Turn recordings with words into the rows that speech-to-text and text-to-speech models are trained on.
 
 A row holds what inference feeds and generates for a recording. A long recording is cut between words, and each part is
 a row of its own. The codec encodes everything once.
@@ -8,7 +8,7 @@ recording, and silence until the last of its text. For text-to-speech a row has 
 recording's codes behind it by the model's audio delay; a model without speaker conditioning is first fed a prefix, the
 beginning of another part by the same speaker.
 
-Shape letters: B rows that are encoded together, N rows, K streams (text first), Q audio streams, T samples or frames,
+Shape letters: B rows that are encoded together, N rows, M streams (text first), Q audio streams, T samples or frames,
 C audio channels, P frames of a prefix.
 """
 
@@ -41,7 +41,7 @@ LONGEST_WORD_S = 2
 
 
 def encoder(mimi_def: nnx.GraphDef, codebooks: int) -> Callable[[nnx.State, jax.Array], jax.Array]:
-    """Compiles a codec's encoding of whole clips: parameters and samples [B, T, C] to codes [B, Q, frames]."""
+    """Compile a codec's encoding of whole clips: parameters and samples [B, T, C] to codes [B, Q, frames]."""
     encode = compiled(_encode, (mimi_def,), codebooks)
     return lambda params, pcm_BTC: encode((params,), pcm_BTC)
 
@@ -51,7 +51,7 @@ def _encode(mimi: Mimi, pcm_BTC: jax.Array, codebooks: int) -> jax.Array:
 
 
 def cut(words: Sequence[WordSpan], samples: int, sample_rate: int, longest: int) -> list[int]:
-    """Cuts a recording into parts of at most `longest` samples: between words, unless the words overlap.
+    """Cut a recording into parts of at most `longest` samples: between words, unless the words overlap.
 
     Args:
       words: in the order of their starts. A word is taken to end two seconds after its start at the latest, as the
@@ -80,7 +80,7 @@ def cut(words: Sequence[WordSpan], samples: int, sample_rate: int, longest: int)
 
 
 def parts_of(recording: Recording, sample_rate: int, longest: int) -> Iterator[tuple[np.ndarray, list[WordSpan]]]:
-    """Cuts a recording into parts of at most `longest` samples; yields the samples and the words of each.
+    """Cut a recording into parts of at most `longest` samples; yield the samples and the words of each.
 
     Raises:
       AudioError: the recording cannot be read.
@@ -100,7 +100,7 @@ def parts_of(recording: Recording, sample_rate: int, longest: int) -> Iterator[t
 
 
 def rows_place(mesh: Mesh) -> NamedSharding:
-    """Returns the place of arrays whose rows are spread over the mesh axis "data", where the mesh has it."""
+    """Return the place of arrays whose rows are spread over the mesh axis "data", where the mesh has it."""
     return NamedSharding(mesh, PartitionSpec("data" if "data" in mesh.axis_names else None))
 
 
@@ -113,7 +113,7 @@ class _Codec:
         self._params, self._encode = model.mimi_params, encoder(model.mimi_def, codebooks)
 
     def encode(self, clips: Iterable[np.ndarray], length: int) -> np.ndarray:
-        """Encodes clips of at most `length` samples: codes [N, Q, T]."""
+        """Encode clips of at most `length` samples: codes [N, Q, T]."""
         clips, codes, count = iter(clips), [], 0
         while batch := list(itertools.islice(clips, self.batch_size)):
             count += len(batch)
@@ -162,13 +162,13 @@ class SttRows:
         tokens_of(word, self.tokenizer, self.lm)
 
     def encode(self, recordings: Sequence[Recording]) -> np.ndarray:
-        """Makes the rows of recordings, in order.
+        """Make the rows of recordings, in order.
 
         Args:
           recordings: at least one.
 
         Returns:
-          int32 [N, K, T] for `DelayedStreamsLM.__call__`. All rows have the length of the longest possible part; text
+          int32 [N, M, T] for `DelayedStreamsLM.__call__`. All rows have the length of the longest possible part; text
           after the end of a part is -1, which `stt_loss` leaves out.
 
         Raises:
@@ -192,8 +192,8 @@ class SttRows:
         return np.concatenate([np.stack(texts)[:, None], codes_NQT], axis=1)
 
     def rows(self, recordings: Sequence[Recording]) -> list[dict[str, Any]]:
-        """Makes the rows of recordings as `batches` and the loss take them: `codes_BKT` without the batch axis."""
-        return [{"codes_BKT": codes_KT} for codes_KT in self.encode(recordings)]
+        """Make the rows of recordings as `batches` and the loss take them: `codes_BMT` without the batch axis."""
+        return [{"codes_BMT": codes_MT} for codes_MT in self.encode(recordings)]
 
     def _framed(self, pcm_T: np.ndarray) -> FrameBuffer:
         buffer = FrameBuffer(self.model.config)
@@ -271,7 +271,7 @@ class TtsRows:
         self._tokens_of(word)
 
     def rows(self, recordings: Sequence[Recording]) -> list[dict[str, Any]]:
-        """Makes the rows of recordings, in order, as `batches` and `losses.tts.tts_batch_loss` take them.
+        """Make the rows of recordings, in order, as `batches` and `losses.tts.tts_batch_loss` take them.
 
         Args:
           recordings: at least one.
@@ -300,7 +300,7 @@ class TtsRows:
             try:
                 prefix_QT = self._prefix(number, parts, codes_NQT)
                 row: dict[str, Any] = {
-                    "codes_BKT": self._streams(part.words, prefix_QT, codes_NQT[number, :, : part.frames])
+                    "codes_BMT": self._streams(part.words, prefix_QT, codes_NQT[number, :, : part.frames])
                 }
                 if self.lm.conditioners:
                     row["values"], row["masks"] = self._conditions(part, number)
@@ -312,7 +312,7 @@ class TtsRows:
         return rows
 
     def _tokens_of(self, word: str) -> list[list[int]]:
-        """Encodes what stands for one word in the data, which the model may read as several."""
+        """Encode what stands for one word in the data, which the model may read as several."""
         try:
             entries = entries_of([word], self.tokenizer, frame_rate=self.frame_rate, multi_speaker=False)
         except SpeechError:
@@ -323,7 +323,7 @@ class TtsRows:
         return [list(entry.tokens) for entry in entries if entry.tokens]
 
     def _streams(self, words: Sequence[WordSpan], prefix_QT: np.ndarray, codes_QT: np.ndarray) -> np.ndarray:
-        """Makes the streams [K, T] of a row, prefix first; all rows have the length of the longest possible one."""
+        """Make the streams [M, T] of a row, prefix first; all rows have the length of the longest possible one."""
         prefix, frames = prefix_QT.shape[1], codes_QT.shape[1]
         tokens, starts = [], []
         speakers = speaker_prefixes(words)[0] if self.has_speakers else {}
@@ -335,16 +335,16 @@ class TtsRows:
                 mark = []
         end = round(words[-1].end * self.frame_rate) if words else 0
         length = self.prefix_frames + self.frames + self.delay + max(self.lm.delays)
-        codes_KT = np.full((1 + self.lm.n_q, length), ZERO_TOKEN, np.int32)
+        codes_MT = np.full((1 + self.lm.n_q, length), ZERO_TOKEN, np.int32)
         spoken = slice(prefix, prefix + frames + self.delay)
-        codes_KT[0, spoken] = script_stream(tokens, starts, self.machine, frames=frames + self.delay, end=end)
+        codes_MT[0, spoken] = script_stream(tokens, starts, self.machine, frames=frames + self.delay, end=end)
         audio_QT = np.full((self.lm.dep_q, length), ZERO_TOKEN, np.int32)
         audio_QT[:, : prefix + frames] = np.concatenate([prefix_QT, codes_QT], axis=1)
-        codes_KT[1 : 1 + self.lm.dep_q] = behind_text(audio_QT, self.delay)
-        return codes_KT
+        codes_MT[1 : 1 + self.lm.dep_q] = behind_text(audio_QT, self.delay)
+        return codes_MT
 
     def _prefix(self, number: int, parts: Sequence["_Part"], codes_NQT: np.ndarray) -> np.ndarray:
-        """Takes the codes [Q, P] of another part by the same speaker, the next one in the data."""
+        """Take the codes [Q, P] of another part by the same speaker, the next one in the data."""
         if self.has_speakers:
             return codes_NQT[number, :, :0]
         speaker = parts[number].speaker
@@ -359,7 +359,7 @@ class TtsRows:
         )
 
     def _voice(self, recording: Recording, speaker: str) -> np.ndarray:
-        """Reads the voice [X, C] of a speaker in a recording; all voices must have one length."""
+        """Read the voice [X, C] of a speaker in a recording; all voices must have one length."""
         voice = recording.voice_of(speaker) or self.voice
         if voice is None:
             raise TrainingError(
@@ -373,7 +373,7 @@ class TtsRows:
         return self.steps[voice]
 
     def _conditions(self, part: "_Part", number: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Makes the conditioner values and masks of a row, as inference gives them."""
+        """Make the conditioner values and masks of a row, as inference gives them."""
         speakers = speaker_prefixes(part.words)[1] or [""]
         steps = [self._voice(part.recording, speaker) for speaker in speakers] if self.has_speakers else []
         known, guidance = voices.guidance_values(self.lm), self.guidance
@@ -384,5 +384,5 @@ class TtsRows:
 
 
 def pad_to(array: np.ndarray, length: int) -> np.ndarray:
-    """Appends zeros to an array until its first axis has `length` entries."""
+    """Append zeros to an array until its first axis has `length` entries."""
     return np.pad(array, [(0, length - len(array)), *[(0, 0)] * (array.ndim - 1)])

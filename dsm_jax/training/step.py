@@ -1,4 +1,4 @@
-"""Computes the pure train step: gradients, accumulated over parts of a batch, and one update.
+"""Compute the pure train step: gradients, accumulated over parts of a batch, and one update.
 
 The step runs wherever its arrays are. For data parallelism, place the state on every device of a mesh and the rows of
 each batch on one of them each: `jax.device_put` with `NamedSharding` of `PartitionSpec()` and of the mesh's axis.
@@ -55,7 +55,7 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def build(self, steps: int) -> optax.GradientTransformation:
-        """Builds the transformation for a run of `steps` steps."""
+        """Build the transformation for a run of `steps` steps."""
         warmup = min(self.warmup, steps // 2)
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, warmup, max(steps, warmup + 1), self.learning_rate / 50
@@ -67,7 +67,7 @@ class OptimizerConfig:
 
 
 def norm(tree: Any) -> jax.Array:
-    """Computes the norm of all values of a tree.
+    """Compute the norm of all values of a tree.
 
     The order in which squares are added up follows an array's axes. Weights of several axes are therefore taken as the
     matrices that they are, so that the axes of a parameter do not decide the last bit of what is learnt.
@@ -83,7 +83,7 @@ def norm(tree: Any) -> jax.Array:
 
 
 def clip_by_norm(largest: float) -> optax.GradientTransformation:
-    """Scales updates down to a norm of `largest`, as `optax.clip_by_global_norm` does, by the norm of this module."""
+    """Scale updates down to a norm of `largest`, as `optax.clip_by_global_norm` does, by the norm of this module."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         size = norm(updates)
@@ -97,7 +97,7 @@ def clip_by_norm(largest: float) -> optax.GradientTransformation:
 def init(
     params: Any, optimizer: optax.GradientTransformation, seed: int, *, frozen: Any = (), aux: Any = ()
 ) -> TrainState:
-    """Makes the state before the first step; the state takes over the arrays given here.
+    """Make the state before the first step; the state takes over the arrays given here.
 
     Args:
       params: parameters to train; floating-point ones become float32.
@@ -127,7 +127,7 @@ def make_step(
     compute_dtype: Any = None,
     place: Callable[[TrainState], TrainState] | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """Makes a jitted step; the step donates its state.
+    """Make a jitted step; the step donates its state.
 
     A batch whose loss or gradient is not finite changes nothing but the step number, and is reported: `finite` is 0.
 

@@ -1,4 +1,4 @@
-"""Trains the codec of `digits` in stages.
+"""Train the codec of `digits` in stages.
 
 Shape letters: B batch rows.
 """
@@ -99,7 +99,7 @@ def train_codec(
     resume: bool,
     fresh: bool,
 ) -> codec.CodecTrainee:
-    """Trains the codec for one stage; if `fresh`, codebooks start at vectors of the first batch."""
+    """Train the codec for one stage; if `fresh`, codebooks start at vectors of the first batch."""
     graph, params, aux = codec.split(trainee, fresh=fresh)
     held_out = first_rows(validation, VALIDATION_ROWS)
 
@@ -118,7 +118,7 @@ def train_codec(
 def train_decoder(
     stage: CodecStage, run: Run, mimi: Mimi, rows: CodecDataset, validation: CodecDataset, *, seed: int, resume: bool
 ) -> Mimi:
-    """Trains the decoder alone; the codes of the codec do not change."""
+    """Train the decoder alone; the codes of the codec do not change."""
     graph, decoder, rest = nnx.split(mimi, codec.is_decoder, ...)
     held_out = first_rows(validation, VALIDATION_ROWS)
 
@@ -135,6 +135,6 @@ def train_decoder(
 
 
 def first_rows(rows: CodecDataset, count: int) -> dict[str, Any]:
-    """Stacks the first rows of a dataset to one batch."""
+    """Stack the first rows of a dataset to one batch."""
     drawn = [rows[i] for i in range(count)]
     return {name: np.stack([row[name] for row in drawn]) for name in drawn[0]}

@@ -1,4 +1,4 @@
-"""Reads the recordings of the recipes and draws training rows from them.
+"""Read the recordings of the recipes and draw training rows from them.
 
 Recordings: the Free Spoken Digit Dataset (six speakers, single digits, 8 kHz), and read sentences, from which the codec
 learns speech other than digits.
@@ -52,7 +52,7 @@ MIMI = MimiConfig(
 
 
 def load_clips(folder: Path, numbers: Sequence[int]) -> list[Clip]:
-    """Loads the clips with these numbers, from files named DIGIT_SPEAKER_NUMBER.flac.
+    """Load the clips with these numbers, from files named DIGIT_SPEAKER_NUMBER.flac.
 
     Raises:
       AudioError: there are none, or one cannot be read.
@@ -85,7 +85,7 @@ class Sentence:
 
 
 def load_sentences(folder: Path, sample_rate: int, *, held_out: bool) -> list[Sentence]:
-    """Loads the held-out sentences, or all others, of a folder with a `transcripts.tsv` (file, seconds, text)."""
+    """Load the held-out sentences, or all others, of a folder with a `transcripts.tsv` (file, seconds, text)."""
     with (folder / "transcripts.tsv").open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     chosen = [line for i, line in enumerate(lines) if (i % HELD_OUT_SENTENCES == 0) == held_out]
@@ -127,7 +127,7 @@ class DataMix:
 def digits_row(
     random: np.random.Generator, clips: Sequence[Clip], mix: DataMix, *, frames: int, config: MimiConfig = MIMI
 ) -> tuple[np.ndarray, list[WordSpan]]:
-    """Draws an augmented utterance: samples [frames * frame size] at the codec's rate, and its words."""
+    """Draw an augmented utterance: samples [frames * frame size] at the codec's rate, and its words."""
     seconds = frames / config.frame_rate
     words = None if random.random() >= mix.short else int(random.integers(0, 6))
     pcm_T, spans = concat_words(random, clips, CLIP_RATE, seconds=seconds, words=words, prosody=mix.prosody)
@@ -136,7 +136,7 @@ def digits_row(
 
 
 def noise_row(random: np.random.Generator, *, frames: int, config: MimiConfig = MIMI) -> np.ndarray:
-    """Draws background noise of any level; sometimes silence."""
+    """Draw background noise of any level; sometimes silence."""
     samples = frames * config.frame_size
     if random.random() < 0.15:
         return np.zeros(samples, np.float32)
@@ -148,7 +148,7 @@ def noise_row(random: np.random.Generator, *, frames: int, config: MimiConfig = 
 def sentence_row(
     random: np.random.Generator, sentences: Sequence[Sentence], mix: DataMix, *, frames: int, config: MimiConfig = MIMI
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a part of augmented sentences, and its labels: speech, silence, or -1 where a sentence has digits."""
+    """Draw a part of augmented sentences, and its labels: speech, silence, or -1 where a sentence has digits."""
     samples = frames * config.frame_size
     pcm_T, known = np.zeros(0, np.float32), True
     while len(pcm_T) < samples:
@@ -194,7 +194,7 @@ class CodecDataset(_Dataset):
     """Draws rows for the codec."""
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Draws one row: `pcm_BT` and `labels_BN` without their batch axis."""
+        """Draw one row: `pcm_BT` and `labels_BN` without their batch axis."""
         random = self._random(index)
         kind = random.random()
         if kind < self.mix.sentences:
@@ -211,7 +211,7 @@ class SttDataset(_Dataset):
     """Draws rows for the language model of `digits`."""
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, list[WordSpan]]:
-        """Draws samples [frames * frame size] at the codec's rate, and their digits."""
+        """Draw samples [frames * frame size] at the codec's rate, and their digits."""
         random = self._random(index)
         kind = random.random()
         if kind < self.mix.sentences:
@@ -223,7 +223,7 @@ class SttDataset(_Dataset):
 
 
 def plain_utterances(clips: Sequence[Clip], count: int, *, seed: int = 0) -> list[tuple[np.ndarray, list[WordSpan]]]:
-    """Makes utterances of 3 to 9 digits as recorded, for evaluation: samples at the codec's rate, and words."""
+    """Make utterances of 3 to 9 digits as recorded, for evaluation: samples at the codec's rate, and words."""
     prosody, utterances = ProsodyConfig(lead=0.5, shortest_gap=0.05, longest_gap=0.5), []
     for i in range(count):
         random = np.random.default_rng((seed, 4, i))

@@ -1,4 +1,4 @@
-"""Encodes utterances as codes, and trains a language model on them from scratch.
+"""Encode utterances as codes, and trains a language model on them from scratch.
 
 Shape letters: B rows that are encoded together, N rows, Q codebooks, T frames.
 """
@@ -51,7 +51,7 @@ class LmStage:
 
 
 def encode_utterances(mimi: Mimi, rows: Any, count: int) -> tuple[np.ndarray, list[list[WordSpan]]]:
-    """Encodes the first `count` rows, each samples and words: codes, int16 [count, Q, T], and words."""
+    """Encode the first `count` rows, each samples and words: codes, int16 [count, Q, T], and words."""
     graph, params = nnx.split(mimi)
     encode = encoder(graph, mimi.config.quantizer.n_q)
 
@@ -97,7 +97,7 @@ def train_lm(
     seed: int,
     resume: bool,
 ) -> DelayedStreamsLM:
-    """Trains a language model from scratch.
+    """Train a language model from scratch.
 
     Args:
       stage: settings of the training.

@@ -1,4 +1,4 @@
-"""Trains the embedded model `digits`: its codec in stages, then a language model on the codec's codes.
+"""Train the embedded model `digits`: its codec in stages, then a language model on the codec's codes.
 
 `train_digits` can be stopped at any time and resumed: each stage is a run of its own.
 """
@@ -95,7 +95,7 @@ class DigitsConfig:
 
 
 def lm_config(quantizer: QuantizerConfig, text_card: int, context: int) -> LMConfig:
-    """Makes the config of the language model: the published topology, small."""
+    """Make the config of the language model: the published topology, small."""
     return LMConfig(
         card=quantizer.bins,
         n_q=quantizer.n_q,
@@ -111,7 +111,7 @@ def lm_config(quantizer: QuantizerConfig, text_card: int, context: int) -> LMCon
 
 
 def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.Model:
-    """Trains both networks and writes the model, in Kyutai's layout, to `output/digits`.
+    """Train both networks and write the model, in Kyutai's layout, to `output/digits`.
 
     Args:
       config: of the recipe.
@@ -174,10 +174,10 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
         rows = SttDataset(clips, sentences, config.lm.frames, (seed, draw), config.lm.mix, sizes)
         codes_NQT, spans = encode_utterances(mimi, rows, count)
         texts = [text_stream(words, tokenizer, lm, timing, frames=config.lm.frames) for words in spans]
-        return {"codes_BKT": np.concatenate([np.stack(texts).astype(np.int16)[:, None], codes_NQT], axis=1)}
+        return {"codes_BMT": np.concatenate([np.stack(texts).astype(np.int16)[:, None], codes_NQT], axis=1)}
 
     def loss(objective: SttObjective) -> LmLoss:
-        return lambda lm, batch, key: stt_loss(lm, batch["codes_BKT"], key, objective)
+        return lambda lm, batch, key: stt_loss(lm, batch["codes_BMT"], key, objective)
 
     trained = train_lm(
         config.lm,

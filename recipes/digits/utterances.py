@@ -1,4 +1,4 @@
-"""Concatenates recordings of single words into utterances, with the times of each word."""
+"""Concatenate recordings of single words into utterances, with the times of each word."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def concat_words(
     words: int | None = None,
     prosody: ProsodyConfig = ProsodyConfig(),
 ) -> tuple[np.ndarray, list[WordSpan]]:
-    """Makes an utterance by one speaker, or two who take turns, between silences.
+    """Make an utterance by one speaker, or two who take turns, between silences.
 
     Args:
       random: source of randomness.
@@ -100,7 +100,7 @@ def _of_one_speaker(random: np.random.Generator, clips: Sequence[Clip]) -> list[
 
 
 def _truncate(random: np.random.Generator, clip: Clip, most: float, sample_rate: int) -> Clip:
-    """Removes the silence around a word, and up to `most` seconds of the word at either end."""
+    """Remove the silence around a word, and up to `most` seconds of the word at either end."""
     lost = random.random(2) ** 2 * min(most, (clip.end - clip.start) / 4)
     first, last = round((clip.start + lost[0]) * sample_rate), round((clip.end - lost[1]) * sample_rate)
     pcm_T = clip.pcm_T[first:last]
@@ -110,7 +110,7 @@ def _truncate(random: np.random.Generator, clip: Clip, most: float, sample_rate:
 def frame_labels(
     words: Sequence[WordSpan], vocabulary: Sequence[str], *, frames: int, frame_rate: float, parts: int
 ) -> np.ndarray:
-    """Labels each frame, int32 [frames], with the part of the word that is spoken at its middle; 0 is silence.
+    """Label each frame, int32 [frames], with the part of the word that is spoken at its middle; 0 is silence.
 
     The word at place w of the vocabulary has the labels 1 + w * parts to (w + 1) * parts, from its first part to its
     last.

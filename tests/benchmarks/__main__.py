@@ -1,4 +1,4 @@
-"""Times the library against the reference packages, in one go on this machine: `python -m tests.benchmarks`.
+"""Time the library against the reference packages, in one go on this machine: `python -m tests.benchmarks`.
 
 Each measurement runs in a process of its own, and contenders take turns, so that whatever else slows the machine down
 slows all of them. That is not enough for torch, whose threads wait for each other at every operation: each row says how
@@ -33,7 +33,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def run_worker(command: Sequence[str], threads: int, timeout_s: float) -> rows.Row:
-    """Runs a module: what its last line says, in JSON, and the cores that others used meanwhile, or an "error"."""
+    """Run a module: what its last line says, in JSON, and the cores that others used meanwhile, or an "error"."""
     before = time.monotonic(), others_seconds()
     try:
         done = subprocess.run(
@@ -96,7 +96,7 @@ def checkpoints_needed(tasks: Sequence[str], contenders: Sequence[str]) -> bool:
 
 
 def main() -> None:
-    """Runs from the command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--contender", nargs="+", choices=PACKAGES, default=list(PACKAGES))

@@ -1,4 +1,4 @@
-"""Makes the checkpoint that every contender runs, once, with random weights: `python -m tests.benchmarks.checkpoints`.
+"""Make the checkpoint that every contender runs, once, with random weights: `python -m tests.benchmarks.checkpoints`.
 
 A folder holds `kyutai` (one speech-to-text checkpoint in Kyutai's layout, the language model in bfloat16 as published;
 every contender computes in float32), `transformers` and `transformers_mimi` (the same weights in transformers' layout)
@@ -17,7 +17,7 @@ DONE = "done"  # written last: a folder without it was interrupted
 
 
 def make(folder: Path, tiny: bool) -> None:
-    """Writes what is missing in `folder`; the full size takes minutes, 9 GB of disk and some 15 GB of memory."""
+    """Write what is missing in `folder`; the full size takes minutes, 9 GB of disk and some 15 GB of memory."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / DONE).exists():
         return

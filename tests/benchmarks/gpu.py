@@ -1,4 +1,4 @@
-"""Times a frame of speech to text on one GPU, ours and moshi's, in one go: `python -m tests.benchmarks.gpu --out FILE`.
+"""Time a frame of speech to text on one GPU, ours and moshi's, in one go: `python -m tests.benchmarks.gpu --out FILE`.
 
 Parts run in order of importance, each in a process of its own with the GPU to itself, until the time is up; what has
 been measured by then is in the file. `--part` picks some, as in `--part largest-1b largest-2.6b`.
@@ -38,7 +38,7 @@ _LEAST_S = 20  # with less time left than this nothing is started
 
 
 def largest(attempt: Attempt, start: int, finest: int) -> Iterator[Row]:
-    """Looks for the largest number of streams that the device holds: doubles until one fails, then halves the gap.
+    """Look for the largest number of streams that the device holds: doubles until one fails, then halves the gap.
 
     Args:
         attempt: measures; a row with "error" is a failure.
@@ -112,7 +112,7 @@ class Run:
         return ["--steps", str(self.args.steps), "--device", self.args.device, *(["--tiny"] if self.args.tiny else [])]
 
     def part(self, part: str, batches: Sequence[int]) -> None:
-        """Runs one of `PARTS` and emits its rows."""
+        """Run one of `PARTS` and emit its rows."""
         what, _, size = part.partition("-")
         if what == "moshi" and (why_not := missing("moshi")):
             self.emit({"part": part, "error": why_not})
@@ -139,7 +139,7 @@ def environment(outer: Mapping[str, str]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Runs from the command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu", description=__doc__)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))

@@ -27,7 +27,7 @@ _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")
 
 
 def emit(row: dict[str, Any]) -> None:
-    """Prints a row at once."""
+    """Print a row at once."""
     print(json.dumps(row), flush=True)
 
 
@@ -48,7 +48,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def each_batch(head: dict[str, Any], batches: Sequence[int], run: Callable[[int], dict[str, Any]]) -> None:
-    """Emits a row per batch size, and stops at the first that does not fit."""
+    """Emit a row per batch size, and stop at the first that does not fit."""
     for batch in batches:
         try:
             emit(head | {"batch": batch} | run(batch))
@@ -245,7 +245,7 @@ def _tiny_config() -> Any:
 
 
 def main() -> None:
-    """Runs from the command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     what = {"ours": ours, "moshi": moshi, "check": check}
     parser.add_argument("what", choices=what)

@@ -4,7 +4,7 @@
 delays around it. `MimiModel.forward` decodes the whole clip and does not hand out the first codebook; so its parts are
 called here in the same order.
 
-Shape letters: B batch rows, K streams (text first), T frames of codes or samples, N frames of audio or of a
+Shape letters: B batch rows, M streams (text first), T frames of codes or samples, N frames of audio or of a
 spectrogram, D latent width, C codebook width, L labels, V vocabulary, F frequency bins.
 """
 
@@ -79,19 +79,19 @@ def make_mimi(config: MimiConfig) -> MimiModel:
 
 def train_lm(case: LmCase, lm: LMModel) -> Training:
     """Training of the reference's language model."""
-    codes_BKT = torch.from_numpy(case.codes()).long()
+    codes_BMT = torch.from_numpy(case.codes()).long()
     weight_V = torch.ones(case.config.text_logits)
     weight_V[case.config.existing_text_padding_id] = case.objective.padding_weight
-    return Training(lm, lambda: lm_loss(lm, codes_BKT, weight_V), case.optimizer)
+    return Training(lm, lambda: lm_loss(lm, codes_BMT, weight_V), case.optimizer)
 
 
-def lm_loss(lm: LMModel, codes_BKT: torch.Tensor, weight_V: torch.Tensor) -> torch.Tensor:
+def lm_loss(lm: LMModel, codes_BMT: torch.Tensor, weight_V: torch.Tensor) -> torch.Tensor:
     """The loss of `dsm_jax.training.losses.stt.stt_loss`."""
-    initial_BK1 = lm._get_initial_token().expand(len(codes_BKT), -1, -1)
-    delayed_BKT = torch.cat([initial_BK1, _delay_sequence(lm.delays, codes_BKT, initial_BK1)], dim=2)
-    _, logits_B1TV = lm.forward_text(delayed_BKT[:, :, :-1])
+    initial_BM1 = lm._get_initial_token().expand(len(codes_BMT), -1, -1)
+    delayed_BMT = torch.cat([initial_BM1, _delay_sequence(lm.delays, codes_BMT, initial_BM1)], dim=2)
+    _, logits_B1TV = lm.forward_text(delayed_BMT[:, :, :-1])
     logits_B1TV, known_B1T = _undelay_sequence(lm.delays[:1], logits_B1TV, fill_value=0.0)
-    target_BT = torch.where(known_B1T[:, 0], codes_BKT[:, 0], -1)
+    target_BT = torch.where(known_B1T[:, 0], codes_BMT[:, 0], -1)
     return F.cross_entropy(logits_B1TV.flatten(0, 2), target_BT.flatten(), weight_V, ignore_index=-1)
 
 

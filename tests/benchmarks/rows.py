@@ -1,4 +1,4 @@
-"""Turns what the workers measured into rows: one for each task and contender, and one for each ratio."""
+"""Turn what the workers measured into rows: one for each task and contender, and one for each ratio."""
 
 import datetime
 import platform
@@ -72,7 +72,7 @@ def contender_row(task: str, contender: str, rounds: Sequence[Mapping[str, Any]]
 
 
 def ratio_rows(task: str, rows: Sequence[Row]) -> list[Row]:
-    """Ours over the best of the others, for time and where a target says so for peak memory.
+    """Our over the best of the others, for time and where a target says so for peak memory.
 
     Args:
         task: of `TASKS`.

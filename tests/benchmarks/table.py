@@ -1,4 +1,4 @@
-"""Writes stored results into the README: `python -m tests.benchmarks.table tests/benchmarks/results/FILE.jsonl...`.
+"""Write stored results into the README: `python -m tests.benchmarks.table tests/benchmarks/results/FILE.jsonl...`.
 
 The table stands between two markers and names the files it was made from, so that a test can make it again.
 """
@@ -145,7 +145,7 @@ def _caption(rows: Sequence[Row]) -> str:
 
 
 def main(paths: Sequence[str]) -> None:
-    """Rewrites the README's table."""
+    """Rewrite the README's table."""
     if not paths:
         sys.exit("give the results files to make the table from, as in tests/benchmarks/results/cpu.jsonl")
     readme = ROOT / "README.md"

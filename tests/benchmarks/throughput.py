@@ -1,4 +1,4 @@
-"""Times many texts of very different lengths through few slots; one JSON row. Runs with any version of the library.
+"""Time many texts of very different lengths through few slots; one JSON row. Runs with any version of the library.
 
 To compare two versions, run this file in turns with the interpreter of each: `python throughput.py`.
 """
@@ -27,7 +27,7 @@ def requests(count: int, longest: int) -> list[Request]:
 
 
 def main() -> None:
-    """Runs from the command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--longest", type=int, default=40, help="words")

@@ -3,7 +3,7 @@
 A step is a loss, its gradients, clipping by the global norm and AdamW, on the recipe's two networks. What the recipe
 hides from a network at random is off, so that both sides do the same work.
 
-Shape letters: B batch rows, K streams (text first), Q audio streams, T frames of codes or samples, N frames of audio.
+Shape letters: B batch rows, M streams (text first), Q audio streams, T frames of codes or samples, N frames of audio.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class LmCase:
     optimizer: OptimizerConfig = dataclasses.replace(_LM.optimizer, warmup=0)
 
     def codes(self) -> np.ndarray:
-        """Random tokens, int32 [B, K, T]: text that is padding half of the time, and audio."""
+        """Random tokens, int32 [B, M, T]: text that is padding half of the time, and audio."""
         random, config = np.random.default_rng(0), self.config
         audio_BQT = random.integers(config.card, size=(self.rows, config.n_q, self.frames))
         text_B1T = random.integers(config.text_logits, size=(self.rows, 1, self.frames))
@@ -109,10 +109,10 @@ def train_lm(case: LmCase, lm: DelayedStreamsLM) -> Training:
     graph, params = nnx.split(lm)
 
     def loss(params: Any, frozen: tuple, aux: tuple, batch: dict[str, jax.Array], key: jax.Array) -> Any:
-        value, metrics = stt_loss(nnx.merge(graph, params), batch["codes_BKT"], key, case.objective)
+        value, metrics = stt_loss(nnx.merge(graph, params), batch["codes_BMT"], key, case.objective)
         return value, (aux, metrics)
 
-    return Training(loss, params, (), {"codes_BKT": jnp.asarray(case.codes())}, case.optimizer)
+    return Training(loss, params, (), {"codes_BMT": jnp.asarray(case.codes())}, case.optimizer)
 
 
 def train_codec(case: CodecCase, trainee: CodecTrainee, *, fresh: bool) -> Training:

@@ -1,4 +1,4 @@
-"""Measures one task with one contender, alone in this process: `python -m tests.benchmarks.worker TASK CONTENDER`.
+"""Measure one task with one contender, alone in this process: `python -m tests.benchmarks.worker TASK CONTENDER`.
 
 The last line it prints is a JSON object. Loading, compilation and warm-up are not timed; memory is the peak of the
 whole process, loading and compilation included.
@@ -49,7 +49,7 @@ def figures(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs from the command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("contender", choices=PACKAGES)

@@ -17,7 +17,7 @@ CUTS = (1, 5)  # chunk lengths that are drawn from, in blocks: each is one more 
 def check_streaming(
     module: Any, x: Any, *, block: int = 1, window: int = 0, atol: float, seeds: tuple[int, ...] = (0, 1)
 ) -> None:
-    """Raises AssertionError, naming the clause, unless the module keeps the streaming contract.
+    """Raise AssertionError, naming the clause, unless the module keeps the streaming contract.
 
     Args:
       module: `init_state(batch_size)`, `step(x, state, lengths_B)` and `__call__(x)`.
@@ -48,7 +48,7 @@ def check_streaming(
 
 
 def check_in_place(step: Any, x: Any, state: Any) -> None:
-    """Raises AssertionError unless the compiled step updates a donated state's caches where they lie.
+    """Raise AssertionError unless the compiled step updates a donated state's caches where they lie.
 
     Args:
       step: maps (x, state) to (y, state).
@@ -98,7 +98,7 @@ class _Check:
         return _numpy(y), state
 
     def run(self, x: Any, state: Any, lengths: Any) -> tuple[Any, Any]:
-        """Feeds `x` in chunks of these lengths; the outputs joined, and the last state."""
+        """Feed `x` in chunks of these lengths; the outputs joined, and the last state."""
         outputs, start = [], 0
         for length in lengths:
             y, state = self.step(jax.tree.map(lambda a, s=slice(start, start + length): a[:, s], x), state)

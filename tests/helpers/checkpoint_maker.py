@@ -70,7 +70,7 @@ def untrained_lm(lm: LMConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def make_checkpoint(folder: Path, to: str, *, lm: LMConfig | None = PLAIN_STT, dtype: str = "float32") -> Path:
-    """Writes a random model in a layout and returns its folder."""
+    """Write a random model in a layout and return its folder."""
     native = folder / "made"
     checkpoints.save(random_model(folder, lm), native)
     convert(native, folder / to, to=to, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Runs the text-to-speech program, call after call, and collects the outputs of every slot.
+"""Run the text-to-speech program, call after call, and collect the outputs of every slot.
 
 Shape letters: B slots, K streams (text first), F frames, T samples.
 """
@@ -38,7 +38,7 @@ class Said:
     end_step: int
 
     def like(self, other: "Said", *, atol: float = 0.0) -> None:
-        """Raises AssertionError unless the other is the same; `atol` is for samples only."""
+        """Raise AssertionError unless the other is the same; `atol` is for samples only."""
         np.testing.assert_array_equal(self.frames_KF, other.frames_KF)
         assert (self.taken, self.steps, self.end_step) == (other.taken, other.steps, other.end_step)
         np.testing.assert_allclose(self.pcm_T, other.pcm_T, rtol=0, atol=atol)

@@ -1,4 +1,4 @@
-"""Trains tiny sentencepiece models of an exact size, in the id layout of Kyutai's tokenizers."""
+"""Train tiny sentencepiece models of an exact size, in the id layout of Kyutai's tokenizers."""
 
 import io
 import random
@@ -23,7 +23,7 @@ _BYTE_FALLBACK_FROM = 1000  # 256 byte pieces would leave nothing but bytes in a
 
 
 def make_tokenizer(path: Path, vocab_size: int) -> Path:
-    """Trains a unigram model of exactly `vocab_size` pieces: 0 is the unknown piece, 1 `<s>`, 2 `</s>`, 3 `<pad>`.
+    """Train a unigram model of exactly `vocab_size` pieces: 0 is the unknown piece, 1 `<s>`, 2 `</s>`, 3 `<pad>`.
 
     Kyutai's language models give these ids their own meaning: 0 opens a word and 3 is padding. Two calls with the
     same size give the same file, byte for byte. From 300 pieces on made-up words join the real ones, and from 1,000

@@ -71,7 +71,7 @@ def random_model(folder: Path, lm_config: LMConfig = SPEAKERS) -> checkpoints.Mo
 
 
 def make_checkpoint(folder: Path) -> Path:
-    """Writes a model that takes voices, in the library's own layout; returns its folder."""
+    """Write a model that takes voices, in the library's own layout; return its folder."""
     checkpoints.save(random_model(folder), folder / "speaker")
     return folder / "speaker"
 
@@ -102,13 +102,13 @@ def voice(seed: int, steps: int = 2, width: int = WIDTH) -> np.ndarray:
 
 
 def write_voice(path: Path, steps_XC: np.ndarray) -> Path:
-    """Writes a voice as Kyutai publishes them; returns its path."""
+    """Write a voice as Kyutai publishes them; return its path."""
     save_file({"speaker_wavs": np.ascontiguousarray(steps_XC.T[None])}, path)
     return path
 
 
 def write_requests(folder: Path, *rows: dict | str) -> Path:
-    """Writes a file of requests, those given as text as they are; returns its path."""
+    """Write a file of requests, those given as text as they are; return its path."""
     path = folder / "requests.jsonl"
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

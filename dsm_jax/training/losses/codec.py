@@ -1,4 +1,4 @@
-"""Computes the losses of a codec: reconstruction, commitment, moving codebooks, and labels for the semantic codebook.
+"""Compute the losses of a codec: reconstruction, commitment, moving codebooks, and labels for the semantic codebook.
 
 From the Moshi paper (Défossez et al. 2024, section 3.3): the model, a semantic codebook beside residual ones,
 straight-through gradients, codebook dropout. Ours: the semantic codebook learns from labels, through a small causal
@@ -83,12 +83,12 @@ class CodecAux:
 
 
 def is_codebook(path: tuple, _: object) -> bool:
-    """Filters codebook entries, for `nnx.split`."""
+    """Filter codebook entries, for `nnx.split`."""
     return "embedding_LC" in path
 
 
 def split(trainee: CodecTrainee, *, fresh: bool) -> tuple[nnx.GraphDef, nnx.State, CodecAux]:
-    """Splits into structure, trained parameters and auxiliary state.
+    """Split into structure, trained parameters and auxiliary state.
 
     Args:
       trainee: the codec and its head.
@@ -100,12 +100,12 @@ def split(trainee: CodecTrainee, *, fresh: bool) -> tuple[nnx.GraphDef, nnx.Stat
 
 
 def merge(graph: nnx.GraphDef, params: nnx.State, aux: CodecAux) -> CodecTrainee:
-    """Undoes `split`."""
+    """Undoe `split`."""
     return nnx.merge(graph, aux.entries, params)
 
 
 def magnitudes(x_BT: jax.Array, window: int) -> jax.Array:
-    """Computes magnitudes [B, N, F] of a short-time Fourier transform; a full-scale sine has about 1.
+    """Compute magnitudes [B, N, F] of a short-time Fourier transform; a full-scale sine has about 1.
 
     The hop is window / 4. Windows lie wholly inside the clip, so N is T // hop - 3, and F is window // 2 + 1.
     """
@@ -119,7 +119,7 @@ def magnitudes(x_BT: jax.Array, window: int) -> jax.Array:
 
 
 def stft_loss(x_BT: jax.Array, y_BT: jax.Array, *, scales: tuple[int, ...] = SCALES) -> jax.Array:
-    """Averages over scales the distance of log magnitudes plus that of magnitudes relative to the target's; scalar.
+    """Average over scales the distance of log magnitudes plus that of magnitudes relative to the target's; scalar.
 
     Args:
       x_BT: the target.
@@ -135,7 +135,7 @@ def stft_loss(x_BT: jax.Array, y_BT: jax.Array, *, scales: tuple[int, ...] = SCA
 
 
 def distances(x_BT: jax.Array, y_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes the spectral distance of y from x, and that of samples, scaled so that x has rms 1; scalars."""
+    """Compute the spectral distance of y from x, and that of samples, scaled so that x has rms 1; scalars."""
     level_B1 = jnp.maximum(jnp.sqrt(jnp.mean(x_BT**2, 1, keepdims=True)), QUIET)
     return stft_loss(x_BT, y_BT), jnp.mean(jnp.abs(x_BT - y_BT) / level_B1)
 
@@ -147,7 +147,7 @@ def codec_loss(
     key: jax.Array,
     objective: CodecObjective,
 ) -> tuple[jax.Array, tuple[CodecAux, dict[str, jax.Array]]]:
-    """Computes the loss of a batch, the codebooks after it, and metrics; all in float32.
+    """Compute the loss of a batch, the codebooks after it, and metrics; all in float32.
 
     Args:
       trainee: from `merge`.
@@ -208,14 +208,14 @@ def codec_loss(
 
 
 def is_decoder(path: tuple, _: object) -> bool:
-    """Filters the parameters of the decoder, for `nnx.split`."""
+    """Filter the parameters of the decoder, for `nnx.split`."""
     return path[0] == "decoder"
 
 
 def decoder_loss(
     mimi: Mimi, batch: dict[str, jax.Array], objective: CodecObjective
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes the loss of a batch for the decoder alone, from the codec's own codes, and its parts; all in float32.
+    """Compute the loss of a batch for the decoder alone, from the codec's own codes, and its parts; all in float32.
 
     Args:
       mimi: the codec; no gradient moves its codes.
