@@ -18,7 +18,7 @@ _NAME_OF_DTYPE = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
 def tensors_in(path: Path) -> dict[str, Tensor]:
-    """List the tensors of a safetensors file; only its header is read now.
+    """List the tensors of a safetensors file; reads only the header.
 
     Args:
       path: the file.
@@ -27,7 +27,7 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
       The tensors by name.
 
     Raises:
-      CheckpointError: the file is missing, cut short, or no safetensors file.
+      CheckpointError: the file is missing, truncated, or not a safetensors file.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; fetch the whole repository again")
@@ -43,7 +43,7 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
 
 def _reader(path: Path, name: str) -> Callable[[Rows | None], np.ndarray]:
     def read(rows: Rows | None) -> np.ndarray:
-        # The file is opened anew each time: the pages of a file that stays mapped would count as memory in use.
+        # Opened again for each tensor, as the pages of a file that stays mapped count as memory of the process.
         with safe_open(path, "np") as file:
             return file.get_tensor(name) if rows is None else file.get_slice(name)[slice(*rows)]
 
@@ -60,14 +60,14 @@ def _unreadable(path: Path, error: SafetensorError) -> str:
 
 
 def sharded_tensors_in(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of `model.safetensors`, or of the files that `model.safetensors.index.json` lists.
+    """List the tensors of `model.safetensors`, or of the files in `model.safetensors.index.json`.
 
     Args:
-      folder: the checkpoint.
+      folder: the checkpoint's folder.
 
     Returns:
-      tensors: by name.
-      faults: tensors that are in two files, or not where the index says.
+      tensors: the tensors by name.
+      faults: one line for each tensor that is in two files, or in another file than the index gives.
 
     Raises:
       CheckpointError: a file is missing or unreadable.
@@ -94,7 +94,7 @@ _WEIGHT_NORM = re.compile(r"(.+)\.(?:weight_([gv])|parametrizations\.weight\.ori
 
 
 def fold_weight_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace each pair of length g and direction v by weight = g v / |v|, the norm over all axes but the first."""
+    """Replace each pair of length g and direction v by weight = g v / |v|, with |v| over all axes but the first."""
     pairs: dict[str, dict[str, str]] = {}
     for name in tensors:
         if match := _WEIGHT_NORM.fullmatch(name):
@@ -115,14 +115,14 @@ def fold_weight_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: Path, tensors: list[Outgoing]) -> Iterator[Outgoing]:
-    """Write a file, computing each tensor when its turn comes.
+    """Write a safetensors file, computing one tensor at a time.
 
     Args:
       path: the file to write.
-      tensors: what to write, in order.
+      tensors: the tensors in the file's order.
 
     Yields:
-      Each tensor, once it is written.
+      Each tensor after it is written.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not say so
     offset = 0
@@ -164,10 +164,10 @@ def _bytes(tensor: Outgoing) -> int:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
-      CheckpointError: it is missing, unreadable or no object.
+      CheckpointError: the file is missing, unreadable, or does not hold an object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -179,5 +179,5 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write an object as readable JSON."""
+    """Write an object as indented JSON."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

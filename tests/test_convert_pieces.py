@@ -14,7 +14,7 @@ from dsm_jax.convert import pieces, transforms
 def test_every_transform_is_undone_exactly(kind, data):
     n = st.integers(1, 4)
     a, b, stride = data.draw(n), data.draw(n), data.draw(n)
-    how, shape = {
+    transform, shape = {
         "conv": (transforms.CONV, (a, b, stride)),
         "transpose": (transforms.conv_transpose(stride), (a, b, 2 * stride)),
         "depthwise": (transforms.depthwise(stride), (a, 1, 2 * stride)),
@@ -25,7 +25,7 @@ def test_every_transform_is_undone_exactly(kind, data):
         "pointwise": (transforms.POINTWISE, (a, b, 1)),
     }[kind]
     tensor = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    (back,) = how.save(how.load(tensor))
+    (back,) = transform.save(transform.load(tensor))
     np.testing.assert_array_equal(back, tensor)
 
 
