@@ -70,7 +70,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if "extra_heads_num_heads" not in values:
         lm = kyutai_config.with_extra_heads(lm, lm_tensors)
         if lm.extra_heads_num_heads:
-            notes = (f"config.json does not speak of the {lm.extra_heads_num_heads} pause heads in {names.lm}",)
+            notes = (f"config.json does not mention the {lm.extra_heads_num_heads} pause heads in {names.lm}",)
         config = dataclasses.replace(config, lm=lm)
     unpacked = any(".in_projs.1." in name for name in lm_tensors)
     tables = {"mimi": mimi_table(config.mimi), "lm": lm_table(lm, unpacked=unpacked)}

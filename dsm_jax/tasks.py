@@ -41,7 +41,7 @@ def read_config(path: Path, tasks: Tasks) -> tuple[Any, Callable[..., Model]]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give a JSON file") from None
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); mend it") from None
+        raise ConfigError(f"{path} is not JSON ({error}); fix it") from None
     if not isinstance(values, dict) or values.get("task") not in tasks:
         found = values.get("task") if isinstance(values, dict) else values
         raise ConfigError(f"{path}: the task is {found!r}; choose one of {sorted(tasks)}")

@@ -85,7 +85,7 @@ def test_pause_heads_that_the_config_does_not_mention_are_found(folders, tmp_pat
     values = files.read_json(folder / "config.json")
     files.write_json(folder / "config.json", {k: v for k, v in values.items() if not k.startswith("extra_heads")})
     report = convert(folder, tmp_path / "out", to="kyutai")
-    assert report.notes == ("config.json does not speak of the 4 pause heads in model.safetensors",)
+    assert report.notes == ("config.json does not mention the 4 pause heads in model.safetensors",)
     assert checkpoints.load(tmp_path / "out").config == checkpoints.load(folders["heads"]).config
 
 

@@ -36,7 +36,7 @@ def test_a_config_given_in_part_takes_the_defaults_of_the_task(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", r"train.json is not JSON \(.*\); mend it"),
+        ("{", r"train.json is not JSON \(.*\); fix it"),
         ("[]", r"train.json: the task is \[\]; choose one of \['finetune'\]"),
         ('{"data": "a"}', r"the task is None; choose one of"),
         ('{"task": "cook"}', r"the task is 'cook'; choose one of"),

@@ -153,9 +153,9 @@ def test_the_faults_of_a_folder_are_told_by_file(data):
     audio.write(talks / "latin.wav", np.ones(100), RATE)
     with pytest.raises(TrainingError, match="4 of the 4 recordings") as caught:
         read_recordings(talks, RATE)
-    caught.match(r"alone\.wav: there is no alone\.json beside it; write one")
+    caught.match(r"alone\.wav: there is no alone\.json next to it; write one")
     caught.match(r"good\.json: this is no JSON \(.* at line 2, column 13\)")
-    caught.match(r"orphan\.json: there is no recording of this name beside it; add one")
+    caught.match(r"orphan\.json: there is no recording of this name next to it; add one")
     caught.match(r"latin\.json: this is not text in UTF-8")
 
 
@@ -170,7 +170,7 @@ def test_many_faults_are_counted_and_the_first_listed(data):
 
 
 def test_nothing_without_fault_is_an_error_whatever_was_asked(data):
-    with pytest.raises(TrainingError, match=r"1 of the 1 recordings of .* cannot be learnt from; mend them:"):
+    with pytest.raises(TrainingError, match=r"1 of the 1 recordings of .* cannot be trained on; fix them:"):
         read_recordings(write(data, "no JSON"), RATE, skip_bad=True)
 
 

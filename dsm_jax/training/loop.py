@@ -1,4 +1,4 @@
-"""Run a training in a folder: steps, progress, metrics, checkpoints, and a picture of the loss at the end.
+"""Run a training in a folder: steps, progress, metrics, checkpoints, and a plot of the loss at the end.
 
 A run's folder holds `metrics.jsonl` (one object per logged step), `checkpoints/` (Orbax, the last few) and `curve.png`.
 """
@@ -24,13 +24,13 @@ from dsm_jax.training.data import batches
 from dsm_jax.training.step import Loss, Metrics, OptimizerConfig, TrainState, init, make_step
 
 StepFunction = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-Record = Mapping[str, Any]  # metrics of a logged step; None stands for a number that is not finite, which JSON lacks
-_COLOURS = 64  # of a curve: makes its file less than a third as large as all the colours of antialiasing
+Record = Mapping[str, Any]  # metrics of a logged step; None replaces NaN and infinity, which JSON lacks
+_COLOURS = 64  # in the plot's palette: the file is less than a third as large as with all colours of antialiasing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Sets the length of a run, and how often it reports and saves."""
+    """Length of a run, and steps between its reports and checkpoints."""
 
     steps: int
     seed: int = 0
@@ -45,11 +45,11 @@ class RunConfig:
 
 
 class Run:
-    """Writes and reads the folder of one run.
+    """A run's folder, with the functions that write and read it.
 
     Args:
-      folder: made if it does not exist.
-      config: of the run.
+      folder: the run's folder; made if it does not exist.
+      config: settings of the run.
 
     Raises:
       TrainingError: the folder cannot be made.
@@ -65,18 +65,18 @@ class Run:
             raise TrainingError(f"{folder} cannot be made ({error.strerror}); choose another folder") from None
 
     def latest(self) -> int | None:
-        """Find the step of the last checkpoint; None where there is none."""
+        """Find the step of the last checkpoint; None if there is none."""
         return max(self._saved(), default=None)
 
     def _saved(self) -> list[int]:
-        # Orbax names an unfinished checkpoint by more than its number, and renames it once it is whole.
+        # Orbax gives an unfinished checkpoint a longer name than its number, and renames it at the end.
         return sorted(int(p.name) for p in self._checkpoints.glob("*") if p.name.isdecimal())
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint of all but the frozen parameters, whole or not at all, then remove the oldest ones.
+        """Write a checkpoint without the frozen parameters, then remove the oldest checkpoints.
 
         Raises:
-          TrainingError: the checkpoint cannot be written, or exists; earlier checkpoints are still there.
+          TrainingError: the checkpoint cannot be written, or exists; earlier checkpoints still exist.
         """
         import orbax.checkpoint as ocp
 
@@ -90,14 +90,14 @@ class Run:
                 checkpointer.save(self._checkpoints / str(step), state)
         except Exception as error:  # a fault of the disk, raised as whatever type Orbax's layers use
             self._clear()
-            # The file system's message comes last, after Orbax's and tensorstore's own words.
+            # The file system's message comes last, after those of Orbax and tensorstore.
             reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2] or type(error).__name__
             raise TrainingError(
                 f"the checkpoint of step {step} could not be written to {self._checkpoints} ({reason.strip()}); "
                 f"{self._have()}. Put that right, then go on with --resume"
             ) from error
         for old in self._saved()[: -self.config.keep]:
-            # Renamed first, so that a removal that is cut short leaves nothing that looks like a checkpoint.
+            # Renamed first, so that an interrupted removal leaves nothing that looks like a checkpoint.
             with contextlib.suppress(OSError):
                 (self._checkpoints / str(old)).rename(self._checkpoints / f"{old}.old")
         self._clear()
@@ -115,7 +115,7 @@ class Run:
         """Read the last checkpoint.
 
         Args:
-          like: a state of the same run: gives the structure and placement of arrays, and the frozen parameters.
+          like: a state of the same run, with the structure and sharding of the arrays, and the frozen parameters.
 
         Raises:
           TrainingError: there is no checkpoint, it belongs to another run, or it is damaged.
@@ -136,7 +136,7 @@ class Run:
                 if held is None:
                     raise ValueError("it does not say what it holds")
                 faults = _faults(ocp.tree.to_flat_dict(held.tree, sep="."), ocp.tree.to_flat_dict(target, sep="."))
-                # Checked here, as Orbax would cast some arrays that do not fit.
+                # Checked before restoring, as Orbax would cast some arrays that do not fit.
                 state = None if faults else checkpointer.restore(folder, target)
         except Exception as error:  # Orbax raises many types
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -161,17 +161,17 @@ class Run:
         """Train to the last step.
 
         Args:
-          step: from `make_step`.
-          state: before the first step, or restored; donated to the steps.
-          data: batches, from the step that `state` is at.
+          step: train step, from `make_step`.
+          state: the initial or a restored state; donated to the steps.
+          data: batches, starting with the batch of the next step.
           evaluate: computes further metrics at each checkpoint.
 
         Returns:
-          The state after the last step; it has been saved.
+          The state after the last step, which has been saved.
 
         Raises:
-          TrainingError: a loss that is not finite, a batch that cannot be read, a checkpoint or metrics that cannot be
-            written, or a folder that holds a later checkpoint.
+          TrainingError: a loss is not finite, a batch cannot be read, a checkpoint or the metrics cannot be written, or
+            the folder holds a later checkpoint.
         """
         first, last = int(state.step), self.config.steps
         if (saved := self.latest()) is not None and saved > first:
@@ -233,7 +233,7 @@ class Run:
         """Read the records up to a step, and remove later ones from the file."""
         records = []
         for line in self._metrics.read_text(encoding="utf-8").splitlines() if self._metrics.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):  # a line that a full disk cut off
+            with contextlib.suppress(json.JSONDecodeError):  # a full disk may have truncated a line
                 records.append(json.loads(line))
         records = [record for record in records if record["step"] <= step]
         new = self._metrics.with_suffix(".new")
@@ -261,26 +261,26 @@ def fit(
     frozen: Any = (),
     aux: Any = (),
 ) -> TrainState:
-    """Train parameters on rows to the last step of a run, and measure them at each checkpoint.
+    """Train parameters on rows to the last step of a run, and evaluate them at each checkpoint.
 
     Args:
-      run: where the training is saved.
+      run: the run, which saves the training.
       optimizer: settings of the optimizer.
-      loss: see `step.make_step`.
-      measure: jittable function from `params, frozen, aux` to metrics of rows that are not trained on.
+      loss: loss function, as for `step.make_step`.
+      measure: jittable function from `params, frozen, aux` to metrics on rows that are not trained on.
       params: initial parameters; donated.
-      rows: see `data.batches`.
+      rows: training rows, as for `data.batches`.
       batch_size: rows in a batch.
-      seed: of the order of the rows, and of what is random in the loss.
-      resume: continue from the last checkpoint, if there is one.
+      seed: seed of the order of the rows, and of the random numbers in the loss.
+      resume: whether to continue from the last checkpoint, if there is one.
       frozen: parameters that the loss only reads; donated, and returned in the state.
       aux: initial auxiliary state of the loss; donated.
 
     Returns:
-      The state after the last step; it has been saved.
+      The state after the last step, which has been saved.
 
     Raises:
-      TrainingError: a loss that is not finite, or a checkpoint that cannot be written or resumed from.
+      TrainingError: a loss is not finite, or a checkpoint cannot be written or resumed from.
     """
     update = optimizer.build(run.config.steps)
     state = init(params, update, seed, frozen=frozen, aux=aux)
@@ -296,7 +296,7 @@ def fit(
 
 
 def _faults(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """List the differences between the arrays of a checkpoint and those of the state that it is read into."""
+    """List the differences in shape and dtype between the arrays of a checkpoint and the expected ones."""
     found, expected = (
         {name: f"{np.dtype(a.dtype).name} {list(a.shape)}" for name, a in arrays.items()} for arrays in (saved, wanted)
     )
@@ -319,7 +319,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
-    """Keep Orbax from logging the traceback of each of its threads; the error itself is still raised."""
+    """Keep Orbax from logging the tracebacks of its threads; errors are still raised."""
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.CRITICAL + 1)
@@ -331,11 +331,11 @@ def _without_log() -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress_bar(name: str, steps: int, first: int) -> Iterator[Callable[[dict[str, float]], None]]:
-    """Show the progress of a run on standard error: a bar on a terminal, elsewhere a line per record.
+    """Show the progress of a run on standard error: as a bar on a terminal, otherwise as a line per record.
 
     Args:
-      name: of the run.
-      steps: of the whole run.
+      name: name of the run.
+      steps: steps of the whole run.
       first: steps taken before this process.
 
     Yields:
@@ -360,11 +360,11 @@ def progress_bar(name: str, steps: int, first: int) -> Iterator[Callable[[dict[s
 
 
 def draw_curve(records: Sequence[Record], path: Path) -> None:
-    """Draw the loss, and any metrics whose names begin with "validation", over steps, in a file of a few kB.
+    """Plot the loss, and metrics whose names begin with "validation", over steps, to a file of a few kB.
 
     Args:
-      records: in the order of their steps; None is left out.
-      path: of the PNG.
+      records: records in the order of their steps; values of None are left out.
+      path: path of the PNG.
 
     Raises:
       OSError: the file cannot be written.

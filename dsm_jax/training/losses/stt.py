@@ -16,13 +16,13 @@ from dsm_jax.models.streams import ZERO_TOKEN
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SttObjective:
-    """Weights the loss, and sets how much of the input is dropped in training.
+    """Weights and dropouts of the loss.
 
     Attributes:
       padding_weight: weight of frames whose text is padding; other frames weigh 1.
-      text_dropout: share of the text tokens that are fed as padding.
-      codebook_dropout: share of the codebooks, drawn for each row, that are not fed; the first is always fed.
-      random_codes: share of the codes that are replaced by random ones.
+      text_dropout: share of the input text tokens that padding replaces.
+      codebook_dropout: share of the codebooks, drawn for each row, that are absent in the input; never the first.
+      random_codes: share of the input codes that random codes replace.
     """
 
     padding_weight: float = 0.3
@@ -31,14 +31,14 @@ class SttObjective:
     random_codes: float = 0.0
 
     def without_dropout(self) -> "SttObjective":
-        """Make the objective of validation."""
+        """Return the objective for validation."""
         return SttObjective(padding_weight=self.padding_weight)
 
 
 def augment_codes(
     codes_BMT: jax.Array, key: jax.Array, objective: SttObjective, *, card: int, padding: int
 ) -> jax.Array:
-    """Apply the dropouts of an objective to the codes that a model is fed in training."""
+    """Apply the dropouts of an objective to the inputs of a model in training."""
     text_key, book_key, code_key, value_key = jax.random.split(key, 4)
     text_B1T, audio_BQT = codes_BMT[:, :1], codes_BMT[:, 1:]
     drop_B1T = jax.random.bernoulli(text_key, objective.text_dropout, text_B1T.shape)
@@ -54,17 +54,17 @@ def augment_codes(
 def stt_loss(
     lm: DelayedStreamsLM, codes_BMT: jax.Array, key: jax.Array, objective: SttObjective
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Compute the mean cross-entropy of the text stream, with a weight of its own for padding, and accuracies.
+    """Compute the mean cross-entropy of the text stream, with a separate weight for padding, and accuracies.
 
     Args:
       lm: a speech-to-text model.
       codes_BMT: int32, undelayed: text from `alignment.text_stream`, then audio codes; text of -1 does not count.
-      key: of this step.
+      key: PRNG key of this step.
       objective: weights and dropouts.
 
     Returns:
-      The loss, 0 where no text counts, and metrics: the shares of correct predictions among word tokens
-      (`words_right`) and among padding (`padding_right`).
+      The loss, 0 if no text counts, and metrics: the shares of correct predictions among word tokens (`words_right`)
+      and among padding (`padding_right`).
     """
     config = lm.config
     padding = config.existing_text_padding_id
