@@ -26,12 +26,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", type=Path, default=Path("data"), help="default: %(default)s")
     p.add_argument("--whisper", type=Path, metavar="FOLDER", help="a model of faster-whisper, to compare with")
     p = commands.add_parser("new-speaker", help="make the recordings of examples/new_speaker")
-    p.add_argument("voice", help="of flite, such as slt")
+    p.add_argument("voice", help="a voice of flite, such as slt")
     return top
 
 
 def config_path(name: str) -> Path:
-    """Find a config: that of a recipe by its name, or a file."""
+    """Return the path of a config, given a recipe's name or a path."""
     return FOLDER / f"{name}.json" if name in MODELS else Path(name)
 
 

@@ -16,16 +16,16 @@ from recipes.digits.metrics import mel_distance, si_sdr
 from recipes.digits.whisper import Recogniser, spell_numbers, whisper, words_of
 
 RATE = MIMI.sample_rate
-UTTERANCES = 1200  # each of the 180 clips occurs forty times; in 300, one clip alone is half a percent
-NOISY = 300  # of the utterances, also with noise
-SENTENCES = 18  # of each reader
+UTTERANCES = 1200  # each of the 180 clips occurs forty times; in 300 utterances, one clip alone is half a percent
+NOISY = 300  # number of the utterances that are also evaluated with noise
+SENTENCES = 18  # sentences of each reader
 NEW_SPEAKER = Path(__file__).parents[2] / "examples/new_speaker/test"
 
 Utterances = list[tuple[np.ndarray, list[WordSpan]]]
 
 
 def print_word_errors(model: dsm_jax.Model, utterances: Utterances) -> None:
-    """Print word errors of utterances as recorded, streamed, and with noise."""
+    """Print word errors of utterances as recorded and with noise, and compare streaming with offline."""
     print(f"as recorded, {len(utterances)} utterances: {evaluate(model, utterances)}")
     offline = dsm_jax.transcribe(model, [pcm_T for pcm_T, _ in utterances[:40]])
     streamed = [stream_words(model, pcm_T) for pcm_T, _ in utterances[:40]]
@@ -44,7 +44,7 @@ def stream_words(model: dsm_jax.Model, pcm_T: np.ndarray) -> list[dsm_jax.Word]:
 
 
 def times(words: Sequence[dsm_jax.Word]) -> list[tuple[str, float, float]]:
-    """Drop the probabilities, whose last digit depends on the shapes of batches."""
+    """Drop the words' probabilities, whose last digits depend on the shapes of batches."""
     return [(word.text, word.start, word.end) for word in words]
 
 
@@ -64,7 +64,7 @@ def print_errors_by_speaker(model: dsm_jax.Model, folder: Path) -> None:
 
 
 def print_false_words(model: dsm_jax.Model) -> None:
-    """Print the words transcribed from 30 s of silence, and from brown and five other noises at four levels."""
+    """Print the numbers of words transcribed from 30 s of silence, and from six noises at four levels."""
     silence = [np.zeros(30 * RATE, np.float32)]
     kinds = [brown_noise(np.random.default_rng(6))]
     kinds += [augment.noise(np.random.default_rng((6, i)), 30 * RATE, RATE) for i in range(5)]
@@ -81,7 +81,7 @@ def brown_noise(random: np.random.Generator) -> np.ndarray:
 
 
 def print_codec_quality(model: dsm_jax.Model, data: Path, recognise: Recogniser | None) -> None:
-    """Print the quality of decoded sentences that training did not use."""
+    """Print the quality of decoded held-out sentences."""
     for name in ("kathleen", "ljspeech"):
         sentences = load_sentences(data / name, RATE, held_out=True)[:SENTENCES]
         decoded = []
@@ -104,7 +104,7 @@ def print_codec_quality(model: dsm_jax.Model, data: Path, recognise: Recogniser 
 
 
 def print_errors_of_decoded(model: dsm_jax.Model, utterances: Utterances, recognise: Recogniser | None) -> None:
-    """Print word errors of utterances decoded by the codec beside those of the recordings."""
+    """Print word errors of utterances, of the recordings and after the codec."""
     decoded = [(codec.decode(model, codec.encode(model, pcm_T))[: len(pcm_T)], words) for pcm_T, words in utterances]
     for kind, clips in (("as recorded", utterances), ("decoded", decoded)):
         print(f"{len(clips)} utterances {kind}: {evaluate(model, clips)}")
@@ -126,7 +126,7 @@ def evaluate_digits(name: str, data: Path, whisper_folder: Path | None) -> None:
     Args:
       name: the model, as for `dsm_jax.load`.
       data: a folder with `fsdd`, `kathleen` and `ljspeech`.
-      whisper_folder: a model of faster-whisper, which also transcribes; None leaves its figures out.
+      whisper_folder: a model of faster-whisper to compare with; None omits its figures.
     """
     model = dsm_jax.load(name)
     utterances = plain_utterances(load_clips(data / "fsdd", TEST_CLIPS), UTTERANCES)

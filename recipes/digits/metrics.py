@@ -1,4 +1,4 @@
-"""Measure how close two recordings are: mel distance and scale-invariant signal-to-distortion ratio.
+"""Distances between recordings: mel distance and scale-invariant signal-to-distortion ratio.
 
 Shape letters: B batch rows, T samples, N frames of a spectrogram, F frequency bins, M mel bands.
 """

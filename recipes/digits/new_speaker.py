@@ -16,7 +16,7 @@ from recipes.digits.data import WORDS
 from recipes.digits.utterances import Clip, ProsodyConfig, concat_words
 
 RATE = 16_000
-PITCH = {"slt": 170, "rms": 100, "awb": 130, "kal16": 105}  # Hz, of each voice by default
+PITCH = {"slt": 170, "rms": 100, "awb": 130, "kal16": 105}  # default pitch of each voice, Hz
 SETTINGS = {
     "train": ((0.85, 0.9), (0.95, 1.05), (1.1, 0.95), (1.25, 1.1)),
     "test": ((0.9, 1.0), (1.05, 0.9), (1.2, 1.05)),
@@ -37,7 +37,7 @@ def synthesize_clip(word: str, voice: str, stretch: float, pitch: float, folder:
 
 
 def make_new_speaker(voice: str, target: Path) -> None:
-    """Write recordings, and beside each its transcript in the format of `dsm-jax transcribe --format json`."""
+    """Write recordings, each with its transcript in the format of `dsm-jax transcribe --format json`."""
     for part, settings in SETTINGS.items():
         (target / part).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:

@@ -43,13 +43,13 @@ from recipes.digits.utterances import Clip, ProsodyConfig, concat_words
 from recipes.digits.vocabulary import write_vocabulary
 
 NAME = "digits-tts"
-DELAY = 4  # frames of the audio behind the text
+DELAY = 4  # delay of the audio after the text, in frames
 VALIDATION_UTTERANCES = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TtsStage(LmStage):
-    """Sets the training of the language model of `digits-tts`; a third of the utterances have two speakers."""
+    """Settings of the training of the language model of `digits-tts`; a third of the utterances have two speakers."""
 
     utterances: int = 12_000
     batch_size: int = 24
@@ -60,13 +60,13 @@ class TtsStage(LmStage):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DigitsTtsConfig:
-    """Sets the recipe of `digits-tts`.
+    """Settings of the recipe of `digits-tts`.
 
     Attributes:
       data: a folder with `fsdd`.
       output: folder of the run and of the model.
       codec: a model whose codec the new model uses.
-      seed: of everything random.
+      seed: seed of all random numbers.
       lm: the stage of the language model.
     """
 
@@ -79,7 +79,7 @@ class DigitsTtsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TtsDataset:
-    """Draws utterances as recorded, by one speaker or by two in turns; `rows[i]` is always the same row."""
+    """Random utterances without augmentation, by one speaker or two in turns; `rows[i]` is always the same row."""
 
     clips: Sequence[Clip]
     stage: TtsStage
@@ -103,7 +103,7 @@ class TtsDataset:
 
 
 def lm_config(quantizer: QuantizerConfig, text_card: int, context: int, speakers: int) -> LMConfig:
-    """Make the config of the language model: the topology of tts-1.6b-en_fr without the second text stream, small."""
+    """Make the language model's config: tts-1.6b-en_fr without the second text stream, with small sizes."""
     return LMConfig(
         card=quantizer.bins,
         n_q=quantizer.n_q,
@@ -129,7 +129,7 @@ def lm_config(quantizer: QuantizerConfig, text_card: int, context: int, speakers
 
 
 def one_hot_loss(objective: TtsObjective, speakers: int) -> LmLoss:
-    """Make the loss of batches of `codes_BMT` and `voices_BS`: the number of each slot's speaker, -1 for none."""
+    """Make the loss of batches with `codes_BMT` and `voices_BS`, the index of each slot's speaker (-1 for none)."""
 
     def loss(lm: DelayedStreamsLM, batch: dict[str, jax.Array], key: jax.Array):
         voices_BS = batch["voices_BS"]
@@ -143,15 +143,15 @@ def train_digits_tts(config: DigitsTtsConfig, *, resume: bool = False) -> checkp
     """Train the language model and write it, with codec and voices and in Kyutai's layout, to `output/digits-tts`.
 
     Args:
-      config: of the recipe.
-      resume: continue from the last checkpoint.
+      config: settings of the recipe.
+      resume: whether to continue from the last checkpoint.
 
     Returns:
       The model, loaded from its folder.
 
     Raises:
       AudioError: recordings are missing.
-      CheckpointError: the model that gives the codec cannot be loaded.
+      CheckpointError: the model with the codec cannot be loaded.
       TrainingError: the model's folder exists, a loss is not finite, or a checkpoint cannot be written or resumed from.
     """
     recordings, output, stage = Path(config.data), Path(config.output), config.lm

@@ -19,7 +19,7 @@ def whisper(folder: Path) -> Recogniser:
     """Make a function that transcribes samples at the codec's rate.
 
     Args:
-      folder: holds a model of faster-whisper.
+      folder: folder with a model of faster-whisper.
     """
     from faster_whisper import WhisperModel  # pyright: ignore[reportMissingImports]
 

@@ -107,7 +107,7 @@ def test_half_of_the_words_are_truncated_and_their_times_follow(cut, share):
     assert np.all(np.max(lost, axis=0) <= 1.01)
 
 
-def test_two_speakers_take_turns_and_each_word_says_whose_it_is():
+def test_two_speakers_take_turns_and_each_word_has_its_speaker():
     given, alone, turns = clips(np.random.default_rng(0)), 0, 0
     for seed in range(10):
         random = np.random.default_rng(seed)
