@@ -127,7 +127,7 @@ def test_a_sound_module_passes(module):
     [
         (ForgetsItsTail(), "cuts: chunks of"),
         (LosesAKeyOnceFull(), "cuts: chunks of"),
-        (LeaksBetweenRows(), "rows: row 0 depends on what row 1 hears"),
+        (LeaksBetweenRows(), "rows: row 0 depends on the input of row 1"),
         (CountsForAllRows(), "reset: the row is not as a fresh stream"),
         (WritesWhileIdle(), "idle: the row's state changed"),
         (IsNanWhileIdle(), "idle: an output is not finite"),
@@ -145,7 +145,7 @@ def test_a_reset_that_reaches_other_rows_is_caught(monkeypatch):
     monkeypatch.setattr(
         "tests.helpers.check.reset_rows", lambda state, reset_B, fresh: jax.tree.map(jnp.zeros_like, state)
     )
-    with pytest.raises(AssertionError, match=r"^reset: another row felt it"):
+    with pytest.raises(AssertionError, match=r"^reset: another row changed"):
         check_streaming(Conv(), X_BTC, window=WINDOW, atol=1e-5)
 
 

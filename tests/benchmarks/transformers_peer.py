@@ -1,4 +1,4 @@
-"""What the transformers package is timed on: one column of tokens, one frame, ten seconds, and its `generate`.
+"""The timed steps of the transformers package: one column of tokens, one frame, ten seconds, and `generate`.
 
 Shape letters: B batch rows, M streams, S samples, T steps.
 """
@@ -18,7 +18,7 @@ from tests.benchmarks.worker import Step
 
 
 def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
-    """The step of `task`, on the checkpoint in `folder`, whatever its size."""
+    """Make the step of `task`, with the checkpoint in `folder`."""
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     if task == "transcribe_45s":

@@ -18,8 +18,8 @@ _SENTENCES = (
     "it was a bright cold day in spring and the clocks were striking just before noon",
     "bonjour tout le monde nous allons préparer des crêpes avec du sucre et du beurre",
 )
-_MADE_UP_FROM = 300  # the sentences alone hold no more pieces than that
-_BYTE_FALLBACK_FROM = 1000  # 256 byte pieces would leave nothing but bytes in a smaller vocabulary
+_MADE_UP_FROM = 300  # larger vocabularies need made-up words besides the sentences
+_BYTE_FALLBACK_FROM = 1000  # smaller vocabularies would consist of little but the 256 byte pieces
 
 
 def make_tokenizer(path: Path, vocab_size: int) -> Path:
