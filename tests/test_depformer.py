@@ -1,4 +1,4 @@
-"""The walk over a frame's codebooks: what each step may see, and which weights it has. Values are in test_goldens.py.
+"""The depformer: the inputs and the weights of each step. test_goldens.py compares its outputs with the reference.
 
 Shape letters: B batch rows, T frames, M streams, Q generated codebooks, V vocabulary, D model width.
 """
@@ -42,8 +42,8 @@ def test_a_codebook_depends_on_the_text_and_on_the_codebooks_before_it():
         changed_BMT = target_BMT.copy()
         changed_BMT[:, stream] = (changed_BMT[:, stream] + 1) % 12
         moved_Q = (np.array(scores()(hidden_BTD, changed_BMT)) != before_BQTV).any(axis=(0, 2, 3))
-        # Stream k is codebook k - 1, so step k is the first that is fed it. The last codebook, and those not generated,
-        # are fed to no one.
+        # Stream k is codebook k - 1, the input of step k. The last codebook, and those that are not generated, are the
+        # input of no step.
         assert moved_Q.tolist() == [q >= stream for q in range(4)]
 
 
@@ -57,7 +57,7 @@ def test_frames_do_not_see_each_other():
     assert (after_BQTV != before_BQTV).any(axis=(0, 1, 3)).tolist() == [False, True, False]
 
 
-def test_steps_share_weights_as_the_schedule_says():
+def test_steps_share_weights_by_the_schedule():
     model = depformer()
     assert (len(model.inputs), len(model.linears), len(model.audio_embs)) == (3, 4, 3)
     assert [len(part) for part in (model.layers[0].in_projs, model.layers[0].out_projs, model.layers[0].gating)] == [
@@ -85,7 +85,7 @@ def test_steps_share_weights_as_the_schedule_says():
         ("bias_proj", True, False),
     ],
 )
-def test_a_depformer_that_was_never_published_is_refused(key, value, published):
+def test_depformer_settings_that_no_published_model_has_are_refused(key, value, published):
     config = read_lm(flat_lm(small.TTS) | {key: value}, "config.json")
     with pytest.raises(ConfigError, match=f"{key} is {value!r}; every published depformer has {published!r}"):
         Depformer(config, rngs=nnx.Rngs(0))

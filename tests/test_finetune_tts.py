@@ -1,4 +1,4 @@
-"""Fine-tuning text-to-speech in miniature: rows hold what inference feeds, and a model that learnt a row speaks it.
+"""Fine-tuning text-to-speech in miniature: rows equal the inputs of inference, and a trained model speaks its rows.
 
 Shape letters: M streams (text first), Q codebooks, T frames, N rows.
 """
@@ -36,7 +36,7 @@ RATE = 1600
 EXAMPLE = Path(__file__).parents[1] / "examples/finetune_tts.py"
 MESH = Mesh(jax.devices()[:1], ("data",))
 TEXT = ("on", "a", "we")
-# The first word starts where inference starts it, two steps in.
+# The first word starts at step 2, as in inference.
 STARTS = (2, 6, 9)
 SECONDS = 2.0
 NO_DROPOUT = TtsObjective(unconditional=0.0, random_codes=0.0)
@@ -55,7 +55,7 @@ def write_recording(folder: Path, name: str, seed: int, **keys: object) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A folder with one recording and a voice."""
+    """Write a folder with one recording and a voice."""
     folder = tmp_path_factory.mktemp("data")
     write_recording(folder, "first", 1, voice="ann.safetensors")
     tts_model.write_voice(folder / "ann.safetensors", tts_model.voice(0))
@@ -64,13 +64,13 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A model with voices, guidance values and a second text stream: tts-1.6b-en_fr."""
+    """Write a model with voices, guidance values and a second text stream: tts-1.6b-en_fr."""
     return tts_model.make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
 def prefix_checkpoint(tmp_path_factory) -> Path:
-    """A model that continues a recording: tts-0.75b-en-public."""
+    """Write a model that continues a recording: tts-0.75b-en-public."""
     folder = tmp_path_factory.mktemp("prefix")
     checkpoints.save(tts_model.random_model(folder, tts_model.PREFIX), folder / "speaker")
     return folder / "speaker"
@@ -93,7 +93,7 @@ def settings(checkpoint: Path, data: Path, output: Path, *, steps: int, lora: Lo
     )
 
 
-def test_a_row_holds_script_codes_and_conditions_as_inference_feeds_them(checkpoint, tmp_path):
+def test_a_row_has_the_script_codes_and_conditions_of_inference(checkpoint, tmp_path):
     model = dsm_jax.load(checkpoint)
     path = write_recording(tmp_path, "talk", 3)
     spans = [WordSpan(text, step / 12.5, 0.0, speaker) for text, step, speaker in zip(TEXT, STARTS, "aba", strict=True)]
@@ -125,7 +125,7 @@ def test_a_row_holds_script_codes_and_conditions_as_inference_feeds_them(checkpo
     assert "context_B" not in row
 
 
-def test_guidance_values_are_drawn_for_each_row_where_none_is_given(checkpoint, data):
+def test_without_a_guidance_value_each_row_draws_one(checkpoint, data):
     model = dsm_jax.load(checkpoint)
     recordings = read_recordings(data, RATE) * 20
     drawn = [
@@ -160,7 +160,7 @@ def test_a_row_of_a_model_without_voices_starts_with_another_part_of_the_speaker
 
 
 @pytest.mark.parametrize("prefixed", [False, True], ids=["voice", "prefix"])
-def test_a_model_that_has_learnt_a_recording_speaks_it(prefixed, checkpoint, prefix_checkpoint, data, tmp_path):
+def test_a_model_trained_on_a_recording_speaks_it(prefixed, checkpoint, prefix_checkpoint, data, tmp_path):
     folder, voice = data, tts_model.voice(0)
     if prefixed:
         folder, checkpoint = tmp_path / "data", prefix_checkpoint
@@ -186,7 +186,7 @@ def test_a_model_that_has_learnt_a_recording_speaks_it(prefixed, checkpoint, pre
     np.testing.assert_array_equal(speech.frames, row[:, :frames])
 
 
-def test_adapters_learn_resume_bit_for_bit_and_are_merged_beside_the_voices(checkpoint, data, tmp_path):
+def test_adapters_train_resume_bit_for_bit_and_are_merged_into_a_model_with_voices(checkpoint, data, tmp_path):
     config = dataclasses.replace(
         settings(checkpoint, data, tmp_path / "whole", steps=4, lora=LoraConfig(rank=4)),
         tts=TtsObjective(),

@@ -1,4 +1,4 @@
-"""The language model around its transformer: embeddings, delays, heads, masks. Its values are in test_goldens.py.
+"""The language model: embeddings, delays, heads, masks. test_goldens.py compares its outputs with the reference.
 
 Shape letters: B batch rows, T steps, M streams, Q audio streams, V vocabulary, D model width.
 """
@@ -50,7 +50,7 @@ def test_the_embedding_is_the_sum_over_streams():
 
 
 @pytest.mark.parametrize("rank", [None, 3])
-def test_an_embedding_looks_up_then_widens(rank):
+def test_a_low_rank_embedding_projects_the_rows_of_its_table(rank):
     embedding = small.build(lambda rngs: TokenEmbedding(9, 6, rank=rank, rngs=rngs))
     found = embedding(jnp.array([[4, -1, 0]]))
     rows = np.array(embedding.table_LW[...])[[4, 0, 0]]
@@ -61,7 +61,7 @@ def test_an_embedding_looks_up_then_widens(rank):
 
 @settings(max_examples=20, deadline=None)
 @given(first=st.integers(0, 8), second=st.integers(-1, 8), absent=st.booleans(), rank=st.sampled_from([None, 3]))
-def test_a_folded_token_is_two(first, second, absent, rank):
+def test_a_folded_token_is_embedded_as_two_tokens(first, second, absent, rank):
     embedding = demuxed(rank)
     token = -1 if absent else (second + 1) * 9 + first
     table = np.array(embedding.table_LW[...])
@@ -92,7 +92,7 @@ def test_delaying_shifts_each_stream_right_and_undelaying_brings_it_back(delays,
     np.testing.assert_array_equal(back_BMT[..., 0], np.where(valid_MT, codes_BMT, 0))
 
 
-def test_the_forward_pass_is_the_steps_one_after_another():
+def test_the_forward_pass_equals_single_steps():
     lm, codes_BMT = stt(), tokens(13)
     codes_BMT[0, 2, 5] = codes_BMT[1, 0, 4] = -1
     output = jax.jit(lm.__call__)(codes_BMT)
@@ -107,7 +107,7 @@ def test_the_forward_pass_is_the_steps_one_after_another():
         logits.append(y_B1V)
         late = [codes_BMT[:, k, t - by] if t >= by else fed_BM1[:, k, 0] for k, by in enumerate(small.STT.delays)]
         fed_BM1 = np.stack(late, axis=1)[..., None]
-    # The text is 2 frames late: what predicts frame t comes at step t + 2, and the last two frames are never predicted.
+    # The text's delay is 2: frame t is predicted in step t + 2, and the last two frames are never predicted.
     np.testing.assert_allclose(output.text_logits_BTV[:, :11], np.concatenate(logits[2:], axis=1), atol=1e-5)
     assert not np.any(output.text_logits_BTV[:, 11:])
     mask_BT = np.ones((2, 13), bool)
@@ -116,7 +116,7 @@ def test_the_forward_pass_is_the_steps_one_after_another():
     assert output.audio_logits_BQTV is output.audio_mask_BQT is None
 
 
-def test_every_stream_starts_with_a_token_of_its_own():
+def test_every_stream_has_an_initial_token():
     assert stt().initial_K.tolist() == [20, 12, 12, 12]
     assert stt().initial_K.dtype == jnp.int32
 
@@ -134,7 +134,7 @@ def test_heads_score_in_float32():
     assert low.extra_probabilities(hidden_BTD.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
-def test_a_model_without_extra_heads_says_nothing_of_pauses():
+def test_a_model_without_extra_heads_has_no_extra_probabilities():
     config = dataclasses.replace(small.STT, extra_heads_num_heads=0, bias_proj=False)
     lm = small.build(lambda rngs: DelayedStreamsLM(config, rngs=rngs))
     assert lm.extra_heads is None
@@ -159,13 +159,13 @@ def test_the_forward_pass_has_finite_gradients_in_every_weight():
         assert np.asarray(gradient, np.float32).any(), path
 
 
-def test_the_number_of_streams_must_be_the_models():
+def test_another_number_of_streams_is_refused():
     message = "the model got 3 streams; it has 4: text, then 3 of audio, [batch, streams, steps]"
     with pytest.raises(StreamError, match=re.escape(message)):
         stt().step(jnp.zeros((1, 3, 1), jnp.int32), stt().init_state(1))
 
 
-def test_a_step_updates_its_rings_in_place():
+def test_a_step_updates_its_caches_in_place():
     config = dataclasses.replace(small.STT, context=8192)
     lm = small.build(lambda rngs: DelayedStreamsLM(config, rngs=rngs))
     check_in_place(lm.step, jnp.zeros((2, 4, 1), jnp.int32), lm.init_state(2))
