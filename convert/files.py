@@ -124,7 +124,7 @@ def write_safetensors(path: Path, tensors: list[Outgoing]) -> Iterator[Outgoing]
     Yields:
       Each tensor after it is written.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not say so
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
     offset = 0
     for tensor in tensors:
         end = offset + _bytes(tensor)

@@ -59,7 +59,7 @@ class Constant:
     """
 
     source: Spellings
-    shape: tuple[int, ...]  # of the whole tensor, or of the rows
+    shape: tuple[int, ...]  # shape of the whole tensor, or of the rows
     value: float
     why: str
     rows: Rows | None = None

@@ -161,7 +161,7 @@ class Sharding:
         """
 
         def run(*arrays: jax.Array) -> Any:
-            # Inside another such function some mesh axes are apart already, and the mesh is that function's.
+            # Inside another `shard_map`, its mesh is the current one, and some of the mesh's axes are already manual.
             outer = jax.sharding.get_abstract_mesh()
             done = set() if outer.empty else set(outer.manual_axes)
             sizes = {

@@ -73,12 +73,12 @@ def test_conditions_change_the_logits():
         assert (len(conditions.cross), conditions.cross[0][0].shape) == (2, (2, 4, 5, 4))
         alike = dataclasses.replace(conditions, cross=jax.tree.map(lambda a: a[:1].repeat(2, 0), conditions.cross))
         unsummed = dataclasses.replace(alike, sum_BD=None)
-        return [lm.step(tokens_BMT, lm.init_state(2), conditions=told)[0] for told in (conditions, alike, unsummed)]
+        return [lm.step(tokens_BMT, lm.init_state(2), conditions=some)[0] for some in (conditions, alike, unsummed)]
 
-    told, half_told, untold = map(np.array, jax.jit(three_ways)(VALUES, MASKS))
-    assert np.abs(told - half_told).max() > 1e-2
-    assert np.abs(half_told - untold).max() > 1e-2
-    np.testing.assert_array_equal(untold[0], untold[1])
+    both, summed, none = map(np.array, jax.jit(three_ways)(VALUES, MASKS))
+    assert np.abs(both - summed).max() > 1e-2
+    assert np.abs(summed - none).max() > 1e-2
+    np.testing.assert_array_equal(none[0], none[1])
 
 
 def test_conditions_that_precede_the_input_are_refused():

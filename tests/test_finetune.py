@@ -188,7 +188,7 @@ def test_a_full_disk_at_the_end_keeps_the_last_checkpoint(adapted, stopped, monk
     config = stopped(4)
     with monkeypatch.context() as patch:
         patch.setattr("dsm_jax.convert.native.new_folder", full)
-        with pytest.raises(TrainingError, match=r"not be written \(.*No space.*last checkpoint\. Put that right"):
+        with pytest.raises(TrainingError, match=r"not be written \(.*No space.*last checkpoint\. Fix that"):
             finetune(config, resume=True)
     assert sorted(p.name for p in Path(config.output).iterdir()) == ["checkpoints", "curve.png", "metrics.jsonl"]
     assert_same_weights(finetune(config, resume=True), adapted[1])
@@ -237,7 +237,7 @@ def test_faulty_data_is_refused_before_training_and_skip_bad_leaves_it_out(setti
 def test_a_run_is_never_overwritten_by_mistake(settings, tmp_path):
     config = dataclasses.replace(settings, output=str(tmp_path), model="nosuch/model")
     (tmp_path / "checkpoints/3").mkdir(parents=True)
-    with pytest.raises(TrainingError, match="holds a run that is at step 3; go on with --resume, or choose another"):
+    with pytest.raises(TrainingError, match="holds a run that is at step 3; continue with --resume, or choose another"):
         finetune(config)
     (tmp_path / "model").mkdir()
     with pytest.raises(TrainingError, match="model exists, so this run is done; choose another output, or move it"):

@@ -64,7 +64,7 @@ def test_a_row_that_cannot_be_read_ends_the_run_and_names_the_step(tmp_path, err
         raise error
 
     run = Run(tmp_path, dataclasses.replace(CONFIG, save_every=BAD_STEP - 1))
-    match = rf"the batch of step {BAD_STEP} could not be read \(.*flac.*\); put that right, then go on with --resume. "
+    match = rf"the batch of step {BAD_STEP} could not be read \(.*flac.*\); fix that, then continue with --resume. "
     with pytest.raises(TrainingError, match=match + f"Of the checkpoints, the last one is of step {BAD_STEP - 1}"):
         run.train(STEP, start(), data(rows=Rows(fail)))
     assert int(run.restore(start()).step) == BAD_STEP - 1
@@ -86,7 +86,7 @@ def test_a_full_disk_while_saving_leaves_the_checkpoints_before(tmp_path, monkey
     monkeypatch.undo()
     assert str(caught.value) == (
         f"the checkpoint of step 8 could not be written to {tmp_path}/checkpoints (No space left on device); the last "
-        "one is of step 4. Put that right, then go on with --resume"
+        "one is of step 4. Fix that, then continue with --resume"
     )
     assert checkpoints(tmp_path) == ["4"]
     assert_same(run.restore(start()), wanted)
@@ -189,7 +189,7 @@ def test_metrics_and_plots_that_cannot_be_written_are_errors(tmp_path):
         return {}
 
     run = Run(tmp_path, CONFIG)
-    match = r"metrics.jsonl could not be written \(No space left on device\); put that right, then go on with --resume"
+    match = r"metrics.jsonl could not be written \(No space left on device\); fix that, then continue with --resume"
     with pytest.raises(TrainingError, match=match):
         run.train(STEP, start(), data(), evaluate=fill_disk)
     (tmp_path / "metrics.jsonl").unlink()

@@ -34,8 +34,8 @@ def codes(rows: int = 2) -> jax.Array:
     """Draw random codes and a text with words among padding, unknown at the end of the last row."""
     random = np.random.default_rng(3)
     codes_BMT = random.integers(0, LM.card, (rows, 1 + LM.n_q, FRAMES)).astype(np.int32)
-    said_BT = random.random((rows, FRAMES)) < 0.3
-    codes_BMT[:, 0] = np.where(said_BT, random.integers(4, LM.text_card, (rows, FRAMES)), 3)
+    word_BT = random.random((rows, FRAMES)) < 0.3
+    codes_BMT[:, 0] = np.where(word_BT, random.integers(4, LM.text_card, (rows, FRAMES)), 3)
     codes_BMT[0, 0, :2] = 0
     codes_BMT[-1, 0, 16:] = -1
     return jnp.asarray(codes_BMT)
@@ -137,7 +137,7 @@ def test_dropout_never_replaces_absent_text():
     np.testing.assert_array_equal(fed[:, 0], jnp.where(rows[:, 0] == -1, -1, 3))
 
 
-def said(network, codes_BQT: jax.Array) -> list[int]:
+def transcribed(network, codes_BQT: jax.Array) -> list[int]:
     """Run a model on codes greedily; return the token of each frame, in the frames of `transcribe`."""
     graph, params = network
     run = jax.jit(lambda params, codes_BQT: greedy_tokens(nnx.merge(graph, params), codes_BQT))
@@ -163,11 +163,11 @@ def test_a_model_trained_on_a_row_transcribes_its_words(network, tmp_path):
     assert float(metrics["loss"]) < 0.05
     assert float(metrics["words_right"]) == float(metrics["padding_right"]) == 1.0
 
-    tokens = said((graph, state.params), row[:, 1:])
+    tokens = transcribed((graph, state.params), row[:, 1:])
     # Column c is the text of frame c - 1, before the delay of the text stream.
     assert tokens[LM.delays[0] - 1 :][: FRAMES - LM.delays[0]] == list(text_T[: FRAMES - LM.delays[0]])
     reader = WordReader(tokenizer, timing, padding=3, boundary=0, pauses=PauseRule())
     events = [event for token in tokens for event in reader.read(token, 1.0)] + reader.finish()
     starts = {event.word.text: event.word.start for event in events if isinstance(event, WordEnded)}
     assert starts == {"on": pytest.approx(0.1, abs=0.04), "a": pytest.approx(0.9, abs=0.04)}  # half a frame
-    assert said(network, row[:, 1:]) != tokens
+    assert transcribed(network, row[:, 1:]) != tokens

@@ -203,7 +203,7 @@ def test_a_model_trained_on_a_row_speaks_it(network, tokenizer, rows):
         final_padding=1,
         max_steps=400,
     )
-    (said,) = speaking.Loop(nnx.merge(graph, state.params), mimi, settings, [request]).speak([request])
-    frames = min(said.frames_KF.shape[1], FRAMES - max(LM.delays))
+    (spoken,) = speaking.Loop(nnx.merge(graph, state.params), mimi, settings, [request]).speak([request])
+    frames = min(spoken.frames_KF.shape[1], FRAMES - max(LM.delays))
     assert frames > 15
-    np.testing.assert_array_equal(said.frames_KF[:, :frames], row[0, :, :frames])
+    np.testing.assert_array_equal(spoken.frames_KF[:, :frames], row[0, :, :frames])

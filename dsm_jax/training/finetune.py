@@ -219,8 +219,8 @@ def write_model(model: Model, folder: Path, voices: Mapping[str, np.ndarray] | N
                 made.rename(folder)
     except (CheckpointError, OSError) as error:
         raise TrainingError(
-            f"the model could not be written ({error}); its parameters are in the run's last checkpoint. Put that "
-            "right, then go on with --resume"
+            f"the model could not be written ({error}); its parameters are in the run's last checkpoint. Fix "
+            "that, then continue with --resume"
         ) from error
 
 
@@ -317,7 +317,7 @@ def _check_output(run: Run, resume: bool) -> None:
         raise TrainingError(f"{run.folder} holds no checkpoint to resume from; start without --resume")
     if step is not None and not resume:
         raise TrainingError(
-            f"{run.folder} holds a run that is at step {step}; go on with --resume, or choose another output"
+            f"{run.folder} holds a run that is at step {step}; continue with --resume, or choose another output"
         )
 
 

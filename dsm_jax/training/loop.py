@@ -88,13 +88,13 @@ class Run:
                 raise OSError(f"it needs {size / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free")
             with _without_log(), ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(self._checkpoints / str(step), state)
-        except Exception as error:  # a fault of the disk, raised as whatever type Orbax's layers use
+        except Exception as error:  # errors of the disk have many types in Orbax's layers
             self._clear()
             # The file system's message comes last, after those of Orbax and tensorstore.
             reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2] or type(error).__name__
             raise TrainingError(
                 f"the checkpoint of step {step} could not be written to {self._checkpoints} ({reason.strip()}); "
-                f"{self._have()}. Put that right, then go on with --resume"
+                f"{self._have()}. Fix that, then continue with --resume"
             ) from error
         for old in self._saved()[: -self.config.keep]:
             # Renamed first, so that an interrupted removal leaves nothing that looks like a checkpoint.
@@ -134,7 +134,7 @@ class Run:
             with _without_log(), ocp.StandardCheckpointer() as checkpointer:
                 held = checkpointer.metadata(folder).item_metadata
                 if held is None:
-                    raise ValueError("it does not say what it holds")
+                    raise ValueError("it has no metadata of its arrays")
                 faults = _faults(ocp.tree.to_flat_dict(held.tree, sep="."), ocp.tree.to_flat_dict(target, sep="."))
                 # Checked before restoring, as Orbax would cast some arrays that do not fit.
                 state = None if faults else checkpointer.restore(folder, target)
@@ -176,7 +176,7 @@ class Run:
         first, last = int(state.step), self.config.steps
         if (saved := self.latest()) is not None and saved > first:
             raise TrainingError(
-                f"{self.folder} holds a checkpoint of step {saved}, and this run would begin at step {first}; go on "
+                f"{self.folder} holds a checkpoint of step {saved}, and this run would begin at step {first}; continue "
                 "from there with --resume, or choose another folder"
             )
         records = self._read_records(first)
@@ -213,7 +213,7 @@ class Run:
             ) from None
         except (OSError, RuntimeError) as error:  # raised by the disk, and by libsndfile
             raise TrainingError(
-                f"the batch of step {number} could not be read ({error}); put that right, then go on with --resume. "
+                f"the batch of step {number} could not be read ({error}); fix that, then continue with --resume. "
                 f"Of the checkpoints, {self._have()}"
             ) from error
 
@@ -223,7 +223,7 @@ class Run:
             if not one["finite"]:
                 raise TrainingError(
                     f"the loss or its gradient is not finite at step {at} (loss {float(one['loss'])}); that step was "
-                    "not taken. Lower the learning rate, or look at that batch, then go on with --resume. Of the "
+                    "not taken. Lower the learning rate, or look at that batch, then continue with --resume. Of the "
                     f"checkpoints, {self._have()}"
                 )
         names = ["loss", *(name for name in values[0] if name not in ("loss", "finite"))]
@@ -313,7 +313,7 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise TrainingError(
-            f"{path} could not be written ({error.strerror}); put that right, then go on with --resume"
+            f"{path} could not be written ({error.strerror}); fix that, then continue with --resume"
         ) from error
 
 

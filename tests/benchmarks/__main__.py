@@ -1,9 +1,9 @@
 """Time the library against the reference packages, in one run on this machine: `python -m tests.benchmarks`.
 
-Each measurement runs in a process of its own, and contenders take turns, so that whatever else slows the machine down
-slows all of them. That is not enough for torch, whose threads wait for each other at every operation: each row says how
-many cores other programs used meanwhile, and only rows near zero are worth keeping. Rows go to standard output and, as
-JSON lines, to a file that `tests.benchmarks.table` reads.
+Each measurement runs in its own process, and contenders take turns, so that other load slows all of them alike. Torch
+suffers more than others, as its threads wait for each other at every operation; so each row has the number of cores
+that other programs used meanwhile, and only rows near zero are worth keeping. Rows go to standard output and, as JSON
+lines, to a file that `tests.benchmarks.table` reads.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="timed steps in each round, at most")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=1800, help="seconds that one worker may take")
-    parser.add_argument("--tiny", action="store_true", help="miniature models: tells whether it runs, not how fast")
+    parser.add_argument("--tiny", action="store_true", help="miniature models: a test that the benchmark runs")
     parser.add_argument("--checkpoints", type=Path, help="made on first use (9 GB); by default, in out/benchmarks")
     parser.add_argument("--out", type=Path, help="JSON lines, added to; by default, in tests/benchmarks/results")
     args = parser.parse_args()
@@ -131,7 +131,7 @@ def _make_checkpoints(command: list[str], args: argparse.Namespace) -> None:
     print(f"checkpoints: {args.checkpoints}", file=sys.stderr)
     env = environment(args.threads)
     if subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=env, timeout=args.timeout).returncode:
-        print("checkpoints: could not be made; what needs them will say so in its row", file=sys.stderr)
+        print("checkpoints: could not be made; tasks that need them will fail", file=sys.stderr)
 
 
 def _emit(row: rows.Row, file: TextIO) -> None:

@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--minutes", type=float, default=9, help="after these nothing is started and all is stopped")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="miniature models: tells whether it runs, not how fast")
+    parser.add_argument("--tiny", action="store_true", help="miniature models: a test that the benchmark runs")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended")
     run = Run(args := parser.parse_args())
     for part in args.part:

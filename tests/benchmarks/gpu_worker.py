@@ -92,7 +92,7 @@ def copy_bandwidth(size: int) -> float:
     import jax
     import jax.numpy as jnp
 
-    copies = 20  # in one dispatch, which so costs nothing beside them
+    copies = 20  # in one dispatch, whose overhead is then negligible
     # The count is an argument and the values change, so that XLA cannot drop a copy.
     copy = jax.jit(lambda x, n: jax.lax.fori_loop(0, n, lambda i, x: -x, x), donate_argnums=0)
     x = copy(jnp.ones((size,), jnp.float32), copies)

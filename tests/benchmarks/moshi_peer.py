@@ -20,7 +20,9 @@ def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
     """Make the step of `task`, with the checkpoint in `folder`."""
     torch.set_num_threads(threads)
     if task.startswith("train_"):
-        from tests.benchmarks import moshi_training  # whose imports would count as memory of the other tasks
+        from tests.benchmarks import (
+            moshi_training,
+        )  # late: its imports would count as memory of other tasks
 
         return moshi_training.make(task, tiny)
     torch.set_grad_enabled(False)

@@ -27,7 +27,7 @@ TINY_TTS = ModelConfig(model_type="tts", lm=_LM, mimi=small.MIMI, tts=TtsConfig(
 def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
     """Make the step of `task`; JAX uses as many threads as the process has cores."""
     if task.startswith("train_"):
-        from tests.benchmarks import training  # whose imports would count as memory of the other tasks
+        from tests.benchmarks import training  # late: its imports would count as memory of other tasks
 
         return training.make(task, tiny)
     if task == "transcribe_45s":

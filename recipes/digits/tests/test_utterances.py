@@ -30,7 +30,7 @@ def clips(random: np.random.Generator) -> list[Clip]:
 
 
 def speaker_of(pcm_T: np.ndarray, word: WordSpan, given: list[Clip]) -> str:
-    """Find the speaker whose clip lies at a word's times; fails where there is none."""
+    """Find the speaker whose clip is at a word's times; fail if there is none."""
     for clip in given:
         factor = (clip.end - clip.start) / (word.end - word.start)
         if clip.word != word.text or not 0.5 < factor < 2:
