@@ -56,7 +56,7 @@ def layout_for(checkpoint: Checkpoint, name: str) -> Layout:
     if name not in family.layouts:
         known = ", ".join([native.NAME, *family.layouts])
         raise ConfigError(
-            f"{checkpoint.name} is {family.description}, which the layout {name!r} has no place for; choose one of "
+            f"{checkpoint.name} is {family.description}, which the layout {name!r} does not support; choose one of "
             f"{known}"
         )
     return pkgutil.resolve_name(family.layouts[name])

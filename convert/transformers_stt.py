@@ -161,7 +161,7 @@ def read_config(values: Mapping[str, Any], extractor: Mapping[str, Any], where: 
     rows = v["vocab_size"] + v["num_codebooks"] * v["codebook_vocab_size"]
     fixed = {"head_dim": width // heads, "audio_bos_token_id": v["codebook_vocab_size"] - 1, "audio_pad_token_id": rows}
     if rest.get("tie_word_embeddings"):
-        raise ConfigError(f"{where}: tie_word_embeddings is true; the text head has weights of its own")
+        raise ConfigError(f"{where}: tie_word_embeddings is true; set it to false: the text head has its own weights")
     mimi.check_rest(rest, _FIXED_STT | fixed, where)
     if v["rms_norm_eps"] not in _NORMS:
         raise ConfigError(f"{where}: rms_norm_eps is {v['rms_norm_eps']}; expected one of {list(_NORMS)}")

@@ -96,5 +96,5 @@ def test_a_fuser_of_unknown_conditions_is_refused():
 
 def test_a_model_with_cross_attention_does_not_run_without_conditions():
     lm = small.build(lambda rngs: DelayedStreamsLM(small.TTS, rngs=rngs))
-    with pytest.raises(StreamError, match="attends to conditions and got none; make them with `condition`"):
+    with pytest.raises(StreamError, match="has cross-attention and got no conditions; make them with `condition`"):
         lm.step(np.zeros((2, 7, 1), np.int32), lm.init_state(2))

@@ -135,7 +135,7 @@ def test_an_unknown_layout_or_dtype_is_refused(folders, tmp_path):
 def test_a_layout_that_does_not_support_the_family_is_refused(tmp_path):
     folder = make_checkpoint(tmp_path, "kyutai", lm=small.TTS)
     message = (
-        rf"^{folder.name} is a text-to-speech model, which the layout 'transformers' has no place for; choose one of "
+        rf"^{folder.name} is a text-to-speech model, which the layout 'transformers' does not support; choose one of "
         r"orbax, kyutai$"
     )
     with pytest.raises(ConfigError, match=message):

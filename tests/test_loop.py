@@ -86,9 +86,7 @@ def test_resuming_a_finished_run_returns_its_state(tmp_path):
 def test_a_folder_with_a_later_checkpoint_is_refused(tmp_path):
     stopped(tmp_path, 5)
     before = metrics(tmp_path)
-    with pytest.raises(
-        TrainingError, match=r"holds a checkpoint of step 4, and this run would begin at step 0"
-    ):
+    with pytest.raises(TrainingError, match=r"holds a checkpoint of step 4, and this run would begin at step 0"):
         Run(tmp_path, CONFIG).train(STEP, start(), data())
     assert (metrics(tmp_path), checkpoints(tmp_path)) == (before, ["4"])
 

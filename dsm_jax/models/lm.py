@@ -93,7 +93,7 @@ class DelayedStreamsLM(nnx.Module):
           StreamError: the number of streams is not `n_q` + 1, or the model has cross-attention and got no conditions.
         """
         if self.config.cross_attention and (conditions is None or conditions.cross is None):
-            raise StreamError("the model attends to conditions and got none; make them with `condition`")
+            raise StreamError("the model has cross-attention and got no conditions; make them with `condition`")
         if tokens_BMT.shape[1] != self.config.n_q + 1:
             raise StreamError(
                 f"the model got {tokens_BMT.shape[1]} streams; it has {self.config.n_q + 1}: text, then "

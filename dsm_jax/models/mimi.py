@@ -180,7 +180,7 @@ class Mimi(nnx.Module):
           ConfigError: there are more codebooks than the codec has, or the codec was made without its decoder.
         """
         if codes_BQT.shape[1] > self.config.quantizer.n_q:
-            raise ConfigError(f"{codes_BQT.shape[1]} codebooks were given; the codec has {self.config.quantizer.n_q}")
+            raise ConfigError(f"{codes_BQT.shape[1]} codebooks were given; give at most {self.config.quantizer.n_q}")
         return self._decoder().step(self.quantizer.decode(codes_BQT), state, lengths_B)
 
     def latents(self, x_BTC: jax.Array) -> jax.Array:
