@@ -27,7 +27,7 @@ def fan_in(parameter: nnx.Variable) -> int:
 
 
 class Linear(nnx.Module):
-    """Multiplies the last axes of its input by a weight.
+    """A linear layer over the last axes of its input.
 
     The parameters are `weight_<inputs><outputs>`, with the number of input axes in its variable's metadata, and
     `bias_<outputs>` if there is a bias. Weight and bias are cast to the input's dtype.

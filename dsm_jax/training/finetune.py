@@ -266,7 +266,7 @@ def _read_data(
 
 
 class _Trained:
-    """Splits a language model's parameters into trained and frozen ones, and computes the loss from both."""
+    """A language model's parameters split into trained and frozen ones, and the loss of both together."""
 
     def __init__(self, model: Model, task: _Task, config: FinetuneConfig, dtype: np.dtype):
         self.adapters, self._seed = config.lora, config.run.seed

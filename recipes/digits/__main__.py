@@ -16,7 +16,7 @@ def parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     top = argparse.ArgumentParser(prog="python -m recipes.digits", description=__doc__)
     commands = top.add_subparsers(required=True, dest="command")
-    p = commands.add_parser("train", help="train a model from nothing")
+    p = commands.add_parser("train", help="train a model from scratch")
     p.add_argument("config", help="digits, digits-tts, or a JSON file: `task` (one of these) and its settings")
     p.add_argument("--resume", action="store_true", help="continue each stage from its last checkpoint")
     p.add_argument("--device", choices=sorted(PLATFORMS), help="default: the best that JAX finds")
