@@ -1,4 +1,4 @@
-"""Conversion between the published checkpoint layouts and this library's parameters, one table per layout."""
+"""Conversion between the published checkpoint layouts and this library's parameters, by one table per layout."""
 
 from dsm_jax.convert.conversion import convert
 

@@ -1,4 +1,4 @@
-"""An opened checkpoint of any layout: its config, and its parameters, read one by one when they are asked for."""
+"""An opened checkpoint of any layout: its config, and its parameters, which are read one by one on demand."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -21,18 +21,18 @@ class Checkpoint:
     """An opened checkpoint.
 
     Attributes:
-      name: of the folder or file.
+      name: name of the folder or file.
       layout: "kyutai", "transformers" or "orbax".
-      config: what the checkpoint says about itself.
-      tokenizer: its file; None for a codec alone.
-      networks: to fill, "mimi" and "lm".
-      stored: by network and parameter, the shape, and the dtype in which `read` returns it.
-      read: reads one parameter to the host, by network and name.
-      place: maps shape, dtype and sharding (None for the default device) of parameters, named "lm.…" or "mimi.…", to
-        the arrays on their devices, in turn.
-      claims: by network, which tensors make up which parameters; empty for the native layout.
-      tensors: by network, the tensors of the files; empty for the native layout.
-      notes: remarks for the user on how the checkpoint was read.
+      config: the model's config.
+      tokenizer: path of the tokenizer; None for a codec alone.
+      networks: the networks to fill, "mimi" and "lm", without weights.
+      stored: shape of each parameter and the dtype in which `read` returns it, by network and parameter.
+      read: reads one parameter to the host, given its network and name.
+      place: yields parameters on their devices, given shape, dtype and sharding (None for the default device) of each
+        by its name "lm.…" or "mimi.…".
+      claims: the tensors of each parameter, by network; empty for the native layout.
+      tensors: the tensors of the files, by network; empty for the native layout.
+      notes: remarks for the user on the reading of the checkpoint.
     """
 
     name: str
@@ -48,10 +48,10 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
     def load_tokenizer(self) -> Tokenizer | None:
-        """Loads the tokenizer; None without one.
+        """Load the tokenizer; None if the checkpoint has none.
 
         Raises:
-          CheckpointError: it cannot be read, or its size is not that of the model's vocabulary.
+          CheckpointError: the file cannot be read, or has another number of pieces than the model's vocabulary.
         """
         vocabulary = family_of(self.config).vocabulary
         if self.tokenizer is None or vocabulary is None:
@@ -59,7 +59,7 @@ class Checkpoint:
         return load_tokenizer(self.tokenizer, expected_size=vocabulary(self.config))
 
     def in_dtype(self, dtype: np.dtype) -> "Checkpoint":
-        """Returns the checkpoint with the language model's parameters read in another dtype."""
+        """Return the checkpoint with the language model's parameters read in another dtype."""
         stored = {part: with_dtype(part, parameters, dtype) for part, parameters in self.stored.items()}
 
         def read(part: str, name: str) -> np.ndarray:
@@ -70,7 +70,7 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """A tensor or a parameter that has no counterpart, and why."""
+    """A tensor or a parameter that is left out, with the reason."""
 
     network: str
     name: str
@@ -78,11 +78,11 @@ class LeftOut:
 
 
 def outgoing(checkpoint: Checkpoint, part: str, table: pieces.Table) -> list[Outgoing]:
-    """Lists the published tensors of a network, each computed only when it is written."""
+    """List the published tensors of a network, each computed only when it is written."""
     last: dict[str, np.ndarray] = {}
 
     def get(name: str) -> np.ndarray:
-        if name not in last:  # the last parameter is kept, as tables ask for its blocks in a row
+        if name not in last:  # tables need the blocks of a parameter one after another, so the last one is kept
             last.clear()
             last[name] = checkpoint.read(part, name)
         return last[name]
@@ -101,26 +101,26 @@ def from_tensors(
     faults: list[str] | None = None,
     notes: tuple[str, ...] = (),
 ) -> Checkpoint:
-    """Makes a checkpoint of published tensors, holding them against the networks that the config describes.
+    """Make a checkpoint from published tensors, after checking them against the config's networks.
 
     Args:
-      path: of the folder or file.
-      layout: its name.
-      config: of the model.
-      tables: by network, which tensors make up which parameters.
-      tensors: by network, those of the files.
-      tokenizer: its file.
-      faults: found while the files were opened, one line each.
-      notes: remarks on how the config was read.
+      path: path of the folder or file.
+      layout: name of the layout.
+      config: config of the model.
+      tables: the layout's table of each network.
+      tensors: the tensors of the files, by network.
+      tokenizer: path of the tokenizer.
+      faults: faults found while the files were opened, one line each.
+      notes: remarks on the reading of the config.
 
     Returns:
       The opened checkpoint.
 
     Raises:
-      CheckpointError: the tensors are not those of the config; all faults at once.
-      ConfigError: the config is not one of its family.
+      CheckpointError: the tensors do not fit the config; lists all faults.
+      ConfigError: the config does not fit its family.
     """
-    # Weight norm is folded by now, so what is written from here has none.
+    # The callers have folded the weight norm, so the config must not ask for it any more.
     plain = dataclasses.replace(config.mimi.seanet, norm="none")
     config = dataclasses.replace(config, mimi=dataclasses.replace(config.mimi, seanet=plain))
     networks, faults = abstract_model(config), list(faults or ())
@@ -157,7 +157,7 @@ def from_tensors(
 
 
 def _dtype_of(claims: list[Claim], tensors: dict[str, Tensor]) -> np.dtype:
-    """The narrowest dtype that holds every tensor of a network, conditioning apart."""
+    """Return the dtype of a network's tensors outside conditioning if they share one, else float32."""
     own = [c for c in claims if isinstance(c.item, Piece) and not c.item.target.startswith(ALWAYS_FLOAT32)]
     dtypes = {np.dtype(pieces.DTYPES[tensors[name].dtype]) for claim in own for name in claim.names}
     return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)

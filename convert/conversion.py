@@ -1,4 +1,4 @@
-"""Converts a checkpoint from any supported layout to any other, one parameter in memory at a time."""
+"""Convert a checkpoint from any supported layout to any other, one parameter in memory at a time."""
 
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,22 @@ def convert(
     dtype: Any = None,
     progress: ProgressCallback | None = None,
 ) -> Report:
-    """Rewrites a checkpoint in another layout, strictly: every tensor is accounted for, or nothing is written.
+    """Rewrite a checkpoint in another layout, strictly: every tensor is accounted for, or nothing is written.
 
     Args:
       source: a folder or file in any supported layout, or a name on the hub.
       destination: a folder that does not exist yet.
       to: "orbax" (this library's own), "kyutai" or "transformers".
-      dtype: of the language model's weights, "bfloat16", "float16" or "float32"; None keeps the stored one. The codec
-        is always float32.
+      dtype: dtype of the language model's weights, "bfloat16", "float16" or "float32"; None keeps the stored one. The
+        codec is always float32.
       progress: called with the bytes that were written so far.
 
     Returns:
-      An account of every tensor read, written and left out.
+      A report of every tensor that was read, written or left out.
 
     Raises:
-      CheckpointError: the source is not complete and right, or the destination exists or cannot be written.
-      ConfigError: a config that the library, or the destination's layout, cannot express.
+      CheckpointError: the source is incomplete or damaged, or the destination exists or cannot be written.
+      ConfigError: the library or the destination's layout does not support the config.
     """
     if to not in (names := layout_names()):
         raise CheckpointError(f"the layout {to!r} is unknown; choose one of {', '.join(names)}")
@@ -46,7 +46,7 @@ def convert(
     if destination.exists():
         raise CheckpointError(f"{destination} exists; remove it, or give another destination")
     checkpoint = open_checkpoint(hub.find(source))
-    checkpoint.load_tokenizer()  # checks its size
+    checkpoint.load_tokenizer()  # raises if the tokenizer does not fit the model
     layout = layout_for(checkpoint, to)
     cast = checkpoint if dtype is None else checkpoint.in_dtype(read_dtype(dtype))
     total = sum(p.size * p.dtype.itemsize for parameters in cast.stored.values() for p in parameters.values())

@@ -1,4 +1,4 @@
-"""Reads and writes safetensors files one tensor at a time, so that memory never holds a file twice."""
+"""Read and write safetensors files one tensor at a time, so that memory never holds a file twice."""
 
 import json
 import re
@@ -19,7 +19,7 @@ _NAME_OF_DTYPE = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
 def tensors_in(path: Path) -> dict[str, Tensor]:
-    """Lists the tensors of a safetensors file; only its header is read now.
+    """List the tensors of a safetensors file; reads only the header.
 
     Args:
       path: the file.
@@ -28,7 +28,7 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
       The tensors by name.
 
     Raises:
-      CheckpointError: the file is missing, cut short, or no safetensors file.
+      CheckpointError: the file is missing, truncated, or not a safetensors file.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; fetch the whole repository again")
@@ -44,7 +44,7 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
 
 def _reader(path: Path, name: str) -> Callable[[Rows | None], np.ndarray]:
     def read(rows: Rows | None) -> np.ndarray:
-        # The file is opened anew each time: the pages of a file that stays mapped would count as memory in use.
+        # Opened again for each tensor, as the pages of a file that stays mapped count as memory of the process.
         with safe_open(path, "np") as file:
             return file.get_tensor(name) if rows is None else file.get_slice(name)[slice(*rows)]
 
@@ -61,14 +61,14 @@ def _unreadable(path: Path, error: SafetensorError) -> str:
 
 
 def sharded_tensors_in(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of `model.safetensors`, or of the files that `model.safetensors.index.json` lists.
+    """List the tensors of `model.safetensors`, or of the files in `model.safetensors.index.json`.
 
     Args:
-      folder: the checkpoint.
+      folder: the checkpoint's folder.
 
     Returns:
-      tensors: by name.
-      faults: tensors that are in two files, or not where the index says.
+      tensors: the tensors by name.
+      faults: one line for each tensor that is in two files, or in another file than the index gives.
 
     Raises:
       CheckpointError: a file is missing or unreadable.
@@ -95,7 +95,7 @@ _WEIGHT_NORM = re.compile(r"(.+)\.(?:weight_([gv])|parametrizations\.weight\.ori
 
 
 def fold_weight_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replaces each pair of length g and direction v by weight = g v / |v|, the norm over all axes but the first."""
+    """Replace each pair of length g and direction v by weight = g v / |v|, with |v| over all axes but the first."""
     pairs: dict[str, dict[str, str]] = {}
     for name in tensors:
         if match := _WEIGHT_NORM.fullmatch(name):
@@ -116,16 +116,16 @@ def fold_weight_norm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: Path, tensors: list[Outgoing]) -> Iterator[Outgoing]:
-    """Writes a file, computing each tensor when its turn comes.
+    """Write a safetensors file, computing one tensor at a time.
 
     Args:
       path: the file to write.
-      tensors: what to write, in order.
+      tensors: the tensors in the file's order.
 
     Yields:
-      Each tensor, once it is written.
+      Each tensor after it is written.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not say so
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
     offset = 0
     for tensor in tensors:
         end = offset + _bytes(tensor)
@@ -143,7 +143,7 @@ def write_safetensors(path: Path, tensors: list[Outgoing]) -> Iterator[Outgoing]
 
 
 def write_sharded(folder: Path, tensors: list[Outgoing]) -> Iterator[Outgoing]:
-    """Writes `model.safetensors`, or several files and their index when the tensors take more than `SHARD_BYTES`."""
+    """Write `model.safetensors`, or several files and their index when the tensors take more than `SHARD_BYTES`."""
     shards: list[list[Outgoing]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(map(_bytes, shards[-1])) + _bytes(tensor) > SHARD_BYTES:
@@ -165,10 +165,10 @@ def _bytes(tensor: Outgoing) -> int:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
-      CheckpointError: it is missing, unreadable or no object.
+      CheckpointError: the file is missing, unreadable, or does not hold an object.
     """
     try:
         value = json.loads(read_text(path))
@@ -180,5 +180,5 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes an object as readable JSON."""
+    """Write an object as indented JSON."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

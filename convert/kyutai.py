@@ -1,6 +1,7 @@
-"""Kyutai's own layout, which the PyTorch package, the Rust server and the published repositories share.
+"""Kyutai's own layout, shared by the PyTorch package, the Rust server and the published repositories.
 
 A folder holds config.json, the weights of the language model and of the codec, and the tokenizer; or a codec alone.
+In tables, `src` is the path of a module in the file and `dst` its path in this library.
 Source: kyutai-labs/moshi@e6a55d2 moshi/models/{lm,compression}.py; tests/published lists every tensor.
 """
 
@@ -42,7 +43,7 @@ NAME = "kyutai"
 
 
 def recognises(path: Path) -> bool:
-    """Tells whether a path is a codec's file, a folder with one, or a folder whose config.json is Kyutai's."""
+    """Return whether a path is a codec's file, a folder with only such a file, or one with Kyutai's config.json."""
     if path.is_file():
         return True
     if not (path / "config.json").is_file():
@@ -51,11 +52,11 @@ def recognises(path: Path) -> bool:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a folder or a codec's file.
+    """Open a folder or a codec's file.
 
     Raises:
-      CheckpointError: the tensors are not those of the config; all faults at once.
-      ConfigError: a config holds what the library does not understand.
+      CheckpointError: the tensors do not fit the config; lists all faults.
+      ConfigError: a key or a value in a config is unknown.
     """
     if path.is_file():
         return _open_codec(path)
@@ -69,7 +70,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if "extra_heads_num_heads" not in values:
         lm = kyutai_config.with_extra_heads(lm, lm_tensors)
         if lm.extra_heads_num_heads:
-            notes = (f"config.json does not speak of the {lm.extra_heads_num_heads} pause heads in {names.lm}",)
+            notes = (f"config.json does not mention the {lm.extra_heads_num_heads} pause heads in {names.lm}",)
         config = dataclasses.replace(config, lm=lm)
     unpacked = any(".in_projs.1." in name for name in lm_tensors)
     tables = {"mimi": mimi_table(config.mimi), "lm": lm_table(lm, unpacked=unpacked)}
@@ -95,14 +96,14 @@ def _read_mimi_config(path: Path) -> MimiConfig:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
-    """Writes a checkpoint to a folder.
+    """Write a checkpoint to a folder.
 
     Args:
-      checkpoint: to write.
-      folder: one that exists and is empty.
+      checkpoint: the checkpoint to write.
+      folder: an empty folder.
 
     Yields:
-      Each tensor, once it is written; nothing is left out.
+      Each tensor after it is written; this layout leaves nothing out.
     """
     config, lm = checkpoint.config, checkpoint.config.lm
     mimi_config = None if config.mimi == MimiConfig() else MIMI_CONFIG_NAME
@@ -116,7 +117,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> str | None:
-    """Writes the tokenizer as a sentencepiece model; returns the name of its file."""
+    """Write the tokenizer as a sentencepiece model; return the file's name."""
     source = checkpoint.tokenizer
     if source is None:
         return None
@@ -128,128 +129,126 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> str | None:
 
 
 def seanet_layers(config: SeanetConfig, side: str) -> Iterator[tuple[str, str, int | None]]:
-    """Where SEANet's convolutions are.
+    """List the paths of SEANet's convolutions.
 
     Args:
-      config: SEANet's.
+      config: config of SEANet.
       side: "encoder" or "decoder".
 
     Yields:
-      The path in PyTorch's `Sequential`, which counts activations too; the path here; the stride of a transposed
-      convolution, None for the others.
+      The path in PyTorch's `Sequential`, which counts activations too; the path in this library; the stride of a
+      transposed convolution, None for other convolutions.
     """
-    here = f"{side}.seanet.layers"
-    yield "0", f"{here}.0", None
-    there, layer = 1, 1
+    dst = f"{side}.seanet.layers"
+    yield "0", f"{dst}.0", None
+    src, layer = 1, 1
     for ratio in reversed(config.ratios) if side == "encoder" else config.ratios:
         if side == "decoder":
-            yield f"{there + 1}", f"{here}.{layer}", ratio
-            there, layer = there + 2, layer + 1
+            yield f"{src + 1}", f"{dst}.{layer}", ratio
+            src, layer = src + 2, layer + 1
         for _ in range(config.n_residual_layers):
-            yield f"{there}.block.1", f"{here}.{layer}.wide", None
-            yield f"{there}.block.3", f"{here}.{layer}.narrow", None
-            there, layer = there + 1, layer + 1
+            yield f"{src}.block.1", f"{dst}.{layer}.wide", None
+            yield f"{src}.block.3", f"{dst}.{layer}.narrow", None
+            src, layer = src + 1, layer + 1
         if side == "encoder":
-            yield f"{there + 1}", f"{here}.{layer}", None
-            there, layer = there + 2, layer + 1
-    yield f"{there + 1}", f"{here}.{layer}", None
+            yield f"{src + 1}", f"{dst}.{layer}", None
+            src, layer = src + 2, layer + 1
+    yield f"{src + 1}", f"{dst}.{layer}", None
 
 
-def convolution(weight: str, bias: str, here: str, stride: int | None) -> list[Piece]:
-    """The two pieces of a convolution; with a stride, of a transposed one."""
-    kernel = piece(weight, f"{here}.kernel_RCO", CONV)
+def convolution(weight: str, bias: str, dst: str, stride: int | None) -> list[Piece]:
+    """Make the two pieces of a convolution, or with a stride of a transposed convolution."""
+    kernel = piece(weight, f"{dst}.kernel_RCO", CONV)
     if stride is not None:
-        kernel = piece(weight, f"{here}.kernel_RCU", conv_transpose(stride))
-    return [kernel, piece(bias, f"{here}.bias_O")]
+        kernel = piece(weight, f"{dst}.kernel_RCU", conv_transpose(stride))
+    return [kernel, piece(bias, f"{dst}.bias_O")]
 
 
 def mimi_table(config: MimiConfig) -> Table:
-    """The table of a Mimi file."""
+    """Make the table of a Mimi file."""
     table: list[Piece | Constant] = []
     for side in ("encoder", "decoder"):
-        for there, here, stride in seanet_layers(config.seanet, side):
+        for src, dst, stride in seanet_layers(config.seanet, side):
             kind = "conv" if stride is None else "convtr"
-            stem = f"{side}.model.{there}.{kind}.{kind}"
-            table += convolution(f"{stem}.weight", f"{stem}.bias", here, stride)
+            stem = f"{side}.model.{src}.{kind}.{kind}"
+            table += convolution(f"{stem}.weight", f"{stem}.bias", dst, stride)
         table += transformer_pieces(config.transformer, f"{side}_transformer.transformer", f"{side}.transformer")
     table.append(piece("downsample.conv.conv.conv.weight", "encoder.downsample.kernel_RCO", CONV))
     upsample = depthwise(config.resample_stride)
     table.append(piece("upsample.convtr.convtr.convtr.weight", "decoder.upsample.kernel_RJC", upsample))
     semantic = config.quantizer.n_q_semantic
-    for there, here, books in (
+    for src, dst, books in (
         ("rvq_first", "semantic", semantic),
         ("rvq_rest", "acoustic", config.quantizer.n_q - semantic),
     ):
-        table.append(piece(f"quantizer.{there}.input_proj.weight", f"quantizer.{here}.input_proj.weight_DC", POINTWISE))
-        table.append(
-            piece(f"quantizer.{there}.output_proj.weight", f"quantizer.{here}.output_proj.weight_CD", POINTWISE)
-        )
+        table.append(piece(f"quantizer.{src}.input_proj.weight", f"quantizer.{dst}.input_proj.weight_DC", POINTWISE))
+        table.append(piece(f"quantizer.{src}.output_proj.weight", f"quantizer.{dst}.output_proj.weight_CD", POINTWISE))
         for q in range(books):
-            book = f"quantizer.{there}.vq.layers.{q}._codebook"
+            book = f"quantizer.{src}.vq.layers.{q}._codebook"
             table += codebook(
                 tuple(f"{book}.{name}" for name in ("embedding_sum", "embed_sum", "embed_avg")),
                 tuple(f"{book}.{name}" for name in ("cluster_usage", "cluster_size")),
                 tuple(f"{book}.{name}" for name in ("_initialized", "inited")),
-                f"quantizer.{here}.codebooks.{q}.embedding_LC",
+                f"quantizer.{dst}.codebooks.{q}.embedding_LC",
                 config.quantizer.bins,
             )
     return table
 
 
-def codebook(sums: Spellings, usage: Spellings, initialized: Spellings, here: str, bins: int) -> list[Piece | Constant]:
-    """A codebook's entries, which the file holds as sums and counts, and the flag beside them."""
+def codebook(sums: Spellings, usage: Spellings, initialized: Spellings, dst: str, bins: int) -> list[Piece | Constant]:
+    """Make the pieces of a codebook: its entries, stored as sums and counts, and a constant flag."""
     return [
-        Piece((sums, usage), here, CODEBOOK),
+        Piece((sums, usage), dst, CODEBOOK),
         Constant(initialized, (1,), 1.0, "a flag of training: whether the entries have been initialised"),
     ]
 
 
-def norm_pieces(norm: str, there: str, here: str) -> list[Piece]:
-    """The pieces of a norm of that name."""
+def norm_pieces(norm: str, src: str, dst: str) -> list[Piece]:
+    """Make the pieces of the norm of that name."""
     if norm.startswith("rms_norm"):
-        return [piece(f"{there}.alpha", f"{here}.alpha_D", ALPHA)]
-    return [piece(f"{there}.weight", f"{here}.scale_D"), piece(f"{there}.bias", f"{here}.bias_D")]
+        return [piece(f"{src}.alpha", f"{dst}.alpha_D", ALPHA)]
+    return [piece(f"{src}.weight", f"{dst}.scale_D"), piece(f"{src}.bias", f"{dst}.bias_D")]
 
 
-def _attention_spellings(there: str) -> tuple[Spellings, Spellings]:
-    """Names the packed projection, in its three spellings, and the one out."""
-    packed = tuple(f"{there}.{name}" for name in ("in_proj_weight", "in_projs.0.weight", "in_proj.weight"))
-    return packed, tuple(f"{there}.{name}" for name in ("out_proj.weight", "out_projs.0.weight"))
+def _attention_spellings(src: str) -> tuple[Spellings, Spellings]:
+    """List the spellings of the packed input projection and of the output projection."""
+    packed = tuple(f"{src}.{name}" for name in ("in_proj_weight", "in_projs.0.weight", "in_proj.weight"))
+    return packed, tuple(f"{src}.{name}" for name in ("out_proj.weight", "out_projs.0.weight"))
 
 
-def attention_pieces(config: TransformerConfig, there: str, here: str) -> list[Piece]:
-    """The pieces of self-attention."""
+def attention_pieces(config: TransformerConfig, src: str, dst: str) -> list[Piece]:
+    """Make the pieces of self-attention."""
     width, kv_heads, groups = config.d_model, config.num_kv_heads, config.kv_repeat
-    packed, out = _attention_spellings(there)
-    target = f"{here}.in_proj.weight_DPKH"
-    pieces = [piece(out, f"{here}.out_proj.weight_KGHD", linear((kv_heads, groups, config.head_dim), (width,)))]
+    packed, out = _attention_spellings(src)
+    target = f"{dst}.in_proj.weight_DPKH"
+    pieces = [piece(out, f"{dst}.out_proj.weight_KGHD", linear((kv_heads, groups, config.head_dim), (width,)))]
     if groups == 1:
         return [piece(packed, target, linear((width,), (3, kv_heads, config.head_dim))), *pieces]
     keys = kv_heads * config.head_dim
     ends = itertools.accumulate((width, keys, keys))
     for first, count, end, rows in zip((0, groups, groups + 1), (groups, 1, 1), ends, (width, keys, keys), strict=True):
         at = (slice(None), slice(first, first + count))
-        how = heads(kv_heads, count, half_split=False)
-        pieces.append(piece(packed, target, how, rows=(end - rows, end), at=at))
+        transform = heads(kv_heads, count, half_split=False)
+        pieces.append(piece(packed, target, transform, rows=(end - rows, end), at=at))
     return pieces
 
 
-def cross_attention_pieces(config: TransformerConfig, there: str, here: str) -> list[Piece]:
-    """The pieces of cross-attention, whose queries have a weight of their own here."""
+def cross_attention_pieces(config: TransformerConfig, src: str, dst: str) -> list[Piece]:
+    """Make the pieces of cross-attention, in which this library splits the packed projection."""
     width, shape = config.d_model, (config.num_heads, config.head_dim)
-    packed, out = _attention_spellings(there)
+    packed, out = _attention_spellings(src)
     return [
-        piece(packed, f"{here}.q_proj.weight_DKH", linear((width,), shape), rows=(0, width)),
-        piece(packed, f"{here}.kv_proj.weight_DPKH", linear((width,), (2, *shape)), rows=(width, 3 * width)),
-        piece(out, f"{here}.out_proj.weight_KHD", linear(shape, (width,))),
+        piece(packed, f"{dst}.q_proj.weight_DKH", linear((width,), shape), rows=(0, width)),
+        piece(packed, f"{dst}.kv_proj.weight_DPKH", linear((width,), (2, *shape)), rows=(width, 3 * width)),
+        piece(out, f"{dst}.out_proj.weight_KHD", linear(shape, (width,))),
     ]
 
 
-def transformer_pieces(config: TransformerConfig, there: str, here: str) -> list[Piece]:
-    """The pieces of a stack of layers."""
+def transformer_pieces(config: TransformerConfig, src: str, dst: str) -> list[Piece]:
+    """Make the pieces of a stack of layers."""
     pieces = []
     for i in range(config.num_layers):
-        old, new = f"{there}.layers.{i}", f"{here}.layers.{i}"
+        old, new = f"{src}.layers.{i}", f"{dst}.layers.{i}"
         pieces += norm_pieces(config.norm, f"{old}.norm1", f"{new}.norm1")
         pieces += attention_pieces(config, f"{old}.self_attn", f"{new}.self_attn")
         if config.cross_attention:
@@ -267,36 +266,36 @@ def transformer_pieces(config: TransformerConfig, there: str, here: str) -> list
 
 
 def gate_up(width: int, feedforward: int) -> Transform:
-    """Splits the packed first matrix of a gated feed-forward of that `dim_feedforward`."""
+    """Make the transform of a gated feed-forward's packed first matrix, for the config's `dim_feedforward`."""
     return linear((width,), (2, gating_dim(width, feedforward)))
 
 
-def gating_pieces(width: int, feedforward: int, there: str, here: str) -> list[Piece]:
-    """The pieces of a gated feed-forward of that `dim_feedforward`."""
+def gating_pieces(width: int, feedforward: int, src: str, dst: str) -> list[Piece]:
+    """Make the pieces of a gated feed-forward, for the config's `dim_feedforward`."""
     return [
-        piece(f"{there}.linear_in.weight", f"{here}.linear_in.weight_DPF", gate_up(width, feedforward)),
-        piece(f"{there}.linear_out.weight", f"{here}.linear_out.weight_FD", LINEAR),
+        piece(f"{src}.linear_in.weight", f"{dst}.linear_in.weight_DPF", gate_up(width, feedforward)),
+        piece(f"{src}.linear_out.weight", f"{dst}.linear_out.weight_FD", LINEAR),
     ]
 
 
-def embedding_pieces(there: str, here: str, *, rank: bool, demux: bool) -> list[Piece]:
-    """The pieces of a token embedding."""
-    pieces = [piece(f"{there}.weight", f"{here}.table_LW")]
+def embedding_pieces(src: str, dst: str, *, rank: bool, demux: bool) -> list[Piece]:
+    """Make the pieces of a token embedding."""
+    pieces = [piece(f"{src}.weight", f"{dst}.table_LW")]
     if rank:
-        pieces.append(piece(f"{there}.low_rank.weight", f"{here}.low_rank.weight_WD", LINEAR))
+        pieces.append(piece(f"{src}.low_rank.weight", f"{dst}.low_rank.weight_WD", LINEAR))
     if demux:
-        pieces.append(piece(f"{there}.out1.weight", f"{here}.first.weight_WD", LINEAR))
-        pieces.append(piece(f"{there}.out2.weight", f"{here}.second.weight_WD", LINEAR))
+        pieces.append(piece(f"{src}.out1.weight", f"{dst}.first.weight_WD", LINEAR))
+        pieces.append(piece(f"{src}.out2.weight", f"{dst}.second.weight_WD", LINEAR))
     return pieces
 
 
 def lm_table(config: LMConfig, *, unpacked: bool = False) -> Table:
-    """The table of a language model's file.
+    """Make the table of a language model's file.
 
     Args:
-      config: the model's.
-      unpacked: whether the depformer's attention is one tensor per set of weights (`in_projs.S`, as today's package
-        saves it) instead of one for all of them (as published).
+      config: config of the language model.
+      unpacked: whether the depformer's attention is one tensor per set of weights (`in_projs.S`, as the current package
+        saves it) instead of one tensor for all sets (as published).
 
     Returns:
       The table.
@@ -311,12 +310,12 @@ def lm_table(config: LMConfig, *, unpacked: bool = False) -> Table:
     for p in range(config.extra_heads_num_heads):
         pieces.append(piece(f"extra_heads.{p}.weight", "extra_heads.weight_DAO", LINEAR, at=(slice(None), p)))
     for conditioner in config.conditioners:
-        there = f"condition_provider.conditioners.{conditioner.name}"
-        here = f"conditioning.conditioners.{conditioner.name}"
-        pieces.append(piece(f"{there}.learnt_padding", f"{here}.learnt_padding_D", ALPHA))
-        pieces.append(piece(f"{there}.output_proj.weight", f"{here}.output_proj.weight_WD", LINEAR))
+        src = f"condition_provider.conditioners.{conditioner.name}"
+        dst = f"conditioning.conditioners.{conditioner.name}"
+        pieces.append(piece(f"{src}.learnt_padding", f"{dst}.learnt_padding_D", ALPHA))
+        pieces.append(piece(f"{src}.output_proj.weight", f"{dst}.output_proj.weight_WD", LINEAR))
         if isinstance(conditioner, LutConditioner):
-            pieces.append(piece(f"{there}.embed.weight", f"{here}.table.table_LW"))
+            pieces.append(piece(f"{src}.embed.weight", f"{dst}.table.table_LW"))
     return pieces + (_depformer_pieces(config, unpacked) if config.dep_q else [])
 
 
@@ -334,16 +333,16 @@ def _depformer_pieces(config: LMConfig, unpacked: bool) -> list[Piece]:
         pieces += norm_pieces(config.norm, f"{old}.norm1", f"{new}.norm1")
         pieces += norm_pieces(config.norm, f"{old}.norm2", f"{new}.norm2")
         for s in range(sets):
-            for packed, single, here, how, rows in (
+            for packed, single, dst, transform, rows in (
                 ("in_proj_weight", "in_projs", f"{s}.weight_DPKH", linear((width,), (3, *shape)), 3 * width),
                 ("out_proj.weight", "out_projs", f"{s}.weight_KHD", linear(shape, (width,)), width),
             ):
-                target = f"{new}.{single}.{here}"
+                target = f"{new}.{single}.{dst}"
                 if unpacked:
-                    pieces.append(piece(f"{old}.self_attn.{single}.{s}.weight", target, how))
+                    pieces.append(piece(f"{old}.self_attn.{single}.{s}.weight", target, transform))
                 else:
                     at = (s * rows, (s + 1) * rows)
-                    pieces.append(piece(f"{old}.self_attn.{packed}", target, how, rows=at))
+                    pieces.append(piece(f"{old}.self_attn.{packed}", target, transform, rows=at))
             pieces += gating_pieces(width, config.depformer_feedforward, f"{old}.gating.{s}", f"{new}.gating.{s}")
     return pieces + [
         piece(f"linears.{q}.weight", f"depformer.linears.{q}.weight_DV", LINEAR) for q in range(config.dep_q)

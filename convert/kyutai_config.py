@@ -1,7 +1,7 @@
-"""The config.json of Kyutai's own layout: one flat object for the language model and everything around it.
+"""The config.json of Kyutai's own layout: a flat object with the language model's fields and all other settings.
 
-The conditioners, the fuser, and the settings of a kind of model are objects of their own; the fields of the depformer
-are flat too, with the prefix `depformer_`.
+The conditioners, the fuser, and the settings of a model family are nested objects; the fields of the depformer are flat
+too, with the prefix `depformer_`.
 Source: kyutai-labs/moshi@e6a55d2 moshi/models/loaders.py.
 """
 
@@ -43,7 +43,7 @@ _ALWAYS = (
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """The files that a config names, besides itself."""
+    """Names of the other files, as given in config.json."""
 
     lm: str
     mimi: str
@@ -52,17 +52,17 @@ class Files:
 
 
 def read_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, LMConfig, Files]:
-    """Reads the content of a config.json.
+    """Parse the content of a config.json.
 
     Args:
       values: the decoded JSON.
-      where: what it was read from, for the error.
+      where: name of the file, for the error.
 
     Returns:
-      The config, with the published codec; the config of its language model; and the files it names.
+      The config, with the published codec; its language model's config; and the names of the other files.
 
     Raises:
-      ConfigError: a key or a value that the library does not understand.
+      ConfigError: a key or a value is unknown.
     """
     rest = dict(values)
     names = {key: rest.pop(key, None) for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name")}
@@ -98,23 +98,23 @@ def read_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, LMC
 
 
 def _read_settings(rest: dict[str, Any], key: str, kind: type, where: str) -> Any:
-    """Takes an object out of a config; None where it is empty or missing."""
+    """Remove an object from a config and parse it; None if it is empty or missing."""
     values = rest.pop(key, None)
     return from_dict(kind, values, f"{where}: {key}") if values else None
 
 
 def read_lm(values: Mapping[str, Any], where: str) -> LMConfig:
-    """Reads the flat config of a language model.
+    """Parse the flat config of a language model.
 
     Args:
-      values: the decoded JSON, without the keys around the language model.
-      where: what it was read from, for the error.
+      values: the decoded JSON, with the language model's keys only.
+      where: name of the file, for the error.
 
     Returns:
       The config.
 
     Raises:
-      ConfigError: a key or a value that the library does not understand.
+      ConfigError: a key or a value is unknown.
     """
     flat = {field.name for field in dataclasses.fields(LMConfig)} - {"depformer"}
     depformer = {_DEPFORMER + field.name for field in dataclasses.fields(DepformerConfig)}
@@ -148,7 +148,7 @@ def _read_conditioner(name: str, spec: Any, where: str) -> Conditioner:
 
 
 def flat_lm(config: LMConfig) -> dict[str, Any]:
-    """Returns the flat config of a language model with every key, as `read_lm` reads it."""
+    """Return the flat config of a language model with every key, for `read_lm`."""
     values = _flat(to_dict(config))
     values["conditioners"] = {
         conditioner.name: {"type": conditioner.type, conditioner.type: _without(to_dict(conditioner), "name", "type")}
@@ -158,7 +158,7 @@ def flat_lm(config: LMConfig) -> dict[str, Any]:
 
 
 def write_lm(config: LMConfig) -> dict[str, Any]:
-    """Returns the flat config of a language model with the keys that a published file would have."""
+    """Return the flat config of a language model with the keys of a published file."""
     defaults = _flat({field.name: field.default for field in dataclasses.fields(config)} | {"depformer": _DEFAULTS})
     return {key: value for key, value in flat_lm(config).items() if key in _ALWAYS or value != defaults[key]}
 
@@ -172,17 +172,17 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """Leaves out these keys, and what is None."""
+    """Drop these keys, and keys whose value is None."""
     return {key: value for key, value in values.items() if key not in keys and value is not None}
 
 
 def write_config(config: ModelConfig, lm: LMConfig, files: Files) -> dict[str, Any]:
-    """Returns the content of a config.json that `read_config` and the PyTorch package read.
+    """Return the content of a config.json, for `read_config` and the PyTorch package.
 
     Args:
-      config: of the model.
+      config: config of the model.
       lm: `config.lm`.
-      files: that the config names.
+      files: names of the other files.
 
     Returns:
       JSON values.
@@ -193,7 +193,7 @@ def write_config(config: ModelConfig, lm: LMConfig, files: Files) -> dict[str, A
     values |= {"lm_gen_config": sampling} if sampling else {}
     if config.tts is not None:
         values["tts_config"] = to_dict(config.tts)
-        if not config.tts.multistream:  # only the files of such models have the key
+        if not config.tts.multistream:  # only the files of multistream models have the key
             del values["tts_config"]["multistream"]
     values |= {"stt_config": to_dict(config.stt)} if "stt" in family.family_of(config).parts else {}
     values |= {"model_type": config.model_type, "mimi_name": files.mimi}
@@ -203,7 +203,7 @@ def write_config(config: ModelConfig, lm: LMConfig, files: Files) -> dict[str, A
 
 
 def write_mimi_config(config: MimiConfig) -> dict[str, Any]:
-    """Returns the content of the file that `mimi_config_name` names."""
+    """Return the content of the codec's config file, `mimi_config_name`."""
     values = to_dict(config)
     if values["quantizer"]["n_q_semantic"] == QuantizerConfig.n_q_semantic:  # the PyTorch package takes no such key
         del values["quantizer"]["n_q_semantic"]
@@ -213,14 +213,14 @@ def write_mimi_config(config: MimiConfig) -> dict[str, Any]:
 
 
 def with_extra_heads(config: LMConfig, tensors: Tensors) -> LMConfig:
-    """Adds the pause heads that the file holds and the published config does not mention.
+    """Add the pause heads, which published configs omit, from the shapes of the file's tensors.
 
     Args:
-      config: as read.
-      tensors: of the file.
+      config: config of the language model.
+      tensors: tensors of the language model's file.
 
     Returns:
-      The config with these heads.
+      The config with the pause heads.
     """
     shapes = [t.shape for name, t in tensors.items() if name.startswith("extra_heads.") and name.endswith(".weight")]
     if not shapes:

@@ -1,4 +1,4 @@
-"""The layouts of checkpoints: each is a module that recognises, opens and writes folders of its own."""
+"""The layouts of checkpoints: each is a module that recognises, opens and writes its own folders."""
 
 import pkgutil
 from collections.abc import Iterator
@@ -13,40 +13,40 @@ from dsm_jax.models.family import FAMILIES, family_of
 
 
 class Layout(Protocol):
-    """The functions of a layout's module; `NAME` is the layout's, which modules of several families can share."""
+    """The functions of a layout's module; modules of several families can share the layout's name, `NAME`."""
 
     NAME: str
 
     def recognises(self, path: Path) -> bool:
-        """Tells whether a folder or file is of this layout, without a check."""
+        """Return whether a folder or file looks like this layout, without checking its content."""
         ...
 
     def open_checkpoint(self, path: Path) -> Checkpoint:
-        """Opens a folder or file that the layout recognises."""
+        """Open a folder or file of this layout."""
         ...
 
     def write(self, checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
-        """Writes a checkpoint of one of the layout's families; yields what is written and what has no place."""
+        """Write a checkpoint of one of the layout's families; yield each tensor written and each one left out."""
         ...
 
 
 def layouts() -> list[Layout]:
-    """Lists the modules of all layouts: the library's own, then the published ones of every family."""
+    """List the modules of all layouts: the native one, then the published ones of every family."""
     paths = dict.fromkeys(path for family in FAMILIES.values() for path in family.layouts.values())
     return [cast(Layout, native), *(pkgutil.resolve_name(path) for path in paths)]
 
 
 def layout_names() -> list[str]:
-    """Lists the names that `convert` can be given."""
+    """List the names of all layouts."""
     return list(dict.fromkeys(layout.NAME for layout in layouts()))
 
 
 def layout_for(checkpoint: Checkpoint, name: str) -> Layout:
-    """Returns the module that writes a checkpoint in the layout of that name.
+    """Return the module that writes a checkpoint in the layout of that name.
 
     Raises:
-      CheckpointError: an unknown name.
-      ConfigError: the layout has no place for models of this family.
+      CheckpointError: the name is unknown.
+      ConfigError: the layout does not support the checkpoint's family.
     """
     if name not in (names := layout_names()):
         raise CheckpointError(f"the layout {name!r} is unknown; choose one of {', '.join(names)}")
@@ -56,16 +56,16 @@ def layout_for(checkpoint: Checkpoint, name: str) -> Layout:
     if name not in family.layouts:
         known = ", ".join([native.NAME, *family.layouts])
         raise ConfigError(
-            f"{checkpoint.name} is {family.description}, which the layout {name!r} has no place for; choose one of "
+            f"{checkpoint.name} is {family.description}, which the layout {name!r} does not support; choose one of "
             f"{known}"
         )
     return pkgutil.resolve_name(family.layouts[name])
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a checkpoint, whose layout is recognised by content.
+    """Open a checkpoint in any layout, which is recognised by the files' content.
 
-    Opening reads headers and configs only, and holds all of them against the networks that the config describes.
+    Opening reads only headers and configs, and checks every tensor's name and shape against the config's networks.
 
     Args:
       path: a folder in one of the layouts, or a file with a Mimi codec.
@@ -74,8 +74,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
       The opened checkpoint.
 
     Raises:
-      CheckpointError: the layout is not recognised, or the tensors are not those of the config; all faults at once.
-      ConfigError: a config holds what the library does not understand.
+      CheckpointError: the layout is unknown, or the tensors do not fit the config; lists all faults.
+      ConfigError: a key or a value in a config is unknown.
     """
     for layout in layouts():
         if layout.recognises(path):

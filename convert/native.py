@@ -1,7 +1,7 @@
 """This library's own layout: a folder with `dsm_jax.json`, Orbax checkpoints under `params`, and the tokenizer.
 
-Orbax copies what it saves (measured: 2.4 GB of memory for 0.75 GB), so parameters are saved in groups, each
-an Orbax checkpoint of its own, and memory is bounded by the largest group.
+Orbax copies the arrays that it saves (measured: 2.4 GB of memory for 0.75 GB). Parameters are therefore saved in
+groups, each an Orbax checkpoint of its own, so that the largest group bounds the memory.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ GROUP_BYTES = 128 << 20
 
 @dataclasses.dataclass(frozen=True)
 class NativeCheckpoint:
-    """A folder's config, and each parameter ("lm.…" or "mimi.…") with the group that it is in."""
+    """A folder's config, and the shape and group of each parameter ("lm.…" or "mimi.…")."""
 
     path: Path
     config: ModelConfig
@@ -42,16 +42,16 @@ class NativeCheckpoint:
 
 
 def recognises(path: Path) -> bool:
-    """Tells whether a path is a folder of this layout."""
+    """Return whether a path is a folder of this layout."""
     return (path / CONFIG_NAME).is_file()
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a folder.
+    """Open a folder.
 
     Raises:
-      CheckpointError: it was written by a later version, is damaged, or its parameters are not those of the config.
-      ConfigError: the config is not understood.
+      CheckpointError: the folder has another format or is damaged, or its parameters do not fit the config.
+      ConfigError: a key or a value in the config is unknown.
     """
     folder = open_folder(path)
     networks = family.abstract_model(folder.config)
@@ -64,14 +64,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
-    """Writes a checkpoint to a folder.
+    """Write a checkpoint to a folder.
 
     Args:
-      checkpoint: to write.
-      folder: one that exists and is empty.
+      checkpoint: the checkpoint to write.
+      folder: an empty folder.
 
     Yields:
-      Each parameter, once it is written; nothing is left out.
+      Each parameter after it is written; this layout leaves nothing out.
     """
     write_about(
         folder,
@@ -90,14 +90,14 @@ def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
 
 
 def write_about(folder: Path, config: ModelConfig, dtype: str, converted_from: str, tokenizer: Path | None) -> None:
-    """Writes `dsm_jax.json` and a copy of the tokenizer.
+    """Write `dsm_jax.json` and a copy of the tokenizer.
 
     Args:
-      folder: to write to.
-      config: of the model.
-      dtype: of the language model, for the reader's information.
-      converted_from: the same.
-      tokenizer: its file.
+      folder: the folder to write to.
+      config: config of the model.
+      dtype: dtype of the language model; for information only.
+      converted_from: name of the source; for information only.
+      tokenizer: path of the tokenizer.
     """
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
@@ -112,11 +112,11 @@ def write_about(folder: Path, config: ModelConfig, dtype: str, converted_from: s
 
 
 def read_config(values: Mapping[str, Any], where: str) -> ModelConfig:
-    """Reads the config in the content of `dsm_jax.json`.
+    """Parse the config in the content of `dsm_jax.json`.
 
     Raises:
-      CheckpointError: it was written in another format.
-      ConfigError: the config is not understood.
+      CheckpointError: the format is another one.
+      ConfigError: a key or a value in the config is unknown.
     """
     if (found := values.get("format")) != FORMAT:
         older = isinstance(found, int) and found < FORMAT
@@ -128,14 +128,14 @@ def read_config(values: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def write_params(folder: Path, arrays: Iterable[tuple[str, Any]]) -> Iterator[str]:
-    """Saves parameters, group by group.
+    """Save parameters, group by group.
 
     Args:
-      folder: the checkpoint's.
-      arrays: names, beginning with "lm." or "mimi.", and their arrays; drawn only as they are saved.
+      folder: the checkpoint's folder.
+      arrays: pairs of a name, "lm.…" or "mimi.…", and an array; consumed one group at a time.
 
     Yields:
-      Each name, once it is on disk.
+      Each name after its array is on disk.
     """
     import orbax.checkpoint
 
@@ -147,7 +147,7 @@ def write_params(folder: Path, arrays: Iterable[tuple[str, Any]]) -> Iterator[st
         try:
             with orbax.checkpoint.StandardCheckpointer() as checkpointer:
                 checkpointer.save((folder / "params" / f"{count:04}").absolute(), group)
-        except ValueError as error:  # how tensorstore passes on what the file system says
+        except ValueError as error:  # tensorstore raises it for errors of the file system
             raise OSError(str(error).rpartition(": ")[2]) from error
         count += 1
 
@@ -162,11 +162,11 @@ def write_params(folder: Path, arrays: Iterable[tuple[str, Any]]) -> Iterator[st
 
 
 def open_folder(path: Path) -> NativeCheckpoint:
-    """Reads the config of a folder and lists its parameters, without weights.
+    """Read the config of a folder and list its parameters, without weights.
 
     Raises:
-      CheckpointError: it was written by a later version, or is damaged.
-      ConfigError: the config is not understood.
+      CheckpointError: the folder has another format or is damaged.
+      ConfigError: a key or a value in the config is unknown.
     """
     import orbax.checkpoint
 
@@ -188,7 +188,7 @@ def open_folder(path: Path) -> NativeCheckpoint:
 
 
 def faults(opened: NativeCheckpoint, expected: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]) -> list[str]:
-    """Holds a folder against the networks that its config describes; one line per fault."""
+    """Compare a folder's parameters with the expected ones; return one line per fault."""
     wanted = {f"{part}.{name}": p for part, parameters in expected.items() for name, p in parameters.items()}
     lines = [
         f"missing: {name}, expected {list(p.shape)}" for name, p in wanted.items() if name not in opened.parameters
@@ -202,17 +202,17 @@ def faults(opened: NativeCheckpoint, expected: Mapping[str, Mapping[str, jax.Sha
 
 
 def restore(opened: NativeCheckpoint, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
-    """Restores parameters, group by group, straight to their devices.
+    """Restore parameters, group by group, directly to their devices.
 
     Args:
       opened: the opened folder.
-      wanted: shape, dtype and sharding of the parameters to restore; a sharding of None is the default device.
+      wanted: shape, dtype and sharding of the parameters to restore; a sharding of None means the default device.
 
     Yields:
       Names and arrays.
     """
     for group in sorted({opened.group_of[name] for name in wanted}):
-        # Orbax restores a group whole; what is not wanted of it is dropped at once.
+        # Orbax restores whole groups; parameters that are not wanted are dropped at once.
         members = {name: wanted.get(name, p) for name, p in opened.parameters.items() if opened.group_of[name] == group}
         targets = {name: np.empty(p.shape, p.dtype) if p.sharding is None else p for name, p in members.items()}
         for name, array in _restore_group(opened, group, targets).items():
@@ -221,7 +221,7 @@ def restore(opened: NativeCheckpoint, wanted: Mapping[str, jax.ShapeDtypeStruct]
 
 
 def reader(opened: NativeCheckpoint) -> Callable[[str, str], np.ndarray]:
-    """Returns a function that reads parameters as numpy arrays, by network and name; the groups last read are kept."""
+    """Make a function that reads a parameter as a numpy array, given network and name; it caches three groups."""
 
     @functools.lru_cache(maxsize=3)
     def group(name: str) -> dict[str, np.ndarray]:
@@ -245,11 +245,11 @@ def _restore_group(opened: NativeCheckpoint, group: str, targets: dict[str, Any]
 
 @contextlib.contextmanager
 def new_folder(destination: Path, size: int) -> Iterator[Path]:
-    """A temporary sibling of `destination`, renamed to it at the end; on an error nothing is left behind.
+    """Make a temporary folder next to `destination` and rename it at the end; an error leaves nothing behind.
 
     Args:
       destination: a folder that does not exist yet.
-      size: bytes that are going to be written.
+      size: number of bytes that will be written.
 
     Yields:
       The folder to write to.

@@ -1,9 +1,9 @@
-"""The rule engine: a layout is a table of pieces, and one table serves both directions.
+"""The rule engine: a layout is a table of rules, called pieces, and one table serves both directions.
 
-A piece says that a block of a published tensor is, up to a transposition or the like, a block of one of this library's
-parameters. `plan` holds a table against the tensors of a file and the parameters of a model: every tensor claimed
-exactly once and completely, every parameter filled exactly once and completely, all faults in one error. `load` and
-`save` then move one parameter or tensor at a time.
+A piece states that a block of a published tensor, after a transform such as a transposition, is a block of one of this
+library's parameters. `plan` checks a table against the tensors of a file and the parameters of a model: each tensor
+must be used exactly once and completely, each parameter filled exactly once and completely; it collects all faults.
+`load` and `save` then move one parameter or tensor at a time.
 """
 
 import dataclasses
@@ -21,19 +21,19 @@ from dsm_jax.convert.transforms import IDENTITY, Transform, contiguous
 from dsm_jax.errors import CheckpointError
 
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
-Spellings = tuple[str, ...]  # names that one tensor goes by; the first is the one written
+Spellings = tuple[str, ...]  # alternative names of one tensor, of which the first is written
 Rows = tuple[int, int]  # a range of a tensor's first axis
-Box = tuple[tuple[int, int], ...]  # a range of every axis
+Ranges = tuple[tuple[int, int], ...]  # a range of every axis
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of a file: what its header says, and how to read rows of it (None: all of it)."""
+    """A tensor of a file: shape and dtype from the header, and a function that reads rows (None: all rows)."""
 
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it
     read: Callable[[Rows | None], np.ndarray]
-    made_of: Spellings = ()  # the tensors it was computed from, where it is not in the file itself
+    made_of: Spellings = ()  # names of the file's tensors from which this one is computed, if it is not stored itself
 
 
 Tensors = Mapping[str, Tensor]
@@ -42,24 +42,24 @@ Parameters = Mapping[str, jax.ShapeDtypeStruct]
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A block that moves: `rows` of the tensor (or tensors) that `sources` name is `at` of the parameter `target`."""
+    """A rule: `rows` of the tensors in `sources`, transformed, are the block `at` of the parameter `target`."""
 
     sources: tuple[Spellings, ...]
     target: str
-    how: Transform = IDENTITY
+    transform: Transform = IDENTITY
     rows: Rows | None = None
     at: tuple[int | slice, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """A tensor, or rows of one, that no parameter holds: it is written with `value`, and not read.
+    """A tensor, or rows of one, without a parameter: written with `value`, and ignored on reading.
 
-    A whole tensor of that kind may be missing. A file that holds another value is noted.
+    A whole tensor may be missing. A file with another value leads to a note.
     """
 
     source: Spellings
-    shape: tuple[int, ...]  # of the whole tensor, or of the rows
+    shape: tuple[int, ...]  # shape of the whole tensor, or of the rows
     value: float
     why: str
     rows: Rows | None = None
@@ -71,35 +71,35 @@ Table = Sequence[Piece | Constant]
 def piece(
     source: str | Spellings,
     target: str,
-    how: Transform = IDENTITY,
+    transform: Transform = IDENTITY,
     *,
     rows: Rows | None = None,
     at: tuple[int | slice, ...] = (),
 ) -> Piece:
-    """A piece of one source."""
-    return Piece(((source,) if isinstance(source, str) else source,), target, how, rows, at)
+    """Make a piece with one source."""
+    return Piece(((source,) if isinstance(source, str) else source,), target, transform, rows, at)
 
 
-def box(shape: tuple[int, ...], at: tuple[int | slice, ...]) -> Box:
-    """The range of every axis that an index of a parameter covers."""
+def ranges(shape: tuple[int, ...], at: tuple[int | slice, ...]) -> Ranges:
+    """Return the range of every axis that an index covers."""
     full = at + (slice(None),) * (len(shape) - len(at))
     return tuple((i, i + 1) if isinstance(i, int) else i.indices(n)[:2] for i, n in zip(full, shape, strict=True))
 
 
 def saved_shapes(item: Piece, parameters: Parameters) -> list[tuple[int, ...]]:
-    """The shapes of the published blocks that a piece makes, without making them."""
+    """Return the shapes of a piece's published blocks, without computing the blocks."""
     block = np.broadcast_to(np.zeros((), np.int8), parameters[item.target].shape)[item.at]
-    return [a.shape for a in item.how.save(block)]
+    return [a.shape for a in item.transform.save(block)]
 
 
 def load(item: Piece, names: Spellings, tensors: Tensors) -> np.ndarray:
-    """Reads the block of a parameter that a piece fills."""
-    return item.how.load(*(tensors[name].read(item.rows) for name in names))
+    """Read the block with which a piece fills its parameter."""
+    return item.transform.load(*(tensors[name].read(item.rows) for name in names))
 
 
 @dataclasses.dataclass(frozen=True)
 class Outgoing:
-    """A tensor to be written: `make` computes it."""
+    """A tensor to write; `make` computes it."""
 
     name: str
     shape: tuple[int, ...]
@@ -108,12 +108,12 @@ class Outgoing:
 
 
 def save(table: Table, parameters: Parameters, get: Callable[[str], np.ndarray]) -> Iterator[Outgoing]:
-    """The published tensors of a table, each computed only when it is written.
+    """List the published tensors of a table, each computed only when it is written.
 
     Args:
       table: pieces and constants of the layout.
-      parameters: the model's.
-      get: reads a parameter by name.
+      parameters: parameters of the model.
+      get: reads a parameter, given its name.
 
     Yields:
       The tensors in the order of the table.
@@ -139,7 +139,7 @@ def save(table: Table, parameters: Parameters, get: Callable[[str], np.ndarray])
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """Rows of a tensor to be written, or all of it; a constant takes the dtype of the rows beside it."""
+    """Rows of a tensor to write, or the whole tensor; None for a constant's dtype, which follows the other rows."""
 
     rows: Rows | None
     shape: tuple[int, ...]
@@ -156,41 +156,41 @@ def _blocks(
         return
 
     def made(i: int) -> np.ndarray:
-        return item.how.save(get(item.target)[item.at])[i]
+        return item.transform.save(get(item.target)[item.at])[i]
 
     for i, (names, shape) in enumerate(zip(item.sources, saved_shapes(item, parameters), strict=True)):
         yield names, _Block(item.rows, shape, parameters[item.target].dtype, functools.partial(made, i))
 
 
 def _whole_shape(parts: Sequence[tuple[Rows | None, tuple[int, ...]]]) -> tuple[int, ...]:
-    """The shape of a tensor that consists of these rows of its first axis, or is one block."""
+    """Return the shape of a tensor from its parts, given as (rows of the first axis or None, shape)."""
     return (max(rows[1] if rows else shape[0] for rows, shape in parts), *parts[0][1][1:])
 
 
 def shown(shape: Sequence[int]) -> str:
-    """A shape as the listings write it: 4x2x1."""
+    """Format a shape as in the listings: 4x2x1."""
     return "x".join(map(str, shape)) or "scalar"
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A table's item with the spelling that the file uses for each of its sources."""
+    """An item of a table, with the file's spelling of each of its sources."""
 
     item: Piece | Constant
     names: Spellings
 
 
 def plan(table: Table, tensors: Tensors, parameters: Parameters) -> tuple[list[Claim], list[str]]:
-    """Holds a table against a file and a model.
+    """Check a table against the tensors of a file and the parameters of a model.
 
     Args:
       table: pieces and constants of the layout.
-      tensors: of the file.
-      parameters: of the model, all of them.
+      tensors: tensors of the file.
+      parameters: all parameters of the model.
 
     Returns:
-      claims: what to move, in the order of the table; complete only if there is no fault.
-      faults: one line per fault, none if the file is exactly what the model needs.
+      claims: the items of the table with their sources in the file; complete only if there is no fault.
+      faults: one line per fault; empty if the file fits the model exactly.
     """
     faults: list[str] = []
     claims: list[Claim] = []
@@ -208,7 +208,7 @@ def plan(table: Table, tensors: Tensors, parameters: Parameters) -> tuple[list[C
             if len(present) > 1:
                 faults.append(f"twice: {' and '.join(present)} are spellings of one tensor")
             if present:
-                loose = isinstance(item, Piece) and item.how.any_leading_ones
+                loose = isinstance(item, Piece) and item.transform.any_leading_ones
                 needed.setdefault(present[0], []).append((item.rows, shape, loose))
                 names.append(present[0])
             elif isinstance(item, Piece) or item.rows:
@@ -241,12 +241,12 @@ def _source_faults(name: str, tensor: Tensor, needed: list[tuple[Rows | None, tu
 
 
 def _target_faults(table: Table, parameters: Parameters) -> list[str]:
-    boxes: dict[str, list[Box]] = {name: [] for name in parameters}
+    filled_by: dict[str, list[Ranges]] = {name: [] for name in parameters}
     for item in table:
-        if isinstance(item, Piece) and item.target in boxes:
-            boxes[item.target].append(box(parameters[item.target].shape, item.at))
+        if isinstance(item, Piece) and item.target in filled_by:
+            filled_by[item.target].append(ranges(parameters[item.target].shape, item.at))
     faults = []
-    for name, filled in boxes.items():
+    for name, filled in filled_by.items():
         size = sum(math.prod(stop - start for start, stop in b) for b in filled)
         if size != math.prod(parameters[name].shape) or any(
             all(a[0] < b[1] and b[0] < a[1] for a, b in zip(one, other, strict=True))
@@ -260,7 +260,7 @@ def _target_faults(table: Table, parameters: Parameters) -> list[str]:
 
 
 def fit_error(where: str, faults: Sequence[str]) -> CheckpointError:
-    """Makes one error of all faults."""
+    """Make one error that lists all faults."""
     lines = "".join(f"\n  {fault}" for fault in faults)
     return CheckpointError(
         f"{where}: the weights are not those of the model that the config describes; use the config.json that was "

@@ -10,7 +10,7 @@ from dsm_jax.convert.pieces import Constant, Outgoing, Piece, shown
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """A tensor of a file, or rows of it, and the parameter that it is or is part of."""
+    """A tensor of a file, or rows of a tensor, and the parameter that it fills or is part of."""
 
     network: str
     tensor: str
@@ -21,17 +21,17 @@ class Moved:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """An account of a conversion.
+    """The report of a conversion.
 
     Attributes:
       source: name of the source.
       source_layout: "kyutai", "transformers" or "orbax".
       destination: name of the folder that was written.
-      destination_layout: likewise.
-      moved: every tensor that was read, and the parameter it went into.
-      written: names of the tensors or parameters written, with shapes and dtypes.
-      unused: tensors that were deliberately not read.
-      dropped: parameters that the destination has no place for.
+      destination_layout: "kyutai", "transformers" or "orbax".
+      moved: every tensor that was read, and the parameter that it filled.
+      written: name, shape and dtype of each tensor or parameter that was written.
+      unused: tensors that the tables deliberately ignore.
+      dropped: parameters that the destination's layout cannot hold.
       notes: remarks for the user.
     """
 
@@ -46,7 +46,7 @@ class Report:
     notes: tuple[str, ...]
 
     def text(self) -> str:
-        """Returns the report as text for reading."""
+        """Format the report as text."""
         lines = [f"{self.source} ({self.source_layout}) -> {self.destination} ({self.destination_layout})"]
         lines += [f"  {m.tensor}  {shown(m.shape)} {m.dtype} -> {m.network}: {m.parameter}" for m in self.moved]
         tensors = len({(m.network, m.tensor) for m in self.moved})
@@ -58,12 +58,12 @@ class Report:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as plain JSON values."""
+        """Return the report as plain JSON values."""
         return dataclasses.asdict(self)
 
 
 def moved_by(source: Checkpoint) -> Iterator[Moved]:
-    """Lists every tensor of a source and the parameter it goes to."""
+    """List every tensor of a source with the parameter that it fills."""
     for part, parameters in source.stored.items():
         if part not in source.claims:
             yield from (Moved(part, name, p.shape, p.dtype.name, name) for name, p in parameters.items())
@@ -77,7 +77,7 @@ def moved_by(source: Checkpoint) -> Iterator[Moved]:
 
 
 def unused_by(source: Checkpoint) -> Iterator[LeftOut]:
-    """Lists every tensor, or rows of one, that the tables deliberately leave out."""
+    """List every tensor, or rows of a tensor, that the tables deliberately ignore."""
     for part, claims in source.claims.items():
         for claim in claims:
             if isinstance(claim.item, Constant):
@@ -86,5 +86,5 @@ def unused_by(source: Checkpoint) -> Iterator[LeftOut]:
 
 
 def written_as(tensor: Outgoing) -> tuple[str, tuple[int, ...], str]:
-    """Returns name, shape and dtype of a written tensor for the report."""
+    """Return name, shape and dtype of a written tensor for the report."""
     return tensor.name, tensor.shape, str(tensor.dtype)

@@ -1,4 +1,4 @@
-"""Rewrites a sentencepiece model as a `tokenizer.json`, and back; pieces, ids and scores stay as they are."""
+"""Rewrite a sentencepiece model as a `tokenizer.json`, and back, with the same pieces, ids and scores."""
 
 import base64
 import json
@@ -10,18 +10,18 @@ from dsm_jax.files import read_text
 from dsm_jax.tokenizers import SPACE
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE, _UNIGRAM = 1, 2, 3, 4, 6, 1
-_ALL = 1 << 16  # more spaces than a text begins with
+_ALL = 1 << 16  # count of leading spaces to strip: more than any text begins with
 
 
 def to_json(source: Path, folder: Path) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json` for a sentencepiece unigram model.
+    """Write `tokenizer.json` and `tokenizer_config.json` for a sentencepiece unigram model.
 
     Args:
       source: the `.model` file.
-      folder: where to write.
+      folder: the folder to write to.
 
     Raises:
-      CheckpointError: it is no unigram model.
+      CheckpointError: the source is not a unigram model.
     """
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -37,7 +37,7 @@ def to_json(source: Path, folder: Path) -> None:
     if rules.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
-    # Not "first", which misses the beginning of a text that the normaliser has stripped.
+    # Not "first": it adds no space to a text whose leading spaces the normaliser has stripped.
     scheme = "always" if rules.add_dummy_prefix else "never"
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme, split=False)
     decoding: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -60,14 +60,14 @@ def to_json(source: Path, folder: Path) -> None:
 
 
 def to_sentencepiece(source: Path, target: Path) -> None:
-    """Writes a sentencepiece unigram model for a `tokenizer.json`.
+    """Write a sentencepiece unigram model for a `tokenizer.json`.
 
     Args:
-      source: the `tokenizer.json`, with its `tokenizer_config.json` beside it where there is one.
+      source: the `tokenizer.json`; a `tokenizer_config.json` in the same folder is read too.
       target: the `.model` file to write.
 
     Raises:
-      CheckpointError: it is no unigram model.
+      CheckpointError: the source is not a unigram model.
     """
     from sentencepiece import sentencepiece_model_pb2
 
@@ -88,7 +88,7 @@ def to_sentencepiece(source: Path, target: Path) -> None:
     ids = {piece: i for i, (piece, _) in enumerate(model["vocab"])}
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type, trainer.vocab_size = _UNIGRAM, len(proto.pieces)
-    # sentencepiece refuses the setting without the pieces; the tokenizers library ignores it then.
+    # Without byte pieces, sentencepiece refuses this setting and the tokenizers library ignores it.
     trainer.byte_fallback = any(piece.type == _BYTE for piece in proto.pieces)
     trainer.unk_id = model["unk_id"]
     trainer.unk_piece = proto.pieces[model["unk_id"]].piece

@@ -1,8 +1,8 @@
 """transformers' layout of Mimi: `kyutai/mimi`, and the codec inside its speech-to-text checkpoints.
 
-It differs from Kyutai's own in names, and in queries and keys, which it rotates by halves and stores apart. Of its
-config every key is mapped, or must have the one value that the library computes with, or changes nothing; any other is
-an error.
+It differs from Kyutai's own layout in the names, and in the queries, keys and values, which are separate tensors, with
+rotations by halves of a head. A key of its config is mapped, or must have the only value that the library supports, or
+has no effect on the computation; any other key is an error.
 
 Source: transformers 5.23, models/mimi.
 """
@@ -21,7 +21,7 @@ from dsm_jax.convert.pieces import Constant, Outgoing, Piece, Table, piece
 from dsm_jax.convert.transforms import CONV, LINEAR, POINTWISE, depthwise, heads, linear
 from dsm_jax.errors import ConfigError
 
-# Bookkeeping of transformers: none of these changes what the model computes.
+# Keys without effect on the model's outputs.
 _IGNORED = {
     *("architectures", "auto_map", "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"),
     *("use_streaming", "initializer_range", "attention_dropout", "max_position_embeddings", "chunk_size_feed_forward"),
@@ -41,7 +41,7 @@ _FIXED_MIMI = {
     "attention_bias": False,
     "normalize": False,
 }
-_DEFAULT_MIMI = {  # of transformers' MimiConfig
+_DEFAULT_MIMI = {  # the defaults of transformers' MimiConfig
     "sampling_rate": 24_000,
     "audio_channels": 1,
     "hidden_size": 512,
@@ -68,22 +68,22 @@ NAME = "transformers"
 
 
 def recognises(path: Path) -> bool:
-    """Tells whether a path is a folder of this layout."""
+    """Return whether a path is a folder of this layout."""
     return model_type_of(path) == "mimi"
 
 
 def model_type_of(path: Path) -> Any:
-    """Returns the model type in the config.json of a folder; None without one."""
+    """Return the model type in a folder's config.json; None without a config.json."""
     config_path = path / "config.json"
     return files.read_json(config_path).get("model_type") if config_path.is_file() else None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a folder.
+    """Open a folder.
 
     Raises:
-      CheckpointError: the tensors are not those of the config; all faults at once.
-      ConfigError: the config holds a key or a value that the library does not understand.
+      CheckpointError: the tensors do not fit the config; lists all faults.
+      ConfigError: a key or a value in the config is unknown.
     """
     mimi = read_config(files.read_json(path / "config.json"), str(path / "config.json"))
     tensors, faults = files.sharded_tensors_in(path)
@@ -92,14 +92,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
-    """Writes a codec to a folder.
+    """Write a codec to a folder.
 
     Args:
-      checkpoint: to write.
-      folder: one that exists and is empty.
+      checkpoint: the checkpoint to write.
+      folder: an empty folder.
 
     Yields:
-      Each tensor, once it is written; nothing is left out.
+      Each tensor after it is written; this layout leaves nothing out.
 
     Raises:
       ConfigError: transformers cannot express the config.
@@ -111,30 +111,30 @@ def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
 
 
 def table(config: MimiConfig, prefix: str = "") -> Table:
-    """The table of the codec; inside a speech-to-text checkpoint its names have a prefix."""
+    """Make the table of the codec, with a prefix of all names for use inside a speech-to-text checkpoint."""
     items: list[Piece | Constant] = []
     for side in ("encoder", "decoder"):
-        for there, here, stride in seanet_layers(config.seanet, side):
-            stem = f"{prefix}{side}.layers.{there}.conv"
-            items += convolution(f"{stem}.weight", f"{stem}.bias", here, stride)
+        for src, dst, stride in seanet_layers(config.seanet, side):
+            stem = f"{prefix}{side}.layers.{src}.conv"
+            items += convolution(f"{stem}.weight", f"{stem}.bias", dst, stride)
         items += _codec_layers(config.transformer, f"{prefix}{side}_transformer", f"{side}.transformer")
     items.append(piece(f"{prefix}downsample.conv.weight", "encoder.downsample.kernel_RCO", CONV))
     upsample = depthwise(config.resample_stride)
     items.append(piece(f"{prefix}upsample.conv.weight", "decoder.upsample.kernel_RJC", upsample))
     semantic = config.quantizer.n_q_semantic
     for branch, books in (("semantic", semantic), ("acoustic", config.quantizer.n_q - semantic)):
-        there, here = f"{prefix}quantizer.{branch}_residual_vector_quantizer", f"quantizer.{branch}"
-        items.append(piece(f"{there}.input_proj.weight", f"{here}.input_proj.weight_DC", POINTWISE))
-        items.append(piece(f"{there}.output_proj.weight", f"{here}.output_proj.weight_CD", POINTWISE))
+        src, dst = f"{prefix}quantizer.{branch}_residual_vector_quantizer", f"quantizer.{branch}"
+        items.append(piece(f"{src}.input_proj.weight", f"{dst}.input_proj.weight_DC", POINTWISE))
+        items.append(piece(f"{src}.output_proj.weight", f"{dst}.output_proj.weight_CD", POINTWISE))
         for q in range(books):
-            sums, usage, flag = ((f"{there}.layers.{q}.codebook.{x}",) for x in _CODEBOOK)
-            items += codebook(sums, usage, flag, f"{here}.codebooks.{q}.embedding_LC", config.quantizer.bins)
+            sums, usage, flag = ((f"{src}.layers.{q}.codebook.{x}",) for x in _CODEBOOK)
+            items += codebook(sums, usage, flag, f"{dst}.codebooks.{q}.embedding_LC", config.quantizer.bins)
     return items
 
 
-def _codec_layers(config: TransformerConfig, there: str, here: str) -> Iterator[Piece]:
+def _codec_layers(config: TransformerConfig, src: str, dst: str) -> Iterator[Piece]:
     for i in range(config.num_layers):
-        old, new = f"{there}.layers.{i}", f"{here}.layers.{i}"
+        old, new = f"{src}.layers.{i}", f"{dst}.layers.{i}"
         for norm, name in (("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm")):
             yield piece(f"{old}.{name}.weight", f"{new}.{norm}.scale_D")
             yield piece(f"{old}.{name}.bias", f"{new}.{norm}.bias_D")
@@ -145,28 +145,28 @@ def _codec_layers(config: TransformerConfig, there: str, here: str) -> Iterator[
         yield piece(f"{old}.mlp_layer_scale.scale", f"{new}.layer_scale_2_D")
 
 
-def attention(config: TransformerConfig, there: str, here: str, ending: str) -> Iterator[Piece]:
-    """Maps queries, keys and values, which are apart, to one packed projection; and the one out."""
+def attention(config: TransformerConfig, src: str, dst: str, ending: str) -> Iterator[Piece]:
+    """Make the pieces of self-attention: separate queries, keys and values to one packed projection."""
     kv_heads, groups = config.num_kv_heads, config.kv_repeat
     for name, first, parts in (("q", 0, groups), ("k", groups, 1), ("v", groups + 1, 1)):
-        how, at = heads(kv_heads, parts, half_split=name != "v"), (slice(None), slice(first, first + parts))
-        yield piece(f"{there}.{name}{ending}", f"{here}.in_proj.weight_DPKH", how, at=at)
+        transform, at = heads(kv_heads, parts, half_split=name != "v"), (slice(None), slice(first, first + parts))
+        yield piece(f"{src}.{name}{ending}", f"{dst}.in_proj.weight_DPKH", transform, at=at)
     out = linear((kv_heads, groups, config.head_dim), (config.d_model,))
-    yield piece(f"{there}.o{ending}", f"{here}.out_proj.weight_KGHD", out)
+    yield piece(f"{src}.o{ending}", f"{dst}.out_proj.weight_KGHD", out)
 
 
 def read_config(values: Mapping[str, Any], where: str) -> MimiConfig:
-    """Reads the config of a Mimi checkpoint, or the `codec_config` of a speech-to-text one.
+    """Parse the config of a Mimi checkpoint, or the `codec_config` of a speech-to-text checkpoint.
 
     Args:
-      values: the decoded JSON; a key that is absent has transformers' default.
-      where: what it was read from, for the error.
+      values: the decoded JSON; absent keys have transformers' defaults.
+      where: name of the file, for the error.
 
     Returns:
       The config.
 
     Raises:
-      ConfigError: a key or a value that the library does not understand.
+      ConfigError: a key or a value is unknown.
     """
     rest = dict(values)
     theta = pop_theta(rest, 10_000.0, where)
@@ -229,7 +229,7 @@ def read_config(values: Mapping[str, Any], where: str) -> MimiConfig:
 
 
 def write_config(config: MimiConfig) -> dict[str, Any]:
-    """The content of the config.json of `kyutai/mimi` for this codec.
+    """Return the content of a config.json as in `kyutai/mimi`.
 
     Raises:
       ConfigError: transformers cannot express the config.
@@ -271,7 +271,7 @@ def write_config(config: MimiConfig) -> dict[str, Any]:
 
 
 def write_files(config: MimiConfig) -> dict[str, dict[str, Any]]:
-    """The JSON files of `kyutai/mimi` for this codec, by name.
+    """Return the contents of the JSON files of `kyutai/mimi`, by file name.
 
     Raises:
       ConfigError: transformers cannot express the config.
@@ -288,11 +288,11 @@ def write_files(config: MimiConfig) -> dict[str, dict[str, Any]]:
 
 
 def _computed(config: MimiConfig) -> dict[str, Any]:
-    """Lists the settings of a config that change the codes or samples, by dotted name."""
+    """Return the settings of a config that change the codes or samples, by dotted name."""
     values = {}
     for part in ("seanet", "transformer", "quantizer"):
         values |= {f"{part}.{key}": value for key, value in dataclasses.asdict(getattr(config, part)).items()}
-    for key in ("seanet.norm", "seanet.disable_norm_outer_blocks"):  # the weights are folded here
+    for key in ("seanet.norm", "seanet.disable_norm_outer_blocks"):  # weights are written folded
         del values[key]
     for key in ("transformer.input_dimension", "transformer.output_dimensions", "transformer.conv_layout"):
         del values[key]
@@ -300,10 +300,10 @@ def _computed(config: MimiConfig) -> dict[str, Any]:
 
 
 def check_expressible(expressed: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Compares what transformers would compute with what the model computes.
+    """Compare the settings that transformers' config expresses with the model's settings.
 
     Raises:
-      ConfigError: they differ.
+      ConfigError: a setting differs.
     """
     if lost := [f"{key} {wanted[key]!r}" for key in wanted if expressed.get(key) != wanted[key]]:
         raise ConfigError(
@@ -312,10 +312,10 @@ def check_expressible(expressed: Mapping[str, Any], wanted: Mapping[str, Any]) -
 
 
 def check_rest(rest: Mapping[str, Any], fixed: Mapping[str, Any], where: str) -> None:
-    """Checks every key that is not mapped.
+    """Check every key that is not mapped.
 
     Raises:
-      ConfigError: a key is unknown, or has another value than the one the library computes with.
+      ConfigError: a key is unknown, or its value is not the only one that the library supports.
     """
     if unknown := sorted(rest.keys() - fixed.keys() - _IGNORED):
         raise ConfigError(f"{where}: unknown keys {unknown}; remove them if they do not change what the model computes")
@@ -325,10 +325,10 @@ def check_rest(rest: Mapping[str, Any], fixed: Mapping[str, Any], where: str) ->
 
 
 def pop_theta(rest: dict[str, Any], default: float | None, where: str) -> float:
-    """Takes the period of the rotary positions out of a config: today's spelling or the one before.
+    """Remove the period of the rotary embeddings from a config, in its current or its older spelling.
 
     Raises:
-      ConfigError: there is none, or it is scaled.
+      ConfigError: the period is missing, or the embeddings are scaled.
     """
     rope = dict(rest.pop("rope_parameters", None) or {})
     scaling, old = rest.pop("rope_scaling", None), rest.pop("rope_theta", default)

@@ -1,7 +1,7 @@
 """transformers' layout of Kyutai's speech-to-text models: the `-trfs` repositories.
 
-Token embeddings lie in one table: text, then each audio stream, then a row of zeros for padding. The text head has a
-row for the initial token, which is never predicted. There is no place for pause heads.
+One table holds all token embeddings: text, then each audio stream, then a row of zeros for padding. The text head has a
+row for the initial token, which is never predicted. The layout cannot hold pause heads.
 
 Source: transformers 5.23, models/kyutai_speech_to_text.
 """
@@ -32,22 +32,22 @@ _STT_KEYS = (
     *("codebook_vocab_size", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("sliding_window", "ffn_dim", "rms_norm_eps", "num_codebooks", "pad_token_id"),
 )
-# Of fields that mean nothing without a depformer, or that the step does not read.
+# Prefixes of fields without effect: on depformers, which these models lack, or never read by the step.
 _WITHOUT_EFFECT = ("depformer", "extra_heads_", "existing_text_end_padding_id", "fuser")
 _NORMS = {1e-8: "rms_norm_f32", 1e-5: "rms_norm"}
 
 
 def recognises(path: Path) -> bool:
-    """Tells whether a path is a folder of this layout."""
+    """Return whether a path is a folder of this layout."""
     return mimi.model_type_of(path) == _FIXED_STT["model_type"]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Opens a folder.
+    """Open a folder.
 
     Raises:
-      CheckpointError: a file is missing, or the tensors are not those of the config; all faults at once.
-      ConfigError: the config holds a key or a value that the library does not understand.
+      CheckpointError: a file is missing, or the tensors do not fit the config; lists all faults.
+      ConfigError: a key or a value in the config is unknown.
     """
     extractor: dict[str, Any] = {}
     for name in ("preprocessor_config.json", "processor_config.json"):
@@ -71,14 +71,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
-    """Writes a checkpoint to a folder.
+    """Write a checkpoint to a folder.
 
     Args:
-      checkpoint: to write.
-      folder: one that exists and is empty.
+      checkpoint: the checkpoint to write.
+      folder: an empty folder.
 
     Yields:
-      Each tensor, once it is written, then each parameter that has no place in the layout.
+      Each tensor after it is written, then each parameter that the layout cannot hold.
 
     Raises:
       CheckpointError: the checkpoint has no tokenizer.
@@ -99,7 +99,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes the tokenizer as `tokenizer.json`."""
+    """Write the tokenizer as `tokenizer.json`."""
     source = checkpoint.tokenizer
     if source is None:
         raise CheckpointError(f"{checkpoint.name} names no tokenizer, which transformers' processor needs; add it")
@@ -111,7 +111,7 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def table(config: LMConfig) -> Table:
-    """The table of the language model; pause heads have no place in it."""
+    """Make the table of the language model, without pause heads."""
     text, audio = config.text_card + 1, config.card + 1
     tokens = "model.embed_tokens.embed_tokens.weight"
     items: list[Piece | Constant] = [piece(tokens, "text_emb.table_LW", rows=(0, text))]
@@ -122,12 +122,12 @@ def table(config: LMConfig) -> Table:
     items.append(Constant((tokens,), (1, config.dim), 0.0, "the padding token adds nothing", rows=(last, last + 1)))
     first = gate_up(config.dim, config.transformer.dim_feedforward)
     for i in range(config.num_layers):
-        there, here = f"model.layers.{i}", f"transformer.layers.{i}"
+        src, dst = f"model.layers.{i}", f"transformer.layers.{i}"
         for norm, name in (("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm")):
-            items.append(piece(f"{there}.{name}.weight", f"{here}.{norm}.alpha_D"))
-        items += mimi.attention(config.transformer, f"{there}.self_attn", f"{here}.self_attn", "_proj.linear.weight")
-        items.append(piece(f"{there}.mlp.fc1.weight", f"{here}.feedforward.linear_in.weight_DPF", first))
-        items.append(piece(f"{there}.mlp.fc2.weight", f"{here}.feedforward.linear_out.weight_FD", LINEAR))
+            items.append(piece(f"{src}.{name}.weight", f"{dst}.{norm}.alpha_D"))
+        items += mimi.attention(config.transformer, f"{src}.self_attn", f"{dst}.self_attn", "_proj.linear.weight")
+        items.append(piece(f"{src}.mlp.fc1.weight", f"{dst}.feedforward.linear_in.weight_DPF", first))
+        items.append(piece(f"{src}.mlp.fc2.weight", f"{dst}.feedforward.linear_out.weight_FD", LINEAR))
     items.append(piece("model.norm.weight", "out_norm.alpha_D"))
     items.append(piece("lm_head.weight", "text_linear.weight_DV", LINEAR, rows=(0, config.text_card)))
     start = (config.text_card, config.text_card + 1)
@@ -137,18 +137,18 @@ def table(config: LMConfig) -> Table:
 
 
 def read_config(values: Mapping[str, Any], extractor: Mapping[str, Any], where: str) -> tuple[ModelConfig, LMConfig]:
-    """Reads the config of a speech-to-text checkpoint.
+    """Parse the config of a speech-to-text checkpoint.
 
     Args:
       values: the decoded config.json.
       extractor: the feature extractor's settings, from preprocessor_config.json or processor_config.json.
-      where: what they were read from, for the error.
+      where: name of the file, for the error.
 
     Returns:
-      The config, and its language model's.
+      The config of the model, and that of its language model.
 
     Raises:
-      ConfigError: a key or a value that the library does not understand.
+      ConfigError: a key or a value is unknown.
     """
     rest = dict(values)
     theta = mimi.pop_theta(rest, None, where)
@@ -161,7 +161,7 @@ def read_config(values: Mapping[str, Any], extractor: Mapping[str, Any], where: 
     rows = v["vocab_size"] + v["num_codebooks"] * v["codebook_vocab_size"]
     fixed = {"head_dim": width // heads, "audio_bos_token_id": v["codebook_vocab_size"] - 1, "audio_pad_token_id": rows}
     if rest.get("tie_word_embeddings"):
-        raise ConfigError(f"{where}: tie_word_embeddings is true; the text head has weights of its own")
+        raise ConfigError(f"{where}: tie_word_embeddings is true; set it to false: the text head has its own weights")
     mimi.check_rest(rest, _FIXED_STT | fixed, where)
     if v["rms_norm_eps"] not in _NORMS:
         raise ConfigError(f"{where}: rms_norm_eps is {v['rms_norm_eps']}; expected one of {list(_NORMS)}")
@@ -190,12 +190,12 @@ def read_config(values: Mapping[str, Any], extractor: Mapping[str, Any], where: 
 
 
 def write_files(config: ModelConfig, lm: LMConfig, dtype: str) -> dict[str, dict[str, Any]]:
-    """The JSON files of a speech-to-text checkpoint, by name; tokenizer apart.
+    """Return the contents of a speech-to-text checkpoint's JSON files by name, without the tokenizer's.
 
     Args:
-      config: the model's.
-      lm: its language model's.
-      dtype: of the weights, as transformers spells it.
+      config: config of the model.
+      lm: config of its language model.
+      dtype: dtype of the weights, in transformers' spelling.
 
     Returns:
       Contents by file name.
@@ -254,14 +254,14 @@ def write_files(config: ModelConfig, lm: LMConfig, dtype: str) -> dict[str, dict
 
 
 def _computed(lm: LMConfig) -> dict[str, Any]:
-    """Lists the settings of a config that change the tokens; those of the pause heads do not."""
+    """Return the settings of a config that change the tokens, so without those of the pause heads."""
     values = {key: value for key, value in dataclasses.asdict(lm).items() if not key.startswith(_WITHOUT_EFFECT)}
     values["text_card_out"] = lm.text_logits
     return values | {"hidden_scale": gating_dim(lm.dim, lm.transformer.dim_feedforward)}
 
 
 def _hidden_scale(width: int, ffn_dim: int, where: str) -> float:
-    """The `hidden_scale` from which the reference derives an inner width of `ffn_dim` / 2."""
+    """Find the `hidden_scale` from which the reference derives an inner width of `ffn_dim` / 2."""
     for feedforward in (4 * width, math.ceil(ffn_dim * 3 / 4), math.ceil(ffn_dim * 3 / 4) + 1):
         scale = feedforward / width
         scale = scale if int(scale * width) == feedforward else math.nextafter(scale, math.inf)

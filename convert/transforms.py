@@ -1,7 +1,7 @@
-"""Transforms of published tensors into blocks of this library's parameters and back: exact inverses, in numpy.
+"""Transforms between published tensors and blocks of this library's parameters: pairs of exact inverses, in numpy.
 
-Shape letters are of the files here, where outputs come first: D outputs, C inputs, K taps, S stride, M taps of a kernel
-of two strides, E = S * D, V entries.
+Shape letters, in the files' order with outputs first: D outputs, C inputs, K taps, S stride, M taps of a kernel of two
+strides, E = S * D, V entries.
 """
 
 import dataclasses
@@ -13,11 +13,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Makes a block of a parameter out of published tensors, and these out of the block: two exact inverses."""
+    """A pair of exact inverses: `load` computes a parameter's block from published tensors, `save` the tensors."""
 
     load: Callable[..., np.ndarray]
     save: Callable[[np.ndarray], tuple[np.ndarray, ...]]
-    any_leading_ones: bool = False  # files disagree on axes of length 1
+    any_leading_ones: bool = False  # accept any number of leading axes of length 1, on which files disagree
 
 
 def _one(save: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], tuple[np.ndarray, ...]]:
@@ -34,12 +34,12 @@ LINEAR = Transform(lambda w_DC: w_DC.T, _one(lambda w_CD: w_CD.T))
 POINTWISE = Transform(lambda w_DC1: w_DC1[:, :, 0].T, _one(lambda w_CD: w_CD.T[:, :, None]))
 CONV = Transform(lambda w_DCK: w_DCK.transpose(2, 1, 0), _one(lambda w_KCD: w_KCD.transpose(2, 1, 0)))
 ALPHA = Transform(lambda a: a.reshape(-1), _one(lambda a_D: a_D.reshape(1, 1, -1)), any_leading_ones=True)
-# Training keeps running sums; what is used is their quotient.
+# The files hold the running sums of training; an entry is their quotient.
 CODEBOOK = Transform(_load_codebook, lambda e_VC: (e_VC, np.ones(e_VC.shape[0], np.float32)))
 
 
 def conv_transpose(stride: int) -> Transform:
-    """[C, D, 2S] to [2, C, S * D]: tap m * S + j meets the input of m steps ago, and the oldest comes first."""
+    """Make the transform [C, D, 2S] to [2, C, S * D]: tap m * S + j, for the input of m steps ago, to row 1 - m."""
 
     def load(w_CDM: np.ndarray) -> np.ndarray:
         C, D, _ = w_CDM.shape
@@ -54,7 +54,7 @@ def conv_transpose(stride: int) -> Transform:
 
 
 def depthwise(stride: int) -> Transform:
-    """[C, 1, 2S] to [2, S, C], the oldest input first."""
+    """Make the transform [C, 1, 2S] to [2, S, C], the oldest input first."""
 
     def save(w_2SC: np.ndarray) -> np.ndarray:
         return w_2SC[::-1].transpose(2, 0, 1).reshape(-1, 1, 2 * stride)
@@ -63,7 +63,7 @@ def depthwise(stride: int) -> Transform:
 
 
 def linear(inputs: Sequence[int], outputs: Sequence[int]) -> Transform:
-    """Transposes a matrix [all outputs, all inputs] to a weight [*inputs, *outputs]."""
+    """Make the transform of a matrix [all outputs, all inputs] to a weight [*inputs, *outputs]."""
 
     def load(w_DC: np.ndarray) -> np.ndarray:
         return contiguous(w_DC.T).reshape(*inputs, *outputs)
@@ -72,12 +72,12 @@ def linear(inputs: Sequence[int], outputs: Sequence[int]) -> Transform:
 
 
 def heads(kv_heads: int, parts: int, *, half_split: bool) -> Transform:
-    """Transposes a projection [kv_heads * parts * H, D] to parts of a packed weight [D, parts, kv_heads, H].
+    """Make the transform of a projection [kv_heads * parts * H, D] to parts of a packed weight [D, parts, kv_heads, H].
 
     Args:
-      kv_heads: key/value heads.
-      parts: query heads of each, which lie side by side in the file; 1 for keys and for values.
-      half_split: the file rotates the pairs (j, j + H/2) of a head, which are (2j, 2j + 1) here.
+      kv_heads: number of key/value heads.
+      parts: number of query heads per key/value head, adjacent in the file; 1 for keys and for values.
+      half_split: whether the file rotates the pairs (j, j + H/2) of a head; this library rotates (2j, 2j + 1).
     """
 
     def load(w_EC: np.ndarray) -> np.ndarray:
@@ -98,9 +98,9 @@ def heads(kv_heads: int, parts: int, *, half_split: bool) -> Transform:
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """The same values in C order; a transposed matrix is copied in strips that a cache holds.
+    """Return an array in C order; a transposed matrix is copied in strips that fit a CPU's cache.
 
-    Seven times as fast as numpy's own copy: 36 ms against 256 ms for 11264 x 2048 in bfloat16.
+    Strips are seven times as fast as numpy's own copy: 36 ms against 256 ms for 11264 x 2048 in bfloat16.
     """
     if array.ndim != 2 or array.flags.c_contiguous:
         return np.ascontiguousarray(array)

@@ -1,8 +1,8 @@
-"""How long a step of the published sizes takes on this machine, with random weights; one JSON row per measurement.
+"""Time steps of the published sizes on this machine, with random weights; one JSON row per measurement.
 
-Compilation is left out, the state is threaded and donated as in use, and every step waits for the device.
+The times exclude compilation. States are donated as in use, and every step waits for the device.
 
-Shape letters: B batch rows, T samples, C audio channels, K streams, Q codebooks.
+Shape letters: B batch rows, T samples, C audio channels, M streams, Q codebooks.
 """
 
 import datetime
@@ -32,12 +32,12 @@ from dsm_jax.tts.words import WordMachine
 
 SIZES = {"stt-1b": presets.STT_1B, "stt-2.6b": presets.STT_2_6B}
 FRAME_S = 0.08
-VOICE_STEPS = 125  # of the published voices, 10 s
+VOICE_STEPS = 125  # length of the published voices: 10 s
 Step = Callable[[Any], tuple[Any, Any]]  # state to (output, state)
 
 
 def random_params(make: Callable[[], nnx.Module], dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.State]:
-    """A module's structure, and random weights of a trained model's size, made on the device one by one."""
+    """Return a module's structure and random weights of a trained model's scale, drawn on the device one by one."""
     graph, abstract = nnx.split(nnx.eval_shape(make))
     flat = nnx.to_flat_state(abstract)
     keys = jax.random.split(jax.random.key(0), len(flat))
@@ -61,16 +61,16 @@ def _random_lm(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx
 
 
 def lm_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, Any]:
-    """One frame through the language model, greedy token included."""
+    """Make the step of one frame through the language model, greedy token included."""
     graph, params = _random_lm(config, dtype)
     assert config.lm is not None
-    tokens_BKT = jnp.zeros((batch, config.lm.n_q + 1, 1), jnp.int32)
+    tokens_BMT = jnp.zeros((batch, config.lm.n_q + 1, 1), jnp.int32)
     step = compiled(_greedy_step, (graph,), donate=(1,))
-    return lambda state: step((params,), tokens_BKT, state), compiled(_lm_state, (graph,), batch)((params,))
+    return lambda state: step((params,), tokens_BMT, state), compiled(_lm_state, (graph,), batch)((params,))
 
 
-def _greedy_step(lm: DelayedStreamsLM, tokens_BKT: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-    hidden_BTD, state = lm.step(tokens_BKT, state)
+def _greedy_step(lm: DelayedStreamsLM, tokens_BMT: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    hidden_BTD, state = lm.step(tokens_BMT, state)
     return jnp.argmax(lm.text_logits(hidden_BTD), axis=-1), state
 
 
@@ -79,7 +79,7 @@ def _lm_state(lm: DelayedStreamsLM, batch: int) -> Any:
 
 
 def mimi_step(batch: int, way: str, config: MimiConfig = MimiConfig()) -> tuple[Step, Any]:
-    """One frame through the codec, "encode" or "decode"."""
+    """Make the step of one frame through the codec, "encode" or "decode"."""
     graph, params = random_params(lambda: Mimi(config, rngs=nnx.Rngs(0)), jnp.float32)
     mimi = nnx.merge(graph, params)
     if way == "encode":
@@ -101,7 +101,7 @@ def _decode_step(mimi: Mimi, codes_BQT: jax.Array, state: Any) -> tuple[jax.Arra
 
 
 def stt_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, Any]:
-    """One frame of speech to text: codec, language model and sampling, as a server runs it."""
+    """Make the step of one frame of speech to text: codec, language model and sampling, as a server runs them."""
     lm_def, lm_params = _random_lm(config, dtype)
     mimi_def, mimi_params = random_params(lambda: Mimi(config.mimi, rngs=nnx.Rngs(0)), jnp.float32)
     pcm_BTC = 0.1 * jax.random.normal(jax.random.key(1), (batch, config.mimi.frame_size, 1))
@@ -115,9 +115,10 @@ def stt_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, A
 
 
 def tts_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, Any]:
-    """One frame of text to speech: language model, word machine, sampling and codec, of a text that does not end.
+    """Make the step of one frame of text to speech, for a text that does not end.
 
-    The first steps, before the audio begins, run neither depformer nor codec.
+    A step runs the language model, word machine, sampling and codec. The first steps, before the audio begins, run
+    neither depformer nor codec.
     """
     lm_def, lm_params = _random_lm(config, dtype)
     mimi_def, mimi_params = random_params(lambda: Mimi(config.mimi, rngs=nnx.Rngs(0)), jnp.float32)
@@ -157,7 +158,7 @@ def tts_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, A
 
 
 def time_steps(step: Step, state: Any, steps: int) -> list[float]:
-    """Seconds of each of `steps` steps, after three that are not counted."""
+    """Return the seconds of each of `steps` steps, after three warm-up steps."""
     seconds = []
     for _ in range(steps + 3):
         start = time.perf_counter()
@@ -168,7 +169,7 @@ def time_steps(step: Step, state: Any, steps: int) -> list[float]:
 
 
 def row(name: str, batch: int, dtype: str, seconds: Sequence[float]) -> dict[str, Any]:
-    """One measurement, with what is needed to compare it: medians, tails, device, versions and date."""
+    """Make the row of one measurement: median, tail, device, versions and date."""
     median = statistics.median(seconds)
     tail = float(np.quantile(seconds, 0.99))
     return {
@@ -190,14 +191,14 @@ def row(name: str, batch: int, dtype: str, seconds: Sequence[float]) -> dict[str
 def run(
     what: Sequence[str], *, sizes: Sequence[str], batches: Sequence[int], dtype: str | None, steps: int
 ) -> Iterator[dict[str, Any]]:
-    """Measures and yields rows as they are ready.
+    """Measure, and yield each row when it is ready.
 
     Args:
-      what: of "lm", "mimi" and "stt".
-      sizes: of `SIZES`, for "lm" and "stt".
-      batches: rows at a time.
-      dtype: of the language model's weights; None means float32 on CPU and bfloat16 elsewhere.
-      steps: timed steps.
+      what: steps to time, any of "lm", "mimi" and "stt".
+      sizes: names in `SIZES`, for "lm" and "stt".
+      batches: batch sizes.
+      dtype: dtype of the language model's weights; None means float32 on CPU and bfloat16 elsewhere.
+      steps: number of timed steps.
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     for batch in batches:

@@ -1,12 +1,12 @@
-"""Sets how the C library treats freed memory, for commands; the library itself leaves that to its caller."""
+"""Settings of the C library's malloc for freed memory. Commands use them; the library leaves them to its caller."""
 
 import ctypes
 
 
 def return_freed() -> None:
-    """Asks the C library to return freed memory to the system; outside glibc, does nothing.
+    """Return freed memory to the system; does nothing outside glibc.
 
-    Loading and compiling allocate and free hundreds of megabytes. Unless returned, these stay in the process: 340 MB of
+    Loading and compiling allocate and free hundreds of megabytes, which otherwise stay in the process: 340 MB of
     5.1 GB at the peak of transcribing with stt-1b in float32 on CPU.
     """
     try:
@@ -16,12 +16,13 @@ def return_freed() -> None:
 
 
 def keep_freed() -> None:
-    """Asks the C library to keep freed memory for the next allocation; outside glibc, does nothing. Call before JAX.
+    """Keep freed memory in the process for later allocations; does nothing outside glibc. Call before importing JAX.
 
-    A training step allocates and frees hundreds of megabytes. If they were returned each time, the system would map and
-    zero every page again: a third of the time of a step of `digits` on two cores.
+    A training step allocates and frees hundreds of megabytes. If they returned to the system each time, it would map
+    and zero every page again: a third of the time of a step of `digits` on two cores.
     """
-    arena_max, mmap_max, trim_threshold = -8, -4, -1  # of malloc.h; a second arena would keep its own
+    # Constants of malloc.h. One arena, as each arena keeps freed memory of its own.
+    arena_max, mmap_max, trim_threshold = -8, -4, -1
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

@@ -1,7 +1,7 @@
-"""Where arrays lie on a mesh of devices: one table from axis letters to mesh axes, for parameters, states and inputs.
+"""Sharding on a mesh of devices: one table maps axis letters to mesh axes, for parameters, states and inputs.
 
-Names of parameters and of state fields end in the letters of their axes (docs/axes.md), so a name says how an array is
-split. On the mesh axis "data" the rows of a batch are apart; on "model" heads, inner widths and vocabularies are.
+Names of parameters and of state fields end in the letters of their axes (docs/axes.md), so an array's name determines
+its sharding. The mesh axis "data" splits the rows of a batch; "model" splits heads, inner widths and vocabularies.
 """
 
 import dataclasses
@@ -28,41 +28,41 @@ def _is_spec(node: Any) -> bool:
 
 
 def letters_of(name: str) -> str:
-    """Reads the axis letters off a name; "" where it has none."""
+    """Return the axis letters at the end of a name; "" if it has none."""
     found = _LETTERS.match(name)
     return found.group(1) if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """A mesh, and which of its axes split which axes of arrays.
+    """A mesh, and the rules that map axes of arrays to its axes.
 
-    An axis whose size does not divide stays whole, and so does one whose mesh axis the mesh does not have.
+    An axis is not split if the mesh lacks its mesh axis, or if that axis's size does not divide the array's.
 
     Args:
       mesh: the devices, with an axis "data" for rows, an axis "model" for parts of layers, or both.
       rules: pairs of an axis letter and the mesh axis that splits it.
 
     Raises:
-      ConfigError: rules of one's own name an axis that the mesh does not have.
+      ConfigError: rules other than the default name an axis that the mesh does not have.
     """
 
     mesh: Mesh
     rules: tuple[tuple[str, str], ...] = RULES
 
     def __post_init__(self) -> None:
-        # A jitted function is to find out by itself how its arrays are split, whatever kind of mesh is given.
+        # Axes of type "auto", whatever type the given mesh has: jitted functions infer the sharding of their arrays.
         object.__setattr__(self, "mesh", Mesh(self.mesh.devices, self.mesh.axis_names))
         names = list(self.mesh.axis_names)
         if self.rules != RULES and (wrong := sorted({axis for _, axis in self.rules} - set(names))):
             raise ConfigError(f"the rules name the mesh axes {wrong}; the mesh has {names}")
 
     def spec(self, letters: str, shape: Sequence[int]) -> PartitionSpec:
-        """Says which mesh axis splits each axis of an array.
+        """Return the mesh axis that splits each axis of an array.
 
         Args:
-          letters: of the array's axes.
-          shape: of the array, all of it.
+          letters: letters of the array's axes.
+          shape: global shape of the array.
         """
         table, spec = dict(self.rules), []
         for letter, size in zip(letters, shape, strict=bool(letters)):
@@ -72,28 +72,28 @@ class Sharding:
         return PartitionSpec(*spec)
 
     def splits(self, letters: str) -> bool:
-        """Says whether an array of these axes may be apart."""
+        """Return whether an array with these axes may be split."""
         return any(letter in letters and self.mesh.shape.get(axis, 1) > 1 for letter, axis in self.rules)
 
     def named(self, name: str, shape: Sequence[int]) -> NamedSharding:
-        """Returns the place of the array of that name."""
+        """Return the sharding of the array of that name."""
         return NamedSharding(self.mesh, self.spec(letters_of(name), shape))
 
     def zeros(self, name: str, shape: Sequence[int], dtype: Any) -> jax.Array:
-        """Makes an array of zeros in its place: it is never whole on one device."""
+        """Make a sharded array of zeros, which is never whole on one device."""
         place = self.named(name, shape)
-        # The device is for a call, the constraint for a trace.
+        # `device` takes effect outside jit, the constraint inside.
         return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype, device=place), place)
 
     def places(self, tree: Any) -> Any:
-        """Returns the place of every array of a tree, by the names of its fields."""
+        """Return the sharding of every array of a tree, by the names of its fields."""
 
         return _by_name(tree, lambda name, leaf: NamedSharding(self.mesh, self.spec(*_axes(name, leaf))))
 
     def constrain(self, tree: Tree) -> Tree:
-        """Keeps the arrays of a tree in their places, inside a jitted function; those without letters may be anywhere.
+        """Constrain the arrays of a tree to their shardings, inside a jitted function; skip arrays without letters.
 
-        Results that stay in their places are arguments for which the function has been compiled already.
+        A function whose results keep the shardings of its arguments is not compiled again when they are passed back.
         """
 
         def keep(name: str, leaf: Any) -> Any:
@@ -104,24 +104,24 @@ class Sharding:
 
     @property
     def rows(self) -> "Sharding":
-        """The same mesh where nothing but rows is apart."""
+        """The same mesh with the rule for rows only."""
         names = self.mesh.axis_names
         return Sharding(
             self.mesh, tuple((letter, axis) for letter, axis in self.rules if letter == "B" and axis in names)
         )
 
     def over_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Makes a function run on every device's own rows, without any exchange.
+        """Make a function run on every device's own rows, without communication.
 
         Args:
-          function: maps arrays and trees of them to a tree in which every array has rows. The names of its parameters,
-            and of the fields of trees, spell axes; what has no axis B is on every device.
+          function: maps trees of arrays to a tree in which every array has rows. The names of its parameters, and of
+            the fields of trees, end in axis letters; arrays without an axis B are replicated.
 
         Returns:
-          A function of whole arrays; `function` itself where the mesh has no axis for rows, or they do not divide.
+          A function of global arrays. It calls `function` directly if the mesh does not split the rows.
 
         Raises:
-          ConfigError: when called, a result without rows.
+          ConfigError: when called, if a result has no axis B.
         """
         rows, names = self.rows, list(inspect.signature(function).parameters)
 
@@ -140,7 +140,7 @@ class Sharding:
             if not axes:
                 return function(*arrays)
             specs = tuple(inputs[name] for name in names)
-            # Nothing is summed over devices, so there is nothing to check; a loop's first carry would not pass.
+            # Without sums over devices, `check_vma` has nothing to check, and it would refuse a loop's first carry.
             apart = jax.shard_map(
                 function, mesh=self.mesh, in_specs=specs, out_specs=outputs, axis_names=axes, check_vma=False
             )
@@ -149,19 +149,19 @@ class Sharding:
         return run
 
     def each_part(self, function: Callable[..., Any], inputs: Sequence[str], outputs: Any) -> Callable[..., Any]:
-        """Makes a function run on every device's own part of its arrays, without any exchange.
+        """Make a function run on every device's own part of its arrays, without communication.
 
         Args:
-          function: maps arrays to arrays; no part of the result may depend on another part of the inputs.
-          inputs: the letters of each argument's axes.
-          outputs: a tree like the result, with the letters of each array.
+          function: maps arrays to arrays; a device's part of the result must depend on its parts of the inputs only.
+          inputs: axis letters of each argument.
+          outputs: a tree like the result, with the axis letters of each array.
 
         Returns:
-          A function of whole arrays.
+          A function of global arrays.
         """
 
         def run(*arrays: jax.Array) -> Any:
-            # Inside another such function some mesh axes are apart already, and the mesh is that function's.
+            # Inside another `shard_map`, its mesh is the current one, and some of the mesh's axes are already manual.
             outer = jax.sharding.get_abstract_mesh()
             done = set() if outer.empty else set(outer.manual_axes)
             sizes = {
@@ -188,9 +188,9 @@ class Sharding:
 
 
 def _by_name(tree: Any, make: Callable[[str, Any], Any]) -> Any:
-    """Maps every array of a tree with the last of its fields' names that spells axes, "" where there is none.
+    """Map (name, array) for every array of a tree: the last name on its path that ends in axis letters, or "".
 
-    An int8 weight's fields are named after the weight, by their own order: its values have outputs first.
+    The arrays of an int8 weight take the weight's letters in their own order: `values` has its outputs first.
     """
 
     def one(path: tuple, leaf: Any) -> Any:
@@ -212,11 +212,11 @@ def _axes(name: str, leaf: Any) -> tuple[str, tuple[int, ...]]:
 
 
 def set_sharding(module: nnx.Module, sharding: Sharding | None) -> None:
-    """Tells a module, parts included, how its parameters are split; None if they are not.
+    """Set the attribute `sharding` of a module and its parts.
 
     Args:
-      module: its structure changes, its parameters stay where they are.
-      sharding: of the parameters and the states.
+      module: changed in place; its parameters are not moved.
+      sharding: sharding of the parameters and the states; None for no split.
     """
     for _, part in nnx.iter_modules(module):
         if hasattr(part, "sharding"):

@@ -1,4 +1,4 @@
-"""The streaming contract, and what may be done to the rows of a streaming state.
+"""The streaming contract, and operations on the rows of a streaming state.
 
 Every streaming module has `init_state(batch_size) -> State` and `step(x, state, lengths_B=None) -> (y, state)`.
 Calling the module is one `step` over the whole clip from the fresh state; there is no second, offline implementation. A
@@ -6,12 +6,12 @@ state is a frozen, registered dataclass whose leaves have the batch as their fir
 dtypes. Modules hold parameters only.
 
 Rows are independent streams. A chunk may be ragged: row b takes the first `lengths_B[b]` of its T steps, and its state
-afterwards is the one after those steps. The outputs of the steps that a row does not take are finite and meaningless. A
-row with a length of 0 is idle: its state is left untouched. None stands for T steps in every row. Any row can be reset
-while the others run: it takes the values that it has in a fresh state.
+afterwards is the state after those steps. The outputs of steps that a row does not take are finite and meaningless. A
+row with a length of 0 is idle: its state does not change. `lengths_B=None` means T steps in every row. Any row can be
+reset to its values in a fresh state while the other rows run.
 
-Caches of keys and values are exempt from reset: positions decide which of their slots are valid, so a position of 0
-hides all of them, and neither a reset nor an idle row ever has to copy a cache.
+Caches of keys and values are exempt from reset: positions determine which slots of a cache are valid, so a position of
+0 hides all slots, and neither a reset nor an idle row ever copies a cache.
 
 Shape letters: B batch rows, T steps, S cache slots, K key/value heads, H head width.
 """
@@ -44,14 +44,14 @@ def _where_rows(mask_B: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def select_rows(mask_B: jax.Array | None, new: State, old: State) -> State:
-    """Takes the marked rows of `new` and the other rows of `old`.
+    """Take the marked rows of `new` and the other rows of `old`.
 
-    Caches are taken from `new` whole: attention has already kept idle rows from writing.
+    Caches are taken from `new` as a whole, as attention writes nothing for idle rows.
 
     Args:
-      mask_B: bool, which rows ran; None means all of them.
+      mask_B: bool, True for rows that ran; None means all rows.
       new: the state after the step.
-      old: the state before it.
+      old: the state before the step.
 
     Returns:
       A state like `old`.
@@ -66,14 +66,14 @@ def select_rows(mask_B: jax.Array | None, new: State, old: State) -> State:
 
 
 def reset_rows(state: State, reset_B: jax.Array, fresh: State) -> State:
-    """Takes the rows of a fresh state where `reset_B` is True, and leaves the other rows alone.
+    """Reset the marked rows of a state to the rows of a fresh state.
 
-    Caches are taken from `state` whole: the reset positions hide their contents.
+    Caches are taken from `state` as a whole, as the reset positions hide their contents.
 
     Args:
       state: any streaming state.
-      reset_B: bool, one entry per row.
-      fresh: from `init_state`, of as many rows.
+      reset_B: bool, True for rows to reset.
+      fresh: a state from `init_state` with the same number of rows.
 
     Returns:
       A state like `state`.
@@ -86,12 +86,12 @@ def reset_rows(state: State, reset_B: jax.Array, fresh: State) -> State:
 
 
 def scaled_lengths(lengths_B: jax.Array | None, steps_in: int, steps_out: int) -> jax.Array | None:
-    """Converts lengths in steps of a chunk to lengths in steps of a layer's output, which has another rate."""
+    """Convert lengths in input steps of a layer to lengths in output steps, for layers that change the rate."""
     return None if lengths_B is None else lengths_B * steps_out // steps_in
 
 
 def taken_BT(lengths_B: jax.Array, steps: int) -> jax.Array:
-    """Marks the steps of a chunk that each row takes, bool [B, steps]."""
+    """Mark the steps of a chunk that each row takes, bool [B, steps]."""
     return jnp.arange(steps) < lengths_B[:, None]
 
 
@@ -102,17 +102,17 @@ def step_in_blocks(
     lengths_B: jax.Array | None,
     block: int,
 ) -> tuple[Any, State]:
-    """Runs one long step as a scan over blocks of time, so that memory does not grow with its square.
+    """Run one long step as a scan over blocks of time, so that memory does not grow with the square of the length.
 
     Args:
       step: maps (chunk, state, lengths) to (output, state); time is the second axis of every leaf.
       x: the whole input, any pytree of [B, T, ...].
-      state: the state before it.
+      state: the state before the input.
       lengths_B: int32, steps of `x` that each row takes; None for all.
-      block: the longest chunk `step` is given, in steps of `x`.
+      block: the longest chunk for `step`, in steps of `x`.
 
     Returns:
-      What `step` would return for the whole of `x`: the outputs joined in time, and the last state.
+      The outputs joined in time, and the last state, as from a single `step` over `x`.
     """
     length = jax.tree.leaves(x)[0].shape[1]
     if length <= block:

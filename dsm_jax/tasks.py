@@ -1,4 +1,4 @@
-"""Reads the JSON file of a training command: it names a task and holds the fields of the task's config."""
+"""Read the JSON file of a training command, which holds the name of a task and the fields of the task's config."""
 
 import dataclasses
 import json
@@ -13,36 +13,36 @@ from dsm_jax.errors import ConfigError
 
 # Name of a task -> its config class, and the function that runs it: (config, *, resume) -> the trained model.
 Tasks = Mapping[str, tuple[type, Callable[..., Model]]]
-PATHS = ("data", "output", "validation")  # fields that are relative to the file
+PATHS = ("data", "output", "validation")  # fields with paths relative to the file's folder
 
 
 def library_tasks() -> Tasks:
-    """Lists the tasks of `dsm-jax train`."""
+    """List the tasks of `dsm-jax train`."""
     from dsm_jax.training.finetune import FinetuneConfig, finetune
 
     return {"finetune": (FinetuneConfig, finetune)}
 
 
 def read_config(path: Path, tasks: Tasks) -> tuple[Any, Callable[..., Model]]:
-    """Reads a config file.
+    """Read a config file.
 
     Args:
-      path: a JSON file with `task` and fields of its config. Fields that are missing, in nested configs too, take the
-        defaults of the task's config class. Folders may be relative to the file.
-      tasks: the tasks that may be named.
+      path: a JSON file with `task` and fields of the task's config. Missing fields, in nested configs too, take the
+        defaults of the task's config class. Folders may be relative to the file's folder.
+      tasks: the tasks to choose from.
 
     Returns:
       The config, and the function that runs it.
 
     Raises:
-      ConfigError: the file cannot be read, names no task, or has fields that the task does not have.
+      ConfigError: the file cannot be read, names no known task, or has fields that the task's config lacks.
     """
     try:
         values = json.loads(files.read_text(path))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give a JSON file") from None
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); mend it") from None
+        raise ConfigError(f"{path} is not JSON ({error}); fix it") from None
     if not isinstance(values, dict) or values.get("task") not in tasks:
         found = values.get("task") if isinstance(values, dict) else values
         raise ConfigError(f"{path}: the task is {found!r}; choose one of {sorted(tasks)}")

@@ -1,4 +1,4 @@
-"""Transcribes real recordings of spoken digits with the model inside the package, whole and live, and codes one.
+"""Transcribe recordings of spoken digits with the embedded model, offline and live, and encode one with the codec.
 
 Usage: python examples/demo.py [RECORDING ...]
 """
@@ -23,7 +23,7 @@ def main(recordings: list[Path]) -> None:
         for word in whole.words:
             print(f"  {word.start:6.2f} to {word.end:5.2f} s   {word.text:6} {word.probability:.2f}")
 
-    listener = dsm_jax.StreamingTranscriber(model)  # as a microphone would be heard: 50 ms at a time
+    listener = dsm_jax.StreamingTranscriber(model)  # fed 50 ms at a time, as from a microphone
     events, seconds = [], 0.0
     for chunk in audio.blocks(recordings[0], model.sample_rate, block_seconds=0.05):
         events += listener.feed(chunk)

@@ -1,7 +1,7 @@
-"""Fine-tunes a model on a folder of recordings, and counts its errors on another folder before and after.
+"""Fine-tune a model on a folder of recordings, and count its errors on another folder before and after.
 
-Beside each recording lies a JSON file of the same name with the words and their times, as `dsm-jax transcribe --format
-json` writes it: transcribe, correct, and learn from that. Without arguments `digits` learns a voice that is new to it.
+Each recording needs a JSON file of the same name with the words and their times, as `dsm-jax transcribe --format json`
+writes it, so corrected transcripts can be trained on. Without arguments, the example trains `digits` on a new voice.
 """
 
 import argparse
@@ -20,13 +20,13 @@ VOICE = Path(__file__).parent / "new_speaker"
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", default=VOICE / "train", help="what to learn from")
-    parser.add_argument("--test", type=Path, default=VOICE / "test", help="what to count errors on")
+    parser.add_argument("data", type=Path, nargs="?", default=VOICE / "train", help="recordings to train on")
+    parser.add_argument("--test", type=Path, default=VOICE / "test", help="recordings to count errors on")
     parser.add_argument("--model", default="digits")
     parser.add_argument("--output", type=Path, default=Path("out/finetuned"), help="checkpoints, curve and model")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--rank", type=int, default=16, help="of low-rank adapters; 0 trains the whole model")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapters; 0 trains the whole model")
     parser.add_argument("--resume", action="store_true")
     return parser.parse_args()
 

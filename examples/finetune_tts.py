@@ -1,11 +1,12 @@
-"""Fine-tunes a text-to-speech model on a new voice, and counts the errors of its speech before and after.
+"""Fine-tune a text-to-speech model on a new voice, and count the errors of its speech before and after.
 
-Beside each recording lies a JSON file of the same name with the words and their times, as for `examples/finetune.py`.
-Without arguments `digits-tts` learns the synthetic voice of `examples/new_speaker`. Speech is transcribed by `digits`.
+Each recording needs a JSON file of the same name with the words and their times, as for `examples/finetune.py`. Without
+arguments, the example trains `digits-tts` on the synthetic voice of `examples/new_speaker`. `digits` transcribes the
+speech.
 
-The voices of `digits-tts` are one-hot vectors, so a new speaker has no embedding of its own. The example draws a random
-unit vector, which is neither a voice of the model nor a blend of them. For a published model give the speaker's own
-embedding with --voice.
+The voices of `digits-tts` are one-hot vectors, so a new speaker has no embedding. The example draws a random unit
+vector, which is neither a voice of the model nor a blend of voices. For a published model, give the speaker's embedding
+with --voice.
 """
 
 import argparse
@@ -30,20 +31,20 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?", default=DATA / "train", help="recordings to train on")
-    parser.add_argument("--validation", type=Path, default=DATA / "test", help="recordings to measure the loss on")
+    parser.add_argument("--validation", type=Path, default=DATA / "test", help="recordings to evaluate the loss on")
     parser.add_argument("--model", default="digits-tts")
-    parser.add_argument("--voice", type=Path, help="safetensors file of the new voice; none draws a vector")
+    parser.add_argument("--voice", type=Path, help="safetensors file of the new voice; without it, a random vector")
     parser.add_argument("--output", type=Path, default=Path("out/new_voice"), help="checkpoints, curve and model")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--learning-rate", type=float, default=1.5e-4)
-    parser.add_argument("--rank", type=int, default=16, help="of low-rank adapters; 0 trains the whole model")
-    parser.add_argument("--sentences", type=int, default=100, help="spoken before and after to count errors")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the adapters; 0 trains the whole model")
+    parser.add_argument("--sentences", type=int, default=100, help="utterances to count errors on")
     parser.add_argument("--resume", action="store_true")
     return parser.parse_args()
 
 
 def draw_voice(folder: Path, model: dsm_jax.Model) -> Path:
-    """Writes a random unit vector of the width of the model's voices, once."""
+    """Write a random unit vector of the width of the model's voices, unless it exists."""
     if not folder.exists():
         width = read_voice(next(iter(voices_of(model))), model).shape[1]
         vector = np.random.default_rng(0).normal(size=(1, width)).astype(np.float32)
@@ -53,7 +54,7 @@ def draw_voice(folder: Path, model: dsm_jax.Model) -> Path:
 
 
 def errors(model: dsm_jax.Model, voice: Path, count: int) -> WerStats:
-    """Synthesises random digits in a voice, and compares the transcripts with the text."""
+    """Synthesise random digits in a voice, and count the errors in transcripts of the speech."""
     requests = []
     for seed in range(count):
         random = np.random.default_rng(seed)

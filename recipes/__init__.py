@@ -1,1 +1,1 @@
-"""Holds recipes: how the embedded models are made. Not part of the library."""
+"""Recipes that train the embedded models; not part of the library."""

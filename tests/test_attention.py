@@ -1,4 +1,4 @@
-"""Attention and positions against the same formulas written out in numpy.
+"""Attention and position encodings against their formulas in numpy.
 
 Shape letters: B batch rows, T steps, D model width, N query heads, K key/value heads, H head width, X source steps.
 """
@@ -40,8 +40,8 @@ def test_rope_multiplies_complex_numbers():
     np.testing.assert_array_equal(found[0, 0], x_BTNH[0, 0])
 
 
-def test_rope_turns_in_float32_whatever_it_turns():
-    # At position 2001 bfloat16 knows multiples of 8 only.
+def test_rope_computes_in_float32_for_inputs_of_any_dtype():
+    # At position 2001, bfloat16 has multiples of 8 only.
     x_BTNH, position_BT = jnp.ones((1, 1, 1, 2), jnp.bfloat16), jnp.array([[2001]])
     y = np.array(rope(x_BTNH, position_BT, 10_000.0), np.float32).ravel()
     wanted = [np.cos(2001) - np.sin(2001), np.sin(2001) + np.cos(2001)]
@@ -66,7 +66,7 @@ def test_self_attention_is_causal_softmax_attention():
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
-def test_attention_sees_its_window_and_shares_keys_among_heads(chunk):
+def test_attention_sees_its_window_and_query_heads_share_keys(chunk):
     config = dataclasses.replace(CONFIG, positional_embedding="none")
     attention = small.build(lambda rngs: Attention(config, rngs=rngs))
     x_BTD = noise(2, 20, 16)
@@ -102,7 +102,7 @@ def test_cross_attention_sees_all_of_its_source_from_every_step():
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
-def test_weights_are_added_up_in_float32():
+def test_the_softmax_sums_in_float32():
     # 1000 equal weights times values of 1: a sum kept in bfloat16 stops growing at 256 of them.
     config = dataclasses.replace(CONFIG, context=1000, kv_repeat=1, positional_embedding="none")
     attention = small.build(lambda rngs: Attention(config, dtype=jnp.bfloat16, rngs=rngs))
@@ -116,7 +116,7 @@ def test_weights_are_added_up_in_float32():
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_what_is_not_a_number_does_not_outlive_a_reset(steps):
+def test_a_nan_in_the_cache_does_not_outlive_a_reset(steps):
     transformer = small.build(lambda rngs: Transformer(dataclasses.replace(CONFIG, num_layers=2), rngs=rngs))
     step, fresh = jax.jit(transformer.step), transformer.init_state(2)
     x_BTD = jnp.asarray(noise(2, steps, 16))

@@ -1,4 +1,4 @@
-"""Axis letters: every parameter and every field of a state spells its axes with letters of the glossary."""
+"""Axis letters: the name of every parameter and state field ends in letters of the glossary."""
 
 import dataclasses
 import re
@@ -24,7 +24,7 @@ GLOSSARY = Path(__file__).resolve().parents[1] / "docs/axes.md"
 
 
 def glossary() -> dict[str, str]:
-    """The mesh axis of every letter, "" for those that are never split."""
+    """Read the mesh axis of every letter from the glossary; "" for letters that are never split."""
     return dict(re.findall(r"^\| ([A-Z]) \|[^|]*\| ?(\w*) ?\|$", GLOSSARY.read_text(encoding="utf-8"), re.MULTILINE))
 
 
@@ -45,19 +45,19 @@ def known() -> set[str]:
 
 
 @pytest.mark.parametrize("config", [small.STT, small.TTS], ids=["stt", "tts"])
-def test_the_language_model_spells_its_axes(config):
+def test_names_of_the_language_model_end_in_axis_letters(config):
     lm = nnx.eval_shape(lambda: DelayedStreamsLM(config, rngs=nnx.Rngs(0)))
     assert axis_faults(nnx.state(lm)) == []
     assert axis_faults(jax.eval_shape(lambda: lm.init_state(2))) == []
 
 
-def test_the_codec_spells_its_axes():
+def test_names_of_the_codec_end_in_axis_letters():
     mimi = nnx.eval_shape(lambda: Mimi(small.MIMI, rngs=nnx.Rngs(0)))
     assert axis_faults(nnx.state(mimi)) == []
     assert axis_faults(jax.eval_shape(lambda: (mimi.encoder.init_state(2), mimi.decoder.init_state(2)))) == []
 
 
-def test_the_states_of_programs_spell_their_axes():
+def test_names_of_the_programs_states_end_in_axis_letters():
     def state(program, config, settings):
         makers = lambda: DelayedStreamsLM(config, rngs=nnx.Rngs(0)), lambda: Mimi(small.MIMI, rngs=nnx.Rngs(0))
         graphs, params = zip(*(nnx.split(nnx.eval_shape(make)) for make in makers), strict=True)
@@ -83,7 +83,7 @@ class Planted:
     position: jax.Array
 
 
-def test_a_letter_that_nobody_knows_and_one_too_few_are_caught():
+def test_an_unknown_letter_and_a_missing_letter_are_caught():
     planted = Planted(jnp.zeros((2, 3)), jnp.zeros((2, 3, 4)), jnp.zeros(2))
     assert axis_faults(planted) == [
         "rows_BZ: Z is not in docs/axes.md",

@@ -1,4 +1,4 @@
-"""The checks themselves: one planted fault per clause, each caught by name, beside the sound modules they come from.
+"""The checks of the streaming contract: sound modules pass, and a planted fault per clause is caught by name.
 
 Shape letters: B batch rows, T time steps, C channels.
 """
@@ -20,7 +20,7 @@ WINDOW = 5
 
 
 class Conv(CausalConv1d):
-    """Sound; the faults below each break it in one place."""
+    """A sound module; each faulty module below changes one place of it."""
 
     def __init__(self):
         super().__init__(3, 3, kernel=3, replicate=True, rngs=nnx.Rngs(0))
@@ -39,7 +39,7 @@ class LeaksBetweenRows(Conv):
 
 
 class CountsForAllRows(Conv):
-    """Repeats its first step only while no row has taken a step, so that a reset row does not begin anew."""
+    """Pads with the first step only while no row has taken a step, so not after a reset of one row."""
 
     def step(self, x_BTC, state, lengths_B=None):
         started_B = jnp.broadcast_to(state.started_B.any(), state.started_B.shape)
@@ -52,7 +52,7 @@ class WritesWhileIdle(Conv):
 
 
 class IsNanWhileIdle(Conv):
-    """Divides by what it has heard, which is nothing for a row that has been idle from the start."""
+    """Divides by the sum of the inputs so far, which is 0 for a row that has been idle from the start."""
 
     def step(self, x_BTC, state, lengths_B=None):
         y_BTC, state = super().step(x_BTC, state, lengths_B)
@@ -61,7 +61,7 @@ class IsNanWhileIdle(Conv):
 
 
 class TakesAllStepsOrNone(Conv):
-    """Knows idle rows, and takes the whole chunk in every other row."""
+    """Leaves idle rows alone, but takes the whole chunk in every other row."""
 
     def step(self, x_BTC, state, lengths_B=None):
         return super().step(x_BTC, state, None if lengths_B is None else jnp.where(lengths_B > 0, x_BTC.shape[1], 0))
@@ -81,7 +81,7 @@ class ChangesDtype(Conv):
 
 
 class WindowSum:
-    """Sums the last WINDOW steps, kept in a ring as a cache keeps keys."""
+    """Sums the last WINDOW steps, which it keeps in a ring like a cache of keys."""
 
     def init_state(self, batch_size):
         return ConvState(jnp.zeros((batch_size, WINDOW, 3)), jnp.zeros((batch_size,), jnp.int32))
@@ -106,7 +106,7 @@ class WindowSum:
 
 
 class LosesAKeyOnceFull(WindowSum):
-    """Clears the slot of the next step of its chunk too soon, as a ring does that is written before it is read.
+    """Clears the slot of the chunk's next step too soon, like a ring that is written before it is read.
 
     Off by one, and only past the window: before that the slot is empty anyway.
     """
@@ -127,7 +127,7 @@ def test_a_sound_module_passes(module):
     [
         (ForgetsItsTail(), "cuts: chunks of"),
         (LosesAKeyOnceFull(), "cuts: chunks of"),
-        (LeaksBetweenRows(), "rows: row 0 depends on what row 1 hears"),
+        (LeaksBetweenRows(), "rows: row 0 depends on the input of row 1"),
         (CountsForAllRows(), "reset: the row is not as a fresh stream"),
         (WritesWhileIdle(), "idle: the row's state changed"),
         (IsNanWhileIdle(), "idle: an output is not finite"),
@@ -145,12 +145,12 @@ def test_a_reset_that_reaches_other_rows_is_caught(monkeypatch):
     monkeypatch.setattr(
         "tests.helpers.check.reset_rows", lambda state, reset_B, fresh: jax.tree.map(jnp.zeros_like, state)
     )
-    with pytest.raises(AssertionError, match=r"^reset: another row felt it"):
+    with pytest.raises(AssertionError, match=r"^reset: another row changed"):
         check_streaming(Conv(), X_BTC, window=WINDOW, atol=1e-5)
 
 
 def test_the_ring_fault_does_not_show_within_the_window():
-    # Hence `window`: a check on a short clip would pass the module that loses a key.
+    # This is why the check needs `window`: on a short clip it would pass the module that loses a key.
     module, short_BTC = LosesAKeyOnceFull(), X_BTC[:, :WINDOW]
     singles, state = [], module.init_state(2)
     for t in range(WINDOW):
@@ -162,7 +162,7 @@ def test_the_ring_fault_does_not_show_within_the_window():
 @pytest.mark.parametrize(
     ("x_BTC", "window", "block"), [(X_BTC[:, :15], 5, 1), (X_BTC[:1], 1, 1), (X_BTC, 8, 1), (X_BTC[:, :23], 1, 2)]
 )
-def test_a_clip_that_proves_nothing_is_refused(x_BTC, window, block):
+def test_a_clip_that_cannot_show_a_fault_is_refused(x_BTC, window, block):
     with pytest.raises(ValueError, match=r"needs 2 rows or more.*more than 3 windows"):
         check_streaming(Conv(), x_BTC, window=window, block=block, atol=1e-5)
 
@@ -173,7 +173,7 @@ def write_then_read(x_BKH, cache):
 
 
 def read_after_write(x_BKH, cache):
-    """Needs the old ring when the new one is there already."""
+    """Read the old ring after the new one has been computed."""
     y_BKH, written = write_then_read(x_BKH, cache)
     return y_BKH + (cache.k_BKSH * cache.v_BKSH * y_BKH[:, :, None]).sum(2), written
 

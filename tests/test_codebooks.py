@@ -1,4 +1,4 @@
-"""Moving codebooks against numpy: what is chosen, what passes gradients, and where entries go.
+"""Training of codebooks by moving averages against numpy: chosen entries, gradients, and updates of entries.
 
 Shape letters: B batch rows, T frames, N vectors, D latent width, C codebook width, V entries, Q codebooks of a branch.
 """
@@ -17,7 +17,7 @@ from tests.helpers import small
 
 CONFIG = small.MIMI.quantizer
 Q, B, T = 3, 4, 6
-STAY = CodebookRule(decay=0.9, dead=0.0)  # nothing is ever dead
+STAY = CodebookRule(decay=0.9, dead=0.0)  # no entry is ever dead
 ALL_B = np.full(B, Q, np.int32)
 
 
@@ -41,7 +41,7 @@ def run(branch, x_BTD, averages=None, rule=STAY, used_B=ALL_B, seed=0) -> Quanti
 
 
 def rounded(branch: ResidualQuantizer, x_BTD: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What each codebook is given [Q, N, C], the codes [Q, N], and their entries [Q, N, C], by `encode`."""
+    """Compute each codebook's input [Q, N, C], codes [Q, N] and entries [Q, N, C] with `encode`."""
     codes_QN = np.asarray(branch.encode(x_BTD, Q)).swapaxes(0, 1).reshape(Q, -1)
     entries_QNC = np.stack(
         [np.asarray(b.embedding_LC[...])[c] for b, c in zip(branch.codebooks, codes_QN, strict=True)]
@@ -66,7 +66,7 @@ def test_rows_that_are_limited_to_some_codebooks_decode_as_those_codes_do(branch
         np.testing.assert_allclose(found_BTD[row : row + 1], wanted_1TD, atol=1e-5)
 
 
-def test_gradients_pass_as_if_nothing_had_been_rounded(branch):
+def test_gradients_are_straight_through(branch):
     graph, params = nnx.split(branch)
     x_BTD, weight_BTC = latents(0), np.random.default_rng(1).normal(size=(B, T, CONFIG.dimension)).astype(np.float32)
     averages, used_B, key = init_averages(branch, fresh=False), np.arange(B), jax.random.PRNGKey(0)
@@ -91,7 +91,7 @@ def test_commitment_is_the_mean_squared_distance_to_the_entries_in_use(branch):
     assert float(run(branch, x_BTD, used_B=used_B).commitment) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_batch_that_uses_no_codebook_commits_to_nothing(branch):
+def test_the_commitment_of_a_batch_without_codebooks_is_zero(branch):
     found = run(branch, latents(0), used_B=np.zeros(B, np.int32))
     assert float(found.commitment) == 0
     np.testing.assert_allclose(found.entries_QVC, [book.embedding_LC[...] for book in branch.codebooks], rtol=1e-6)
@@ -146,7 +146,7 @@ def test_rows_that_do_not_use_a_codebook_do_not_move_it(branch):
     assert not np.allclose(one.entries_QVC[1], alone.entries_QVC[1], atol=1e-3)
 
 
-def test_a_dead_entry_begins_again_at_one_of_the_batchs_vectors_and_a_living_one_stays(branch):
+def test_a_dead_entry_is_reset_to_a_vector_of_the_batch_and_other_entries_are_kept(branch):
     dead_QV = np.random.default_rng(0).random((Q, CONFIG.bins)) < 0.5
     averages = init_averages(branch, fresh=False)
     usage_QV = jnp.where(dead_QV, 1e-6, 1.0)

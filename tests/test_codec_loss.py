@@ -1,4 +1,4 @@
-"""What trains a codec: that all of it is trained, and that what must not count does not.
+"""The loss of a codec: it trains every part, and masked labels and dropped codebooks do not count.
 
 Every test runs the same compiled step: compiling it is what takes the time here.
 
@@ -57,7 +57,7 @@ def start(*, fresh: bool = False) -> TrainState:
 def batch(seed: int = 0, *, dropout: float = 0.5) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     labels_BN = random.integers(0, LABELS, (ROWS, FRAMES)).astype(np.int32)
-    # What is said can be heard: each label is a level.
+    # Each label is a level, so that labels can be predicted from the audio.
     level_BT = 0.05 * np.repeat(1 + labels_BN, CONFIG.frame_size, axis=1)
     pcm_BT = (level_BT * random.normal(size=level_BT.shape)).astype(np.float32)
     return {"pcm_BT": pcm_BT, "labels_BN": labels_BN, "dropout_B": np.full(ROWS, dropout, np.float32)}
@@ -68,7 +68,7 @@ def arrays_by_name(tree) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("fresh", [True, False])
-def test_splitting_and_merging_gives_the_codec_again(fresh):
+def test_merge_undoes_split(fresh):
     trainee = new_trainee()
     graph, params, aux = split(trainee, fresh=fresh)
     found, wanted = (arrays_by_name(nnx.state(t)) for t in (merge(graph, params, aux), trainee))
@@ -110,7 +110,7 @@ def test_entries_are_those_of_the_averages_step_after_step(fresh):
                 np.testing.assert_allclose(book.embedding_LC[...], wanted_VC, rtol=1e-6)
 
 
-def test_labels_of_frames_that_are_not_known_do_not_count():
+def test_unknown_labels_do_not_count():
     given, look = batch(), OBJECTIVE.look_ahead
     given["labels_BN"][:, ::2] = -1
 
@@ -133,7 +133,7 @@ def test_labels_of_frames_that_are_not_known_do_not_count():
     assert float(metrics["label_accuracy"]) == pytest.approx(right)
 
 
-def test_without_any_label_the_head_learns_nothing():
+def test_without_known_labels_the_head_has_no_gradient():
     given = batch()
     given["labels_BN"][:] = -1
     before = arrays_by_name(start().params)
@@ -150,7 +150,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
 
 
 def rows_that_use(dropout: float, step: int) -> list[list[float]]:
-    """How many rows go through each codebook, semantic and acoustic."""
+    """Count the rows that use each codebook, semantic and acoustic."""
     state, decay = dataclasses.replace(start(), step=jnp.int32(step)), OBJECTIVE.codebooks.decay
     before = [np.asarray(a.usage_QV).sum(1) for a in (state.aux.semantic, state.aux.acoustic)]
     state, _ = STEP(state, batch(dropout=dropout))
@@ -176,7 +176,7 @@ def test_a_few_steps_lower_the_loss():
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[1:6])
 
 
-def test_two_devices_that_share_a_batch_measure_and_move_codebooks_as_one():
+def test_a_batch_split_over_two_devices_has_the_loss_and_codebooks_of_one_device():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere, shared = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     state = jax.device_put(start(), everywhere)

@@ -1,4 +1,4 @@
-"""Compiled functions: one for each function, networks and settings, counted, with the state where it lies.
+"""Compiled functions: one per function, networks and settings, counted, with donated states updated in place.
 
 Shape letters: B batch rows, D width.
 """
@@ -56,7 +56,7 @@ def test_compilations_are_counted_by_shape_and_not_by_call():
     assert compilations() == before + 2
 
 
-def test_what_is_compiled_ahead_is_not_compiled_again(caplog):
+def test_a_program_compiled_ahead_is_not_compiled_again(caplog):
     graph, params = network(7)
     run, before = compiled(scaled, (graph,), donate=(0,)), compilations()
     shape = jax.ShapeDtypeStruct((3, 7), np.float32)
@@ -70,7 +70,7 @@ def test_what_is_compiled_ahead_is_not_compiled_again(caplog):
     assert compilations() == before + 1
 
 
-def test_a_donated_argument_is_taken_over():
+def test_a_donated_argument_is_deleted():
     graph, params = network(9)
     total_BD = jnp.ones((2, 9))
     result_BD = compiled(scaled, (graph,), donate=(0,))((params,), total_BD, jnp.ones((2, 9)))
@@ -78,7 +78,7 @@ def test_a_donated_argument_is_taken_over():
     assert not result_BD.is_deleted()
 
 
-def test_shapes_are_told_without_computing():
+def test_shapes_returns_the_shapes_of_the_results():
     graph, params = network(4)
     found = compiled(shifted, (graph,), 0.5).shapes((params,), jnp.zeros((2, 4)))
     assert (found.shape, found.dtype) == ((2, 4), np.float32)

@@ -1,4 +1,4 @@
-"""Conditioning against the same sums written out in numpy. Values of the whole are in test_goldens.py.
+"""Conditioning against the same sums in numpy. test_goldens.py compares its outputs with the reference.
 
 Shape letters: B batch rows, X steps of a condition, C a conditioner's own width, D model width.
 """
@@ -54,7 +54,7 @@ def test_crossed_conditions_get_positions():
     np.testing.assert_allclose(cross_BXD, wanted_BXD, atol=1e-5)
 
 
-def test_crossed_conditions_lie_end_to_end():
+def test_crossed_conditions_are_concatenated():
     fuser = Fuser(cross=("speaker_wavs", "cfg"))
     model = small.build(lambda rngs: Conditioning(dataclasses.replace(small.TTS, fuser=fuser), rngs=rngs))
     sum_BD, cross_BXD = model(VALUES, MASKS)
@@ -64,21 +64,21 @@ def test_crossed_conditions_lie_end_to_end():
     np.testing.assert_array_equal(cross_BXD[:, 5:], alone_BXD)
 
 
-def test_conditions_change_what_the_model_says():
+def test_conditions_change_the_logits():
     lm = small.build(lambda rngs: DelayedStreamsLM(small.TTS, rngs=rngs))
-    tokens_BKT = np.zeros((2, 7, 1), np.int32)
+    tokens_BMT = np.zeros((2, 7, 1), np.int32)
 
     def three_ways(values, masks):
         conditions = lm.condition(values, masks)
         assert (len(conditions.cross), conditions.cross[0][0].shape) == (2, (2, 4, 5, 4))
         alike = dataclasses.replace(conditions, cross=jax.tree.map(lambda a: a[:1].repeat(2, 0), conditions.cross))
         unsummed = dataclasses.replace(alike, sum_BD=None)
-        return [lm.step(tokens_BKT, lm.init_state(2), conditions=told)[0] for told in (conditions, alike, unsummed)]
+        return [lm.step(tokens_BMT, lm.init_state(2), conditions=some)[0] for some in (conditions, alike, unsummed)]
 
-    told, half_told, untold = map(np.array, jax.jit(three_ways)(VALUES, MASKS))
-    assert np.abs(told - half_told).max() > 1e-2
-    assert np.abs(half_told - untold).max() > 1e-2
-    np.testing.assert_array_equal(untold[0], untold[1])
+    both, summed, none = map(np.array, jax.jit(three_ways)(VALUES, MASKS))
+    assert np.abs(both - summed).max() > 1e-2
+    assert np.abs(summed - none).max() > 1e-2
+    np.testing.assert_array_equal(none[0], none[1])
 
 
 def test_conditions_that_precede_the_input_are_refused():
@@ -88,13 +88,13 @@ def test_conditions_that_precede_the_input_are_refused():
         Fuser(sum=("cfg",), prepend=("control",))
 
 
-def test_a_fuser_of_conditions_that_are_not_there_is_refused():
+def test_a_fuser_of_unknown_conditions_is_refused():
     message = r"the fuser takes \['cgf'\] and the conditioners are \['speaker_wavs', 'cfg', 'control'\]; name one of"
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(small.TTS, fuser=Fuser(sum=("cgf",)))
 
 
-def test_a_model_that_attends_to_conditions_is_not_run_without():
+def test_a_model_with_cross_attention_does_not_run_without_conditions():
     lm = small.build(lambda rngs: DelayedStreamsLM(small.TTS, rngs=rngs))
-    with pytest.raises(StreamError, match="attends to conditions and got none; make them with `condition`"):
+    with pytest.raises(StreamError, match="has cross-attention and got no conditions; make them with `condition`"):
         lm.step(np.zeros((2, 7, 1), np.int32), lm.init_state(2))

@@ -1,4 +1,4 @@
-"""Configs: the published ones, what follows from them, and everything that strict reading refuses."""
+"""Configs: the published ones, their derived settings, and all errors of strict reading."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def published(name: str) -> ModelConfig:
     return kyutai_config.read_config(json.loads((PUBLISHED / f"{name}.config.json").read_text()), name)[0]
 
 
-def test_the_speech_to_text_models_are_what_was_published():
+def test_the_speech_to_text_configs_are_the_published_ones():
     small_model, large_model = published("stt-1b-en_fr"), published("stt-2.6b-en")
     assert (small_model.lm.dim, small_model.lm.num_layers, small_model.lm.context) == (2048, 16, 750)
     assert (large_model.lm.dim, large_model.lm.num_layers, large_model.lm.context) == (2048, 48, 375)
@@ -59,12 +59,12 @@ def test_the_speech_to_text_models_are_what_was_published():
         )
 
 
-def test_the_presets_are_what_was_published():
+def test_the_presets_are_the_published_configs():
     assert (presets.STT_1B.lm, presets.STT_1B.stt) == (published("stt-1b-en_fr").lm, published("stt-1b-en_fr").stt)
     assert (presets.STT_2_6B.lm, presets.STT_2_6B.stt) == (published("stt-2.6b-en").lm, published("stt-2.6b-en").stt)
 
 
-def test_the_text_to_speech_model_is_what_was_published():
+def test_the_text_to_speech_config_is_the_published_one():
     config = published("tts-1.6b-en_fr").lm
     assert (config.dep_q, config.user_q, config.delays[:3]) == (32, 0, (0, 0, 2))
     assert config.depformer_schedule == (0, 1, 2, 3, 4, 5, 6, 7, *[8] * 8, *[9] * 8, *[10] * 8)
@@ -79,7 +79,7 @@ def test_the_defaults_of_the_codec_are_the_published_codec():
     assert (mimi.quantizer.n_q, mimi.quantizer.bins, mimi.transformer.context) == (32, 2048, 250)
 
 
-def test_what_a_file_leaves_out_is_derived():
+def test_missing_settings_of_a_file_are_derived():
     depformer = dataclasses.replace(small.TTS.depformer, weights_per_step_schedule=None, dim_feedforward=None)
     config = dataclasses.replace(small.TTS, depformer=depformer, text_card_out=5)
     assert (config.depformer_schedule, config.depformer_feedforward, config.text_logits) == ((0, 1, 2, 3), 32, 5)
@@ -151,7 +151,7 @@ def test_a_config_survives_json(config):
         (TtsConfig, {}, "f.json: the keys ['audio_delay'] are missing; TtsConfig needs them"),
     ],
 )
-def test_what_is_not_understood_is_refused(kind, values, message):
+def test_unknown_keys_and_wrong_types_are_refused(kind, values, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         from_dict(kind, values, "f.json")
 
@@ -187,7 +187,7 @@ def test_what_is_not_understood_is_refused(kind, values, message):
         ),
     ],
 )
-def test_what_the_library_cannot_honour_is_refused(kind, values, message):
+def test_settings_that_the_library_does_not_support_are_refused(kind, values, message):
     with pytest.raises(ConfigError, match=re.escape(f"f.json: {message}")):
         from_dict(kind, values, "f.json")
 
@@ -222,7 +222,7 @@ def test_a_misspelt_key_of_any_part_of_kyutais_file_is_refused_by_its_name(key):
 
 
 def _with(config: dict, path: str, key: str) -> dict:
-    """Copies a config of plain values, with a key more at a dotted path."""
+    """Copy a config of plain values, with an additional key at a dotted path."""
     copy = json.loads(json.dumps(config))
     place = copy
     for step in filter(None, path.split(".")):
@@ -269,7 +269,7 @@ def test_a_misspelt_key_of_any_part_of_a_config_is_refused_by_its_name(path):
         ),
     ],
 )
-def test_a_file_of_kyutais_that_is_not_understood_is_refused(change, message):
+def test_a_kyutai_config_with_unknown_values_is_refused(change, message):
     values = json.loads((PUBLISHED / "tts-1.6b-en_fr.config.json").read_text()) | change
     with pytest.raises(ConfigError, match=re.escape(message)):
         kyutai_config.read_config(values, "c.json")
@@ -285,7 +285,7 @@ def test_the_settings_of_other_published_models_are_read_and_written_back():
     assert json.loads(json.dumps(written)) == {key: v for key, v in values.items() if key != "text_card_out"}
 
 
-def test_depformer_fields_are_flat_in_the_file_and_together_here():
+def test_depformer_fields_are_flat_in_the_file_and_nested_in_the_config():
     depformer = DepformerConfig(dim=8, num_heads=2, num_layers=2, dim_feedforward=24, low_rank_embeddings=4)
     lm = dataclasses.replace(small.TTS, depformer=depformer)
     for written in (kyutai_config.flat_lm(lm), kyutai_config.write_lm(lm)):
@@ -300,7 +300,7 @@ def test_depformer_fields_are_flat_in_the_file_and_together_here():
         ({"tokenizer": "t5"}, "conditioner cfg has tokenizer 't5'; use 'noop'"),
     ],
 )
-def test_a_look_up_table_that_cannot_be_is_refused(change, message):
+def test_a_look_up_table_with_impossible_settings_is_refused(change, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         LutConditioner(name="cfg", n_bins=2, dim=3, **change)
 

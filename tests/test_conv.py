@@ -1,4 +1,4 @@
-"""Convolutions against sums written out in numpy. That they stream is in test_streaming.py.
+"""Convolutions against sums in numpy. test_streaming.py checks that they stream.
 
 Shape letters: B batch rows, T time steps, C channels in, D channels out, K taps, S stride, M taps per output phase.
 """
@@ -39,7 +39,7 @@ def test_a_convolution_is_a_sum_over_the_past(kernel, stride, dilation, replicat
     y_BTD = np.array(conv(x_BTC))
     first_BC = x_BTC[:, 0] if replicate else np.zeros((2, 2), np.float32)
     for t in range(steps):
-        now = t * stride + stride - 1  # an output comes with the last of its stride's inputs
+        now = t * stride + stride - 1  # an output step comes with the last input step of its stride
         wanted_BD = np.array([1.0, 2.0, 3.0])
         for k in range(kernel):
             at = now - reach + k * dilation
@@ -80,7 +80,7 @@ def test_a_chunk_must_be_a_positive_multiple_of_the_stride(steps):
         conv(noise(1, steps, 3))
 
 
-def test_the_state_of_a_convolution_has_the_dtype_that_is_asked_for():
+def test_init_state_makes_a_convolutions_state_in_the_given_dtype():
     conv = CausalConv1d(3, 4, kernel=4, rngs=nnx.Rngs(0))
     assert conv.init_state(2, jnp.bfloat16).tail_BTC.dtype == jnp.bfloat16
     assert conv.init_state(2).tail_BTC.shape == (2, 3, 3)

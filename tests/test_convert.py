@@ -1,4 +1,4 @@
-"""Conversion between layouts: exact both ways, and every tensor accounted for."""
+"""Conversion between layouts: exact in both directions, with every tensor accounted for."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ WITH_HEADS = dataclasses.replace(PLAIN_STT, extra_heads_num_heads=4)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """The same random model in every layout, and a codec alone."""
+    """Write the same random model in every layout, and a codec alone."""
     made = {to: make_checkpoint(tmp_path_factory.mktemp(to), to) for to in ("orbax", "kyutai", "transformers")}
     made["heads"] = make_checkpoint(tmp_path_factory.mktemp("heads"), "kyutai", lm=WITH_HEADS)
     made["codec"] = make_checkpoint(tmp_path_factory.mktemp("codec"), "transformers", lm=None)
@@ -29,7 +29,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("source", ["orbax", "kyutai", "transformers"])
 @pytest.mark.parametrize("to", ["orbax", "kyutai", "transformers"])
-def test_any_layout_becomes_any_other_bit_for_bit(folders, tmp_path, source, to):
+def test_every_layout_converts_to_every_other_bit_for_bit(folders, tmp_path, source, to):
     report = convert(folders[source], tmp_path / "out", to=to)
     before, after = checkpoints.load(folders[source]), checkpoints.load(tmp_path / "out")
     assert_same_weights(after, before)
@@ -40,7 +40,7 @@ def test_any_layout_becomes_any_other_bit_for_bit(folders, tmp_path, source, to)
 
 
 @pytest.mark.parametrize("to", ["orbax", "kyutai", "transformers"])
-def test_a_codec_alone_becomes_any_layout(folders, tmp_path, to):
+def test_a_codec_alone_converts_to_every_layout(folders, tmp_path, to):
     convert(folders["codec"], tmp_path / "out", to=to)
     before, after = checkpoints.load(folders["codec"]), checkpoints.load(tmp_path / "out")
     assert_same_weights(after, before)
@@ -55,7 +55,7 @@ def test_every_feature_of_the_config_survives_kyutais_layout(tmp_path, lm):
     assert after.config == before.config
 
 
-def test_a_depformer_in_todays_spelling_is_the_same_model(tmp_path):
+def test_a_depformer_in_the_current_spelling_is_the_same_model(tmp_path):
     folder = make_checkpoint(tmp_path, "kyutai", lm=small.TTS)
     path = folder / kyutai.LM_NAME
     tensors = {}
@@ -85,7 +85,7 @@ def test_pause_heads_that_the_config_does_not_mention_are_found(folders, tmp_pat
     values = files.read_json(folder / "config.json")
     files.write_json(folder / "config.json", {k: v for k, v in values.items() if not k.startswith("extra_heads")})
     report = convert(folder, tmp_path / "out", to="kyutai")
-    assert report.notes == ("config.json does not speak of the 4 pause heads in model.safetensors",)
+    assert report.notes == ("config.json does not mention the 4 pause heads in model.safetensors",)
     assert checkpoints.load(tmp_path / "out").config == checkpoints.load(folders["heads"]).config
 
 
@@ -106,7 +106,7 @@ def test_weight_norm_is_folded(folders, tmp_path):
     save_file(tensors, path)
     found, wanted = arrays_of(checkpoints.load(path)), arrays_of(codec)
     assert sum(name.endswith(("_g", "original0")) for name in tensors) > 5
-    for name, array in found.items():  # two roundings to float32: the norm here, the fold there
+    for name, array in found.items():  # float32 rounds twice: in this norm, and in the fold
         np.testing.assert_allclose(array, wanted[name], rtol=1e-6)
 
 
@@ -178,7 +178,7 @@ def test_the_report_lists_every_tensor_and_what_was_left_out(folders, tmp_path):
     assert json.loads(json.dumps(report.to_dict()))["source_layout"] == "transformers"
 
 
-def test_a_row_that_should_be_zero_and_is_not_is_noted(folders, tmp_path):
+def test_a_constant_row_with_another_value_is_noted(folders, tmp_path):
     folder = copy_of(folders["transformers"], tmp_path / "in")
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"][-1, 0] = 1.0

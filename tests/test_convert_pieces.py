@@ -1,4 +1,4 @@
-"""The blocks that a conversion moves, and the tables that say which: exact inverses, no gap, no overlap."""
+"""Transforms are exact inverses, and tables with gaps or overlaps are caught."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from dsm_jax.convert import pieces, transforms
 def test_every_transform_is_undone_exactly(kind, data):
     n = st.integers(1, 4)
     a, b, stride = data.draw(n), data.draw(n), data.draw(n)
-    how, shape = {
+    transform, shape = {
         "conv": (transforms.CONV, (a, b, stride)),
         "transpose": (transforms.conv_transpose(stride), (a, b, 2 * stride)),
         "depthwise": (transforms.depthwise(stride), (a, 1, 2 * stride)),
@@ -25,7 +25,7 @@ def test_every_transform_is_undone_exactly(kind, data):
         "pointwise": (transforms.POINTWISE, (a, b, 1)),
     }[kind]
     tensor = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    (back,) = how.save(how.load(tensor))
+    (back,) = transform.save(transform.load(tensor))
     np.testing.assert_array_equal(back, tensor)
 
 
@@ -38,13 +38,13 @@ def test_a_transposed_convolution_has_the_tap_of_the_older_step_first():
             np.testing.assert_array_equal(w_MCE[1, c, s * 3 : s * 3 + 3], w_CDM[c, :, s])
 
 
-def test_halves_become_neighbours():
+def test_rotation_by_halves_becomes_rotation_of_adjacent_pairs():
     w_D1 = np.arange(8.0)[:, None]  # two heads, [0, 1 | 2, 3] and [4, 5 | 6, 7]
     assert transforms.heads(2, 1, half_split=True).load(w_D1)[0].tolist() == [[[0, 2, 1, 3], [4, 6, 5, 7]]]
 
 
 def test_queries_that_share_a_key_become_parts_of_its_head():
-    w_E1 = np.arange(8.0)[:, None]  # of the first key/value head, queries 0 and 1; of the second, 2 and 3; H is 2
+    w_E1 = np.arange(8.0)[:, None]  # queries 0 and 1 of the first key/value head, 2 and 3 of the second; H is 2
     w_1PKH = transforms.heads(2, 2, half_split=False).load(w_E1)
     assert w_1PKH[0].tolist() == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
@@ -57,7 +57,7 @@ def test_a_codebook_is_sums_over_counts_and_an_unused_entry_is_not_divided_by_ze
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40))
-def test_a_copy_in_strips_changes_nothing(rows, columns):
+def test_contiguous_keeps_the_values(rows, columns):
     matrix = np.arange(rows * columns).reshape(rows, columns).T
     copy = transforms.contiguous(matrix)
     np.testing.assert_array_equal(copy, matrix)

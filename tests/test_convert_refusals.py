@@ -1,4 +1,4 @@
-"""What a conversion refuses, configs above all, and what it leaves behind then: nothing."""
+"""Errors of conversions: unsupported configs, bad destinations; an error leaves nothing behind."""
 
 import dataclasses
 import errno
@@ -19,7 +19,7 @@ from tests.helpers.tokenizer_maker import make_tokenizer
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """The same random model in both published layouts."""
+    """Write the same random model in both published layouts."""
     made = {to: make_checkpoint(tmp_path_factory.mktemp(to), to) for to in ("kyutai", "transformers")}
     return made
 
@@ -30,7 +30,7 @@ def test_a_codec_config_survives_transformers():
 
 
 @pytest.mark.parametrize("key", ["delays", "text_card_out", "bias_proj"])
-def test_what_transformers_cannot_express_is_refused(folders, tmp_path, key):
+def test_settings_that_transformers_cannot_express_are_refused(folders, tmp_path, key):
     lm = dataclasses.replace(PLAIN_STT, **{key: getattr(small.STT, key)})
     folder = make_checkpoint(tmp_path, "kyutai", lm=lm)
     with pytest.raises(ConfigError, match=rf"transformers' model has no setting for {key}"):
@@ -100,7 +100,7 @@ def test_a_full_disk_leaves_nothing_behind(folders, tmp_path, monkeypatch, to):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_room_is_noticed_before_anything_is_written(folders, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_anything_is_written(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(CheckpointError, match=r"out needs 0.0 GB and the disk has 0.0 GB free; make room"):
         convert(folders["kyutai"], tmp_path / "out")
@@ -118,7 +118,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(folders, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_destination_that_exists_is_left_alone(folders, tmp_path):
+def test_a_destination_that_exists_is_refused_and_unchanged(folders, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match=r"out exists; remove it, or give another destination"):
         convert(folders["kyutai"], tmp_path / "out")
@@ -132,10 +132,10 @@ def test_an_unknown_layout_or_dtype_is_refused(folders, tmp_path):
         convert(folders["kyutai"], tmp_path / "out", dtype="int8")
 
 
-def test_a_layout_that_has_no_place_for_the_family_is_refused(tmp_path):
+def test_a_layout_that_does_not_support_the_family_is_refused(tmp_path):
     folder = make_checkpoint(tmp_path, "kyutai", lm=small.TTS)
     message = (
-        rf"^{folder.name} is a text-to-speech model, which the layout 'transformers' has no place for; choose one of "
+        rf"^{folder.name} is a text-to-speech model, which the layout 'transformers' does not support; choose one of "
         r"orbax, kyutai$"
     )
     with pytest.raises(ConfigError, match=message):
@@ -143,12 +143,12 @@ def test_a_layout_that_has_no_place_for_the_family_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_of_the_wrong_size_is_noticed(folders, tmp_path):
+def test_a_tokenizer_of_the_wrong_size_is_refused(folders, tmp_path):
     folder = copy_of(folders["kyutai"], tmp_path / "in")
     make_tokenizer(folder / "words.model", 50)
     with pytest.raises(CheckpointError, match=r"words.model has 50 pieces, the model's text_card is 64"):
         convert(folder, tmp_path / "out")
 
 
-def test_the_config_of_a_small_model_is_what_was_asked(folders):
+def test_a_converted_model_has_the_config_of_its_source(folders):
     assert checkpoints.load(folders["kyutai"]).config == model_config(PLAIN_STT)

@@ -1,6 +1,6 @@
-"""The walk over a frame's codebooks: what each step may see, and which weights it has. Values are in test_goldens.py.
+"""The depformer: the inputs and the weights of each step. test_goldens.py compares its outputs with the reference.
 
-Shape letters: B batch rows, T frames, K streams, Q generated codebooks, V vocabulary, D model width.
+Shape letters: B batch rows, T frames, M streams, Q generated codebooks, V vocabulary, D model width.
 """
 
 import dataclasses
@@ -34,30 +34,30 @@ def scores():
 
 
 def test_a_codebook_depends_on_the_text_and_on_the_codebooks_before_it():
-    hidden_BTD, target_BKT = clip()
-    before_BQTV = np.array(scores()(hidden_BTD, target_BKT))
+    hidden_BTD, target_BMT = clip()
+    before_BQTV = np.array(scores()(hidden_BTD, target_BMT))
     assert before_BQTV.shape == (2, 4, 3, 12)
     assert before_BQTV.dtype == np.float32
     for stream in range(7):
-        changed_BKT = target_BKT.copy()
-        changed_BKT[:, stream] = (changed_BKT[:, stream] + 1) % 12
-        moved_Q = (np.array(scores()(hidden_BTD, changed_BKT)) != before_BQTV).any(axis=(0, 2, 3))
-        # Stream k is codebook k - 1, so step k is the first that is fed it. The last codebook, and those not generated,
-        # are fed to no one.
+        changed_BMT = target_BMT.copy()
+        changed_BMT[:, stream] = (changed_BMT[:, stream] + 1) % 12
+        moved_Q = (np.array(scores()(hidden_BTD, changed_BMT)) != before_BQTV).any(axis=(0, 2, 3))
+        # Stream k is codebook k - 1, the input of step k. The last codebook, and those that are not generated, are the
+        # input of no step.
         assert moved_Q.tolist() == [q >= stream for q in range(4)]
 
 
 def test_frames_do_not_see_each_other():
-    hidden_BTD, target_BKT = clip()
-    before_BQTV = np.array(scores()(hidden_BTD, target_BKT))
-    other_BTD, other_BKT = hidden_BTD.copy(), target_BKT.copy()
+    hidden_BTD, target_BMT = clip()
+    before_BQTV = np.array(scores()(hidden_BTD, target_BMT))
+    other_BTD, other_BMT = hidden_BTD.copy(), target_BMT.copy()
     other_BTD[:, 1] += 1
-    other_BKT[:, :, 1] = 5
-    after_BQTV = np.array(scores()(other_BTD, other_BKT))
+    other_BMT[:, :, 1] = 5
+    after_BQTV = np.array(scores()(other_BTD, other_BMT))
     assert (after_BQTV != before_BQTV).any(axis=(0, 1, 3)).tolist() == [False, True, False]
 
 
-def test_steps_share_weights_as_the_schedule_says():
+def test_steps_share_weights_by_the_schedule():
     model = depformer()
     assert (len(model.inputs), len(model.linears), len(model.audio_embs)) == (3, 4, 3)
     assert [len(part) for part in (model.layers[0].in_projs, model.layers[0].out_projs, model.layers[0].gating)] == [
@@ -66,10 +66,10 @@ def test_steps_share_weights_as_the_schedule_says():
     unscheduled = dataclasses.replace(small.TTS.depformer, weights_per_step_schedule=None)
     own = dataclasses.replace(small.TTS, depformer=unscheduled)
     assert len(nnx.eval_shape(lambda: Depformer(own, rngs=nnx.Rngs(0))).inputs) == 4
-    hidden_BTD, target_BKT = clip()
+    hidden_BTD, target_BMT = clip()
     changed = nnx.merge(*nnx.split(model))
     changed.layers[0].gating = nnx.List([*model.layers[0].gating[:2], model.layers[0].gating[0]])
-    moved = np.array(jax.jit(changed.__call__)(hidden_BTD, target_BKT)) != np.array(scores()(hidden_BTD, target_BKT))
+    moved = np.array(jax.jit(changed.__call__)(hidden_BTD, target_BMT)) != np.array(scores()(hidden_BTD, target_BMT))
     assert moved.any(axis=(0, 2, 3))[2:].all()  # the last set serves the third and the fourth codebook
 
 
@@ -85,7 +85,7 @@ def test_steps_share_weights_as_the_schedule_says():
         ("bias_proj", True, False),
     ],
 )
-def test_a_depformer_that_was_never_published_is_refused(key, value, published):
+def test_depformer_settings_that_no_published_model_has_are_refused(key, value, published):
     config = read_lm(flat_lm(small.TTS) | {key: value}, "config.json")
     with pytest.raises(ConfigError, match=f"{key} is {value!r}; every published depformer has {published!r}"):
         Depformer(config, rngs=nnx.Rngs(0))

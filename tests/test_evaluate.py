@@ -1,4 +1,4 @@
-"""Counting errors: edits, and how late words start."""
+"""Counting errors of transcripts: edits, and errors of word starts."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Exporting a trained model: whole or not at all."""
+"""Writing a trained model: an error leaves nothing behind."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from dsm_jax.training import finetune
 from tests.helpers import tts_model
 
 
-def test_a_model_whose_voices_cannot_be_written_is_not_there_at_all(tmp_path, monkeypatch):
+def test_write_model_leaves_nothing_behind_if_the_voices_cannot_be_written(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

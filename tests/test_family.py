@@ -1,4 +1,4 @@
-"""Families: each is whole, every model is of one, and what a model cannot do is refused in one sentence."""
+"""Families: each entry is complete, and models and configs of another family are refused."""
 
 import dataclasses
 import inspect
@@ -27,7 +27,7 @@ CONFIGS = {
 
 
 def model(model_type: str, *, tokenizer: object = "a tokenizer") -> Model:
-    """As much of a model as `require` reads."""
+    """Make an object with the attributes of a model that `require` reads."""
     return Model(CONFIGS[model_type], None, None, nnx.split(nnx.Module())[0], nnx.State({}), tokenizer, "some-model")
 
 
@@ -41,7 +41,7 @@ def test_every_family_has_the_networks_that_its_config_describes(model_type):
 
 
 @pytest.mark.parametrize("entry", FAMILIES.values(), ids=FAMILIES)
-def test_the_names_in_an_entry_are_those_of_what_they_say(entry: Family):
+def test_the_dotted_paths_of_an_entry_resolve(entry: Family):
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
     assert set(entry.parts) <= fields
     for name, path in entry.layouts.items():
@@ -55,12 +55,12 @@ def test_the_names_in_an_entry_are_those_of_what_they_say(entry: Family):
     assert (entry.task is None) == (entry.program is None)
 
 
-def test_a_path_that_leads_nowhere_is_noticed():
+def test_a_dotted_path_that_does_not_resolve_is_caught():
     with pytest.raises((ImportError, AttributeError)):
         pkgutil.resolve_name("dsm_jax.training.losses.stt:no_such_loss")
 
 
-def test_every_layout_is_one_of_a_family_or_the_librarys_own():
+def test_every_layout_belongs_to_a_family_or_is_the_native_one():
     assert layouts.layouts()[0] is native
     assert layouts.layout_names() == ["orbax", "kyutai", "transformers"]
     assert len(layouts.layouts()) == 4
@@ -135,13 +135,13 @@ def test_a_model_of_the_family_passes_and_without_its_tokenizer_does_not():
         ),
     ],
 )
-def test_a_config_that_is_not_one_of_its_family_is_refused(config, message):
+def test_a_config_that_does_not_fit_its_family_is_refused(config, message):
     with pytest.raises(ConfigError, match=f"^somewhere: {re.escape(message)}"):
         family.check(config, "somewhere")
     with pytest.raises(ConfigError, match=re.escape(message)):
         family.abstract_model(config)
 
 
-def test_the_language_model_of_a_codec_is_refused():
+def test_lm_config_refuses_a_codec():
     with pytest.raises(ConfigError, match="'mimi' is the config of a model without a language model; use one that has"):
         family.lm_config(CONFIGS["mimi"])

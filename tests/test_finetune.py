@@ -1,4 +1,4 @@
-"""Fine-tuning in miniature: it learns, stops and goes on, merges and exports, and loses nothing to what goes wrong."""
+"""Fine-tuning in miniature: training, resuming, merging, writing, and errors that keep the saved checkpoints."""
 
 import dataclasses
 import json
@@ -31,14 +31,14 @@ from dsm_jax.training.rows import SttRows
 from dsm_jax.training.step import OptimizerConfig
 from tests.helpers.checkpoint_maker import PLAIN_STT, arrays_of, assert_same_weights, make_checkpoint
 
-RATE = 400  # of the miniature codec
+RATE = 400  # sample rate of the miniature codec, Hz
 LM = dataclasses.replace(PLAIN_STT, card=16, num_layers=1, context=160)
 EXAMPLE = Path(__file__).parents[1] / "examples/finetune.py"
 
 
 @pytest.fixture(autouse=True, scope="module")
 def slow_sound():
-    """The miniature codec's rate is below what recordings have."""
+    """Allow sample rates as low as the miniature codec's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(audio, "MIN_RATE_HZ", 100)
         yield
@@ -51,7 +51,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A folder of three recordings with transcripts."""
+    """Write a folder of three recordings with transcripts."""
     folder = tmp_path_factory.mktemp("data")
     for name, words in (("first", ("on", "a")), ("second", ("we", "on", "he")), ("third", ("a", "on"))):
         pcm = 0.3 * np.random.default_rng(len(name)).normal(size=RATE)
@@ -63,7 +63,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(checkpoint, data):
-    """A run of adapters; what differs is replaced."""
+    """Make the config of a run with adapters, with changes."""
     return FinetuneConfig(
         data=str(data),
         output="",
@@ -85,7 +85,7 @@ def metrics(output: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def adapted(settings, tmp_path_factory) -> tuple[Path, Model]:
-    """A finished run of adapters, on both devices, and its model."""
+    """Finish a run with adapters on both devices; return its folder and model."""
     output = tmp_path_factory.mktemp("adapted") / "run"
     return output, finetune(dataclasses.replace(settings, output=str(output)))
 
@@ -95,28 +95,28 @@ def changed(model: Model, checkpoint: Path) -> set[str]:
     return {name for name in before if not np.array_equal(before[name], after[name])}
 
 
-def test_the_loss_of_the_data_falls_and_is_measured_where_it_is_saved(adapted):
+def test_the_loss_falls_and_the_validation_loss_is_logged_at_each_checkpoint(adapted):
     rows = metrics(adapted[0])
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if "validation_loss" in row] == [2, 4]
     assert rows[3]["validation_loss"] < rows[1]["validation_loss"]
 
 
-def test_the_validation_loss_is_the_mean_of_the_rows_with_nothing_hidden(adapted, checkpoint, data):
+def test_the_validation_loss_is_the_mean_of_the_rows_without_dropout(adapted, checkpoint, data):
     output, model = adapted
     recordings = read_recordings(data, RATE)
-    codes_NKT = SttRows(model, Mesh(jax.devices(), ("data",)), seconds=1.0, batch_size=2).encode(recordings)
-    assert len(codes_NKT) == 3
+    codes_NMT = SttRows(model, Mesh(jax.devices(), ("data",)), seconds=1.0, batch_size=2).encode(recordings)
+    assert len(codes_NMT) == 3
 
     @jax.jit
-    def loss(params, codes_KT):
-        return stt_loss(nnx.merge(model.lm_def, params), codes_KT[None], jax.random.key(0), SttObjective())[0]
+    def loss(params, codes_MT):
+        return stt_loss(nnx.merge(model.lm_def, params), codes_MT[None], jax.random.key(0), SttObjective())[0]
 
-    losses = [float(loss(model.lm_params, codes_KT)) for codes_KT in codes_NKT]
+    losses = [float(loss(model.lm_params, codes_MT)) for codes_MT in codes_NMT]
     assert metrics(output)[3]["validation_loss"] == pytest.approx(np.mean(losses), rel=1e-5)  # orders of summation
 
 
-def test_only_targets_have_changed_and_the_written_model_is_the_merged_one(adapted, checkpoint):
+def test_training_changes_only_targets_and_the_written_model_is_merged(adapted, checkpoint):
     output, model = adapted
     layer = "lm.transformer.layers.0"
     assert changed(model, checkpoint) == {
@@ -138,7 +138,7 @@ def test_the_parameters_are_on_every_device(adapted):
         assert p.sharding.is_fully_replicated
 
 
-def test_a_checkpoint_of_adapters_holds_adapters_alone(adapted):
+def test_a_checkpoint_of_adapters_has_no_frozen_parameters(adapted):
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.metadata((adapted[0] / "checkpoints/4").absolute()).item_metadata.tree
     assert len(tree["params"]) == 4
@@ -149,7 +149,7 @@ def test_a_checkpoint_of_adapters_holds_adapters_alone(adapted):
 
 @pytest.fixture
 def stopped(adapted, settings, tmp_path):
-    """A function that gives the config of the adapters' run as it was once a step had been saved."""
+    """Make a function that copies the adapters' run as it was after its first checkpoint, and returns its config."""
 
     def at(step: int) -> FinetuneConfig:
         output = Path(shutil.copytree(adapted[0], tmp_path / "run"))
@@ -181,21 +181,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(stopped
     assert [row["step"] for row in metrics(Path(config.output))] == [1, 2]
 
 
-def test_a_disk_that_is_full_at_the_end_loses_nothing(adapted, stopped, monkeypatch):
+def test_a_full_disk_at_the_end_keeps_the_last_checkpoint(adapted, stopped, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     config = stopped(4)
     with monkeypatch.context() as patch:
         patch.setattr("dsm_jax.convert.native.new_folder", full)
-        with pytest.raises(TrainingError, match=r"not be written \(.*No space.*last checkpoint\. Put that right"):
+        with pytest.raises(TrainingError, match=r"not be written \(.*No space.*last checkpoint\. Fix that"):
             finetune(config, resume=True)
     assert sorted(p.name for p in Path(config.output).iterdir()) == ["checkpoints", "curve.png", "metrics.jsonl"]
     assert_same_weights(finetune(config, resume=True), adapted[1])
     assert_same_weights(dsm_jax.load(Path(config.output) / "model"), adapted[1])
 
 
-def test_the_whole_model_learns_in_bfloat16_and_in_parts_on_a_mesh_of_ones_own(settings, checkpoint, tmp_path):
+def test_the_whole_model_trains_in_bfloat16_with_accumulation_on_a_given_mesh(settings, checkpoint, tmp_path):
     config = dataclasses.replace(
         settings,
         output=str(tmp_path / "run"),
@@ -215,7 +215,7 @@ def test_the_whole_model_learns_in_bfloat16_and_in_parts_on_a_mesh_of_ones_own(s
     assert np.isfinite([first["loss"], second["loss"]]).all()
 
 
-def test_faulty_data_is_refused_before_anything_is_learnt_and_can_be_left_out(settings, data, tmp_path):
+def test_faulty_data_is_refused_before_training_and_skip_bad_leaves_it_out(settings, data, tmp_path):
     lines = [
         json.dumps({"audio": str(data / "first.wav"), "words": [{"text": "on"}]}),
         json.dumps({"audio": str(data / "first.wav"), "words": [{"text": "語", "start": 0.1, "end": 0.2}]}),
@@ -237,14 +237,14 @@ def test_faulty_data_is_refused_before_anything_is_learnt_and_can_be_left_out(se
 def test_a_run_is_never_overwritten_by_mistake(settings, tmp_path):
     config = dataclasses.replace(settings, output=str(tmp_path), model="nosuch/model")
     (tmp_path / "checkpoints/3").mkdir(parents=True)
-    with pytest.raises(TrainingError, match="holds a run that is at step 3; go on with --resume, or choose another"):
+    with pytest.raises(TrainingError, match="holds a run that is at step 3; continue with --resume, or choose another"):
         finetune(config)
     (tmp_path / "model").mkdir()
     with pytest.raises(TrainingError, match="model exists, so this run is done; choose another output, or move it"):
         finetune(config, resume=True)
 
 
-def test_there_has_to_be_a_run_to_resume(settings, tmp_path):
+def test_resuming_without_a_checkpoint_is_refused(settings, tmp_path):
     with pytest.raises(TrainingError, match="holds no checkpoint to resume from; start without --resume"):
         finetune(dataclasses.replace(settings, output=str(tmp_path / "run")), resume=True)
 
@@ -274,7 +274,7 @@ def test_a_mesh_with_other_axes_is_refused(settings, tmp_path):
         finetune(config, mesh=Mesh(jax.devices()[:2], ("rows",)))
 
 
-def test_devices_that_cannot_share_a_batch_are_refused(settings, tmp_path):
+def test_a_mesh_that_does_not_divide_the_batch_is_refused(settings, tmp_path):
     config = dataclasses.replace(settings, output=str(tmp_path / "run"), batch_size=3)
     with pytest.raises(ConfigError, match="3 rows at a time cannot be shared equally by the 2 devices of the mesh"):
         finetune(config, mesh=Mesh(jax.devices()[:2], ("data",)))
@@ -290,17 +290,17 @@ def test_devices_that_cannot_share_a_batch_are_refused(settings, tmp_path):
         ({"leraning_rate": 1.0}, "unknown keys"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(changes, message):
+def test_impossible_settings_are_refused(changes, message):
     values = {"data": "data", "output": "out", "run": {"steps": 1}, **changes}
     with pytest.raises(ConfigError, match=message):
         from_dict(FinetuneConfig, values, "config.json")
 
 
-def test_settings_can_be_written_down_and_read_again(settings):
+def test_a_config_survives_json(settings):
     assert from_dict(FinetuneConfig, to_dict(settings), "config.json") == settings
 
 
-def test_a_type_that_no_model_has_is_refused(settings, tmp_path):
+def test_an_unknown_compute_dtype_is_refused(settings, tmp_path):
     with pytest.raises(CheckpointError, match="dtype is 'int8'; choose one of"):
         finetune(dataclasses.replace(settings, output=str(tmp_path / "run"), compute_dtype="int8"))
 
@@ -314,7 +314,7 @@ def test_the_example_learns_from_a_folder_and_counts_errors(checkpoint, data, st
     monkeypatch.setattr(dsm_jax, "transcribe", lambda model, recordings: [heard] * len(recordings))
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     before, after, _ = capsys.readouterr().out.splitlines()
-    # "on a", "we on he" and "a on", each heard as "on"
+    # "on a", "we on he" and "a on", each transcribed as "on"
     assert before.startswith("before: word error rate 57.14 % of 7 words (0 substituted, 0 inserted, 4 deleted)")
     assert after == before.replace("before", "after")
     assert (output / "model/config.json").is_file()

@@ -1,6 +1,6 @@
-"""Fine-tuning text-to-speech in miniature: rows hold what inference feeds, and a model that learnt a row speaks it.
+"""Fine-tuning text-to-speech in miniature: rows equal the inputs of inference, and a trained model speaks its rows.
 
-Shape letters: K streams (text first), Q codebooks, T frames, N rows.
+Shape letters: M streams (text first), Q codebooks, T frames, N rows.
 """
 
 import dataclasses
@@ -36,14 +36,14 @@ RATE = 1600
 EXAMPLE = Path(__file__).parents[1] / "examples/finetune_tts.py"
 MESH = Mesh(jax.devices()[:1], ("data",))
 TEXT = ("on", "a", "we")
-# The first word starts where inference starts it, two steps in.
+# The first word starts at step 2, as in inference.
 STARTS = (2, 6, 9)
 SECONDS = 2.0
 NO_DROPOUT = TtsObjective(unconditional=0.0, random_codes=0.0)
 
 
 def write_recording(folder: Path, name: str, seed: int, **keys: object) -> Path:
-    """Writes a recording of three words and its transcript."""
+    """Write a recording of three words and its transcript."""
     path = folder / f"{name}.wav"
     audio.write(path, 0.3 * np.random.default_rng(seed).normal(size=round(SECONDS * RATE)), RATE)
     spans = [
@@ -55,7 +55,7 @@ def write_recording(folder: Path, name: str, seed: int, **keys: object) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A folder with one recording and a voice."""
+    """Write a folder with one recording and a voice."""
     folder = tmp_path_factory.mktemp("data")
     write_recording(folder, "first", 1, voice="ann.safetensors")
     tts_model.write_voice(folder / "ann.safetensors", tts_model.voice(0))
@@ -64,13 +64,13 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """A model with voices, guidance values and a second text stream: tts-1.6b-en_fr."""
+    """Write a model with voices, guidance values and a second text stream: tts-1.6b-en_fr."""
     return tts_model.make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
 def prefix_checkpoint(tmp_path_factory) -> Path:
-    """A model that continues a recording: tts-0.75b-en-public."""
+    """Write a model that continues a recording: tts-0.75b-en-public."""
     folder = tmp_path_factory.mktemp("prefix")
     checkpoints.save(tts_model.random_model(folder, tts_model.PREFIX), folder / "speaker")
     return folder / "speaker"
@@ -93,7 +93,7 @@ def settings(checkpoint: Path, data: Path, output: Path, *, steps: int, lora: Lo
     )
 
 
-def test_a_row_holds_script_codes_and_conditions_as_inference_feeds_them(checkpoint, tmp_path):
+def test_a_row_has_the_script_codes_and_conditions_of_inference(checkpoint, tmp_path):
     model = dsm_jax.load(checkpoint)
     path = write_recording(tmp_path, "talk", 3)
     spans = [WordSpan(text, step / 12.5, 0.0, speaker) for text, step, speaker in zip(TEXT, STARTS, "aba", strict=True)]
@@ -107,15 +107,15 @@ def test_a_row_holds_script_codes_and_conditions_as_inference_feeds_them(checkpo
     codes_QT = codec.encode(model, audio.read(path, RATE), codebooks=CODEBOOKS)
     frames = codes_QT.shape[1]
     assert frames == SECONDS * RATE / FRAME
-    codes_KT = row["codes_BKT"]
-    assert codes_KT.shape == (3, 38 + DELAY_STEPS + LAST_DELAY), "room for 3 s, the audio's delay and the codebooks'"
-    assert (codes_KT[1:, :DELAY_STEPS] == -1).all()
-    np.testing.assert_array_equal(codes_KT[1:, DELAY_STEPS : DELAY_STEPS + frames], codes_QT)
-    assert (codes_KT[:, DELAY_STEPS + frames :] == -1).all()
+    codes_MT = row["codes_BMT"]
+    assert codes_MT.shape == (3, 38 + DELAY_STEPS + LAST_DELAY), "room for 3 s, the audio's delay and the codebooks'"
+    assert (codes_MT[1:, :DELAY_STEPS] == -1).all()
+    np.testing.assert_array_equal(codes_MT[1:, DELAY_STEPS : DELAY_STEPS + frames], codes_QT)
+    assert (codes_MT[:, DELAY_STEPS + frames :] == -1).all()
     marks = [[MAIN], [OTHER], [MAIN]]
     tokens = [[*mark, *model.tokenizer.encode(text)] for mark, text in zip(marks, TEXT, strict=True)]
     stream_T = script_stream(tokens, STARTS, maker.machine, frames=DELAY_STEPS + frames, end=0)
-    np.testing.assert_array_equal(codes_KT[0, : DELAY_STEPS + frames], stream_T)
+    np.testing.assert_array_equal(codes_MT[0, : DELAY_STEPS + frames], stream_T)
 
     values, masks, _ = voices.conditions(model.config.lm, [[steps["a"], steps["b"]]], 3.0)
     for found, wanted in ((row["values"], values), (row["masks"], masks)):
@@ -125,7 +125,7 @@ def test_a_row_holds_script_codes_and_conditions_as_inference_feeds_them(checkpo
     assert "context_B" not in row
 
 
-def test_guidance_values_are_drawn_for_each_row_where_none_is_given(checkpoint, data):
+def test_without_a_guidance_value_each_row_draws_one(checkpoint, data):
     model = dsm_jax.load(checkpoint)
     recordings = read_recordings(data, RATE) * 20
     drawn = [
@@ -149,18 +149,18 @@ def test_a_row_of_a_model_without_voices_starts_with_another_part_of_the_speaker
     codes = [codec.encode(model, audio.read(path, RATE), codebooks=CODEBOOKS) for path in files]
     prefix = int(1.0 * 12.5)
     for number, other in enumerate((2, 3, 0, 1)):
-        codes_KT, context = rows[number]["codes_BKT"], prefix + DELAY_STEPS
+        codes_MT, context = rows[number]["codes_BMT"], prefix + DELAY_STEPS
         assert rows[number]["context_B"] == context
-        np.testing.assert_array_equal(codes_KT[1:, DELAY_STEPS:context], codes[other][:, :prefix])
-        np.testing.assert_array_equal(codes_KT[1:, context : context + 25], codes[number])
-        assert (codes_KT[0, :prefix] == -1).all(), "the script starts after the prefix"
-        assert (codes_KT[0, prefix : context + 25] >= 0).all()
+        np.testing.assert_array_equal(codes_MT[1:, DELAY_STEPS:context], codes[other][:, :prefix])
+        np.testing.assert_array_equal(codes_MT[1:, context : context + 25], codes[number])
+        assert (codes_MT[0, :prefix] == -1).all(), "the script starts after the prefix"
+        assert (codes_MT[0, prefix : context + 25] >= 0).all()
     with pytest.raises(TrainingError, match=r"x1.wav cannot be trained on: it is all there is of the speaker 'x', and"):
         TtsRows(model, MESH, seconds=SECONDS, batch_size=3).rows(recordings[:2])
 
 
 @pytest.mark.parametrize("prefixed", [False, True], ids=["voice", "prefix"])
-def test_a_model_that_has_learnt_a_recording_speaks_it(prefixed, checkpoint, prefix_checkpoint, data, tmp_path):
+def test_a_model_trained_on_a_recording_speaks_it(prefixed, checkpoint, prefix_checkpoint, data, tmp_path):
     folder, voice = data, tts_model.voice(0)
     if prefixed:
         folder, checkpoint = tmp_path / "data", prefix_checkpoint
@@ -174,7 +174,7 @@ def test_a_model_that_has_learnt_a_recording_speaks_it(prefixed, checkpoint, pre
 
     model = dsm_jax.load(tmp_path / "run/model")
     maker = TtsRows(model, MESH, seconds=SECONDS, batch_size=2, guidance=2.0, prefix_seconds=1.0)
-    row = maker.rows(read_recordings(folder, RATE))[0]["codes_BKT"]
+    row = maker.rows(read_recordings(folder, RATE))[0]["codes_BMT"]
     options = SynthesizeOptions(
         temperature=0.0, guidance_scale=1.0 if prefixed else 2.0, padding_between=0, max_padding=20, final_padding=1
     )
@@ -186,7 +186,7 @@ def test_a_model_that_has_learnt_a_recording_speaks_it(prefixed, checkpoint, pre
     np.testing.assert_array_equal(speech.frames, row[:, :frames])
 
 
-def test_adapters_learn_resume_bit_for_bit_and_are_merged_beside_the_voices(checkpoint, data, tmp_path):
+def test_adapters_train_resume_bit_for_bit_and_are_merged_into_a_model_with_voices(checkpoint, data, tmp_path):
     config = dataclasses.replace(
         settings(checkpoint, data, tmp_path / "whole", steps=4, lora=LoraConfig(rank=4)),
         tts=TtsObjective(),

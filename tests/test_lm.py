@@ -1,6 +1,6 @@
-"""The language model around its transformer: embeddings, delays, heads, masks. Its values are in test_goldens.py.
+"""The language model: embeddings, delays, heads, masks. test_goldens.py compares its outputs with the reference.
 
-Shape letters: B batch rows, T steps, K streams, Q audio streams, V vocabulary, D model width.
+Shape letters: B batch rows, T steps, M streams, Q audio streams, V vocabulary, D model width.
 """
 
 import dataclasses
@@ -33,24 +33,24 @@ def tokens(steps: int) -> np.ndarray:
 
 
 def test_an_absent_token_adds_exactly_nothing():
-    lm, codes_BKT = stt(), tokens(3)
+    lm, codes_BMT = stt(), tokens(3)
     np.testing.assert_array_equal(lm.embed(jnp.full((1, 4, 2), -1)), np.zeros((1, 2, 16)))
     for stream in range(4):
-        only_BKT = np.where(np.arange(4)[None, :, None] == stream, codes_BKT, -1)
+        only_BMT = np.where(np.arange(4)[None, :, None] == stream, codes_BMT, -1)
         table_LD = lm.text_emb.table_LW[...] if stream == 0 else lm.audio_emb.table_QLW[stream - 1]
-        np.testing.assert_array_equal(lm.embed(only_BKT), np.array(table_LD)[codes_BKT[:, stream]])
+        np.testing.assert_array_equal(lm.embed(only_BMT), np.array(table_LD)[codes_BMT[:, stream]])
 
 
 def test_the_embedding_is_the_sum_over_streams():
-    lm, codes_BKT = stt(), tokens(3)
-    wanted_BTD = np.array(lm.text_emb.table_LW[...])[codes_BKT[:, 0]]
+    lm, codes_BMT = stt(), tokens(3)
+    wanted_BTD = np.array(lm.text_emb.table_LW[...])[codes_BMT[:, 0]]
     for q in range(3):
-        wanted_BTD = wanted_BTD + np.array(lm.audio_emb.table_QLW[q])[codes_BKT[:, q + 1]]
-    np.testing.assert_allclose(lm.embed(codes_BKT), wanted_BTD, atol=1e-6)
+        wanted_BTD = wanted_BTD + np.array(lm.audio_emb.table_QLW[q])[codes_BMT[:, q + 1]]
+    np.testing.assert_allclose(lm.embed(codes_BMT), wanted_BTD, atol=1e-6)
 
 
 @pytest.mark.parametrize("rank", [None, 3])
-def test_an_embedding_looks_up_then_widens(rank):
+def test_a_low_rank_embedding_projects_the_rows_of_its_table(rank):
     embedding = small.build(lambda rngs: TokenEmbedding(9, 6, rank=rank, rngs=rngs))
     found = embedding(jnp.array([[4, -1, 0]]))
     rows = np.array(embedding.table_LW[...])[[4, 0, 0]]
@@ -61,7 +61,7 @@ def test_an_embedding_looks_up_then_widens(rank):
 
 @settings(max_examples=20, deadline=None)
 @given(first=st.integers(0, 8), second=st.integers(-1, 8), absent=st.booleans(), rank=st.sampled_from([None, 3]))
-def test_a_folded_token_is_two(first, second, absent, rank):
+def test_a_folded_token_is_embedded_as_two_tokens(first, second, absent, rank):
     embedding = demuxed(rank)
     token = -1 if absent else (second + 1) * 9 + first
     table = np.array(embedding.table_LW[...])
@@ -79,35 +79,35 @@ def demuxed(rank: int | None) -> TokenEmbedding:
 @settings(max_examples=25, deadline=None)
 @given(delays=st.lists(st.integers(0, 6), min_size=3, max_size=3), steps=st.sampled_from([1, 4]))
 def test_delaying_shifts_each_stream_right_and_undelaying_brings_it_back(delays, steps):
-    K = 3
-    codes_BKT = np.arange(2 * K * steps).reshape(2, K, steps)
-    initial_K = np.arange(K) - 100
-    delayed_BKT = np.array(delay(jnp.asarray(codes_BKT), jnp.asarray(initial_K), tuple(delays)))
+    M = 3
+    codes_BMT = np.arange(2 * M * steps).reshape(2, M, steps)
+    initial_M = np.arange(M) - 100
+    delayed_BMT = np.array(delay(jnp.asarray(codes_BMT), jnp.asarray(initial_M), tuple(delays)))
     for k, by in enumerate(delays):
         for t in range(steps):
-            wanted = codes_BKT[:, k, t - by] if t >= by else [initial_K[k]] * 2
-            np.testing.assert_array_equal(delayed_BKT[:, k, t], wanted)
-    back_BKT, valid_KT = undelay(jnp.asarray(delayed_BKT, jnp.float32)[..., None], tuple(delays))
-    np.testing.assert_array_equal(valid_KT, [[t + by < steps for t in range(steps)] for by in delays])
-    np.testing.assert_array_equal(back_BKT[..., 0], np.where(valid_KT, codes_BKT, 0))
+            wanted = codes_BMT[:, k, t - by] if t >= by else [initial_M[k]] * 2
+            np.testing.assert_array_equal(delayed_BMT[:, k, t], wanted)
+    back_BMT, valid_MT = undelay(jnp.asarray(delayed_BMT, jnp.float32)[..., None], tuple(delays))
+    np.testing.assert_array_equal(valid_MT, [[t + by < steps for t in range(steps)] for by in delays])
+    np.testing.assert_array_equal(back_BMT[..., 0], np.where(valid_MT, codes_BMT, 0))
 
 
-def test_the_forward_pass_is_the_steps_one_after_another():
-    lm, codes_BKT = stt(), tokens(13)
-    codes_BKT[0, 2, 5] = codes_BKT[1, 0, 4] = -1
-    output = jax.jit(lm.__call__)(codes_BKT)
+def test_the_forward_pass_equals_single_steps():
+    lm, codes_BMT = stt(), tokens(13)
+    codes_BMT[0, 2, 5] = codes_BMT[1, 0, 4] = -1
+    output = jax.jit(lm.__call__)(codes_BMT)
 
-    def one(column_BK1, state):
-        hidden_B1D, state = lm.step(column_BK1, state)
+    def one(column_BM1, state):
+        hidden_B1D, state = lm.step(column_BM1, state)
         return lm.text_logits(hidden_B1D), state
 
-    step, state, fed_BK1, logits = jax.jit(one), lm.init_state(2), np.tile(lm.initial_K, (2, 1))[..., None], []
+    step, state, fed_BM1, logits = jax.jit(one), lm.init_state(2), np.tile(lm.initial_K, (2, 1))[..., None], []
     for t in range(13):
-        y_B1V, state = step(fed_BK1.astype(np.int32), state)
+        y_B1V, state = step(fed_BM1.astype(np.int32), state)
         logits.append(y_B1V)
-        late = [codes_BKT[:, k, t - by] if t >= by else fed_BK1[:, k, 0] for k, by in enumerate(small.STT.delays)]
-        fed_BK1 = np.stack(late, axis=1)[..., None]
-    # The text is 2 frames late: what predicts frame t comes at step t + 2, and the last two frames are never predicted.
+        late = [codes_BMT[:, k, t - by] if t >= by else fed_BM1[:, k, 0] for k, by in enumerate(small.STT.delays)]
+        fed_BM1 = np.stack(late, axis=1)[..., None]
+    # The text's delay is 2: frame t is predicted in step t + 2, and the last two frames are never predicted.
     np.testing.assert_allclose(output.text_logits_BTV[:, :11], np.concatenate(logits[2:], axis=1), atol=1e-5)
     assert not np.any(output.text_logits_BTV[:, 11:])
     mask_BT = np.ones((2, 13), bool)
@@ -116,7 +116,7 @@ def test_the_forward_pass_is_the_steps_one_after_another():
     assert output.audio_logits_BQTV is output.audio_mask_BQT is None
 
 
-def test_every_stream_starts_with_a_token_of_its_own():
+def test_every_stream_has_an_initial_token():
     assert stt().initial_K.tolist() == [20, 12, 12, 12]
     assert stt().initial_K.dtype == jnp.int32
 
@@ -134,7 +134,7 @@ def test_heads_score_in_float32():
     assert low.extra_probabilities(hidden_BTD.astype(jnp.bfloat16)).dtype == jnp.float32
 
 
-def test_a_model_without_extra_heads_says_nothing_of_pauses():
+def test_a_model_without_extra_heads_has_no_extra_probabilities():
     config = dataclasses.replace(small.STT, extra_heads_num_heads=0, bias_proj=False)
     lm = small.build(lambda rngs: DelayedStreamsLM(config, rngs=rngs))
     assert lm.extra_heads is None
@@ -147,9 +147,9 @@ def test_the_forward_pass_has_finite_gradients_in_every_weight():
     graphdef, params = nnx.split(small.build(lambda rngs: DelayedStreamsLM(config, rngs=rngs)))
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
 
-    def loss(params, codes_BKT):
-        output = nnx.merge(graphdef, params)(codes_BKT)
-        score_BT = jnp.take_along_axis(jax.nn.log_softmax(output.text_logits_BTV), codes_BKT[:, 0, :, None], axis=2)
+    def loss(params, codes_BMT):
+        output = nnx.merge(graphdef, params)(codes_BMT)
+        score_BT = jnp.take_along_axis(jax.nn.log_softmax(output.text_logits_BTV), codes_BMT[:, 0, :, None], axis=2)
         return -jnp.where(output.text_mask_BT, score_BT[..., 0], 0).mean()
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(params, tokens(5))
@@ -159,13 +159,13 @@ def test_the_forward_pass_has_finite_gradients_in_every_weight():
         assert np.asarray(gradient, np.float32).any(), path
 
 
-def test_the_number_of_streams_must_be_the_models():
+def test_another_number_of_streams_is_refused():
     message = "the model got 3 streams; it has 4: text, then 3 of audio, [batch, streams, steps]"
     with pytest.raises(StreamError, match=re.escape(message)):
         stt().step(jnp.zeros((1, 3, 1), jnp.int32), stt().init_state(1))
 
 
-def test_a_step_updates_its_rings_in_place():
+def test_a_step_updates_its_caches_in_place():
     config = dataclasses.replace(small.STT, context=8192)
     lm = small.build(lambda rngs: DelayedStreamsLM(config, rngs=rngs))
     check_in_place(lm.step, jnp.zeros((2, 4, 1), jnp.int32), lm.init_state(2))

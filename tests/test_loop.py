@@ -1,4 +1,4 @@
-"""A training run in its folder: what it leaves there, and what a resumed run makes of it."""
+"""A training run in its folder: metrics, checkpoints, plot, and resuming."""
 
 import dataclasses
 import itertools
@@ -17,13 +17,13 @@ from tests.helpers.small_run import CONFIG, STEP, assert_same, checkpoints, data
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, TrainState]:
-    """A run that was never stopped."""
+    """Run without a stop."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, Run(folder, CONFIG).train(STEP, start(), data(), evaluate=evaluate)
 
 
 @pytest.mark.parametrize(("steps", "saved"), [(4, 4), (7, 4), (9, 8)])
-def test_a_run_stopped_and_resumed_is_one_that_never_stopped(tmp_path, whole, steps, saved):
+def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(tmp_path, whole, steps, saved):
     run = stopped(tmp_path, steps)
     assert run.latest() == saved
     state = run.restore(start())
@@ -33,17 +33,17 @@ def test_a_run_stopped_and_resumed_is_one_that_never_stopped(tmp_path, whole, st
     assert metrics(tmp_path) == metrics(whole[0])
 
 
-def test_rows_that_a_stopped_run_wrote_after_its_checkpoint_are_dropped(tmp_path):
+def test_metrics_after_the_last_checkpoint_are_dropped_on_resume(tmp_path):
     run = stopped(tmp_path, 7)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 8, "lo')  # as a full disk cuts it off
+        file.write('{"step": 8, "lo')  # truncated as by a full disk
     rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows[:-1]] == [2, 4, 6]
     run.train(STEP, run.restore(start()), data(4))
     assert [row["step"] for row in metrics(tmp_path)] == [2, 4, 6, 8, 10]
 
 
-def test_a_run_leaves_metrics_the_last_checkpoints_and_a_picture(whole):
+def test_a_run_writes_metrics_the_last_checkpoints_and_a_plot(whole):
     folder, state = whole
     rows = metrics(folder)
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10]
@@ -56,7 +56,7 @@ def test_a_run_leaves_metrics_the_last_checkpoints_and_a_picture(whole):
     assert_same(Run(folder, CONFIG).restore(start()), state)
 
 
-def test_a_row_is_the_mean_of_the_steps_since_the_last(tmp_path):
+def test_a_record_is_the_mean_of_the_steps_since_the_last_record(tmp_path):
     losses, state = [], start()
     for batch in itertools.islice(data(), 10):
         state, found = STEP(state, batch)
@@ -68,14 +68,14 @@ def test_a_row_is_the_mean_of_the_steps_since_the_last(tmp_path):
     assert [row["loss"] for row in rows] == pytest.approx([np.mean(losses[a:b]) for a, b in spans], rel=1e-6)
 
 
-def test_what_is_not_finite_is_null_in_the_metrics(tmp_path):
+def test_metrics_that_are_not_finite_are_null(tmp_path):
     run = Run(tmp_path, dataclasses.replace(CONFIG, steps=4))
     run.train(STEP, start(), data(), evaluate=lambda state: {"validation_x": float("nan")})
     assert [row.get("validation_x", 0) for row in metrics(tmp_path)] == [0, None]
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_resuming_a_run_that_is_done_gives_its_state(tmp_path):
+def test_resuming_a_finished_run_returns_its_state(tmp_path):
     run = Run(tmp_path, CONFIG)
     state = run.train(STEP, start(), data())
     before = metrics(tmp_path)
@@ -83,22 +83,22 @@ def test_resuming_a_run_that_is_done_gives_its_state(tmp_path):
     assert (metrics(tmp_path), checkpoints(tmp_path)) == (before, ["10", "8"])
 
 
-def test_a_folder_that_a_run_has_got_further_in_is_not_begun_again(tmp_path):
+def test_a_folder_with_a_later_checkpoint_is_refused(tmp_path):
     stopped(tmp_path, 5)
     before = metrics(tmp_path)
-    with pytest.raises(TrainingError, match=r"holds a checkpoint of step 4, and this run would begin at step 0; go on"):
+    with pytest.raises(TrainingError, match=r"holds a checkpoint of step 4, and this run would begin at step 0"):
         Run(tmp_path, CONFIG).train(STEP, start(), data())
     assert (metrics(tmp_path), checkpoints(tmp_path)) == (before, ["4"])
 
 
 @pytest.mark.parametrize(("keep", "left"), [(1, ["10"]), (3, ["10", "4", "8"])])
-def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path, keep, left):
+def test_the_last_keep_checkpoints_are_kept(tmp_path, keep, left):
     Run(tmp_path, dataclasses.replace(CONFIG, keep=keep)).train(STEP, start(), data())
     assert checkpoints(tmp_path) == left
 
 
 @pytest.mark.parametrize("name", ["steps", "log_every", "save_every", "keep"])
-def test_a_run_of_nothing_is_refused(name):
+def test_settings_of_a_run_below_1_are_refused(name):
     with pytest.raises(ConfigError, match=f"{name} of a run is 0; give 1 or more"):
         RunConfig(**{"steps": 1, name: 0})
 

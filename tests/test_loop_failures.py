@@ -1,4 +1,4 @@
-"""What goes wrong in a training run: each a clear error, and what was saved before is still there."""
+"""Failures of a training run: each is a clear error, and the saved checkpoints are kept."""
 
 import dataclasses
 import errno
@@ -64,7 +64,7 @@ def test_a_row_that_cannot_be_read_ends_the_run_and_names_the_step(tmp_path, err
         raise error
 
     run = Run(tmp_path, dataclasses.replace(CONFIG, save_every=BAD_STEP - 1))
-    match = rf"the batch of step {BAD_STEP} could not be read \(.*flac.*\); put that right, then go on with --resume. "
+    match = rf"the batch of step {BAD_STEP} could not be read \(.*flac.*\); fix that, then continue with --resume. "
     with pytest.raises(TrainingError, match=match + f"Of the checkpoints, the last one is of step {BAD_STEP - 1}"):
         run.train(STEP, start(), data(rows=Rows(fail)))
     assert int(run.restore(start()).step) == BAD_STEP - 1
@@ -86,13 +86,13 @@ def test_a_full_disk_while_saving_leaves_the_checkpoints_before(tmp_path, monkey
     monkeypatch.undo()
     assert str(caught.value) == (
         f"the checkpoint of step 8 could not be written to {tmp_path}/checkpoints (No space left on device); the last "
-        "one is of step 4. Put that right, then go on with --resume"
+        "one is of step 4. Fix that, then continue with --resume"
     )
     assert checkpoints(tmp_path) == ["4"]
     assert_same(run.restore(start()), wanted)
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_not_begun_on(tmp_path, monkeypatch):
+def test_a_checkpoint_larger_than_the_free_disk_is_not_started(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 3))
     with pytest.raises(TrainingError, match=r"\(it needs 0 MB and the disk has 0 MB free\); there is none before it"):
         Run(tmp_path, CONFIG).train(STEP, start(), data())
@@ -105,7 +105,7 @@ from pathlib import Path
 from tests import small_run as t
 
 def fault(state):
-    if sys.argv[2] == "limit":  # what is written to a file beyond this fails, as on a full disk
+    if sys.argv[2] == "limit":  # writing beyond this file size fails, as on a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
     else:  # the process dies where Orbax would give the finished folder its name
@@ -169,7 +169,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     assert_same(run.restore(start()), start())
 
 
-def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path):
+def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path):
     run = stopped(tmp_path, 8)
     for path in (tmp_path / "checkpoints/8").rglob("*"):
         if path.is_file():
@@ -182,14 +182,14 @@ def test_a_damaged_checkpoint_is_said_to_be_one(tmp_path):
     assert int(run.restore(start()).step) == 4
 
 
-def test_metrics_and_pictures_that_cannot_be_written_are_said_to_be(tmp_path):
+def test_metrics_and_plots_that_cannot_be_written_are_errors(tmp_path):
     def fill_disk(_: TrainState) -> dict[str, float]:
         (tmp_path / "metrics.jsonl").unlink()
         (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
         return {}
 
     run = Run(tmp_path, CONFIG)
-    match = r"metrics.jsonl could not be written \(No space left on device\); put that right, then go on with --resume"
+    match = r"metrics.jsonl could not be written \(No space left on device\); fix that, then continue with --resume"
     with pytest.raises(TrainingError, match=match):
         run.train(STEP, start(), data(), evaluate=fill_disk)
     (tmp_path / "metrics.jsonl").unlink()

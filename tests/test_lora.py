@@ -1,4 +1,4 @@
-"""Low-rank adapters: nothing changes before training, only they learn, and merged they are the model."""
+"""Low-rank adapters: they change nothing before training, have all gradients, and merge into the weights."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def network():
 
 
 def drawn(adapters: lora.Adapters) -> lora.Adapters:
-    """The same adapters, as if they had learnt something."""
+    """Make random adapters of the same shapes, as if trained."""
     random = np.random.default_rng(1)
     return jax.tree.map(lambda a: jnp.asarray(random.normal(size=a.shape), a.dtype), adapters)
 
@@ -36,7 +36,7 @@ def codes() -> jax.Array:
     return jax.random.randint(jax.random.key(2), (2, 4, 9), 4, 12)
 
 
-def test_adapters_are_of_the_targets_and_of_the_rank(network):
+def test_adapters_have_the_targets_and_rank_of_the_config(network):
     adapters = lora.init(network[1], CONFIG, jax.random.key(0))
     layer = "transformer.layers.0"
     assert {name: (a.shape, b.shape) for name, (a, b) in adapters.items()} == {
@@ -58,7 +58,7 @@ def test_a_target_is_a_part_of_a_name_or_an_expression(network, targets):
     assert list(adapters) == ["transformer.layers.0.self_attn.out_proj.weight_KGHD"]
 
 
-def test_merged_before_training_it_is_the_same_model_bit_for_bit(network):
+def test_merging_untrained_adapters_changes_no_bit(network):
     everything = LoraConfig(targets=(".",))
     merged = lora.merge(network[1], lora.init(network[1], everything, jax.random.key(0)), everything)
     before, after = flatten(network[1]), flatten(merged)
@@ -66,7 +66,7 @@ def test_merged_before_training_it_is_the_same_model_bit_for_bit(network):
     assert [name for name in before if not np.array_equal(before[name], after[name])] == []
 
 
-def test_merged_weights_are_weight_and_scaled_product(network):
+def test_merged_weights_are_the_weights_plus_the_scaled_products(network):
     adapters = drawn(lora.init(network[1], CONFIG, jax.random.key(0)))
     before, after = flatten(network[1]), flatten(lora.merge(network[1], adapters, CONFIG))
     for name, weight in before.items():
@@ -77,8 +77,8 @@ def test_merged_weights_are_weight_and_scaled_product(network):
         np.testing.assert_allclose(after[name], expected, rtol=1e-5, atol=1e-5)  # float32 against float64
 
 
-def test_the_merged_model_says_what_the_adapters_say(network):
-    """The text head, which is one product, against the adapters applied beside it."""
+def test_the_merged_head_equals_the_head_plus_its_adapters(network):
+    """Compare the merged text head with the sum of the head and its adapters."""
     graph, params = network
     config = LoraConfig(rank=2, alpha=3.0, targets=("text_linear",))
     adapters = drawn(lora.init(params, config, jax.random.key(0)))
@@ -122,7 +122,7 @@ def test_a_bfloat16_model_stays_bfloat16(network):
 
 
 @pytest.mark.parametrize("target", ["lstm", "norm1"])
-def test_a_target_that_no_matrix_has_is_refused(network, target):
+def test_a_target_that_matches_no_matrix_is_refused(network, target):
     config = LoraConfig(targets=("self_attn", target))
     with pytest.raises(
         ConfigError, match=rf"'{target}' is found in no matrix of the model; its .* audio_emb.table_QLW"
@@ -145,6 +145,6 @@ def test_adapters_of_another_model_are_refused(network):
         ({"targets": ("[",)}, r"the target '\[' is no regular expression"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings, message):
+def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         LoraConfig(**settings)

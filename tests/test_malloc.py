@@ -1,11 +1,11 @@
-"""Freed memory: how much of it the process still holds."""
+"""Freed memory: kept in the process or returned to the system, as set."""
 
 import subprocess
 import sys
 
 import pytest
 
-# Takes 64 MB and frees them again; prints the megabytes that the process holds after that.
+# Allocates and frees 64 MB; prints the megabytes that the process then holds.
 SCRIPT = """
 import ctypes, sys
 from dsm_jax import malloc
@@ -29,7 +29,7 @@ def megabytes_after(*actions: str) -> int:
     return int(done.stdout)
 
 
-def test_freed_memory_is_kept_when_asked_for_and_can_still_be_returned():
+def test_keep_freed_keeps_freed_memory_and_return_freed_still_returns_it():
     before = megabytes_after()
     assert megabytes_after("keep", "use") > before + 50
     assert megabytes_after("use") < before + 20

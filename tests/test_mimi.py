@@ -1,4 +1,4 @@
-"""The codec as a whole. Codes equal to the reference's are in test_goldens.py, cuts and rows in test_streaming.py.
+"""The codec. test_goldens.py compares its codes with the reference's, test_streaming.py checks that it streams.
 
 Shape letters: B batch rows, T samples or frames, C audio channels, D latent width, Q codebooks.
 """
@@ -31,7 +31,7 @@ def samples_BTC() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(2, 12 * FRAME - 5, 1)).astype(np.float32)
 
 
-def test_codes_of_a_stream_are_those_of_the_clip(mimi, samples_BTC):
+def test_encoding_a_stream_gives_the_codes_of_the_clip(mimi, samples_BTC):
     codes_BQT = jax.jit(mimi.encode)(samples_BTC)
     assert codes_BQT.shape == (2, 4, 12)
     step, state, found = jax.jit(mimi.encode_step), mimi.encoder.init_state(2), []
@@ -41,7 +41,7 @@ def test_codes_of_a_stream_are_those_of_the_clip(mimi, samples_BTC):
     np.testing.assert_array_equal(np.concatenate(found, axis=2), codes_BQT)
 
 
-def test_audio_of_a_stream_is_that_of_the_clip(mimi):
+def test_decoding_a_stream_gives_the_samples_of_the_clip(mimi):
     codes_BQT = np.random.default_rng(0).integers(0, 16, size=(2, 4, 9)).astype(np.int32)
     audio_BTC = jax.jit(mimi.decode)(codes_BQT)
     assert audio_BTC.shape == (2, 9 * FRAME, 1)
@@ -52,7 +52,7 @@ def test_audio_of_a_stream_is_that_of_the_clip(mimi):
     np.testing.assert_allclose(np.concatenate(found, axis=1), audio_BTC, atol=2e-5)
 
 
-def test_fewer_codebooks_are_the_first_of_all(mimi, samples_BTC):
+def test_fewer_codebooks_give_the_first_codes_of_all(mimi, samples_BTC):
     def two_ways(frame_BTC):
         state = mimi.encoder.init_state(2)
         return [mimi.encode_step(frame_BTC, state, codebooks=codebooks)[0] for codebooks in (2, None)]
@@ -89,7 +89,7 @@ def test_the_published_codec_has_12_frames_and_a_half_of_32_codes_a_second():
 
 
 @pytest.mark.parametrize(("side", "chunk"), [(MimiEncoder, (2, FRAME, 1)), (MimiDecoder, (2, 1, 16))])
-def test_a_step_of_one_frame_updates_its_rings_in_place(side, chunk):
+def test_a_step_of_one_frame_updates_its_caches_in_place(side, chunk):
     transformer = dataclasses.replace(small.MIMI.transformer, context=8192)
     config = dataclasses.replace(small.MIMI, transformer=transformer)
     module = small.build(lambda rngs: side(config, rngs=rngs))

@@ -1,4 +1,4 @@
-"""Weights in fewer bits: how near the products come, what they compute in, and that models run with them."""
+"""Quantised weights: accuracy and dtype of their products, and models that run with them."""
 
 import dataclasses
 import re
@@ -30,7 +30,7 @@ def noise(*shape: int) -> jax.Array:
 
 @pytest.mark.parametrize("rows", [(), (1,), (2, 3)])
 @pytest.mark.parametrize(("inputs", "outputs"), [((64,), (3, 2, 4)), ((4, 16), (5,))])
-def test_an_int8_product_is_near_the_float_one_and_has_its_shape(rows, inputs, outputs):
+def test_an_int8_product_is_close_to_the_float_product(rows, inputs, outputs):
     x, weight = noise(*rows, *inputs), noise(*inputs, *outputs)
     whole = quant.matmul(x, weight, inputs=len(inputs))
     near = quant.matmul(x, quant.quantize_array(weight, inputs=len(inputs)), inputs=len(inputs))
@@ -41,7 +41,7 @@ def test_an_int8_product_is_near_the_float_one_and_has_its_shape(rows, inputs, o
     assert np.abs(near - whole).max() > 0
 
 
-def test_an_int8_product_is_exact_where_nothing_is_rounded():
+def test_an_int8_product_of_exact_values_is_exact():
     x = jnp.asarray([[127.0, -3.0], [0.0, 0.0]])
     weight = jnp.asarray([[127.0, 1.0], [5.0, 127.0]])
     np.testing.assert_array_equal(quant.matmul(x, quant.quantize_array(weight, inputs=1)), x @ weight)
@@ -60,7 +60,7 @@ def test_int8_values_are_stored_outputs_first_with_a_scale_for_each_output():
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize(("inputs", "outputs"), [((64,), (3, 4, 16)), ((4, 1, 16), (128,))])
-def test_an_int8_product_stays_one_of_integers_and_copies_no_weight(inputs, outputs, split):
+def test_an_int8_product_multiplies_integers_and_copies_no_weight(inputs, outputs, split):
     weight = quant.quantize_array(noise(*inputs, *outputs), inputs=len(inputs))
 
     def product(x: jax.Array, weight: QuantizedArray) -> jax.Array:
@@ -81,19 +81,19 @@ def test_a_float_product_copies_no_weight(split):
     assert compiled.memory_analysis().temp_size_in_bytes < weight.nbytes / 4
 
 
-def test_products_are_the_same_whether_a_weight_is_split():
+def test_split_weights_give_the_same_products():
     x, weight = noise(2, 3, 4, 16), noise(4, 16, 2, 5)
     for stored in (weight, quant.quantize_array(weight, inputs=2)):
         whole, split = (quant.matmul(x, stored, inputs=2, split=split) for split in (False, True))
         np.testing.assert_allclose(split, whole, rtol=0, atol=1e-5)  # sums in another order
 
 
-def test_an_int8_table_gives_its_rows_by_their_scales():
+def test_an_int8_table_returns_scaled_rows():
     rows = quant.take(quant.quantize_array(noise(9, 6).T, inputs=1), jnp.asarray([[3, 8]]))
     np.testing.assert_allclose(rows, noise(9, 6)[jnp.asarray([[3, 8]])], atol=0.02)  # half a step of 3 / 127
 
 
-def test_a_packed_table_gives_the_rows_of_the_bfloat16_one_in_float32():
+def test_a_packed_table_returns_the_bfloat16_rows_in_float32():
     table = noise(9, 6).astype(jnp.bfloat16)
     rows = quant.take(quant.pack_bfloat16(table), jnp.asarray([3, 8]))
     assert rows.dtype == jnp.float32
@@ -140,14 +140,14 @@ def test_int8_weights_change_neither_the_dtype_of_activations_nor_of_caches(conf
     assert {a.dtype.name for cache in after.caches for a in jax.tree.leaves(cache)} == {dtype}
 
 
-def test_bfloat16_weights_in_a_float32_model_make_float32_caches():
+def test_a_float32_model_with_bfloat16_weights_has_float32_caches():
     lm = small.build(lambda rngs: DelayedStreamsLM(small.STT, rngs=rngs))
     narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), lm)
     hidden_BTD, state = jax.jit(narrow.step)(jnp.zeros((1, 4, 1), jnp.int32), narrow.init_state(1))
     assert {hidden_BTD.dtype, state.caches[0].k_BKSH.dtype} == {jnp.dtype("float32")}
 
 
-def test_the_compute_dtype_can_be_changed_but_for_conditioning():
+def test_set_compute_dtype_changes_all_but_conditioning():
     lm = small.build(lambda rngs: DelayedStreamsLM(small.TTS, rngs=rngs))
     set_compute_dtype(lm, jnp.bfloat16)
     assert lm.dtype == lm.text_emb.dtype == lm.depformer.audio_embs[0].dtype == jnp.bfloat16
@@ -164,7 +164,7 @@ def test_a_bias_is_added_once_in_the_dtype_of_the_input():
     np.testing.assert_allclose(np.asarray(linear(x), np.float32), wanted, rtol=0.05, atol=0.05)  # bfloat16 rounding
 
 
-def test_streams_have_tables_of_their_own():
+def test_each_stream_has_its_own_table():
     embedding = small.build(lambda rngs: Embedding(5, 2, streams=3, rngs=rngs))
     found = embedding(jnp.asarray([[0, 4, -1]]))
     table = np.asarray(embedding.table_QLW[...])

@@ -1,4 +1,4 @@
-"""Rows for training: cut between words, heard as the recogniser hears, and their words as it would read them."""
+"""Training rows: cut between words, with the audio framing of transcription and the words that it would read."""
 
 import dataclasses
 import itertools
@@ -19,14 +19,14 @@ from dsm_jax.training.data import Recording, WordSpan
 from dsm_jax.training.rows import SttRows, cut, pad_to
 from tests.helpers.checkpoint_maker import PLAIN_STT, random_model
 
-RATE = 400  # of the miniature codec
+RATE = 400  # sample rate of the miniature codec, Hz
 LM = dataclasses.replace(PLAIN_STT, card=16, num_layers=1)
 MESH = Mesh(jax.devices()[:1], ("data",))
 
 
 @pytest.fixture(autouse=True)
 def slow_sound(monkeypatch):
-    """The miniature codec's rate is below what recordings have."""
+    """Allow sample rates as low as the miniature codec's."""
     monkeypatch.setattr(audio, "MIN_RATE_HZ", 100)
 
 
@@ -42,29 +42,29 @@ def recording(folder, name: str, seconds: float, *words: tuple[str, float]) -> R
 
 
 def words_of(model, text_T: np.ndarray) -> list[tuple[str, float]]:
-    """The words of a row as the recogniser would read them."""
+    """Read the words of a row as transcription would."""
     reader = word_reader(model.config, LM, model.tokenizer)
     heard = text_T[1:][text_T[1:] >= 0]
     events = [event for token in heard for event in reader.read(int(token), 1.0)] + reader.finish()
     return [(event.word.text, event.word.start) for event in events if isinstance(event, WordEnded)]
 
 
-def test_a_row_is_what_the_recogniser_hears_and_is_to_say(model, tmp_path):
-    said = (("on", 0.3), ("a", 0.9), ("we", 1.5))
-    (row_KT,) = SttRows(model, MESH, seconds=3.0, batch_size=2).encode([recording(tmp_path, "a", 2.0, *said)])
+def test_a_row_has_the_codes_and_the_text_of_transcription(model, tmp_path):
+    spans = (("on", 0.3), ("a", 0.9), ("we", 1.5))
+    (row_MT,) = SttRows(model, MESH, seconds=3.0, batch_size=2).encode([recording(tmp_path, "a", 2.0, *spans)])
     # 1 s of silence before, and after it the delay of 0.5 s and a second more.
     pcm = np.concatenate([np.zeros(RATE), audio.read(tmp_path / "a.wav", RATE), np.zeros(RATE * 3 // 2)])
-    heard = pcm.size // 16  # whole frames
-    expected = codec.encode(model, pcm[: heard * 16].astype(np.float32), codebooks=LM.n_q)
-    assert row_KT.dtype == np.int32
-    assert row_KT.shape == (1 + LM.n_q, (pcm.size + RATE) // 16)
-    np.testing.assert_array_equal(row_KT[1:, :heard], expected)
-    assert (row_KT[0, :heard] >= 0).all(), "silence after the recording is to be learnt too"
-    assert (row_KT[0, heard:] == -1).all()
-    assert words_of(model, row_KT[0]) == [(text, pytest.approx(start, abs=0.021)) for text, start in said]
+    frames = pcm.size // 16  # whole frames
+    expected = codec.encode(model, pcm[: frames * 16].astype(np.float32), codebooks=LM.n_q)
+    assert row_MT.dtype == np.int32
+    assert row_MT.shape == (1 + LM.n_q, (pcm.size + RATE) // 16)
+    np.testing.assert_array_equal(row_MT[1:, :frames], expected)
+    assert (row_MT[0, :frames] >= 0).all(), "silence after the recording counts in the loss"
+    assert (row_MT[0, frames:] == -1).all()
+    assert words_of(model, row_MT[0]) == [(text, pytest.approx(start, abs=0.021)) for text, start in spans]
 
 
-def test_rows_come_in_order_whatever_is_encoded_together(model, tmp_path):
+def test_rows_keep_the_order_of_recordings_for_any_encode_batch(model, tmp_path):
     several = [recording(tmp_path, name, seconds, ("on", 0.2)) for name, seconds in (("a", 1), ("bb", 2), ("ccc", 1.5))]
     together = SttRows(model, Mesh(jax.devices(), ("data",)), seconds=2.0, batch_size=3)
     assert together.codec.batch_size == 4, "as many for each device"
@@ -86,7 +86,7 @@ def test_a_long_recording_is_cut_and_every_word_is_in_one_row_at_its_time(model,
 
 
 def faults(words: list[WordSpan], cuts: list[int], samples: int, rate: int, longest: int) -> list[str]:
-    """What is wrong of cuts: pieces too long or empty, and words cut through in what counts of them."""
+    """List the faults of cuts: parts that are too long or empty, and words that are cut through."""
     lines = [] if (cuts[0], cuts[-1]) == (0, samples) else ["not the whole recording"]
     for first, end in itertools.pairwise(cuts):
         if not 0 < end - first <= longest:
@@ -100,7 +100,7 @@ def faults(words: list[WordSpan], cuts: list[int], samples: int, rate: int, long
 
 @st.composite
 def talks(draw) -> tuple[list[WordSpan], int]:
-    """Words in order, some of which last long, and the samples of their recording."""
+    """Draw words in order, some of them long, and the number of samples of their recording."""
     words, at = [], 0.0
     for number in range(draw(st.integers(0, 12))):
         start = at + draw(st.floats(0, 3))
@@ -110,7 +110,7 @@ def talks(draw) -> tuple[list[WordSpan], int]:
 
 
 @given(talks(), st.integers(100, 900))
-def test_pieces_are_whole_short_and_between_words(talk, longest):
+def test_cuts_lie_between_words_and_parts_are_short_enough(talk, longest):
     words, samples = talk
     assert faults(words, cut(words, samples, 100, longest), samples, 100, longest) == []
 
@@ -130,7 +130,7 @@ def test_the_checker_sees_a_word_that_is_cut_through():
     assert faults(words, [0, 250], 250, 100, 200) == ["0 to 250 is too long or empty"]
 
 
-def test_models_that_do_not_transcribe_are_refused(model):
+def test_models_of_other_families_are_refused(model):
     codec = ModelConfig(model_type="mimi", mimi=model.config.mimi)
     for other, message in (
         (dataclasses.replace(model, tokenizer=None), "random has no tokenizer; add the published one, and name it in"),

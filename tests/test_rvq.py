@@ -1,4 +1,4 @@
-"""Quantisation against a search written out in numpy. That codes are the reference's is in test_goldens.py.
+"""Quantisation against a search in numpy. test_goldens.py compares its codes with the reference's.
 
 Shape letters: B batch rows, T frames, N vectors, D latent width, C codebook width, V entries, Q codebooks.
 """
@@ -25,20 +25,20 @@ def latents_BTD() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(2, 7, 16)).astype(np.float32)
 
 
-def test_the_nearest_entry_is_the_nearest():
+def test_nearest_returns_the_entry_at_the_least_distance():
     book = Codebook(32, 4, rngs=nnx.Rngs(0))
     x_NC = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
     distance_NV = np.linalg.norm(x_NC[:, None] - np.array(book.embedding_LC[...]), axis=2)
     np.testing.assert_array_equal(book.nearest(jnp.asarray(x_NC)), distance_NV.argmin(1))
 
 
-def test_of_equally_near_entries_the_first_is_taken():
+def test_of_equally_distant_entries_the_first_is_nearest():
     book = Codebook(4, 2, rngs=nnx.Rngs(0))
     book.embedding_LC[...] = jnp.array([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
     assert book.nearest(jnp.array([[0.0, 3.0], [0.0, 0.0], [0.5, 0.5]])).tolist() == [1, 1, 1]
 
 
-def test_each_codebook_rounds_what_the_ones_before_it_left(quantizer, latents_BTD):
+def test_each_codebook_quantises_the_residual_of_those_before_it(quantizer, latents_BTD):
     codes_BQT = np.array(quantizer.encode(latents_BTD, 4))
     assert codes_BQT.dtype == np.int32
     assert codes_BQT.shape == (2, 4, 7)
@@ -52,13 +52,13 @@ def test_each_codebook_rounds_what_the_ones_before_it_left(quantizer, latents_BT
 
 
 @pytest.mark.parametrize("codebooks", [1, 2, 3])
-def test_fewer_codebooks_are_the_first_of_all(quantizer, latents_BTD, codebooks):
+def test_fewer_codebooks_give_the_first_codes_of_all(quantizer, latents_BTD, codebooks):
     codes_BQT = quantizer.encode(latents_BTD, 4)
     np.testing.assert_array_equal(quantizer.encode(latents_BTD, codebooks), codes_BQT[:, :codebooks])
 
 
 @pytest.mark.parametrize("codebooks", [1, 2, 4])
-def test_decoding_adds_up_the_entries_of_each_branch(quantizer, codebooks):
+def test_decoding_sums_the_entries_of_each_branch(quantizer, codebooks):
     codes_BQT = np.random.default_rng(0).integers(0, CONFIG.bins, size=(2, codebooks, 5))
     wanted = 0
     for q in range(codebooks):
@@ -68,7 +68,7 @@ def test_decoding_adds_up_the_entries_of_each_branch(quantizer, codebooks):
     np.testing.assert_allclose(quantizer.decode(jnp.asarray(codes_BQT)), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_two_semantic_codebooks_are_one_chain():
+def test_two_semantic_codebooks_form_one_residual_chain():
     config = QuantizerConfig(dimension=4, n_q=3, n_q_semantic=2, bins=8, input_dimension=6, output_dimension=6)
     quantizer = small.build(lambda rngs: SplitQuantizer(config, rngs=rngs))
     assert (len(quantizer.semantic.codebooks), len(quantizer.acoustic.codebooks)) == (2, 1)

@@ -1,4 +1,4 @@
-"""Choosing tokens. That the reference chooses the same, given the same noise, is in tests/parity/test_modules.py.
+"""Sampling of tokens. tests/parity/test_modules.py compares it with the reference, given the same noise.
 
 Shape letters: B batch rows, V vocabulary.
 """
@@ -23,7 +23,7 @@ def compiled(max_top_k: int):
 
 
 def draw(logits_BV, keys_B, temperature=1.0, top_k=0, max_top_k=None) -> np.ndarray:
-    """Tokens of rows that share a temperature and a top-k."""
+    """Sample tokens of rows that share a temperature and a top-k."""
     rows, vocabulary = logits_BV.shape
     temperature_B = jnp.broadcast_to(jnp.float32(temperature), (rows,))
     top_k_B = jnp.broadcast_to(jnp.int32(top_k), (rows,))
@@ -37,14 +37,14 @@ def draws(temperature: float, top_k: int) -> np.ndarray:
     return draw(jnp.broadcast_to(LOGITS_V, (20_000, 5)), keys_B, temperature, top_k)
 
 
-def test_without_temperature_the_best_token_is_taken_and_of_equals_the_first():
+def test_temperature_0_takes_the_first_of_the_most_probable_tokens():
     tokens_B = draw(jnp.array([[0.0, 2.0, 2.0], [1.0, 0.0, 1.0]]), jax.random.split(jax.random.key(0)), 0.0)
     assert tokens_B.tolist() == [1, 0]
     assert tokens_B.dtype == jnp.int32
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (1.0, 5), (1.0, 9), (0.5, 0), (2.0, 3), (1.0, 1)])
-def test_tokens_come_as_often_as_they_should(temperature, top_k):
+def test_tokens_are_as_frequent_as_their_probabilities(temperature, top_k):
     probability_V = np.exp(LOGITS_V) ** (1 / temperature)
     if 0 < top_k < 5:
         probability_V[np.argsort(-probability_V)[top_k:]] = 0
@@ -55,7 +55,7 @@ def test_tokens_come_as_often_as_they_should(temperature, top_k):
     assert draws(temperature, top_k).dtype == np.int32
 
 
-def test_of_equally_probable_tokens_the_first_are_among_the_best():
+def test_of_equally_probable_tokens_top_k_keeps_the_first():
     keys_B = jax.random.split(jax.random.key(0), 200)
     tokens_B = draw(jnp.zeros((200, 6)), keys_B, top_k=2)
     assert set(tokens_B.tolist()) == {0, 1}
@@ -67,7 +67,7 @@ per_row = st.lists(st.tuples(st.sampled_from([0.0, 0.3, 0.8, 1.5]), st.integers(
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), chosen=per_row, row=st.integers(0, ROWS - 1))
-def test_a_row_draws_by_its_own_temperature_and_top_k_whatever_the_others_choose(seed, chosen, row):
+def test_a_row_depends_on_its_own_temperature_and_top_k_only(seed, chosen, row):
     logits_BV = jax.random.normal(jax.random.key(1), (ROWS, 7))
     keys_B = jax.random.split(jax.random.key(seed), ROWS)
     temperature_B, top_k_B = map(jnp.array, zip(*chosen, strict=True))
@@ -76,7 +76,7 @@ def test_a_row_draws_by_its_own_temperature_and_top_k_whatever_the_others_choose
     assert together[row] == alone[0]
 
 
-def test_more_room_for_top_k_changes_nothing():
+def test_a_larger_max_top_k_changes_no_token():
     logits_BV = jax.random.normal(jax.random.key(1), (500, 7))
     keys_B = jax.random.split(jax.random.key(2), 500)
     exact = draw(logits_BV, keys_B, 0.9, 3, max_top_k=3)
@@ -85,5 +85,5 @@ def test_more_room_for_top_k_changes_nothing():
 
 
 @pytest.mark.parametrize(("top_k", "room"), [((0,), 0), ((1,), 1), ((25,), 32), ((250, 0), 256), ((3, 64), 64)])
-def test_the_room_for_top_k_is_a_power_of_two(top_k, room):
+def test_top_k_capacity_is_a_power_of_two(top_k, room):
     assert top_k_capacity(*top_k) == room

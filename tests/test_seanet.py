@@ -1,4 +1,4 @@
-"""SEANet's structure against the published file's listing. Its values are in test_goldens.py.
+"""SEANet's structure against the published file's listing. test_goldens.py compares its outputs with the reference.
 
 Shape letters: B batch rows, T time steps, C channels.
 """
@@ -28,7 +28,7 @@ def test_the_published_seanet_has_the_published_number_of_parameters(side, make)
     assert published > 1_000_000
 
 
-def test_the_published_seanet_hops_960_samples():
+def test_the_published_seanet_has_a_hop_of_960_samples():
     def round_trip(x_BTC):
         latents_BTC = seanet_encoder(SeanetConfig(), rngs=nnx.Rngs(0))(x_BTC)
         return latents_BTC, seanet_decoder(SeanetConfig(), rngs=nnx.Rngs(0))(latents_BTC)
@@ -37,7 +37,7 @@ def test_the_published_seanet_hops_960_samples():
     assert (latents_BTC.shape, audio_BTC.shape) == ((1, 2, 512), (1, 1920, 1))
 
 
-def test_a_latent_hears_nothing_after_its_hop():
+def test_a_latent_does_not_depend_on_samples_after_its_hop():
     encoder = small.build(lambda rngs: seanet_encoder(small.MIMI.seanet, rngs=rngs))
     x_BTC = np.random.default_rng(0).normal(size=(1, 48, 1)).astype(np.float32)
     later_BTC = x_BTC.copy()
@@ -48,7 +48,7 @@ def test_a_latent_hears_nothing_after_its_hop():
     assert np.any(one_BTC[:, 3:] != other_BTC[:, 3:], axis=2).all()
 
 
-def test_the_samples_of_a_latent_depend_on_nothing_after_it():
+def test_the_samples_of_a_latent_do_not_depend_on_later_latents():
     decoder = small.build(lambda rngs: seanet_decoder(small.MIMI.seanet, rngs=rngs))
     x_BTC = np.random.default_rng(0).normal(size=(1, 6, 16)).astype(np.float32)
     later_BTC = x_BTC.copy()
@@ -57,7 +57,7 @@ def test_the_samples_of_a_latent_depend_on_nothing_after_it():
     np.testing.assert_array_equal(decode(x_BTC)[:, :24], decode(later_BTC)[:, :24])
 
 
-def test_the_elu_and_its_slope_are_those_of_the_formula_in_both_modes():
+def test_elu_and_its_derivative_match_the_formula_in_both_modes():
     x = jnp.array([-30.0, -2.0, -1e-3, 0.0, 1e-3, 0.5, 30.0])
     slope = jnp.where(x > 0, 1.0, jnp.exp(x))
     np.testing.assert_allclose(elu(x), jax.nn.elu(x), atol=1e-7)

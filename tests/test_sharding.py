@@ -1,4 +1,4 @@
-"""Sharding: what lies where, what it costs in messages between devices, and that results stay those of one device."""
+"""Sharding: placement of arrays, number of collectives, and equality with the results of one device."""
 
 import dataclasses
 import re
@@ -28,12 +28,12 @@ COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "
 
 
 def over(*axes: str) -> Sharding:
-    """The two devices along the first axis."""
+    """Make a mesh with two devices along the first axis."""
     return Sharding(Mesh(np.array(jax.devices()[:2]).reshape(2, *(1,) * (len(axes) - 1)), axes))
 
 
 def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """How many messages of each kind a program exchanges."""
+    """Count the collectives of each kind in a program."""
     text = compiled.as_text() or ""
     found = {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in COLLECTIVES}
     return {kind: count for kind, count in found.items() if count}
@@ -47,7 +47,7 @@ def split_transformer(sharding: Sharding, **changes: Any) -> tuple[nnx.GraphDef,
     return graph, jax.device_put(params, sharding.places(params))
 
 
-def test_letters_are_read_off_names():
+def test_letters_of_returns_the_axis_letters_of_a_name():
     assert [letters_of(name) for name in ("k_BKSH", "weight_DV", "position", "x_y_B1", "BT")] == [
         *("BKSH", "DV", "", "B1", "BT"),
     ]
@@ -66,7 +66,7 @@ def test_rules_for_an_axis_that_the_mesh_lacks_are_refused():
         Sharding(over("data").mesh, (("F", "model"),))
 
 
-def test_int8_weights_are_split_like_the_weights_they_stand_for():
+def test_int8_weights_are_split_like_the_float_weights():
     sharding = over("model")
     _, params = split_transformer(sharding)
     places = sharding.places(quant.quantize(params, ["weight"]))
@@ -94,7 +94,7 @@ def test_a_layer_split_by_heads_costs_two_sums_and_copies_no_cache(steps, kv_rep
     assert memory.alias_size_in_bytes >= 2 * CONFIG.num_layers * part
 
 
-def test_the_count_sees_an_exchange_that_is_planted():
+def test_the_count_of_collectives_finds_a_planted_one():
     # Without its sharding the module writes as on one device, and XLA gathers the heads.
     sharding = over("model")
     graph, params = split_transformer(sharding)
@@ -123,7 +123,7 @@ def test_a_cache_is_never_whole_on_one_device(jitted):
         assert {s.data.shape for s in cache.k_BKSH.addressable_shards} == {(2, 2, 512, 16)}
 
 
-def test_steps_of_a_split_model_are_those_of_one_device():
+def test_a_split_model_has_the_outputs_of_one_device():
     sharding = over("model")
     graph, params = split_transformer(sharding, context=5)
     module = nnx.merge(graph, params)
@@ -141,7 +141,7 @@ def test_steps_of_a_split_model_are_those_of_one_device():
     np.testing.assert_allclose(*outputs, rtol=0, atol=1e-5)  # sums of two parts, in another order
 
 
-def test_rows_that_are_apart_exchange_nothing():
+def test_rows_on_different_devices_need_no_collectives():
     sharding = over("data")
     graph, params = split_transformer(sharding)
     state = jax.jit(lambda params: nnx.merge(graph, params).init_state(2))(params)
@@ -162,13 +162,13 @@ def test_rows_that_are_apart_exchange_nothing():
     np.testing.assert_allclose(found["y_BTD"], wanted["y_BTD"], rtol=0, atol=1e-6)  # sums of one row or of two at once
 
 
-def test_a_result_without_rows_cannot_be_apart():
+def test_over_rows_refuses_a_result_without_rows():
     total = over("data").over_rows(lambda x_BT: {"total": x_BT.sum()})
     with pytest.raises(ConfigError, match=r"the result \(\) has no axis B; name its axes, or leave it out"):
         total(jnp.ones((2, 3)))
 
 
-def test_rows_that_do_not_divide_stay_together():
+def test_over_rows_runs_rows_that_do_not_divide_unsplit():
     doubled = over("data").over_rows(lambda x_BT: {"y_BT": 2 * x_BT})
     np.testing.assert_array_equal(doubled(jnp.ones((3, 2)))["y_BT"], 2)
 
@@ -182,7 +182,7 @@ def test_speech_to_text_with_split_parameters_gives_the_tokens_of_one_device():
 
 
 @pytest.mark.parametrize("axis", ["data", "model"])
-def test_recordings_in_slots_that_are_apart_give_the_tokens_of_one_device(axis):
+def test_recordings_in_slots_on_two_devices_give_the_tokens_of_one_device(axis):
     recording = stt_model.recording()
     clips = [recording[:70_001], recording[30_000:60_000], recording[10_000:50_003]]
     found, wanted = (
@@ -193,7 +193,7 @@ def test_recordings_in_slots_that_are_apart_give_the_tokens_of_one_device(axis):
 
 
 @pytest.mark.parametrize("axis", ["data", "model"])
-def test_speech_in_slots_that_are_apart_has_the_frames_of_one_device(tmp_path, axis):
+def test_speech_in_slots_on_two_devices_has_the_frames_of_one_device(tmp_path, axis):
     folder = tts_model.make_checkpoint(tmp_path)
     requests = [
         Request(text, (tts_model.voice(i),)) for i, text in enumerate(("good morning everyone", "at the station"))

@@ -1,4 +1,4 @@
-"""The scheduler: requests come and go in slots, each as if it were alone; nothing of one reaches another.
+"""The scheduler: sessions start and end in slots, and no session affects another.
 
 The program here is the least that has a state: a slot counts from its request's number, one more a step.
 """
@@ -22,7 +22,7 @@ class Part:
 
 @dataclasses.dataclass
 class Count:
-    """A session of so many chunks; it ends by its own last input, or once it reads that the program says so."""
+    """A session of some chunks, which ends with its last input, or when an output of the program ends it."""
 
     first: int
     chunks: int
@@ -57,7 +57,7 @@ class Count:
 
 
 class Counting:
-    """The program; `log` has what was inserted, and how many slots each step ran."""
+    """The program; `log` has the inserted requests, and the number of slots of each step."""
 
     def __init__(self, slots: int, inserts: int = 1):
         self.slots, self.inserts, self.log = slots, inserts, []
@@ -89,7 +89,7 @@ counts = st.builds(
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(counts, max_size=12), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2))
-def test_every_session_ends_and_has_its_own_outputs_whatever_runs_beside_it(sessions, slots, inserts, behind):
+def test_every_session_ends_with_its_own_outputs_among_any_other_sessions(sessions, slots, inserts, behind):
     program = Counting(slots, inserts)
     done = list(Slots(program, behind=behind).run(iter(sessions)))
     assert sorted(map(id, done)) == sorted(map(id, sessions))
@@ -97,7 +97,7 @@ def test_every_session_ends_and_has_its_own_outputs_whatever_runs_beside_it(sess
     assert max([entry for entry in program.log if isinstance(entry, int)], default=0) <= slots
 
 
-def test_a_slot_is_given_away_while_others_run():
+def test_a_free_slot_is_reused_while_others_run():
     sessions = [Count(0, 9), Count(100, 1), Count(200, 1), Count(300, 2)]
     program = Counting(2, inserts=2)
     done = list(Slots(program).run(sessions))
@@ -107,7 +107,7 @@ def test_a_slot_is_given_away_while_others_run():
 
 
 @pytest.mark.parametrize("behind", [0, 1])
-def test_outputs_are_read_a_chunk_behind_and_no_further(behind):
+def test_outputs_are_read_at_most_behind_chunks_late(behind):
     one = Count(5, 4)
     slots = Slots(Counting(1), behind=behind)
     slots.admit([one])
@@ -118,7 +118,7 @@ def test_outputs_are_read_a_chunk_behind_and_no_further(behind):
     assert one.ended
 
 
-def test_a_session_that_fails_costs_only_itself():
+def test_a_failing_session_does_not_stop_others():
     bad, good = Count(10, 4, fails_at=2), Count(20, 4)
     never = Count(30, 2, error=StreamError("it could not be opened"))
     slots = Slots(Counting(2))
@@ -150,7 +150,7 @@ def test_cancelling_at_any_time_changes_no_other_session(sessions, data):
         assert session.seen == session.wanted[: len(session.seen)]
 
 
-def test_a_cancelled_sessions_slot_can_be_taken_at_once_and_gets_nothing_of_it():
+def test_a_cancelled_sessions_slot_is_free_at_once_and_its_outputs_are_dropped():
     old, new = Count(1, 9), Count(500, 3)
     slots = Slots(Counting(1))
     slots.admit([old])
@@ -172,7 +172,7 @@ def test_more_sessions_than_free_slots_are_refused():
         slots.admit([Count(1, 1), Count(2, 1)])
 
 
-def test_sessions_are_drawn_only_as_slots_become_free():
+def test_run_takes_sessions_only_as_slots_become_free():
     drawn = []
 
     def sessions() -> Iterator[Count]:
@@ -185,7 +185,7 @@ def test_sessions_are_drawn_only_as_slots_become_free():
     assert len(drawn) <= 5, "two that have ended, two in slots, one that waits"
 
 
-def test_a_session_that_sits_out_dispatches_nothing():
+def test_an_idle_session_dispatches_no_chunk():
     slots, one = Slots(Counting(1)), Count(7, 2, sits_out=(1, 2))
     slots.admit([one])
     for _ in range(3):

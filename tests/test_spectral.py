@@ -1,4 +1,4 @@
-"""The spectral loss of the codec against formulas, and where it could stop being a number.
+"""The spectral loss of the codec against its formulas, and its gradients at silence.
 
 Shape letters: B batch rows, T samples, N frames, F frequency bins.
 """
@@ -26,7 +26,7 @@ def sine(hertz: float, amplitude: float = 1.0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("window", [256, 1024])
-def test_magnitudes_are_those_of_a_transform_of_windowed_pieces(window):
+def test_magnitudes_are_those_of_windowed_fourier_transforms(window):
     x_BT, hop = noise(0), window // 4
     found_BNF = np.asarray(magnitudes(x_BT, window))
     assert found_BNF.shape == (2, T // hop - 3, window // 2 + 1)
@@ -47,7 +47,7 @@ def test_the_magnitude_of_a_sine_is_its_amplitude_at_its_frequency(amplitude):
     assert found_NF.min() > 0, "so that it has a logarithm"
 
 
-def test_a_sound_is_at_no_distance_from_itself_and_further_from_what_is_less_like_it():
+def test_the_distance_is_zero_to_itself_and_grows_with_noise():
     x_BT = noise(0)
     distances = [float(LOSS(x_BT, x_BT + np.float32(share) * noise(1))[0]) for share in (0.0, 0.1, 0.3, 1.0)]
     assert distances[0] == 0
@@ -56,7 +56,7 @@ def test_a_sound_is_at_no_distance_from_itself_and_further_from_what_is_less_lik
 
 @pytest.mark.parametrize("target", ["noise", "silence"])
 @pytest.mark.parametrize("made", ["noise", "silence", "other"])
-def test_gradients_are_numbers_for_equal_sounds_and_for_silence(target, made):
+def test_gradients_are_finite_for_equal_sounds_and_for_silence(target, made):
     sounds = {"noise": noise(0), "silence": np.zeros((2, T), np.float32), "other": noise(1)}
     value, gradient_BT = LOSS(sounds[target], sounds[made])
     assert np.isfinite(value)
@@ -66,14 +66,14 @@ def test_gradients_are_numbers_for_equal_sounds_and_for_silence(target, made):
         assert np.abs(gradient_BT).max() > 0
 
 
-def test_descending_the_loss_makes_a_sound_more_like_the_target():
+def test_gradient_descent_on_the_loss_approaches_the_target():
     x_BT, y_BT = noise(0), noise(1)
     before, gradient_BT = LOSS(x_BT, y_BT)
     after, _ = LOSS(x_BT, y_BT - 0.01 * gradient_BT / jnp.sqrt(jnp.mean(gradient_BT**2)))
     assert after < before
 
 
-def test_each_scale_counts_as_much():
+def test_all_scales_have_the_same_weight():
     x_BT, y_BT = noise(0), noise(1)
     each = [float(stft_loss(x_BT, y_BT, scales=(window,))) for window in (256, 2048)]
     assert float(stft_loss(x_BT, y_BT, scales=(256, 2048))) == pytest.approx(np.mean(each), rel=1e-6)

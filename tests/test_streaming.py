@@ -1,6 +1,6 @@
-"""Every streaming module keeps the contract: any cut, past the window, with rows that idle and are reset.
+"""Every streaming module keeps the contract: any cut, beyond the window, with idle and reset rows.
 
-Shape letters: B batch rows, T time steps, C channels, K streams.
+Shape letters: B batch rows, T time steps, C channels, M streams.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ def test_mimi_streams():
 
 @dataclasses.dataclass
 class HiddenStates:
-    """The language model from tokens [B, T, K]: its own have time last."""
+    """The language model with tokens [B, T, M], as the check needs time as the second axis."""
 
     lm: DelayedStreamsLM
 
@@ -139,7 +139,7 @@ def test_select_rows_takes_active_rows_and_whole_caches():
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 6, 9, 11])
-def test_no_block_is_longer_than_it_may_be(length):
+def test_step_in_blocks_gives_no_longer_block_than_its_limit(length):
     lengths = []
 
     def running_sum(x, total, lengths_B):

@@ -1,4 +1,4 @@
-"""The loss of the text stream: against plain numpy, what counts in it, and that what it teaches is what is said."""
+"""The loss of speech-to-text: against plain numpy, its masks and dropouts, and a model that learns a row."""
 
 import dataclasses
 
@@ -26,49 +26,49 @@ FRAMES = 24
 
 @pytest.fixture(scope="module")
 def network():
-    """A model whose text and audio streams are delayed, its parameters as `DelayedStreamsLM` draws them, roughly."""
+    """Make a model with delayed text and audio streams, with weights of about the initial scale."""
     return checkpoint_maker.untrained_lm(LM)
 
 
 def codes(rows: int = 2) -> jax.Array:
-    """Random codes; text of words in silence, unknown at the end of the last row."""
+    """Draw random codes and a text with words among padding, unknown at the end of the last row."""
     random = np.random.default_rng(3)
-    codes_BKT = random.integers(0, LM.card, (rows, 1 + LM.n_q, FRAMES)).astype(np.int32)
-    said_BT = random.random((rows, FRAMES)) < 0.3
-    codes_BKT[:, 0] = np.where(said_BT, random.integers(4, LM.text_card, (rows, FRAMES)), 3)
-    codes_BKT[0, 0, :2] = 0
-    codes_BKT[-1, 0, 16:] = -1
-    return jnp.asarray(codes_BKT)
+    codes_BMT = random.integers(0, LM.card, (rows, 1 + LM.n_q, FRAMES)).astype(np.int32)
+    word_BT = random.random((rows, FRAMES)) < 0.3
+    codes_BMT[:, 0] = np.where(word_BT, random.integers(4, LM.text_card, (rows, FRAMES)), 3)
+    codes_BMT[0, 0, :2] = 0
+    codes_BMT[-1, 0, 16:] = -1
+    return jnp.asarray(codes_BMT)
 
 
 def shares(objective: SttObjective) -> dict[str, float]:
-    """An objective's numbers as arguments, so that one compilation serves all."""
+    """Make the loss with the objective's numbers as arguments, so that one compilation serves all objectives."""
     return dataclasses.asdict(objective)
 
 
 @pytest.fixture(scope="module")
 def measured(network):
-    """The loss and metrics of rows under an objective."""
+    """Compute the loss and metrics of rows under an objective."""
     graph, params = network
     compiled = jax.jit(lambda p, c, k, o: stt_loss(nnx.merge(graph, p), c, k, SttObjective(**o)))
 
-    def measure(codes_BKT: jax.Array, objective: SttObjective = SttObjective(), key: jax.Array = KEY):
-        return compiled(params, codes_BKT, key, shares(objective))
+    def measure(codes_BMT: jax.Array, objective: SttObjective = SttObjective(), key: jax.Array = KEY):
+        return compiled(params, codes_BMT, key, shares(objective))
 
     return measure
 
 
 @jax.jit
-def augmented(codes_BKT: jax.Array, objective: dict[str, float]) -> jax.Array:
-    return augment_codes(codes_BKT, KEY, SttObjective(**objective), card=LM.card, padding=3)
+def augmented(codes_BMT: jax.Array, objective: dict[str, float]) -> jax.Array:
+    return augment_codes(codes_BMT, KEY, SttObjective(**objective), card=LM.card, padding=3)
 
 
-def plainly(logits_BTV: np.ndarray, codes_BKT: jax.Array, padding_weight: float) -> tuple[float, float]:
-    """The loss, and the share of tokens said that are right, in loops."""
+def plainly(logits_BTV: np.ndarray, codes_BMT: jax.Array, padding_weight: float) -> tuple[float, float]:
+    """Compute the loss and the share of correct tokens, in loops."""
     total, weights, right = 0.0, 0.0, []
-    for row, text_T in enumerate(np.asarray(codes_BKT[:, 0])):
+    for row, text_T in enumerate(np.asarray(codes_BMT[:, 0])):
         for t, token in enumerate(text_T):
-            if token == -1 or t + LM.delays[0] >= FRAMES:  # unknown, or said after the end
+            if token == -1 or t + LM.delays[0] >= FRAMES:  # unknown, or predicted after the end
                 continue
             logits_V = logits_BTV[row, t]
             weight = padding_weight if token == 3 else 1.0
@@ -92,7 +92,7 @@ def test_the_loss_is_the_weighted_mean_cross_entropy(network, measured):
 def test_unknown_text_does_not_count_and_known_text_does(measured):
     rows = codes()
     loss, _ = measured(rows)
-    audio = rows.at[-1, 1:, 18:].set(0)  # heard only where the text is unknown
+    audio = rows.at[-1, 1:, 18:].set(0)  # changes only inputs of unknown text
     assert float(measured(audio)[0]) == float(loss)
     assert float(measured(rows.at[-1, 0, 16].set(5))[0]) != float(loss)
     nothing, metrics = measured(rows.at[:, 0].set(-1))
@@ -100,7 +100,7 @@ def test_unknown_text_does_not_count_and_known_text_does(measured):
     assert {name: float(value) for name, value in metrics.items()} == {"words_right": 0.0, "padding_right": 0.0}
 
 
-def test_what_is_hidden_changes_what_is_heard_and_not_what_is_asked(network, measured):
+def test_dropouts_change_the_inputs_and_not_the_targets(network, measured):
     rows = codes()
     plain, _ = measured(rows)
     for hidden in ({"text_dropout": 0.5}, {"codebook_dropout": 0.9}, {"random_codes": 0.5}):
@@ -111,7 +111,7 @@ def test_what_is_hidden_changes_what_is_heard_and_not_what_is_asked(network, mea
     assert float(nothing_hidden) == float(plain)
 
 
-def test_hiding_is_as_much_as_was_asked_for():
+def test_dropouts_have_the_objectives_shares():
     rows = jnp.tile(codes(), (100, 1, 1)).at[:, 0].set(5)
 
     def fed(**hidden: float) -> np.ndarray:
@@ -124,27 +124,27 @@ def test_hiding_is_as_much_as_was_asked_for():
     books = fed(codebook_dropout=0.4)
     off = (books[:, 1:] == -1).all(2)
     np.testing.assert_array_equal(books[:, 1:], np.where(off[..., None], -1, rows[:, 1:]))
-    assert not off[:, 0].any(), "the first codebook is always heard"
+    assert not off[:, 0].any(), "the first codebook is never dropped"
     assert off[:, 1:].mean() == pytest.approx(0.4, abs=0.06)
     other = fed(random_codes=0.3)
     assert np.mean(other[:, 1:] != rows[:, 1:]) == pytest.approx(0.3 * (1 - 1 / LM.card), abs=0.03)
     assert 0 <= other[:, 1:].min() <= other[:, 1:].max() < LM.card
 
 
-def test_a_text_that_is_not_known_is_never_hidden():
+def test_dropout_never_replaces_absent_text():
     rows = jnp.tile(codes(), (100, 1, 1))
     fed = augmented(rows, shares(SttObjective(text_dropout=1.0)))
     np.testing.assert_array_equal(fed[:, 0], jnp.where(rows[:, 0] == -1, -1, 3))
 
 
-def said(network, codes_BQT: jax.Array) -> list[int]:
-    """What a model says of codes, greedily: the token of each frame, as `transcribe` lists them."""
+def transcribed(network, codes_BQT: jax.Array) -> list[int]:
+    """Run a model on codes greedily; return the token of each frame, in the frames of `transcribe`."""
     graph, params = network
     run = jax.jit(lambda params, codes_BQT: greedy_tokens(nnx.merge(graph, params), codes_BQT))
     return run(params, codes_BQT)[0].tolist()
 
 
-def test_a_model_that_has_learnt_a_row_says_its_words(network, tmp_path):
+def test_a_model_trained_on_a_row_transcribes_its_words(network, tmp_path):
     tokenizer = load_tokenizer(make_tokenizer(tmp_path / "words.model", LM.text_card))
     timing = Timing(12.5, text_offset=0.24, audio_offset=0.0)
     words = [WordSpan("on", 0.1, 0.3), WordSpan("a", 0.9, 1.0)]
@@ -163,11 +163,11 @@ def test_a_model_that_has_learnt_a_row_says_its_words(network, tmp_path):
     assert float(metrics["loss"]) < 0.05
     assert float(metrics["words_right"]) == float(metrics["padding_right"]) == 1.0
 
-    tokens = said((graph, state.params), row[:, 1:])
-    # Column c is what is said of frame c - 1, later by the text's own delay.
+    tokens = transcribed((graph, state.params), row[:, 1:])
+    # Column c is the text of frame c - 1, before the delay of the text stream.
     assert tokens[LM.delays[0] - 1 :][: FRAMES - LM.delays[0]] == list(text_T[: FRAMES - LM.delays[0]])
     reader = WordReader(tokenizer, timing, padding=3, boundary=0, pauses=VadOptions())
     events = [event for token in tokens for event in reader.read(token, 1.0)] + reader.finish()
     starts = {event.word.text: event.word.start for event in events if isinstance(event, WordEnded)}
     assert starts == {"on": pytest.approx(0.1, abs=0.04), "a": pytest.approx(0.9, abs=0.04)}  # half a frame
-    assert said(network, row[:, 1:]) != tokens
+    assert transcribed(network, row[:, 1:]) != tokens

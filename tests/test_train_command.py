@@ -1,4 +1,4 @@
-"""`dsm-jax train`: a task and its settings from a JSON file, or a sentence that says what is wrong with it."""
+"""`dsm-jax train`: a task and its settings from a JSON file, and errors in one line."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_a_config_given_in_part_takes_the_defaults_of_the_task(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", r"train.json is not JSON \(.*\); mend it"),
+        ("{", r"train.json is not JSON \(.*\); fix it"),
         ("[]", r"train.json: the task is \[\]; choose one of \['finetune'\]"),
         ('{"data": "a"}', r"the task is None; choose one of"),
         ('{"task": "cook"}', r"the task is 'cook'; choose one of"),
@@ -52,11 +52,11 @@ def test_a_config_given_in_part_takes_the_defaults_of_the_task(tmp_path):
         ('{"task": "finetune", "data": "a", "output": "b", "run": {"steps": "x"}}', r"steps is 'x'; expected int"),
     ],
 )
-def test_what_cannot_be_read_is_said(tmp_path, text, message):
+def test_a_faulty_config_file_is_an_error(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         read_config(write(tmp_path, text), library_tasks())
 
 
-def test_the_command_line_says_it_in_one_line(tmp_path, capsys):
+def test_the_command_line_prints_an_error_in_one_line(tmp_path, capsys):
     assert cli.main(["train", str(tmp_path / "gone.json"), "--no-cache"]) == 2
     assert "gone.json cannot be read (No such file or directory); give a JSON file" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The train step against a plain optax loop, and what it promises about keys, memory and devices.
+"""The train step against a plain optax loop, and its guarantees about keys, memory and devices.
 
 Shape letters: B batch rows, D features in, E features out.
 """
@@ -23,7 +23,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=0.05, warmup=2, weight_decay=0.1, clip
 
 
 def loss(params, frozen, aux, batch, key):
-    """A regression with a moving average of its targets; the key is only reported."""
+    """Compute a regression loss and a moving average of its targets; the key goes to the metrics only."""
     made_BE = batch["x_BD"].astype(params["w_DE"].dtype) @ params["w_DE"] + params["b_E"]
     value = jnp.mean((made_BE - batch["y_BE"].astype(made_BE.dtype)) ** 2)
     aux = {"average_E": 0.9 * aux["average_E"] + 0.1 * batch["y_BE"].mean(0), "seen": aux["seen"] + 1}
@@ -61,7 +61,7 @@ def assert_close(found, wanted, **tolerance):
 
 @pytest.fixture
 def compilations():
-    """Counts programs compiled while a test runs."""
+    """Count the programs that are compiled during a test."""
     found = []
 
     def count(event: str, _: float, **__: object) -> None:
@@ -73,7 +73,7 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(count)
 
 
-def test_steps_are_those_of_a_plain_optax_loop():
+def test_steps_equal_a_plain_optax_loop():
     optimizer = OPTIMIZER.build(STEPS)
     found, rows = run(make_step(loss, optimizer), start(optimizer))
 
@@ -93,7 +93,7 @@ def test_steps_are_those_of_a_plain_optax_loop():
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
-def test_accumulated_parts_are_the_whole_batch_for_a_mean_over_rows():
+def test_accumulated_parts_equal_the_whole_batch_for_a_mean_over_rows():
     parts = 4
     optimizer = OPTIMIZER.build(STEPS)
     whole, whole_rows = run(make_step(loss, optimizer), start(optimizer))
@@ -104,7 +104,7 @@ def test_accumulated_parts_are_the_whole_batch_for_a_mean_over_rows():
     assert int(found.aux["seen"]) == STEPS * parts, "each part starts from the aux of the part before"
 
 
-def test_a_batch_that_has_no_equal_parts_is_refused():
+def test_a_batch_that_does_not_divide_into_parts_is_refused():
     optimizer = OPTIMIZER.build(STEPS)
     with pytest.raises(ConfigError, match="a batch of 8 rows cannot be cut into 3 equal parts; change either"):
         make_step(loss, optimizer, accumulate=3)(start(optimizer), batch(0))
@@ -134,7 +134,7 @@ def test_computing_in_bfloat16_moves_float32_parameters_by_less_than_bfloat16_ca
     assert_close(moved, wanted, rtol=0.05, atol=1e-6)  # bfloat16 has 8 bits
 
 
-def test_parameters_that_come_in_bfloat16_are_trained_in_float32():
+def test_bfloat16_parameters_are_trained_in_float32():
     state = init({"w_D": jnp.ones(3, jnp.bfloat16)}, optax.adam(0.1), 0)
     assert {a.dtype.name for a in jax.tree.leaves((state.params, state.optimizer))} == {"float32", "int32"}
 
@@ -155,7 +155,7 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_step_number():
         assert not np.array_equal(state.params["w_DE"], before.params["w_DE"])
 
 
-def test_a_gradient_that_is_not_finite_is_not_taken_either():
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_step_number():
     def root(params, frozen, aux, batch, key):
         return jnp.sqrt(params["w"] * batch.sum()), (aux, {})
 
@@ -163,7 +163,7 @@ def test_a_gradient_that_is_not_finite_is_not_taken_either():
     assert (float(metrics["loss"]), float(metrics["finite"]), float(state.params["w"])) == (0.0, 0.0, 1.0)
 
 
-def test_the_key_is_another_each_step_and_depends_on_the_seed_and_the_step_alone():
+def test_the_key_depends_on_the_seed_and_the_step_only():
     optimizer = OPTIMIZER.build(STEPS)
     step = make_step(loss, optimizer)
     draws = [row["draw"] for row in run(step, start(optimizer))[1]]
@@ -174,7 +174,7 @@ def test_the_key_is_another_each_step_and_depends_on_the_seed_and_the_step_alone
     assert not {row["draw"] for row in run(step, start(optimizer, seed=1))[1]} & set(draws)
 
 
-def test_accumulated_parts_have_keys_of_their_own():
+def test_each_accumulated_part_has_its_own_key():
     def keep(params, frozen, aux, batch, key):
         return jnp.sum(params) * 0.0, (jnp.stack([aux[1], jax.random.uniform(key)]), {})
 
@@ -186,7 +186,7 @@ def test_accumulated_parts_have_keys_of_their_own():
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_a_step_writes_the_next_state_where_the_last_one_was(parts):
+def test_a_step_updates_the_donated_state_in_place(parts):
     optimizer = OPTIMIZER.build(STEPS)
     step, state = make_step(loss, optimizer, accumulate=parts), start(optimizer)
     size = sum(a.nbytes for a in jax.tree.leaves(state))
@@ -206,7 +206,7 @@ def test_a_step_is_compiled_once(compilations, parts):
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_two_devices_that_share_each_batch_take_the_steps_of_one(compilations, parts):
+def test_batches_split_over_two_devices_give_the_steps_of_one_device(compilations, parts):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere, shared = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     optimizer = OPTIMIZER.build(STEPS)
@@ -241,7 +241,7 @@ def test_the_learning_rate_warms_up_and_ends_at_a_fiftieth(steps, warmup, peak):
 
 
 @jax.numpy_dtype_promotion("standard")
-def test_gradients_are_clipped_by_their_norm_all_together():
+def test_gradients_are_clipped_by_their_global_norm():
     optimizer = OptimizerConfig(clip=2.0, b1=0.5).build(10)
     params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     state = optimizer.update({"a": jnp.full(1, 30.0), "b": jnp.full(1, 40.0)}, optimizer.init(params), params)[1]
@@ -249,7 +249,7 @@ def test_gradients_are_clipped_by_their_norm_all_together():
     assert [float(mu[name][0]) for name in "ab"] == pytest.approx([0.5 * 2 * 0.6, 0.5 * 2 * 0.8], rel=1e-5)
 
 
-def test_clipping_is_that_of_optax_and_a_norm_does_not_depend_on_a_weights_axes():
+def test_clipping_matches_optax_and_the_norm_does_not_depend_on_a_weights_axes():
     weight = small.build(lambda rngs: Linear({"D": 192}, {"P": 3, "K": 4, "H": 48}, rngs=rngs))
     grads, plain = nnx.state(weight), {"w": weight.weight[...].reshape(192, 576)}
     assert float(jax.jit(norm)(grads)) == float(jax.jit(optax.tree.norm)(plain))

@@ -1,4 +1,4 @@
-"""What to learn from: both layouts are read alike, and every fault is told by place before anything begins."""
+"""Training data: both layouts are read alike, and every fault is an error with its place before training."""
 
 import json
 from pathlib import Path
@@ -20,14 +20,14 @@ WORDS = (WordSpan("hello", 0.25, 0.5), WordSpan("world", 0.6, 0.9))
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """A folder with one recording of a second, `talks/good.wav`."""
+    """Make a folder with one recording of a second, `talks/good.wav`."""
     (tmp_path / "talks").mkdir()
     audio.write(tmp_path / "talks/good.wav", 0.1 * np.sin(np.arange(RATE)), RATE)
     return tmp_path
 
 
 def write(data: Path, *rows: object) -> Path:
-    """A manifest; a row that is no text is written as JSON."""
+    """Write a manifest, with rows that are not strings as JSON."""
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     path = data / "data.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -66,7 +66,7 @@ def test_a_folder_may_hold_any_kind_of_recording(data, suffix):
     assert only.seconds == pytest.approx(1.0, abs=0.02)  # Vorbis has blocks
 
 
-def test_our_own_transcripts_can_be_learnt_from(data):
+def test_transcripts_of_this_library_can_be_trained_on(data):
     words = (Word("hello", 0.25, 0.5, 0.9), Word("world", 0.6, 0.9, 0.8))
     transcript = Transcript("hello world", words, (Pause(0.95, 2.0, 0.7),), 1.0, audio="talks/good.wav", model="some")
     (data / "talks/good.json").write_text(render(transcript, "json"), encoding="utf-8")
@@ -115,7 +115,7 @@ def spell(word: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_faulty_row_is_told_by_its_line_and_costs_only_itself(data, capsys, name):
+def test_a_faulty_row_is_named_by_its_line_and_skip_bad_leaves_only_it_out(data, capsys, name):
     bad, message = FAULTS[name]
     path = write(data, row(HELLO), bad, row(WORLD))
     with pytest.raises(TrainingError, match=r"1 of the 3 recordings of .* set skip_bad") as caught:
@@ -133,7 +133,7 @@ def test_a_word_a_little_after_the_end_is_no_fault(data):
     assert only.words == (WordSpan("late", 1.9, 2.0),)
 
 
-def test_a_recording_cut_short_is_told(data):
+def test_a_truncated_recording_is_an_error(data):
     pcm = np.random.default_rng(0).normal(size=4 * RATE) * 0.1
     audio.write(data / "talks/short.flac", pcm, RATE)
     whole = (data / "talks/short.flac").read_bytes()
@@ -144,7 +144,7 @@ def test_a_recording_cut_short_is_told(data):
     assert len(read_recordings(path, RATE, skip_bad=True)) == 1
 
 
-def test_the_faults_of_a_folder_are_told_by_file(data):
+def test_the_faults_of_a_folder_are_named_by_file(data):
     talks = data / "talks"
     audio.write(talks / "alone.wav", np.ones(100), RATE)
     (talks / "good.json").write_text('{\n  "words": [,]\n}')
@@ -153,9 +153,9 @@ def test_the_faults_of_a_folder_are_told_by_file(data):
     audio.write(talks / "latin.wav", np.ones(100), RATE)
     with pytest.raises(TrainingError, match="4 of the 4 recordings") as caught:
         read_recordings(talks, RATE)
-    caught.match(r"alone\.wav: there is no alone\.json beside it; write one")
+    caught.match(r"alone\.wav: there is no alone\.json next to it; write one")
     caught.match(r"good\.json: this is no JSON \(.* at line 2, column 13\)")
-    caught.match(r"orphan\.json: there is no recording of this name beside it; add one")
+    caught.match(r"orphan\.json: there is no recording of this name next to it; add one")
     caught.match(r"latin\.json: this is not text in UTF-8")
 
 
@@ -169,12 +169,12 @@ def test_many_faults_are_counted_and_the_first_listed(data):
     assert lines[-1] == "and 3 more"
 
 
-def test_nothing_without_fault_is_an_error_whatever_was_asked(data):
-    with pytest.raises(TrainingError, match=r"1 of the 1 recordings of .* cannot be learnt from; mend them:"):
+def test_data_without_a_valid_recording_is_an_error_even_with_skip_bad(data):
+    with pytest.raises(TrainingError, match=r"1 of the 1 recordings of .* cannot be trained on; fix them:"):
         read_recordings(write(data, "no JSON"), RATE, skip_bad=True)
 
 
-def test_nothing_at_all_is_an_error(data):
+def test_empty_data_is_an_error(data):
     (data / "empty").mkdir()
     for source in (write(data), data / "empty"):
         with pytest.raises(TrainingError, match="lists no recordings; expected rows"):
@@ -183,7 +183,7 @@ def test_nothing_at_all_is_an_error(data):
         read_recordings(data / "lost.jsonl", RATE)
 
 
-def test_speakers_and_voices_are_read_and_voices_that_are_files_are_found_beside_the_data(data):
+def test_speakers_and_voices_are_read_and_voice_files_are_relative_to_the_data(data):
     (data / "ann.safetensors").write_bytes(b"")
     spoken = [HELLO, WORLD]
     path = write(
@@ -212,6 +212,6 @@ def test_speakers_and_voices_are_read_and_voices_that_are_files_are_found_beside
         ({"speaker": 3}, "word 1, 'hello', has the speaker 3; expected a name"),
     ],
 )
-def test_voices_and_speakers_of_another_kind_are_refused(data, keys, message):
+def test_voices_and_speakers_of_a_wrong_type_are_refused(data, keys, message):
     with pytest.raises(TrainingError, match=message):
         read_recordings(write(data, row(HELLO, **keys)), RATE)

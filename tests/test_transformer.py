@@ -1,4 +1,4 @@
-"""Norms, feed-forwards and the stack: formulas in numpy, memory, gradients, and where the reference differs.
+"""Norms, feed-forwards and the stack: formulas in numpy, memory, gradients, and a difference from the reference.
 
 Shape letters: B batch rows, T steps, D model width.
 """
@@ -30,7 +30,7 @@ def noise(*shape: int) -> np.ndarray:
         ("rms_norm_f32", RMSNorm, 1e-8),
     ],
 )
-def test_each_norm_has_its_formula_and_its_epsilon(name, kind, epsilon):
+def test_each_norm_matches_its_formula_and_epsilon(name, kind, epsilon):
     norm = make_norm(name, 6)
     assert isinstance(norm, kind)
     x_BTD = noise(2, 3, 6) * 1e-3  # so small that the epsilon matters
@@ -56,7 +56,7 @@ def test_norms_are_computed_in_float32(name):
     np.testing.assert_array_equal(y_BTD, in_32.astype(jnp.bfloat16))
 
 
-def test_feed_forwards_have_their_formulas():
+def test_feed_forwards_match_their_formulas():
     x_BTD = noise(2, 3, 6)
     plain = small.build(lambda rngs: FeedForward(6, 8, rngs=rngs))
     gated = small.build(lambda rngs: GatedFeedForward(6, 8, rngs=rngs))
@@ -96,7 +96,7 @@ def test_a_chunk_sees_what_single_steps_see_where_the_reference_loses_keys():
 @pytest.mark.parametrize(
     "steps", [1, 4, small.STT.context, small.STT.context + 1, 3 * small.STT.context, 3 * small.STT.context + 1]
 )
-def test_a_clip_that_is_one_step_needs_no_rings_while_it_is_short(steps):
+def test_init_clip_makes_no_caches_for_short_clips(steps):
     model = small.build(lambda rngs: Transformer(small.STT.transformer, rngs=rngs))
     x_BTD = jnp.asarray(noise(2, steps, 16))
     clip = model.init_clip(2, steps)
@@ -121,7 +121,7 @@ def test_gradients_pass_through_windows():
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_step_updates_its_rings_in_place(steps):
+def test_a_step_updates_its_caches_in_place(steps):
     config = TransformerConfig(d_model=16, num_heads=4, num_layers=2, dim_feedforward=24, context=8192)
     transformer = small.build(lambda rngs: Transformer(config, rngs=rngs))
     lengths_B = jnp.array([steps, 0])

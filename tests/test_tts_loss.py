@@ -1,6 +1,6 @@
-"""Learning to speak: the losses against plain numpy, what counts in them, and that what is learnt is said.
+"""The loss of text-to-speech: against plain numpy, its masks and dropouts, and a model that learns a row.
 
-Shape letters: B batch rows, T frames, K streams (text first), Q codebooks, V vocabulary.
+Shape letters: B batch rows, T frames, M streams (text first), Q codebooks, V vocabulary.
 """
 
 import dataclasses
@@ -39,14 +39,14 @@ def network():
     return checkpoint_maker.untrained_lm(LM)
 
 
-def told(lm: DelayedStreamsLM, rows: int):
-    """The conditions of rows of one voice each."""
+def conditions_of(lm: DelayedStreamsLM, rows: int):
+    """Make the conditions of rows with one voice each."""
     values, masks, _ = voices.conditions(LM, [[tts_model.voice(row)] for row in range(rows)], 2.0)
     return lm.condition(values, masks)
 
 
 def text_of(tokenizer) -> np.ndarray:
-    """The text of a clip in which two words are said."""
+    """Make the text stream of a clip with two words."""
     words = [WordSpan("on", 0.16, 0.3), WordSpan("a", 0.9, 1.0)]
     return text_stream(words, tokenizer, LM, Timing(12.5, 0.0, 0.0), frames=FRAMES, prefixes={0: MAIN})
 
@@ -58,26 +58,26 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(tokenizer) -> jax.Array:
-    """Two rows of text, and of codes behind it."""
-    codes_BKT = np.random.default_rng(3).integers(0, LM.card, (2, 1 + LM.n_q, FRAMES)).astype(np.int32)
-    codes_BKT[:, 0] = text_of(tokenizer)
-    codes_BKT[1, 0, 12:] = 3
-    codes_BKT[:, 1:, :DELAY] = -1
-    return jnp.asarray(codes_BKT)
+    """Make two rows of text, with codes delayed after the text."""
+    codes_BMT = np.random.default_rng(3).integers(0, LM.card, (2, 1 + LM.n_q, FRAMES)).astype(np.int32)
+    codes_BMT[:, 0] = text_of(tokenizer)
+    codes_BMT[1, 0, 12:] = 3
+    codes_BMT[:, 1:, :DELAY] = -1
+    return jnp.asarray(codes_BMT)
 
 
 @pytest.fixture(scope="module")
 def measured(network):
-    """The loss and metrics of rows under an objective; one compilation serves all."""
+    """Compute the loss and metrics of rows under an objective; one compilation serves all objectives."""
     graph, params = network
 
     @jax.jit
-    def compiled(params, codes_BKT, unconditional_B, key, shares):
+    def compiled(params, codes_BMT, unconditional_B, key, shares):
         lm = nnx.merge(graph, params)
-        return tts_loss(lm, codes_BKT, told(lm, len(codes_BKT)), unconditional_B, key, TtsObjective(**shares))
+        return tts_loss(lm, codes_BMT, conditions_of(lm, len(codes_BMT)), unconditional_B, key, TtsObjective(**shares))
 
-    return lambda codes_BKT, objective=UNDISTURBED, unconditional_B=CONDITIONAL_B, key=KEY: compiled(
-        params, codes_BKT, unconditional_B, key, dataclasses.asdict(objective)
+    return lambda codes_BMT, objective=UNDISTURBED, unconditional_B=CONDITIONAL_B, key=KEY: compiled(
+        params, codes_BMT, unconditional_B, key, dataclasses.asdict(objective)
     )
 
 
@@ -91,26 +91,26 @@ def test_the_text_loss_covers_the_steps_that_inference_samples(tokenizer):
     assert not np.asarray(sampled_steps(np.full((1, 8), 3, np.int32))).any(), "no word, so no step is sampled"
 
 
-def test_both_losses_are_mean_cross_entropies_where_they_count(network, measured, rows):
+def test_both_losses_are_masked_mean_cross_entropies(network, measured, rows):
     graph, params = network
 
     @jax.jit
     def scores(params):
         lm = nnx.merge(graph, params)
-        out = lm(rows, told(lm, 2))
+        out = lm(rows, conditions_of(lm, 2))
         return out.text_logits_BTV, out.audio_logits_BQTV
 
     text_BTV, audio_BQTV = (np.asarray(a, np.float64) for a in scores(params))
     text, audio = [], {True: [], False: []}  # whether it is the first codebook
-    for row, codes_KT in enumerate(np.asarray(rows)):
-        last = np.flatnonzero(codes_KT[0] == 0)[-1]
-        for t, token in enumerate(codes_KT[0]):
+    for row, codes_MT in enumerate(np.asarray(rows)):
+        last = np.flatnonzero(codes_MT[0] == 0)[-1]
+        for t, token in enumerate(codes_MT[0]):
             if token in (0, 3) and t <= last:
                 text.append(np.log(np.exp(text_BTV[row, t]).sum()) - text_BTV[row, t, token])
         for q in range(LM.dep_q):
             for t in range(DELAY, FRAMES - LM.delays[1 + q]):  # what is later is generated after the end
                 logits_V = audio_BQTV[row, q, t]
-                audio[q == 0].append(np.log(np.exp(logits_V).sum()) - logits_V[codes_KT[1 + q, t]])
+                audio[q == 0].append(np.log(np.exp(logits_V).sum()) - logits_V[codes_MT[1 + q, t]])
     for weight, semantic in ((1.0, 7.0), (0.3, 2.0)):
         loss, metrics = measured(rows, dataclasses.replace(UNDISTURBED, text=weight, semantic=semantic))
         expected = {"text": np.mean(text), "semantic": np.mean(audio[True]), "acoustic": np.mean(audio[False])}
@@ -120,14 +120,14 @@ def test_both_losses_are_mean_cross_entropies_where_they_count(network, measured
         assert float(loss) == pytest.approx(weight * expected["text"] + of_audio, rel=1e-5)
 
 
-def test_chance_is_the_keys_and_changes_what_is_fed_only_where_it_is_asked_for(measured, rows):
+def test_the_loss_depends_on_the_key_only_with_random_codes(measured, rows):
     plain = float(measured(rows)[0])
     assert float(measured(rows, key=jax.random.key(7))[0]) == plain
     random = TtsObjective(random_codes=0.5)
     assert len({plain, float(measured(rows, random)[0]), float(measured(rows, random, key=jax.random.key(7))[0])}) == 3
 
 
-def test_unconditional_rows_are_not_fed_their_text_and_others_are(measured, rows):
+def test_the_text_is_an_input_of_conditional_rows_only(measured, rows):
     other = rows.at[1, 0, 4].set(9)  # a piece of the second row's first word, which is fed and never asked
     for unconditional_B, same in (
         (CONDITIONAL_B, False),
@@ -138,7 +138,7 @@ def test_unconditional_rows_are_not_fed_their_text_and_others_are(measured, rows
         assert (losses[0] == losses[1]) is same
 
 
-def test_a_second_text_stream_is_read_as_decisions():
+def test_decisions_reads_the_targets_from_a_second_text_stream():
     card = 50
     streams = [(-1, 3), (0, 7), (9, 8), (-1, 3), (0, 3)]  # second and first: padding, a word of two tokens, the end
     text_T = np.array([-1] + [(second + 1) * card + first for second, first in streams], np.int32)
@@ -148,15 +148,15 @@ def test_a_second_text_stream_is_read_as_decisions():
     np.testing.assert_array_equal(decisions(text_T[None], card, second_stream=False), text_T[None])
 
 
-def test_a_prefix_does_not_count_and_is_not_fed_to_unconditional_rows(network, rows):
+def test_a_prefix_does_not_count_and_is_no_input_of_unconditional_rows(network, rows):
     graph, params = network
     context_B = jnp.array([DELAY + 6, DELAY])
 
     @jax.jit
-    def measure(codes_BKT, unconditional_B):
+    def measure(codes_BMT, unconditional_B):
         lm = nnx.merge(graph, params)
-        conditions = told(lm, 2)
-        return tts_loss(lm, codes_BKT, conditions, unconditional_B, KEY, UNDISTURBED, context_B)[1]["acoustic"]
+        conditions = conditions_of(lm, 2)
+        return tts_loss(lm, codes_BMT, conditions, unconditional_B, KEY, UNDISTURBED, context_B)[1]["acoustic"]
 
     def changed(where: tuple, unconditional: bool) -> bool:
         other = rows.at[where].set((rows[where] + 1) % LM.card)
@@ -169,14 +169,14 @@ def test_a_prefix_does_not_count_and_is_not_fed_to_unconditional_rows(network, r
     assert changed(rest, unconditional=True)
 
 
-def test_a_model_that_has_learnt_a_row_says_it(network, tokenizer, rows):
+def test_a_model_trained_on_a_row_speaks_it(network, tokenizer, rows):
     graph, params = network
     row = rows[:1]
     optimizer = OptimizerConfig(learning_rate=2e-2, warmup=5).build(150)
 
     def loss(params, frozen, aux, batch, key):
         lm = nnx.merge(graph, params)
-        value, metrics = tts_loss(lm, batch, told(lm, 1), CONDITIONAL_B[:1], key, UNDISTURBED)
+        value, metrics = tts_loss(lm, batch, conditions_of(lm, 1), CONDITIONAL_B[:1], key, UNDISTURBED)
         return value, (aux, metrics)
 
     step, state = make_step(loss, optimizer), init(jax.tree.map(jnp.copy, params), optimizer, 0)
@@ -204,7 +204,7 @@ def test_a_model_that_has_learnt_a_row_says_it(network, tokenizer, rows):
         final_padding=1,
         max_steps=400,
     )
-    (said,) = speaking.Loop(nnx.merge(graph, state.params), mimi, settings, [request]).speak([request])
-    frames = min(said.frames_KF.shape[1], FRAMES - max(LM.delays))
+    (spoken,) = speaking.Loop(nnx.merge(graph, state.params), mimi, settings, [request]).speak([request])
+    frames = min(spoken.frames_KF.shape[1], FRAMES - max(LM.delays))
     assert frames > 15
-    np.testing.assert_array_equal(said.frames_KF[:, :frames], row[0, :, :frames])
+    np.testing.assert_array_equal(spoken.frames_KF[:, :frames], row[0, :, :frames])

@@ -230,7 +230,7 @@ def _write(speech: Speech, path: Path, *, details: bool, frames: bool) -> None:
     speech.save(path)
     try:
         if details:
-            files.write_text(path.with_suffix(".json"), speech.to_json())
+            files.write_text(path.with_suffix(".json"), speech.to_dict())
         if frames:
             with files.replacing(path.with_suffix(".safetensors")) as file:
                 file.write(save({"frames": np.ascontiguousarray(speech.frames)}))

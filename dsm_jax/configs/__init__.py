@@ -1,6 +1,6 @@
-"""Models as plain frozen data, with the field names of Kyutai's published config files; nothing here knows arrays.
+"""Configs of models as frozen dataclasses, with the field names of Kyutai's published files; no arrays, no JAX.
 
-`json` reads and writes any of these strictly, `presets` holds the published models.
+`json` reads and writes any config strictly, `presets` holds the published models.
 """
 
 from dsm_jax.configs.delayed_lm import DepformerConfig, LMConfig

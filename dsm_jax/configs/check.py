@@ -1,18 +1,18 @@
-"""Checks of config values, with errors that say what to do."""
+"""The check of config values, with errors that say what to do."""
 
 from dsm_jax.errors import ConfigError
 
 
 def require(ok: bool, found: str, remedy: str) -> None:
-    """Raises unless `ok`.
+    """Raise unless `ok`.
 
     Args:
-      ok: whether the config is one that the library can honour.
+      ok: whether the library supports the setting.
       found: the faulty setting and its value.
-      remedy: what to set instead.
+      remedy: the value to set instead.
 
     Raises:
-      ConfigError: it is not.
+      ConfigError: `ok` is false.
     """
     if not ok:
         raise ConfigError(f"{found}; {remedy}")

@@ -84,11 +84,11 @@ class LMConfig:
         require(len(set(names)) == len(names), f"the conditioners are {names}", "give each a name of its own")
         if self.fuser is not None and (unknown := sorted({*self.fuser.sum, *self.fuser.cross} - {*names})):
             require(False, f"the fuser takes {unknown} and the conditioners are {names}", "name one of these")
-        _ = self.transformer  # checks the settings of the transformer
+        _ = self.transformer  # building its config checks the backbone's settings
 
     @property
     def transformer(self) -> TransformerConfig:
-        """The backbone."""
+        """Config of the backbone."""
         return TransformerConfig(
             d_model=self.dim,
             num_heads=self.num_heads,
@@ -112,11 +112,11 @@ class LMConfig:
 
     @property
     def user_q(self) -> int:
-        """Audio streams that are given, not generated."""
+        """Number of audio streams that are inputs and not generated."""
         return self.n_q - self.dep_q
 
     def conditioner(self, name: str) -> Conditioner | None:
-        """The conditioner of that name; None if the model has none."""
+        """Return the conditioner of that name; None if the model has none."""
         return next((conditioner for conditioner in self.conditioners if conditioner.name == name), None)
 
     @property
@@ -126,5 +126,5 @@ class LMConfig:
 
     @property
     def depformer_feedforward(self) -> int:
-        """`dim_feedforward` of the depformer, derived when the file leaves it out."""
+        """The depformer's `dim_feedforward`, derived from its width where the file omits it."""
         return self.depformer.dim_feedforward or int(self.hidden_scale * self.depformer.dim)

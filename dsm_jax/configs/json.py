@@ -1,6 +1,6 @@
-"""Reads configs from JSON and writes them back, strictly: an unknown key is an error.
+"""Read configs from JSON and write them back, strictly: an unknown key is an error.
 
-A setting silently ignored is a wrong model.
+A setting that is ignored silently would give a wrong model.
 """
 
 import dataclasses
@@ -16,21 +16,21 @@ Config = TypeVar("Config")
 
 
 def from_dict(kind: type[Config], values: Mapping[str, Any], where: str, *, like: Any = None) -> Config:
-    """Builds a config from decoded JSON.
+    """Build a config from decoded JSON.
 
     Args:
-      kind: a config class: a dataclass whose fields are numbers, texts, tuples, mappings and further configs.
-      values: field names to values; nested configs as nested mappings, or built already. A field that may hold one of
-        several configs takes the one whose `type` is given.
-      where: what the values were read from, for the error.
-      like: a config of that kind, or the kind itself for its defaults, from which nested configs take the fields that
-        `values` leave out. None takes these from the class of the nested config, where each may be required.
+      kind: a config class: a dataclass whose fields are numbers, strings, tuples, mappings and further configs.
+      values: values by field name; a nested config is a mapping or an instance. A mapping for a field with several
+        config classes names its class in the key `type`.
+      where: name of the values' source, for the error.
+      like: defaults for fields that are missing from nested configs: an instance of `kind`, or `kind` itself. None uses
+        the defaults of each nested config's own class.
 
     Returns:
       The config.
 
     Raises:
-      ConfigError: unknown or missing keys, a value of the wrong type, or a value that the library cannot honour.
+      ConfigError: unknown or missing keys, a value of the wrong type, or a value that the library does not support.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected an object with the fields of {kind.__name__}, got {values!r}")
@@ -75,7 +75,7 @@ def _read_value(kind: Any, value: Any, where: str, like: Any) -> Any:
 
 
 def _of_type(configs: Sequence[Any], value: Any, where: str) -> Any:
-    """Chooses among configs by their field `type`, whose default is each class's own."""
+    """Choose the config class whose default of the field `type` is the value's."""
     by_type = {config.type: config for config in configs}
     found = value.get("type") if isinstance(value, Mapping) else value
     if found not in by_type:
@@ -84,5 +84,5 @@ def _of_type(configs: Sequence[Any], value: Any, where: str) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Returns a config as plain JSON values, which `from_dict` reads back."""
+    """Convert a config to plain JSON values, which `from_dict` reads back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

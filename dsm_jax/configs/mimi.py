@@ -1,4 +1,4 @@
-"""The configs of the Mimi codec and its parts; the defaults are the published model."""
+"""The configs of the Mimi codec and its parts; the defaults are the published model's."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from dsm_jax.configs.transformer import TransformerConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeanetConfig:
-    """SEANet: the convolutions of Mimi. Ratios are in decoder order; the encoder walks them backwards."""
+    """SEANet, Mimi's convolutional networks. Ratios are in the decoder's order; the encoder uses them in reverse."""
 
     channels: int = 1
     dimension: int = 512
@@ -23,7 +23,7 @@ class SeanetConfig:
     compress: int = 2
     causal: bool = True
     activation: str = "ELU"
-    norm: str = "none"  # published weights are stored with weight norm folded in; the loader folds it otherwise
+    norm: str = "none"  # published weights have the weight norm folded in; the loader folds it if they have not
     pad_mode: str = "constant"
     true_skip: bool = True
     disable_norm_outer_blocks: int = 0
@@ -42,7 +42,7 @@ class SeanetConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """Split residual vector quantiser: `n_q_semantic` codebooks beside a residual chain of the others."""
+    """Split residual vector quantiser: a chain of `n_q_semantic` codebooks, and a second chain of the others."""
 
     dimension: int = 256
     n_q: int = 32
@@ -66,7 +66,7 @@ _MIMI_TRANSFORMER = TransformerConfig(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MimiConfig:
-    """The Mimi codec. The defaults are the published model."""
+    """The Mimi codec. The defaults are the published model's."""
 
     sample_rate: int = 24_000  # Hz
     frame_rate: float = 12.5  # Hz

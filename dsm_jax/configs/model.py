@@ -1,4 +1,4 @@
-"""The config of a whole model: its kind, and one config for each part that it has."""
+"""The config of a whole model: its family, and one config for each of its parts."""
 
 import dataclasses
 
@@ -12,8 +12,8 @@ class SttConfig:
     """Settings that a speech-to-text model was trained with.
 
     Attributes:
-      audio_delay_seconds: seconds by which the text stream is behind the audio.
-      audio_silence_prefix_seconds: silence that the model needs before the first sample.
+      audio_delay_seconds: delay of the text stream after the audio, in seconds.
+      audio_silence_prefix_seconds: silence that the model needs before the recording, in seconds.
     """
 
     audio_delay_seconds: float = 0.0
@@ -22,11 +22,11 @@ class SttConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelId:
-    """The training run that a checkpoint comes from; the files of its voices bear both.
+    """The training run that a checkpoint comes from, part of the file names of its voices.
 
     Attributes:
       sig: signature of the run.
-      epoch: of the run.
+      epoch: epoch of the checkpoint.
     """
 
     sig: str
@@ -35,16 +35,16 @@ class ModelId:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """All that a checkpoint says about itself, weights and tokenizer apart.
+    """The config of a checkpoint: everything except weights and tokenizer.
 
     Attributes:
-      model_type: the family, a key of `dsm_jax.models.family.FAMILIES`, which says which parts it has.
+      model_type: the family, a key of `dsm_jax.models.family.FAMILIES`, on which the required parts depend.
       lm: the language model; None for a codec alone.
       mimi: the codec.
-      stt: of speech-to-text models.
-      tts: of text-to-speech models; None for others.
-      sampling: the defaults of sampling.
-      model_id: None where the checkpoint has none.
+      stt: settings of speech-to-text models; the defaults for others.
+      tts: settings of text-to-speech models; None for others.
+      sampling: the checkpoint's defaults of sampling.
+      model_id: the training run; None if the checkpoint names none.
     """
 
     model_type: str

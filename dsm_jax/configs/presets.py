@@ -1,4 +1,4 @@
-"""The published models as configs; tests hold them against the published files."""
+"""The configs of the published models; tests compare them with the published files."""
 
 from dsm_jax.configs.delayed_lm import DepformerConfig, LMConfig
 from dsm_jax.configs.model import ModelConfig, SttConfig

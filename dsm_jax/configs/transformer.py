@@ -10,7 +10,7 @@ POSITIONS = ("none", "rope", "sin", "sin_rope")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """A causal transformer with a sliding window: Mimi's two, and the language model's."""
+    """A causal transformer with a sliding window: Mimi's two transformers, and the language model's backbone."""
 
     d_model: int
     num_heads: int
@@ -25,7 +25,7 @@ class TransformerConfig:
     positional_embedding: str = "rope"
     kv_repeat: int = 1
     cross_attention: bool = False
-    # Mimi's file says these too; both are the model width there.
+    # In Mimi's file only; both are the model width.
     input_dimension: int | None = None
     output_dimensions: tuple[int, ...] | None = None
     conv_layout: bool = True
@@ -52,10 +52,10 @@ class TransformerConfig:
 
     @property
     def num_kv_heads(self) -> int:
-        """Heads of keys and values: each serves `kv_repeat` heads of queries."""
+        """Number of key/value heads, each of which `kv_repeat` query heads share."""
         return self.num_heads // self.kv_repeat
 
 
 def gating_dim(width: int, feedforward: int) -> int:
-    """Inner width of a gated feed-forward, as kyutai-labs/moshi@e6a55d2 moshi/modules/gating.py derives it."""
+    """Compute the inner width of a gated feed-forward, as kyutai-labs/moshi@e6a55d2 moshi/modules/gating.py does."""
     return 21 * width // 8 if feedforward == 4 * width else 2 * feedforward // 3

@@ -1,4 +1,4 @@
-"""The settings of text-to-speech: conditioners and how they are fused, delays, and the defaults of sampling."""
+"""The configs of text-to-speech: conditioners and their fusion, delays, and defaults of sampling."""
 
 import dataclasses
 
@@ -7,14 +7,14 @@ from dsm_jax.configs.check import require
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LutConditioner:
-    """A condition that is one of a few values, each a row of a look-up table.
+    """A condition with a few possible values, each a row of a look-up table.
 
     Attributes:
-      name: of the condition, such as "cfg".
-      n_bins: rows of the table, one more aside for a value that is not given.
+      name: name of the condition, such as "cfg".
+      n_bins: rows of the table, without the additional row for a value that is not given.
       dim: width of a row.
-      tokenizer: from text to a row; every published model has "noop", which takes the position in `possible_values`.
-      possible_values: as text, in the order of the rows.
+      tokenizer: mapping from a value to a row; every published model has "noop", the index in `possible_values`.
+      possible_values: the values as strings, in the order of the rows.
       type: "lut".
     """
 
@@ -40,7 +40,7 @@ class TensorConditioner:
     """A condition that is a sequence of vectors, such as a voice.
 
     Attributes:
-      name: of the condition, such as "speaker_wavs".
+      name: name of the condition, such as "speaker_wavs".
       dim: width of a vector.
       type: "tensor".
     """
@@ -55,14 +55,14 @@ Conditioner = LutConditioner | TensorConditioner
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fuser:
-    """Names of the conditions by the way in which the language model takes them in.
+    """Names of the conditioners by the way in which their vectors enter the language model.
 
     Attributes:
       sum: conditioners whose vector is added to the input of every step.
-      prepend: conditioners that precede the input; no published model has one, and the library takes none.
-      cross: conditioners that every layer attends to, end to end in this order.
-      cross_attention_pos_emb: whether positions are added to what is attended to.
-      cross_attention_pos_emb_scale: factor of these positions.
+      prepend: conditioners whose vectors precede the input; not supported, as no published model has one.
+      cross: conditioners whose vectors every layer attends to, concatenated in this order.
+      cross_attention_pos_emb: whether position embeddings are added to the concatenated vectors.
+      cross_attention_pos_emb_scale: factor of these position embeddings.
     """
 
     sum: tuple[str, ...] = ()
@@ -84,8 +84,8 @@ class TtsConfig:
     """Settings that a text-to-speech model was trained with.
 
     Attributes:
-      audio_delay: seconds by which the audio streams are behind the text.
-      second_stream_ahead: words by which the second text stream is ahead of the first; 0 without a second stream.
+      audio_delay: delay of the audio streams after the text, in seconds.
+      second_stream_ahead: lead of the second text stream before the first, in words; 0 without a second stream.
       multistream: whether each of two speakers has audio streams of its own.
     """
 
@@ -96,15 +96,15 @@ class TtsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
-    """Defaults of sampling that a checkpoint gives (`lm_gen_config`); None where it gives none.
+    """A checkpoint's defaults of sampling (`lm_gen_config`); None for settings that it leaves out.
 
     Attributes:
       temp: temperature of the audio tokens; 0 is greedy.
-      temp_text: temperature of the text tokens.
-      top_k: audio tokens are drawn from so many of the most probable; 0 is all.
-      top_k_text: the same for text tokens.
+      temp_text: temperature of the text tokens; 0 is greedy.
+      top_k: number of the most probable audio tokens to sample from; 0 is all.
+      top_k_text: number of the most probable text tokens to sample from; 0 is all.
       cfg_coef: guidance scale.
-      text_temp: a spelling of `temp_text` in the file of tts-1.6b-en_fr, which the reference does not read either.
+      text_temp: misspelling of `temp_text` in the file of tts-1.6b-en_fr; ignored, as in the reference.
     """
 
     temp: float | None = None

@@ -1,1 +1,1 @@
-"""The published networks, assembled from `dsm_jax.nn`: the Mimi codec and the delayed-streams language model."""
+"""The published networks, built from `dsm_jax.nn`: the Mimi codec and the delayed-streams language model."""

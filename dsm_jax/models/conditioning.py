@@ -1,7 +1,7 @@
-"""Conditioning: what a stream is told once, before it starts (a voice, a guidance value, a description).
+"""Conditioning on values that are fixed for a whole stream: a voice, a guidance value, a description.
 
-Each conditioner turns its value into vectors of the model's width. Those fused by "sum" are added to every step's
-input; those fused by "cross" are laid end to end for the cross-attention. Always float32, as the reference keeps it.
+Each conditioner projects its value to vectors of the model's width. Vectors fused by "sum" are added to every step's
+input; vectors fused by "cross" are concatenated for the cross-attention. Always float32, as in the reference.
 
 Shape letters: docs/axes.md.
 Source: kyutai-labs/moshi@e6a55d2 moshi/conditioners.
@@ -22,12 +22,12 @@ from dsm_jax.nn.linear import Embedding, Linear
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Conditions:
-    """What the backbone needs at every step.
+    """The conditioning that the backbone takes at every step.
 
     Attributes:
-      sum_BD: a vector that is added to the input of every step.
+      sum_BD: vector that is added to the input of every step.
       cross: keys and values [B, heads, X, head width] of every layer's cross-attention.
-      length_B: int32, how many of the X positions each row has; None for all.
+      length_B: int32, number of the X positions that each row has; None for all.
     """
 
     sum_BD: jax.Array | None
@@ -36,9 +36,9 @@ class Conditions:
 
 
 class Conditioner(nnx.Module):
-    """Projects values to the model's width; where a value is masked, a learnt vector stands in.
+    """A projection of values to the model's width; a learnt vector replaces masked values.
 
-    With `entries` the values are indices into a table (the last entry stands for "not given"), else vectors.
+    With `entries` the values are indices into a table, whose last entry means "not given"; otherwise they are vectors.
     """
 
     def __init__(self, width: int, model_width: int, *, entries: int | None, rngs: nnx.Rngs):
@@ -48,13 +48,13 @@ class Conditioner(nnx.Module):
         self.learnt_padding_D = nnx.Param(nnx.initializers.normal(0.2)(rngs.params(), (model_width,)))
 
     def __call__(self, value: jax.Array, mask_BX: jax.Array) -> jax.Array:
-        """Maps values, indices [B, X] or vectors [B, X, W], to [B, X, D]."""
+        """Map values, indices [B, X] or vectors [B, X, W], to [B, X, D]."""
         y_BXD = self.output_proj(value if self.table is None else self.table(value))
         return jnp.where(mask_BX[..., None], y_BXD, self.learnt_padding_D[...])
 
 
 class Conditioning(nnx.Module):
-    """The conditioners of a config, and how their results are fused."""
+    """The conditioners of a config, and the fusion of their results."""
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
         fuser = config.fuser or Fuser()
@@ -69,14 +69,15 @@ class Conditioning(nnx.Module):
     def __call__(
         self, values: dict[str, jax.Array], masks: dict[str, jax.Array]
     ) -> tuple[jax.Array | None, jax.Array | None]:
-        """Fuses the conditions of every row.
+        """Fuse the conditions of every row.
 
         Args:
           values: for each conditioner, indices [B, X] or vectors [B, X, W].
-          masks: for each, bool [B, X]: whether the value is given.
+          masks: for each conditioner, bool [B, X], True where a value is given.
 
         Returns:
-          What to add to each step's input [B, D], and what to attend to [B, X, D]; None where nothing is fused so.
+          The vector to add to each step's input [B, D], and the source of cross-attention [B, X, D]; None for a kind of
+          fusion that the model does not use.
         """
         made = {name: conditioner(values[name], masks[name]) for name, conditioner in self.conditioners.items()}
         sum_BD = functools.reduce(jnp.add, [made[name][:, 0] for name in self.summed]) if self.summed else None

@@ -1,11 +1,11 @@
-"""The depformer: a small transformer that walks over the codebooks of one frame.
+"""The depformer: a small transformer that generates the codebooks of a frame one after another.
 
-Step k of the walk is fed the backbone's hidden state and the token of step k - 1 (the text token first), and scores
-codebook k. Each step has weights of its own, or shares a set by the config's schedule. A walk never looks beyond its
+Step k takes the backbone's hidden state and the token of step k - 1 (the text token at step 0), and scores codebook k.
+Each step has weights of its own, or shares a set by the config's schedule. The depformer never attends beyond its
 frame, so teacher-forced training treats every frame as a row.
 
-Shape letters: docs/axes.md; here N = B * T, Q are the generated codebooks, which are the steps of the walk, D is the
-depformer's width and E the backbone's.
+Shape letters: docs/axes.md; here N = B * T, Q is the generated codebooks (the depformer's steps), D the depformer's
+width and E the backbone's.
 Source: Moshi (Défossez et al. 2024), section 3.4; kyutai-labs/moshi@e6a55d2 moshi/models/lm.py
 forward_depformer_training and depformer_step.
 """
@@ -28,11 +28,11 @@ from dsm_jax.nn.precision import full_precision
 from dsm_jax.nn.transformer import GatedFeedForward
 
 KeysValues = tuple[jax.Array, jax.Array]
-WALK_GROUP = 4  # codebooks between two looks at whether more are wanted, each of which waits for the device on a GPU
+WALK_GROUP = 4  # codebooks per conditional of `walk`; on a GPU, every conditional waits for the device
 
 
 class DepformerLayer(nnx.Module):
-    """Pre-norm attention and gated feed-forward; the norms are shared by all steps, the weights are per set."""
+    """Pre-norm attention and gated feed-forward; all steps share the norms, each set of steps has its weights."""
 
     def __init__(self, config: LMConfig, *, rngs: nnx.Rngs):
         width, sets = config.depformer.dim, max(config.depformer_schedule) + 1
@@ -49,14 +49,14 @@ class DepformerLayer(nnx.Module):
         return jnp.stack([modules[s](x_NQ[:, q]) for q, s in enumerate(self.schedule)], axis=1)
 
     def __call__(self, x_NQD: jax.Array) -> jax.Array:
-        """Runs all steps of every walk at once."""
+        """Run all steps of every frame at once."""
         parts_NQPKH = self._per_step(self.in_projs, self.norm1(x_NQD))
         y_NQKH = self_attention(parts_NQPKH[:, :, 0], parts_NQPKH[:, :, 1], parts_NQPKH[:, :, 2])
         x_NQD = x_NQD + self._per_step(self.out_projs, y_NQKH)
         return x_NQD + self._per_step(self.gating, self.norm2(x_NQD))
 
     def step(self, x_BD: jax.Array, q: int, past: KeysValues | None) -> tuple[jax.Array, KeysValues]:
-        """Runs step `q` of every walk, after those whose keys and values [B, q, K, H] are given."""
+        """Run step `q` of every row; `past` holds the keys and values [B, q, K, H] of the steps before it."""
         s = self.schedule[q]
         parts_B1PKH = self.in_projs[s](self.norm1(x_BD))[:, None]
         seen = parts_B1PKH[:, :, 1], parts_B1PKH[:, :, 2]
@@ -68,12 +68,12 @@ class DepformerLayer(nnx.Module):
 
 
 class Depformer(nnx.Module):
-    """Scores the codebooks of each frame in turn.
+    """The depformer, with its embeddings and one head per generated codebook.
 
     Args:
-      config: of the language model.
-      dtype: of the activations, which must be that of the backbone's.
-      rngs: random streams.
+      config: config of the language model.
+      dtype: dtype of the activations, the same as the backbone's.
+      rngs: random streams for the initial weights.
     """
 
     def __init__(self, config: LMConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
@@ -102,12 +102,12 @@ class Depformer(nnx.Module):
         self.layers = nnx.List([DepformerLayer(config, rngs=rngs) for _ in range(config.depformer.num_layers)])
         self.linears = nnx.List([Linear({"D": width}, {"V": config.card}, rngs=rngs) for _ in range(config.dep_q)])
 
-    def __call__(self, hidden_BTE: jax.Array, target_BKT: jax.Array) -> jax.Array:
-        """Teacher-forced scores.
+    def __call__(self, hidden_BTE: jax.Array, target_BMT: jax.Array) -> jax.Array:
+        """Compute teacher-forced logits.
 
         Args:
           hidden_BTE: the backbone's output.
-          target_BKT: the tokens of the frame being predicted, text first, in delayed time.
+          target_BMT: the tokens to predict at each step, text first, in delayed time.
 
         Returns:
           Logits [B, Q, T, V], float32.
@@ -115,7 +115,7 @@ class Depformer(nnx.Module):
         B, T, _ = hidden_BTE.shape
         inputs = []
         for q, s in enumerate(self.config.depformer_schedule):
-            token = self.text_emb(target_BKT[:, 0]) if q == 0 else self.audio_embs[q - 1](target_BKT[:, q])
+            token = self.text_emb(target_BMT[:, 0]) if q == 0 else self.audio_embs[q - 1](target_BMT[:, q])
             inputs.append(self.inputs[s](hidden_BTE) + token)
         x_NQD = jnp.stack(inputs, axis=2).reshape(B * T, self.config.dep_q, -1)
         for layer in self.layers:
@@ -133,15 +133,15 @@ class Depformer(nnx.Module):
         codebooks: int,
         wanted: jax.Array | None = None,
     ) -> jax.Array:
-        """Generates one frame, codebook after codebook.
+        """Generate one frame, codebook by codebook.
 
         Args:
           hidden_BE: the backbone's output for the frame.
           text_B: int32, the text token of the frame.
-          choose: maps a codebook's number and its logits [B, V], float32, to int32 tokens [B].
-          codebooks: how many to generate at most, from 1 to Q.
-          wanted: int32 [], how many codebooks are used of the result: the walk ends with the group of `WALK_GROUP`
-            codebooks that holds the last of them. None stands for `codebooks`.
+          choose: samples: maps a codebook's index and its logits [B, V], float32, to int32 tokens [B].
+          codebooks: number of codebooks of the result, from 1 to Q.
+          wanted: int32 [], number of codebooks to generate, rounded up to a multiple of `WALK_GROUP`. None means
+            `codebooks`.
 
         Returns:
           int32 tokens [B, codebooks], 0 for codebooks that were not generated.
@@ -168,7 +168,7 @@ class Depformer(nnx.Module):
         token_B: jax.Array,
         past: list[KeysValues | None],
     ) -> tuple[jax.Array, list[KeysValues | None]]:
-        """Generates a group of codebooks after `token_B`: their tokens, and the keys and values so far."""
+        """Generate a group of codebooks after `token_B`; return their tokens, and all keys and values so far."""
         past, tokens = list(past), []
         for q in group:
             embedding = self.text_emb if q == 0 else self.audio_embs[q - 1]

@@ -1,7 +1,7 @@
-"""The kinds of model: one entry each, which everything that depends on the kind of a model asks.
+"""The registry of model families: one entry per kind of model, from its config to its networks, layouts and loss.
 
-Code on this floor and below is named by itself; layouts, program and loss stand on higher floors and are named by their
-dotted paths, which the floor that needs them resolves (`pkgutil.resolve_name`).
+An entry refers to modules of higher ranks (layouts, program, loss) by dotted path, which the caller resolves with
+`pkgutil.resolve_name`, so that this module imports nothing from above its rank.
 """
 
 import dataclasses
@@ -24,18 +24,17 @@ class Family:
     """A kind of model.
 
     Attributes:
-      model_type: its name in `ModelConfig.model_type`.
-      description: of one model, with the article.
-      task: the verb for what one does; None where no program of this library runs it.
-      example: a published one, by its name on the hub.
-      parts: the fields of `ModelConfig` that it has besides the codec, and the class of each.
-      check: raises ConfigError for parts that do not go together.
-      language_model: builds it from a config that has the parts and the dtype that it computes in; None for a codec
-        alone.
-      vocabulary: the number of pieces of the tokenizer, from such a config; None without a tokenizer.
-      layouts: the modules that read and write its published layouts, by the layout's name.
-      program: the module that runs it over batches of rows.
-      loss: the function that it is trained by.
+      model_type: the family's name in `ModelConfig.model_type`.
+      description: noun phrase for one model, with the article, for messages.
+      task: the verb for a model's task, for messages; None where the library has no program that runs the family.
+      example: a published model's name on the hub.
+      parts: the fields of `ModelConfig` that the family uses besides `mimi`, and the class of each.
+      check: raises ConfigError for parts that contradict each other.
+      language_model: builds the language model from (config, dtype of the activations); None for a codec alone.
+      vocabulary: returns the number of the tokenizer's pieces from a config; None without a tokenizer.
+      layouts: dotted paths of the modules that read and write the published layouts, by the layout's name.
+      program: dotted path of the module that runs the family in slots.
+      loss: dotted path of the training loss.
     """
 
     model_type: str
@@ -52,7 +51,7 @@ class Family:
 
 
 class Loaded(Protocol):
-    """As much of a loaded model as `require` reads."""
+    """The attributes of a loaded model that `require` reads."""
 
     @property
     def name(self) -> str:
@@ -71,10 +70,10 @@ class Loaded(Protocol):
 
 
 def lm_config(config: ModelConfig) -> LMConfig:
-    """Returns the config of the delayed-streams language model.
+    """Return the config of the delayed-streams language model.
 
     Raises:
-      ConfigError: the model has none.
+      ConfigError: the model has no language model.
     """
     if config.lm is None:
         raise ConfigError(
@@ -166,15 +165,15 @@ FAMILIES: Mapping[str, Family] = {
         ),
     )
 }
-# The fields of ModelConfig that keep their default in a family without them.
+# The parts of ModelConfig, with the default that a part must have in a family without it.
 _PARTS = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name in ("lm", "stt", "tts")}
 
 
 def family_of(config: ModelConfig) -> Family:
-    """Returns the family of a config.
+    """Return the family of a config.
 
     Raises:
-      ConfigError: a model type that is not known.
+      ConfigError: an unknown model type.
     """
     if config.model_type not in FAMILIES:
         raise ConfigError(f"model_type is {config.model_type!r}; choose one of {', '.join(FAMILIES)}")
@@ -182,17 +181,17 @@ def family_of(config: ModelConfig) -> Family:
 
 
 def check(config: ModelConfig, where: str) -> Family:
-    """Holds a config against its family: every part that the family has, none that it has not.
+    """Check that a config has exactly the parts of its family.
 
     Args:
-      config: of a whole model.
-      where: what the config was read from, for the error.
+      config: config of a whole model.
+      where: name of the config's source, for the error.
 
     Returns:
       The family.
 
     Raises:
-      ConfigError: a model type that is not known, a missing or superfluous part, or parts that do not go together.
+      ConfigError: an unknown model type, a missing or superfluous part, or parts that contradict each other.
     """
     try:
         family = family_of(config)
@@ -211,19 +210,19 @@ def check(config: ModelConfig, where: str) -> Family:
 def abstract_model(
     config: ModelConfig, *, decoder: bool = True, dtype: Any = "float32", sharding: Sharding | None = None
 ) -> dict[str, AbstractNetwork]:
-    """Returns the networks that a config describes, without weights; nothing is allocated.
+    """Build the networks of a config without weights; nothing is allocated.
 
     Args:
-      config: of the model.
+      config: config of the model.
       decoder: whether the codec has its decoder.
-      dtype: in which the language model computes; the codec computes in float32.
-      sharding: how the language model is split over devices; of the codec only rows are.
+      dtype: dtype of the language model's activations; the codec computes in float32.
+      sharding: split of the language model over devices; the codec is split by rows only.
 
     Returns:
-      "mimi", and "lm" where the family has a language model.
+      The networks by name: "mimi", and "lm" if the family has a language model.
 
     Raises:
-      ConfigError: the config is not one of its family, or a network cannot honour it.
+      ConfigError: the config does not fit its family, or has a setting that a network does not support.
     """
     build = check(config, "the config").language_model
     rows = None if sharding is None else sharding.rows
@@ -234,16 +233,16 @@ def abstract_model(
 
 
 def require(model: Loaded, model_type: str) -> None:
-    """Raises unless a model is one of a family and whole.
+    """Raise unless a model belongs to a family and is complete.
 
     Args:
-      model: as loaded.
-      model_type: of the family.
+      model: the loaded model.
+      model_type: name of the family.
 
     Raises:
-      CheckpointError: it lacks its tokenizer.
-      ModelKindError: it is of another family.
-      ConfigError: its config is not one of the family.
+      CheckpointError: the model lacks its tokenizer.
+      ModelKindError: the model is of another family.
+      ConfigError: the model's config does not fit its family.
     """
     wanted, family = FAMILIES[model_type], check(model.config, model.name)
     if family is not wanted:

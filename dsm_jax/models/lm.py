@@ -1,10 +1,10 @@
-"""The delayed-streams language model: one stream of text and many of audio codes, all a step of 80 ms apart.
+"""The delayed-streams language model: one text stream and many streams of audio codes, in steps of 80 ms.
 
-At each step the model is fed one token of every stream and says what the next text token is; models that also generate
-audio have a depformer, which then walks over the codebooks. Token ids: `card` and `text_card` start a stream, -1 adds
-nothing to the input (and is left out of losses).
+At each step the model takes one token of every stream and predicts the next text token; in models that also generate
+audio, a depformer then generates the codebooks. Token ids: `card` and `text_card` start a stream; -1 is absent, so it
+adds nothing to the input and losses leave it out.
 
-Shape letters: docs/axes.md; of tokens, K are the streams, text first.
+Shape letters: docs/axes.md.
 Source: Zeghidour et al. 2025 (Delayed Streams Modeling); kyutai-labs/moshi@e6a55d2 moshi/models/lm.py.
 """
 
@@ -31,7 +31,7 @@ from dsm_jax.sharding import Sharding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LMOutput:
-    """Logits aligned with the codes they predict, and where they mean something."""
+    """Logits aligned with the tokens that they predict, and masks of the tokens that are predicted."""
 
     text_logits_BTV: jax.Array
     text_mask_BT: jax.Array
@@ -40,17 +40,18 @@ class LMOutput:
 
 
 class DelayedStreamsLM(nnx.Module):
-    """The backbone with its embeddings and heads; conditioning and depformer where the config has them.
+    """The backbone with its embeddings and heads, and the conditioning and the depformer if the config has them.
 
     Args:
-      config: sizes and kinds.
-      dtype: of the activations and the caches, whatever the weights are stored in. Conditioning is always float32.
-      rngs: random streams.
+      config: sizes and kinds of layers.
+      dtype: dtype of the activations and the caches, whatever the weights are stored in. Conditioning is always
+        float32.
+      rngs: random streams for the initial weights.
     """
 
     def __init__(self, config: LMConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config, self.dtype = config, jnp.dtype(dtype)
-        self.sharding: Sharding | None = None  # of parameters and states: see `set_sharding`
+        self.sharding: Sharding | None = None  # written by `set_sharding`
         width, init = {"D": config.dim}, nnx.initializers.normal(config.dim**-0.5)
         self.audio_emb = Embedding(config.card + 1, config.dim, streams=config.n_q, dtype=dtype, rngs=rngs)
         self.text_emb = TokenEmbedding(
@@ -66,40 +67,39 @@ class DelayedStreamsLM(nnx.Module):
 
     @property
     def initial_K(self) -> jax.Array:
-        """What every stream is fed before its first token, int32 [K]."""
+        """The initial token of every stream, int32 [M]."""
         return initial_tokens(self.config)
 
     @full_precision
-    def embed(self, tokens_BKT: jax.Array) -> jax.Array:
-        """Sums the embeddings of all streams; a token of -1 adds exactly nothing."""
-        audio_BTD = self.audio_emb(tokens_BKT[:, 1:].swapaxes(1, 2)).sum(2)
-        return audio_BTD + self.text_emb(tokens_BKT[:, 0])
+    def embed(self, tokens_BMT: jax.Array) -> jax.Array:
+        """Sum the embeddings of all streams; a token of -1 adds exactly nothing."""
+        audio_BTD = self.audio_emb(tokens_BMT[:, 1:].swapaxes(1, 2)).sum(2)
+        return audio_BTD + self.text_emb(tokens_BMT[:, 0])
 
     def init_state(self, batch_size: int) -> TransformerState:
-        """The state of `batch_size` fresh streams."""
+        """Make the state of `batch_size` fresh streams."""
         return self.transformer.init_state(batch_size)
 
     def step(
         self,
-        tokens_BKT: jax.Array,
+        tokens_BMT: jax.Array,
         state: TransformerState,
         lengths_B: jax.Array | None = None,
         conditions: Conditions | None = None,
     ) -> tuple[jax.Array, TransformerState]:
-        """Feeds T steps of tokens, already delayed, and returns the normalised hidden states [B, T, D].
+        """Feed T steps of tokens, already delayed, and return the normalised hidden states [B, T, D].
 
         Raises:
-          StreamError: the tokens are not those of `n_q` audio streams and a text stream, or the model attends to
-            conditions and got none.
+          StreamError: the number of streams is not `n_q` + 1, or the model has cross-attention and got no conditions.
         """
         if self.config.cross_attention and (conditions is None or conditions.cross is None):
-            raise StreamError("the model attends to conditions and got none; make them with `condition`")
-        if tokens_BKT.shape[1] != self.config.n_q + 1:
+            raise StreamError("the model has cross-attention and got no conditions; make them with `condition`")
+        if tokens_BMT.shape[1] != self.config.n_q + 1:
             raise StreamError(
-                f"the model got {tokens_BKT.shape[1]} streams; it has {self.config.n_q + 1}: text, then "
+                f"the model got {tokens_BMT.shape[1]} streams; it has {self.config.n_q + 1}: text, then "
                 f"{self.config.n_q} of audio, [batch, streams, steps]"
             )
-        x_BTD = self.embed(tokens_BKT)
+        x_BTD = self.embed(tokens_BMT)
         if conditions is not None and conditions.sum_BD is not None:
             x_BTD = x_BTD + conditions.sum_BD[:, None].astype(x_BTD.dtype)
         x_BTD, state = self.transformer.step(x_BTD, state, lengths_B, *_cross_of(conditions))
@@ -107,7 +107,7 @@ class DelayedStreamsLM(nnx.Module):
 
     @full_precision
     def condition(self, values: dict[str, jax.Array], masks: dict[str, jax.Array]) -> Conditions:
-        """Turns condition values into what `step` adds and attends to, once per stream.
+        """Compute the conditioning of `step` from condition values, once per stream.
 
         Raises:
           StreamError: the model has no conditioners.
@@ -121,48 +121,47 @@ class DelayedStreamsLM(nnx.Module):
 
     @full_precision
     def text_logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Scores the next text token, float32 [B, T, V]."""
+        """Score the next text token, float32 [B, T, V]."""
         return self.text_linear(hidden_BTD).astype(jnp.float32)
 
     @full_precision
     def extra_probabilities(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Computes the softmax of every extra head, float32 [B, T, A, O]. In STT models class 0 is a pause to come."""
+        """Compute the softmax of every extra head, float32 [B, T, A, O]; in STT models, class 0 is a pause to come."""
         if self.extra_heads is None:
             return jnp.zeros((*hidden_BTD.shape[:2], 0, self.config.extra_heads_dim), jnp.float32)
         return jax.nn.softmax(self.extra_heads(hidden_BTD).astype(jnp.float32), axis=-1)
 
     @full_precision
     def __call__(
-        self, codes_BKT: jax.Array, conditions: Conditions | None = None, *, fed_BKT: jax.Array | None = None
+        self, codes_BMT: jax.Array, conditions: Conditions | None = None, *, inputs_BMT: jax.Array | None = None
     ) -> LMOutput:
-        """Teacher-forced scores of a whole clip: every token predicted from the ones before it.
+        """Compute teacher-forced logits of a whole clip: every token is predicted from the tokens before it.
 
         Args:
-          codes_BKT: int32 tokens of every stream, text first, undelayed: column t is frame t. -1 is fed as nothing and
-            masked out.
+          codes_BMT: int32 tokens of every stream, text first, undelayed: column t is frame t. -1 adds nothing to the
+            input and is masked out.
           conditions: from `condition`, for models that have conditioners.
-          fed_BKT: what the backbone is fed in place of `codes_BKT`, for training that hides part of it; the masks and
-            the depformer still go by `codes_BKT`.
+          inputs_BMT: input of the backbone in place of `codes_BMT`, for training that drops part of the input; the
+            masks and the depformer still use `codes_BMT`.
 
         Returns:
-          Logits aligned with `codes_BKT`: those at t predict codes[..., t]. Where a stream's delay runs past the end
-          they are zero and masked.
+          Logits aligned with `codes_BMT`: logits at t predict codes[..., t]. Frames that a stream's delay moves past
+          the end have zero logits and are masked out.
         """
         config = self.config
-        target_BKT = delay(codes_BKT, self.initial_K, config.delays)
-        delayed_BKT = target_BKT if fed_BKT is None else delay(fed_BKT, self.initial_K, config.delays)
-        inputs_BKT = inputs_of(delayed_BKT, self.initial_K)
-        clip = self.transformer.init_clip(codes_BKT.shape[0], codes_BKT.shape[2])
-        hidden_BTD, _ = self.step(inputs_BKT, clip, conditions=conditions)
+        target_BMT = delay(codes_BMT, self.initial_K, config.delays)
+        delayed_BMT = target_BMT if inputs_BMT is None else delay(inputs_BMT, self.initial_K, config.delays)
+        clip = self.transformer.init_clip(codes_BMT.shape[0], codes_BMT.shape[2])
+        hidden_BTD, _ = self.step(inputs_of(delayed_BMT, self.initial_K), clip, conditions=conditions)
 
         text_BTV, valid_1T = undelay(self.text_logits(hidden_BTD)[:, None], config.delays[:1])
-        text_mask_BT = valid_1T & (codes_BKT[:, 0] != ZERO_TOKEN)
+        text_mask_BT = valid_1T & (codes_BMT[:, 0] != ZERO_TOKEN)
         if self.depformer is None:
             return LMOutput(text_BTV[:, 0], text_mask_BT, None, None)
-        logits_BQTV = self.depformer(hidden_BTD, target_BKT)
+        logits_BQTV = self.depformer(hidden_BTD, target_BMT)
         generated = slice(1, 1 + config.dep_q)
         logits_BQTV, valid_QT = undelay(logits_BQTV, config.delays[generated])
-        return LMOutput(text_BTV[:, 0], text_mask_BT, logits_BQTV, valid_QT & (codes_BKT[:, generated] != ZERO_TOKEN))
+        return LMOutput(text_BTV[:, 0], text_mask_BT, logits_BQTV, valid_QT & (codes_BMT[:, generated] != ZERO_TOKEN))
 
 
 def _cross_of(conditions: Conditions | None) -> tuple[tuple[tuple[jax.Array, jax.Array], ...] | None, jax.Array | None]:

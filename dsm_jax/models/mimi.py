@@ -1,11 +1,11 @@
-"""Mimi, the neural codec: 24 kHz audio to 12.5 frames of codes a second, and back.
+"""Mimi, the neural codec, between 24 kHz audio and 12.5 frames of codes a second.
 
-Always float32: in less, a visible share of codes comes out differently.
+Always float32: lower precision changes a visible share of the codes.
 
 Shape letters: B batch rows, T samples or frames, C audio channels, D latent width, Q codebooks.
 Source: Moshi (Défossez et al. 2024), section 3.3; kyutai-labs/moshi@e6a55d2 moshi/models/compression.py. Differs on
-purpose: the attention window stays exact however the audio is cut, where the reference's streaming loses a key once
-10 s have passed. Codes equal the reference's offline codes.
+purpose: the attention window is exact for any size of chunks, while the reference's streaming drops a key from 10 s on.
+Codes equal the reference's offline codes.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from dsm_jax.nn.seanet import seanet_decoder, seanet_encoder
 from dsm_jax.nn.transformer import Transformer, TransformerState
 from dsm_jax.streaming import scaled_lengths, step_in_blocks
 
-# SEANet runs over long clips in blocks of this many frames: the widest activations of a block stay in a CPU's cache.
-# Not in training: gradients of convolutions inside a loop take four times as long there.
+# SEANet runs over long clips in blocks of this many frames, so that the widest activations of a block stay in a CPU's
+# cache. Training uses no blocks: gradients of convolutions inside a loop take four times as long.
 SEANET_BLOCK_FRAMES = 8
 
 
@@ -38,7 +38,7 @@ class CodecState:
 
 
 class MimiEncoder(nnx.Module):
-    """Samples [B, T, C] to continuous latents [B, T / frame, D]."""
+    """The encoder: samples [B, T, C] to continuous latents [B, T / frame, D]."""
 
     def __init__(self, config: MimiConfig, *, block_frames: int | None = SEANET_BLOCK_FRAMES, rngs: nnx.Rngs):
         self.frame_size, self.block_frames = config.frame_size, block_frames
@@ -50,7 +50,7 @@ class MimiEncoder(nnx.Module):
         )
 
     def init_state(self, batch_size: int) -> CodecState:
-        """The state of `batch_size` fresh streams."""
+        """Make the state of `batch_size` fresh streams."""
         return CodecState(
             self.seanet.init_state(batch_size),
             self.transformer.init_state(batch_size),
@@ -60,7 +60,7 @@ class MimiEncoder(nnx.Module):
     def step(
         self, x_BTC: jax.Array, state: CodecState, lengths_B: jax.Array | None = None
     ) -> tuple[jax.Array, CodecState]:
-        """Runs a whole number of frames; lengths are in samples, whole frames too.
+        """Run a whole number of frames; lengths are in samples and multiples of the frame size.
 
         Raises:
           StreamError: T is not a positive multiple of the frame size.
@@ -79,7 +79,7 @@ class MimiEncoder(nnx.Module):
         return y_BTD, CodecState(seanet, transformer, resample)
 
     def __call__(self, x_BTC: jax.Array) -> jax.Array:
-        """One step over the whole clip."""
+        """Run one step over the whole clip."""
         rows, latents = x_BTC.shape[0], x_BTC.shape[1] // self.frame_size * self.downsample.stride
         state = self.init_state(rows)
         clip = dataclasses.replace(state, transformer=self.transformer.init_clip(rows, latents))
@@ -87,7 +87,7 @@ class MimiEncoder(nnx.Module):
 
 
 class MimiDecoder(nnx.Module):
-    """Latents [B, T, D] to samples [B, T * frame, C], not clipped."""
+    """The decoder: latents [B, T, D] to samples [B, T * frame, C], not clipped."""
 
     def __init__(self, config: MimiConfig, *, block_frames: int | None = SEANET_BLOCK_FRAMES, rngs: nnx.Rngs):
         self.block_frames = block_frames
@@ -96,7 +96,7 @@ class MimiDecoder(nnx.Module):
         self.seanet = seanet_decoder(config.seanet, rngs=rngs)
 
     def init_state(self, batch_size: int) -> CodecState:
-        """The state of `batch_size` fresh streams."""
+        """Make the state of `batch_size` fresh streams."""
         return CodecState(
             self.seanet.init_state(batch_size),
             self.transformer.init_state(batch_size),
@@ -106,7 +106,7 @@ class MimiDecoder(nnx.Module):
     def step(
         self, x_BTD: jax.Array, state: CodecState, lengths_B: jax.Array | None = None
     ) -> tuple[jax.Array, CodecState]:
-        """Runs any number of frames."""
+        """Run any number of frames."""
 
         y_BTD, resample = self.upsample.step(x_BTD, state.resample, lengths_B)
         latents_B = scaled_lengths(lengths_B, x_BTD.shape[1], y_BTD.shape[1])
@@ -116,7 +116,7 @@ class MimiDecoder(nnx.Module):
         return y_BTC, CodecState(seanet, transformer, resample)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """One step over the whole clip."""
+        """Run one step over the whole clip."""
         rows, latents = x_BTD.shape[0], x_BTD.shape[1] * self.upsample.stride
         state = self.init_state(rows)
         clip = dataclasses.replace(state, transformer=self.transformer.init_clip(rows, latents))
@@ -126,8 +126,8 @@ class MimiDecoder(nnx.Module):
 class Mimi(nnx.Module):
     """The codec: an encoder, a quantiser and a decoder, each usable on its own.
 
-    A codec that only listens can be made without its decoder. `block_frames` is how long a piece SEANet is run on at a
-    time; None, the whole clip, is for training.
+    A codec that only encodes can be made without its decoder. SEANet runs on `block_frames` frames at a time; None, for
+    training, runs it on the whole clip at once.
     """
 
     def __init__(
@@ -146,20 +146,20 @@ class Mimi(nnx.Module):
     def encode_step(
         self, x_BTC: jax.Array, state: CodecState, lengths_B: jax.Array | None = None, *, codebooks: int | None = None
     ) -> tuple[jax.Array, CodecState]:
-        """Turns a chunk of audio into codes.
+        """Encode a chunk of audio.
 
         Args:
           x_BTC: samples at 24 kHz in [-1, 1]; T is a positive multiple of 1920.
           state: from `encoder.init_state`, or from the previous call.
-          lengths_B: int32, samples that each row has, a multiple of 1920; None means all.
-          codebooks: how many to compute, from 1; None means all.
+          lengths_B: int32, samples that each row takes, a multiple of 1920; None means all.
+          codebooks: number of codebooks to compute, at least 1; None means all.
 
         Returns:
           codes: int32 [B, codebooks, T / 1920] in [0, 2048), coarsest first.
           The state to pass next time.
 
         Raises:
-          ConfigError: the codec has fewer codebooks.
+          ConfigError: `codebooks` is not between 1 and the codec's number of codebooks.
           StreamError: T is not a whole number of frames.
         """
         most = self.config.quantizer.n_q
@@ -172,28 +172,28 @@ class Mimi(nnx.Module):
     def decode_step(
         self, codes_BQT: jax.Array, state: CodecState, lengths_B: jax.Array | None = None
     ) -> tuple[jax.Array, CodecState]:
-        """Turns codes of any number of codebooks and frames into samples [B, T * 1920, C], not clipped.
+        """Decode codes of any number of codebooks and frames to samples [B, T * 1920, C], not clipped.
 
         A code of -1 is absent and adds nothing, so rows may have different numbers of codebooks.
 
         Raises:
-          ConfigError: more codebooks than the codec has, or a codec without a decoder.
+          ConfigError: there are more codebooks than the codec has, or the codec was made without its decoder.
         """
         if codes_BQT.shape[1] > self.config.quantizer.n_q:
-            raise ConfigError(f"{codes_BQT.shape[1]} codebooks were given; the codec has {self.config.quantizer.n_q}")
+            raise ConfigError(f"{codes_BQT.shape[1]} codebooks were given; give at most {self.config.quantizer.n_q}")
         return self._decoder().step(self.quantizer.decode(codes_BQT), state, lengths_B)
 
     def latents(self, x_BTC: jax.Array) -> jax.Array:
-        """Continuous latents [B, T, D] of a whole clip, before quantisation; the end is padded with zeros."""
+        """Compute the continuous latents [B, T, D] of a whole clip, before quantisation; pads the end with zeros."""
         return self.encoder(pad_to_frames(x_BTC, self.config.frame_size))
 
     def encode(self, x_BTC: jax.Array, *, codebooks: int | None = None) -> jax.Array:
-        """Codes [B, codebooks, T] of a whole clip; the end is padded with zeros to a whole frame."""
+        """Encode a whole clip to codes [B, codebooks, T]; pads the end with zeros to a whole frame."""
         state = self.encoder.init_state(x_BTC.shape[0])
         return self.encode_step(pad_to_frames(x_BTC, self.config.frame_size), state, codebooks=codebooks)[0]
 
     def decode(self, codes_BQT: jax.Array) -> jax.Array:
-        """Samples [B, T * 1920, C] of a whole clip, not clipped."""
+        """Decode a whole clip to samples [B, T * 1920, C], not clipped."""
         return self.decode_step(codes_BQT, self._decoder().init_state(codes_BQT.shape[0]))[0]
 
     def _decoder(self) -> MimiDecoder:
@@ -203,5 +203,5 @@ class Mimi(nnx.Module):
 
 
 def pad_to_frames(x_BTC: jax.Array, frame_size: int) -> jax.Array:
-    """Pads the end with zeros to a whole number of frames."""
+    """Pad the end with zeros to a whole number of frames."""
     return jnp.pad(x_BTC, ((0, 0), (0, -x_BTC.shape[1] % frame_size), (0, 0)))

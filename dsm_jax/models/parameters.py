@@ -1,4 +1,4 @@
-"""The parameters of a network by dotted name: their shapes before there are weights, and states made of arrays."""
+"""A network's parameters by dotted name: their shapes without weights, and states built from arrays."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from flax import nnx
 from dsm_jax.errors import CheckpointError
 from dsm_jax.sharding import Sharding, set_sharding
 
-# Kept in float32 whatever the model's dtype, as the reference does: it is computed once per stream.
+# Float32 in models of any dtype, as in the reference: it is computed once per stream.
 ALWAYS_FLOAT32 = "conditioning."
 LM_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -31,17 +31,17 @@ class AbstractNetwork:
     _state: nnx.State
 
     def unflatten(self, arrays: Mapping[str, Any]) -> nnx.State:
-        """Makes the state that holds these arrays, one for each of `parameters`."""
+        """Make a state of arrays, one for each of `parameters`."""
         flat = nnx.to_flat_state(self._state)
         return nnx.from_flat_state([(path, variable.replace(arrays[_dotted(path)])) for path, variable in flat])
 
 
 def abstract(make: Callable[[], nnx.Module], sharding: Sharding | None = None) -> AbstractNetwork:
-    """Traces a constructor; nothing is allocated.
+    """Build a network without weights, by tracing its constructor; nothing is allocated.
 
     Args:
-      make: of the network.
-      sharding: how its parameters and states are split over devices; None if they are not.
+      make: constructor of the network.
+      sharding: split of parameters and states over devices; None for no split.
     """
     network = nnx.eval_shape(make)
     set_sharding(network, sharding)
@@ -54,15 +54,15 @@ def _dotted(path: tuple) -> str:
 
 
 def flatten(state: nnx.State) -> dict[str, Any]:
-    """Lists the arrays of a state by dotted path."""
+    """List the arrays of a state by dotted path."""
     return {_dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
 
 def read_dtype(dtype: Any) -> np.dtype:
-    """Reads the dtype that a caller asked for, by name or as jax and numpy have it.
+    """Parse a dtype for a language model, given by name or as a jax or numpy dtype.
 
     Raises:
-      CheckpointError: a language model cannot have it.
+      CheckpointError: the dtype is not one of `LM_DTYPES`.
     """
     try:
         read = jnp.dtype(dtype)
@@ -74,12 +74,12 @@ def read_dtype(dtype: Any) -> np.dtype:
 
 
 def with_dtype(part: str, parameters: Mapping[str, Any], dtype: np.dtype) -> dict[str, jax.ShapeDtypeStruct]:
-    """Gives the parameters of a network the dtypes that they have in a model whose language model has `dtype`.
+    """Return the dtypes that a network's parameters have in a model of some dtype.
 
     Args:
       part: "mimi" or "lm"; the codec stays float32.
-      parameters: with shapes, by name.
-      dtype: of the language model.
+      parameters: arrays or their shapes, by name.
+      dtype: dtype of the language model.
 
     Returns:
       Shapes and dtypes by name.
@@ -92,6 +92,6 @@ def with_dtype(part: str, parameters: Mapping[str, Any], dtype: np.dtype) -> dic
 
 
 def dtype_of(parameters: Mapping[str, Any]) -> str:
-    """Names the dtype of a network, conditioning apart: that of its first parameter; "float32" without any."""
+    """Return the dtype's name of a network's first parameter outside conditioning; "float32" if there is none."""
     dtypes = (np.dtype(p.dtype).name for name, p in parameters.items() if not name.startswith(ALWAYS_FLOAT32))
     return next(dtypes, "float32")

@@ -1,1 +1,1 @@
-"""Streaming layers: convolutions, attention, quantisation and sampling, without a model's name on them."""
+"""Streaming layers that belong to no one model: convolutions, attention, quantisation and sampling."""

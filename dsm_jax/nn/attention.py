@@ -1,6 +1,6 @@
-"""Attention over a sliding window with a ring of keys and values, attention to a fixed source, and positions.
+"""Self-attention over a sliding window with a ring cache, cross-attention to a fixed source, and position encodings.
 
-Shape letters: docs/axes.md.
+Shape letters: docs/axes.md; U is the chunk's steps as keys, as T is its steps as queries.
 Source: kyutai-labs/moshi@e6a55d2 moshi/modules/transformer.py. Differs on purpose: a chunk of several steps sees
 exactly what single steps would see, where the reference drops keys once its ring is full (tests/test_transformer.py).
 """
@@ -21,15 +21,15 @@ from dsm_jax.streaming import KVCache, taken_BT
 
 
 def rope(x: jax.Array, position_BT: jax.Array, max_period: float) -> jax.Array:
-    """Rotates each pair (x[2i], x[2i+1]) by position * max_period ** (-2i / H), in float32.
+    """Rotate each pair (x[2i], x[2i+1]) by position * max_period ** (-2i / H), in float32.
 
     Args:
-      x: [B, T, ..., H], any number of head axes between.
-      position_BT: int32, of each step.
+      x: [B, T, ..., H], with any number of head axes.
+      position_BT: int32, the position of each step.
       max_period: steps in which the slowest pair would turn by one radian.
 
     Returns:
-      Of the shape and dtype of `x`.
+      The rotated array, of the shape and dtype of `x`.
     """
     half = x.shape[-1] // 2
     rates = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(max_period) / half))
@@ -42,7 +42,7 @@ def rope(x: jax.Array, position_BT: jax.Array, max_period: float) -> jax.Array:
 
 
 def sinusoids(position_BT: jax.Array, width: int, max_period: float) -> jax.Array:
-    """[cos | sin] position embedding [B, T, width], with half_dim - 1 in the exponent as the reference has it."""
+    """Compute the position embedding [cos | sin], [B, T, width], with the reference's half_dim - 1 in the exponent."""
     half = width // 2
     rates = max_period ** (jnp.arange(half, dtype=jnp.float32) / (half - 1))
     angle = position_BT.astype(jnp.float32)[..., None] / rates
@@ -50,9 +50,9 @@ def sinusoids(position_BT: jax.Array, width: int, max_period: float) -> jax.Arra
 
 
 def _attend(q_BTKGH: jax.Array, sources: Sequence[tuple[jax.Array, jax.Array, jax.Array | None]]) -> jax.Array:
-    """Attends to several sets of keys at once, each (k_BKSH, v_BKSH, mask_BTS or None for all), [B, T, K, G, H].
+    """Attend to several sets of keys at once, each (k_BKSH, v_BKSH, mask_BTS or None for all): [B, T, K, G, H].
 
-    Keeping the sets apart means the cache is read where it lies and never copied next to the new keys.
+    As the sets are separate arrays, the cache is never copied to join it to the new keys.
     """
     # float32 softmax: bfloat16 keeps 8 bits, too few to add up hundreds of weights.
     scale = q_BTKGH.shape[-1] ** -0.5
@@ -60,7 +60,7 @@ def _attend(q_BTKGH: jax.Array, sources: Sequence[tuple[jax.Array, jax.Array, ja
     for k_BKSH, _, mask_BTS in sources:
         s = jnp.einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, preferred_element_type=jnp.float32) * scale
         scores.append(s if mask_BTS is None else jnp.where(mask_BTS[:, None, None], s, -jnp.inf))
-    # What is taken off every score changes nothing, so it needs no gradient.
+    # Subtracting one number from all scores does not change the softmax, so the maximum needs no gradient.
     top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores]))
     weights = [jnp.exp(s - top) for s in scores]
     total_BKGT = functools.reduce(jnp.add, [w.sum(-1) for w in weights])
@@ -73,7 +73,7 @@ def _attend(q_BTKGH: jax.Array, sources: Sequence[tuple[jax.Array, jax.Array, ja
 
 
 def self_attention(q_BTKH: jax.Array, k_BUKH: jax.Array, v_BUKH: jax.Array) -> jax.Array:
-    """Attends causally from the last T of U steps to all before them, [B, T, K, H]; no window, no positions."""
+    """Attend causally from the last T of U steps, without window or positions: [B, T, K, H]."""
     B, T, U = *q_BTKH.shape[:2], k_BUKH.shape[1]
     causal_BTU = jnp.broadcast_to(jnp.arange(U - T, U)[:, None] >= jnp.arange(U), (B, T, U))
     sources = [(k_BUKH.swapaxes(1, 2), v_BUKH.swapaxes(1, 2), causal_BTU)]
@@ -83,7 +83,7 @@ def self_attention(q_BTKH: jax.Array, k_BUKH: jax.Array, v_BUKH: jax.Array) -> j
 def _write(
     cache: KVCache, k_BKUH: jax.Array, v_BKUH: jax.Array, slot_BKU: jax.Array, sharding: Sharding | None
 ) -> KVCache:
-    """Writes the chunk's keys and values; a slot out of range is not written."""
+    """Write the chunk's keys and values to their slots; a slot number out of range writes nothing."""
 
     def write(k_BKSH: jax.Array, v_BKSH: jax.Array, k_BKUH: jax.Array, v_BKUH: jax.Array, slot_BKU: jax.Array):
         # Every index but the last axis is spelt out: with a slice over heads XLA copies the whole cache (4.2 ms a
@@ -94,16 +94,15 @@ def _write(
         return tuple(cache.at[at].set(new.astype(cache.dtype), mode="drop") for cache, new in caches)
 
     if sharding is not None:
-        # To keep an index over heads that are apart, XLA gathers the cache; each device's own part needs no other.
+        # XLA would gather the cache for an index over heads that are split; each device can write its own heads alone.
         write = sharding.each_part(write, ("BKSH", "BKSH", "BKUH", "BKUH", "BKU"), ("BKSH", "BKSH"))
     return KVCache(*write(cache.k_BKSH, cache.v_BKSH, k_BKUH, v_BKUH, slot_BKU))
 
 
 def _finite_slots(slot_BU: jax.Array, outside: int, *values: jax.Array) -> jax.Array:
-    """Returns the slots [B, K, U] of the heads whose values [B, K, ...] are all numbers, and `outside` for the others.
+    """Return the slots [B, K, U], with `outside` for heads in which any of `values` [B, K, ...] is NaN or infinite.
 
-    A key that is not a number would count even where it is masked (0 * nan is nan), so its row would be lost for good,
-    even after a reset.
+    A NaN in the cache spoils its row even where it is masked (0 * nan is nan), and would outlive a reset of the row.
     """
     finite = [jnp.isfinite(value).all(tuple(range(2, value.ndim)), keepdims=True) for value in values]
     finite_BK1 = functools.reduce(jnp.logical_and, [one.reshape(*one.shape[:2], 1) for one in finite])
@@ -113,24 +112,24 @@ def _finite_slots(slot_BU: jax.Array, outside: int, *values: jax.Array) -> jax.A
 class Attention(nnx.Module):
     """Self-attention over the last `context` steps.
 
-    Queries, keys and values come from one product. Its parts (axis P) are, for every key/value head, the queries that
-    the head serves, then its key, then its value; so a split over heads (axis K) keeps all of a head together.
+    Queries, keys and values come from one product. The parts (axis P) of each key/value head are its queries, its key
+    and its value, so a split over heads (axis K) keeps each head whole.
 
     Args:
       config: sizes, positions and window.
-      dtype: of the cache.
-      rngs: random streams.
+      dtype: dtype of the cache.
+      rngs: random streams for the initial weights.
     """
 
     def __init__(self, config: TransformerConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config, self.dtype = config, jnp.dtype(dtype)
-        self.sharding: Sharding | None = None  # of the heads: see `set_sharding`
+        self.sharding: Sharding | None = None  # written by `set_sharding`
         heads, width = config.num_kv_heads, config.head_dim
         self.in_proj = Linear({"D": config.d_model}, {"P": config.kv_repeat + 2, "K": heads, "H": width}, rngs=rngs)
         self.out_proj = Linear({"K": heads, "G": config.kv_repeat, "H": width}, {"D": config.d_model}, rngs=rngs)
 
     def init_cache(self, batch_size: int) -> KVCache:
-        """Makes an empty cache of `context` slots."""
+        """Make an empty cache of `context` slots."""
         c = self.config
         shape = (batch_size, c.num_kv_heads, c.context, c.head_dim)
         if self.sharding is not None:
@@ -141,7 +140,7 @@ class Attention(nnx.Module):
     def step(
         self, x_BTD: jax.Array, cache: KVCache | None, position_B: jax.Array, lengths_B: jax.Array | None
     ) -> tuple[jax.Array, KVCache | None]:
-        """Runs a chunk of at most `context` steps, or all of a clip: no cache means that nothing came before it."""
+        """Run a chunk of at most `context` steps with its cache, or a whole clip without one."""
         c = self.config
         B, T, _ = x_BTD.shape
         S = c.context
@@ -162,19 +161,19 @@ class Attention(nnx.Module):
             near_TU = steps_T[:, None] - steps_T < S
             y_BTKGH = _attend(q_BTKGH, [(k_BKUH, v_BKUH, causal_BTU & near_TU)])
         elif T == 1:
-            # The new key takes the place of the one that just left the window, so after the write the ring is the
-            # window, and XLA updates the donated cache in place. An idle row of a fresh stream has no key at all; its
+            # The new key replaces the key that just left the window, so after the write the ring is the window, and
+            # XLA updates the donated cache in place. An idle row of a fresh stream has no key at all; attending to its
             # empty slot 0 keeps its softmax finite.
             cache = _write(cache, k_BKUH, v_BKUH, _finite_slots(slot_BT, S, k_BKUH, v_BKUH), self.sharding)
             filled_BTS = jnp.arange(S) <= position_BT[..., None]
             y_BTKGH = _attend(q_BTKGH, [(cache.k_BKSH, cache.v_BKSH, filled_BTS)])
         else:
-            # A longer chunk overwrites keys that its first steps still need, so it reads first. Slot s holds the last
-            # position before the chunk that is s modulo S, or nothing while that is negative.
+            # A longer chunk overwrites keys that its first steps still need, so it reads before it writes. Slot s holds
+            # the last position before the chunk that is s modulo S; while that is negative, the slot is empty.
             held_BS = position_B[:, None] - 1 - (position_B[:, None] - 1 - jnp.arange(S)) % S
             seen_BTS = (held_BS >= 0)[:, None] & (position_BT[..., None] - held_BS[:, None] < S)
             y_BTKGH = _attend(q_BTKGH, [(cache.k_BKSH, cache.v_BKSH, seen_BTS), (k_BKUH, v_BKUH, causal_BTU)])
-            # The write must depend on the read: XLA would copy the donated cache otherwise.
+            # The write depends on the read, as XLA would copy the donated cache otherwise.
             kept_BTKGH = y_BTKGH
             if step_taken_BT is not None:
                 kept_BTKGH = jnp.where(step_taken_BT[:, :, None, None, None], y_BTKGH, 0)
@@ -184,27 +183,27 @@ class Attention(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Attention to a fixed source, all of it; its keys and values are computed once per stream."""
+    """Attention to a fixed source without a window; the source's keys and values are computed once per stream."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         width, heads = {"D": config.d_model}, {"K": config.num_heads, "H": config.head_dim}
-        # Apart, as only queries are made in every step: XLA copies a slice of a matrix before it multiplies by it
-        # (a step of the 1.6B model's backbone on two CPU cores: 177 ms, in place of 82 ms).
+        # Queries have a weight of their own, as only they are computed in every step: from a packed weight, XLA copies
+        # the slice first (a step of the 1.6B model's backbone on two CPU cores takes 177 ms, in place of 82 ms).
         self.q_proj = Linear(width, heads, rngs=rngs)
         self.kv_proj = Linear(width, {"P": 2, **heads}, rngs=rngs)
         self.out_proj = Linear(heads, width, rngs=rngs)
 
     def keys_values(self, source_BXD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Computes keys and values [B, K, X, H] of the source."""
+        """Compute keys and values [B, K, X, H] of the source."""
         kv_BXPKH = self.kv_proj(source_BXD)
         return kv_BXPKH[:, :, 0].swapaxes(1, 2), kv_BXPKH[:, :, 1].swapaxes(1, 2)
 
     def __call__(
         self, x_BTD: jax.Array, k_BKXH: jax.Array, v_BKXH: jax.Array, length_B: jax.Array | None = None
     ) -> jax.Array:
-        """Attends from every step to the first `length_B` steps of the source; None for all of them."""
+        """Attend from every step to the first `length_B` steps of the source; None for all of them."""
         q_BTKGH, mask_B1X = self.q_proj(x_BTD)[:, :, :, None], None
         if length_B is not None:
-            # A row without a source attends to its first, empty step: its result means nothing, and stays finite.
+            # A row without a source attends to the source's first, empty step, so that its output is finite.
             mask_B1X = taken_BT(jnp.maximum(length_B, 1), k_BKXH.shape[2])[:, None]
         return self.out_proj(_attend(q_BTKGH, [(k_BKXH, v_BKXH, mask_B1X)])[:, :, :, 0])

@@ -1,6 +1,6 @@
 """Causal convolutions, forward and transposed, that run over a whole clip or one chunk at a time.
 
-Shape letters: docs/axes.md; C are the channels in, O those out.
+Shape letters: docs/axes.md; C is the channels in, O the channels out.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from dsm_jax.streaming import select_rows
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ConvState:
-    """The input steps that the next chunk still needs, oldest first, and whether there has been a first chunk."""
+    """The input steps that the next chunk needs, oldest first, and whether a row has had a chunk."""
 
     tail_BTC: jax.Array
     started_B: jax.Array
@@ -37,7 +37,7 @@ def _convolve(x_BTC: jax.Array, kernel_RCO: jax.Array, stride: int = 1, dilation
 
 
 class _Tailed(nnx.Module):
-    """What all convolutions share: the input they keep between chunks, and a whole clip as one `step`."""
+    """Base class of convolutions: keeps the tail of the input between chunks, and runs a clip as one `step`."""
 
     channels: int
     tail: int  # input steps kept between chunks
@@ -45,11 +45,11 @@ class _Tailed(nnx.Module):
     step: Callable[..., tuple[jax.Array, ConvState]]
 
     def init_state(self, batch_size: int, dtype: jnp.dtype = jnp.float32) -> ConvState:
-        """The state of `batch_size` fresh streams."""
+        """Make the state of `batch_size` fresh streams."""
         return ConvState(jnp.zeros((batch_size, self.tail, self.channels), dtype), jnp.zeros((batch_size,), bool))
 
     def _extend(self, x_BTC: jax.Array, state: ConvState, lengths_B: jax.Array | None) -> tuple[jax.Array, ConvState]:
-        """Returns the chunk with the tail before it, and the state after the steps that each row takes."""
+        """Prepend the tail to a chunk; return both, and the state after the steps that each row takes."""
         tail_BTC = state.tail_BTC
         if self.replicate:
             tail_BTC = jnp.where(state.started_B[:, None, None], tail_BTC, x_BTC[:, :1])
@@ -62,7 +62,7 @@ class _Tailed(nnx.Module):
         return seen_BTC, select_rows(lengths_B > 0, after, state)
 
     def __call__(self, x_BTC: jax.Array) -> jax.Array:
-        """One step over the whole clip."""
+        """Run one step over the whole clip."""
         return self.step(x_BTC, self.init_state(x_BTC.shape[0], x_BTC.dtype))[0]
 
 
@@ -94,7 +94,7 @@ class CausalConv1d(_Tailed):
     def step(
         self, x_BTC: jax.Array, state: ConvState, lengths_B: jax.Array | None = None
     ) -> tuple[jax.Array, ConvState]:
-        """Consumes T steps, a multiple of the stride, and returns T / stride steps.
+        """Consume T steps, a multiple of the stride, and return T / stride steps.
 
         Raises:
           StreamError: T is not a positive multiple of the stride.
@@ -110,11 +110,11 @@ class CausalConv1d(_Tailed):
 
 
 class CausalConvTranspose1d(_Tailed):
-    """Transposed 1-D convolution with a kernel of R strides, cut on the right so that it never looks ahead.
+    """Transposed 1-D convolution with a kernel of R strides, truncated on the right so that it never looks ahead.
 
     Output step t * J + j is the sum over r of x[t - r] times the kernel's tap r * J + j: an ordinary causal convolution
-    of R taps with U = J * O output channels, which are then laid out in time. So the state is the last R - 1 input
-    steps, and there is no overlap to add up between chunks.
+    of R taps with U = J * O output channels, which are then laid out in time. The state is therefore the last R - 1
+    input steps, and chunks have no overlap to add up.
 
     Source: kyutai-labs/moshi@e6a55d2 moshi/modules/conv.py:StreamingConvTranspose1d, which keeps partial outputs
     instead; the sums are the same.
@@ -129,7 +129,7 @@ class CausalConvTranspose1d(_Tailed):
     def step(
         self, x_BTC: jax.Array, state: ConvState, lengths_B: jax.Array | None = None
     ) -> tuple[jax.Array, ConvState]:
-        """Consumes T steps and returns T * stride steps."""
+        """Consume T steps and return T * stride steps."""
         seen_BTC, state = self._extend(x_BTC, state, lengths_B)
         y_BTU = _convolve(seen_BTC, self.kernel_RCU[...])
         y_BTO = y_BTU.reshape(y_BTU.shape[0], y_BTU.shape[1] * self.stride, -1)
@@ -137,7 +137,7 @@ class CausalConvTranspose1d(_Tailed):
 
 
 class DepthwiseUpsample(_Tailed):
-    """The transposed convolution that Mimi upsamples with: each channel on its own, kernel of two strides, no bias.
+    """Mimi's upsampling: a depthwise transposed convolution with a kernel of two strides and no bias.
 
     Source: kyutai-labs/moshi@e6a55d2 moshi/modules/resample.py:ConvTrUpsample1d with `channel_wise`.
     """
@@ -149,7 +149,7 @@ class DepthwiseUpsample(_Tailed):
     def step(
         self, x_BTC: jax.Array, state: ConvState, lengths_B: jax.Array | None = None
     ) -> tuple[jax.Array, ConvState]:
-        """Consumes T steps and returns T * stride steps."""
+        """Consume T steps and return T * stride steps."""
         seen_BTC, state = self._extend(x_BTC, state, lengths_B)
         kernel_RJC = self.kernel_RJC[...]
         older_BTJC = seen_BTC[:, :-1, None] * kernel_RJC[0]

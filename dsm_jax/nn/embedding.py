@@ -1,4 +1,4 @@
-"""Token embeddings of the published models: plain, low-rank, or of two tokens folded into one integer.
+"""Token embeddings of the published models: plain, low-rank, or for two tokens folded into one integer.
 
 Shape letters: docs/axes.md.
 Source: kyutai-labs/moshi@e6a55d2 moshi/models/lm_utils.py:ScaledEmbedding.
@@ -14,19 +14,19 @@ from dsm_jax.nn.linear import Embedding, Linear
 
 
 class TokenEmbedding(Embedding):
-    """Looks tokens up and projects the rows where the model does; -1 gives exactly zero.
+    """An embedding table whose rows are projected where the model does so; -1 gives exactly zero.
 
-    With `demux` a token carries two, `(second + 1) * entries + first`, where a second of -1 is none; each goes through
-    a matrix of its own and the results are added. The published files then hold a low-rank matrix too, which nothing
-    reads: it is kept so that a file written back is complete.
+    With `demux` an integer holds two tokens, `(second + 1) * entries + first`, where a second token of -1 is absent.
+    Each token has a projection of its own, and the results are added. The published files of such models also hold a
+    low-rank matrix that nothing reads; it is kept so that a file written back is complete.
 
     Args:
-      entries: of the table.
-      width: of the vectors.
-      rank: width of the table's rows, if it is less.
-      demux: whether a token carries two.
-      dtype: of the vectors.
-      rngs: random streams.
+      entries: number of rows of the table.
+      width: width of the resulting vectors.
+      rank: width of the table's rows, if less than `width`.
+      demux: whether an integer holds two tokens.
+      dtype: dtype of the resulting vectors.
+      rngs: random streams for the initial weights.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class TokenEmbedding(Embedding):
         self.low_rank, self.first, self.second = project(bool(rank)), project(demux), project(demux)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Maps tokens of any shape [...] to vectors [..., D]."""
+        """Map tokens of any shape [...] to vectors [..., D]."""
         look_up = super().__call__
         if self.first is None or self.second is None:
             rows = look_up(tokens)

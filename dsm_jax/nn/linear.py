@@ -1,7 +1,8 @@
-"""Products with weights and look-ups in tables: every one of a model goes through `Linear` or `Embedding`.
+"""The two modules through which models multiply by weights and look up embeddings: `Linear` and `Embedding`.
 
-A parameter's name ends in the letters of its axes (docs/axes.md), inputs before outputs. Weights keep axes that mean
-something, such as heads, apart: a split over devices then never cuts across queries, keys and values, or gate and up.
+A parameter's name ends in the letters of its axes (docs/axes.md), inputs before outputs. Axes with a meaning of their
+own, such as heads, are not flattened, so that a split over devices never cuts across queries, keys and values, or gate
+and up.
 """
 
 import math
@@ -19,24 +20,24 @@ Initializer = Callable[..., jax.Array]
 
 
 def fan_in(parameter: nnx.Variable) -> int:
-    """Counts the values that one output of a parameter sums over, or the rows of a table; 1 for vectors."""
+    """Count the inputs that one output of a weight sums over, or the rows of a table; 1 for vectors."""
     shape = parameter.get_value().shape
     inputs = parameter.get_metadata().get("inputs")
     return math.prod(shape[:inputs] if inputs is not None else shape[-2:-1])
 
 
 class Linear(nnx.Module):
-    """Multiplies the last axes of its input by a weight.
+    """A linear layer over the last axes of its input.
 
-    The parameters are `weight_<inputs><outputs>`, whose variable says in its metadata how many axes are inputs, and
-    `bias_<outputs>` where there is a bias. Weights and bias are used in the input's dtype.
+    The parameters are `weight_<inputs><outputs>`, with the number of input axes in its variable's metadata, and
+    `bias_<outputs>` if there is a bias. Weight and bias are cast to the input's dtype.
 
     Args:
       inputs: size of each axis that is summed over, by letter.
-      outputs: size of each axis that is made, by letter.
-      bias: add a bias, zero at first.
-      init: of the weight, as a matrix [all inputs, all outputs].
-      rngs: random streams.
+      outputs: size of each output axis, by letter.
+      bias: whether to add a bias, initially zero.
+      init: initializer of the weight, called with the shape (product of inputs, product of outputs).
+      rngs: random streams for the initial weights.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.inputs, self.outputs = "".join(inputs), "".join(outputs)
-        self.sharding: Sharding | None = None  # of the weight: see `set_sharding`
+        self.sharding: Sharding | None = None  # written by `set_sharding`
         matrix = math.prod(inputs.values()), math.prod(outputs.values())
         drawn = (init or nnx.initializers.lecun_normal())(rngs.params(), matrix)
         weight = drawn.reshape(*inputs.values(), *outputs.values())
@@ -60,26 +61,26 @@ class Linear(nnx.Module):
 
     @property
     def weight(self) -> nnx.Param:
-        """The weight, whose own name ends in its axes."""
+        """The weight under one name for all axes."""
         return getattr(self, f"weight_{self.inputs}{self.outputs}")
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., *inputs] to [..., *outputs]."""
+        """Map [..., *inputs] to [..., *outputs]."""
         split = self.sharding is not None and self.sharding.splits(self.inputs + self.outputs)
         y = matmul(x, self.weight.get_value(), inputs=len(self.inputs), split=split)
         return y + getattr(self, f"bias_{self.outputs}")[...].astype(y.dtype) if self.bias else y
 
 
 class Embedding(nnx.Module):
-    """Looks tokens up in a table, or in one table per stream; -1 gives exactly zero.
+    """A table of embeddings, or one table per stream; token -1 gives exactly zero.
 
     Args:
-      entries: of a table.
-      width: of a row.
-      streams: number of tables; None is one table for any shape of tokens.
-      dtype: of the vectors, whatever the table is stored in.
-      init: of the tables.
-      rngs: random streams.
+      entries: rows of a table.
+      width: width of a row.
+      streams: number of tables; None for one table and tokens of any shape.
+      dtype: dtype of the resulting vectors, whatever the table is stored in.
+      init: initializer of the tables.
+      rngs: random streams for the initial weights.
     """
 
     table_LW: nnx.Param
@@ -108,13 +109,13 @@ class Embedding(nnx.Module):
         return (self.table_LW if self.streams is None else self.table_QLW).get_value()
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Looks tokens up.
+        """Look up tokens.
 
         Args:
-          tokens: int32, of any shape; with streams [..., Q], one token of each.
+          tokens: int32 of any shape; with `streams`, [..., Q] with one token of each stream.
 
         Returns:
-          [..., W] in the module's dtype.
+          Vectors [..., W] in the module's dtype.
         """
         index: Any = jnp.maximum(tokens, 0)
         index = index if self.streams is None else (jnp.arange(self.streams), index)

@@ -1,7 +1,7 @@
-"""float32 means float32: products are not rounded to TF32 or bfloat16 on the way, whatever the backend likes best.
+"""The precision and dtype that networks compute in: float32 products are never rounded to TF32 or bfloat16.
 
-Codes and greedy tokens are decisions; a product in less takes a visible share of them differently. Weights in bfloat16
-are multiplied as such either way.
+Codes and greedy tokens are decisions, and products of lower precision change a visible share of them. Products of
+bfloat16 arrays are not affected.
 """
 
 import functools
@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 def full_precision(function: Callable[Args, Result]) -> Callable[Args, Result]:
-    """Traces a function with every matrix product and convolution at the precision of its operands."""
+    """Wrap a function so that its matrix products and convolutions keep the precision of their operands."""
 
     @functools.wraps(function)
     def traced(*args: Args.args, **kwargs: Args.kwargs) -> Result:
@@ -28,11 +28,11 @@ def full_precision(function: Callable[Args, Result]) -> Callable[Args, Result]:
 
 
 def set_compute_dtype(module: nnx.Module, dtype: Any) -> None:
-    """Makes a module, parts included, compute in `dtype`; conditioning, which is float32 always, stays as it is.
+    """Set the dtype of the activations and caches of a module and its parts, except conditioning (always float32).
 
     Args:
-      module: its structure changes, its parameters do not.
-      dtype: of activations and caches from now on.
+      module: changed in place; its parameters stay the same.
+      dtype: dtype of activations and caches.
     """
     for path, part in nnx.iter_modules(module):
         if hasattr(part, "dtype") and "conditioning" not in path:

@@ -1,8 +1,8 @@
-"""Weights in fewer bits: pytree leaves that take a float array's place, and the product and look-up that accept both.
+"""Quantised weights: pytree leaves that replace float arrays, and the product and look-up that accept both.
 
-`matmul` and `take` are the only readers of a weight, so the rest of a model does not know which kind a weight is.
+Only `matmul` and `take` read weights, so the rest of a model is independent of how they are stored.
 
-Source: the figures behind int8's layout, padding and barriers are in docs/decisions/0003-int8-products.md.
+Source: docs/decisions/0003-int8-products.md has the measurements behind int8's layout, padding and barriers.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# Every product of the backbone's and the depformer's layers, which are nearly all bytes that a step reads.
+# All products of the backbone's and the depformer's layers: nearly all of the bytes that a step reads.
 LAYERS = (r"^transformer\.layers\.", r"^depformer\.(inputs|layers|linears)\.")
 
 
@@ -26,8 +26,8 @@ class QuantizedArray:
     """An int8 weight with one scale per output; a value is `values * scale`.
 
     Attributes:
-      values: int8 [*outputs, *inputs]: XLA's int8 product on CPU is up to 1.7 times slower the other way round. A
-        table of embeddings [entries, width] is its own order: each entry is an output.
+      values: int8 [*outputs, *inputs]: XLA's int8 product on CPU is up to 1.7 times slower for [*inputs, *outputs]. A
+        table of embeddings is [entries, width]: each entry is an output.
       scale: float32 [*outputs].
     """
 
@@ -40,11 +40,11 @@ class QuantizedArray:
 class PackedBfloat16:
     """A bfloat16 table whose rows are read as float32.
 
-    To read one row of a bfloat16 array into a float32 program, XLA on CPU widens the whole array first; of an array of
-    integers it reads the row.
+    XLA on CPU would convert a whole bfloat16 array to float32 to look up one row; of an array of integers it reads
+    just the row.
 
     Attributes:
-      bits: uint16, of the shape of the table: the bits of its bfloat16 numbers.
+      bits: uint16, in the table's shape: the bits of its bfloat16 numbers.
     """
 
     bits: jax.Array
@@ -54,12 +54,12 @@ Weight = jax.Array | QuantizedArray | PackedBfloat16
 
 
 def matmul(x: jax.Array, weight: Weight, *, inputs: int = 1, split: bool = False) -> jax.Array:
-    """Multiplies the last axes of `x` with the first axes of a weight.
+    """Multiply the last axes of `x` with the first axes of a weight.
 
     Args:
-      x: [..., *inputs], floating; the product has its dtype.
+      x: [..., *inputs], of any floating dtype; the product has the same.
       weight: [*inputs, *outputs] as an array of any floating dtype, or a `QuantizedArray`.
-      inputs: how many axes are summed over.
+      inputs: number of axes that are summed over.
       split: whether the weight is split over devices along one of its axes.
 
     Returns:
@@ -70,15 +70,15 @@ def matmul(x: jax.Array, weight: Weight, *, inputs: int = 1, split: bool = False
     if isinstance(weight, PackedBfloat16):
         weight = _widen(weight.bits)
     weight, batch = weight.astype(x.dtype), x.shape[: x.ndim - inputs]
-    if split:  # as a matrix, a weight that is split by heads would be gathered first
+    if split:  # XLA would gather a weight that is split by heads in order to reshape it to a matrix
         return jax.lax.dot_general(x, weight, ((tuple(range(len(batch), x.ndim)), tuple(range(inputs))), ((), ())))
-    # As a matrix, its gradient is one too: over several axes it would come out transposed, and be copied.
+    # With a matrix as the weight, the gradient is a matrix too; with several axes XLA would transpose and copy it.
     summed, outputs = math.prod(weight.shape[:inputs]), weight.shape[inputs:]
     return (x.reshape(*batch, summed) @ weight.reshape(summed, math.prod(outputs))).reshape(*batch, *outputs)
 
 
 def take(weight: Weight, index: Any) -> jax.Array:
-    """Looks rows of a table up.
+    """Look up rows of a table.
 
     Args:
       weight: a table, its rows along the last axis.
@@ -99,18 +99,18 @@ def _widen(bits: jax.Array) -> jax.Array:
 
 
 def _int8_matmul(x: jax.Array, weight: QuantizedArray, inputs: int, split: bool) -> jax.Array:
-    """Quantises each row of activations, multiplies integers, and scales the sums back in float32."""
+    """Quantise each row of activations, multiply in int8, and scale the sums back in float32."""
     batch, summed = x.shape[: x.ndim - inputs], x.shape[x.ndim - inputs :]
     rows = x.reshape(math.prod(batch), *summed).astype(jnp.float32)
     axes = tuple(range(1, rows.ndim))
     scale = jnp.maximum(jnp.abs(rows).max(axes, keepdims=True) / 127, jnp.finfo(jnp.float32).tiny)
     values = jnp.round(rows / scale).astype(jnp.int8)
-    if values.shape[0] == 1:  # a product of one row of int8 is scalar code on CPU: 24 ms where two rows take 1
+    if values.shape[0] == 1:  # XLA on CPU multiplies a single int8 row by scalar code: 24 ms, where two rows take 1 ms
         values = jnp.concatenate([values, jnp.zeros_like(values)])
-    # XLA would move the padding, or the cut below, through the product, and scalar code with it.
+    # The barriers keep XLA from moving the padding, or the slice below, through the product back to a single row.
     values = jax.lax.optimization_barrier(values)
     outputs = weight.scale.shape
-    if split:  # the weight comes first, and whole: on the other side its axes would be transposed, and so copied
+    if split:  # the weight is the left operand and not reshaped: as the right one it would be transposed and copied
         dimensions = (tuple(range(len(outputs), weight.values.ndim)), axes), ((), ())
         sums = jax.lax.dot_general(weight.values, values, dimensions, preferred_element_type=jnp.int32)
         sums = jnp.moveaxis(sums, -1, 0)
@@ -125,7 +125,7 @@ def _int8_matmul(x: jax.Array, weight: QuantizedArray, inputs: int, split: bool)
 
 @functools.partial(jax.jit, static_argnames="inputs")
 def quantize_array(weight: jax.Array, *, inputs: int) -> QuantizedArray:
-    """Rounds a weight [*inputs, *outputs] to int8, each output by a scale of its own."""
+    """Round a weight [*inputs, *outputs] to int8 with one scale per output."""
     outputs_first = jnp.transpose(weight, (*range(inputs, weight.ndim), *range(inputs))).astype(jnp.float32)
     summed = tuple(range(weight.ndim - inputs, weight.ndim))
     scale = jnp.abs(outputs_first).max(summed, keepdims=True) / 127
@@ -135,11 +135,11 @@ def quantize_array(weight: jax.Array, *, inputs: int) -> QuantizedArray:
 
 
 def quantize(params: nnx.State, policy: Sequence[str] = LAYERS) -> nnx.State:
-    """Replaces the weights of `Linear` modules by int8 ones; every other parameter stays as it is.
+    """Replace the weights of `Linear` modules by int8 ones; every other parameter stays as it is.
 
     Args:
-      params: of a module; its arrays are not changed.
-      policy: regular expressions; a weight is quantised where one is found in its dotted path, such as
+      params: parameters of a module; the arrays are not changed.
+      policy: regular expressions; a weight is quantised if any of them matches in its dotted path, such as
         "transformer.layers.0.self_attn.in_proj.weight_DPKH".
 
     Returns:
@@ -155,5 +155,5 @@ def quantize(params: nnx.State, policy: Sequence[str] = LAYERS) -> nnx.State:
 
 
 def pack_bfloat16(table: jax.Array) -> PackedBfloat16:
-    """Stores a bfloat16 table by its bits."""
+    """Store a bfloat16 table as the bits of its numbers."""
     return PackedBfloat16(jax.lax.bitcast_convert_type(table, jnp.uint16))

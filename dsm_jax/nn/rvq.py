@@ -1,7 +1,7 @@
-"""Residual vector quantisation, split in two: a semantic branch and an acoustic branch beside it.
+"""Split residual vector quantisation: a semantic branch and an acoustic branch.
 
 Both branches quantise the same latents, each through a projection of its own; the decoded branches are added. Within a
-branch every codebook quantises what the ones before it left over.
+branch, every codebook quantises the residual of the codebooks before it.
 
 Shape letters: docs/axes.md; here N = B * T.
 Source: Moshi (Défossez et al. 2024), section 3.3; kyutai-labs/moshi@e6a55d2 moshi/quantization/{vq,core_vq}.py.
@@ -20,29 +20,29 @@ from dsm_jax.nn.quant import take
 
 
 class Codebook(nnx.Module):
-    """Entries that vectors are rounded to, by Euclidean distance; ties go to the lowest index."""
+    """A codebook: vectors are rounded to the entry at the least Euclidean distance, of equal ones to the first."""
 
     def __init__(self, entries: int, width: int, *, rngs: nnx.Rngs):
         self.embedding_LC = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (entries, width)))
 
     @full_precision
     def nearest(self, x_NC: jax.Array) -> jax.Array:
-        """Finds the nearest entry of each vector, int32 [N]."""
+        """Find the nearest entry of each vector, int32 [N]."""
         embedding_LC = self.embedding_LC[...]
-        # |x - e|^2 without |x|^2, which is the same for every entry. A distance, so not a product for `Linear`.
+        # |x - e|^2 without |x|^2, which is the same for every entry. The entries are no layer's weight: no `Linear`.
         score_LN = jnp.sum(embedding_LC**2, axis=1)[:, None] - 2.0 * (embedding_LC @ x_NC.T)
-        # The first entry at the minimum, by two plain reductions: XLA's argmin takes twice as long on CPU.
+        # Two plain reductions find the first entry at the minimum: XLA's argmin takes twice as long on CPU.
         entries_L1 = jnp.arange(embedding_LC.shape[0], dtype=jnp.int32)[:, None]
         last = embedding_LC.shape[0] - 1
         return jnp.min(jnp.where(score_LN == score_LN.min(axis=0), entries_L1, last), axis=0)
 
     def look_up(self, index: jax.Array) -> jax.Array:
-        """Reads entries [..., C] by their index [...]."""
+        """Read entries [..., C] by their index [...]."""
         return take(self.embedding_LC.get_value(), index)
 
 
 class ResidualQuantizer(nnx.Module):
-    """One branch: a projection in, a chain of codebooks, a projection out."""
+    """One branch: an input projection, a chain of codebooks, an output projection."""
 
     def __init__(self, codebooks: int, config: QuantizerConfig, *, rngs: nnx.Rngs):
         self.input_proj = Linear({"D": config.input_dimension}, {"C": config.dimension}, rngs=rngs)
@@ -51,7 +51,7 @@ class ResidualQuantizer(nnx.Module):
 
     @full_precision
     def encode(self, x_BTD: jax.Array, codebooks: int) -> jax.Array:
-        """Computes the codes of the first `codebooks` stages, int32 [B, codebooks, T]."""
+        """Compute the codes of the first `codebooks` stages, int32 [B, codebooks, T]."""
         x_BTC = self.input_proj(x_BTD)
         x_NC = x_BTC.reshape(-1, x_BTC.shape[2])
         codes = []
@@ -62,7 +62,7 @@ class ResidualQuantizer(nnx.Module):
 
     @full_precision
     def decode(self, codes_BQT: jax.Array) -> jax.Array:
-        """Returns the latents [B, T, D] that the codes stand for; an absent code (-1) adds nothing."""
+        """Return the quantised latents [B, T, D]; an absent code (-1) adds nothing."""
         stages = []
         for q, book in enumerate(self.codebooks[: codes_BQT.shape[1]]):
             codes_BT = codes_BQT[:, q]
@@ -72,7 +72,7 @@ class ResidualQuantizer(nnx.Module):
 
 
 class SplitQuantizer(nnx.Module):
-    """The semantic and the acoustic branch. Works with any number of codebooks that includes the semantic ones."""
+    """The semantic and the acoustic branch."""
 
     def __init__(self, config: QuantizerConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -80,7 +80,7 @@ class SplitQuantizer(nnx.Module):
         self.acoustic = ResidualQuantizer(config.n_q - config.n_q_semantic, config, rngs=rngs)
 
     def encode(self, x_BTD: jax.Array, codebooks: int) -> jax.Array:
-        """Codes [B, codebooks, T], semantic first."""
+        """Compute the codes [B, codebooks, T], semantic first."""
         semantic = self.config.n_q_semantic
         codes_BQT = self.semantic.encode(x_BTD, min(codebooks, semantic))
         if codebooks <= semantic:
@@ -88,7 +88,7 @@ class SplitQuantizer(nnx.Module):
         return jnp.concatenate([codes_BQT, self.acoustic.encode(x_BTD, codebooks - semantic)], axis=1)
 
     def decode(self, codes_BQT: jax.Array) -> jax.Array:
-        """Quantised latents [B, T, D] from however many codebooks are given."""
+        """Return the quantised latents [B, T, D] from the codes of any number of codebooks, semantic first."""
         semantic = self.config.n_q_semantic
         y_BTD = self.semantic.decode(codes_BQT[:, :semantic])
         if codes_BQT.shape[1] <= semantic:

@@ -1,9 +1,9 @@
-"""Choosing a token from scores.
+"""Sample tokens from logits: temperature, top-k and greedy.
 
 Shape letters: B batch rows, V vocabulary, K tokens that are kept.
-Source: kyutai-labs/moshi@e6a55d2 moshi/utils/sampling.py: softmax of logits / temperature, the k most probable, one
-of them by chance. Given the same noise both choose alike; of equal scores the lower ids are kept, where torch.topk
-leaves open which.
+Source: kyutai-labs/moshi@e6a55d2 moshi/utils/sampling.py: one of the k most probable tokens, drawn from the softmax of
+logits / temperature. With the same noise both choose the same token, except between equal logits at the edge of the k:
+here the lower ids are kept, torch.topk leaves it open.
 """
 
 import jax
@@ -13,14 +13,14 @@ import jax.numpy as jnp
 def sample(
     logits_BV: jax.Array, keys_B: jax.Array, temperature_B: jax.Array, top_k_B: jax.Array, *, max_top_k: int
 ) -> jax.Array:
-    """Picks a token per row.
+    """Sample a token per row.
 
     Args:
       logits_BV: float32 scores.
-      keys_B: a PRNG key per row, on which the row's noise depends, and on nothing else.
+      keys_B: a PRNG key per row; the row's noise depends on nothing else.
       temperature_B: float32; 0 takes the most probable token.
-      top_k_B: int32, keeps this many of the most probable tokens; 0 keeps all, and so does the vocabulary's size.
-      max_top_k: the largest `top_k_B` below the vocabulary's size that is honoured; 0 if there is none.
+      top_k_B: int32, samples from this many of the most probable tokens; 0, or the vocabulary's size, from all.
+      max_top_k: static limit: the largest `top_k_B` that is honoured below the vocabulary's size; 0 for none.
 
     Returns:
       int32 tokens [B].
@@ -44,10 +44,10 @@ def sample(
 def sample_or_greedy(
     logits_BV: jax.Array, keys_B: jax.Array, temperature_B: jax.Array, top_k_B: jax.Array, *, max_top_k: int
 ) -> jax.Array:
-    """Picks a token per row as `sample` does, and makes no noise while the temperature of every row is 0.
+    """Sample a token per row as `sample` does, but skip the noise while every row's temperature is 0.
 
-    The branch costs time to compile and breaks fusion, so it suits one large vocabulary that is mostly greedy (the
-    words of speech to text), and not the codebooks of a depformer.
+    The branch costs time to compile and breaks fusion, so it suits one large vocabulary that is mostly greedy (the text
+    tokens of speech to text), and not the codebooks of a depformer.
     """
     return jax.lax.cond(
         (temperature_B > 0).any(),
@@ -57,6 +57,6 @@ def sample_or_greedy(
 
 
 def top_k_capacity(*top_k: int) -> int:
-    """Returns the least power of two that is no smaller than any of some top-k: few of them are ever compiled."""
+    """Round the largest top-k up to a power of two, so that few values of `max_top_k` are ever compiled."""
     largest = max(top_k)
     return 1 << (largest - 1).bit_length() if largest > 0 else 0

@@ -1,4 +1,4 @@
-"""SEANet, the convolutional encoder and decoder of Mimi: samples to latents at the hop rate, and back.
+"""SEANet, the convolutional encoder and decoder of Mimi, between samples and latents at the hop rate.
 
 Shape letters: B batch rows, T time steps, C channels, D latent width.
 Source: Moshi (Défossez et al. 2024), section 3.3; kyutai-labs/moshi@e6a55d2 moshi/modules/seanet.py.
@@ -17,34 +17,36 @@ from dsm_jax.streaming import scaled_lengths
 
 @jax.custom_jvp
 def elu(x: jax.Array) -> jax.Array:
-    """x where positive, exp(x) - 1 elsewhere: half the time of `jax.nn.elu`, whose expm1 is exact to more digits near 0
-    than float32 keeps of the sums that follow.
+    """Compute ELU as exp(x) - 1, in half the time of `jax.nn.elu`.
+
+    Its expm1 is exact to more digits near 0 than float32 keeps of the sums that follow.
     """
     return jnp.where(x > 0, x, jnp.exp(jnp.minimum(x, 0.0)) - 1.0)
 
 
 @elu.defjvp
 def _elu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    # The slope from the result, which the next layer keeps anyway: a training step of the codec takes 0.84 of the time.
+    # The slope follows from the output, which is kept for the next layer anyway: a training step of the codec takes
+    # 0.84 of the time that it takes with the slope from the input.
     y = elu(*primals)
     return y, tangents[0] * jnp.minimum(y + 1.0, 1.0)
 
 
 class Chain(nnx.Module):
-    """Streaming modules one after another, with an ELU before each but the first."""
+    """A chain of streaming modules, with an ELU before each but the first."""
 
     def __init__(self, layers: list[Any]):
         self.layers = nnx.List(layers)
 
     def init_state(self, batch_size: int) -> tuple:
-        """The state of `batch_size` fresh streams: one entry per layer."""
+        """Make the state of `batch_size` fresh streams: one entry per layer."""
         return tuple(layer.init_state(batch_size) for layer in self.layers)
 
     def step(self, x_BTC: jax.Array, state: tuple, lengths_B: jax.Array | None = None) -> tuple[jax.Array, tuple]:
-        """Runs one chunk through every layer."""
+        """Run one chunk through every layer."""
         states = []
         for i, (layer, before) in enumerate(zip(self.layers, state, strict=True)):
-            # A residual block starts with its own activation, on the branch that it adds.
+            # A residual block has its own first activation, on the residual branch only.
             x_in = x_BTC if i == 0 or isinstance(layer, ResidualBlock) else elu(x_BTC)
             y_BTC, after = layer.step(x_in, before, lengths_B)
             lengths_B = scaled_lengths(lengths_B, x_BTC.shape[1], y_BTC.shape[1])
@@ -53,12 +55,12 @@ class Chain(nnx.Module):
         return x_BTC, tuple(states)
 
     def __call__(self, x_BTC: jax.Array) -> jax.Array:
-        """One step over the whole clip."""
+        """Run one step over the whole clip."""
         return self.step(x_BTC, self.init_state(x_BTC.shape[0]))[0]
 
 
 class ResidualBlock(nnx.Module):
-    """x + conv1(elu(conv3(elu(x)))): the kernels are the config's residual kernel and 1."""
+    """x + narrow(elu(wide(elu(x)))), where `wide` has the config's residual kernel and `narrow` a kernel of 1."""
 
     def __init__(self, channels: int, config: SeanetConfig, *, dilation: int, rngs: nnx.Rngs):
         hidden = channels // config.compress
@@ -66,17 +68,17 @@ class ResidualBlock(nnx.Module):
         self.narrow = CausalConv1d(hidden, channels, kernel=1, rngs=rngs)
 
     def init_state(self, batch_size: int) -> tuple:
-        """The state of `batch_size` fresh streams."""
+        """Make the state of `batch_size` fresh streams."""
         return self.wide.init_state(batch_size), self.narrow.init_state(batch_size)
 
     def step(self, x_BTC: jax.Array, state: tuple, lengths_B: jax.Array | None = None) -> tuple[jax.Array, tuple]:
-        """Runs one chunk."""
+        """Run one chunk."""
         y_BTC, wide = self.wide.step(elu(x_BTC), state[0], lengths_B)
         y_BTC, narrow = self.narrow.step(elu(y_BTC), state[1], lengths_B)
         return x_BTC + y_BTC, (wide, narrow)
 
     def __call__(self, x_BTC: jax.Array) -> jax.Array:
-        """One step over the whole clip."""
+        """Run one step over the whole clip."""
         return self.step(x_BTC, self.init_state(x_BTC.shape[0]))[0]
 
 
@@ -88,7 +90,7 @@ def _residuals(channels: int, config: SeanetConfig, rngs: nnx.Rngs) -> list[Any]
 
 
 def seanet_encoder(config: SeanetConfig, *, rngs: nnx.Rngs) -> Chain:
-    """Samples [B, T, channels] to latents [B, T / hop, dimension]."""
+    """Make the encoder: samples [B, T, channels] to latents [B, T / hop, dimension]."""
     width = config.n_filters
     layers: list[Any] = [CausalConv1d(config.channels, width, kernel=config.kernel_size, rngs=rngs)]
     for ratio in reversed(config.ratios):
@@ -100,7 +102,7 @@ def seanet_encoder(config: SeanetConfig, *, rngs: nnx.Rngs) -> Chain:
 
 
 def seanet_decoder(config: SeanetConfig, *, rngs: nnx.Rngs) -> Chain:
-    """Latents [B, T, dimension] to samples [B, T * hop, channels]."""
+    """Make the decoder: latents [B, T, dimension] to samples [B, T * hop, channels]."""
     width = config.n_filters * 2 ** len(config.ratios)
     layers: list[Any] = [CausalConv1d(config.dimension, width, kernel=config.kernel_size, rngs=rngs)]
     for ratio in config.ratios:

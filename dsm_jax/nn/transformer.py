@@ -1,4 +1,4 @@
-"""A causal transformer with a sliding window: layers in a Python loop under jit, each with a ring of its own.
+"""A causal transformer with a sliding window: layers in a Python loop under jit, each with a cache of its own.
 
 Shape letters: docs/axes.md.
 Source: kyutai-labs/moshi@e6a55d2 moshi/modules/transformer.py.
@@ -25,7 +25,7 @@ _WINDOWS_AT_ONCE = 3
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TransformerState:
-    """Each layer's cache, or None for clips that are one step; and how many steps each row has taken."""
+    """Each layer's cache (None for clips that run in one step) and the number of steps that each row has taken."""
 
     caches: tuple[KVCache | None, ...]
     position_B: jax.Array
@@ -39,25 +39,25 @@ class FeedForward(nnx.Module):
         self.linear2 = Linear({"F": inner}, {"D": width}, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Applies to every step."""
+        """Apply the feed-forward to every step."""
         return self.linear2(jax.nn.gelu(self.linear1(x_BTD), approximate=False))
 
 
 class GatedFeedForward(nnx.Module):
-    """linear_out(silu(gate) * up), where linear_in gives both parts at once; no biases."""
+    """linear_out(silu(gate) * up), where linear_in computes gate and up together; no biases."""
 
     def __init__(self, width: int, inner: int, *, rngs: nnx.Rngs):
         self.linear_in = Linear({"D": width}, {"P": 2, "F": inner}, rngs=rngs)
         self.linear_out = Linear({"F": inner}, {"D": width}, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies to the last axis."""
+        """Apply the feed-forward to the last axis."""
         gate_up = self.linear_in(x)
         return self.linear_out(jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :])
 
 
 class TransformerLayer(nnx.Module):
-    """Pre-norm self-attention, cross-attention where the config has it, and feed-forward."""
+    """Pre-norm self-attention, cross-attention if the config has it, and feed-forward."""
 
     def __init__(self, config: TransformerConfig, *, dtype: Any, rngs: nnx.Rngs):
         width = config.d_model
@@ -84,7 +84,7 @@ class TransformerLayer(nnx.Module):
         cross: tuple[jax.Array, jax.Array] | None,
         cross_length_B: jax.Array | None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Runs one chunk."""
+        """Run one chunk."""
         y_BTD, cache = self.self_attn.step(self.norm1(x_BTD), cache, position_B, lengths_B)
         x_BTD = x_BTD + _scaled(y_BTD, self.layer_scale_1_D)
         if self.cross_attention is not None and self.norm_cross is not None and cross is not None:
@@ -97,12 +97,12 @@ def _scaled(y_BTD: jax.Array, scale_D: nnx.Param | None) -> jax.Array:
 
 
 class Transformer(nnx.Module):
-    """A stack of layers. Chunks longer than the window run as a scan over windows; short clips in one go.
+    """A stack of layers. Chunks longer than the window run as a scan over windows; short clips run in one step.
 
     Args:
-      config: sizes and kinds.
-      dtype: of the activations and the caches, whatever the weights are stored in.
-      rngs: random streams.
+      config: sizes and kinds of layers.
+      dtype: dtype of the activations and the caches, whatever the weights are stored in.
+      rngs: random streams for the initial weights.
     """
 
     def __init__(self, config: TransformerConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
@@ -110,14 +110,14 @@ class Transformer(nnx.Module):
         self.layers = nnx.List([TransformerLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
 
     def init_state(self, batch_size: int) -> TransformerState:
-        """The state of `batch_size` fresh streams."""
+        """Make the state of `batch_size` fresh streams."""
         caches = tuple(layer.self_attn.init_cache(batch_size) for layer in self.layers)
         return TransformerState(caches, jnp.zeros((batch_size,), jnp.int32))
 
     def init_clip(self, batch_size: int, length: int) -> TransformerState:
-        """Makes the state for clips of `length` steps that are run in one step: without caches where none is needed.
+        """Make the state for clips of `length` steps that run in one step; short clips get no caches.
 
-        Attending to an empty cache doubles the time of attention in training, so short clips get none.
+        Attending to an empty cache would double the time of attention in training.
         """
         if length > _WINDOWS_AT_ONCE * self.config.context:
             return self.init_state(batch_size)
@@ -125,7 +125,7 @@ class Transformer(nnx.Module):
 
     @full_precision
     def cross_keys_values(self, source_BXD: jax.Array) -> tuple[tuple[jax.Array, jax.Array], ...]:
-        """Every layer's keys and values for the cross-attention source; pass them to each `step`."""
+        """Compute every layer's keys and values of the cross-attention source, to pass to each `step`."""
         attentions = [layer.cross_attention for layer in self.layers]
         return tuple(attention.keys_values(source_BXD) for attention in attentions if attention is not None)
 
@@ -138,14 +138,14 @@ class Transformer(nnx.Module):
         cross: tuple[tuple[jax.Array, jax.Array], ...] | None = None,
         cross_length_B: jax.Array | None = None,
     ) -> tuple[jax.Array, TransformerState]:
-        """Runs T steps and returns as many.
+        """Run T steps and return as many.
 
         Args:
           x_BTD: the chunk.
           state: from `init_state`, or from the step before.
           lengths_B: int32, steps of the chunk that each row takes; None for all.
           cross: from `cross_keys_values`, for a config with cross-attention.
-          cross_length_B: int32, how many positions of the source each row has; None for all.
+          cross_length_B: int32, number of source positions that each row has; None for all.
         """
 
         def block(
@@ -166,5 +166,5 @@ class Transformer(nnx.Module):
         return step_in_blocks(block, x_BTD, state, lengths_B, longest)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """One step over the whole clip."""
+        """Run one step over the whole clip."""
         return self.step(x_BTD, self.init_clip(*x_BTD.shape[:2]))[0]

@@ -1,1 +1,1 @@
-"""Runs models: compiled programs over slots, and the one scheduler that puts requests into them."""
+"""Run models: compiled programs over slots, and the scheduler that puts requests into the slots."""

@@ -1,7 +1,7 @@
-"""Compiles pure functions over networks: the one way in which the library makes a jitted program.
+"""Compile pure functions over networks; all of the library's jitted programs are made here.
 
-A function takes networks first, then arrays, and settings last; compiled, it takes the networks' parameters in their
-place. Graph definitions and settings are closed over and not arguments: an argument is hashed at every call.
+A function takes networks, then arrays, then settings. The compiled function takes the networks' parameters in place of
+the networks. Graph definitions and settings are closed over, as JAX hashes static arguments at every call.
 """
 
 import functools
@@ -20,15 +20,15 @@ _compilations = 0
 
 
 def compilations() -> int:
-    """Counts what `compiled` functions have compiled since the library was imported.
+    """Return the number of programs that `compiled` functions have compiled since the library was imported.
 
-    The difference of two counts tells how many programs were compiled in between: none after warm-up.
+    The number does not change after warm-up, so a difference between two calls shows an unwanted compilation.
     """
     return _compilations
 
 
 class Compiled:
-    """A jitted function over parameters. `compiled` makes one, or returns the one made before."""
+    """A jitted function over parameters, made by `compiled`."""
 
     def __init__(
         self, function: Callable, graphs: tuple[nnx.GraphDef, ...], settings: Hashable | None, donate: tuple[int, ...]
@@ -52,16 +52,16 @@ class Compiled:
         return self._jitted(params, *args)
 
     def compile(self, params: tuple[nnx.State, ...], *args: Any) -> jax.stages.Compiled:
-        """Compiles ahead of the first call, for arrays that need not exist yet.
+        """Compile before the first call, for arrays or their shapes.
 
-        Compiling before a state is allocated keeps the two peaks of memory from adding up.
+        Compile before allocating a state, so that the two memory peaks do not add up.
 
         Args:
-          params: of the networks, arrays or their shapes.
-          *args: the arguments, or their shapes as `jax.ShapeDtypeStruct`.
+          params: parameters of the networks, or their shapes.
+          *args: the other arguments, or their shapes as `jax.ShapeDtypeStruct`.
 
         Returns:
-          The compiled program, for its memory and cost analyses; calls find it by themselves.
+          The compiled program, for its memory and cost analyses; later calls reuse it by themselves.
         """
         before, start = _compilations, time.perf_counter()
         program = self._jitted.lower(params, *args).compile()
@@ -70,7 +70,7 @@ class Compiled:
         return program
 
     def shapes(self, params: tuple[nnx.State, ...], *args: Any) -> Any:
-        """Returns the shapes and dtypes of the function's results, without computing them."""
+        """Return the shapes and dtypes of the function's results, without computing them."""
         return jax.eval_shape(self._jitted, params, *args)
 
 
@@ -81,13 +81,13 @@ def compiled(
     settings: Hashable | None = None,
     donate: tuple[int, ...] = (),
 ) -> Compiled:
-    """Makes a compiled function, once for each function, networks and settings.
+    """Make a compiled function, or return the one made before for the same arguments.
 
     Args:
-      function: maps networks, arrays and, where there are any, settings to arrays; defined at the top of a module, so
-        that it is the same object at every call.
-      graphs: the structure of each network, as `nnx.split` gives it.
-      settings: everything that is fixed at compilation, hashable; None calls the function without.
-      donate: which arrays, counted without parameters, the call takes over: the state.
+      function: maps networks, arrays and settings to arrays; defined at the top of a module, so that it is the same
+        object at every call.
+      graphs: the structure of each network, from `nnx.split`.
+      settings: static settings, hashable; None for a function without settings.
+      donate: indices of the donated arguments, such as the state, counted without the parameters.
     """
     return Compiled(function, graphs, settings, donate)

@@ -1,11 +1,11 @@
-"""The scheduler: runs requests through the slots of a program, each slot on its own.
+"""The scheduler: runs requests in the slots of a program, each slot independent of the others.
 
-A program has a fixed number of slots and three functions, as JetStream's engine has: `init` makes the state of all
-slots, `insert` puts requests into some of them, `step` runs a chunk of every slot that takes part. Everything that a
-request chooses lies in the state, so requests of any kind share one compiled program. A session is the host's side of
-one request: it hands out the inputs of its slot and reads the outputs.
+A program has a fixed number of slots and three functions, like JetStream's engine: `init` makes the state of all slots,
+`insert` puts requests into some slots, `step` runs one chunk of the slots that have input. The settings of a request
+are in the state, so requests with different settings share one compiled program. A session is the host's side of one
+request: it provides the slot's inputs and reads the slot's outputs.
 
-Whoever runs rows (files, live streams, texts, server connections) is a client of `Slots`.
+Files, live streams, texts and server connections all run through `Slots`.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Part(Protocol):
 
     @property
     def last(self) -> bool:
-        """Whether it is the session's last input, so that the slot is free once the chunk has been dispatched."""
+        """True for the session's last input, after whose dispatch the slot is free."""
         ...
 
 
@@ -32,7 +32,7 @@ class Session(Protocol):
     """One request while it holds a slot.
 
     Attributes:
-      error: the reason for which the session has failed; None while it has not.
+      error: the error that the session has failed with; None if it has not failed.
       ended: whether all outputs have been read.
     """
 
@@ -40,11 +40,11 @@ class Session(Protocol):
     ended: bool
 
     def request(self) -> Any:
-        """Returns what `insert` writes into the slot, a pytree of arrays without a slot axis."""
+        """Return the request for `insert`, a pytree of arrays without a slot axis."""
         ...
 
     def take_input(self) -> Any:
-        """Returns the slot's part of the next chunk, a `Part`; None for a slot that sits this chunk out.
+        """Return the slot's input of the next chunk, a `Part`; None to leave the slot idle in this chunk.
 
         Raises:
           DsmError: the input cannot be read; the session fails with this error.
@@ -52,7 +52,7 @@ class Session(Protocol):
         ...
 
     def read(self, outputs: Any, slot: int, part: Any) -> None:
-        """Reads the slot's outputs of a chunk, numpy arrays of all slots, made of the input `part`."""
+        """Read the slot's outputs for the input `part` from a chunk's outputs, numpy arrays of all slots."""
         ...
 
 
@@ -64,37 +64,37 @@ class Program(Protocol):
 
     Attributes:
       slots: number of slots.
-      inserts: requests that one call of `insert` takes at most.
+      inserts: the most requests that one call of `insert` takes.
     """
 
     slots: int
     inserts: int
 
     def init(self) -> Any:
-        """Makes the state of all slots, none of which holds a request."""
+        """Make the state of all slots, without requests."""
         ...
 
     def insert(self, state: Any, slot_N: Sequence[int], requests: Sequence[Any]) -> Any:
-        """Makes slots fresh and puts a request into each; returns the next state."""
+        """Reset slots and put a request into each; return the next state."""
         ...
 
     def step(self, state: Any, parts: Sequence[Any], *, waiting: bool) -> tuple[Any, Any]:
-        """Runs one chunk.
+        """Run one chunk.
 
         Args:
-          state: from the call before; it is donated.
-          parts: the input of every slot; None for slots that sit out.
-          waiting: whether requests wait for a slot, so that a chunk is best cut short once a slot becomes free.
+          state: from the call before; donated.
+          parts: the input of every slot; None for idle slots.
+          waiting: whether requests wait for a slot, so that the chunk should end early once a slot becomes free.
 
         Returns:
-          The outputs, which the device may still be computing, and the next state.
+          The outputs, possibly not computed yet, and the next state.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class _Dispatched(Generic[AnySession]):
-    """A chunk whose outputs have not been read back: its outputs and, by slot, the sessions and inputs in it."""
+    """A chunk whose outputs have not been read: the outputs, and (slot, session, input) of each slot that ran."""
 
     outputs: Any
     parts: list[tuple[int, AnySession, Any]]
@@ -104,9 +104,9 @@ class Slots(Generic[AnySession]):
     """The slots of one program and the sessions in them.
 
     Args:
-      program: what the slots run.
-      behind: chunks whose outputs may be left unread after a step. With 1 the device works on the newest chunk while
-        the one before it is read; with 0 a step returns what it made.
+      program: the program that the slots run.
+      behind: number of chunks whose outputs may be unread after a step. With 1, the device computes the newest chunk
+        while the host reads the chunk before it; with 0, a step reads its own outputs.
     """
 
     def __init__(self, program: Program, *, behind: int = 1):
@@ -121,19 +121,19 @@ class Slots(Generic[AnySession]):
         return [slot for slot, session in enumerate(self.sessions) if session is None]
 
     def slot_of(self, session: AnySession) -> int:
-        """Returns the number of the slot that a session holds.
+        """Return the number of the slot that a session holds.
 
         Raises:
-          ValueError: it holds none.
+          ValueError: the session holds no slot.
         """
         return self.sessions.index(session)
 
     def apply(self, change: Callable[[Any], Any]) -> None:
-        """Replaces the state by what a function makes of it, such as a request that grows while it runs."""
+        """Replace the state by a function of it, for example to extend a request that is running."""
         self._state = change(self._state)
 
     def admit(self, sessions: Sequence[AnySession]) -> None:
-        """Puts sessions into free slots, while others run.
+        """Put sessions into free slots while other slots run.
 
         Raises:
           ValueError: there are more sessions than free slots.
@@ -150,19 +150,19 @@ class Slots(Generic[AnySession]):
             self.sessions[slot] = session
 
     def cancel(self, session: AnySession) -> None:
-        """Frees the session's slot at once; outputs that are still to come are dropped."""
+        """Free the session's slot at once and drop its unread outputs."""
         self.sessions = [None if held is session else held for held in self.sessions]
         for dispatched in self._unread:
             dispatched.parts[:] = [part for part in dispatched.parts if part[1] is not session]
 
     def step(self, *, waiting: bool = False) -> list[AnySession]:
-        """Dispatches one chunk of all sessions that have input, and reads the outputs that are due.
+        """Dispatch one chunk of all sessions that have input, then read all but the newest `behind` chunks.
 
         Args:
           waiting: whether requests wait for a slot.
 
         Returns:
-          Sessions that have ended or failed; their slots are free.
+          The sessions that have ended or failed; their slots are free.
         """
         parts: list[Any] = [None] * len(self.sessions)
         done, taken = [], []
@@ -189,7 +189,7 @@ class Slots(Generic[AnySession]):
         return done
 
     def drain(self) -> list[AnySession]:
-        """Reads all outputs that are still unread; returns the sessions that have ended in them."""
+        """Read all unread outputs; return the sessions that ended."""
         done = []
         while self._unread:
             done += self._read()
@@ -202,7 +202,7 @@ class Slots(Generic[AnySession]):
         outputs = jax.device_get(dispatched.outputs)
         done = []
         for slot, session, part in dispatched.parts:
-            if session.ended:  # in the chunk before; this one was dispatched before that was known
+            if session.ended:  # its end was read from an earlier chunk, after this chunk was dispatched
                 continue
             session.read(outputs, slot, part)
             if session.ended:
@@ -212,10 +212,10 @@ class Slots(Generic[AnySession]):
         return done
 
     def run(self, sessions: Iterable[AnySession]) -> Iterator[AnySession]:
-        """Runs sessions to their ends, as many at a time as there are slots, and yields each as it ends or fails.
+        """Run sessions to their ends, as many at a time as there are slots, and yield each when it ends or fails.
 
         Args:
-          sessions: drawn one by one as slots become free; one that has failed already is yielded as it is.
+          sessions: taken one by one as slots become free; a session that has already failed is yielded without running.
         """
         waiting = iter(sessions)
         upcoming = next(waiting, None)
@@ -236,22 +236,22 @@ class Slots(Generic[AnySession]):
 
 
 def write_rows(rows: Any, slot_N: jax.Array, new: Any) -> Any:
-    """Writes rows of every leaf in place; a slot number out of range writes nothing.
+    """Write rows of every leaf in place; a slot number out of range writes nothing.
 
     Args:
       rows: any pytree of arrays [B, ...].
-      slot_N: int32, the rows to write.
-      new: the same pytree, of arrays [N, ...].
+      slot_N: int32, indices of the rows to write.
+      new: the same pytree with arrays [N, ...].
     """
     return jax.tree.map(lambda old, rows_N: old.at[slot_N].set(rows_N, mode="drop"), rows, new)
 
 
 def grow(state: Any, wanted: Any) -> Any:
-    """Pads the leaves of a state with zeros at the ends of their axes, to the shapes of a larger one.
+    """Pad the leaves of a state with zeros at the ends of their axes, to the shapes of a larger state.
 
     Args:
-      state: arrays.
-      wanted: the same pytree of shapes, none smaller.
+      state: pytree of arrays.
+      wanted: the same pytree of shapes, none of them smaller.
     """
 
     def padded(leaf: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:

@@ -1,1 +1,1 @@
-"""Trains models: pure steps, resumable runs, data, losses and fine-tuning. Needs the `train` extra."""
+"""Train models: pure steps, resumable runs, data, losses and fine-tuning. Needs the `train` extra."""

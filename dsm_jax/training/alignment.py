@@ -1,11 +1,11 @@
-"""Turns words with times into the text streams that models are trained on.
+"""Turn words with times into the text streams that models are trained on.
 
-For speech-to-text a word is a boundary token and the word's tokens, one in each frame; every other frame is padding.
-The first token stands where `WordReader` reads the start of the word: its start time plus the delay of the text and the
-silence before the audio. A word whose frame is taken by the tokens of the word before follows as soon as it can.
+For speech-to-text, a word is a boundary token and the word's tokens, one per frame; all other frames are padding. The
+word's first token is in the frame from which `WordReader` reads the word's start: the start time plus the delay of the
+text and the silence before the audio. If the tokens of the word before fill that frame, the word follows after them.
 
-For text-to-speech the stream is that which the word machine of `dsm_jax.tts` feeds for a script whose words start at
-their times.
+For text-to-speech, the stream is the one that the word machine of `dsm_jax.tts` feeds for a script whose words start at
+the given times.
 
 Source: Zeghidour et al. 2025 (Delayed Streams Modeling), section 3; the published models' streams.
 """
@@ -25,13 +25,13 @@ from dsm_jax.tts.words import WordMachine
 
 
 def tokens_of(word: str, tokenizer: Tokenizer, config: LMConfig) -> list[int]:
-    """Encodes a word.
+    """Encode a word.
 
     Raises:
       TrainingError: the tokenizer cannot spell the word.
     """
     tokens = tokenizer.encode(word)
-    # The tokenizer's unknown token has the id of the boundary between words.
+    # The tokenizer's unknown token has the id of the boundary token.
     if not tokens or min(tokens) <= config.existing_text_padding_id:
         raise TrainingError(
             f"the word {word!r} cannot be spelt by the model's tokenizer; leave it out, or spell it in letters of the "
@@ -49,25 +49,25 @@ def text_stream(
     frames: int,
     prefixes: Mapping[int, int] | None = None,
 ) -> np.ndarray:
-    """Makes the text stream of a clip, as the first stream of `DelayedStreamsLM.__call__`.
+    """Make the text stream of a clip, the first stream of `DelayedStreamsLM.__call__`.
 
-    Step t is fed the frames before t, so the model predicts at step i + 1 the token that `transcribe` lists for frame
-    i. That token's column is i + 1, less the delay that the config gives the text stream itself (0 in the published
-    models). The prediction of step 0 belongs to no frame and is padding; tokens after the last column are dropped.
+    The inputs of step t are the frames before t, so the token that `transcribe` lists for frame i is predicted in step
+    i + 1. Its column is i + 1 minus the config's delay of the text stream (0 in the published models). Column 0 belongs
+    to no frame and is padding; tokens after the last column are dropped.
 
     Args:
-      words: in order.
-      tokenizer: of the model.
-      config: of the model.
-      timing: places the frames in the audio, as for `WordReader`.
-      frames: of the clip, the silence before the audio included.
-      prefixes: tokens ahead of the tokens of some words, by the word's number.
+      words: words in order.
+      tokenizer: tokenizer of the model.
+      config: config of the language model.
+      timing: times of the frames, as for `WordReader`.
+      frames: length of the clip, with the silence before the audio.
+      prefixes: token to insert before the tokens of a word, by the word's index.
 
     Returns:
-      int32 [frames].
+      Tokens, int32 [frames].
 
     Raises:
-      TrainingError: words out of order, or a word that the tokenizer cannot spell.
+      TrainingError: words are out of order, or the tokenizer cannot spell a word.
     """
     stream_T = np.full(frames, config.existing_text_padding_id, np.int32)
     column_of_frame_0 = 1 - config.delays[0]
@@ -93,17 +93,17 @@ def text_stream(
 def script_stream(
     words: Sequence[Sequence[int]], starts: Sequence[int], machine: WordMachine, *, frames: int, end: int
 ) -> np.ndarray:
-    """Makes the text stream that the word machine feeds for a script whose words start at given steps.
+    """Make the text stream that the word machine feeds for a script whose words start at given steps.
 
     Args:
       words: tokens of each word, at least one.
-      starts: steps at which the words start, rising; a word whose step is taken follows as soon as it can.
-      machine: the rules of the model; paddings are not applied.
+      starts: step at which each word starts, rising; a word whose step is taken starts at the next free step.
+      machine: the model's word machine; its padding rules are not applied.
       frames: length of the stream.
-      end: step at which the script ends, which is fed to a model with a second text stream.
+      end: step at which the script ends, which models with a second text stream have as input.
 
     Returns:
-      int32 [frames]: two tokens in one for a model with a second text stream.
+      Tokens, int32 [frames]; in models with a second text stream, two tokens folded into one integer.
     """
     first_T, second_T = np.full(frames, PAD, np.int32), np.full(frames, ZERO, np.int32)
     free, ahead = 0, machine.second_stream_ahead
@@ -132,10 +132,10 @@ def script_stream(
 
 
 def speaker_prefixes(words: Sequence[WordSpan]) -> tuple[dict[int, int], list[str]]:
-    """Finds the speaker tokens ahead of words at which the speaker changes, and the speakers in order of appearance.
+    """Find the speaker token before each word that changes the speaker, and the speakers in order of appearance.
 
     Raises:
-      TrainingError: more than two speakers.
+      TrainingError: there are more than two speakers.
     """
     speakers = list(dict.fromkeys(word.speaker for word in words))
     if len(speakers) > 2:

@@ -1,4 +1,4 @@
-"""Trains codebooks by moving averages: each entry is the mean of the vectors that were rounded to it lately.
+"""Train codebooks by moving averages: each entry is the mean of the vectors that were recently rounded to it.
 
 Shape letters: B batch rows, T frames, N = B * T, D latent width, C codebook width, V codebook entries, Q codebooks of
 a branch.
@@ -20,7 +20,7 @@ from dsm_jax.nn.rvq import ResidualQuantizer, SplitQuantizer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Averages:
-    """Holds the moving averages of every codebook of one branch; an entry is sum / usage."""
+    """Moving averages of every codebook of one branch; an entry is sum / usage."""
 
     usage_QV: jax.Array
     sum_QVC: jax.Array
@@ -28,26 +28,26 @@ class Averages:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodebookRule:
-    """Sets how codebooks move."""
+    """Settings of the moving averages."""
 
     decay: float = 0.98
-    dead: float = 0.02  # entries used less often per step, on average, are reset to a random vector
+    dead: float = 0.02  # an entry with a lower average number of uses per step is reset to a random vector
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """Holds the result of quantising latents by one branch in training."""
+    """Result of quantising latents by one branch in training."""
 
-    vectors_BTC: jax.Array  # straight through: gradients pass as if nothing had been rounded
+    vectors_BTC: jax.Array  # quantised, with straight-through gradients
     commitment: jax.Array  # mean squared distance to the entries, over the codebooks in use
-    perplexity_Q: jax.Array  # entries in effective use
+    perplexity_Q: jax.Array  # effective number of entries in use
     averages: Averages
     entries_QVC: jax.Array  # for the next step
 
 
 def init_averages(branch: ResidualQuantizer, *, fresh: bool) -> Averages:
-    """Makes averages of the branch's entries; or, if `fresh`, averages that vectors of the first batch replace."""
+    """Start averages at the branch's entries or, if `fresh`, at vectors of the first batch."""
     entries_QVC = jnp.stack([book.embedding_LC[...] for book in branch.codebooks])
     usage = 0.0 if fresh else 1.0
     return Averages(jnp.full(entries_QVC.shape[:2], usage), usage * entries_QVC)
@@ -62,15 +62,15 @@ def quantize(
     used_B: jax.Array,
     key: jax.Array,
 ) -> Quantized:
-    """Rounds latents as `ResidualQuantizer.encode` does, passes gradients through, and moves the codebooks.
+    """Quantise latents as `ResidualQuantizer.encode` does, with straight-through gradients, and update the averages.
 
     Args:
-      branch: gives the projection and the entries.
+      branch: the branch, whose projection and entries are used.
       x_BTD: latents.
-      averages: of the branch, before this step.
-      rule: how codebooks move.
+      averages: the branch's averages before this step.
+      rule: settings of the averages.
       used_B: number of codebooks that quantise each row, from 0: codebook dropout.
-      key: draws the vectors that replace dead entries.
+      key: PRNG key for the vectors that replace dead entries.
     """
     x_BTC = branch.input_proj(x_BTD)
     x_NC = x_BTC.reshape(-1, x_BTC.shape[2])
@@ -109,7 +109,7 @@ def quantize(
 def _move(
     usage_V: jax.Array, sum_VC: jax.Array, one_hot_NV: jax.Array, x_NC: jax.Array, rule: CodebookRule, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Updates the averages of one codebook, and computes its entries after the update."""
+    """Update the averages of one codebook; return usage, sum and entries after the update."""
     usage_V = rule.decay * usage_V + (1 - rule.decay) * one_hot_NV.sum(0)
     sum_VC = rule.decay * sum_VC + (1 - rule.decay) * (one_hot_NV.T @ x_NC)
     dead_V = usage_V < rule.dead
@@ -121,7 +121,7 @@ def _move(
 
 
 def set_entries(quantizer: SplitQuantizer, semantic_QVC: jax.Array, acoustic_QVC: jax.Array) -> None:
-    """Writes the entries of both branches."""
+    """Write the entries of both branches."""
     for branch, entries_QVC in ((quantizer.semantic, semantic_QVC), (quantizer.acoustic, acoustic_QVC)):
         for book, entries_VC in zip(branch.codebooks, entries_QVC, strict=True):
             book.embedding_LC = nnx.Param(entries_VC)

@@ -1,14 +1,14 @@
-"""Reads training data: recordings with the words said in each and their times; and draws batches of rows.
+"""Read training data, recordings with timed words, and draw batches of rows.
 
 The data is either a JSON Lines file with a line for each recording:
 
     {"audio": "talks/first.flac", "words": [{"text": "hello", "start": 0.48, "end": 0.8}, ...]}
 
-with paths relative to the file's folder, or a folder of recordings with a JSON file of the same name beside each. Both
-are what `dsm-jax transcribe --format json` writes, so its transcripts can be corrected and trained on. For
-text-to-speech, `"speaker": NAME` names who speaks in the recording, or in a word of it, and `"voice": VOICE` or
+with paths relative to the file's folder, or a folder in which every recording has a JSON file of the same name. Both
+formats are written by `dsm-jax transcribe --format json`, so its transcripts can be corrected and trained on. For
+text-to-speech, `"speaker": NAME` names the speaker of a recording, or of a word in it, and `"voice": VOICE` or
 `"voices": {NAME: VOICE, ...}` gives the speakers' voices: files, or names as for `synthesize`. Other keys are ignored.
-Everything is checked, and every recording decoded to its end, before training starts.
+All data is checked, and every recording decoded to its end, before training starts.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ class WordSpan:
 
     Attributes:
       text: the word.
-      start, end: its times, in seconds.
-      speaker: who says it; empty where that is not known.
+      start, end: times of the word, in seconds.
+      speaker: name of the speaker; empty if unknown.
     """
 
     text: str
@@ -50,10 +50,10 @@ class Recording:
     """One recording to train on.
 
     Attributes:
-      audio: path of a file that has been decoded to its end once.
-      words: the words said in it, in order.
-      seconds: its length.
-      voices: pairs of a speaker and the speaker's voice; the speaker "" stands for all that are not named.
+      audio: path of the audio file.
+      words: the spoken words, in order.
+      seconds: length of the audio.
+      voices: pairs of a speaker and the speaker's voice; the speaker "" stands for all other speakers.
     """
 
     audio: Path
@@ -62,14 +62,14 @@ class Recording:
     voices: tuple[tuple[str, str], ...] = ()
 
     def voice_of(self, speaker: str) -> str | None:
-        """Finds the voice of a speaker; None where the data names none."""
+        """Find the voice of a speaker; None if the data names none."""
         voices = dict(self.voices)
         return voices.get(speaker, voices.get(""))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A recording that has not been checked: `place` names it in errors; the audio or the transcript may be missing."""
+    """A recording before its check, with its name for errors; audio or transcript may be missing."""
 
     place: str
     audio: Path | None
@@ -83,20 +83,20 @@ def read_recordings(
     check: Callable[[str], object] | None = None,
     skip_bad: bool = False,
 ) -> list[Recording]:
-    """Reads a manifest or a folder.
+    """Read a manifest or a folder.
 
     Args:
       source: a JSON Lines file, or a folder.
-      sample_rate: Hz that the recordings will be read at.
+      sample_rate: sample rate of the training audio, Hz.
       check: called with the text of each word; raises a DsmError for a word that the model cannot learn.
-      skip_bad: leave faulty recordings out, with a line on standard error for each, instead of raising.
+      skip_bad: leave out faulty recordings, with a line on standard error for each, instead of raising.
 
     Returns:
       The recordings, in the order of the file, or of the names in the folder.
 
     Raises:
-      TrainingError: there are no recordings, none without a fault, or a faulty one and not `skip_bad`. All faulty
-        recordings are counted, and the first few listed with their faults.
+      TrainingError: there are no recordings, all recordings are faulty, or any is and `skip_bad` is false. The error
+        counts the faulty recordings and lists the first few.
     """
     recordings, faults = [], []
     entries = list(_folder_entries(source) if source.is_dir() else _file_entries(source))
@@ -112,9 +112,9 @@ def read_recordings(
     if faults and not (skip_bad and recordings):
         listed = "".join(f"\n  {fault}" for fault in faults[:LISTED])
         more = f"\n  and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
-        remedy = "mend them, or set skip_bad to leave them out" if recordings else "mend them"
+        remedy = "fix them, or set skip_bad to leave them out" if recordings else "fix them"
         raise TrainingError(
-            f"{len(faults)} of the {len(entries)} recordings of {source} cannot be learnt from; {remedy}:{listed}{more}"
+            f"{len(faults)} of the {len(entries)} recordings of {source} cannot be trained on; {remedy}:{listed}{more}"
         )
     return recordings
 
@@ -126,7 +126,7 @@ def _file_entries(source: Path) -> Iterator[_Entry]:
 
 
 def _folder_entries(folder: Path) -> Iterator[_Entry]:
-    """Lists every recording of a folder, and every transcript that has no recording."""
+    """List every recording of a folder, and every transcript that has no recording."""
     recordings = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
     for path in recordings:
         transcript = path.with_suffix(".json")
@@ -149,9 +149,9 @@ def _bytes_of(path: Path) -> bytes:
 
 def _read_entry(entry: _Entry, source: Path, sample_rate: int, check: Callable[[str], object] | None) -> Recording:
     if entry.transcript is None and entry.audio is None:
-        raise TrainingError(f"there is no recording of this name beside it; add one ({', '.join(SUFFIXES)})")
+        raise TrainingError(f"there is no recording of this name next to it; add one ({', '.join(SUFFIXES)})")
     if entry.transcript is None:
-        raise TrainingError(f"there is no {Path(entry.place).stem}.json beside it; write one: {_FORMAT}")
+        raise TrainingError(f"there is no {Path(entry.place).stem}.json next to it; write one: {_FORMAT}")
     text = entry.transcript if isinstance(entry.transcript, bytes) else _bytes_of(entry.transcript)
     try:
         values = json.loads(text.decode("utf-8-sig"))
@@ -172,14 +172,14 @@ def _read_entry(entry: _Entry, source: Path, sample_rate: int, check: Callable[[
     late = next((word for word in words if word.start > seconds + SLACK_S), None)
     if late is not None:
         raise TrainingError(
-            f"the word {late.text!r} starts at {late.start} s and {path} ends at {seconds:.2f} s; is the recording cut "
-            "short, or the transcript another's?"
+            f"the word {late.text!r} starts at {late.start} s and {path} ends at {seconds:.2f} s; check that the "
+            "recording is complete and the transcript its own"
         )
     return Recording(path, words, seconds, tuple(_voices(values, source if source.is_dir() else source.parent)))
 
 
 def _voices(values: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
-    """Yields speakers and their voices; paths become relative to the present folder."""
+    """Yield speakers and their voices; paths become relative to the working directory."""
     voices = values.get("voices", {})
     if "voice" in values:
         voices = {"": values["voice"]}
@@ -226,15 +226,15 @@ def _is_time(value: Any) -> TypeGuard[float]:
 
 
 def batches(rows: Any, *, batch_size: int, seed: int, first_step: int) -> Iterator[Any]:
-    """Draws endless batches of a random-access source, in a new order every epoch, prepared ahead on a thread.
+    """Draw endless batches of a random-access source, in a new order every epoch, prefetched on a thread.
 
-    Batch n is always the same, so a resumed run continues with the batch after its last one.
+    Batch n depends on the seed only, so a resumed run continues with the batch after its last one.
 
     Args:
-      rows: has a length, and for each index a dict of arrays without a batch axis.
+      rows: a sequence of dicts of arrays without a batch axis.
       batch_size: rows in a batch.
-      seed: of the order.
-      first_step: the number of the first batch, from 0: the steps already taken.
+      seed: seed of the order.
+      first_step: index of the first batch: the number of steps already taken.
 
     Raises:
       TrainingError: there are no rows.

@@ -1,4 +1,4 @@
-"""Evaluates transcription: word error rate, and errors of word times."""
+"""Evaluate transcription: word error rate, and errors of word times."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -13,12 +13,12 @@ from dsm_jax.training.data import WordSpan
 
 @dataclasses.dataclass(frozen=True)
 class WerStats:
-    """Counts the errors of transcripts against reference words.
+    """Error counts of transcripts against reference words.
 
     Attributes:
-      words: reference words.
-      substituted, inserted, deleted: the edits that turn the reference into the transcript.
-      start_errors: for each correct word, seconds by which its start is late; negative where it is early.
+      words: number of reference words.
+      substituted, inserted, deleted: numbers of edits that turn the reference into the transcript.
+      start_errors: start of each correct word minus its reference start, in seconds.
     """
 
     words: int = 0
@@ -29,12 +29,12 @@ class WerStats:
 
     @property
     def word_error_rate(self) -> float:
-        """Edits per reference word; without reference words, the number of inserted words."""
+        """Edits per reference word; the number of inserted words if there are no reference words."""
         return (self.substituted + self.inserted + self.deleted) / max(self.words, 1)
 
     @property
     def start_error(self) -> float:
-        """Median of the absolute start errors, seconds; NaN where no word was correct."""
+        """Median of the absolute start errors, in seconds; NaN if no word was correct."""
         return float(np.median(np.abs(self.start_errors))) if self.start_errors else float("nan")
 
     def __add__(self, other: "WerStats") -> "WerStats":
@@ -48,7 +48,7 @@ class WerStats:
 
 
 def word_errors(reference: Sequence[WordSpan], transcript: Transcript) -> WerStats:
-    """Counts the errors of one transcript; words are compared by their spelling in lower case."""
+    """Count the errors of one transcript; words are compared by their spelling in lower case."""
     import jiwer
 
     expected, found = [w.text.lower() for w in reference], [w.text.lower() for w in transcript.words]
@@ -65,11 +65,11 @@ def word_errors(reference: Sequence[WordSpan], transcript: Transcript) -> WerSta
 
 
 def total_word_errors(pairs: Iterable[tuple[Sequence[WordSpan], Transcript]]) -> WerStats:
-    """Counts the errors of many transcripts together."""
+    """Count the errors of many transcripts together."""
     return sum((word_errors(reference, transcript) for reference, transcript in pairs), WerStats())
 
 
 def evaluate(model: Model, recordings: Sequence[tuple[np.ndarray, Sequence[WordSpan]]]) -> WerStats:
-    """Transcribes recordings, each samples at the model's rate and its reference words, and counts the errors."""
+    """Transcribe recordings, given as (samples at the model's rate, reference words), and count the errors."""
     transcripts = transcribe(model, [pcm_T for pcm_T, _ in recordings], batch_size=16)
     return total_word_errors(zip((reference for _, reference in recordings), transcripts, strict=True))

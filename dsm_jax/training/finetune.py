@@ -1,7 +1,7 @@
-"""Fine-tunes a model on recordings with words, all of it or through low-rank adapters.
+"""Fine-tune a model on recordings with timed words: all parameters, or low-rank adapters.
 
-The family of the model chooses rows and loss: the text stream of speech-to-text models, text and audio streams of
-text-to-speech models. The codec is not trained, and neither are pause heads.
+Rows and loss depend on the model's family: the text stream of speech-to-text models, the text and audio streams of
+text-to-speech models. The codec and the pause heads are not trained.
 
 Shape letters: B batch rows.
 """
@@ -38,27 +38,27 @@ from dsm_jax.tts.voices import Voice, guidance_values, has_speakers, read_voice,
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """Sets the data, the training and the output of fine-tuning.
+    """Settings of fine-tuning.
 
     Attributes:
       data: a JSON Lines file or a folder; see `dsm_jax.training.data`.
-      output: the run's folder; the model is written to `model` in it.
+      output: the run's folder; the model is written to its subfolder `model`.
       run: length of the training.
       model: the model to start from, as for `dsm_jax.load`.
-      validation: data that is not trained on; its loss is measured at each checkpoint.
-      skip_bad: leave faulty recordings out instead of refusing the data.
-      seconds: of a recording in a row, at most.
+      validation: data that is not trained on; its loss is computed at each checkpoint.
+      skip_bad: whether to leave out faulty recordings instead of refusing the data.
+      seconds: longest part of a recording in a row, in seconds.
       batch_size: rows in a batch.
-      accumulate: parts that a batch is cut into to save memory.
+      accumulate: number of parts of a batch that run one after another, to save memory.
       encode_batch: rows that the codec encodes at a time.
-      compute_dtype: of the model in the loss; trained parameters are always float32.
+      compute_dtype: dtype of the model in the loss; trained parameters are always float32.
       optimizer: settings of the optimizer.
       stt: weights and dropouts of the loss of a speech-to-text model.
       tts: weights and dropouts of the loss of a text-to-speech model.
-      voice: for text-to-speech with speaker conditioning, the voice of speakers for whom the data names none.
-      guidance: for text-to-speech with distilled guidance, the guidance value that is given with every row; None draws
-        one of the model's for each row, so that all of them are trained.
-      prefix_seconds: for text-to-speech without speaker conditioning, length of the prefix, at most: each row starts
+      voice: for text-to-speech with speaker conditioning, the voice of speakers without a voice in the data.
+      guidance: for text-to-speech with distilled guidance, the guidance value of all rows; None draws one of the
+        model's values for each row.
+      prefix_seconds: for text-to-speech without speaker conditioning, the longest prefix, in seconds: each row starts
         with the beginning of another recording of the same speaker.
       lora: adapters to train in place of the whole model.
     """
@@ -96,12 +96,12 @@ class FinetuneConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """Fine-tunes one family of models.
+    """The functions that fine-tune one family of models.
 
     Attributes:
-      rows: makes the rows of recordings for a model.
-      objective: finds the weights and dropouts for a model.
-      loss: of (language model, batch, key, objective).
+      rows: makes the maker of a model's rows.
+      objective: returns the weights and dropouts of a model's loss.
+      loss: maps (language model, batch, key, objective) to the loss and metrics.
     """
 
     rows: Callable[[Model, Mesh, FinetuneConfig], SttRows | TtsRows]
@@ -127,13 +127,13 @@ def _tts_rows(model: Model, mesh: Mesh, config: FinetuneConfig) -> TtsRows:
 
 
 def _tts_objective(model: Model, config: FinetuneConfig) -> TtsObjective:
-    # A model with distilled guidance is never run without text and voice.
+    # Inference never runs a model with distilled guidance without text and voice.
     distilled = model.config.lm is not None and bool(guidance_values(model.config.lm))
     return dataclasses.replace(config.tts, unconditional=0.0) if distilled else config.tts
 
 
 def _stt_batch_loss(lm: Any, batch: Mapping[str, Any], key: jax.Array, objective: Any) -> tuple[jax.Array, Metrics]:
-    return stt_loss(lm, batch["codes_BKT"], key, objective)
+    return stt_loss(lm, batch["codes_BMT"], key, objective)
 
 
 TASKS: Mapping[str, _Task] = {
@@ -143,22 +143,22 @@ TASKS: Mapping[str, _Task] = {
 
 
 def finetune(config: FinetuneConfig, *, resume: bool = False, mesh: Mesh | None = None) -> Model:
-    """Fine-tunes a model and writes it, in Kyutai's layout and float32, to `model` in the run's folder.
+    """Fine-tune a model and write it, in Kyutai's layout and float32, to `model` in the run's folder.
 
     Args:
-      config: of the run.
-      resume: continue from the run's last checkpoint.
-      mesh: devices, with an axis "data" that shares each batch, an axis "model" that splits the parameters, or both.
-        None takes as many of the present devices as can share a batch equally.
+      config: settings of the run.
+      resume: whether to continue from the run's last checkpoint.
+      mesh: devices, with an axis "data" that splits each batch, an axis "model" that splits the parameters, or both.
+        None uses as many of the available devices as can split a batch equally.
 
     Returns:
-      The model that was written, in float32; adapters are merged into it.
+      The model that was written, in float32, with adapters merged.
 
     Raises:
       CheckpointError: the model cannot be loaded, or is neither a speech-to-text nor a text-to-speech model.
-      ConfigError: settings that do not fit the model or the devices.
-      TrainingError: data that cannot be trained on, a loss that is not finite, a checkpoint or model that cannot be
-        written, no run to resume, or a run that would be overwritten.
+      ConfigError: a setting does not fit the model or the devices.
+      TrainingError: the data cannot be trained on, a loss is not finite, a checkpoint or the model cannot be written,
+        there is no run to resume, or a run would be overwritten.
     """
     run = Run(Path(config.output), config.run)
     _check_output(run, resume)
@@ -189,7 +189,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, mesh: Mesh | None 
 
 
 def _voices_to_write(model: Model, config: FinetuneConfig) -> dict[str, np.ndarray] | None:
-    """Reads the model's own voices and that of the config, which stand beside the fine-tuned model."""
+    """Read the voices to write with the fine-tuned model: the model's own, and the config's."""
     if model.config.lm is None or not has_speakers(model.config.lm):
         return None
     names: dict[str, Voice] = dict(voices_of(model))
@@ -199,15 +199,15 @@ def _voices_to_write(model: Model, config: FinetuneConfig) -> dict[str, np.ndarr
 
 
 def write_model(model: Model, folder: Path, voices: Mapping[str, np.ndarray] | None = None) -> None:
-    """Writes a model in Kyutai's layout, in the dtypes that it has, whole or not at all.
+    """Write a model in Kyutai's layout, in its own dtypes; a failure leaves nothing behind.
 
     Args:
       model: a language model with its codec and tokenizer.
-      folder: a new folder in one that exists.
+      folder: a new folder; its parent exists.
       voices: voices to write with the model: steps [X, C] by name.
 
     Raises:
-      TrainingError: the folder exists, or cannot be written; the run's last checkpoint is still there.
+      TrainingError: the folder exists, or cannot be written; the run's last checkpoint still exists.
     """
     try:
         with tempfile.TemporaryDirectory(prefix=".model.", dir=folder.parent) as scratch:
@@ -219,8 +219,8 @@ def write_model(model: Model, folder: Path, voices: Mapping[str, np.ndarray] | N
                 made.rename(folder)
     except (CheckpointError, OSError) as error:
         raise TrainingError(
-            f"the model could not be written ({error}); its parameters are in the run's last checkpoint. Put that "
-            "right, then go on with --resume"
+            f"the model could not be written ({error}); its parameters are in the run's last checkpoint. Fix "
+            "that, then continue with --resume"
         ) from error
 
 
@@ -236,7 +236,10 @@ def _task_of(model: Model) -> _Task:
 def _read_data(
     rows: SttRows | TtsRows, trained: "_Trained", config: FinetuneConfig, mesh: Mesh, first_step: int
 ) -> tuple[Iterator[Any], Callable[[TrainState], dict[str, float]] | None]:
-    """Makes batches on their devices, and the measure of validation data; checks all data before encoding any."""
+    """Make batches on their devices, and the function that evaluates the validation data.
+
+    All data is checked before any is encoded.
+    """
 
     def read(source: str) -> list[Recording]:
         return read_recordings(Path(source), rows.model.sample_rate, check=rows.check, skip_bad=config.skip_bad)
@@ -263,7 +266,7 @@ def _read_data(
 
 
 class _Trained:
-    """Splits a language model's parameters into trained and frozen ones, and computes the loss of both together."""
+    """A language model's parameters split into trained and frozen ones, and the loss of both together."""
 
     def __init__(self, model: Model, task: _Task, config: FinetuneConfig, dtype: np.dtype):
         self.adapters, self._seed = config.lora, config.run.seed
@@ -273,13 +276,13 @@ class _Trained:
         self.measure = jax.jit(self._row_losses)
 
     def split(self, params: Any) -> tuple[Any, Any]:
-        """Splits parameters into trained and frozen ones: new adapters and the model, or the model and ()."""
+        """Return the trained and the frozen parameters: new adapters and the model, or the model and ()."""
         if self.adapters is None:
             return params, ()
         return lora.init(params, self.adapters, jax.random.PRNGKey(self._seed)), params
 
     def merged(self, params: Any, frozen: Any) -> nnx.State:
-        """Merges adapters into the language model's parameters, where there are any."""
+        """Return the language model's parameters, with adapters merged if there are any."""
         return params if self.adapters is None else lora.merge(frozen, params, self.adapters)
 
     def _network(self, params: Any, frozen: Any) -> Any:
@@ -291,12 +294,12 @@ class _Trained:
     def loss(
         self, params: Any, frozen: Any, aux: Any, batch: Any, key: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-        """Computes the loss of a batch, for `make_step`."""
+        """Compute the loss of a batch, for `make_step`."""
         value, metrics = self._loss(self._network(params, frozen), batch, key, self._objective)
         return value, (aux, metrics)
 
     def _row_losses(self, params: Any, frozen: Any, batch: Any) -> jax.Array:
-        """Computes the loss of each row [B] without dropouts."""
+        """Compute the loss of each row [B] without dropouts."""
         network, key = self._network(params, frozen), jax.random.PRNGKey(0)
         objective = self._objective.without_dropout()
 
@@ -314,12 +317,12 @@ def _check_output(run: Run, resume: bool) -> None:
         raise TrainingError(f"{run.folder} holds no checkpoint to resume from; start without --resume")
     if step is not None and not resume:
         raise TrainingError(
-            f"{run.folder} holds a run that is at step {step}; go on with --resume, or choose another output"
+            f"{run.folder} holds a run that is at step {step}; continue with --resume, or choose another output"
         )
 
 
 def _mesh(config: FinetuneConfig, mesh: Mesh | None) -> Mesh:
-    """Returns the mesh as it was given, or one axis of devices that can share a batch's part equally."""
+    """Check the given mesh, or make one of as many devices as can split a batch's part equally."""
     rows = config.batch_size // config.accumulate
     if mesh is None:
         return Mesh(jax.devices()[: math.gcd(rows, jax.device_count())], ("data",))

@@ -1,4 +1,4 @@
-"""Runs a training in a folder: steps, progress, metrics, checkpoints, and a picture of the loss at the end.
+"""Run a training in a folder: steps, progress, metrics, checkpoints, and a plot of the loss at the end.
 
 A run's folder holds `metrics.jsonl` (one object per logged step), `checkpoints/` (Orbax, the last few) and `curve.png`.
 """
@@ -24,13 +24,13 @@ from dsm_jax.training.data import batches
 from dsm_jax.training.step import Loss, Metrics, OptimizerConfig, TrainState, init, make_step
 
 StepFunction = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-Record = Mapping[str, Any]  # metrics of a logged step; None stands for a number that is not finite, which JSON lacks
-_COLOURS = 64  # of a curve: makes its file less than a third as large as all the colours of antialiasing
+Record = Mapping[str, Any]  # metrics of a logged step; None replaces NaN and infinity, which JSON lacks
+_COLOURS = 64  # in the plot's palette: the file is less than a third as large as with all colours of antialiasing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Sets the length of a run, and how often it reports and saves."""
+    """Length of a run, and steps between its reports and checkpoints."""
 
     steps: int
     seed: int = 0
@@ -45,11 +45,11 @@ class RunConfig:
 
 
 class Run:
-    """Writes and reads the folder of one run.
+    """A run's folder, with the functions that write and read it.
 
     Args:
-      folder: made if it does not exist.
-      config: of the run.
+      folder: the run's folder; made if it does not exist.
+      config: settings of the run.
 
     Raises:
       TrainingError: the folder cannot be made.
@@ -65,18 +65,18 @@ class Run:
             raise TrainingError(f"{folder} cannot be made ({error.strerror}); choose another folder") from None
 
     def latest(self) -> int | None:
-        """Finds the step of the last checkpoint; None where there is none."""
+        """Find the step of the last checkpoint; None if there is none."""
         return max(self._saved(), default=None)
 
     def _saved(self) -> list[int]:
-        # Orbax names an unfinished checkpoint by more than its number, and renames it once it is whole.
+        # Orbax gives an unfinished checkpoint a longer name than its number, and renames it at the end.
         return sorted(int(p.name) for p in self._checkpoints.glob("*") if p.name.isdecimal())
 
     def save(self, state: TrainState) -> None:
-        """Writes a checkpoint of all but the frozen parameters, whole or not at all, then removes the oldest ones.
+        """Write a checkpoint without the frozen parameters, then remove the oldest checkpoints.
 
         Raises:
-          TrainingError: the checkpoint cannot be written, or exists; earlier checkpoints are still there.
+          TrainingError: the checkpoint cannot be written, or exists; earlier checkpoints still exist.
         """
         import orbax.checkpoint as ocp
 
@@ -88,16 +88,16 @@ class Run:
                 raise OSError(f"it needs {size / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free")
             with _without_log(), ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(self._checkpoints / str(step), state)
-        except Exception as error:  # a fault of the disk, raised as whatever type Orbax's layers use
+        except Exception as error:  # errors of the disk have many types in Orbax's layers
             self._clear()
-            # The file system's message comes last, after Orbax's and tensorstore's own words.
+            # The file system's message comes last, after those of Orbax and tensorstore.
             reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2] or type(error).__name__
             raise TrainingError(
                 f"the checkpoint of step {step} could not be written to {self._checkpoints} ({reason.strip()}); "
-                f"{self._have()}. Put that right, then go on with --resume"
+                f"{self._have()}. Fix that, then continue with --resume"
             ) from error
         for old in self._saved()[: -self.config.keep]:
-            # Renamed first, so that a removal that is cut short leaves nothing that looks like a checkpoint.
+            # Renamed first, so that an interrupted removal leaves nothing that looks like a checkpoint.
             with contextlib.suppress(OSError):
                 (self._checkpoints / str(old)).rename(self._checkpoints / f"{old}.old")
         self._clear()
@@ -112,10 +112,10 @@ class Run:
         return f"the last one is of step {saved}" if saved is not None else "there is none before it"
 
     def restore(self, like: TrainState) -> TrainState:
-        """Reads the last checkpoint.
+        """Read the last checkpoint.
 
         Args:
-          like: a state of the same run: gives the structure and placement of arrays, and the frozen parameters.
+          like: a state of the same run, with the structure and sharding of the arrays, and the frozen parameters.
 
         Raises:
           TrainingError: there is no checkpoint, it belongs to another run, or it is damaged.
@@ -134,9 +134,9 @@ class Run:
             with _without_log(), ocp.StandardCheckpointer() as checkpointer:
                 held = checkpointer.metadata(folder).item_metadata
                 if held is None:
-                    raise ValueError("it does not say what it holds")
+                    raise ValueError("it has no metadata of its arrays")
                 faults = _faults(ocp.tree.to_flat_dict(held.tree, sep="."), ocp.tree.to_flat_dict(target, sep="."))
-                # Checked here, as Orbax would cast some arrays that do not fit.
+                # Checked before restoring, as Orbax would cast some arrays that do not fit.
                 state = None if faults else checkpointer.restore(folder, target)
         except Exception as error:  # Orbax raises many types
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -158,25 +158,25 @@ class Run:
         *,
         evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     ) -> TrainState:
-        """Trains to the last step.
+        """Train to the last step.
 
         Args:
-          step: from `make_step`.
-          state: before the first step, or restored; donated to the steps.
-          data: batches, from the step that `state` is at.
+          step: train step, from `make_step`.
+          state: the initial or a restored state; donated to the steps.
+          data: batches, starting with the batch of the next step.
           evaluate: computes further metrics at each checkpoint.
 
         Returns:
-          The state after the last step; it has been saved.
+          The state after the last step, which has been saved.
 
         Raises:
-          TrainingError: a loss that is not finite, a batch that cannot be read, a checkpoint or metrics that cannot be
-            written, or a folder that holds a later checkpoint.
+          TrainingError: a loss is not finite, a batch cannot be read, a checkpoint or the metrics cannot be written, or
+            the folder holds a later checkpoint.
         """
         first, last = int(state.step), self.config.steps
         if (saved := self.latest()) is not None and saved > first:
             raise TrainingError(
-                f"{self.folder} holds a checkpoint of step {saved}, and this run would begin at step {first}; go on "
+                f"{self.folder} holds a checkpoint of step {saved}, and this run would begin at step {first}; continue "
                 "from there with --resume, or choose another folder"
             )
         records = self._read_records(first)
@@ -213,7 +213,7 @@ class Run:
             ) from None
         except (OSError, RuntimeError) as error:  # raised by the disk, and by libsndfile
             raise TrainingError(
-                f"the batch of step {number} could not be read ({error}); put that right, then go on with --resume. "
+                f"the batch of step {number} could not be read ({error}); fix that, then continue with --resume. "
                 f"Of the checkpoints, {self._have()}"
             ) from error
 
@@ -223,17 +223,17 @@ class Run:
             if not one["finite"]:
                 raise TrainingError(
                     f"the loss or its gradient is not finite at step {at} (loss {float(one['loss'])}); that step was "
-                    "not taken. Lower the learning rate, or look at that batch, then go on with --resume. Of the "
+                    "not taken. Lower the learning rate, or look at that batch, then continue with --resume. Of the "
                     f"checkpoints, {self._have()}"
                 )
         names = ["loss", *(name for name in values[0] if name not in ("loss", "finite"))]
         return {"step": number} | {name: float(np.mean([one[name] for one in values])) for name in names}
 
     def _read_records(self, step: int) -> list[Record]:
-        """Reads the records up to a step, and removes later ones from the file."""
+        """Read the records up to a step, and remove later ones from the file."""
         records = []
         for line in self._metrics.read_text(encoding="utf-8").splitlines() if self._metrics.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):  # a line that a full disk cut off
+            with contextlib.suppress(json.JSONDecodeError):  # a full disk may have truncated a line
                 records.append(json.loads(line))
         records = [record for record in records if record["step"] <= step]
         new = self._metrics.with_suffix(".new")
@@ -261,26 +261,26 @@ def fit(
     frozen: Any = (),
     aux: Any = (),
 ) -> TrainState:
-    """Trains parameters on rows to the last step of a run, and measures them at each checkpoint.
+    """Train parameters on rows to the last step of a run, and evaluate them at each checkpoint.
 
     Args:
-      run: where the training is saved.
+      run: the run, which saves the training.
       optimizer: settings of the optimizer.
-      loss: see `step.make_step`.
-      measure: jittable function from `params, frozen, aux` to metrics of rows that are not trained on.
+      loss: loss function, as for `step.make_step`.
+      measure: jittable function from `params, frozen, aux` to metrics on rows that are not trained on.
       params: initial parameters; donated.
-      rows: see `data.batches`.
+      rows: training rows, as for `data.batches`.
       batch_size: rows in a batch.
-      seed: of the order of the rows, and of what is random in the loss.
-      resume: continue from the last checkpoint, if there is one.
+      seed: seed of the order of the rows, and of the random numbers in the loss.
+      resume: whether to continue from the last checkpoint, if there is one.
       frozen: parameters that the loss only reads; donated, and returned in the state.
       aux: initial auxiliary state of the loss; donated.
 
     Returns:
-      The state after the last step; it has been saved.
+      The state after the last step, which has been saved.
 
     Raises:
-      TrainingError: a loss that is not finite, or a checkpoint that cannot be written or resumed from.
+      TrainingError: a loss is not finite, or a checkpoint cannot be written or resumed from.
     """
     update = optimizer.build(run.config.steps)
     state = init(params, update, seed, frozen=frozen, aux=aux)
@@ -296,7 +296,7 @@ def fit(
 
 
 def _faults(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Lists the differences between the arrays of a checkpoint and those of the state that it is read into."""
+    """List the differences in shape and dtype between the arrays of a checkpoint and the expected ones."""
     found, expected = (
         {name: f"{np.dtype(a.dtype).name} {list(a.shape)}" for name, a in arrays.items()} for arrays in (saved, wanted)
     )
@@ -313,13 +313,13 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise TrainingError(
-            f"{path} could not be written ({error.strerror}); put that right, then go on with --resume"
+            f"{path} could not be written ({error.strerror}); fix that, then continue with --resume"
         ) from error
 
 
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
-    """Keeps Orbax from logging the traceback of each of its threads; the error itself is still raised."""
+    """Keep Orbax from logging the tracebacks of its threads; errors are still raised."""
     log = logging.getLogger("absl")
     level = log.level
     log.setLevel(logging.CRITICAL + 1)
@@ -331,11 +331,11 @@ def _without_log() -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress_bar(name: str, steps: int, first: int) -> Iterator[Callable[[dict[str, float]], None]]:
-    """Shows the progress of a run on standard error: a bar on a terminal, elsewhere a line per record.
+    """Show the progress of a run on standard error: as a bar on a terminal, otherwise as a line per record.
 
     Args:
-      name: of the run.
-      steps: of the whole run.
+      name: name of the run.
+      steps: steps of the whole run.
       first: steps taken before this process.
 
     Yields:
@@ -360,11 +360,11 @@ def progress_bar(name: str, steps: int, first: int) -> Iterator[Callable[[dict[s
 
 
 def draw_curve(records: Sequence[Record], path: Path) -> None:
-    """Draws the loss, and any metrics whose names begin with "validation", over steps, in a file of a few kB.
+    """Plot the loss, and metrics whose names begin with "validation", over steps, to a file of a few kB.
 
     Args:
-      records: in the order of their steps; None is left out.
-      path: of the PNG.
+      records: records in the order of their steps; values of None are left out.
+      path: path of the PNG.
 
     Raises:
       OSError: the file cannot be written.

@@ -1,9 +1,9 @@
-"""Low-rank adapters: a model learns through a small addition to each of some matrices, the matrices stay as they are.
+"""Low-rank adapters: training changes small additions to some matrices, and leaves the matrices as they are.
 
 A matrix W [in, out] becomes W + scale * A @ B, where A is [in, rank], B is [rank, out] and scale is alpha / rank. B is
-zero before training, so that the model begins as it was. Inputs and outputs may be several axes each, such as heads
-and their width. A parameter that stacks matrices, such as one embedding per stream, has adapters of its own for each;
-vectors, such as the scales of norms, are left alone.
+zero before training, so that the adapters do not change the model at first. Inputs and outputs may be several axes
+each, such as heads and their width. A parameter that stacks matrices, such as one embedding per stream, has adapters
+for each matrix; vectors, such as the scales of norms, are not adapted.
 
 Source: Hu et al. 2021 (LoRA), section 4.
 """
@@ -18,18 +18,18 @@ from flax import nnx
 from dsm_jax.errors import ConfigError
 from dsm_jax.nn.linear import fan_in
 
-# (A [..., *in, rank], B [..., rank, *out]) by the dotted path of the parameter that they are added to, float32.
+# (A [..., *in, rank], B [..., rank, *out]), float32, by the dotted path of the adapted parameter.
 Adapters = dict[str, tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Which matrices are adapted, and how freely.
+    """The adapted matrices, and the rank and scale of their adapters.
 
     Attributes:
-      rank: of each addition.
-      alpha: its weight, times the rank.
-      targets: regular expressions; a parameter is adapted where one is found in its dotted path, which looks like
+      rank: rank of each addition.
+      alpha: scale of each addition, times the rank.
+      targets: regular expressions; a parameter is adapted if any of them matches in its dotted path, such as
         "transformer.layers.0.self_attn.in_proj.weight_DPKH".
     """
 
@@ -46,24 +46,24 @@ class LoraConfig:
             try:
                 re.compile(target)
             except re.error as error:
-                raise ConfigError(f"the target {target!r} is no regular expression ({error}); mend it") from None
+                raise ConfigError(f"the target {target!r} is no regular expression ({error}); fix it") from None
 
     @property
     def scale(self) -> float:
-        """What A @ B is multiplied by."""
+        """Factor of A @ B."""
         return self.alpha / self.rank
 
 
 def init(params: nnx.State, config: LoraConfig, key: jax.Array) -> Adapters:
-    """Adapters that change nothing yet: A is normal with a variance of 1 / in, B is zero.
+    """Make adapters that do not change the model yet: A is normal with a variance of 1 / in, B is zero.
 
     Args:
-      params: of a `DelayedStreamsLM`.
-      config: which of them, and the rank.
+      params: parameters of a `DelayedStreamsLM`.
+      config: targets and rank.
       key: PRNG key.
 
     Raises:
-      ConfigError: a target that is found in no matrix's path.
+      ConfigError: a target matches no matrix.
     """
     matrices = {
         ".".join(map(str, path)): variable
@@ -85,7 +85,7 @@ def init(params: nnx.State, config: LoraConfig, key: jax.Array) -> Adapters:
 
 
 def _axes(variable: nnx.Variable) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Sizes of the axes that stack matrices, of those that are summed over, and of those that are made."""
+    """Return the sizes of a parameter's stacking axes, input axes and output axes."""
     shape, inputs = variable.get_value().shape, variable.get_metadata().get("inputs")
     if inputs is None:
         return shape[:-2], shape[-2:-1], shape[-1:]
@@ -93,15 +93,15 @@ def _axes(variable: nnx.Variable) -> tuple[tuple[int, ...], tuple[int, ...], tup
 
 
 def merge(params: nnx.State, adapters: Adapters, config: LoraConfig) -> nnx.State:
-    """The parameters with their additions, computed in float32, in the dtypes that they had.
+    """Add the adapters to the parameters, in float32, and cast the sums to the parameters' dtypes.
 
     Args:
-      params: as given to `init`.
-      adapters: of these parameters.
-      config: of the adapters.
+      params: the same as for `init`.
+      adapters: adapters of these parameters.
+      config: settings of the adapters.
 
     Raises:
-      ConfigError: an adapter of a parameter that is not there.
+      ConfigError: an adapter belongs to no parameter.
     """
     flat = [(".".join(map(str, path)), path, variable) for path, variable in nnx.to_flat_state(params)]
     if strange := sorted(adapters.keys() - {name for name, _, _ in flat}):

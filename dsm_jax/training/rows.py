@@ -1,14 +1,14 @@
-"""Turns recordings with words into the rows that speech-to-text and text-to-speech models are trained on.
+"""Turn recordings with words into the training rows of speech-to-text and text-to-speech models.
 
-A row holds what inference feeds and generates for a recording. A long recording is cut between words, and each part is
-a row of its own. The codec encodes everything once.
+A row holds the tokens that inference would take and generate for a recording. A long recording is cut between words,
+and each part is a row. The codec encodes all parts once, before training.
 
-For speech-to-text a row is fed as `dsm_jax.stt` feeds a recording: the silence before it that the model expects, the
-recording, and silence until the last of its text. For text-to-speech a row has the text stream of its script, and the
-recording's codes behind it by the model's audio delay; a model without speaker conditioning is first fed a prefix, the
-beginning of another part by the same speaker.
+For speech-to-text, a row has the same audio as in `dsm_jax.stt`: the silence that the model expects before a recording,
+the recording, and silence until the end of its text. For text-to-speech, a row has the text stream of its script, and
+the recording's codes, delayed by the model's audio delay; for a model without speaker conditioning the row starts with
+a prefix, the beginning of another part by the same speaker.
 
-Shape letters: B rows that are encoded together, N rows, K streams (text first), Q audio streams, T samples or frames,
+Shape letters: B rows that are encoded together, N rows, M streams (text first), Q audio streams, T samples or frames,
 C audio channels, P frames of a prefix.
 """
 
@@ -41,7 +41,7 @@ LONGEST_WORD_S = 2
 
 
 def encoder(mimi_def: nnx.GraphDef, codebooks: int) -> Callable[[nnx.State, jax.Array], jax.Array]:
-    """Compiles a codec's encoding of whole clips: parameters and samples [B, T, C] to codes [B, Q, frames]."""
+    """Compile the encoding of whole clips: a codec's parameters and samples [B, T, C] to codes [B, Q, frames]."""
     encode = compiled(_encode, (mimi_def,), codebooks)
     return lambda params, pcm_BTC: encode((params,), pcm_BTC)
 
@@ -51,14 +51,14 @@ def _encode(mimi: Mimi, pcm_BTC: jax.Array, codebooks: int) -> jax.Array:
 
 
 def cut(words: Sequence[WordSpan], samples: int, sample_rate: int, longest: int) -> list[int]:
-    """Cuts a recording into parts of at most `longest` samples: between words, unless the words overlap.
+    """Cut a recording into parts of at most `longest` samples: between words, unless the words overlap.
 
     Args:
-      words: in the order of their starts. A word is taken to end two seconds after its start at the latest, as the
-        words of our own transcripts last until the next one, pauses included; and after half a part at the latest.
+      words: words in the order of their starts. Words are shortened to two seconds, as words of this library's
+        transcripts last until the next word, pauses included, and to half a part.
       samples: length of the recording.
-      sample_rate: of the recording, Hz.
-      longest: samples of a part.
+      sample_rate: sample rate of the recording, Hz.
+      longest: most samples of a part.
 
     Returns:
       Rising positions in samples, the first 0 and the last the recording's end.
@@ -80,7 +80,7 @@ def cut(words: Sequence[WordSpan], samples: int, sample_rate: int, longest: int)
 
 
 def parts_of(recording: Recording, sample_rate: int, longest: int) -> Iterator[tuple[np.ndarray, list[WordSpan]]]:
-    """Cuts a recording into parts of at most `longest` samples; yields the samples and the words of each.
+    """Cut a recording into parts of at most `longest` samples; yield the samples and the words of each.
 
     Raises:
       AudioError: the recording cannot be read.
@@ -92,7 +92,7 @@ def parts_of(recording: Recording, sample_rate: int, longest: int) -> Iterator[t
             [
                 WordSpan(word.text, word.start - first / sample_rate, word.end - first / sample_rate, word.speaker)
                 for word in recording.words
-                # A last word may be timed after the recording's end.
+                # The last word may start after the recording's end.
                 if first <= round(word.start * sample_rate)
                 and (round(word.start * sample_rate) < end or end == pcm_T.size)
             ],
@@ -100,12 +100,12 @@ def parts_of(recording: Recording, sample_rate: int, longest: int) -> Iterator[t
 
 
 def rows_place(mesh: Mesh) -> NamedSharding:
-    """Returns the place of arrays whose rows are spread over the mesh axis "data", where the mesh has it."""
+    """Return the sharding of arrays whose rows are split over the mesh axis "data", if the mesh has it."""
     return NamedSharding(mesh, PartitionSpec("data" if "data" in mesh.axis_names else None))
 
 
 class _Codec:
-    """Encodes clips in batches of one shape, spread over the devices of a mesh."""
+    """The codec's encoder for batches of one shape, split over the devices of a mesh."""
 
     def __init__(self, model: Model, mesh: Mesh, *, codebooks: int, batch_size: int):
         shares = mesh.shape.get("data", 1)
@@ -113,13 +113,13 @@ class _Codec:
         self._params, self._encode = model.mimi_params, encoder(model.mimi_def, codebooks)
 
     def encode(self, clips: Iterable[np.ndarray], length: int) -> np.ndarray:
-        """Encodes clips of at most `length` samples: codes [N, Q, T]."""
+        """Encode clips of at most `length` samples to codes [N, Q, T]."""
         clips, codes, count = iter(clips), [], 0
         while batch := list(itertools.islice(clips, self.batch_size)):
             count += len(batch)
             pcm_BTC = pad_to(np.stack([pad_to(pcm_T, length) for pcm_T in batch]), self.batch_size)[..., None]
             codes.append(self._encode(self._params, jax.device_put(pcm_BTC, self._split)))
-            if len(codes) > 1:  # one behind: the device encodes while the next recordings are read
+            if len(codes) > 1:  # reads back one batch late: the device encodes while the host reads recordings
                 codes[-2] = np.asarray(codes[-2])
         return np.concatenate([np.asarray(codes_BQT) for codes_BQT in codes])[:count]
 
@@ -130,16 +130,16 @@ def _report(recordings: Sequence[Recording]) -> None:
 
 
 class SttRows:
-    """Makes rows for one speech-to-text model.
+    """The maker of training rows for one speech-to-text model.
 
     Args:
       model: a speech-to-text model.
-      mesh: devices; the rows that are encoded together are spread over its axis "data".
-      seconds: of a recording in a row, at most.
+      mesh: devices; rows that are encoded together are split over its axis "data".
+      seconds: longest part of a recording in a row, in seconds.
       batch_size: rows that are encoded together, rounded up to a multiple of the devices.
 
     Raises:
-      CheckpointError: the model does not transcribe.
+      CheckpointError: the model is not a speech-to-text model.
     """
 
     def __init__(self, model: Model, mesh: Mesh, *, seconds: float, batch_size: int):
@@ -154,27 +154,27 @@ class SttRows:
         self.codec = _Codec(model, mesh, codebooks=lm.n_q, batch_size=batch_size)
 
     def check(self, word: str) -> None:
-        """Checks that the model can spell a word.
+        """Raise unless the model can spell a word.
 
         Raises:
-          TrainingError: the model cannot.
+          TrainingError: the model cannot spell the word.
         """
         tokens_of(word, self.tokenizer, self.lm)
 
     def encode(self, recordings: Sequence[Recording]) -> np.ndarray:
-        """Makes the rows of recordings, in order.
+        """Make the rows of recordings, in order.
 
         Args:
-          recordings: at least one.
+          recordings: one recording or more.
 
         Returns:
-          int32 [N, K, T] for `DelayedStreamsLM.__call__`. All rows have the length of the longest possible part; text
-          after the end of a part is -1, which `stt_loss` leaves out.
+          Tokens, int32 [N, M, T], for `DelayedStreamsLM.__call__`. All rows have the length of the longest possible
+          part; text after the end of a part is -1, which `stt_loss` masks.
 
         Raises:
           AudioError: a recording cannot be read.
           ConfigError: the codec has fewer codebooks than the language model reads.
-          TrainingError: words that the model cannot learn.
+          TrainingError: the model cannot learn the words.
         """
         _report(recordings)
         texts: list[np.ndarray] = []
@@ -192,8 +192,8 @@ class SttRows:
         return np.concatenate([np.stack(texts)[:, None], codes_NQT], axis=1)
 
     def rows(self, recordings: Sequence[Recording]) -> list[dict[str, Any]]:
-        """Makes the rows of recordings as `batches` and the loss take them: `codes_BKT` without the batch axis."""
-        return [{"codes_BKT": codes_KT} for codes_KT in self.encode(recordings)]
+        """Make the rows of recordings for `batches` and the loss: `codes_BMT` without the batch axis."""
+        return [{"codes_BMT": codes_MT} for codes_MT in self.encode(recordings)]
 
     def _framed(self, pcm_T: np.ndarray) -> FrameBuffer:
         buffer = FrameBuffer(self.model.config)
@@ -204,7 +204,7 @@ class SttRows:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A part of a recording: its words, with times from its start, and its frames."""
+    """A part of a recording: its words, timed from the part's start, and its number of frames."""
 
     recording: Recording
     words: Sequence[WordSpan]
@@ -217,21 +217,21 @@ class _Part:
 
 
 class TtsRows:
-    """Makes rows for one text-to-speech model.
+    """The maker of training rows for one text-to-speech model.
 
     Args:
       model: a text-to-speech model.
-      mesh: devices; the rows that are encoded together are spread over its axis "data".
-      seconds: of a recording in a row, at most.
+      mesh: devices; rows that are encoded together are split over its axis "data".
+      seconds: longest part of a recording in a row, in seconds.
       batch_size: rows that are encoded together, rounded up to a multiple of the devices.
-      voice: the voice of speakers for whom the data names none.
-      guidance: the guidance value that models with distilled guidance are given; None draws one for each row.
-      prefix_seconds: of a prefix, at most, for models without speaker conditioning.
-      seed: draws the guidance values.
+      voice: voice of speakers without a voice in the data.
+      guidance: guidance value for models with distilled guidance; None draws one for each row.
+      prefix_seconds: longest prefix, in seconds, for models without speaker conditioning.
+      seed: seed of the guidance values.
 
     Raises:
-      CheckpointError: the model does not speak.
-      SpeechError: a guidance value that the model does not know.
+      CheckpointError: the model is not a text-to-speech model.
+      SpeechError: the model does not have the guidance value.
     """
 
     def __init__(
@@ -260,26 +260,26 @@ class TtsRows:
         self.frames = -(-self.longest // self.frame_size)
         self.prefix_frames = 0 if self.has_speakers else int(prefix_seconds * self.frame_rate)
         self.codec = _Codec(model, mesh, codebooks=lm.dep_q, batch_size=batch_size)
-        self.steps: dict[str, np.ndarray] = {}  # of the voices read so far, by name
+        self.steps: dict[str, np.ndarray] = {}  # the voices read so far, by name
 
     def check(self, word: str) -> None:
-        """Checks that the model can speak a word.
+        """Raise unless the model can speak a word.
 
         Raises:
-          TrainingError: the model cannot.
+          TrainingError: the model cannot spell the word.
         """
         self._tokens_of(word)
 
     def rows(self, recordings: Sequence[Recording]) -> list[dict[str, Any]]:
-        """Makes the rows of recordings, in order, as `batches` and `losses.tts.tts_batch_loss` take them.
+        """Make the rows of recordings, in order, for `batches` and `losses.tts.tts_batch_loss`.
 
         Args:
-          recordings: at least one.
+          recordings: one recording or more.
 
         Raises:
           AudioError: a recording cannot be read.
           CheckpointError: a voice cannot be read.
-          TrainingError: words or voices that the model cannot learn, or a speaker without a second part as prefix.
+          TrainingError: the model cannot learn the words or voices, or a speaker has no second part to use as prefix.
         """
         if self.has_speakers:
             for recording in recordings:
@@ -300,7 +300,7 @@ class TtsRows:
             try:
                 prefix_QT = self._prefix(number, parts, codes_NQT)
                 row: dict[str, Any] = {
-                    "codes_BKT": self._streams(part.words, prefix_QT, codes_NQT[number, :, : part.frames])
+                    "codes_BMT": self._streams(part.words, prefix_QT, codes_NQT[number, :, : part.frames])
                 }
                 if self.lm.conditioners:
                     row["values"], row["masks"] = self._conditions(part, number)
@@ -312,7 +312,7 @@ class TtsRows:
         return rows
 
     def _tokens_of(self, word: str) -> list[list[int]]:
-        """Encodes what stands for one word in the data, which the model may read as several."""
+        """Encode a word of the data, which the script may split into several words."""
         try:
             entries = entries_of([word], self.tokenizer, frame_rate=self.frame_rate, multi_speaker=False)
         except SpeechError:
@@ -323,7 +323,7 @@ class TtsRows:
         return [list(entry.tokens) for entry in entries if entry.tokens]
 
     def _streams(self, words: Sequence[WordSpan], prefix_QT: np.ndarray, codes_QT: np.ndarray) -> np.ndarray:
-        """Makes the streams [K, T] of a row, prefix first; all rows have the length of the longest possible one."""
+        """Make the streams [M, T] of a row, prefix first; all rows have the length of the longest possible row."""
         prefix, frames = prefix_QT.shape[1], codes_QT.shape[1]
         tokens, starts = [], []
         speakers = speaker_prefixes(words)[0] if self.has_speakers else {}
@@ -335,22 +335,22 @@ class TtsRows:
                 mark = []
         end = round(words[-1].end * self.frame_rate) if words else 0
         length = self.prefix_frames + self.frames + self.delay + max(self.lm.delays)
-        codes_KT = np.full((1 + self.lm.n_q, length), ZERO_TOKEN, np.int32)
+        codes_MT = np.full((1 + self.lm.n_q, length), ZERO_TOKEN, np.int32)
         spoken = slice(prefix, prefix + frames + self.delay)
-        codes_KT[0, spoken] = script_stream(tokens, starts, self.machine, frames=frames + self.delay, end=end)
+        codes_MT[0, spoken] = script_stream(tokens, starts, self.machine, frames=frames + self.delay, end=end)
         audio_QT = np.full((self.lm.dep_q, length), ZERO_TOKEN, np.int32)
         audio_QT[:, : prefix + frames] = np.concatenate([prefix_QT, codes_QT], axis=1)
-        codes_KT[1 : 1 + self.lm.dep_q] = behind_text(audio_QT, self.delay)
-        return codes_KT
+        codes_MT[1 : 1 + self.lm.dep_q] = behind_text(audio_QT, self.delay)
+        return codes_MT
 
     def _prefix(self, number: int, parts: Sequence["_Part"], codes_NQT: np.ndarray) -> np.ndarray:
-        """Takes the codes [Q, P] of another part by the same speaker, the next one in the data."""
+        """Take the codes [Q, P] of the next part in the data by the same speaker."""
         if self.has_speakers:
             return codes_NQT[number, :, :0]
         speaker = parts[number].speaker
         for other in (*range(number + 1, len(parts)), *range(number)):
             frames = parts[other].frames
-            # As at inference, without the last two frames, which lack what follows them.
+            # As in inference, without the last two frames, which were encoded without the audio after them.
             if parts[other].speaker == speaker and frames > 2:
                 return codes_NQT[other, :, : min(self.prefix_frames, frames - 2)]
         raise TrainingError(
@@ -359,7 +359,7 @@ class TtsRows:
         )
 
     def _voice(self, recording: Recording, speaker: str) -> np.ndarray:
-        """Reads the voice [X, C] of a speaker in a recording; all voices must have one length."""
+        """Read the voice [X, C] of a speaker in a recording; all voices must have one length."""
         voice = recording.voice_of(speaker) or self.voice
         if voice is None:
             raise TrainingError(
@@ -373,7 +373,7 @@ class TtsRows:
         return self.steps[voice]
 
     def _conditions(self, part: "_Part", number: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Makes the conditioner values and masks of a row, as inference gives them."""
+        """Make the conditioner values and masks of a row, as in inference."""
         speakers = speaker_prefixes(part.words)[1] or [""]
         steps = [self._voice(part.recording, speaker) for speaker in speakers] if self.has_speakers else []
         known, guidance = voices.guidance_values(self.lm), self.guidance
@@ -384,5 +384,5 @@ class TtsRows:
 
 
 def pad_to(array: np.ndarray, length: int) -> np.ndarray:
-    """Appends zeros to an array until its first axis has `length` entries."""
+    """Append zeros to an array until its first axis has `length` entries."""
     return np.pad(array, [(0, length - len(array)), *[(0, 0)] * (array.ndim - 1)])

@@ -1,7 +1,7 @@
-"""Computes the pure train step: gradients, accumulated over parts of a batch, and one update.
+"""The pure train step: gradients, accumulated over parts of a batch, and one update.
 
-The step runs wherever its arrays are. For data parallelism, place the state on every device of a mesh and the rows of
-each batch on one of them each: `jax.device_put` with `NamedSharding` of `PartitionSpec()` and of the mesh's axis.
+The step runs on its arrays' devices. For data parallelism, replicate the state over a mesh and split the rows of each
+batch: `jax.device_put` with a `NamedSharding` of `PartitionSpec()`, and of the mesh's axis.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ Loss = Callable[[Any, Any, Any, Any, jax.Array], tuple[jax.Array, tuple[Any, Met
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Holds everything that a run needs to go on: a resumed run ends as if it had never stopped.
+    """The state of a run, complete: a resumed run gives the same result as one that never stopped.
 
     Attributes:
-      step: steps taken.
-      params: parameters that gradients train, float32.
-      frozen: parameters that the loss reads and nothing changes; checkpoints leave them out. () where there are none.
-      aux: auxiliary state that the loss updates, such as moving averages; () where there is none.
+      step: number of steps taken.
+      params: trained parameters, float32.
+      frozen: parameters that the loss only reads; checkpoints leave them out. () if there are none.
+      aux: auxiliary state that the loss updates, such as moving averages; () if there is none.
       optimizer: optax's state.
-      key: PRNG key of the whole run; each step folds its number in.
+      key: PRNG key of the whole run; each step folds in its number.
     """
 
     step: jax.Array
@@ -45,7 +45,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Configures AdamW with warm-up, cosine decay to a fiftieth, and clipping by the global norm."""
+    """Settings of AdamW with warm-up, cosine decay to a fiftieth, and clipping by the global norm."""
 
     learning_rate: float = 1e-3
     warmup: int = 100
@@ -55,7 +55,7 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def build(self, steps: int) -> optax.GradientTransformation:
-        """Builds the transformation for a run of `steps` steps."""
+        """Build the optimizer for a run of `steps` steps."""
         warmup = min(self.warmup, steps // 2)
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, self.learning_rate, warmup, max(steps, warmup + 1), self.learning_rate / 50
@@ -67,10 +67,10 @@ class OptimizerConfig:
 
 
 def norm(tree: Any) -> jax.Array:
-    """Computes the norm of all values of a tree.
+    """Compute the norm of all values of a tree.
 
-    The order in which squares are added up follows an array's axes. Weights of several axes are therefore taken as the
-    matrices that they are, so that the axes of a parameter do not decide the last bit of what is learnt.
+    The order of the sum depends on an array's axes. Weights with several axes are therefore reshaped to matrices, so
+    that the choice of axes does not change the last bits of the result.
     """
 
     def matrix(leaf: Any) -> Any:
@@ -83,7 +83,7 @@ def norm(tree: Any) -> jax.Array:
 
 
 def clip_by_norm(largest: float) -> optax.GradientTransformation:
-    """Scales updates down to a norm of `largest`, as `optax.clip_by_global_norm` does, by the norm of this module."""
+    """Clip updates to a norm of `largest`, as `optax.clip_by_global_norm` does, but with this module's `norm`."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         size = norm(updates)
@@ -97,20 +97,22 @@ def clip_by_norm(largest: float) -> optax.GradientTransformation:
 def init(
     params: Any, optimizer: optax.GradientTransformation, seed: int, *, frozen: Any = (), aux: Any = ()
 ) -> TrainState:
-    """Makes the state before the first step; the state takes over the arrays given here.
+    """Make the state before the first step; a train step will donate the arrays.
 
     Args:
-      params: parameters to train; floating-point ones become float32.
-      optimizer: the same that the step is made with.
-      seed: of the run.
-      frozen: parameters that the loss only reads, in the dtypes that they have.
+      params: parameters to train; floating-point parameters become float32.
+      optimizer: the optimizer of `make_step`.
+      seed: seed of the run.
+      frozen: parameters that the loss only reads, in their own dtypes.
       aux: auxiliary state of the loss before the first step.
     """
 
     def master(p: jax.Array) -> jax.Array:
         return jnp.asarray(p, jnp.float32 if jnp.issubdtype(p.dtype, jnp.floating) else p.dtype)
 
-    def strong(a: jax.Array) -> jax.Array:  # a step returns nothing of weak type; given some, it would compile twice
+    def strong(
+        a: jax.Array,
+    ) -> jax.Array:  # weak types would compile the step twice: its results have none
         return jnp.asarray(a, a.dtype)
 
     params = jax.tree.map(master, params)
@@ -127,23 +129,22 @@ def make_step(
     compute_dtype: Any = None,
     place: Callable[[TrainState], TrainState] | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """Makes a jitted step; the step donates its state.
+    """Make a jitted step; the step donates its state.
 
-    A batch whose loss or gradient is not finite changes nothing but the step number, and is reported: `finite` is 0.
+    A batch whose loss or gradient is not finite changes only the step number; the metric `finite` is then 0.
 
     Args:
-      loss: differentiated in its first argument; returns `aux` in the shapes and dtypes that it was given.
-      optimizer: from `OptimizerConfig.build`, or any of optax.
-      accumulate: parts that a batch is cut into along its first axis. Gradients are averaged over the parts, so the
-        step equals that of the whole batch where the loss is a mean over rows.
-      compute_dtype: dtype that `params` are cast to for the loss; the update stays in float32. Everything else is
-        passed to the loss as it is.
-      place: keeps the next state's arrays in their places on a mesh, such as `Sharding.constrain`; None leaves the
-        places to the compiler.
+      loss: loss function, differentiated in its first argument; returns `aux` in the same shapes and dtypes.
+      optimizer: from `OptimizerConfig.build`, or any optax optimizer.
+      accumulate: number of parts of a batch along its first axis. Gradients are averaged over the parts, which equals
+        the gradient of the whole batch if the loss is a mean over rows.
+      compute_dtype: dtype that `params` are cast to for the loss; the update stays in float32. The other arguments of
+        the loss are not cast.
+      place: constrains the shardings of the next state, such as `Sharding.constrain`; None leaves them to the compiler.
 
     Returns:
       A function from a state and a batch to the next state and metrics: `loss`, `gradient_norm`, `finite` and the
-      loss's own.
+      metrics of the loss.
 
     Raises:
       ConfigError: `accumulate` is below 1; or, when the step is called, a batch does not divide into equal parts.
@@ -164,7 +165,7 @@ def make_step(
             raise ConfigError(
                 f"a batch of {a.shape[0]} rows cannot be cut into {accumulate} equal parts; change either"
             )
-        # A part takes rows from everywhere in the batch, so that on a mesh no row changes its device.
+        # A part takes every n-th row, so that no row of a batch on a mesh changes its device.
         return a.reshape(a.shape[0] // accumulate, accumulate, *a.shape[1:]).swapaxes(0, 1)
 
     def whole(state: TrainState, batch: Any, key: jax.Array) -> tuple[Any, Any, Metrics]:
@@ -187,7 +188,7 @@ def make_step(
         grads, aux, metrics = (whole if accumulate == 1 else by_parts)(state, batch, key)
         size = norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(size)
-        with jax.numpy_dtype_promotion("standard"):  # optax is written for it, whatever the rest of a program uses
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it; the program may use strict promotion
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         new = (optax.apply_updates(state.params, updates), aux, optimizer_state)
         old = (state.params, state.aux, state.optimizer)

@@ -1,1 +1,1 @@
-"""Trains and evaluates the embedded models `digits` and `digits-tts`. Run `python -m recipes.digits --help`."""
+"""Train and evaluates the embedded models `digits` and `digits-tts`. Run `python -m recipes.digits --help`."""

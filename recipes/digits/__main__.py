@@ -1,4 +1,4 @@
-"""Runs the recipes: `python -m recipes.digits train | evaluate | new-speaker`."""
+"""Run the recipes: `python -m recipes.digits train | evaluate | new-speaker`."""
 
 import argparse
 import sys
@@ -13,10 +13,10 @@ MODELS = ("digits", "digits-tts")
 
 
 def parser() -> argparse.ArgumentParser:
-    """Makes the parser of the command line."""
+    """Make the parser of the command line."""
     top = argparse.ArgumentParser(prog="python -m recipes.digits", description=__doc__)
     commands = top.add_subparsers(required=True, dest="command")
-    p = commands.add_parser("train", help="train a model from nothing")
+    p = commands.add_parser("train", help="train a model from scratch")
     p.add_argument("config", help="digits, digits-tts, or a JSON file: `task` (one of these) and its settings")
     p.add_argument("--resume", action="store_true", help="continue each stage from its last checkpoint")
     p.add_argument("--device", choices=sorted(PLATFORMS), help="default: the best that JAX finds")
@@ -26,17 +26,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", type=Path, default=Path("data"), help="default: %(default)s")
     p.add_argument("--whisper", type=Path, metavar="FOLDER", help="a model of faster-whisper, to compare with")
     p = commands.add_parser("new-speaker", help="make the recordings of examples/new_speaker")
-    p.add_argument("voice", help="of flite, such as slt")
+    p.add_argument("voice", help="a voice of flite, such as slt")
     return top
 
 
 def config_path(name: str) -> Path:
-    """Finds a config: that of a recipe by its name, or a file."""
+    """Return the path of a config, given a recipe's name or a path."""
     return FOLDER / f"{name}.json" if name in MODELS else Path(name)
 
 
 def tasks_of_recipe() -> tasks.Tasks:
-    """Lists the tasks that a config can name."""
+    """List the tasks that a config can name."""
     from recipes.digits.stt import DigitsConfig, train_digits
     from recipes.digits.tts import DigitsTtsConfig, train_digits_tts
 
@@ -44,7 +44,7 @@ def tasks_of_recipe() -> tasks.Tasks:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Trains a model."""
+    """Train a model."""
     malloc.keep_freed()  # before JAX starts
     import jax
 
@@ -56,7 +56,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Prints the figures of a model card."""
+    """Print the figures of a model card."""
     from recipes.digits.evaluate_stt import evaluate_digits
     from recipes.digits.evaluate_tts import evaluate_digits_tts
 
@@ -67,7 +67,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def new_speaker(args: argparse.Namespace) -> None:
-    """Makes recordings of a new speaker."""
+    """Make recordings of a new speaker."""
     from recipes.digits.new_speaker import make_new_speaker
 
     make_new_speaker(args.voice, FOLDER.parents[1] / "examples/new_speaker")
@@ -77,7 +77,7 @@ COMMANDS = {"train": train, "evaluate": evaluate, "new-speaker": new_speaker}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit code."""
+    """Run the command line and return the exit code."""
     args = parser().parse_args(argv)
     try:
         COMMANDS[args.command](args)

@@ -1,6 +1,6 @@
-"""Augments recordings: speed, tempo, room, microphone, noise, level, and hidden bands and moments.
+"""Augment recordings: speed, tempo, room, microphone, noise, level, and masks in frequency and time.
 
-All functions take and return mono float32 arrays [T], and draw from the generator that they are given.
+All functions take and return mono float32 arrays [T], and draw from the given random generator.
 """
 
 import numpy as np
@@ -8,17 +8,17 @@ import soxr
 
 
 def gain(db: float) -> float:
-    """Converts decibels to a factor."""
+    """Convert decibels to a factor."""
     return 10.0 ** (db / 20)
 
 
 def rms(x_T: np.ndarray) -> float:
-    """Computes the root mean square, never 0."""
+    """Compute the root mean square, with a floor above 0."""
     return float(np.sqrt(np.mean(x_T**2) + 1e-12))
 
 
 def active(x_T: np.ndarray, sample_rate: int, *, below_peak_db: float = 30.0) -> tuple[float, float]:
-    """Finds where speech starts and ends, in seconds: the first and the last moment not far below the loudest.
+    """Find the start and the end of speech, in seconds: the first and the last moment near the loudest level.
 
     A recording of less than 30 ms counts as speech from beginning to end.
     """
@@ -32,20 +32,20 @@ def active(x_T: np.ndarray, sample_rate: int, *, below_peak_db: float = 30.0) ->
 
 
 def resample(x_T: np.ndarray, rate_in: float, rate_out: float) -> np.ndarray:
-    """Resamples without aliasing."""
+    """Resample with an anti-aliasing filter."""
     return soxr.resample(x_T, rate_in, rate_out).astype(np.float32) if rate_in != rate_out else x_T
 
 
 def change_speed(x_T: np.ndarray, factor: float) -> np.ndarray:
-    """Changes speed and pitch together: a factor above 1 is faster and higher."""
+    """Change speed and pitch together: a factor above 1 is faster and higher."""
     return resample(x_T, 1000.0 * factor, 1000.0)
 
 
 def change_tempo(x_T: np.ndarray, factor: float, sample_rate: int) -> np.ndarray:
-    """Changes speed at an unchanged pitch (WSOLA, Verhelst and Roelands 1993); a factor above 1 is faster.
+    """Change speed at an unchanged pitch (WSOLA, Verhelst and Roelands 1993); a factor above 1 is faster.
 
-    Windows of 25 ms overlap by half; each is taken from the place that continues the last one best, within 6 ms of its
-    nominal place. Recordings shorter than two windows stay as they are.
+    Windows of 25 ms overlap by half; each is shifted by up to 6 ms to where it best continues the window before it.
+    Recordings shorter than two windows are returned unchanged.
     """
     hop, reach = round(0.0125 * sample_rate), round(0.006 * sample_rate)
     if len(x_T) < 4 * hop:
@@ -58,7 +58,7 @@ def change_tempo(x_T: np.ndarray, factor: float, sample_rate: int) -> np.ndarray
     for i in range(windows):
         if i:
             wanted_T = padded_T[taken + hop : taken + 3 * hop]  # the continuation of the last window
-            first = min(round(i * hop * factor), len(x_T))  # of the candidates
+            first = min(round(i * hop * factor), len(x_T))  # the first candidate's start
             likeness = np.correlate(padded_T[first : first + 2 * (reach + hop)], wanted_T, "valid")
             taken = first + int(likeness.argmax())
         y_T[i * hop : (i + 2) * hop] += window_W * padded_T[taken : taken + 2 * hop]
@@ -66,13 +66,13 @@ def change_tempo(x_T: np.ndarray, factor: float, sample_rate: int) -> np.ndarray
 
 
 def noise(random: np.random.Generator, samples: int, sample_rate: int) -> np.ndarray:
-    """Makes background noise of rms 1: coloured noise, sometimes with hum, swells and clicks."""
+    """Make background noise of rms 1: coloured noise, sometimes with hum, swells and clicks."""
     spectrum = np.fft.rfft(random.normal(size=samples))
     hertz = np.fft.rfftfreq(samples, 1 / sample_rate)
-    slope = random.uniform(-2.5, 0.3)  # of power against frequency: more than brown to a little blue
-    flat_below = 10 ** random.uniform(-0.5, 2.0)  # else most of some noises would lie below hearing; some do
+    slope = random.uniform(-2.5, 0.3)  # exponent of power over frequency: from beyond brown to slightly blue
+    flat_below = 10 ** random.uniform(-0.5, 2.0)  # keeps most steep noises from having all power below hearing
     spectrum *= np.maximum(hertz, flat_below) ** (slope / 2)
-    if random.random() < 0.4:  # a band that stands out, or nothing but a band
+    if random.random() < 0.4:  # a dominant band, over a weaker background or alone
         centre, width = 10 ** random.uniform(2, 3.8), random.uniform(0.2, 1.5)
         band = np.exp(-(np.log2(np.maximum(hertz, 1) / centre) ** 2) / (2 * width**2))
         spectrum *= band + random.uniform(0, 0.3)
@@ -94,7 +94,7 @@ def noise(random: np.random.Generator, samples: int, sample_rate: int) -> np.nda
 
 
 def reverb(random: np.random.Generator, x_T: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Adds the reverberation of a small room: a direct path and a decaying tail."""
+    """Add the reverberation of a small room: a direct path and a decaying tail."""
     seconds = random.uniform(0.03, 0.25)
     tail_T = random.normal(size=int(seconds * sample_rate)) * np.exp(-np.linspace(0, 6, int(seconds * sample_rate)))
     tail_T *= random.uniform(0.05, 0.5) / np.sqrt(np.sum(tail_T**2))
@@ -105,12 +105,12 @@ def reverb(random: np.random.Generator, x_T: np.ndarray, sample_rate: int) -> np
 
 
 def _octaves(samples: int, sample_rate: int) -> np.ndarray:
-    """Computes the octaves above 1 kHz of each frequency of a spectrum; those below 60 Hz count as 60 Hz."""
+    """Convert a spectrum's frequencies to octaves above 1 kHz, with frequencies below 60 Hz taken as 60 Hz."""
     return np.log2(np.maximum(np.fft.rfftfreq(samples, 1 / sample_rate), 60.0) / 1000)
 
 
 def random_eq(random: np.random.Generator, x_T: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Imitates another microphone: a smooth random gain over frequency, within about 10 dB."""
+    """Imitate another microphone: a smooth random gain over frequency, within about 10 dB."""
     spectrum = np.fft.rfft(x_T)
     octaves = _octaves(len(x_T), sample_rate)
     curve_db = random.normal(0, 1.5) * octaves
@@ -120,7 +120,7 @@ def random_eq(random: np.random.Generator, x_T: np.ndarray, sample_rate: int) ->
 
 
 def spec_augment(random: np.random.Generator, x_T: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Masks up to two bands of at most an octave, and some moments of up to 60 ms (Park et al. 2019)."""
+    """Mask up to two bands of at most an octave, and some moments of up to 60 ms (Park et al. 2019)."""
     spectrum = np.fft.rfft(x_T)
     octaves = _octaves(len(x_T), sample_rate)
     for _ in range(random.integers(0, 3)):
@@ -140,14 +140,14 @@ def augment(
     strength: float = 1.0,
     quietest_db: float = -26.0,
 ) -> np.ndarray:
-    """Applies reverb, equaliser, masks, noise and level, each at random; the peak stays below 1.
+    """Apply reverb, equaliser, masks, noise and level, each at random; the peak stays below 1.
 
     Args:
-      random: source of randomness.
+      random: random generator.
       x_T: the recording.
-      sample_rate: Hz.
-      strength: from 0 to 1: probability of each change, and level of the loudest noise.
-      quietest_db: the lowest peak, relative to full scale.
+      sample_rate: sample rate of the recording, Hz.
+      strength: from 0 to 1; scales the probability of each change and the level of the loudest noise.
+      quietest_db: lowest peak, relative to full scale.
     """
     if random.random() < 0.3 * strength:
         x_T = reverb(random, x_T, sample_rate)
@@ -157,7 +157,7 @@ def augment(
         x_T = spec_augment(random, x_T, sample_rate)
     level = rms(x_T)
     if random.random() < 0.7 * strength and level > 1e-5:
-        loudest_db = 20 - 12 * strength  # below the recording
+        loudest_db = 20 - 12 * strength  # level of the loudest noise below the recording
         x_T = x_T + level * gain(-random.uniform(loudest_db, 50)) * noise(random, len(x_T), sample_rate)
     peak = gain(random.uniform(quietest_db, -0.5))
     return (x_T * (peak / max(float(np.abs(x_T).max()), 1e-4))).astype(np.float32)

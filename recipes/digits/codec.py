@@ -1,4 +1,4 @@
-"""Trains the codec of `digits` in stages.
+"""Train the codec of `digits` in stages.
 
 Shape letters: B batch rows.
 """
@@ -18,7 +18,7 @@ from recipes.digits.data import CodecDataset, DataMix
 from recipes.digits.utterances import ProsodyConfig
 
 VALIDATION_ROWS = 32
-# Most transcription errors were on his clips, which are trimmed tightly.
+# Most transcription errors were on this speaker's clips, which are trimmed tightly.
 OVERSAMPLED = ("nicolas",)
 _DENSE = DataMix(
     sentences=0.15,
@@ -32,18 +32,18 @@ _DENSE = DataMix(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodecStage:
-    """Sets one stage of the codec's training: by default on dense, lightly augmented utterances.
+    """Settings of one stage of the codec's training: by default on dense, lightly augmented utterances.
 
-    No row is very quiet. Norms divide by the level, so the gradient of a row 40 dB down is twenty times that of the
-    others; once clipping has scaled it down, nothing is left of the others.
+    No row is very quiet. Norms divide by the level, so the gradient of a row 40 dB down is twenty times as large as
+    that of other rows, and clipping it would leave nothing of the other rows' gradients.
 
     Attributes:
       batch_size: rows in a batch.
-      frames: in a row.
+      frames: frames in a row.
       run: length of the stage.
       optimizer: settings of the optimizer.
       objective: weights of the loss.
-      mix: of the rows.
+      mix: kinds of rows and their shares.
     """
 
     batch_size: int = 6
@@ -71,8 +71,8 @@ TRUNCATED = CodecStage(
     optimizer=_LATER,
     mix=dataclasses.replace(AUGMENTED.mix, prosody=dataclasses.replace(AUGMENTED.mix.prosody, tempo=0.3, truncate=0.1)),
 )
-# The decoder is trained on clean audio, so that it does not reproduce augmentation. Of the objective only the weight of
-# the waveform is used, see `codec.decoder_loss`.
+# The decoder is trained on clean audio, so that it does not reproduce augmentation. Of its objective, only `waveform`
+# has an effect: see `codec.decoder_loss`.
 DECODER = CodecStage(
     frames=30,
     run=RunConfig(steps=2500, log_every=50, save_every=500),
@@ -99,7 +99,7 @@ def train_codec(
     resume: bool,
     fresh: bool,
 ) -> codec.CodecTrainee:
-    """Trains the codec for one stage; if `fresh`, codebooks start at vectors of the first batch."""
+    """Train the codec for one stage; if `fresh`, codebooks start at vectors of the first batch."""
     graph, params, aux = codec.split(trainee, fresh=fresh)
     held_out = first_rows(validation, VALIDATION_ROWS)
 
@@ -118,7 +118,7 @@ def train_codec(
 def train_decoder(
     stage: CodecStage, run: Run, mimi: Mimi, rows: CodecDataset, validation: CodecDataset, *, seed: int, resume: bool
 ) -> Mimi:
-    """Trains the decoder alone; the codes of the codec do not change."""
+    """Train the decoder alone, so that the codec's codes do not change."""
     graph, decoder, rest = nnx.split(mimi, codec.is_decoder, ...)
     held_out = first_rows(validation, VALIDATION_ROWS)
 
@@ -135,6 +135,6 @@ def train_decoder(
 
 
 def first_rows(rows: CodecDataset, count: int) -> dict[str, Any]:
-    """Stacks the first rows of a dataset to one batch."""
+    """Stack the first rows of a dataset into one batch."""
     drawn = [rows[i] for i in range(count)]
     return {name: np.stack([row[name] for row in drawn]) for name in drawn[0]}

@@ -1,4 +1,4 @@
-"""Reads the recordings of the recipes and draws training rows from them.
+"""Read the recordings of the recipes and draw training rows from them.
 
 Recordings: the Free Spoken Digit Dataset (six speakers, single digits, 8 kHz), and read sentences, from which the codec
 learns speech other than digits.
@@ -21,15 +21,15 @@ from recipes.digits import augment
 from recipes.digits.utterances import Clip, ProsodyConfig, concat_words, frame_labels
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PARTS = 3  # labels of a word: the semantic codebook learns to tell its beginning, middle and end apart
+PARTS = 3  # labels per word, so that the semantic codebook distinguishes beginning, middle and end
 OTHER_SPEECH = 1 + len(WORDS) * PARTS  # label of speech without digits
 LABELS = OTHER_SPEECH + 1
-CLIP_RATE = 8_000  # Hz, of the single digits
-WIDTH = 96  # of the codec's latents
+CLIP_RATE = 8_000  # sample rate of the single digits, Hz
+WIDTH = 96  # width of the codec's latents
 ROWS = 1 << 31  # rows that can be drawn, all of them different
 
 # Clips by the number in their file name; the dataset's own test clips, 0 to 4, are never read. A speaker's recordings
-# drift, and clips near in number are alike: the clips for validation are as far from training as those for the test.
+# change slowly with the number, so validation and test clips have numbers on either side of the training clips.
 TEST_CLIPS = range(5, 8)  # for the figures on the model card
 TRAINING_CLIPS = range(8, 47)
 VALIDATION_CLIPS = range(47, 50)  # for choosing between recipes
@@ -52,10 +52,10 @@ MIMI = MimiConfig(
 
 
 def load_clips(folder: Path, numbers: Sequence[int]) -> list[Clip]:
-    """Loads the clips with these numbers, from files named DIGIT_SPEAKER_NUMBER.flac.
+    """Load the clips with these numbers, from files named DIGIT_SPEAKER_NUMBER.flac.
 
     Raises:
-      AudioError: there are none, or one cannot be read.
+      AudioError: there are no such clips, or a clip cannot be read.
     """
     clips = []
     for path in sorted(folder.glob("*_*_*.flac")):
@@ -80,12 +80,12 @@ class Sentence:
 
     @functools.cached_property
     def has_digits(self) -> bool:
-        """Whether a digit is among its words."""
+        """True if the sentence has a digit among its words."""
         return bool(set(re.findall(r"[a-z]+", self.text.lower())) & set(WORDS))
 
 
 def load_sentences(folder: Path, sample_rate: int, *, held_out: bool) -> list[Sentence]:
-    """Loads the held-out sentences, or all others, of a folder with a `transcripts.tsv` (file, seconds, text)."""
+    """Load the held-out or the other sentences of a folder with a `transcripts.tsv` (file, seconds, text)."""
     with (folder / "transcripts.tsv").open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     chosen = [line for i, line in enumerate(lines) if (i % HELD_OUT_SENTENCES == 0) == held_out]
@@ -98,16 +98,16 @@ def load_sentences(folder: Path, sample_rate: int, *, held_out: bool) -> list[Se
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataMix:
-    """Sets the shares of the kinds of rows, and how rows are augmented; the rest are utterances of digits.
+    """Kinds of rows with their shares, and settings of the augmentation; all other rows are utterances of digits.
 
     Attributes:
-      sentences: share of rows of read sentences.
-      noise: share of rows of background noise alone.
-      short: share of utterances of at most five words, with silence after them.
-      prosody: of utterances.
-      strength, quietest_db: of the augmentation, see `augment.augment`.
-      oversampled: speakers drawn more often for an utterance than others.
-      oversampling: how many times as often they are drawn.
+      sentences: share of rows with read sentences.
+      noise: share of rows with background noise alone.
+      short: share of utterances with at most five words, followed by silence.
+      prosody: settings of the utterances.
+      strength, quietest_db: settings of the augmentation, see `augment.augment`.
+      oversampled: speakers that are drawn more often than other speakers.
+      oversampling: factor by which they are drawn more often.
     """
 
     sentences: float = 0.3
@@ -127,7 +127,7 @@ class DataMix:
 def digits_row(
     random: np.random.Generator, clips: Sequence[Clip], mix: DataMix, *, frames: int, config: MimiConfig = MIMI
 ) -> tuple[np.ndarray, list[WordSpan]]:
-    """Draws an augmented utterance: samples [frames * frame size] at the codec's rate, and its words."""
+    """Draw an augmented utterance: samples [frames * frame size] at the codec's rate, and its words."""
     seconds = frames / config.frame_rate
     words = None if random.random() >= mix.short else int(random.integers(0, 6))
     pcm_T, spans = concat_words(random, clips, CLIP_RATE, seconds=seconds, words=words, prosody=mix.prosody)
@@ -136,7 +136,7 @@ def digits_row(
 
 
 def noise_row(random: np.random.Generator, *, frames: int, config: MimiConfig = MIMI) -> np.ndarray:
-    """Draws background noise of any level; sometimes silence."""
+    """Draw background noise of random level, or sometimes silence."""
     samples = frames * config.frame_size
     if random.random() < 0.15:
         return np.zeros(samples, np.float32)
@@ -148,7 +148,7 @@ def noise_row(random: np.random.Generator, *, frames: int, config: MimiConfig = 
 def sentence_row(
     random: np.random.Generator, sentences: Sequence[Sentence], mix: DataMix, *, frames: int, config: MimiConfig = MIMI
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a part of augmented sentences, and its labels: speech, silence, or -1 where a sentence has digits."""
+    """Draw a part of augmented sentences with its labels: speech or silence, or all -1 if a sentence has digits."""
     samples = frames * config.frame_size
     pcm_T, known = np.zeros(0, np.float32), True
     while len(pcm_T) < samples:
@@ -160,7 +160,7 @@ def sentence_row(
     pcm_T = pcm_T[first : first + samples]
     level_N = np.sqrt(np.mean(pcm_T.reshape(frames, -1) ** 2, axis=1))
     labels_N = np.where(level_N > 0.05 * level_N.max(), OTHER_SPEECH, 0) if known else np.full(frames, -1)
-    if random.random() < 0.5:  # else the bandwidth would tell digits from other speech
+    if random.random() < 0.5:  # so that the bandwidth does not distinguish digits from other speech
         pcm_T = augment.resample(augment.resample(pcm_T, config.sample_rate, CLIP_RATE), CLIP_RATE, config.sample_rate)
     pcm_T = augment.augment(random, pcm_T, config.sample_rate, strength=mix.strength, quietest_db=mix.quietest_db)
     return pcm_T, labels_N.astype(np.int32)
@@ -168,7 +168,7 @@ def sentence_row(
 
 @dataclasses.dataclass(frozen=True)
 class _Dataset:
-    """Draws rows from recordings: `rows[i]` is always the same row."""
+    """Random rows from recordings; `rows[i]` is always the same row."""
 
     clips: Sequence[Clip]
     sentences: Sequence[Sentence]
@@ -182,7 +182,7 @@ class _Dataset:
 
     @functools.cached_property
     def _oversampled(self) -> list[Clip]:
-        # The speaker of an utterance is that of a clip drawn at random.
+        # An utterance's speaker is the speaker of a random clip, so repeated clips make a speaker more frequent.
         mix = self.mix
         return [clip for clip in self.clips for _ in range(mix.oversampling if clip.speaker in mix.oversampled else 1)]
 
@@ -191,10 +191,10 @@ class _Dataset:
 
 
 class CodecDataset(_Dataset):
-    """Draws rows for the codec."""
+    """Training rows of the codec."""
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Draws one row: `pcm_BT` and `labels_BN` without their batch axis."""
+        """Draw one row: `pcm_BT` and `labels_BN` without their batch axis."""
         random = self._random(index)
         kind = random.random()
         if kind < self.mix.sentences:
@@ -208,10 +208,10 @@ class CodecDataset(_Dataset):
 
 
 class SttDataset(_Dataset):
-    """Draws rows for the language model of `digits`."""
+    """Training rows of the language model of `digits`."""
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, list[WordSpan]]:
-        """Draws samples [frames * frame size] at the codec's rate, and their digits."""
+        """Draw samples [frames * frame size] at the codec's rate, and their digits."""
         random = self._random(index)
         kind = random.random()
         if kind < self.mix.sentences:
@@ -223,7 +223,7 @@ class SttDataset(_Dataset):
 
 
 def plain_utterances(clips: Sequence[Clip], count: int, *, seed: int = 0) -> list[tuple[np.ndarray, list[WordSpan]]]:
-    """Makes utterances of 3 to 9 digits as recorded, for evaluation: samples at the codec's rate, and words."""
+    """Make utterances of 3 to 9 digits without augmentation, for evaluation: samples at the codec's rate, and words."""
     prosody, utterances = ProsodyConfig(lead=0.5, shortest_gap=0.05, longest_gap=0.5), []
     for i in range(count):
         random = np.random.default_rng((seed, 4, i))

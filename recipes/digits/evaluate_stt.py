@@ -1,4 +1,4 @@
-"""Prints the figures of the model card of `digits`: word errors, words in noise, and quality of the codec."""
+"""Print the figures of the model card of `digits`: word errors, words in noise, and quality of the codec."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,16 +16,16 @@ from recipes.digits.metrics import mel_distance, si_sdr
 from recipes.digits.whisper import Recogniser, spell_numbers, whisper, words_of
 
 RATE = MIMI.sample_rate
-UTTERANCES = 1200  # each of the 180 clips occurs forty times; in 300, one clip alone is half a percent
-NOISY = 300  # of the utterances, also with noise
-SENTENCES = 18  # of each reader
+UTTERANCES = 1200  # each of the 180 clips occurs forty times; in 300 utterances, one clip alone is half a percent
+NOISY = 300  # number of the utterances that are also evaluated with noise
+SENTENCES = 18  # sentences of each reader
 NEW_SPEAKER = Path(__file__).parents[2] / "examples/new_speaker/test"
 
 Utterances = list[tuple[np.ndarray, list[WordSpan]]]
 
 
 def print_word_errors(model: dsm_jax.Model, utterances: Utterances) -> None:
-    """Prints word errors of utterances as recorded, streamed, and with noise."""
+    """Print word errors of utterances as recorded and with noise, and compare streaming with offline."""
     print(f"as recorded, {len(utterances)} utterances: {evaluate(model, utterances)}")
     offline = dsm_jax.transcribe(model, [pcm_T for pcm_T, _ in utterances[:40]])
     streamed = [stream_words(model, pcm_T) for pcm_T, _ in utterances[:40]]
@@ -37,26 +37,26 @@ def print_word_errors(model: dsm_jax.Model, utterances: Utterances) -> None:
 
 
 def stream_words(model: dsm_jax.Model, pcm_T: np.ndarray) -> list[dsm_jax.Word]:
-    """Transcribes a recording that arrives in small chunks."""
+    """Transcribe a recording that arrives in small chunks."""
     size = RATE * 37 // 1000
     chunks = (pcm_T[i : i + size] for i in range(0, len(pcm_T), size))
     return [event.word for event in dsm_jax.transcribe_stream(model, chunks) if isinstance(event, dsm_jax.WordEnded)]
 
 
 def times(words: Sequence[dsm_jax.Word]) -> list[tuple[str, float, float]]:
-    """Drops the probabilities, whose last digit depends on the shapes of batches."""
+    """Drop the words' probabilities, whose last digits depend on the shapes of batches."""
     return [(word.text, word.start, word.end) for word in words]
 
 
 def add_noise(seed: int, pcm_T: np.ndarray, db: float) -> np.ndarray:
-    """Adds noise `db` decibels below the recording."""
+    """Add noise `db` decibels below the recording."""
     noise_T = augment.noise(np.random.default_rng((seed, 5)), len(pcm_T), RATE)
     mixed_T = pcm_T + augment.rms(pcm_T) * augment.gain(-db) * noise_T
     return (mixed_T / max(1.0, np.abs(mixed_T).max())).astype(np.float32)
 
 
 def print_errors_by_speaker(model: dsm_jax.Model, folder: Path) -> None:
-    """Prints word errors of each of the six speakers."""
+    """Print word errors of each of the six speakers."""
     clips = load_clips(folder, TEST_CLIPS)
     for speaker in sorted({clip.speaker for clip in clips}):
         own = [clip for clip in clips if clip.speaker == speaker]
@@ -64,7 +64,7 @@ def print_errors_by_speaker(model: dsm_jax.Model, folder: Path) -> None:
 
 
 def print_false_words(model: dsm_jax.Model) -> None:
-    """Prints the words transcribed from 30 s of silence, and from brown and five other noises at four levels."""
+    """Print the numbers of words transcribed from 30 s of silence, and from six noises at four levels."""
     silence = [np.zeros(30 * RATE, np.float32)]
     kinds = [brown_noise(np.random.default_rng(6))]
     kinds += [augment.noise(np.random.default_rng((6, i)), 30 * RATE, RATE) for i in range(5)]
@@ -74,14 +74,14 @@ def print_false_words(model: dsm_jax.Model) -> None:
 
 
 def brown_noise(random: np.random.Generator) -> np.ndarray:
-    """Makes 30 s of brown noise of rms 1: summed white noise, most of whose power is below 1 Hz."""
+    """Make 30 s of brown noise of rms 1: summed white noise, most of whose power is below 1 Hz."""
     noise_T = np.cumsum(random.normal(size=30 * RATE))
     noise_T -= noise_T.mean()
     return (noise_T / augment.rms(noise_T)).astype(np.float32)
 
 
 def print_codec_quality(model: dsm_jax.Model, data: Path, recognise: Recogniser | None) -> None:
-    """Prints the quality of decoded sentences that training did not use."""
+    """Print the quality of decoded held-out sentences."""
     for name in ("kathleen", "ljspeech"):
         sentences = load_sentences(data / name, RATE, held_out=True)[:SENTENCES]
         decoded = []
@@ -104,7 +104,7 @@ def print_codec_quality(model: dsm_jax.Model, data: Path, recognise: Recogniser 
 
 
 def print_errors_of_decoded(model: dsm_jax.Model, utterances: Utterances, recognise: Recogniser | None) -> None:
-    """Prints word errors of utterances decoded by the codec beside those of the recordings."""
+    """Print word errors of utterances, of the recordings and after the codec."""
     decoded = [(codec.decode(model, codec.encode(model, pcm_T))[: len(pcm_T)], words) for pcm_T, words in utterances]
     for kind, clips in (("as recorded", utterances), ("decoded", decoded)):
         print(f"{len(clips)} utterances {kind}: {evaluate(model, clips)}")
@@ -114,19 +114,19 @@ def print_errors_of_decoded(model: dsm_jax.Model, utterances: Utterances, recogn
 
 
 def print_errors_of_new_speaker(model: dsm_jax.Model) -> None:
-    """Prints word errors on the voice of `examples/new_speaker`, before any fine-tuning."""
+    """Print word errors on the voice of `examples/new_speaker`, before any fine-tuning."""
     recordings = read_recordings(NEW_SPEAKER, RATE)
     utterances = [(audio.read(recording.audio), recording.words) for recording in recordings]
     print(f"a new, synthetic voice: {evaluate(model, utterances)}")
 
 
 def evaluate_digits(name: str, data: Path, whisper_folder: Path | None) -> None:
-    """Prints every figure of the model card.
+    """Print every figure of the model card.
 
     Args:
       name: the model, as for `dsm_jax.load`.
       data: a folder with `fsdd`, `kathleen` and `ljspeech`.
-      whisper_folder: a model of faster-whisper, which also transcribes; None leaves its figures out.
+      whisper_folder: a model of faster-whisper to compare with; None omits its figures.
     """
     model = dsm_jax.load(name)
     utterances = plain_utterances(load_clips(data / "fsdd", TEST_CLIPS), UTTERANCES)

@@ -1,4 +1,4 @@
-"""Prints the figures of the model card of `digits-tts`: word errors in transcripts of its speech."""
+"""Print the figures of the model card of `digits-tts`: word errors in transcripts of its speech."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ UTTERANCES, CONVERSATIONS = 200, 60
 
 
 def requests_of(count: int, voices: list[str], *, turns: int = 1) -> list[Request]:
-    """Draws requests of 3 to 9 digits, cut into turns, with the voices in rotation and a seed for each."""
+    """Draw requests of 3 to 9 digits, cut into turns, with the voices in rotation and a seed per request."""
     requests = []
     for i in range(count):
         random = np.random.default_rng((7, turns, i))
@@ -27,7 +27,7 @@ def requests_of(count: int, voices: list[str], *, turns: int = 1) -> list[Reques
 
 
 def synthesize(model: dsm_jax.Model, requests: list[Request], options: SynthesizeOptions) -> list[Speech]:
-    """Synthesises every request, in order."""
+    """Synthesise every request, in order."""
     speeches: dict[int, Speech] = {}
     for index, result in synthesize_each(model, requests, options=options, batch_size=20):
         if not isinstance(result, Speech):
@@ -37,7 +37,7 @@ def synthesize(model: dsm_jax.Model, requests: list[Request], options: Synthesiz
 
 
 def errors_of(speeches: list[Speech], transcribe: Callable[[np.ndarray], dsm_jax.Transcript]) -> list[WerStats]:
-    """Counts the errors in transcripts of speech; word starts are compared with the times that the speech gives."""
+    """Count the errors in transcripts of speech, with word starts compared to the speech's own times."""
     return [
         word_errors([WordSpan(word.text, word.start, word.end) for word in speech.words], transcribe(speech.pcm))
         for speech in speeches
@@ -45,11 +45,11 @@ def errors_of(speeches: list[Speech], transcribe: Callable[[np.ndarray], dsm_jax
 
 
 def evaluate_digits_tts(name: str, whisper_folder: Path | None) -> None:
-    """Prints every figure of the model card.
+    """Print every figure of the model card.
 
     Args:
       name: the model, as for `dsm_jax.load`.
-      whisper_folder: a model of faster-whisper, which also transcribes; None leaves its figures out.
+      whisper_folder: a model of faster-whisper to compare with; None omits its figures.
     """
     model, stt = dsm_jax.load(name), dsm_jax.load("digits")
     voices = list(voices_of(model))

@@ -1,4 +1,4 @@
-"""Encodes utterances as codes, and trains a language model on them from scratch.
+"""Encode utterances as codes, and train a language model on the codes from scratch.
 
 Shape letters: B rows that are encoded together, N rows, Q codebooks, T frames.
 """
@@ -29,15 +29,15 @@ LmLoss = Callable[[DelayedStreamsLM, Any, jax.Array], tuple[jax.Array, dict[str,
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LmStage:
-    """Sets the training of a language model.
+    """Settings of a language model's training.
 
     Utterances are longer than the model's attention window, so that the model also learns to run beyond the window.
 
     Attributes:
-      utterances: number that are made and encoded, once.
+      utterances: number of utterances, made and encoded once.
       batch_size: utterances in a batch.
       run: length of the training.
-      frames: in each utterance.
+      frames: frames in each utterance.
       context: frames of the attention window.
       optimizer: settings of the optimizer.
     """
@@ -51,7 +51,7 @@ class LmStage:
 
 
 def encode_utterances(mimi: Mimi, rows: Any, count: int) -> tuple[np.ndarray, list[list[WordSpan]]]:
-    """Encodes the first `count` rows, each samples and words: codes, int16 [count, Q, T], and words."""
+    """Encode the first `count` rows, given as (samples, words), to codes, int16 [count, Q, T], and words."""
     graph, params = nnx.split(mimi)
     encode = encoder(graph, mimi.config.quantizer.n_q)
 
@@ -64,7 +64,7 @@ def encode_utterances(mimi: Mimi, rows: Any, count: int) -> tuple[np.ndarray, li
         ahead = pool.submit(draw, 0)
         for after in range(_ENCODE_BATCH, count + _ENCODE_BATCH, _ENCODE_BATCH):
             pcm_BT, words = ahead.result()
-            # One batch ahead and no more: the samples of all utterances are many times the size of their codes.
+            # Only one batch is drawn ahead, as the samples are many times the size of the codes.
             if after < count:
                 ahead = pool.submit(draw, after)
             codes.append(np.asarray(encode(params, jnp.asarray(pcm_BT[..., None]))).astype(np.int16))
@@ -74,7 +74,7 @@ def encode_utterances(mimi: Mimi, rows: Any, count: int) -> tuple[np.ndarray, li
 
 @dataclasses.dataclass(frozen=True)
 class StoredRows:
-    """Gives the entries of arrays [N, ...] of small integers, by name, as rows for `batches`."""
+    """Rows for `batches` from arrays [N, ...] of small integers, by name."""
 
     arrays: Mapping[str, np.ndarray]
 
@@ -97,21 +97,21 @@ def train_lm(
     seed: int,
     resume: bool,
 ) -> DelayedStreamsLM:
-    """Trains a language model from scratch.
+    """Train a language model from scratch.
 
     Args:
       stage: settings of the training.
-      run: where the training is saved.
-      config: of the model.
-      loss: of a batch.
-      validation_loss: the same without dropouts.
-      stored: training rows, by name an array [N, ...] of integers.
-      validation: validation rows, as many as fit into one batch.
-      seed: of the parameters and of the order of the rows.
-      resume: continue from the last checkpoint, if there is one.
+      run: the run, which saves the training.
+      config: config of the language model.
+      loss: loss of a batch.
+      validation_loss: loss of a batch without dropouts.
+      stored: training rows: arrays [N, ...] of integers by name.
+      validation: validation rows, evaluated as one batch.
+      seed: seed of the parameters and of the order of the rows.
+      resume: whether to continue from the last checkpoint, if there is one.
 
     Raises:
-      TrainingError: a loss that is not finite, or a checkpoint that cannot be written or resumed from.
+      TrainingError: a loss is not finite, or a checkpoint cannot be written or resumed from.
     """
     graph, params = nnx.split(DelayedStreamsLM(config, rngs=nnx.Rngs(seed)))
     held_out = {name: array.astype(np.int32) for name, array in validation.items()}

@@ -1,4 +1,4 @@
-"""Makes `examples/new_speaker`: utterances of digits in a voice that no embedded model was trained on.
+"""Make `examples/new_speaker`: utterances of digits in a voice that no embedded model was trained on.
 
 The voice is synthesised by flite (Debian's package `flite`), with different settings for training and for testing.
 """
@@ -16,7 +16,7 @@ from recipes.digits.data import WORDS
 from recipes.digits.utterances import Clip, ProsodyConfig, concat_words
 
 RATE = 16_000
-PITCH = {"slt": 170, "rms": 100, "awb": 130, "kal16": 105}  # Hz, of each voice by default
+PITCH = {"slt": 170, "rms": 100, "awb": 130, "kal16": 105}  # default pitch of each voice, Hz
 SETTINGS = {
     "train": ((0.85, 0.9), (0.95, 1.05), (1.1, 0.95), (1.25, 1.1)),
     "test": ((0.9, 1.0), (1.05, 0.9), (1.2, 1.05)),
@@ -25,7 +25,7 @@ UTTERANCES = {"train": 40, "test": 20}
 
 
 def synthesize_clip(word: str, voice: str, stretch: float, pitch: float, folder: Path) -> Clip:
-    """Synthesises one word with flite."""
+    """Synthesise one word with flite."""
     path = folder / "word.wav"
     settings = ("--setf", f"duration_stretch={stretch}", "--setf", f"int_f0_target_mean={PITCH[voice] * pitch}")
     subprocess.run(["flite", "-voice", voice, *settings, "-t", word, "-o", path], check=True)
@@ -37,7 +37,7 @@ def synthesize_clip(word: str, voice: str, stretch: float, pitch: float, folder:
 
 
 def make_new_speaker(voice: str, target: Path) -> None:
-    """Writes recordings, and beside each its transcript in the format of `dsm-jax transcribe --format json`."""
+    """Write recordings, each with its transcript in the format of `dsm-jax transcribe --format json`."""
     for part, settings in SETTINGS.items():
         (target / part).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:

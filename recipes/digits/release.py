@@ -1,4 +1,4 @@
-"""Prepares a recipe's model for release: the folder that it is written to, and its dtype."""
+"""Prepare a recipe's model for release: its folder and its dtype."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from dsm_jax.errors import TrainingError
 
 
 def to_bfloat16(params: nnx.State) -> nnx.State:
-    """Rounds parameters to bfloat16: half the size, and exact again in float32, in which the codec always runs."""
+    """Round parameters to bfloat16, which halves their size; the codec converts them to float32 exactly."""
     return jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
 
 
 def model_dir(output: Path, name: str) -> Path:
-    """Names the folder that a recipe writes its model to.
+    """Return the folder of a recipe's model.
 
     Raises:
       TrainingError: the folder exists.

@@ -1,4 +1,4 @@
-"""Trains the embedded model `digits`: its codec in stages, then a language model on the codec's codes.
+"""Train the embedded model `digits`: its codec in stages, then a language model on the codec's codes.
 
 `train_digits` can be stopped at any time and resumed: each stage is a run of its own.
 """
@@ -48,13 +48,13 @@ from recipes.digits.utterances import Clip, ProsodyConfig
 from recipes.digits.vocabulary import write_vocabulary
 
 NAME = "digits"
-DELAY = 8  # frames of the text behind the audio: a digit is over by then
-VALIDATION_UTTERANCES = 256  # of the language model
+DELAY = 8  # delay of the text after the audio in frames, longer than a digit
+VALIDATION_UTTERANCES = 256  # for the language model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SttStage(LmStage):
-    """Sets the training of the language model of `digits`."""
+    """Settings of the training of the language model of `digits`."""
 
     utterances: int = 48_000
     batch_size: int = 36
@@ -71,12 +71,12 @@ class SttStage(LmStage):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DigitsConfig:
-    """Sets the recipe of `digits`.
+    """Settings of the recipe of `digits`.
 
     Attributes:
       data: a folder with `fsdd`, `kathleen` and `ljspeech`.
       output: folder of the runs and of the model.
-      seed: of everything random.
+      seed: seed of all random numbers.
       mimi: sizes of the codec.
       codec, codec_augmented, codec_truncated: the stages of the codec, in order.
       decoder: the stage of the codec's decoder.
@@ -95,7 +95,7 @@ class DigitsConfig:
 
 
 def lm_config(quantizer: QuantizerConfig, text_card: int, context: int) -> LMConfig:
-    """Makes the config of the language model: the published topology, small."""
+    """Make the config of the language model: the published topology with small sizes."""
     return LMConfig(
         card=quantizer.bins,
         n_q=quantizer.n_q,
@@ -111,11 +111,11 @@ def lm_config(quantizer: QuantizerConfig, text_card: int, context: int) -> LMCon
 
 
 def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.Model:
-    """Trains both networks and writes the model, in Kyutai's layout, to `output/digits`.
+    """Train both networks and write the model, in Kyutai's layout, to `output/digits`.
 
     Args:
-      config: of the recipe.
-      resume: continue each stage from its last checkpoint.
+      config: settings of the recipe.
+      resume: whether to continue each stage from its last checkpoint.
 
     Returns:
       The model, loaded from its folder.
@@ -133,7 +133,7 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
     sentences = [s for folder in folders for s in load_sentences(folder, sizes.sample_rate, held_out=False)]
 
     def rows(stage: CodecStage, draw: int) -> tuple[CodecDataset, CodecDataset]:
-        # Validated on whole digits of all speakers alike, whatever else the stage is trained on.
+        # All stages are validated on the same kind of rows: complete digits of all speakers.
         whole = dataclasses.replace(stage.mix.prosody, truncate=0.0)
         only_digits = dataclasses.replace(stage.mix, sentences=0.0, noise=0.0, oversampled=(), prosody=whole)
         training = CodecDataset(clips, sentences, stage.frames, (seed, draw), stage.mix, sizes)
@@ -141,7 +141,7 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
 
     initial = Mimi(sizes, block_frames=None, rngs=nnx.Rngs(seed))
     trainee = CodecTrainee(initial, LABELS, rngs=nnx.Rngs(seed + 1))
-    # Each stage draws other rows, by a number of its own; the decoder's is 20.
+    # A number per stage, so that each draws different rows; the decoder's number is 20.
     stages = (
         (0, "codec", config.codec),
         (10, "codec_augmented", config.codec_augmented),
@@ -174,10 +174,10 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
         rows = SttDataset(clips, sentences, config.lm.frames, (seed, draw), config.lm.mix, sizes)
         codes_NQT, spans = encode_utterances(mimi, rows, count)
         texts = [text_stream(words, tokenizer, lm, timing, frames=config.lm.frames) for words in spans]
-        return {"codes_BKT": np.concatenate([np.stack(texts).astype(np.int16)[:, None], codes_NQT], axis=1)}
+        return {"codes_BMT": np.concatenate([np.stack(texts).astype(np.int16)[:, None], codes_NQT], axis=1)}
 
     def loss(objective: SttObjective) -> LmLoss:
-        return lambda lm, batch, key: stt_loss(lm, batch["codes_BKT"], key, objective)
+        return lambda lm, batch, key: stt_loss(lm, batch["codes_BMT"], key, objective)
 
     trained = train_lm(
         config.lm,

@@ -1,8 +1,8 @@
-"""Trains the embedded model `digits-tts` on the codes of an existing model's codec.
+"""Train the embedded model `digits-tts` on the codes of an existing model's codec.
 
 A voice is a one-hot vector over the speakers, stored in Kyutai's format, so that voices can be blended.
 
-Shape letters: B batch rows, N rows, K streams (text first), Q codebooks, T frames, S slots of voices, C speakers.
+Shape letters: B batch rows, N rows, M streams (text first), Q codebooks, T frames, S slots of voices, C speakers.
 """
 
 import dataclasses
@@ -43,13 +43,13 @@ from recipes.digits.utterances import Clip, ProsodyConfig, concat_words
 from recipes.digits.vocabulary import write_vocabulary
 
 NAME = "digits-tts"
-DELAY = 4  # frames of the audio behind the text
+DELAY = 4  # delay of the audio after the text, in frames
 VALIDATION_UTTERANCES = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TtsStage(LmStage):
-    """Sets the training of the language model of `digits-tts`; a third of the utterances have two speakers."""
+    """Settings of the training of the language model of `digits-tts`; a third of the utterances have two speakers."""
 
     utterances: int = 12_000
     batch_size: int = 24
@@ -60,13 +60,13 @@ class TtsStage(LmStage):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DigitsTtsConfig:
-    """Sets the recipe of `digits-tts`.
+    """Settings of the recipe of `digits-tts`.
 
     Attributes:
       data: a folder with `fsdd`.
       output: folder of the run and of the model.
       codec: a model whose codec the new model uses.
-      seed: of everything random.
+      seed: seed of all random numbers.
       lm: the stage of the language model.
     """
 
@@ -79,7 +79,7 @@ class DigitsTtsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TtsDataset:
-    """Draws utterances as recorded, by one speaker or by two in turns; `rows[i]` is always the same row."""
+    """Random utterances without augmentation, by one speaker or two in turns; `rows[i]` is always the same row."""
 
     clips: Sequence[Clip]
     stage: TtsStage
@@ -90,7 +90,7 @@ class TtsDataset:
         return ROWS
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, list[WordSpan]]:
-        """Draws samples [frames * frame size] at the codec's rate, and words with speakers."""
+        """Draw samples [frames * frame size] at the codec's rate, and words with speakers."""
         random = np.random.default_rng((*self.seed, index))
         frames, prosody = self.stage.frames, self.stage.prosody
         seconds = frames / self.mimi.frame_rate
@@ -103,7 +103,7 @@ class TtsDataset:
 
 
 def lm_config(quantizer: QuantizerConfig, text_card: int, context: int, speakers: int) -> LMConfig:
-    """Makes the config of the language model: the topology of tts-1.6b-en_fr without the second text stream, small."""
+    """Make the language model's config: tts-1.6b-en_fr without the second text stream, with small sizes."""
     return LMConfig(
         card=quantizer.bins,
         n_q=quantizer.n_q,
@@ -129,29 +129,29 @@ def lm_config(quantizer: QuantizerConfig, text_card: int, context: int, speakers
 
 
 def one_hot_loss(objective: TtsObjective, speakers: int) -> LmLoss:
-    """Makes the loss of batches of `codes_BKT` and `voices_BS`: the number of each slot's speaker, -1 for none."""
+    """Make the loss of batches with `codes_BMT` and `voices_BS`, the index of each slot's speaker (-1 for none)."""
 
     def loss(lm: DelayedStreamsLM, batch: dict[str, jax.Array], key: jax.Array):
         voices_BS = batch["voices_BS"]
         values, masks = {WAVS: jax.nn.one_hot(voices_BS, speakers)}, {WAVS: voices_BS >= 0}
-        return tts_batch_loss(lm, {"codes_BKT": batch["codes_BKT"], "values": values, "masks": masks}, key, objective)
+        return tts_batch_loss(lm, {"codes_BMT": batch["codes_BMT"], "values": values, "masks": masks}, key, objective)
 
     return loss
 
 
 def train_digits_tts(config: DigitsTtsConfig, *, resume: bool = False) -> checkpoints.Model:
-    """Trains the language model and writes it, with codec and voices and in Kyutai's layout, to `output/digits-tts`.
+    """Train the language model and write it, with codec and voices and in Kyutai's layout, to `output/digits-tts`.
 
     Args:
-      config: of the recipe.
-      resume: continue from the last checkpoint.
+      config: settings of the recipe.
+      resume: whether to continue from the last checkpoint.
 
     Returns:
       The model, loaded from its folder.
 
     Raises:
       AudioError: recordings are missing.
-      CheckpointError: the model that gives the codec cannot be loaded.
+      CheckpointError: the model with the codec cannot be loaded.
       TrainingError: the model's folder exists, a loss is not finite, or a checkpoint cannot be written or resumed from.
     """
     recordings, output, stage = Path(config.data), Path(config.output), config.lm
@@ -172,15 +172,15 @@ def train_digits_tts(config: DigitsTtsConfig, *, resume: bool = False) -> checkp
     def encode(clips: list[Clip], draw: int, count: int) -> dict[str, np.ndarray]:
         rows = TtsDataset(clips, stage, mimi.config, (config.seed, draw))
         codes_NQT, spans = encode_utterances(mimi, rows, count)
-        codes_NKT = np.full((count, 1 + lm.n_q, stage.frames), ZERO_TOKEN, np.int16)
-        codes_NKT[:, 1:, DELAY:] = codes_NQT[:, :, :-DELAY]
+        codes_NMT = np.full((count, 1 + lm.n_q, stage.frames), ZERO_TOKEN, np.int16)
+        codes_NMT[:, 1:, DELAY:] = codes_NQT[:, :, :-DELAY]
         voices_NS = np.full((count, SLOTS), -1, np.int16)
         timing = Timing(rate, 0.0, 0.0)
         for row, words in enumerate(spans):
             prefixes, present = speaker_prefixes(words)
-            codes_NKT[row, 0] = text_stream(words, tokenizer, lm, timing, frames=stage.frames, prefixes=prefixes)
+            codes_NMT[row, 0] = text_stream(words, tokenizer, lm, timing, frames=stage.frames, prefixes=prefixes)
             voices_NS[row, : len(present)] = [speakers.index(speaker) for speaker in present]
-        return {"codes_BKT": codes_NKT, "voices_BS": voices_NS}
+        return {"codes_BMT": codes_NMT, "voices_BS": voices_NS}
 
     trained = train_lm(
         stage,

@@ -1,4 +1,4 @@
-"""Concatenates recordings of single words into utterances, with the times of each word."""
+"""Concatenate recordings of single words into utterances, with the times of each word."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from recipes.digits import augment
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A recording of one word by one speaker; `start` and `end` are the word's times in it, in seconds."""
+    """A recording of one word by one speaker, with the word's start and end in seconds."""
 
     word: str
     speaker: str
@@ -22,17 +22,17 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProsodyConfig:
-    """Sets how the words of an utterance follow each other, and how each is changed; by default they are as recorded.
+    """Gaps between the words of an utterance, and changes of the words; by default the words are as recorded.
 
     Attributes:
       lead: longest silence before the first word, in seconds.
       shortest_gap, longest_gap: silence between words, in seconds; most gaps are near the shortest.
-      speed: largest change of speed and pitch together, as a logarithm; each utterance has one, and each word up to
-        half as much on top.
-      tempo: the same for speed at an unchanged pitch; word times are then exact to some milliseconds.
-      truncate: half of the words lose up to this much of their beginning and of their end, in seconds, and at most a
-        quarter of the word at either, as recordings trimmed by level do.
-      turn_taking: probability that the speaker changes from one word to the next; 0 is never.
+      speed: largest change of speed and pitch together, as a logarithm, of an utterance; each word has up to half of
+        it in addition.
+      tempo: largest change of speed at an unchanged pitch, as `speed`; word times are then exact to some milliseconds.
+      truncate: longest loss at the beginning and at the end of half of the words, in seconds, and at most a quarter of
+        the word; imitates recordings that were trimmed by level.
+      turn_taking: probability that the speaker changes from one word to the next.
     """
 
     lead: float = 1.2
@@ -53,12 +53,12 @@ def concat_words(
     words: int | None = None,
     prosody: ProsodyConfig = ProsodyConfig(),
 ) -> tuple[np.ndarray, list[WordSpan]]:
-    """Makes an utterance by one speaker, or two who take turns, between silences.
+    """Make an utterance by one speaker, or by two who take turns, with silence around it.
 
     Args:
-      random: source of randomness.
-      clips: recordings to draw from; those of one speaker are used, or of two.
-      sample_rate: of the clips, Hz.
+      random: random generator.
+      clips: recordings to draw one or two speakers from, and their words.
+      sample_rate: sample rate of the clips, Hz.
       seconds: length of the result.
       words: number of words; None for as many as fit.
       prosody: gaps and changes of the words.
@@ -100,7 +100,7 @@ def _of_one_speaker(random: np.random.Generator, clips: Sequence[Clip]) -> list[
 
 
 def _truncate(random: np.random.Generator, clip: Clip, most: float, sample_rate: int) -> Clip:
-    """Removes the silence around a word, and up to `most` seconds of the word at either end."""
+    """Remove the silence around a word, and up to `most` seconds at each end of the word."""
     lost = random.random(2) ** 2 * min(most, (clip.end - clip.start) / 4)
     first, last = round((clip.start + lost[0]) * sample_rate), round((clip.end - lost[1]) * sample_rate)
     pcm_T = clip.pcm_T[first:last]
@@ -110,10 +110,9 @@ def _truncate(random: np.random.Generator, clip: Clip, most: float, sample_rate:
 def frame_labels(
     words: Sequence[WordSpan], vocabulary: Sequence[str], *, frames: int, frame_rate: float, parts: int
 ) -> np.ndarray:
-    """Labels each frame, int32 [frames], with the part of the word that is spoken at its middle; 0 is silence.
+    """Label each frame, int32 [frames], with the part of a word at the frame's middle; 0 is silence.
 
-    The word at place w of the vocabulary has the labels 1 + w * parts to (w + 1) * parts, from its first part to its
-    last.
+    Word w of the vocabulary has the labels 1 + w * parts to (w + 1) * parts, from its first part to its last.
     """
     labels_T = np.zeros(frames, np.int32)
     for word in words:

@@ -1,4 +1,4 @@
-"""Writes a tokenizer of a small vocabulary. Its first ids are as in Kyutai's: unknown, begin, end, padding."""
+"""Write a tokenizer with a small vocabulary. The first ids are as in Kyutai's: unknown, begin, end, padding."""
 
 import string
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ _MARKERS = ("<unk>", "<s>", "</s>", "<pad>")
 
 
 def write_vocabulary(path: Path, words: Sequence[str]) -> int:
-    """Writes a sentencepiece unigram model: each word of the vocabulary is one piece, others are spelt in letters.
+    """Write a sentencepiece unigram model: each word of the vocabulary is one piece, other words are letters.
 
     Args:
       path: the `.model` file, replaced if it exists.

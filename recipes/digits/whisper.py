@@ -1,4 +1,4 @@
-"""Transcribes with faster-whisper (installed separately), to compare recognisers."""
+"""Transcribe with faster-whisper (installed separately), to compare recognisers."""
 
 import dataclasses
 import re
@@ -16,10 +16,10 @@ Recogniser = Callable[[np.ndarray], dsm_jax.Transcript]
 
 
 def whisper(folder: Path) -> Recogniser:
-    """Makes a function that transcribes samples at the codec's rate.
+    """Make a function that transcribes samples at the codec's rate.
 
     Args:
-      folder: holds a model of faster-whisper.
+      folder: folder with a model of faster-whisper.
     """
     from faster_whisper import WhisperModel  # pyright: ignore[reportMissingImports]
 
@@ -35,12 +35,12 @@ def whisper(folder: Path) -> Recogniser:
 
 
 def words_of(text: str) -> list[WordSpan]:
-    """Splits a text into words, without punctuation or times."""
+    """Split a text into words, without punctuation or times."""
     return [WordSpan(word, 0.0, 0.0) for word in re.findall(r"[a-z0-9']+", text.lower())]
 
 
 def spell_numbers(transcript: dsm_jax.Transcript) -> dsm_jax.Transcript:
-    """Spells the numbers of a transcript digit by digit: "8 41" becomes "eight four one"."""
+    """Spell the numbers of a transcript digit by digit: "8 41" becomes "eight four one"."""
     numbers = {str(number): word for number, word in enumerate(WORDS)}
     parts: list[str] = [part for word in transcript.words for part in re.findall(r"[0-9]|[a-z']+", word.text)]
     words = [numbers.get(part, part) for part in parts]

@@ -1,1 +1,1 @@
-"""Speed side by side with the reference packages, each measurement in its own process: see `__main__` and `gpu`."""
+"""Benchmarks against the reference packages, each measurement in its own process: see `__main__` and `gpu`."""

@@ -1,9 +1,9 @@
-"""Times the library against the reference packages, in one go on this machine: `python -m tests.benchmarks`.
+"""Time the library against the reference packages, in one run on this machine: `python -m tests.benchmarks`.
 
-Each measurement runs in a process of its own, and contenders take turns, so that whatever else slows the machine down
-slows all of them. That is not enough for torch, whose threads wait for each other at every operation: each row says how
-many cores other programs used meanwhile, and only rows near zero are worth keeping. Rows go to standard output and, as
-JSON lines, to a file that `tests.benchmarks.table` reads.
+Each measurement runs in its own process, and contenders take turns, so that other load slows all of them alike. Torch
+suffers more than others, as its threads wait for each other at every operation; so each row has the number of cores
+that other programs used meanwhile, and only rows near zero are worth keeping. Rows go to standard output and, as JSON
+lines, to a file that `tests.benchmarks.table` reads.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from tests.benchmarks import rows
 from tests.benchmarks.table import RESULTS, ROOT
 from tests.benchmarks.tasks import OURS, PACKAGES, TASKS, missing
 
-_LAST_LINES = 20  # of a failed worker's complaint
+_LAST_LINES = 20  # lines of a failed worker's output to print
 
 
 def environment(threads: int) -> dict[str, str]:
-    """What every worker runs under: so many threads, the CPU, no network, and the reference without its compiler."""
+    """Make a worker's environment: number of threads, CPU only, no network, no compiler for the reference."""
     count = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
     switches = dict.fromkeys(("NO_TORCH_COMPILE", "NO_CUDA_GRAPH", "HF_HUB_OFFLINE"), "1")
     # An empty list hides GPUs from torch.
@@ -33,7 +33,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def run_worker(command: Sequence[str], threads: int, timeout_s: float) -> rows.Row:
-    """Runs a module: what its last line says, in JSON, and the cores that others used meanwhile, or an "error"."""
+    """Run a module; return its last line, as JSON, with the cores that other programs used, or an "error"."""
     before = time.monotonic(), others_seconds()
     try:
         done = subprocess.run(
@@ -49,7 +49,7 @@ def run_worker(command: Sequence[str], threads: int, timeout_s: float) -> rows.R
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["nothing on standard error"]
         print(*lines[-_LAST_LINES:], sep="\n", file=sys.stderr)
-        # What Python says of an exception is not indented, and a backtrace is.
+        # The line with the exception is not indented; the lines of a backtrace are.
         reason = next((line for line in reversed(lines) if line[:1].strip()), lines[-1])
         return {"error": f"exit code {done.returncode}: {reason}"}
     elapsed_s, others_s = time.monotonic() - before[0], others_seconds() - before[1]
@@ -57,7 +57,7 @@ def run_worker(command: Sequence[str], threads: int, timeout_s: float) -> rows.R
 
 
 def others_seconds(statistics: Path = Path("/proc/stat")) -> float:
-    """Processor time that neither this process nor its children have used since the machine started; 0 off Linux."""
+    """Return the processor time of all other processes since the machine started; 0 if not on Linux."""
     try:
         user, nice, system, _, _, irq, softirq, steal = map(int, statistics.read_text().split()[1:9])
     except OSError:
@@ -68,7 +68,7 @@ def others_seconds(statistics: Path = Path("/proc/stat")) -> float:
 
 
 def measure(task: str, contenders: Sequence[str], args: argparse.Namespace) -> list[rows.Row]:
-    """The row of every contender of a task, with the ratios after them."""
+    """Measure a task; return the row of every contender, then the ratios."""
     found: dict[str, list[rows.Row]] = {contender: [] for contender in contenders}
     rounds = TASKS[task].rounds or args.rounds
     for number in range(rounds):
@@ -90,13 +90,13 @@ def measure(task: str, contenders: Sequence[str], args: argparse.Namespace) -> l
 
 
 def checkpoints_needed(tasks: Sequence[str], contenders: Sequence[str]) -> bool:
-    """Whether somebody reads one: the others, for their weights, and ours where it transcribes."""
+    """Return whether a task reads a checkpoint: the reference packages do in most tasks, ours to transcribe."""
     read = [task for task in tasks if TASKS[task].checkpoint]
     return bool(read) and (set(contenders) != {OURS} or "transcribe_45s" in read)
 
 
 def main() -> None:
-    """Runs from the command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--contender", nargs="+", choices=PACKAGES, default=list(PACKAGES))
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="timed steps in each round, at most")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=1800, help="seconds that one worker may take")
-    parser.add_argument("--tiny", action="store_true", help="miniature models: tells whether it runs, not how fast")
+    parser.add_argument("--tiny", action="store_true", help="miniature models: a test that the benchmark runs")
     parser.add_argument("--checkpoints", type=Path, help="made on first use (9 GB); by default, in out/benchmarks")
     parser.add_argument("--out", type=Path, help="JSON lines, added to; by default, in tests/benchmarks/results")
     args = parser.parse_args()
@@ -127,11 +127,11 @@ def main() -> None:
 
 
 def _make_checkpoints(command: list[str], args: argparse.Namespace) -> None:
-    """In a process of its own: what the others inherit from a large parent would count as their memory."""
+    """Make the checkpoints in a separate process, as workers inherit a large parent's peak memory."""
     print(f"checkpoints: {args.checkpoints}", file=sys.stderr)
     env = environment(args.threads)
     if subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=env, timeout=args.timeout).returncode:
-        print("checkpoints: could not be made; what needs them will say so in its row", file=sys.stderr)
+        print("checkpoints: could not be made; tasks that need them will fail", file=sys.stderr)
 
 
 def _emit(row: rows.Row, file: TextIO) -> None:

@@ -1,4 +1,4 @@
-"""Makes the checkpoint that every contender runs, once, with random weights: `python -m tests.benchmarks.checkpoints`.
+"""Make the checkpoint of all contenders, with random weights: `python -m tests.benchmarks.checkpoints`.
 
 A folder holds `kyutai` (one speech-to-text checkpoint in Kyutai's layout, the language model in bfloat16 as published;
 every contender computes in float32), `transformers` and `transformers_mimi` (the same weights in transformers' layout)
@@ -13,11 +13,11 @@ import torch
 
 from tests.parity import references
 
-DONE = "done"  # written last: a folder without it was interrupted
+DONE = "done"  # written last: a folder without this file is incomplete
 
 
 def make(folder: Path, tiny: bool) -> None:
-    """Writes what is missing in `folder`; the full size takes minutes, 9 GB of disk and some 15 GB of memory."""
+    """Write the missing parts of `folder`; the full size takes minutes, 9 GB of disk and some 15 GB of memory."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / DONE).exists():
         return

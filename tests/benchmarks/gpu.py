@@ -1,4 +1,4 @@
-"""Times a frame of speech to text on one GPU, ours and moshi's, in one go: `python -m tests.benchmarks.gpu --out FILE`.
+"""Time a frame of speech to text on one GPU, ours and moshi's, in one run: `python -m tests.benchmarks.gpu --out FILE`.
 
 Parts run in order of importance, each in a process of its own with the GPU to itself, until the time is up; what has
 been measured by then is in the file. `--part` picks some, as in `--part largest-1b largest-2.6b`.
@@ -21,7 +21,7 @@ from tests.benchmarks.table import ROOT
 from tests.benchmarks.tasks import missing
 
 Row = dict[str, Any]
-Attempt = Callable[[int], Row]  # a number of streams to the row of it
+Attempt = Callable[[int], Row]  # maps a number of streams to its row
 
 BATCHES = (1, 64, 256, 512)
 PARTS = {  # seconds that each process of a part may take
@@ -33,20 +33,20 @@ PARTS = {  # seconds that each process of a part may take
     "largest-1b": 100,
     "largest-2.6b": 130,
 }
-_MOST = 2**14  # streams: nobody's device holds more, and without an end a miniature would be doubled for ever
-_LEAST_S = 20  # with less time left than this nothing is started
+_MOST = 2**14  # streams: more than any device holds; ends the doubling for miniature models
+_LEAST_S = 20  # no process is started with less time left than this
 
 
 def largest(attempt: Attempt, start: int, finest: int) -> Iterator[Row]:
-    """Looks for the largest number of streams that the device holds: doubles until one fails, then halves the gap.
+    """Search for the largest number of streams that the device holds: double until one fails, then halve the gap.
 
     Args:
-        attempt: measures; a row with "error" is a failure.
-        start: tried first.
-        finest: a gap of this many streams is not halved again.
+        attempt: measures a number of streams; a row with "error" is a failure.
+        start: the first number of streams.
+        finest: the largest gap at which the search stops, in streams.
 
     Yields:
-        The row of each attempt, then one that sums them up: what fits, and what does not.
+        The row of each attempt, then a summary: the largest number that fits, and the smallest that does not.
     """
     fits, fails, batch = 0, None, start
     while batch <= _MOST and (fails is None or fails - fits > finest):
@@ -57,13 +57,13 @@ def largest(attempt: Attempt, start: int, finest: int) -> Iterator[Row]:
         elif row["error"] == "out of memory":
             fails = batch
         else:
-            break  # out of time, or broken: of the number of streams that tells nothing
+            break  # out of time, or broken: the device's size is not the reason
         batch = 2 * fits if fails is None else (fits + fails) // 2
     yield {"bench": "largest", "fits": fits, "does_not_fit": fails}
 
 
 class Run:
-    """One call of the script: where rows go, and when it has to end."""
+    """One call of the script: its output, and its deadline."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.end = args, time.monotonic() + 60 * args.minutes
@@ -81,7 +81,7 @@ class Run:
         print(f"[{self.end - time.monotonic():.0f} s left] {text}", file=sys.stderr, flush=True)
 
     def work(self, part: str, *command: str) -> Iterator[Row]:
-        """The rows of one process; when it fails or is stopped, one with "error" comes last."""
+        """Yield the rows of one process; after a failure or a timeout, the last one has an "error"."""
         limit_s = min(PARTS[part], self.end - time.monotonic())
         if limit_s < _LEAST_S:
             yield {"part": part, "error": "no time left"}
@@ -112,7 +112,7 @@ class Run:
         return ["--steps", str(self.args.steps), "--device", self.args.device, *(["--tiny"] if self.args.tiny else [])]
 
     def part(self, part: str, batches: Sequence[int]) -> None:
-        """Runs one of `PARTS` and emits its rows."""
+        """Run one of `PARTS` and emit its rows."""
         what, _, size = part.partition("-")
         if what == "moshi" and (why_not := missing("moshi")):
             self.emit({"part": part, "error": why_not})
@@ -132,21 +132,21 @@ class Run:
 
 
 def environment(outer: Mapping[str, str]) -> dict[str, str]:
-    """JAX may take nearly all of the memory; the reference runs with its CUDA graphs and without its compiler."""
+    """Make a process's environment: 95 % of the memory for JAX, CUDA graphs but no compiler for the reference."""
     inner = {**outer, "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95", "NO_TORCH_COMPILE": "1", "HF_HUB_OFFLINE": "1"}
     inner.pop("NO_CUDA_GRAPH", None)
     return inner
 
 
 def main() -> None:
-    """Runs from the command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu", description=__doc__)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--minutes", type=float, default=9, help="after these nothing is started and all is stopped")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="miniature models: tells whether it runs, not how fast")
+    parser.add_argument("--tiny", action="store_true", help="miniature models: a test that the benchmark runs")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended")
     run = Run(args := parser.parse_args())
     for part in args.part:

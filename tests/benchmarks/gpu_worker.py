@@ -1,6 +1,6 @@
-"""What `tests.benchmarks.gpu` runs in processes of their own: a frame of speech to text, and GPU against CPU.
+"""The worker processes of `tests.benchmarks.gpu`: a frame of speech to text, and GPU against CPU.
 
-Every line printed that starts with a brace is a row, printed as soon as it is known.
+Each printed line that starts with a brace is a row.
 
 Shape letters: B batch rows, T samples or frames, C audio channels, Q codebooks, S samples.
 """
@@ -27,12 +27,12 @@ _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")
 
 
 def emit(row: dict[str, Any]) -> None:
-    """Prints a row at once."""
+    """Print a row and flush."""
     print(json.dumps(row), flush=True)
 
 
 def timing(seconds: Sequence[float], batch: int) -> dict[str, Any]:
-    """Median and tail of a batch's frames, and how many streams keep up with real time: all or none."""
+    """Summarise a batch's frames: median, tail, and the number of streams in real time, all or none."""
     p50_s, p99_s = np.quantile(seconds, (0.5, 0.99)).tolist()
     return {
         "p50_ms": round(1e3 * p50_s, 3),
@@ -43,12 +43,12 @@ def timing(seconds: Sequence[float], batch: int) -> dict[str, Any]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of JAX or torch says that the device is full."""
+    """Return whether an exception of JAX or torch is about lack of device memory."""
     return any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 def each_batch(head: dict[str, Any], batches: Sequence[int], run: Callable[[int], dict[str, Any]]) -> None:
-    """Emits a row per batch size, and stops at the first that does not fit."""
+    """Emit a row per batch size, and stop at the first size that does not fit."""
     for batch in batches:
         try:
             emit(head | {"batch": batch} | run(batch))
@@ -62,7 +62,7 @@ def each_batch(head: dict[str, Any], batches: Sequence[int], run: Callable[[int]
 
 
 def ours(args: argparse.Namespace) -> None:
-    """The library's `stt_step`, against the bandwidth that a plain copy reaches on the same device."""
+    """Time the library's `stt_step`, and compare it with the bandwidth of a plain copy on the same device."""
     import jax
     import jax.numpy as jnp
 
@@ -88,12 +88,12 @@ def ours(args: argparse.Namespace) -> None:
 
 
 def copy_bandwidth(size: int) -> float:
-    """Bytes a second, read and written, of copying `size` float32 numbers on the device; the median of five."""
+    """Measure the bytes per second, read and written, of copying `size` float32 numbers; median of five."""
     import jax
     import jax.numpy as jnp
 
-    copies = 20  # in one dispatch, which so costs nothing beside them
-    # The count is an argument and the value changes, so that no copy can be left out.
+    copies = 20  # in one dispatch, whose overhead is then negligible
+    # The count is an argument and the values change, so that XLA cannot drop a copy.
     copy = jax.jit(lambda x, n: jax.lax.fori_loop(0, n, lambda i, x: -x, x), donate_argnums=0)
     x = copy(jnp.ones((size,), jnp.float32), copies)
     seconds = []
@@ -107,9 +107,9 @@ def copy_bandwidth(size: int) -> float:
 
 
 def bytes_per_step(config: Any, batch: int, itemsize: int) -> int:
-    """The fewest bytes a frame must move: every weight that is used once, and each row's keys and values once.
+    """Count the fewest bytes that a frame must move: each used weight once, and each row's keys and values once.
 
-    Embedding tables are left out, a step reads a few rows of them, and so are Mimi's decoder and what Mimi remembers.
+    Not counted: embedding tables, of which a step reads a few rows, Mimi's decoder, and Mimi's states.
     """
     import jax
     from flax import nnx
@@ -129,7 +129,7 @@ def bytes_per_step(config: Any, batch: int, itemsize: int) -> int:
 
 
 def moshi(args: argparse.Namespace) -> None:
-    """The reference on the same work: streaming `mimi.encode` and `LMGen.step`, with its CUDA graphs."""
+    """Time the reference on the same work: streaming `mimi.encode` and `LMGen.step`, with its CUDA graphs."""
     import torch
     from moshi.models import LMGen
     from moshi.models.loaders import CheckpointInfo, get_mimi
@@ -141,7 +141,7 @@ def moshi(args: argparse.Namespace) -> None:
     if args.tiny:
         info.lm_config |= {"dim": 64, "num_heads": 4, "num_layers": 2, "context": 40, "text_card": 64}
     lm = info.get_moshi(device=device, dtype=dtype, load_weight=False)
-    # Left as it is made, a codebook holds nothing but zeros.
+    # The reference initialises codebooks with zeros.
     mimi = get_mimi(None, device=device, num_codebooks=lm.n_q)
 
     cuda = device == "cuda"
@@ -170,7 +170,7 @@ def moshi(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """The same float32 weights on this device and on the CPU: codes, tokens and decoded audio."""
+    """Compare codes, tokens and decoded audio of the same float32 weights on this device and on the CPU."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -195,24 +195,24 @@ def check(args: argparse.Namespace) -> None:
 
 
 def codec_row(name: str, codes: dict[str, np.ndarray], pcm: dict[str, np.ndarray]) -> dict[str, Any]:
-    """How far a codec on the device agrees with the same one on the CPU."""
+    """Compare a codec on the device with the same codec on the CPU."""
     same = float((codes["cpu"] == codes["device"]).mean())
     error = float(np.abs(pcm["cpu"] - pcm["device"]).max() / np.abs(pcm["cpu"]).max())
-    # At the published size one near tie among thousands of distances may fall the other way.
+    # At the published size, a near tie among thousands of distances may be decided differently.
     passed = same >= (1.0 if name == "miniature" else 0.99) and error <= 1e-4
     row = {"same_codes": same, "different_codes": np.unique(codes["cpu"]).size, "decode_error": error}
     return {"bench": "check", "codec": name} | row | {"passed": passed}
 
 
 def lm_row(tokens: dict[str, np.ndarray]) -> dict[str, Any]:
-    """How far a language model on the device agrees with the same one on the CPU."""
+    """Compare a language model on the device with the same language model on the CPU."""
     same = float((tokens["cpu"] == tokens["device"]).mean())
     row = {"same_tokens": same, "different_tokens": np.unique(tokens["cpu"]).size, "passed": same == 1.0}
     return {"bench": "check", "lm": "miniature"} | row
 
 
 def _tokens(config: Any, place: Any) -> np.ndarray:
-    """Greedy tokens of the miniature language model, fed random codes, on one device."""
+    """Compute greedy tokens of the miniature language model from random codes, on one device."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -232,7 +232,7 @@ def _tokens(config: Any, place: Any) -> np.ndarray:
     def run(params: nnx.State, codes_BQT: jax.Array) -> jax.Array:
         return greedy_tokens(nnx.merge(graph, params), codes_BQT)
 
-    # No precision is set here: that float32 is not rounded to TF32 is the library's own promise.
+    # No precision is set here, as the library itself must keep float32 from being rounded to TF32.
     return np.asarray(run(*jax.device_put((params, codes_BQT), place)))
 
 
@@ -240,12 +240,12 @@ def _tiny_config() -> Any:
     from dsm_jax.configs import ModelConfig
     from tests.helpers import small
 
-    # As many codes in the language model as in the codec, so that none is out of range.
+    # The language model has as many codes as the codec, so that none is out of range.
     return ModelConfig(model_type="stt", lm=dataclasses.replace(small.STT, card=16), mimi=small.MIMI)
 
 
 def main() -> None:
-    """Runs from the command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     what = {"ours": ours, "moshi": moshi, "check": check}
     parser.add_argument("what", choices=what)
@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
-    # Named, so that a missing GPU is an error and not a slow success; the CPU is what the check compares with.
+    # The platforms are named, so that a missing GPU is an error; the check compares with the CPU.
     os.environ["JAX_PLATFORMS"] = "cuda,cpu" if args.device == "cuda" else "cpu"
     what[args.what](args)
 

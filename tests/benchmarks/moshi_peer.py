@@ -1,4 +1,4 @@
-"""What Kyutai's PyTorch package is timed on: its own streaming steps and `run_inference`, eager on the CPU.
+"""The timed steps of Kyutai's PyTorch package: its own streaming steps and `run_inference`, eager on the CPU.
 
 Shape letters: B batch rows, Q codebooks, S samples.
 """
@@ -17,10 +17,12 @@ from tests.benchmarks.worker import Step
 
 
 def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
-    """The step of `task`, on the checkpoint in `folder`, whatever its size."""
+    """Make the step of `task`, with the checkpoint in `folder`."""
     torch.set_num_threads(threads)
     if task.startswith("train_"):
-        from tests.benchmarks import moshi_training  # whose imports would count as memory of the other tasks
+        from tests.benchmarks import (
+            moshi_training,
+        )  # late: its imports would count as memory of other tasks
 
         return moshi_training.make(task, tiny)
     torch.set_grad_enabled(False)
@@ -46,7 +48,7 @@ def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
 
 
 def checkpoint(folder: Path) -> CheckpointInfo:
-    """A folder in Kyutai's layout as the package itself reads one, without looking anything up on the network."""
+    """Read a folder in Kyutai's layout with the package's own loader, without network."""
     return CheckpointInfo.from_hf_repo(
         "local",
         moshi_weights=folder / "model.safetensors",

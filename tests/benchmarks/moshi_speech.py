@@ -1,4 +1,4 @@
-"""A frame of text to speech by Kyutai's PyTorch package: what `TTSModel.generate` and `simple_generate` do in a step.
+"""A frame of text to speech by Kyutai's PyTorch package: a step of `TTSModel.generate` and `simple_generate`.
 
 The weights are random, as the package itself initialises them; its loop is written out here, because a benchmark has to
 take one step at a time. The token a step decides on is the machine's, as there.
@@ -22,7 +22,7 @@ from tests.parity.references.kyutai import lm_config
 
 
 def make(config: ModelConfig, batch: int) -> Step:
-    """The step of `batch` rows of a text that does not end, float32."""
+    """Make the step of `batch` rows, for a text that does not end, in float32."""
     torch.manual_seed(0)
     files = kyutai_config.Files(kyutai_config.LM_NAME, kyutai_config.MIMI_NAME, None, None)
     assert config.lm is not None
@@ -38,7 +38,7 @@ def make(config: ModelConfig, batch: int) -> Step:
 
 
 def start(lm: LMModel, mimi: MimiModel, machine: StateMachine, delay_steps: int, batch: int) -> Step:
-    """The step after the steps before it, all rows in the same one."""
+    """Run the next step, with all rows at the same step."""
     states = [machine.new_state([Entry([4, 5], "word")] * 1000) for _ in range(batch)]
     offset = 0
 

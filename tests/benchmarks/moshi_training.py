@@ -4,7 +4,7 @@
 delays around it. `MimiModel.forward` decodes the whole clip and does not hand out the first codebook; so its parts are
 called here in the same order.
 
-Shape letters: B batch rows, K streams (text first), T frames of codes or samples, N frames of audio or of a
+Shape letters: B batch rows, M streams (text first), T frames of codes or samples, N frames of audio or of a
 spectrogram, D latent width, C codebook width, L labels, V vocabulary, F frequency bins.
 """
 
@@ -29,12 +29,12 @@ from tests.benchmarks.training import CodecCase, LmCase
 from tests.benchmarks.worker import Step
 from tests.parity.references.kyutai import lm_config
 
-_FLOOR = 1e-3  # of a magnitude, as in `dsm_jax.training.losses.codec`
+_FLOOR = 1e-3  # magnitude floor, as in `dsm_jax.training.losses.codec`
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A model, the loss of a batch, and how it is optimised."""
+    """A model, the loss of a batch, and the optimizer."""
 
     model: nn.Module
     loss: Callable[[], torch.Tensor]
@@ -42,7 +42,7 @@ class Training:
 
 
 class CodecTrainee(nn.Module):
-    """The reference's codec with the head that names what is said, made of its own convolutions."""
+    """The reference's codec with the semantic head, made of the reference's convolutions."""
 
     def __init__(self, config: MimiConfig, labels: int, hidden: int = 96):
         super().__init__()
@@ -56,7 +56,7 @@ class CodecTrainee(nn.Module):
 
 
 def make(task: str, tiny: bool) -> Step:
-    """The step of `task`, on the reference's own fresh weights."""
+    """Make the step of `task`, with the reference's own initial weights."""
     torch.manual_seed(0)
     if task == "train_lm_step":
         case = training.TINY_LM if tiny else LmCase()
@@ -66,37 +66,37 @@ def make(task: str, tiny: bool) -> Step:
 
 
 def make_lm(config: LMConfig) -> LMModel:
-    """The reference's language model of a config, float32, to be trained."""
+    """Make the reference's language model, float32, for training."""
     files = kyutai_config.Files(kyutai_config.LM_NAME, kyutai_config.MIMI_NAME, None, None)
     values = kyutai_config.write_config(ModelConfig(model_type="stt", lm=config), config, files)
     return loaders.get_moshi_lm(None, lm_config(values), dtype=torch.float32).train()
 
 
 def make_mimi(config: MimiConfig) -> MimiModel:
-    """The reference's codec of a config, to be trained."""
+    """Make the reference's codec, for training."""
     return loaders.get_mimi(None, kyutai_config.write_mimi_config(config), num_codebooks=config.quantizer.n_q).train()
 
 
 def train_lm(case: LmCase, lm: LMModel) -> Training:
-    """Training of the reference's language model."""
-    codes_BKT = torch.from_numpy(case.codes()).long()
+    """Set up the training of the reference's language model."""
+    codes_BMT = torch.from_numpy(case.codes()).long()
     weight_V = torch.ones(case.config.text_logits)
     weight_V[case.config.existing_text_padding_id] = case.objective.padding_weight
-    return Training(lm, lambda: lm_loss(lm, codes_BKT, weight_V), case.optimizer)
+    return Training(lm, lambda: lm_loss(lm, codes_BMT, weight_V), case.optimizer)
 
 
-def lm_loss(lm: LMModel, codes_BKT: torch.Tensor, weight_V: torch.Tensor) -> torch.Tensor:
-    """The loss of `dsm_jax.training.losses.stt.stt_loss`."""
-    initial_BK1 = lm._get_initial_token().expand(len(codes_BKT), -1, -1)
-    delayed_BKT = torch.cat([initial_BK1, _delay_sequence(lm.delays, codes_BKT, initial_BK1)], dim=2)
-    _, logits_B1TV = lm.forward_text(delayed_BKT[:, :, :-1])
+def lm_loss(lm: LMModel, codes_BMT: torch.Tensor, weight_V: torch.Tensor) -> torch.Tensor:
+    """Compute the loss of `dsm_jax.training.losses.stt.stt_loss`."""
+    initial_BM1 = lm._get_initial_token().expand(len(codes_BMT), -1, -1)
+    delayed_BMT = torch.cat([initial_BM1, _delay_sequence(lm.delays, codes_BMT, initial_BM1)], dim=2)
+    _, logits_B1TV = lm.forward_text(delayed_BMT[:, :, :-1])
     logits_B1TV, known_B1T = _undelay_sequence(lm.delays[:1], logits_B1TV, fill_value=0.0)
-    target_BT = torch.where(known_B1T[:, 0], codes_BKT[:, 0], -1)
+    target_BT = torch.where(known_B1T[:, 0], codes_BMT[:, 0], -1)
     return F.cross_entropy(logits_B1TV.flatten(0, 2), target_BT.flatten(), weight_V, ignore_index=-1)
 
 
 def train_codec(case: CodecCase, trainee: CodecTrainee) -> Training:
-    """Training of the reference's codec."""
+    """Set up the training of the reference's codec."""
     pcm_BT, labels_BN = map(torch.from_numpy, case.sound())
     labels_BN, most = labels_BN.long(), case.frames - case.objective.decoded_frames
 
@@ -104,7 +104,7 @@ def train_codec(case: CodecCase, trainee: CodecTrainee) -> Training:
 
     def loss() -> torch.Tensor:
         for book in books:
-            # Entries that the reference replaces keep the graph of the step that they came from, and so all before it.
+            # The entries that the reference writes would keep the graphs of all earlier steps.
             book.embedding_sum.detach_()
         return codec_loss(trainee, pcm_BT, labels_BN, torch.randint(most + 1, (case.rows,)).tolist(), case)
 
@@ -114,7 +114,7 @@ def train_codec(case: CodecCase, trainee: CodecTrainee) -> Training:
 def codec_loss(
     trainee: CodecTrainee, pcm_BT: torch.Tensor, labels_BN: torch.Tensor, first_B: list[int], case: CodecCase
 ) -> torch.Tensor:
-    """The loss of `dsm_jax.training.losses.codec.codec_loss`, of the frames from `first_B` on."""
+    """Compute the loss of `dsm_jax.training.losses.codec.codec_loss`, for the frames from `first_B` on."""
     mimi, objective, size = trainee.mimi, case.objective, case.config.frame_size
     (latents_BDN,) = mimi.encoder_transformer(mimi.encoder(pcm_BT[:, None]))
     latents_BDN = mimi._to_framerate(latents_BDN)
@@ -137,20 +137,20 @@ def codec_loss(
 
 
 def quantize(branch: ResidualVectorQuantizer, latents_BDN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a branch's `forward` does up to its projection: vectors, straight through, and the commitment loss."""
+    """Run a branch's `forward` up to its projection: straight-through vectors, and the commitment loss."""
     result = branch.vq(branch.input_proj(latents_BDN), n_q=branch.n_q)
     return result.quantized, result.loss.mean()
 
 
 def magnitudes(x_BT: torch.Tensor, window: int) -> torch.Tensor:
-    """Magnitudes [B, F, N] of a short-time Fourier transform."""
+    """Compute magnitudes [B, F, N] of a short-time Fourier transform."""
     hann_W = torch.hann_window(window) * (4 / window)
     spectrum_BFN = torch.stft(x_BT, window, window // 4, window=hann_W, center=False, return_complex=True)
     return (spectrum_BFN.real.square() + spectrum_BFN.imag.square() + _FLOOR**2).sqrt()
 
 
 def stft_loss(x_BT: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
-    """The loss of `dsm_jax.training.losses.codec.stft_loss`."""
+    """Compute the loss of `dsm_jax.training.losses.codec.stft_loss`."""
     total = torch.zeros(())
     for window in SCALES:
         x_BFN, y_BFN = magnitudes(x_BT, window), magnitudes(y_BT, window)
@@ -160,7 +160,7 @@ def stft_loss(x_BT: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
 
 
 def start(training: Training) -> Step:
-    """A step that goes on from the one before, and returns the loss once its update is done."""
+    """Make a step that continues from the step before, and returns the loss after its update."""
     config = training.optimizer
     parameters = list(training.model.parameters())
     optimizer = torch.optim.AdamW(

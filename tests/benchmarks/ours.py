@@ -1,4 +1,4 @@
-"""What the library itself is timed on: jitted steps with random weights, and `transcribe` on the shared checkpoint.
+"""The timed steps of this library: jitted steps with random weights, and `transcribe` on the shared checkpoint.
 
 Shape letters: B batch rows, T samples, C audio channels.
 """
@@ -19,15 +19,15 @@ from dsm_jax.models.mimi import Mimi
 from tests.benchmarks.worker import Step
 from tests.helpers import small
 
-# `small.TTS` also hears, which Kyutai's loop for speech does not provide for.
+# `small.TTS` also has input audio streams, which Kyutai's loop for speech does not support.
 _LM = dataclasses.replace(small.TTS, n_q=4, delays=(0, 0, 2, 2, 2), card=16)
 TINY_TTS = ModelConfig(model_type="tts", lm=_LM, mimi=small.MIMI, tts=TtsConfig(audio_delay=0.2, second_stream_ahead=2))
 
 
 def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
-    """The step of `task`; the number of threads is the number of cores that the process may use."""
+    """Make the step of `task`; JAX uses as many threads as the process has cores."""
     if task.startswith("train_"):
-        from tests.benchmarks import training  # whose imports would count as memory of the other tasks
+        from tests.benchmarks import training  # late: its imports would count as memory of other tasks
 
         return training.make(task, tiny)
     if task == "transcribe_45s":
@@ -43,7 +43,7 @@ def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
 
 
 def speech_case(task: str, tiny: bool) -> tuple[ModelConfig, int]:
-    """The model that speaks in a task, and how many rows of it."""
+    """Return the text-to-speech model of a task, and the batch size."""
     return TINY_TTS if tiny else presets.TTS_1_6B, int(task.partition("_b")[2])
 
 

@@ -1,4 +1,4 @@
-"""Turns what the workers measured into rows: one for each task and contender, and one for each ratio."""
+"""Turn the workers' measurements into rows: one per task and contender, and one per ratio."""
 
 import datetime
 import platform
@@ -15,11 +15,11 @@ Row = dict[str, Any]
 
 _PACKAGES = ("jax", "flax", "torch", "moshi", "transformers", "rustymimi")
 _FIGURES = ("p50_ms", "p99_ms", "peak_rss_mb", "others_cores")
-QUIET_CORES = 0.1  # other programs that use more than this disturb a measurement
+QUIET_CORES = 0.1  # a measurement is disturbed if other programs use more cores than this
 
 
 def about(threads: int) -> Row:
-    """What is the same for every row of a run: device, threads, date and versions of what is installed."""
+    """Collect the part that all rows of a run share: device, threads, date and versions of packages."""
     return {
         "device": cpu_name(),
         "threads": threads,
@@ -30,7 +30,7 @@ def about(threads: int) -> Row:
 
 
 def versions() -> dict[str, str | None]:
-    """Version of each package that takes part; None for those that are not installed."""
+    """Return the version of each package that takes part; None if it is not installed."""
     found = {}
     for package in _PACKAGES:
         try:
@@ -41,7 +41,7 @@ def versions() -> dict[str, str | None]:
 
 
 def cpu_name() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     try:
         names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -50,18 +50,18 @@ def cpu_name() -> str:
 
 
 def slug(device: str) -> str:
-    """A device's name as part of a file name."""
+    """Convert a device's name to a part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def contender_row(task: str, contender: str, rounds: Sequence[Mapping[str, Any]], about: Row) -> Row:
-    """The median over rounds of each figure.
+    """Make a contender's row, with the median over rounds of each figure.
 
     Args:
         task: of `TASKS`.
-        contender: of `PACKAGES`.
-        rounds: what the worker printed in each round; one with "error" makes the row say so and nothing else.
-        about: from `about`.
+        contender: name in `PACKAGES`.
+        rounds: the worker's output in each round; if any has an "error", the row has only this error.
+        about: the shared part, from `about`.
     """
     head = {"task": task, "contender": contender}
     error = next((found["error"] for found in rounds if "error" in found), None)
@@ -72,11 +72,11 @@ def contender_row(task: str, contender: str, rounds: Sequence[Mapping[str, Any]]
 
 
 def ratio_rows(task: str, rows: Sequence[Row]) -> list[Row]:
-    """Ours over the best of the others, for time and where a target says so for peak memory.
+    """Divide our figures by the best of the other contenders, for time and, if it has a target, for peak memory.
 
     Args:
         task: of `TASKS`.
-        rows: of any tasks; those of this one are picked.
+        rows: rows of any tasks.
 
     Returns:
         A row per measure, with "error" in place of the ratio when there is nothing to divide. A target is met only by

@@ -1,4 +1,4 @@
-"""What Kyutai's Rust codec is timed on, through its Python package; it reads the published size only.
+"""The timed steps of Kyutai's Rust codec, through its Python package, which reads the published size only.
 
 Shape letters: B batch rows, Q codebooks, S samples.
 """
@@ -12,7 +12,7 @@ from tests.benchmarks.worker import Step
 
 
 def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
-    """The step of `task`; rayon takes the number of threads from the environment."""
+    """Make the step of `task`; rayon takes the number of threads from the environment."""
     path = next((folder / "kyutai").glob("mimi*.safetensors"))
     codec = rustymimi.Tokenizer(str(path), num_codebooks=32)
     random = np.random.default_rng(0)

@@ -1,6 +1,6 @@
-"""Writes stored results into the README: `python -m tests.benchmarks.table tests/benchmarks/results/FILE.jsonl...`.
+"""Write stored results into the README: `python -m tests.benchmarks.table tests/benchmarks/results/FILE.jsonl...`.
 
-The table stands between two markers and names the files it was made from, so that a test can make it again.
+The table is between two markers and names its source files, so that a test can make it again.
 """
 
 import json
@@ -20,12 +20,12 @@ _MISSING = "–"
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a results file."""
+    """Read the rows of a results file."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
 def block(paths: Sequence[str], root: Path = ROOT) -> str:
-    """What stands between the markers.
+    """Make the text between the markers.
 
     Args:
         paths: results files, relative to `root`.
@@ -47,9 +47,9 @@ def block(paths: Sequence[str], root: Path = ROOT) -> str:
 
 
 def cpu_table(rows: Sequence[Row]) -> str:
-    """One line per task: milliseconds of every contender, and ours over the best of the others against the target.
+    """Make a line per task: milliseconds of every contender, and our ratio to the best of the others with its target.
 
-    Of several rows for one task and contender the last counts: a file is added to when a task is run again.
+    The last row of a task and contender counts, as running a task again appends to the file.
     """
     figures = {(row["task"], row["contender"]): row for row in rows if "contender" in row}
     ratios = {(row["task"], row["measure"]): row for row in rows if "measure" in row}
@@ -72,7 +72,7 @@ def cpu_table(rows: Sequence[Row]) -> str:
 
 
 def gpu_table(rows: Sequence[Row]) -> str:
-    """One line per model and number of streams: a frame of ours and of moshi, and how far ours is from the limit."""
+    """Make a line per model and number of streams: a frame of ours and of moshi, and ours over the lower bound."""
     steps = [row for row in rows if row.get("bench") == "stt_step" and "p50_ms" in row]
     pairs = sorted({(row["size"], row["batch"]) for row in steps})
     found = {(row["size"], row["batch"], row["who"]): row for row in steps}
@@ -93,10 +93,10 @@ def gpu_table(rows: Sequence[Row]) -> str:
 
 
 def rewrite(text: str, content: str) -> str:
-    """A text with what stands between its markers replaced.
+    """Replace the text between the markers.
 
     Raises:
-        ValueError: if it does not have each marker once.
+        ValueError: the text does not have each marker once.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(
@@ -107,9 +107,9 @@ def rewrite(text: str, content: str) -> str:
 
 
 def is_current(text: str, root: Path = ROOT) -> bool:
-    """Whether the table in a text is what the files that it names give.
+    """Return whether the table in a text matches the files that it names.
 
-    Without markers there is none to be wrong, and between them may be nothing as long as no results are stored.
+    A text without markers has no table to check; while no results are stored, the table may be empty.
     """
     if BEGIN not in text:
         return True
@@ -145,7 +145,7 @@ def _caption(rows: Sequence[Row]) -> str:
 
 
 def main(paths: Sequence[str]) -> None:
-    """Rewrites the README's table."""
+    """Rewrite the README's table."""
     if not paths:
         sys.exit("give the results files to make the table from, as in tests/benchmarks/results/cpu.jsonl")
     readme = ROOT / "README.md"

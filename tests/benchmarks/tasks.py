@@ -1,4 +1,4 @@
-"""What is measured, by whom, how often, and the ratio to the best of the others that is aimed at."""
+"""The tasks to measure: contenders, steps, and the target ratio to the best of the other contenders."""
 
 import dataclasses
 import importlib.util
@@ -9,16 +9,16 @@ PACKAGES = {OURS: "jax", "moshi": "moshi", "transformers": "transformers", "rust
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One thing to measure.
+    """One task.
 
     Attributes:
-        contenders: of `PACKAGES`, in the order in which they take turns.
-        steps: timed in each round.
-        warm_up: steps before those; every window of attention is full after them, or costs as much as a full one.
-        target: ours / best of the others, in time, at most.
-        memory_target: the same for the peak memory of the process, where it is compared.
-        rounds: how often the contenders take turns; None for as often as was asked.
-        checkpoint: whether the others read what `checkpoints` made.
+        contenders: names in `PACKAGES`, in the order of their turns.
+        steps: timed steps of each round.
+        warm_up: steps before the timed ones; after them, every attention window is full or costs as much.
+        target: largest ratio of our time to the best of the others.
+        memory_target: largest ratio of the processes' peak memory; None if it is not compared.
+        rounds: number of turns of each contender; None for the number on the command line.
+        checkpoint: whether the other contenders read the checkpoint of `checkpoints`.
     """
 
     contenders: tuple[str, ...]
@@ -51,6 +51,6 @@ TASKS = {
 
 
 def missing(contender: str) -> str | None:
-    """Why a contender cannot take part on this machine, or None."""
+    """Return the reason for which a contender cannot take part on this machine, or None."""
     package = PACKAGES[contender]
     return None if importlib.util.find_spec(package) else f"{package} is not installed"

@@ -1,6 +1,6 @@
-"""Times many texts of very different lengths through few slots; one JSON row. Runs with any version of the library.
+"""Time many texts of very different lengths through few slots; one JSON row. Runs with any version of the library.
 
-To compare two versions, run this file in turns with the interpreter of each: `python throughput.py`.
+To compare two versions, run `python throughput.py` in turns with the interpreter of each.
 """
 
 import argparse
@@ -17,7 +17,7 @@ VOICES = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 
 
 def requests(count: int, longest: int) -> list[Request]:
-    """Texts of 1 to `longest` words in random order, each with a voice and a seed of its own."""
+    """Make requests of 1 to `longest` words in random order, each with its own voice and seed."""
     random = np.random.default_rng(0)
     lengths = random.permutation(np.linspace(1, longest, count).round().astype(int))
     return [
@@ -27,7 +27,7 @@ def requests(count: int, longest: int) -> list[Request]:
 
 
 def main() -> None:
-    """Runs from the command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--longest", type=int, default=40, help="words")

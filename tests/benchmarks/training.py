@@ -1,9 +1,9 @@
-"""The training steps that are timed: sizes and batches, which both sides take, and ours.
+"""The timed training steps: the sizes and batches of both sides, and our steps.
 
-A step is a loss, its gradients, clipping by the global norm and AdamW, on the recipe's two networks. What the recipe
-hides from a network at random is off, so that both sides do the same work.
+A step is a loss, its gradients, clipping by the global norm and AdamW, on the recipe's two networks. The recipe's
+random dropouts are off, so that both sides do the same work.
 
-Shape letters: B batch rows, K streams (text first), Q audio streams, T frames of codes or samples, N frames of audio.
+Shape letters: B batch rows, M streams (text first), Q audio streams, T frames of codes or samples, N frames of audio.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ from tests.helpers import small
 
 _LM, _CODEC = SttStage(), CodecStage()
 _LM_CONFIG = lm_config(MIMI.quantizer, 41, _LM.context)  # as many pieces as the recipe's tokenizer has
-_NEVER = 10**9  # steps of a schedule that does not get anywhere
+_NEVER = 10**9  # steps of a schedule that stays at its beginning
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LmCase:
-    """A language model, what it is trained on, and how."""
+    """A language model with its batch, objective and optimizer."""
 
     config: LMConfig = _LM_CONFIG
     rows: int = _LM.batch_size
@@ -45,7 +45,7 @@ class LmCase:
     optimizer: OptimizerConfig = dataclasses.replace(_LM.optimizer, warmup=0)
 
     def codes(self) -> np.ndarray:
-        """Random tokens, int32 [B, K, T]: text that is padding half of the time, and audio."""
+        """Draw random tokens, int32 [B, M, T]: text, half of it padding, and audio."""
         random, config = np.random.default_rng(0), self.config
         audio_BQT = random.integers(config.card, size=(self.rows, config.n_q, self.frames))
         text_B1T = random.integers(config.text_logits, size=(self.rows, 1, self.frames))
@@ -55,7 +55,7 @@ class LmCase:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodecCase:
-    """A codec, what it is trained on, and how."""
+    """A codec with its batch, objective and optimizer."""
 
     config: MimiConfig = MIMI
     labels: int = LABELS
@@ -65,7 +65,7 @@ class CodecCase:
     optimizer: OptimizerConfig = dataclasses.replace(_CODEC.optimizer, warmup=0)
 
     def sound(self) -> tuple[np.ndarray, np.ndarray]:
-        """Noise, float32 [B, T], and random labels, int32 [B, N], a few of them unknown."""
+        """Draw noise, float32 [B, T], and random labels, int32 [B, N], a few of them unknown."""
         random = np.random.default_rng(0)
         pcm_BT = 0.1 * random.standard_normal((self.rows, self.frames * self.config.frame_size), np.float32)
         return pcm_BT, random.integers(-1, self.labels, size=(self.rows, self.frames)).astype(np.int32)
@@ -84,7 +84,7 @@ TINY_CODEC = CodecCase(
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What `dsm_jax.training.step` needs."""
+    """The arguments of `dsm_jax.training.step`."""
 
     loss: step.Loss
     params: Any
@@ -94,7 +94,7 @@ class Training:
 
 
 def make(task: str, tiny: bool) -> Step:
-    """The step of `task`, on fresh weights, with memory kept as `dsm-jax train` does."""
+    """Make the step of `task`, with initial weights and the malloc settings of `dsm-jax train`."""
     malloc.keep_freed()
     if task == "train_lm_step":
         case = TINY_LM if tiny else LmCase()
@@ -105,18 +105,18 @@ def make(task: str, tiny: bool) -> Step:
 
 
 def train_lm(case: LmCase, lm: DelayedStreamsLM) -> Training:
-    """Training of a language model, as the recipe does it."""
+    """Set up the training of a language model, as the recipe does."""
     graph, params = nnx.split(lm)
 
     def loss(params: Any, frozen: tuple, aux: tuple, batch: dict[str, jax.Array], key: jax.Array) -> Any:
-        value, metrics = stt_loss(nnx.merge(graph, params), batch["codes_BKT"], key, case.objective)
+        value, metrics = stt_loss(nnx.merge(graph, params), batch["codes_BMT"], key, case.objective)
         return value, (aux, metrics)
 
-    return Training(loss, params, (), {"codes_BKT": jnp.asarray(case.codes())}, case.optimizer)
+    return Training(loss, params, (), {"codes_BMT": jnp.asarray(case.codes())}, case.optimizer)
 
 
 def train_codec(case: CodecCase, trainee: CodecTrainee, *, fresh: bool) -> Training:
-    """Training of a codec, as the recipe does it; `fresh` codebooks start at vectors of the first batch."""
+    """Set up the training of a codec, as the recipe does; `fresh` codebooks start at vectors of the first batch."""
     graph, params, aux = codec.split(trainee, fresh=fresh)
 
     def loss(params: Any, frozen: tuple, aux: codec.CodecAux, batch: dict[str, jax.Array], key: jax.Array) -> Any:
@@ -127,7 +127,7 @@ def train_codec(case: CodecCase, trainee: CodecTrainee, *, fresh: bool) -> Train
 
 
 def start(training: Training) -> Step:
-    """A step that goes on from the one before, and returns the loss once its update is done."""
+    """Make a step that continues from the step before, and returns the loss after its update."""
     optimizer = training.optimizer.build(_NEVER)
     state = step.init(training.params, optimizer, seed=0, aux=training.aux)
     advance = step.make_step(training.loss, optimizer).lower(state, training.batch).compile()

@@ -1,6 +1,6 @@
-"""What the transformers package is timed on: one column of tokens, one frame, ten seconds, and its `generate`.
+"""The timed steps of the transformers package: one column of tokens, one frame, ten seconds, and `generate`.
 
-Shape letters: B batch rows, K streams, S samples, T steps.
+Shape letters: B batch rows, M streams, S samples, T steps.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.benchmarks.worker import Step
 
 
 def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
-    """The step of `task`, on the checkpoint in `folder`, whatever its size."""
+    """Make the step of `task`, with the checkpoint in `folder`."""
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     if task == "transcribe_45s":
@@ -37,13 +37,13 @@ def _lm_step(folder: Path, batch: int) -> Step:
     # The cache that the released `generate` uses. It attends over all of the window from the first step on, and moves
     # what it holds only once it is full, which the timed steps never make it.
     cache = StaticCache(config=model.config, max_cache_len=model.config.sliding_window)
-    codes_BTK = torch.randint(model.config.codebook_vocab_size - 1, (batch, 1, model.config.num_codebooks))
+    codes_BTM = torch.randint(model.config.codebook_vocab_size - 1, (batch, 1, model.config.num_codebooks))
     token_BT1 = torch.full((batch, 1, 1), model.config.bos_token_id)
 
     def run() -> None:
         nonlocal token_BT1
-        columns_BTK = torch.cat([token_BT1, codes_BTK], dim=2)
-        logits_BTV = model(input_ids=columns_BTK, cache=cache, use_cache=True).logits
+        columns_BTM = torch.cat([token_BT1, codes_BTM], dim=2)
+        logits_BTV = model(input_ids=columns_BTM, cache=cache, use_cache=True).logits
         token_BT1 = logits_BTV.argmax(-1, keepdim=True)
 
     return run

@@ -1,6 +1,6 @@
-"""Measures one task with one contender, alone in this process: `python -m tests.benchmarks.worker TASK CONTENDER`.
+"""Measure one task with one contender, alone in this process: `python -m tests.benchmarks.worker TASK CONTENDER`.
 
-The last line it prints is a JSON object. Loading, compilation and warm-up are not timed; memory is the peak of the
+The last printed line is a JSON object. Loading, compilation and warm-up are not timed; memory is the peak of the
 whole process, loading and compilation included.
 """
 
@@ -25,7 +25,7 @@ _MODULES = {name: f"tests.benchmarks.{name}{'' if name == 'ours' else '_peer'}" 
 
 
 def time_steps(step: Step, warm_up: int, steps: int) -> list[float]:
-    """Seconds that each of `steps` calls took, after `warm_up` that are not counted."""
+    """Return the seconds of each of `steps` calls, after `warm_up` calls that are not counted."""
     for _ in range(warm_up):
         step()
     seconds = []
@@ -37,7 +37,7 @@ def time_steps(step: Step, warm_up: int, steps: int) -> list[float]:
 
 
 def figures(seconds: Sequence[float]) -> dict[str, Any]:
-    """What is reported of the times of a worker's steps, with the peak memory of this process so far."""
+    """Summarise the times of a worker's steps, with the peak memory of this process so far."""
     # Linux counts in kilobytes, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return {
@@ -49,7 +49,7 @@ def figures(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs from the command line."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("contender", choices=PACKAGES)
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="what tests.benchmarks.checkpoints made")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
-    # XLA takes as many threads as it may use cores; here, as many as torch and rayon are given.
+    # XLA takes as many threads as it may use cores, so the cores are limited to the threads of torch and rayon.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     task = TASKS[args.task]

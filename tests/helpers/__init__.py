@@ -1,1 +1,1 @@
-"""What several tests share: small models, checkpoints and tokenizers made on the spot, and the streaming check."""
+"""Helpers of several tests: small models, checkpoints and tokenizers, and the check of the streaming contract."""

@@ -1,4 +1,4 @@
-"""The checks of the streaming contract (`dsm_jax.streaming`), for any module with `init_state`, `step`, `__call__`.
+"""Check the streaming contract (`dsm_jax.streaming`) of any module with `init_state`, `step` and `__call__`.
 
 Shape letters: B batch rows, T time steps.
 """
@@ -11,22 +11,22 @@ import numpy as np
 
 from dsm_jax.streaming import KVCache, reset_rows
 
-CUTS = (1, 5)  # chunk lengths that are drawn from, in blocks: each is one more compilation
+CUTS = (1, 5)  # chunk lengths to draw from, in blocks; few, as each is a compilation
 
 
 def check_streaming(
     module: Any, x: Any, *, block: int = 1, window: int = 0, atol: float, seeds: tuple[int, ...] = (0, 1)
 ) -> None:
-    """Raises AssertionError, naming the clause, unless the module keeps the streaming contract.
+    """Raise AssertionError, naming the clause, unless the module keeps the streaming contract.
 
     Args:
       module: `init_state(batch_size)`, `step(x, state, lengths_B)` and `__call__(x)`.
       x: the clip, any pytree of arrays [B, T, ...] with at least 2 rows; the rows must differ.
       block: T of a chunk is a multiple of this many steps.
-      window: how far the module looks back, in steps of `x`. The clip must be longer than 3 windows, so that chunks
+      window: the module's attention window, in steps of `x`. The clip must be longer than 3 windows, so that chunks
         begin before, at and past the point where a ring is full.
-      atol: how far apart the outputs of two cuts of the same clip may be; everything else is compared bit for bit.
-      seeds: of the random cuts.
+      atol: largest difference between outputs of two cuts of the same clip; everything else is compared bit for bit.
+      seeds: seeds of the random cuts.
 
     Raises:
       AssertionError: the module breaks the contract.
@@ -48,7 +48,7 @@ def check_streaming(
 
 
 def check_in_place(step: Any, x: Any, state: Any) -> None:
-    """Raises AssertionError unless the compiled step updates a donated state's caches where they lie.
+    """Raise AssertionError unless the compiled step updates a donated state's caches in place.
 
     Args:
       step: maps (x, state) to (y, state).
@@ -65,7 +65,7 @@ def check_in_place(step: Any, x: Any, state: Any) -> None:
         f"donation: {memory.alias_size_in_bytes} bytes are updated in place, the caches have {every}"
     )
     assert memory.temp_size_in_bytes < one, (
-        f"copies: the step needs {memory.temp_size_in_bytes} bytes beside its state, the cache of a layer has {one}"
+        f"copies: the step needs {memory.temp_size_in_bytes} bytes besides its state, the cache of a layer has {one}"
     )
 
 
@@ -85,7 +85,7 @@ class _Check:
         _expect_finite("whole", self.whole)
 
     def draw(self, random: np.random.Generator, steps: int) -> list[int]:
-        """Random chunk lengths that add up to `steps`."""
+        """Draw chunk lengths that add up to `steps`."""
         lengths = []
         while left := (steps - sum(lengths)) // self.block:
             lengths.append(int(random.choice([cut for cut in CUTS if cut <= left])) * self.block)
@@ -98,7 +98,7 @@ class _Check:
         return _numpy(y), state
 
     def run(self, x: Any, state: Any, lengths: Any) -> tuple[Any, Any]:
-        """Feeds `x` in chunks of these lengths; the outputs joined, and the last state."""
+        """Feed `x` in chunks of these lengths; return the outputs joined, and the last state."""
         outputs, start = [], 0
         for length in lengths:
             y, state = self.step(jax.tree.map(lambda a, s=slice(start, start + length): a[:, s], x), state)
@@ -115,7 +115,7 @@ class _Check:
         other = jax.tree.map(lambda a: np.concatenate([a[:1], np.roll(a[1:], 1, axis=1)]), self.x)
         y, _ = self.run(self.x, self.fresh, lengths)
         y_other, _ = self.run(other, self.fresh, lengths)
-        _expect_close("rows: row 0 depends on what row 1 hears", _row(y_other, 0), _row(y, 0), 0)
+        _expect_close("rows: row 0 depends on the input of row 1", _row(y_other, 0), _row(y, 0), 0)
 
     def reset(self, random: np.random.Generator) -> None:
         middle = self.steps // self.block // 2 * self.block
@@ -132,10 +132,10 @@ class _Check:
             if r == row:
                 _expect_close("reset: the row is not as a fresh stream", _row(y, r), _row(y_fresh, r), 0)
             else:
-                _expect_close("reset: another row felt it", _row(y, r), _row(y_went_on, r), 0)
+                _expect_close("reset: another row changed", _row(y, r), _row(y_went_on, r), 0)
 
     def ragged_rows(self, random: np.random.Generator) -> None:
-        """Every row takes as many steps of a chunk as it likes; beyond them it is fed what it must not depend on."""
+        """Check rows that take different numbers of a chunk's steps, with data of another row in the steps after."""
         taken_B = np.zeros(self.rows, int)
         state, outputs, first = self.fresh, [[] for _ in range(self.rows)], True
         while (taken_B < self.steps).any():
@@ -162,7 +162,7 @@ class _Check:
             _expect_close("ragged: the row is not as with its own steps alone", _join(outputs[r]), wanted, self.atol)
 
     def fed(self, taken_B: np.ndarray, lengths_B: np.ndarray, length: int) -> Any:
-        """The next steps of every row, and after them steps of the row before it."""
+        """Make a chunk of every row's next steps, filled up with steps of the row before it."""
 
         def chunk(a: np.ndarray) -> np.ndarray:
             first_B = np.minimum(taken_B, self.steps - length)
@@ -184,7 +184,7 @@ def _row(tree: Any, row: int) -> Any:
 
 
 def _first_steps(a: np.ndarray, *, row: int, taken: int, of: int) -> np.ndarray:
-    """The outputs of the first `taken` of the `of` steps of a chunk, which may be at another rate."""
+    """Return the outputs of the first `taken` of a chunk's `of` steps, at the output's rate."""
     return a[row : row + 1, : taken * a.shape[1] // of]
 
 

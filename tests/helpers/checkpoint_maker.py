@@ -1,4 +1,4 @@
-"""Checkpoint folders with random weights in miniature, written by the library's own export: no torch needed."""
+"""Make miniature checkpoint folders with random weights, written by the library's own export, without torch."""
 
 import dataclasses
 import shutil
@@ -17,14 +17,14 @@ from dsm_jax.tokenizers import load_tokenizer
 from tests.helpers import small
 from tests.helpers.tokenizer_maker import make_tokenizer
 
-# What the published models have in common, so that every layout can hold it.
+# Only features that every layout can hold.
 PLAIN_STT = dataclasses.replace(
     small.STT, delays=(0,) * 4, text_card=64, text_card_out=None, bias_proj=False, extra_heads_num_heads=0
 )
 
 
 def model_config(lm: LMConfig | None) -> ModelConfig:
-    """The config of a codec alone, or of a model that listens or speaks, as its language model does."""
+    """Make the config of a codec alone, or of a speech-to-text or text-to-speech model by its language model."""
     if lm is None:
         return ModelConfig(model_type="mimi", mimi=small.MIMI)
     if lm.dep_q:
@@ -34,7 +34,7 @@ def model_config(lm: LMConfig | None) -> ModelConfig:
 
 
 def random_model(folder: Path, lm: LMConfig | None, *, seed: int = 0) -> checkpoints.Model:
-    """A model of `small.MIMI` and this language model; every parameter is drawn, norms and biases too."""
+    """Make a model of `small.MIMI` and a language model; all parameters are random, norms and biases too."""
     config, tokenizer = model_config(lm), None
     if lm is not None and lm.text_card >= 48:
         tokenizer = load_tokenizer(make_tokenizer(folder / "words.model", lm.text_card))
@@ -60,7 +60,7 @@ def random_model(folder: Path, lm: LMConfig | None, *, seed: int = 0) -> checkpo
 
 
 def untrained_lm(lm: LMConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """A language model to be trained: its parameters as `DelayedStreamsLM` draws them, roughly, and fast."""
+    """Make a language model for training, with weights of about the initial scale, without compiling initialisers."""
     made, random = abstract_model(model_config(lm))["lm"], np.random.default_rng(0)
     drawn = {
         name: jnp.ones(p.shape) if len(p.shape) < 2 else jnp.asarray(0.25 * random.normal(size=p.shape), jnp.float32)
@@ -70,7 +70,7 @@ def untrained_lm(lm: LMConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def make_checkpoint(folder: Path, to: str, *, lm: LMConfig | None = PLAIN_STT, dtype: str = "float32") -> Path:
-    """Writes a random model in a layout and returns its folder."""
+    """Write a random model in a layout and return its folder."""
     native = folder / "made"
     checkpoints.save(random_model(folder, lm), native)
     convert(native, folder / to, to=to, dtype=dtype)
@@ -78,12 +78,12 @@ def make_checkpoint(folder: Path, to: str, *, lm: LMConfig | None = PLAIN_STT, d
 
 
 def copy_of(source: Path, target: Path) -> Path:
-    """A copy of a folder, to be spoilt."""
+    """Copy a folder, for a test that damages it."""
     return Path(shutil.copytree(source, target))
 
 
 def arrays_of(model: checkpoints.Model) -> dict[str, np.ndarray]:
-    """Every parameter of a model by network and dotted path, in float32."""
+    """Return every parameter of a model by network and dotted path, in float32."""
     states = {"lm": model.lm_params, "mimi": model.mimi_params}
     return {
         f"{part}.{name}": np.asarray(jnp.asarray(array, jnp.float32))
@@ -94,7 +94,7 @@ def arrays_of(model: checkpoints.Model) -> dict[str, np.ndarray]:
 
 
 def assert_same_weights(model: checkpoints.Model, expected: checkpoints.Model, *, without: str = "-") -> None:
-    """Fails unless the models have the same parameters, bit for bit; `without` names one that may be missing."""
+    """Assert that models have the same parameters, bit for bit; `without` names one that may be missing."""
     found, wanted = arrays_of(model), arrays_of(expected)
     assert found.keys() | {without} == wanted.keys() | {without}
     different = [name for name, array in found.items() if not np.array_equal(array, wanted[name])]

@@ -1,6 +1,6 @@
-"""A speech-to-text language model that is fed codes, greedily: the loop of `dsm_jax.stt.program` without the rest.
+"""Run a speech-to-text language model on codes greedily: the loop of `dsm_jax.stt.program` alone.
 
-Shape letters: B batch rows, K streams (text first), Q codebooks, T frames.
+Shape letters: B batch rows, M streams (text first), Q codebooks, T frames.
 """
 
 import jax
@@ -11,7 +11,7 @@ from dsm_jax.models.streams import TokenRing
 
 
 def greedy_tokens(lm: DelayedStreamsLM, codes_BQT: jax.Array) -> jax.Array:
-    """Returns the text token of every frame, int32 [B, T], as `transcribe` lists them."""
+    """Return the text token of every frame, int32 [B, T], in the frames of `transcribe`."""
 
     def step(carry, codes_BQ):
         state, ring = carry

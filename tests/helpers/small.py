@@ -1,6 +1,6 @@
-"""The published models in miniature: every feature of their configs, a few thousand parameters each.
+"""Configs of the published models in miniature: all features, a few thousand parameters each.
 
-The windows are a handful of steps, so that a test of a few dozen runs well past them.
+The windows are a few steps long, so that a test of a few dozen steps runs well past them.
 """
 
 import math
@@ -26,7 +26,7 @@ from dsm_jax.configs import (
 
 Module = TypeVar("Module", bound=nnx.Module)
 
-# 16 samples a frame, 8 a latent, two latents a frame: as the published 1920, 960 and two.
+# 16 samples per frame, 8 per latent, two latents per frame; published: 1920, 960 and two.
 MIMI = MimiConfig(
     sample_rate=400,
     frame_rate=25.0,
@@ -44,7 +44,7 @@ MIMI = MimiConfig(
     ),
 )
 
-# Listens only, has pause heads: stt-1b-en_fr and its `-candle` twin. A bias, delays and a text head of its own width
+# Speech to text with pause heads: stt-1b-en_fr and its `-candle` twin. A bias, delays and a text head of another width
 # are in the config format, though no published speech-to-text model uses them.
 STT = LMConfig(
     card=12,
@@ -63,7 +63,7 @@ STT = LMConfig(
     extra_heads_num_heads=4,
 )
 
-# Speaks, is told a voice and a guidance value, reads two texts at once: tts-1.6b-en_fr. Like moshi it also hears.
+# Text to speech with a voice, a guidance value and two text streams: tts-1.6b-en_fr. Has input audio streams as moshi.
 TTS = LMConfig(
     card=12,
     n_q=6,
@@ -95,11 +95,11 @@ TTS = LMConfig(
 
 
 def build(make: Callable[[nnx.Rngs], Module], seed: int = 0) -> Module:
-    """A module with random weights, none of them 0 or 1, in a fraction of the time that its own initialisers compile.
+    """Build a module with random weights, none of them 0 or 1, without compiling its initialisers.
 
     Args:
       make: builds the module from random streams.
-      seed: of the weights.
+      seed: seed of the weights.
 
     Returns:
       The module; outputs are about as large as inputs.

@@ -1,4 +1,4 @@
-"""A small training run, to be stopped, broken and resumed.
+"""A small training run, for tests that stop, break and resume it.
 
 Shape letters: B batch rows, D features.
 """
@@ -23,7 +23,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=0.05, warmup=2).build(CONFIG.steps)
 
 
 def loss(params, frozen, aux, batch, key):
-    """Chance is part of it, so that a resumed run has to have the key as well."""
+    """Compute a loss with random noise, so that a resumed run needs the right key."""
     noise_D = 0.1 * jax.random.normal(key, params["w_D"].shape)
     made_B = batch["x_BD"] @ (params["w_D"] + noise_D)
     return jnp.mean((made_B - batch["y_B"]) ** 2), ({"mean": 0.9 * aux["mean"] + batch["y_B"].mean()}, {})
@@ -37,7 +37,7 @@ def start(width: int = 3) -> TrainState:
 
 
 class Rows:
-    """Twelve rows of a regression; of one, reading it can be something else, or what it holds."""
+    """Twelve rows of a regression; reading or the content of one row can be replaced."""
 
     def __init__(self, bad: Callable[[], object] | float | None = None):
         self.bad = bad
@@ -60,7 +60,7 @@ def data(first_step: int = 0, rows: Rows | None = None) -> Iterator:
 BAD_STEP = 3
 BAD_ROW = int(
     next(itertools.islice(data(), BAD_STEP - 1, None))["row_B"][0]
-)  # is in that step's batch, and in none before
+)  # the row is in that step's batch, and in none before
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -82,7 +82,7 @@ def assert_same(a: TrainState, b: TrainState):
 
 
 def stopped(folder: Path, steps: int) -> Run:
-    """A run whose data ended early."""
+    """Run with data that ends early."""
     with pytest.raises(TrainingError, match=f"the data ended before step {steps + 1} of 10; give more, or fewer steps"):
         Run(folder, CONFIG).train(STEP, start(), itertools.islice(data(), steps), evaluate=evaluate)
     return Run(folder, CONFIG)

@@ -1,4 +1,4 @@
-"""Runs the text-to-speech program, call after call, and collects the outputs of every slot.
+"""Run the text-to-speech program call by call, and collect the outputs of every slot.
 
 Shape letters: B slots, K streams (text first), F frames, T samples.
 """
@@ -27,9 +27,9 @@ class Said:
     Attributes:
       frames_KF: text as fed, then codes.
       pcm_T: samples.
-      taken: the step at which each entry was begun.
-      steps: how many it took.
-      end_step: the step at which its script ended; -1 if it did not.
+      taken: the step at which each entry started.
+      steps: number of steps.
+      end_step: the step at which the script ended; -1 if it has not ended.
     """
 
     frames_KF: np.ndarray
@@ -39,14 +39,14 @@ class Said:
     end_step: int
 
     def like(self, other: "Said", *, atol: float = 0.0) -> None:
-        """Raises AssertionError unless the other is the same; `atol` is for samples only."""
+        """Raise AssertionError unless `other` is the same; `atol` is for samples only."""
         np.testing.assert_array_equal(self.frames_KF, other.frames_KF)
         assert (self.taken, self.steps, self.end_step) == (other.taken, other.steps, other.end_step)
         np.testing.assert_allclose(self.pcm_T, other.pcm_T, rtol=0, atol=atol)
 
 
 class Loop:
-    """A model's program, of whose calls none takes more than `settings.steps` steps."""
+    """A model's program, whose calls take at most `settings.steps` steps."""
 
     def __init__(self, lm: DelayedStreamsLM, mimi: Mimi, settings: TtsSettings, requests: Sequence[SpeechRequest] = ()):
         for request in requests:
@@ -58,11 +58,11 @@ class Loop:
 
     @property
     def settings(self) -> TtsSettings:
-        """What the program is compiled for."""
+        """The settings that the program is compiled for."""
         return self.program.settings
 
     def start(self, requests: Sequence[SpeechRequest | None]) -> TtsState:
-        """The state before the first step, each request in its slot; None leaves a slot empty."""
+        """Make the state before the first step, with each request in its slot; None leaves a slot empty."""
         state = self.program.init()
         for slot, request in enumerate(requests):
             if request is not None:
@@ -72,7 +72,7 @@ class Loop:
     def call(
         self, state: TtsState, limit: int, *, allowed: Sequence[bool] | None = None, waiting: bool = False
     ) -> tuple[StepOutputs, TtsState]:
-        """One call; the state is used up."""
+        """Run one call; donates the state."""
         self.program.limit = limit
         allowed = [True] * self.program.slots if allowed is None else allowed
         return self.program.step(state, [Leave() if may else None for may in allowed], waiting=waiting)
@@ -80,7 +80,7 @@ class Loop:
     def go_on(
         self, state: TtsState, limits: Iterable[int] = (), *, allowed: Sequence[bool] | None = None
     ) -> tuple[list[Said], TtsState]:
-        """Calls until no slot has a step to take, or after the last of `limits`; the outputs of those calls."""
+        """Call until no slot has a step to take, or `limits` end; return the outputs of these calls."""
         made: list[StepOutputs] = []
         for limit in limits or itertools.repeat(self.settings.steps):
             outputs, state = self.call(state, limit, allowed=allowed)
@@ -94,12 +94,12 @@ class Loop:
         return [_said(made, slot, int(steps[slot]), end) for slot, end in enumerate(ends)], state
 
     def speak(self, requests: Sequence[SpeechRequest | None], limits: Iterable[int] = ()) -> list[Said]:
-        """The outputs from the beginning."""
+        """Run requests from the beginning; return the outputs."""
         return self.go_on(self.start(requests), limits)[0]
 
 
 def steps_B(state: TtsState) -> np.ndarray:
-    """The steps of every slot; a copy, as the state is donated to the next call."""
+    """Copy the steps of every slot, as the next call donates the state."""
     return np.array(state.lm.position_B[: state.request.prefix_B.shape[0]])
 
 
@@ -114,7 +114,7 @@ def _said(made: list[StepOutputs], slot: int, steps: int, end_step: int) -> Said
 
 
 def join(parts: Sequence[Said]) -> Said:
-    """The outputs of one slot in calls one after the other."""
+    """Join the outputs of one slot over consecutive calls."""
     some = [part for part in parts if part.frames_KF.size]
     return Said(
         np.concatenate([part.frames_KF for part in some], axis=1),

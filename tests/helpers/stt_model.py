@@ -1,4 +1,4 @@
-"""The stored miniature of stt-1b-en_fr with pause heads, its recording, and what moshi made of it."""
+"""The stored miniature of stt-1b-en_fr with pause heads, its recording, and moshi's outputs."""
 
 import functools
 import json
@@ -18,13 +18,13 @@ CHECKPOINT = Path(__file__).parents[1] / "goldens/stt/checkpoint"
 
 @functools.cache
 def model() -> Model:
-    """The miniature, loaded from Kyutai's layout."""
+    """Load the miniature from Kyutai's layout."""
     return dsm_jax.load(CHECKPOINT)
 
 
 @functools.cache
 def recording() -> np.ndarray:
-    """5.9 s of read speech at 24 kHz."""
+    """Read 5.9 s of read speech at 24 kHz."""
     pcm = audio.read(RECORDING)
     pcm.setflags(write=False)
     return pcm
@@ -32,10 +32,10 @@ def recording() -> np.ndarray:
 
 @functools.cache
 def expected() -> dict[str, np.ndarray]:
-    """codes_QT, tokens_T, logits_TV and pauses_TH of the padded recording, and first_token."""
+    """Load moshi's codes_QT, tokens_T, logits_TV and pauses_TH of the padded recording, and first_token."""
     return load_file(CHECKPOINT.with_name("expected.safetensors"))
 
 
 def expected_words() -> list[tuple[str, float, float]]:
-    """Word, start and end by the published script's rules."""
+    """Load moshi's words with start and end, by the published script's rules."""
     return [tuple(row) for row in json.loads(CHECKPOINT.with_name("expected_words.json").read_text(encoding="utf-8"))]

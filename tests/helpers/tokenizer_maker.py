@@ -1,4 +1,4 @@
-"""Trains tiny sentencepiece models of an exact size, in the id layout of Kyutai's tokenizers."""
+"""Train tiny sentencepiece models of an exact size, in the id layout of Kyutai's tokenizers."""
 
 import io
 import random
@@ -18,12 +18,12 @@ _SENTENCES = (
     "it was a bright cold day in spring and the clocks were striking just before noon",
     "bonjour tout le monde nous allons préparer des crêpes avec du sucre et du beurre",
 )
-_MADE_UP_FROM = 300  # the sentences alone hold no more pieces than that
-_BYTE_FALLBACK_FROM = 1000  # 256 byte pieces would leave nothing but bytes in a smaller vocabulary
+_MADE_UP_FROM = 300  # larger vocabularies need made-up words besides the sentences
+_BYTE_FALLBACK_FROM = 1000  # smaller vocabularies would consist of little but the 256 byte pieces
 
 
 def make_tokenizer(path: Path, vocab_size: int) -> Path:
-    """Trains a unigram model of exactly `vocab_size` pieces: 0 is the unknown piece, 1 `<s>`, 2 `</s>`, 3 `<pad>`.
+    """Train a unigram model of exactly `vocab_size` pieces: 0 is the unknown piece, 1 `<s>`, 2 `</s>`, 3 `<pad>`.
 
     Kyutai's language models give these ids their own meaning: 0 opens a word and 3 is padding. Two calls with the
     same size give the same file, byte for byte. From 300 pieces on made-up words join the real ones, and from 1,000

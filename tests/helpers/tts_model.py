@@ -1,4 +1,4 @@
-"""Two models that speak, in miniature, and what they are given: voices, and files of requests.
+"""Two miniature text-to-speech models, with voices and files of requests.
 
 Shape letters: X steps of a voice, C its width.
 """
@@ -21,11 +21,11 @@ from tests.helpers import small
 from tests.helpers.tokenizer_maker import make_tokenizer
 
 CODEBOOKS = 2
-DELAY_STEPS, LAST_DELAY = 5, 2  # of the audio behind the text, and of the codebooks behind it
+DELAY_STEPS, LAST_DELAY = 5, 2  # delay of the audio after the text, and of the last codebooks after the first
 FRAME = 128  # samples
-WIDTH = 10  # of a voice
+WIDTH = 10  # width of a voice
 
-# One layer each, as compiling is what tests of this model spend their time on; a rate that sound files can have.
+# One layer each, to compile fast; a sample rate that sound files can have.
 _MIMI = dataclasses.replace(
     small.MIMI,
     sample_rate=1600,
@@ -33,7 +33,7 @@ _MIMI = dataclasses.replace(
     seanet=dataclasses.replace(small.MIMI.seanet, ratios=(64,)),
     transformer=dataclasses.replace(small.MIMI.transformer, num_layers=1),
 )
-# Told its voices and its guidance, reads two words ahead: tts-1.6b-en_fr.
+# With voices, guidance values and two words of lookahead: tts-1.6b-en_fr.
 SPEAKERS = dataclasses.replace(
     small.TTS,
     card=16,
@@ -45,7 +45,7 @@ SPEAKERS = dataclasses.replace(
     context=50,
     depformer=dataclasses.replace(small.TTS.depformer, num_layers=1, weights_per_step_schedule=(0, 1)),
 )
-# Goes on from a recording, is guided by half of its rows: tts-0.75b-en-public.
+# Continues a recording, with classifier-free guidance: tts-0.75b-en-public.
 PREFIX = dataclasses.replace(
     SPEAKERS,
     text_card_out=5,
@@ -56,7 +56,7 @@ PREFIX = dataclasses.replace(
 
 
 def random_model(folder: Path, lm_config: LMConfig = SPEAKERS) -> checkpoints.Model:
-    """A model with random weights, which often begins a word and often leaves a pause; its tokenizer is in a folder."""
+    """Make a model with random weights that often starts words and often pauses; writes its tokenizer to a folder."""
     config = ModelConfig(
         model_type="tts",
         lm=lm_config,
@@ -71,7 +71,7 @@ def random_model(folder: Path, lm_config: LMConfig = SPEAKERS) -> checkpoints.Mo
 
 
 def make_checkpoint(folder: Path) -> Path:
-    """Writes a model that takes voices, in the library's own layout; returns its folder."""
+    """Write a model that takes voices, in the library's own layout; return its folder."""
     checkpoints.save(random_model(folder), folder / "speaker")
     return folder / "speaker"
 
@@ -79,7 +79,7 @@ def make_checkpoint(folder: Path) -> Path:
 def _lm(config: LMConfig) -> DelayedStreamsLM:
     lm = small.build(lambda rngs: DelayedStreamsLM(config, rngs=rngs))
     lm.text_linear.weight[...] = lm.text_linear.weight[...].at[:, np.array([NEW_WORD, PAD])].mul(3.0)
-    # So loud that what was said decides what follows, or greedy speech would be one code.
+    # Large weights, so that earlier tokens decide the next one; greedy speech would be a single code otherwise.
     lm.audio_emb.table_QLW[...] = 10 * lm.audio_emb.table_QLW[...]
     lm.text_emb.table_LW[...] = 10 * lm.text_emb.table_LW[...]
     assert lm.depformer is not None
@@ -97,18 +97,18 @@ def _mimi(config: MimiConfig) -> Mimi:
 
 
 def voice(seed: int, steps: int = 2, width: int = WIDTH) -> np.ndarray:
-    """The steps [X, C] of a voice."""
+    """Draw the steps [X, C] of a voice."""
     return np.random.default_rng(seed).normal(size=(steps, width)).astype(np.float32)
 
 
 def write_voice(path: Path, steps_XC: np.ndarray) -> Path:
-    """Writes a voice as Kyutai publishes them; returns its path."""
+    """Write a voice in Kyutai's format; return its path."""
     save_file({"speaker_wavs": np.ascontiguousarray(steps_XC.T[None])}, path)
     return path
 
 
 def write_requests(folder: Path, *rows: dict | str) -> Path:
-    """Writes a file of requests, those given as text as they are; returns its path."""
+    """Write a file of requests, strings unchanged and others as JSON; return its path."""
     path = folder / "requests.jsonl"
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

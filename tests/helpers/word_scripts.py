@@ -1,4 +1,4 @@
-"""Random scripts, a plain-Python word machine to compare with, and the compiled one over many steps.
+"""Random scripts, a plain-Python word machine as the oracle, and the compiled machine over many steps.
 
 Shape letters: T steps, B batch rows.
 """
@@ -25,7 +25,7 @@ CARD = 50
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """A machine, and what requests choose of it."""
+    """A word machine, with the settings that requests choose."""
 
     second_stream_ahead: int
     max_padding: int = 8
@@ -42,7 +42,7 @@ class Rules:
         )
 
 
-# Few, as each is compiled: every lookahead, and paddings at their least and their defaults.
+# Few, as each is compiled: every lookahead, with the smallest and the default paddings.
 MACHINES = (
     Rules(0),
     Rules(0, max_padding=1, initial_padding=0),
@@ -51,7 +51,7 @@ MACHINES = (
     Rules(2, max_padding=0, initial_padding=0),
     Rules(3, max_padding=5, initial_padding=4),
 )
-# Two words, pauses and other text: what a model may choose.
+# Sampled text tokens: two words, pauses and other text.
 CHOICES = (0, 0, 3, 3, 3, 1, 17, 49)
 
 entries = st.one_of(
@@ -70,7 +70,7 @@ rows = st.tuples(*[st.tuples(scripts, choices)] * 3)
 
 
 class Oracle:
-    """One row, written from the description of the reference's machine, with queues of tokens."""
+    """The oracle for one row, written from the description of the reference's machine, with queues of tokens."""
 
     def __init__(self, machine: Rules, script: Sequence[Entry]):
         self.machine, self.entries = machine, deque(script)
@@ -124,7 +124,7 @@ class Oracle:
 
 
 def oracle_run(oracle: Oracle, sampled_T: Sequence[int]) -> tuple[list[int], list[bool], int]:
-    """The tokens fed, whether an entry was taken at each step, and the step at which the script ended."""
+    """Run the oracle; return the input tokens, whether each step took an entry, and the step of the script's end."""
     fed_T, taken_T = zip(*(oracle.step(number, token) for number, token in enumerate(sampled_T)), strict=True)
     return list(fed_T), list(taken_T), oracle.end_step
 
@@ -133,9 +133,9 @@ def oracle_run(oracle: Oracle, sampled_T: Sequence[int]) -> tuple[list[int], lis
 def advance(
     rules: Rules, script: Script, state: WordState, step_B: jax.Array, sampled_BT: jax.Array
 ) -> tuple[WordState, jax.Array, tuple[jax.Array, ...]]:
-    """STEPS times a step of the rows that are ready and have steps left: the state, their steps, and what they did.
+    """Run STEPS steps of the rows that are ready and have steps left; return the state, their steps, and a log.
 
-    The last are, per time, whether the row ran, what it was fed, whether it took an entry, and its state before.
+    The log has, per step, whether the row ran, its input, whether it took an entry, and the state before.
     """
 
     machine = rules.machine
@@ -155,7 +155,7 @@ def advance(
 def run(
     machine: Rules, scripts_B: Sequence[Sequence[Entry]], sampled_BT: Sequence[Sequence[int]]
 ) -> list[tuple[list[int], list[bool], int]]:
-    """As `oracle_run`, for every row."""
+    """Run the compiled machine for every row, with the results of `oracle_run`."""
     count = len(scripts_B)
     state, _, (active_TB, fed_TB, taken_TB, _) = advance(
         machine,
@@ -172,7 +172,7 @@ def run(
 def faults(
     machine: Rules, scripts_B: Sequence[Sequence[Entry]], sampled_BT: Sequence[Sequence[int]], make: Callable
 ) -> list[str]:
-    """Where the compiled machine and `make(machine, script)` differ, at most one line per row."""
+    """List the differences between the compiled machine and `make(machine, script)`, at most one line per row."""
     lines = []
     for row, ours in enumerate(run(machine, scripts_B, sampled_BT)):
         theirs = oracle_run(make(machine, scripts_B[row]), sampled_BT[row])

@@ -1,1 +1,1 @@
-"""Losses, one module for each kind of network: speech-to-text, text-to-speech, codec."""
+"""Losses, one module per kind of model: speech-to-text, text-to-speech, codec."""

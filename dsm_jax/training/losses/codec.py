@@ -1,9 +1,9 @@
-"""Computes the losses of a codec: reconstruction, commitment, moving codebooks, and labels for the semantic codebook.
+"""Compute the losses of a codec: reconstruction, commitment, moving codebooks, and labels for the semantic codebook.
 
-From the Moshi paper (Défossez et al. 2024, section 3.3): the model, a semantic codebook beside residual ones,
-straight-through gradients, codebook dropout. Ours: the semantic codebook learns from labels, through a small causal
-head that predicts from it the label of a few frames ago (the paper distils WavLM); spectral and waveform distances in
-place of the adversarial losses; the sizes.
+From the Moshi paper (Défossez et al. 2024, section 3.3): the model, the split into a semantic codebook and residual
+ones, straight-through gradients, codebook dropout. Ours: the semantic codebook learns from labels (the paper distils
+WavLM), which a small causal head predicts from it a few frames late; spectral and waveform distances in place of the
+adversarial losses; the sizes.
 
 Shape letters: B batch rows, T samples, N frames, D latent width, C codebook width, L labels, Q codebooks, F frequency
 bins, W samples of a window, H samples of a hop.
@@ -22,23 +22,23 @@ from dsm_jax.nn.conv import CausalConv1d
 from dsm_jax.nn.seanet import Chain
 from dsm_jax.training.codebooks import Averages, CodebookRule, init_averages, quantize, set_entries
 
-QUIET = 0.02  # rms; recordings below it are compared as if they had it
+QUIET = 0.02  # rms; quieter recordings are scaled as if they had it
 SCALES = (256, 512, 1024, 2048)  # samples in a window; the hop is a quarter
-MAGNITUDE_FLOOR = 1e-3  # 60 dB below full scale; differences below it do not count
+MAGNITUDE_FLOOR = 1e-3  # 60 dB below full scale; smaller magnitudes hardly count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodecObjective:
-    """Weights the parts of the loss.
+    """Weights and dropouts of the loss.
 
     Attributes:
       waveform: weight of the mean absolute difference of samples, of recordings scaled to rms 1.
       commitment: weight of the distance between latents and codebook entries.
       semantic: weight of the cross-entropy of labels.
-      look_ahead: frames that the semantic head reads beyond the frame whose label it predicts.
+      look_ahead: number of frames after the labelled frame that the semantic head reads.
       codebook_dropout: share of rows that are quantised by a random number of codebooks.
       decoded_frames: frames of each row that are decoded and compared.
-      codebooks: how codebooks move.
+      codebooks: settings of the codebooks' moving averages.
     """
 
     waveform: float = 0.2
@@ -51,7 +51,7 @@ class CodecObjective:
 
 
 class SemanticHead(nnx.Module):
-    """Predicts labels from the first codebook alone; thrown away after training."""
+    """The head that predicts labels from the first codebook; used in training only."""
 
     def __init__(self, width: int, labels: int, *, rngs: nnx.Rngs):
         hidden = 96
@@ -60,12 +60,12 @@ class SemanticHead(nnx.Module):
         )
 
     def __call__(self, x_BNC: jax.Array) -> jax.Array:
-        """Logits [B, N, L]."""
+        """Compute the logits [B, N, L]."""
         return self.convolutions(x_BNC)
 
 
 class CodecTrainee(nnx.Module):
-    """Holds a codec and the head that only training needs."""
+    """A codec with its semantic head."""
 
     def __init__(self, mimi: Mimi, labels: int, *, rngs: nnx.Rngs):
         self.mimi = mimi
@@ -75,7 +75,7 @@ class CodecTrainee(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CodecAux:
-    """Holds the auxiliary state of codec training: codebooks, which no gradient moves, and their averages."""
+    """Auxiliary state of codec training: the codebooks, which have no gradients, and their averages."""
 
     entries: nnx.State
     semantic: Averages
@@ -83,16 +83,16 @@ class CodecAux:
 
 
 def is_codebook(path: tuple, _: object) -> bool:
-    """Filters codebook entries, for `nnx.split`."""
+    """Select codebook entries, for `nnx.split`."""
     return "embedding_LC" in path
 
 
 def split(trainee: CodecTrainee, *, fresh: bool) -> tuple[nnx.GraphDef, nnx.State, CodecAux]:
-    """Splits into structure, trained parameters and auxiliary state.
+    """Split into structure, trained parameters and auxiliary state.
 
     Args:
       trainee: the codec and its head.
-      fresh: start codebooks at vectors of the first batch, not at their present entries.
+      fresh: whether to start the codebooks at vectors of the first batch instead of their present entries.
     """
     graph, entries, params = nnx.split(trainee, is_codebook, ...)
     branches = trainee.mimi.quantizer.semantic, trainee.mimi.quantizer.acoustic
@@ -100,12 +100,12 @@ def split(trainee: CodecTrainee, *, fresh: bool) -> tuple[nnx.GraphDef, nnx.Stat
 
 
 def merge(graph: nnx.GraphDef, params: nnx.State, aux: CodecAux) -> CodecTrainee:
-    """Undoes `split`."""
+    """Undo `split`."""
     return nnx.merge(graph, aux.entries, params)
 
 
 def magnitudes(x_BT: jax.Array, window: int) -> jax.Array:
-    """Computes magnitudes [B, N, F] of a short-time Fourier transform; a full-scale sine has about 1.
+    """Compute magnitudes [B, N, F] of a short-time Fourier transform; a full-scale sine has about 1.
 
     The hop is window / 4. Windows lie wholly inside the clip, so N is T // hop - 3, and F is window // 2 + 1.
     """
@@ -119,7 +119,7 @@ def magnitudes(x_BT: jax.Array, window: int) -> jax.Array:
 
 
 def stft_loss(x_BT: jax.Array, y_BT: jax.Array, *, scales: tuple[int, ...] = SCALES) -> jax.Array:
-    """Averages over scales the distance of log magnitudes plus that of magnitudes relative to the target's; scalar.
+    """Average over scales the log magnitude distance plus the magnitude distance relative to the target; scalar.
 
     Args:
       x_BT: the target.
@@ -135,7 +135,7 @@ def stft_loss(x_BT: jax.Array, y_BT: jax.Array, *, scales: tuple[int, ...] = SCA
 
 
 def distances(x_BT: jax.Array, y_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes the spectral distance of y from x, and that of samples, scaled so that x has rms 1; scalars."""
+    """Compute the spectral distance of y from x, and their sample distance scaled so that x has rms 1; scalars."""
     level_B1 = jnp.maximum(jnp.sqrt(jnp.mean(x_BT**2, 1, keepdims=True)), QUIET)
     return stft_loss(x_BT, y_BT), jnp.mean(jnp.abs(x_BT - y_BT) / level_B1)
 
@@ -147,15 +147,15 @@ def codec_loss(
     key: jax.Array,
     objective: CodecObjective,
 ) -> tuple[jax.Array, tuple[CodecAux, dict[str, jax.Array]]]:
-    """Computes the loss of a batch, the codebooks after it, and metrics; all in float32.
+    """Compute the loss of a batch, the codebooks after the batch, and metrics; all in float32.
 
     Args:
-      trainee: from `merge`.
-      aux: the same that the trainee was merged from.
-      batch: `pcm_BT` float32, whole frames; `labels_BN` int32, the label of each frame, -1 where it is unknown. The
-        decoded part of a row must be longer than the largest window of `SCALES`.
-      key: of this step.
-      objective: weights.
+      trainee: codec and head, from `merge`.
+      aux: the auxiliary state that the trainee was merged from.
+      batch: `pcm_BT` float32, whole frames; `labels_BN` int32, the label of each frame, -1 if unknown. The decoded part
+        of a row must be longer than the largest window of `SCALES`.
+      key: PRNG key of this step.
+      objective: weights and dropouts.
     """
     mimi = trainee.mimi
     pcm_BT, labels_BN = batch["pcm_BT"], batch["labels_BN"]
@@ -208,17 +208,17 @@ def codec_loss(
 
 
 def is_decoder(path: tuple, _: object) -> bool:
-    """Filters the parameters of the decoder, for `nnx.split`."""
+    """Select the parameters of the decoder, for `nnx.split`."""
     return path[0] == "decoder"
 
 
 def decoder_loss(
     mimi: Mimi, batch: dict[str, jax.Array], objective: CodecObjective
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes the loss of a batch for the decoder alone, from the codec's own codes, and its parts; all in float32.
+    """Compute the loss of decoding the codec's own codes, and the loss's parts; all in float32.
 
     Args:
-      mimi: the codec; no gradient moves its codes.
+      mimi: the codec; its codes have no gradients.
       batch: `pcm_BT` float32, whole frames, longer than the largest window of `SCALES`.
       objective: weights; only `waveform` is used.
     """

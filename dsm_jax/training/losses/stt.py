@@ -1,6 +1,6 @@
-"""Computes the loss of speech-to-text: cross-entropy of the text stream, teacher-forced.
+"""Compute the loss of speech-to-text: cross-entropy of the text stream, teacher-forced.
 
-Shape letters: B batch rows, T frames, K streams (text first), Q audio streams.
+Shape letters: B batch rows, T frames, M streams (text first), Q audio streams.
 Source: Zeghidour et al. 2025 (Delayed Streams Modeling), section 3. The dropouts are ours.
 """
 
@@ -16,13 +16,13 @@ from dsm_jax.models.streams import ZERO_TOKEN
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SttObjective:
-    """Weights the loss, and sets how much of the input is dropped in training.
+    """Weights and dropouts of the loss.
 
     Attributes:
       padding_weight: weight of frames whose text is padding; other frames weigh 1.
-      text_dropout: share of the text tokens that are fed as padding.
-      codebook_dropout: share of the codebooks, drawn for each row, that are not fed; the first is always fed.
-      random_codes: share of the codes that are replaced by random ones.
+      text_dropout: share of the input text tokens that padding replaces.
+      codebook_dropout: share of the codebooks, drawn for each row, that are absent in the input; never the first.
+      random_codes: share of the input codes that random codes replace.
     """
 
     padding_weight: float = 0.3
@@ -31,16 +31,16 @@ class SttObjective:
     random_codes: float = 0.0
 
     def without_dropout(self) -> "SttObjective":
-        """Makes the objective of validation."""
+        """Return the objective for validation."""
         return SttObjective(padding_weight=self.padding_weight)
 
 
 def augment_codes(
-    codes_BKT: jax.Array, key: jax.Array, objective: SttObjective, *, card: int, padding: int
+    codes_BMT: jax.Array, key: jax.Array, objective: SttObjective, *, card: int, padding: int
 ) -> jax.Array:
-    """Applies the dropouts of an objective to the codes that a model is fed in training."""
+    """Apply the dropouts of an objective to the inputs of a model in training."""
     text_key, book_key, code_key, value_key = jax.random.split(key, 4)
-    text_B1T, audio_BQT = codes_BKT[:, :1], codes_BKT[:, 1:]
+    text_B1T, audio_BQT = codes_BMT[:, :1], codes_BMT[:, 1:]
     drop_B1T = jax.random.bernoulli(text_key, objective.text_dropout, text_B1T.shape)
     text_B1T = jnp.where(drop_B1T & (text_B1T != ZERO_TOKEN), padding, text_B1T)
     rows, books, _ = audio_BQT.shape
@@ -52,25 +52,25 @@ def augment_codes(
 
 
 def stt_loss(
-    lm: DelayedStreamsLM, codes_BKT: jax.Array, key: jax.Array, objective: SttObjective
+    lm: DelayedStreamsLM, codes_BMT: jax.Array, key: jax.Array, objective: SttObjective
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes the mean cross-entropy of the text stream, with a weight of its own for padding, and accuracies.
+    """Compute the mean cross-entropy of the text stream, with a separate weight for padding, and accuracies.
 
     Args:
       lm: a speech-to-text model.
-      codes_BKT: int32, undelayed: text from `alignment.text_stream`, then audio codes; text of -1 does not count.
-      key: of this step.
+      codes_BMT: int32, undelayed: text from `alignment.text_stream`, then audio codes; text of -1 does not count.
+      key: PRNG key of this step.
       objective: weights and dropouts.
 
     Returns:
-      The loss, 0 where no text counts, and metrics: the shares of correct predictions among word tokens
-      (`words_right`) and among padding (`padding_right`).
+      The loss, 0 if no text counts, and metrics: the shares of correct predictions among word tokens (`words_right`)
+      and among padding (`padding_right`).
     """
     config = lm.config
     padding = config.existing_text_padding_id
-    inputs_BKT = augment_codes(codes_BKT, key, objective, card=config.card, padding=padding)
-    out = lm(codes_BKT, fed_BKT=inputs_BKT)
-    target_BT, known_BT = codes_BKT[:, 0], out.text_mask_BT
+    inputs_BMT = augment_codes(codes_BMT, key, objective, card=config.card, padding=padding)
+    out = lm(codes_BMT, inputs_BMT=inputs_BMT)
+    target_BT, known_BT = codes_BMT[:, 0], out.text_mask_BT
     padding_BT, word_BT = known_BT & (target_BT == padding), known_BT & (target_BT != padding)
     weight_BT = objective.padding_weight * padding_BT.astype(jnp.float32) + word_BT.astype(jnp.float32)
     each_BT = optax.softmax_cross_entropy_with_integer_labels(out.text_logits_BTV, jnp.maximum(target_BT, 0))

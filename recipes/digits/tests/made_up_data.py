@@ -1,4 +1,4 @@
-"""Writes made-up recordings to the folders that the recipes read.
+"""Write made-up recordings to the folders that the recipes read.
 
 Shape letters: T samples.
 """
@@ -15,7 +15,7 @@ SENTENCES = ("There is nothing here.", "Only one of them has a digit.", "Some mo
 
 
 def write_data(folder: Path, speakers: Sequence[str] = ("ann",)) -> Path:
-    """Writes a tone for each digit, half a second long after a tenth of silence, and three sentences of noise."""
+    """Write a tone for each digit, half a second long after a tenth of silence, and three sentences of noise."""
     (folder / "fsdd").mkdir()
     numbers = [kind[0] for kind in (TEST_CLIPS, VALIDATION_CLIPS, TRAINING_CLIPS)]
     time_T = np.arange(4000) / 8000

@@ -29,7 +29,7 @@ STAGE = dataclasses.replace(
 
 
 class Rows:
-    """Tones, each of another pitch and level."""
+    """Rows of tones that differ in pitch and level."""
 
     def __len__(self) -> int:
         return 1000

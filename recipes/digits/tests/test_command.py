@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.mark.parametrize(
     ("name", "kind", "run"), [("digits", DigitsConfig, train_digits), ("digits-tts", DigitsTtsConfig, train_digits_tts)]
 )
-def test_a_recipe_is_known_by_its_name(name, kind, run):
+def test_a_recipe_is_found_by_its_name(name, kind, run):
     config, found = read_config(command.config_path(name), command.tasks_of_recipe())
     assert found is run
     assert isinstance(config, kind)

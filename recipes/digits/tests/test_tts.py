@@ -1,4 +1,4 @@
-"""The recipe of `digits-tts` on made-up recordings: its utterances, and the whole of it in miniature."""
+"""The recipe of `digits-tts` on made-up recordings: its utterances, and the whole recipe in miniature."""
 
 import itertools
 from pathlib import Path

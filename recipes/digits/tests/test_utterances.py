@@ -1,4 +1,4 @@
-"""Utterances concatenated from clips: words, times and speakers; the same seed gives the same utterance.
+"""Utterance concatenated from clips: words, times and speakers; the same seed gives the same utterance.
 
 Shape letters: T samples or frames.
 """
@@ -17,7 +17,7 @@ WORDS = ("one", "two", "three")
 
 
 def clips(random: np.random.Generator) -> list[Clip]:
-    """Makes six clips of noise, which resembles nothing else, by two speakers, with silence at both ends."""
+    """Make six clips of noise, which resembles nothing else, by two speakers, with silence at both ends."""
     made = []
     for word in WORDS:
         for speaker in ("ann", "bob"):
@@ -30,7 +30,7 @@ def clips(random: np.random.Generator) -> list[Clip]:
 
 
 def speaker_of(pcm_T: np.ndarray, word: WordSpan, given: list[Clip]) -> str:
-    """Finds the speaker whose clip lies at a word's times; fails where there is none."""
+    """Find the speaker whose clip is at a word's times; fail if there is none."""
     for clip in given:
         factor = (clip.end - clip.start) / (word.end - word.start)
         if clip.word != word.text or not 0.5 < factor < 2:
@@ -107,7 +107,7 @@ def test_half_of_the_words_are_truncated_and_their_times_follow(cut, share):
     assert np.all(np.max(lost, axis=0) <= 1.01)
 
 
-def test_two_speakers_take_turns_and_each_word_says_whose_it_is():
+def test_two_speakers_take_turns_and_each_word_has_its_speaker():
     given, alone, turns = clips(np.random.default_rng(0)), 0, 0
     for seed in range(10):
         random = np.random.default_rng(seed)

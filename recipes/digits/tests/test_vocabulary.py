@@ -1,4 +1,4 @@
-"""The small tokenizer: a word of its own is one piece, any other is spelt."""
+"""The small tokenizer: a word of the vocabulary is one piece, any other word is letters."""
 
 from dsm_jax.convert.tokenizer import to_json
 from dsm_jax.tokenizers import load_tokenizer
