@@ -44,7 +44,9 @@ _WRITABLE = {
 SUFFIXES = tuple(_WRITABLE)
 
 
-def blocks(source: Source, sample_rate: int = 24_000, block_seconds: float = 10.0) -> Iterator[np.ndarray]:
+def blocks(
+    source: Source, sample_rate: int = 24_000, block_seconds: float = 10.0, *, strict: bool = False
+) -> Iterator[np.ndarray]:
     """Stream a recording as mono blocks: channels are averaged, then resampled (soxr, HQ).
 
     The concatenation is the same, bit for bit, whatever `block_seconds` is. It has exactly the samples that the
@@ -59,6 +61,7 @@ def blocks(source: Source, sample_rate: int = 24_000, block_seconds: float = 10.
         shape [T] or [C, T]. A pipe is decoded as it arrives.
       sample_rate: of the blocks, Hz.
       block_seconds: length of every block but the last, which may be shorter.
+      strict: refuse a file that was cut short or is damaged, in place of the warning.
 
     Returns:
       An iterator of float32 arrays of shape [T], none of them empty.
@@ -73,7 +76,7 @@ def blocks(source: Source, sample_rate: int = 24_000, block_seconds: float = 10.
         raise ValueError(f"block_seconds is {block_seconds}; expected a positive number of seconds.")
     name = _name(source)
     if _is_file(source):
-        pieces = _decoded(source, sample_rate, name)
+        pieces = _decoded(source, sample_rate, name, strict)
     else:
         pieces = _mono([_channels(source, name, sample_rate)], sample_rate)
     return _cut(pieces, max(1, round(block_seconds * sample_rate)), name)
@@ -202,10 +205,10 @@ def _channels(pcm: object, name: str, rate: int) -> np.ndarray:
     return pcm_CT
 
 
-def _decoded(source: File, sample_rate: int, name: str) -> Iterator[np.ndarray]:
+def _decoded(source: File, sample_rate: int, name: str, strict: bool) -> Iterator[np.ndarray]:
     """Yield mono pieces of a file at `sample_rate`, of whatever lengths decoder and resampler give."""
     with decoding.opened(source, name) as file:
-        pieces = _finite(decoding.decode(file, name), name)
+        pieces = _finite(decoding.decode(file, name, strict=strict), name)
         # A joined file may change its rate or its channels.
         for (rate, _), part in itertools.groupby(pieces, key=lambda piece: (piece[0], len(piece[1]))):
             _check_rate(rate, f"the sample rate of {name}")

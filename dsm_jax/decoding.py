@@ -35,7 +35,7 @@ _PADDING_FRAMES = 3  # of an mp3, at most, that are no sound
 _TOLERANCE_S = 0.06  # containers round their duration to milliseconds, and count the encoder's padding or do not
 
 
-def decode(file: BinaryIO, name: str) -> Iterator[tuple[int, np.ndarray]]:
+def decode(file: BinaryIO, name: str, *, strict: bool = False) -> Iterator[tuple[int, np.ndarray]]:
     """Decode the first audio stream of a file to its end.
 
     Chained and joined files are decoded through all of their parts. Where the sound ends before the header says, or
@@ -43,13 +43,14 @@ def decode(file: BinaryIO, name: str) -> Iterator[tuple[int, np.ndarray]]:
 
     Args:
       file: opened at its start; it need not be seekable.
-      name: of the file, for messages.
+      name: name of the file, for messages.
+      strict: raise an error in place of the warning.
 
     Yields:
       The sample rate in Hz and float32 samples [C, T]; both the rate and C may change where a joined file does.
 
     Raises:
-      AudioError: the file holds no audio, or its container cannot be read to its end.
+      AudioError: the file holds no audio, or its container cannot be read to its end; with `strict`, sound is missing.
     """
     with ExitStack() as stack:
         container: Any = stack.enter_context(_open(file, name, stack))
@@ -80,7 +81,10 @@ def decode(file: BinaryIO, name: str) -> Iterator[tuple[int, np.ndarray]]:
                 f"{name} has {missing.damages} packets and none can be decoded; expected a recording. "
                 f"If a player plays it, convert it: {_repair(name)}"
             )
-        if reason := missing.reason(seconds):
+        reason = missing.reason(seconds)
+        if reason and strict:
+            raise AudioError(f"{name} {reason[: reason.rindex(';')]}; fetch it again, or repair it: {_repair(name)}")
+        if reason:
             _log.warning("%s %s", name, reason)
 
 

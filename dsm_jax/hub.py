@@ -19,7 +19,7 @@ _PATTERNS = ("*.json", "*.safetensors", "*.model", "params/*")
 
 @dataclasses.dataclass(frozen=True)
 class HubOptions:
-    """Where and how models are fetched.
+    """Options of fetching models.
 
     Attributes:
       revision: branch, tag or commit; None is the newest.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """How far one item of the work has come.
+    """The progress of one item of the work.
 
     Attributes:
       done: seconds of audio that were read or made, or bytes that were loaded.

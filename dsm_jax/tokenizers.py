@@ -31,11 +31,11 @@ class Tokenizer:
     _silent: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, no markers added."""
+        """Return the ids of a text, no markers added."""
         return self._encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; those that stand for no text (markers, padding, the unknown piece) are left out.
+        """Return the text of ids; those that stand for no text (markers, padding, the unknown piece) are left out.
 
         Raises:
           CheckpointError: an id is not in the vocabulary.
@@ -44,7 +44,7 @@ class Tokenizer:
         return self._decode([int(i) for i in ids if int(i) not in self._silent])
 
     def piece(self, token: int) -> str:
-        """The piece of an id, with ▁ for a space.
+        """Return the piece of an id, with ▁ for a space.
 
         Raises:
           CheckpointError: the id is not in the vocabulary.
@@ -53,7 +53,7 @@ class Tokenizer:
         return self._piece(int(token)) or ""
 
     def has_text(self, token: int) -> bool:
-        """Whether an id stands for text; markers, padding and the unknown piece do not.
+        """Tell whether an id stands for text; markers, padding and the unknown piece do not.
 
         Raises:
           CheckpointError: the id is not in the vocabulary.
@@ -69,7 +69,7 @@ class Tokenizer:
 
 
 def load_tokenizer(path: Path, *, expected_size: int | None = None) -> Tokenizer:
-    """Reads a tokenizer.
+    """Read a tokenizer.
 
     Args:
       path: a sentencepiece `.model`, or a `tokenizer.json` of the tokenizers library.
@@ -98,7 +98,7 @@ def load_tokenizer(path: Path, *, expected_size: int | None = None) -> Tokenizer
 
 
 def copy_tokenizer(path: Path, folder: Path) -> None:
-    """Copies a tokenizer, and the settings beside a `tokenizer.json` that say which token ends a text."""
+    """Copy a tokenizer, and the settings beside a `tokenizer.json` that say which token ends a text."""
     shutil.copyfile(path, folder / path.name)
     settings = path.with_name("tokenizer_config.json")
     if path.suffix == ".json" and settings.is_file():

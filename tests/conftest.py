@@ -7,7 +7,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=2",  # so that a test can shard
-        # Without optimisations, as below, XLA's older emitters compile in half the time: see CHANGELOG.
+        # Without optimisations, as below, XLA's older emitters compile in half the time: docs/decisions/0016.
         "--xla_cpu_use_fusion_emitters=false",
     )
 )
@@ -32,5 +32,5 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """Puts the files that take longest first."""
+    """Put the files that take longest first."""
     items.sort(key=lambda item: item.path.name not in LONGEST)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsm_jax.errors import TrainingError
-from dsm_jax.stt.transcript import Word, WordEnded
+from dsm_jax.stt.events import Word, WordEnded
 from dsm_jax.stt.words import Timing, VadOptions, WordReader
 from dsm_jax.tokenizers import load_tokenizer
 from dsm_jax.training.alignment import text_stream, tokens_of
@@ -27,7 +27,7 @@ def stream(words: list[WordSpan], *, frames: int = 400, timing: Timing = TIMING,
 
 
 def read(stream_T: np.ndarray, *, timing: Timing = TIMING, lm=LM) -> list[Word]:
-    """The words of a stream; frame i is in column i + 1, less the text's own delay."""
+    """Return the words of a stream; frame i is in column i + 1, less the text's own delay."""
     reader = WordReader(TOKENIZER, timing, padding=3, boundary=0, pauses=VadOptions())
     of_frames = stream_T[1 - lm.delays[0] :] if lm.delays[0] <= 1 else [*[3] * (lm.delays[0] - 1), *stream_T]
     events = [event for token in of_frames for event in reader.read(int(token), 1.0)] + reader.finish()
@@ -50,7 +50,7 @@ def apart(draw) -> list[WordSpan]:
 
 
 def faults(said: list[WordSpan], heard: list[Word]) -> list[str]:
-    """What is wrong of words that were read back: each is there, in its place, at its time."""
+    """Return what is wrong of words that were read back: each is there, in its place, at its time."""
     lines = []
     if [w.text for w in said] != [w.text for w in heard]:
         return [f"{[w.text for w in said]} was written and {[w.text for w in heard]} read"]

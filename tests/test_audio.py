@@ -108,7 +108,7 @@ def test_an_mp3_is_decoded_in_pieces_as_in_one(tmp_path):
 
 
 def without_first_frame(content: bytes) -> bytes:
-    """An mp3 without the frame that says how long it is, as an encoder that writes to a pipe leaves it."""
+    """Return an mp3 without the frame that says how long it is, as an encoder that writes to a pipe leaves it."""
     return content[content.index(content[:2], 4) :]
 
 

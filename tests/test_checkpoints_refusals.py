@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is said: every fault of the weights at once, and what to do."""
+"""Errors of checkpoints name every fault of the weights at once, and the remedy."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def spoilt(folders, tmp_path) -> Path:
-    """A copy of the Kyutai folder, to be spoilt."""
+    """Return a copy of the Kyutai folder, to be spoilt."""
     return copy_of(folders["kyutai"], tmp_path / "in")
 
 

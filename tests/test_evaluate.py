@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from dsm_jax.stt.transcript import Transcript, Word
+from dsm_jax.stt.events import Word
+from dsm_jax.stt.transcript import Transcript
 from dsm_jax.training.data import WordSpan
 from dsm_jax.training.evaluate import total_word_errors, word_errors
 

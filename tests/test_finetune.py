@@ -21,7 +21,8 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.configs.json import from_dict, to_dict
 from dsm_jax.errors import CheckpointError, ConfigError, TrainingError
 from dsm_jax.models.parameters import flatten
-from dsm_jax.stt.transcript import Transcript, Word
+from dsm_jax.stt.events import Word
+from dsm_jax.stt.transcript import Transcript
 from dsm_jax.training.data import read_recordings
 from dsm_jax.training.finetune import FinetuneConfig, finetune
 from dsm_jax.training.loop import RunConfig

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 import dsm_jax
 from dsm_jax import audio, checkpoints, codec
 from dsm_jax.errors import CheckpointError, TrainingError
-from dsm_jax.stt.transcript import Transcript, Word
+from dsm_jax.stt.events import Word
+from dsm_jax.stt.transcript import Transcript
 from dsm_jax.training.alignment import script_stream
 from dsm_jax.training.data import Recording, WordSpan, read_recordings
 from dsm_jax.training.finetune import FinetuneConfig, finetune

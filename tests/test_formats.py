@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsm_jax.errors import DsmError
-from dsm_jax.stt import formats
-from dsm_jax.stt.formats import MAX_CUE_MS, MAX_LINE_CHARACTERS, MAX_LINES, Cue, cues, render
-from dsm_jax.stt.transcript import Frames, Pause, Transcript, Word
+from dsm_jax.stt.events import Pause, Word
+from dsm_jax.stt.subtitles import MAX_CUE_MS, MAX_LINE_CHARACTERS, MAX_LINES, Cue, cues
+from dsm_jax.stt.transcript import SUFFIXES, Frames, Transcript
 
 
 def spoken(*timed: tuple[str, float, float]) -> tuple[Word, ...]:
@@ -28,24 +28,24 @@ HELLO = transcript(spoken(("Hello", 0.08, 0.4), ("there.", 0.48, 1.2), ("R&D", 4
 
 
 def test_srt():
-    assert render(HELLO, "srt") == (
+    assert HELLO.render("srt") == (
         "1\n00:00:00,080 --> 00:00:01,200\nHello there.\n\n2\n00:00:04,000 --> 00:00:04,400\nR&D <ok>\n"
     )
 
 
 def test_vtt_escapes_markup():
-    assert render(HELLO, "vtt") == (
+    assert HELLO.render("vtt") == (
         "WEBVTT\n\n00:00:00.080 --> 00:00:01.200\nHello there.\n\n00:00:04.000 --> 00:00:04.400\nR&amp;D &lt;ok&gt;\n"
     )
 
 
 def test_tsv_has_one_row_per_cue():
     words = spoken(("tab\tand\nline", 0.0, 0.5), ("end", 0.6, 0.9))
-    assert render(transcript(words), "tsv") == "start\tend\ttext\n0\t900\ttab and line end\n"
+    assert transcript(words).render("tsv") == "start\tend\ttext\n0\t900\ttab and line end\n"
 
 
 def test_text():
-    assert render(HELLO, "text") == "Hello there. R&D <ok>\n"
+    assert HELLO.render("text") == "Hello there. R&D <ok>\n"
 
 
 def test_json_keeps_every_field_and_every_letter():
@@ -57,7 +57,7 @@ def test_json_keeps_every_field_and_every_letter():
         audio="a.wav",
         model="tiny",
     )
-    content = render(result, "json")
+    content = result.render("json")
     assert "déjà" in content
     expected = {
         "audio": "a.wav",
@@ -65,13 +65,14 @@ def test_json_keeps_every_field_and_every_letter():
         "duration": 1.235,
         "text": "déjà",
         "words": [{"text": "déjà", "start": 0.123, "end": 0.48, "probability": 0.9877}],
+        "segments": [{"text": "déjà", "start": 0.123, "end": 0.48}],
         "pauses": [{"time": 1.04, "horizon": 2.0, "probability": 0.5432}],
     }
     assert json.loads(content) == expected
     assert list(json.loads(content)) == list(expected)
 
     rows = (tuple(np.float32([0.12345678, 0.25, 0.5, 1.0])),)
-    framed = json.loads(render(replace(result, frames=Frames((np.int32(3),), rows)), "json"))
+    framed = json.loads(replace(result, frames=Frames((np.int32(3),), rows)).render("json"))
     assert framed["frames"] == {"text_tokens": [3], "pause_probabilities": [[0.123457, 0.25, 0.5, 1.0]]}
     headless = replace(result, frames=Frames((3, 0), None)).to_dict()
     assert headless["frames"] == {"text_tokens": [3, 0], "pause_probabilities": None}
@@ -79,19 +80,19 @@ def test_json_keeps_every_field_and_every_letter():
 
 def test_an_empty_transcript_renders_to_nothing_but_headers():
     empty = transcript(())
-    assert render(empty, "text") == ""
-    assert render(empty, "srt") == ""
-    assert render(empty, "vtt") == "WEBVTT\n"
-    assert render(empty, "tsv") == "start\tend\ttext\n"
-    assert json.loads(render(empty, "json"))["words"] == []
+    assert empty.render("text") == ""
+    assert empty.render("srt") == ""
+    assert empty.render("vtt") == "WEBVTT\n"
+    assert empty.render("tsv") == "start\tend\ttext\n"
+    assert json.loads(empty.render("json"))["words"] == []
 
 
 def test_every_format_has_a_suffix_and_no_other_is_known():
-    for name, suffix in formats.SUFFIXES.items():
+    for name, suffix in SUFFIXES.items():
         assert suffix.startswith(".")
-        assert isinstance(render(HELLO, name), str)
+        assert isinstance(HELLO.render(name), str)
     with pytest.raises(DsmError, match="format 'docx' is unknown; expected one of text, json, srt, vtt, tsv"):
-        render(HELLO, "docx")
+        HELLO.render("docx")
 
 
 def test_transcripts_cannot_be_changed():
@@ -110,7 +111,7 @@ def test_transcripts_cannot_be_changed():
     ],
 )
 def test_clocks_carry_their_rounding(seconds, clock):
-    content = render(transcript(spoken(("late", seconds, seconds + 1))), "srt")
+    content = transcript(spoken(("late", seconds, seconds + 1))).render("srt")
     assert content.splitlines()[1].startswith(clock + " --> ")
 
 
@@ -174,13 +175,13 @@ def test_cues_hold_all_words_in_order_within_the_limits(steps, in_order):
     check_cues(words)
 
     whole = transcript(tuple(words))
-    times = re.findall(r"^(\S+) --> (\S+)$", render(whole, "srt"), re.MULTILINE)
+    times = re.findall(r"^(\S+) --> (\S+)$", whole.render("srt"), re.MULTILINE)
     assert [time for pair in times for time in pair] == sorted(time for pair in times for time in pair)
-    for name in formats.SUFFIXES:
-        content = render(whole, name)
+    for name in SUFFIXES:
+        content = whole.render(name)
         assert content == "" or content.endswith("\n")
-    assert len(render(whole, "tsv").split("\n")) == len(cues(words)) + 2
-    assert json.loads(render(whole, "json")) == whole.to_dict()
+    assert len(whole.render("tsv").split("\n")) == len(cues(words)) + 2
+    assert json.loads(whole.render("json")) == whole.to_dict()
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ LEVELS = (
 )
 RANK = {part: rank for rank, parts in enumerate(LEVELS) for part in parts}
 OUTSIDE = ("tests", "examples", "recipes")  # what the library never imports
+CLAUSES = ("what", "whatever", "how", "which", "whichever", "where", "whether", "when", "who", "whose", "why")
 RESOLVERS = ("import_module", "resolve_name")  # functions that import what a text names
 
 
@@ -39,7 +40,7 @@ def _is_type_checking(node: ast.AST) -> bool:
 
 
 def imports(path: Path, *, running: bool = False) -> Iterator[tuple[int, str]]:
-    """Yields (line, full name) for every import at any depth; a relative name keeps its leading dots.
+    """Yield (line, full name) for every import at any depth; a relative name keeps its leading dots.
 
     Args:
       path: of a module.
@@ -90,7 +91,7 @@ def ghost_faults(root: Path) -> list[str]:
 
 
 def module_of(place: Path) -> str:
-    """The dotted name of a file of the library, by its place in the checkout."""
+    """Return the dotted name of a file of the library, by its place in the checkout."""
     parts = place.with_suffix("").parts
     parts = ("dsm_jax", *parts) if parts[0] == "convert" else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -124,12 +125,24 @@ def naming_faults(root: Path) -> list[str]:
     ]
 
 
+def prose_faults(root: Path) -> list[str]:
+    """Docstrings that open with a clause in place of a verb and its object, or a noun."""
+    faults = []
+    for path in sources(root, "dsm_jax", "convert", "recipes", "examples", "tests"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                first = (ast.get_docstring(node) or "").split(maxsplit=1)[:1]
+                if first and first[0].rstrip(",").lower() in CLAUSES:
+                    faults.append(f"{path.relative_to(root)}: a docstring opens with {first[0]}; begin with a verb")
+    return faults
+
+
 def plant(root: Path, place: str, text: str) -> None:
     (root / place).parent.mkdir(parents=True, exist_ok=True)
     (root / place).write_text(text, encoding="utf-8")
 
 
-@pytest.mark.parametrize("faults", [layering_faults, ghost_faults, circle_faults, naming_faults])
+@pytest.mark.parametrize("faults", [layering_faults, ghost_faults, circle_faults, naming_faults, prose_faults])
 def test_the_tree_has_no_fault(faults):
     assert faults(ROOT) == []
 
@@ -245,3 +258,9 @@ def test_an_unknown_name_is_an_ordinary_error():
         _ = dsm_jax.nosuch
     with pytest.raises(ImportError, match="cannot import name 'nosuch' from 'dsm_jax'"):
         exec("from dsm_jax import nosuch")
+
+
+def test_a_docstring_that_opens_with_a_clause_is_found(tmp_path):
+    plant(tmp_path, "dsm_jax/a.py", '"""Read."""\n\n\nclass A:\n    """What is read."""\n')
+    plant(tmp_path, "dsm_jax/b.py", '"""Tell what is read."""\n')
+    assert prose_faults(tmp_path) == ["dsm_jax/a.py: a docstring opens with What; begin with a verb"]

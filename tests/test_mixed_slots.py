@@ -57,7 +57,7 @@ def speech_request(number: int) -> Request:
 
 
 def transcription(number: int) -> tuple[np.ndarray, TranscribeOptions]:
-    """A recording of 0.1 to 1.9 s, with a prompt or without, by a temperature and a seed of its own."""
+    """Return a recording of 0.1 to 1.9 s, with a prompt or without, by a temperature and a seed of its own."""
     pcm, start = stt_model.recording(), 1_500 * number
     options = TranscribeOptions(
         prompt=Prompt(text=PROMPTS[number % 4], exclude_from_output=bool(number % 8 > 3)),

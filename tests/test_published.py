@@ -16,7 +16,7 @@ NAMES = ("stt-1b-en_fr", "stt-2.6b-en", "tts-1.6b-en_fr")
 
 
 def listing(name: str) -> dict[str, pieces.Tensor]:
-    """The tensors of a published file, as its listing has them; they cannot be read."""
+    """Return the tensors of a published file, as its listing has them; they cannot be read."""
     lines = (PUBLISHED / f"{name}.tensors.tsv").read_text().splitlines()
     rows = [line.split("\t") for line in lines]
     assert len({row[0] for row in rows}) == len(rows)

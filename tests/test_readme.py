@@ -19,19 +19,20 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(text: str, language: str) -> list[str]:
-    """The code blocks of one language, in order."""
+    """Return the code blocks of one language, in order."""
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """A folder with the recordings that the README speaks of, and an environment with its model in the hub's cache."""
+    """Return a folder with the README's recordings, and an environment with its model in the hub's cache."""
     desk = tmp_path_factory.mktemp("desk")
     pcm = stt_model.recording()[:48_000]
     soundfile.write(desk / "talk.mp3", pcm, 24_000)
     soundfile.write(desk / "note.flac", pcm[10_000:], 24_000)
     shutil.copytree(ROOT / "examples/audio", desk / "examples/audio")
     shutil.copytree(ROOT / "examples/new_speaker/test", desk / "recordings")
+    shutil.copytree(ROOT / "examples/new_speaker/test", desk / "examples/new_speaker/test")
     (desk / "finetune.json").write_text(*blocks(README, "json"))
     _publish(desk, "stt-1b-en_fr", stt_model.CHECKPOINT)
     (desk / "speaking").mkdir()
@@ -43,7 +44,7 @@ def desk(tmp_path_factory):
     (desk / "voices" / voice.parent).mkdir(parents=True)
     tts_model.write_voice(desk / f"voices/{voice}.0a1b2c3d@7.safetensors", tts_model.voice(0))
     _publish(desk, "tts-voices", desk / "voices")
-    tts_model.write_requests(desk, {"id": "one", "turns": ["Good morning."], "voices": [str(voice)]})
+    tts_model.write_requests(desk, {"id": "one", "text": "Good morning.", "voice": str(voice)})
     environment = {
         **os.environ,
         "HF_HUB_CACHE": str(desk / "hub"),
@@ -56,7 +57,7 @@ def desk(tmp_path_factory):
 
 
 def _publish(desk: Path, name: str, folder: Path) -> None:
-    """Puts a folder into the hub's cache."""
+    """Put a folder into the hub's cache."""
     repository = desk / f"hub/models--kyutai--{name}"
     shutil.copytree(folder, repository / "snapshots/0123abc")
     (repository / "refs").mkdir()

@@ -1,4 +1,4 @@
-"""What a run shows of itself: the bar on a terminal, and the curve. Lines off a terminal are in test_run.py."""
+"""Reports of a training run: the bar on a terminal, and the curve. Lines off a terminal are in test_loop.py."""
 
 from pathlib import Path
 

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from dsm_jax import audio, codec
 from dsm_jax.configs import ModelConfig
 from dsm_jax.errors import CheckpointError, TrainingError
+from dsm_jax.stt.events import WordEnded
 from dsm_jax.stt.framing import word_reader
-from dsm_jax.stt.transcript import WordEnded
 from dsm_jax.training.data import Recording, WordSpan
 from dsm_jax.training.rows import SttRows, cut, pad_to
 from tests.helpers.checkpoint_maker import PLAIN_STT, random_model

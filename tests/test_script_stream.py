@@ -34,13 +34,13 @@ def scripts(draw) -> tuple[list[list[int]], list[int], int]:
 
 
 def starts_of(stream_T: np.ndarray, machine: WordMachine) -> np.ndarray:
-    """Finds the steps at which a word starts, or the script ends."""
+    """Find the steps at which a word starts, or the script ends."""
     second = bool(machine.second_stream_ahead)
     return np.flatnonzero(np.asarray(decisions(stream_T, machine.card, second_stream=second)) == NEW_WORD)
 
 
 def fed_by(rules: Rules, script: list[list[int]], starts: np.ndarray) -> np.ndarray:
-    """Runs the word machine over a model that chooses a new word at these steps."""
+    """Run the word machine over a model that chooses a new word at these steps."""
     sampled_T = np.full(STEPS, PAD, np.int32)
     sampled_T[starts] = NEW_WORD
     row = pack([[Entry(tuple(tokens), "word", 0) for tokens in script]])

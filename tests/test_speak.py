@@ -25,7 +25,7 @@ OPTIONS = SynthesizeOptions(temperature=0.0)
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """A folder with a model and two voices."""
+    """Return a folder with a model and two voices."""
     desk = tmp_path_factory.mktemp("desk")
     tts_model.make_checkpoint(desk)
     for name, seed in (("anna", 0), ("ben", 1)):
@@ -45,7 +45,7 @@ def speech(desk, model):
 
 @pytest.fixture
 def speak(desk, monkeypatch, tmp_path):
-    """Runs the command in a folder of its own, with the model, one voice, and no chance; returns its exit code."""
+    """Run the command in a folder of its own, with the model, one voice, and no chance; return its exit code."""
     monkeypatch.chdir(tmp_path)
     given = ["--model", desk / "speaker", "--speaker", desk / "anna.safetensors", "--temperature", "0", "--no-cache"]
     return lambda *arguments: cli.main(["speak", *map(str, [*given, *arguments])])
@@ -86,7 +86,7 @@ def test_sound_is_piped_as_wav(speak, capsysbinary, monkeypatch, speech):
 
 
 def player(folder: Path, name: str, code: int = 0) -> None:
-    """Writes a player that keeps what it is told and hears, and ends with an exit code."""
+    """Write a player that keeps what it is told and hears, and ends with an exit code."""
     script = f"""#!{sys.executable}
 import json, sys
 from pathlib import Path

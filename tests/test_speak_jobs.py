@@ -1,4 +1,4 @@
-"""What `dsm-jax speak` reads and where it writes, before any model is loaded."""
+"""Inputs and outputs of `dsm-jax speak`, before any model is loaded."""
 
 import io
 import json

@@ -30,7 +30,7 @@ def whole(model):
 
 
 def clips() -> list[np.ndarray]:
-    """Recordings of five lengths, none of them a whole number of frames."""
+    """Return recordings of five lengths, none of them a whole number of frames."""
     pcm = stt_model.recording()
     return [pcm[:70_001], pcm[30_000:], pcm[60_000:61_111], pcm[10_000:100_003], pcm[:5]]
 
@@ -86,7 +86,7 @@ def test_streaming_equals_transcribing(model, size):
 
 @pytest.fixture
 def compilations():
-    """Counts programs compiled while a test runs."""
+    """Count programs compiled while a test runs."""
     names = []
 
     def listen(event: str, _seconds: float, **_facts) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsm_jax.stt.transcript import WordEnded
+from dsm_jax.stt.events import WordEnded
 from dsm_jax.stt.words import Timing, VadOptions, WordReader
 from dsm_jax.tokenizers import load_tokenizer
 from dsm_jax.training.alignment import text_stream

@@ -46,13 +46,13 @@ def speech(model):
 
 
 def first_tokens(speech) -> np.ndarray:
-    """The text that was fed, without that of the words ahead."""
+    """Return the text that was fed, without that of the words ahead."""
     text_F = speech.frames[0]
     return np.where(text_F == ZERO, ZERO, text_F % (tts_model.SPEAKERS.text_card + 1))
 
 
 def word_columns(speech) -> np.ndarray:
-    """Where words begin, and where the script ends: the second token is then 0."""
+    """Return the steps at which words begin, and the script ends: the second token is then 0."""
     return np.flatnonzero(speech.frames[0] // (tts_model.SPEAKERS.text_card + 1) == 1)
 
 

@@ -33,7 +33,7 @@ def prefix_model(tmp_path_factory):
 
 
 def refused_alike(model, error, message, text="good", **more) -> None:
-    """The same is said of the whole text and of live text."""
+    """Return the same is said of the whole text and of live text."""
     with pytest.raises(error, match=message):
         dsm_jax.synthesize(model, text, **more)
     with pytest.raises(error, match=message):

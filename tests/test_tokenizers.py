@@ -24,7 +24,7 @@ TEXTS = (
 
 @pytest.fixture(scope="module", params=[64, 400, 1500])
 def twins(request, tmp_path_factory) -> tuple:
-    """The same vocabulary from a sentencepiece model, from its tokenizer.json, and from the model made of that."""
+    """Return one vocabulary read from a sentencepiece model, its tokenizer.json, and the model made of that."""
     folder = tmp_path_factory.mktemp("twins")
     model = make_tokenizer(folder / "a.model", request.param)
     rewriting.to_json(model, folder)

@@ -8,8 +8,8 @@ import pytest
 
 from dsm_jax import audio
 from dsm_jax.errors import TrainingError
-from dsm_jax.stt.formats import render
-from dsm_jax.stt.transcript import Pause, Transcript, Word
+from dsm_jax.stt.events import Pause, Word
+from dsm_jax.stt.transcript import Transcript
 from dsm_jax.training.data import Recording, WordSpan, read_recordings
 
 RATE = 8_000
@@ -63,13 +63,13 @@ def test_a_folder_may_hold_any_kind_of_recording(data, suffix):
     (folder / "talk.json").write_text(json.dumps({"words": [HELLO]}))
     (only,) = read_recordings(folder, RATE)
     assert only.words == WORDS[:1]
-    assert only.seconds == pytest.approx(1.0, abs=0.02)  # Vorbis has blocks
+    assert only.seconds == pytest.approx(1.0, abs=0.03)  # Vorbis has blocks
 
 
 def test_transcripts_of_this_library_can_be_trained_on(data):
     words = (Word("hello", 0.25, 0.5, 0.9), Word("world", 0.6, 0.9, 0.8))
     transcript = Transcript("hello world", words, (Pause(0.95, 2.0, 0.7),), 1.0, audio="talks/good.wav", model="some")
-    (data / "talks/good.json").write_text(render(transcript, "json"), encoding="utf-8")
+    (data / "talks/good.json").write_text(transcript.render("json"), encoding="utf-8")
     as_folder = read_recordings(data / "talks", RATE)
     as_lines = read_recordings(write(data, transcript.to_dict()), RATE)
     assert as_folder == as_lines == [Recording(data / "talks/good.wav", WORDS, 1.0)]
@@ -115,7 +115,7 @@ def spell(word: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_faulty_row_is_named_by_its_line_and_skip_bad_leaves_only_it_out(data, capsys, name):
+def test_a_faulty_row_is_named_by_its_line_and_skip_bad_leaves_only_it_out(data, caplog, name):
     bad, message = FAULTS[name]
     path = write(data, row(HELLO), bad, row(WORLD))
     with pytest.raises(TrainingError, match=r"1 of the 3 recordings of .* set skip_bad") as caught:
@@ -124,7 +124,7 @@ def test_a_faulty_row_is_named_by_its_line_and_skip_bad_leaves_only_it_out(data,
     assert told.startswith("data.jsonl line 2: ")
     caught.match(message)
     assert [r.words for r in read_recordings(path, RATE, check=spell, skip_bad=True)] == [WORDS[:1], WORDS[1:]]
-    assert capsys.readouterr().err == f"left out: {told}\n"
+    assert caplog.messages == [f"left out: {told}"]
 
 
 def test_a_word_a_little_after_the_end_is_no_fault(data):
@@ -139,7 +139,7 @@ def test_a_truncated_recording_is_an_error(data):
     whole = (data / "talks/short.flac").read_bytes()
     (data / "talks/short.flac").write_bytes(whole[: len(whole) // 2])
     path = write(data, row(HELLO), row(HELLO, audio="talks/short.flac"))
-    with pytest.raises(TrainingError, match=r"line 2: .*short\.flac decodes up to .* s and then fails"):
+    with pytest.raises(TrainingError, match=r"line 2: .*short\.flac lacks .* s of its 4\.0 s"):
         read_recordings(path, RATE)
     assert len(read_recordings(path, RATE, skip_bad=True)) == 1
 

@@ -43,7 +43,7 @@ ROUNDING = 1e-5  # of samples whose sums are in another order, as programs for o
 
 @functools.cache
 def build(window: int) -> tuple[DelayedStreamsLM, Mimi]:
-    """A model that speaks and its codec, of one layer each; it often chooses words and padding."""
+    """Return a model that speaks and its codec, of one layer each; it often chooses words and padding."""
     lm_config = dataclasses.replace(
         small.TTS, context=window, num_layers=1, depformer=dataclasses.replace(small.TTS.depformer, num_layers=1)
     )
@@ -81,7 +81,7 @@ SCRIPTS = (
 
 
 def request(row: int, **more) -> SpeechRequest:
-    """What a row says, each with its script, its voice and its seed."""
+    """Return what a row says, each with its script, its voice and its seed."""
     fields = {
         "entries": SCRIPTS[row],
         "complete": True,
@@ -112,7 +112,7 @@ def prefix(row: int) -> np.ndarray:
 
 
 def guided(row: int, **more) -> SpeechRequest:
-    """A greedy row that is guided by its prefix, with fewer codebooks."""
+    """Return a greedy row that is guided by its prefix, with fewer codebooks."""
     return request(row, **{"temperature": 0.0, "guidance": 1.7, "codebooks": 2, "prefix_QT": prefix(row)} | more)
 
 
@@ -346,7 +346,7 @@ def test_nothing_leaves_or_enters_the_device_in_a_call():
 
 
 def compiled_step() -> jax.stages.Compiled:
-    """The compiled loop; compiled once, as jax keeps it."""
+    """Return the compiled loop; compiled once, as jax keeps it."""
     loop = calm()
     inputs = loop.program._inputs([Leave()] * 3, waiting=False)
     return loop.program._step.compile(loop.program._params, loop.program.init(), inputs)

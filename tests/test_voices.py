@@ -36,7 +36,7 @@ def voice(seed: int, steps: int = STEPS, width: int = WIDTH) -> np.ndarray:
 
 @pytest.fixture
 def file(tmp_path):
-    """Writes a voice's file, or another of one tensor."""
+    """Write a voice's file, or another of one tensor."""
 
     def write(tensor: np.ndarray, name: str = voices.WAVS):
         path = tmp_path / "voice.safetensors"

@@ -1,4 +1,4 @@
-"""What users install: the wheel is complete, and `dsm_jax.convert` imports from it and when editable."""
+"""The wheel that users install is complete, and `dsm_jax.convert` imports from it and when editable."""
 
 import shutil
 import subprocess
@@ -20,7 +20,7 @@ def run(*args: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel built from a copy of the sources: a stale build folder in the checkout must not fill it."""
+    """Return the wheel built from a copy of the sources: a stale build folder in the checkout must not fill it."""
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)

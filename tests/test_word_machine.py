@@ -28,7 +28,7 @@ def pause(padding: int) -> Entry:
 
 
 def split(fed_T: list[int]) -> list[tuple[int, int]]:
-    """The first and the second token of each step."""
+    """Return the first and the second token of each step."""
     return [(token % CARD, token // CARD - 1) for token in fed_T]
 
 
@@ -192,7 +192,7 @@ compiled_process = jax.jit(words.process, static_argnums=0)
 
 
 def each_step(rules: Rules, script: Script, state: WordState, token: int) -> np.ndarray:
-    """What one step from each of STEPS states leads to: [STEPS, what is fed, whether taken, and the state after]."""
+    """Take one step from each of STEPS states; return [STEPS, fed token, whether taken, and the state after]."""
     sampled_T = jnp.full(STEPS, token, jnp.int32)
     fed_T, taken_T, after = compiled_process(
         rules.machine, script, state, sampled_T, jnp.arange(STEPS, dtype=jnp.int32)

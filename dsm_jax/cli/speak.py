@@ -230,7 +230,8 @@ def _write(speech: Speech, path: Path, *, details: bool, frames: bool) -> None:
     speech.save(path)
     try:
         if details:
-            files.write_text(path.with_suffix(".json"), speech.to_dict())
+            text = json.dumps(speech.to_dict(), indent=1, ensure_ascii=False)
+            files.write_text(path.with_suffix(".json"), text + "\n")
         if frames:
             with files.replacing(path.with_suffix(".safetensors")) as file:
                 file.write(save({"frames": np.ascontiguousarray(speech.frames)}))

@@ -24,7 +24,7 @@ PROMPT_GAP_FRAMES = 10
 
 @dataclasses.dataclass(frozen=True)
 class LeadIn:
-    """What a model is fed before the recording itself.
+    """Input that precedes the recording itself.
 
     Attributes:
       prompt_T: samples of the prompt, whole frames, silent for a text prompt alone; empty for no prompt.
@@ -81,7 +81,7 @@ def lead_in(
 
 
 def prompt_tokens(text: str | None, tokenizer: Tokenizer, lm: LMConfig) -> tuple[int, ...]:
-    """Encodes a text prompt; None has no tokens.
+    """Encode a text prompt; None has no tokens.
 
     Raises:
       PromptError: a text without words, or one that the tokenizer cannot spell.

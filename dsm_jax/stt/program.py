@@ -34,7 +34,7 @@ _PROMPT_STEP = 64  # the room for prompts grows by so many tokens, so that few s
 
 @dataclasses.dataclass(frozen=True)
 class SttSettings:
-    """What is fixed when the program is compiled.
+    """Settings that are fixed when the program is compiled.
 
     Attributes:
       slots: number of slots.
@@ -50,7 +50,7 @@ class SttSettings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SttRequest:
-    """What each slot's request chooses.
+    """The choices of each slot's request.
 
     Attributes:
       key_B2: PRNG key; the noise of a slot depends on it and on the slot's own step only.
@@ -108,7 +108,7 @@ class FrameOutputs:
 
 
 def init_state(lm: DelayedStreamsLM, mimi: Mimi, settings: SttSettings) -> SttState:
-    """Makes the state of slots without requests."""
+    """Make the state of slots without requests."""
     slots = settings.slots
     request = SttRequest(
         jnp.zeros((slots, 2), jnp.uint32),
@@ -129,7 +129,7 @@ def init_state(lm: DelayedStreamsLM, mimi: Mimi, settings: SttSettings) -> SttSt
 def insert(
     lm: DelayedStreamsLM, mimi: Mimi, state: SttState, slot_N: jax.Array, requests: SttRequest, settings: SttSettings
 ) -> SttState:
-    """Makes slots fresh, puts a request into each, and takes their first step, on initial tokens alone.
+    """Make slots fresh, put a request into each, and take their first step, on initial tokens alone.
 
     Args:
       lm: the language model.
@@ -187,7 +187,7 @@ def step(
 def _text_step(
     lm: DelayedStreamsLM, state: SttState, active_B: jax.Array, settings: SttSettings
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], SttState]:
-    """Takes one step of the language model: token, its probability and pauses, and the next state."""
+    """Take one step of the language model: token, its probability and pauses, and the next state."""
     config, request, step_B = lm.config, state.request, state.lm.position_B
     wanted_B = _next_prompt_token(request.prompt_BT, state.prompted_B)
     inputs_BK = state.ring.inputs(step_B, config)
@@ -254,11 +254,11 @@ class SttProgram:
         self._step.compile(self._params, state, self._inputs([None] * self.slots))
 
     def init(self) -> SttState:
-        """Makes the state of slots without requests."""
+        """Make the state of slots without requests."""
         return self._init(self._params)
 
     def insert(self, state: SttState, slot_N: Sequence[int], requests: Sequence[SttRequest]) -> SttState:
-        """Puts requests into slots."""
+        """Put requests into slots."""
         longest = max(request.prompt_BT.shape[0] for request in requests)
         if longest > self.settings.prompt_tokens:
             self._compile(dataclasses.replace(self.settings, prompt_tokens=_rounded_up(longest)))

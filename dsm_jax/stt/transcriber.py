@@ -83,7 +83,7 @@ class Transcriber:
         self.slots: Slots[Any] = Slots(program, behind=behind)
 
     def read(self, options: TranscribeOptions) -> Utterance:
-        """Reads options: loads the audio prompt, encodes the text prompt; once for each object."""
+        """Read options: loads the audio prompt, encode the text prompt; once for each object."""
         if id(options) in self._read:
             return self._read[id(options)]
         temperature, top_k = options.sampling(self.model.config)
@@ -98,11 +98,11 @@ class Transcriber:
         return self._read[id(options)]
 
     def buffer(self, utterance: Utterance) -> FrameBuffer:
-        """Makes the frame buffer of a new recording."""
+        """Make the frame buffer of a new recording."""
         return FrameBuffer(self.model.config, utterance.lead)
 
     def reader(self, utterance: Utterance) -> WordReader:
-        """Makes the word reader of a new recording."""
+        """Make the word reader of a new recording."""
         return word_reader(
             self.model.config,
             self.lm,
@@ -134,7 +134,7 @@ class RecordingSession:
         self._taken = 0  # events that were returned
 
     def request(self) -> SttRequest:
-        """Returns the options as the slot holds them."""
+        """Return the options as the slot holds them."""
         return self._utterance.request
 
     def take_input(self) -> Samples | None:
@@ -144,7 +144,7 @@ class RecordingSession:
         return Samples(self.buffer.pop_frames(frames), last) if frames or last else None
 
     def read(self, outputs: FrameOutputs, slot: int, part: Samples) -> None:
-        """Turns the outputs of a chunk into events."""
+        """Turn the outputs of a chunk into events."""
         if self.buffer.ended:
             self.reader.duration = self.buffer.samples / self.transcriber.model.sample_rate
         frames = part.pcm_T.reshape(-1, self.buffer.frame_size)
@@ -157,7 +157,7 @@ class RecordingSession:
             self.ended = True
 
     def read_frame(self, token: int, probability: float, pauses: tuple[float, ...], samples_T: np.ndarray) -> None:
-        """Turns the outputs of one frame into events."""
+        """Turn the outputs of one frame into events."""
         self.events += self.reader.read(token, probability, pauses, samples_T)
 
     def take_events(self) -> list[Event]:
@@ -210,7 +210,7 @@ class FileSession(RecordingSession):
         self.error = self._open()
 
     def _open(self) -> DsmError | None:
-        """Reads the first frame; returns the reason for which it cannot be read."""
+        """Read the first frame; return the reason for which it cannot be read."""
         try:
             # Blocks are short, so that a pipe is heard as it arrives.
             seconds = self.transcriber.chunk / self.transcriber.model.config.mimi.frame_rate
@@ -221,7 +221,7 @@ class FileSession(RecordingSession):
         return None
 
     def _fill(self, frames: int) -> None:
-        """Reads on until so many frames are ready or the recording ends."""
+        """Read on until so many frames are ready or the recording ends."""
         while self.buffer.ready < frames and not self.buffer.ended:
             block = next(self._blocks, None)
             if block is None:
@@ -235,7 +235,7 @@ class FileSession(RecordingSession):
         return super().take_input()
 
     def read(self, outputs: FrameOutputs, slot: int, part: Samples) -> None:
-        """Turns the outputs of a chunk into events, and reports progress."""
+        """Turn the outputs of a chunk into events, and report progress."""
         known = len(self.events)
         super().read(outputs, slot, part)
         if self.on_event is not None:
@@ -245,7 +245,7 @@ class FileSession(RecordingSession):
             self.progress(self.buffer.samples / self.transcriber.model.sample_rate)
 
     def read_frame(self, token: int, probability: float, pauses: tuple[float, ...], samples_T: np.ndarray) -> None:
-        """Turns the outputs of one frame into events, and keeps them where that was asked for."""
+        """Turn the outputs of one frame into events, and keep them where that was asked for."""
         super().read_frame(token, probability, pauses, samples_T)
         if self._tokens is not None:
             self._tokens.append(token)

@@ -32,7 +32,7 @@ UNFINISHED = "\ufffd"  # stands for a character of which some bytes are still to
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Where the frames of a stream lie in the audio."""
+    """Times of a stream's frames in the audio."""
 
     frame_rate: float  # Hz
     text_offset: float  # seconds from the stream's start to the audio's, and the delay of the text behind it
@@ -137,7 +137,9 @@ class WordReader:
                     self._end_of_stream = frame
                 events += self._tell_starts()
                 if self._is_over():
-                    events += self._close(self.frame)
+                    # The sound is known up to now, which is later than the text by the text's delay.
+                    delay = self.timing.text_offset - self.timing.audio_offset
+                    events += self._close(self.frame + delay * self.timing.frame_rate)
         heard = (frame + 1) / self.timing.frame_rate > self.timing.audio_offset  # what comes before is not the audio's
         if heard and pauses and pauses[self.pause_head] > self.threshold and not self._paused:
             self._paused = True
@@ -196,8 +198,10 @@ class WordReader:
         new = [self._within(self.timing.of_text(frame)) for frame in self._frames(words)[len(self._told) :]]
         return [*self._told, *new][: len(words)]
 
-    def _ends(self, words: list[str], end: int) -> list[float]:
+    def _ends(self, words: list[str], end: float) -> list[float]:
         """Return the seconds at which each word ends, for a segment that ends at the frame `end`."""
+        if not words:  # pieces that are only a space, say
+            return []
         frames = self._frames(words)
         limits = [min(end, frame) for frame in frames[1:]] + [end]
         if self.levels is None:
@@ -205,7 +209,7 @@ class WordReader:
         last_pieces = [limit - 1 for limit in limits[:-1]] + [self._pieces[-1].frame]
         return [self._sound_end(*spans) for spans in zip(frames, last_pieces, limits, strict=True)]
 
-    def _sound_end(self, frame: int, last_piece: int, limit: int) -> float:
+    def _sound_end(self, frame: int, last_piece: float, limit: float) -> float:
         """Return the seconds at which the sound of a word ends that starts at `frame` and ends before `limit`."""
         assert self.levels is not None
         timing = self.timing
@@ -240,7 +244,7 @@ class WordReader:
             groups = [[log for group in groups for log in group]] * words
         return [math.exp(sum(group) / len(group)) for group in groups]
 
-    def _close(self, end: int) -> list[Event]:
+    def _close(self, end: float) -> list[Event]:
         """End the segment at a frame; return its words, their starts first where those were not returned before."""
         if not self._pieces:
             self._end_of_stream = None

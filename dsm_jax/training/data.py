@@ -13,7 +13,7 @@ All data is checked, and every recording decoded to its end, before training sta
 
 import dataclasses
 import json
-import sys
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -21,6 +21,7 @@ from typing import Any, TypeGuard
 from dsm_jax import audio
 from dsm_jax.errors import DsmError, TrainingError
 
+_log = logging.getLogger("dsm_jax")
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 LISTED = 5  # faults that an error lists
 # `transcribe` appends a second of silence to a recording, and may time a last word into that silence.
@@ -106,7 +107,7 @@ def read_recordings(
         except DsmError as error:
             faults.append(f"{entry.place}: {error}")
             if skip_bad:
-                print(f"left out: {faults[-1]}", file=sys.stderr, flush=True)
+                _log.warning("left out: %s", faults[-1])
     if not entries:
         raise TrainingError(f"{source} lists no recordings; expected rows {_FORMAT}, or a folder of recordings")
     if faults and not (skip_bad and recordings):
@@ -167,7 +168,7 @@ def _read_entry(entry: _Entry, source: Path, sample_rate: int, check: Callable[[
             raise TrainingError(f"the key 'audio' is {named!r}; expected the path of a recording: {_FORMAT}")
         path = source.parent / named
     words = tuple(_words(values, check))
-    samples = sum(len(block_T) for block_T in audio.blocks(path, sample_rate))
+    samples = sum(len(block_T) for block_T in audio.blocks(path, sample_rate, strict=True))
     seconds = samples / sample_rate
     late = next((word for word in words if word.start > seconds + SLACK_S), None)
     if late is not None:

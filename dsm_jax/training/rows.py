@@ -14,7 +14,7 @@ C audio channels, P frames of a prefix.
 
 import dataclasses
 import itertools
-import sys
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -38,6 +38,8 @@ from dsm_jax.tts.script import entries_of
 from dsm_jax.tts.speech import SynthesizeOptions, settings_of
 
 LONGEST_WORD_S = 2
+
+_log = logging.getLogger("dsm_jax")
 
 
 def encoder(mimi_def: nnx.GraphDef, codebooks: int) -> Callable[[nnx.State, jax.Array], jax.Array]:
@@ -126,7 +128,7 @@ class _Codec:
 
 def _report(recordings: Sequence[Recording]) -> None:
     hours = sum(recording.seconds for recording in recordings) / 3600
-    print(f"encoding {len(recordings)} recordings, {hours:.2f} hours", file=sys.stderr, flush=True)
+    _log.info("encoding %d recordings, %.2f hours", len(recordings), hours)
 
 
 class SttRows:

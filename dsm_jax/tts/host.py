@@ -64,7 +64,7 @@ class SpeechRequest:
     max_steps: int
 
     def fitted(self, settings: TtsSettings) -> TtsSettings:
-        """Returns the settings with room for this request."""
+        """Return the settings with room for this request."""
         entries, tokens = capacity([self.entries])
         return dataclasses.replace(
             settings,
@@ -75,11 +75,11 @@ class SpeechRequest:
         )
 
     def script(self, settings: TtsSettings) -> Script:
-        """Returns the script as one row of arrays."""
+        """Return the script as one row of arrays."""
         return pack([self.entries], [self.complete], room=(settings.entries, settings.tokens))
 
     def row(self, settings: TtsSettings) -> TtsRequest:
-        """Returns the request as one row of arrays."""
+        """Return the request as one row of arrays."""
 
         def one(value: float, dtype: Any) -> np.ndarray:
             return np.array([value], dtype)
@@ -141,7 +141,7 @@ class TtsProgram:
         self._step.compile(self._params, state, self._inputs([None] * self.slots, waiting=False))
 
     def fit(self, state: TtsState, request: SpeechRequest) -> TtsState:
-        """Makes room for a request that is larger than those before it."""
+        """Make room for a request that is larger than those before it."""
         settings = request.fitted(self.settings)
         if settings == self.settings:
             return state
@@ -149,11 +149,11 @@ class TtsProgram:
         return grow(state, self._init.shapes(self._params))
 
     def init(self) -> TtsState:
-        """Makes the state of slots without requests."""
+        """Make the state of slots without requests."""
         return self._init(self._params)
 
     def insert(self, state: TtsState, slot_N: Sequence[int], requests: Sequence[SpeechRequest]) -> TtsState:
-        """Puts one request into one slot."""
+        """Put one request into one slot."""
         (slot,), (request,) = slot_N, requests
         state = self.fit(state, request)
         values, masks, length_N = {}, {}, np.zeros(1, np.int32)
@@ -165,12 +165,12 @@ class TtsProgram:
         return self._insert(self._params, state, np.array([slot], np.int32), request.row(self.settings), conditions)
 
     def extend(self, state: TtsState, slot: int, request: SpeechRequest) -> TtsState:
-        """Gives a slot its script again, with more at the end."""
+        """Give a slot its script again, with more at the end."""
         state = self.fit(state, request)
         return self._extend(self._params, state, np.array([slot], np.int32), request.script(self.settings))
 
     def step(self, state: TtsState, parts: Sequence[Leave | None], *, waiting: bool) -> tuple[StepOutputs, TtsState]:
-        """Takes steps in all slots that may; returns at once, with outputs that may still be computed."""
+        """Take steps in all slots that may; return at once, with outputs that may still be computed."""
         return self._step(self._params, state, self._inputs(parts, waiting=waiting))
 
     def _inputs(self, parts: Sequence[Leave | None], *, waiting: bool) -> TtsInputs:

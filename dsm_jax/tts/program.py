@@ -38,7 +38,7 @@ Array = Any  # of jax or numpy: the host fills requests and inputs, the device h
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TtsSettings:
-    """What is fixed when the program is compiled.
+    """Settings that are fixed when the program is compiled.
 
     Attributes:
       slots: number of slots.
@@ -78,7 +78,7 @@ class TtsSettings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TtsRequest:
-    """What each slot's request chooses; more may be added to the end of its script while the slot runs.
+    """The choices of each slot's request; more may be added to the end of its script while the slot runs.
 
     Attributes:
       key_B2: PRNG key, on which the slot's noise depends, and on nothing else.
@@ -153,7 +153,7 @@ class TtsState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TtsInputs:
-    """How far a call goes.
+    """The extent of a call.
 
     Attributes:
       limit: int32 [], steps at most.
@@ -197,7 +197,7 @@ class StepOutputs:
 
 
 def init_state(lm: DelayedStreamsLM, mimi: Mimi, settings: TtsSettings) -> TtsState:
-    """Makes the state of slots without requests.
+    """Make the state of slots without requests.
 
     Raises:
       ConfigError: the codec has no decoder, or fewer codebooks than the model generates.
@@ -249,7 +249,7 @@ def init_state(lm: DelayedStreamsLM, mimi: Mimi, settings: TtsSettings) -> TtsSt
 
 
 def _no_conditions(lm: DelayedStreamsLM, rows: int, voice_steps: int) -> Conditions | None:
-    """Makes the conditions of rows without requests: zeros."""
+    """Make the conditions of rows without requests: zeros."""
     if lm.conditioning is None:
         return None
     values, masks = voices.absent(lm.config, rows, voice_steps)
@@ -267,7 +267,7 @@ def insert(
     conditions: ConditionValues,
     settings: TtsSettings,
 ) -> TtsState:
-    """Makes slots fresh and puts a request into each.
+    """Make slots fresh and put a request into each.
 
     Args:
       lm: a model with a depformer.
@@ -309,25 +309,25 @@ def insert(
 def extend(
     lm: DelayedStreamsLM, mimi: Mimi, state: TtsState, slot_N: jax.Array, scripts: Script, settings: TtsSettings
 ) -> TtsState:
-    """Gives slots their scripts again, with more at the end of each; donate the state."""
+    """Give slots their scripts again, with more at the end of each; donate the state."""
     request = dataclasses.replace(state.request, script=write_rows(state.request.script, slot_N, scripts))
     return dataclasses.replace(state, request=request)
 
 
 def _step_B(state: TtsState) -> jax.Array:
-    """Returns the steps that each slot has taken."""
+    """Return the steps that each slot has taken."""
     return state.lm.position_B[: state.request.prefix_B.shape[0]]
 
 
 def _ends(settings: TtsSettings, state: TtsState) -> tuple[jax.Array, jax.Array]:
-    """Returns which slots have come to the end of their script, and which have ended or given up."""
+    """Return which slots have come to the end of their script, and which have ended or given up."""
     step_B, end_B, request = _step_B(state), state.words.end_step_B, state.request
     complete_B = (end_B >= 0) & (step_B >= end_B + settings.delay_steps + request.final_padding_B)
     return complete_B, complete_B | (step_B >= request.max_steps_B)
 
 
 def _waits_B(settings: TtsSettings, state: TtsState) -> jax.Array:
-    """Returns which slots can take no step until more of their script is there."""
+    """Return which slots can take no step until more of their script is there."""
     ready_B = words.ready_B(settings.machine, state.request.script, state.words)
     return (_step_B(state) >= state.request.prefix_B) & ~ready_B
 
@@ -335,7 +335,7 @@ def _waits_B(settings: TtsSettings, state: TtsState) -> jax.Array:
 def step(
     lm: DelayedStreamsLM, mimi: Mimi, state: TtsState, inputs: TtsInputs, settings: TtsSettings
 ) -> tuple[StepOutputs, TtsState]:
-    """Takes up to `limit` steps, fewer when no slot has any left to take.
+    """Take up to `limit` steps, fewer when no slot has any left to take.
 
     Args:
       lm: a model with a depformer.
@@ -391,7 +391,7 @@ def step(
 def _take_step(
     lm: DelayedStreamsLM, mimi: Mimi, state: TtsState, active_B: jax.Array, settings: TtsSettings
 ) -> tuple[tuple[jax.Array, ...], TtsState]:
-    """Takes one step of the active slots; returns the step's column of every output, and the next state."""
+    """Take one step of the active slots; return the step's column of every output, and the next state."""
     config, request, step_B = lm.config, state.request, _step_B(state)
     delays_K, last, dep_q = jnp.array(config.delays), max(config.delays), config.dep_q
 
@@ -448,7 +448,7 @@ def _take_step(
 
 
 def _inputs(lm: DelayedStreamsLM, state: TtsState, settings: TtsSettings) -> jax.Array:
-    """Returns the tokens that the backbone is fed in this step, [R, K]."""
+    """Return the tokens that the backbone is fed in this step, [R, K]."""
     step_B1, delays_K, request = _step_B(state)[:, None], jnp.array(lm.config.delays), state.request
     inputs_BK = state.ring.inputs(step_B1[:, 0], lm.config)
     if not settings.guided:
@@ -464,7 +464,7 @@ def _inputs(lm: DelayedStreamsLM, state: TtsState, settings: TtsSettings) -> jax
 
 
 def _guided(logits_RV: jax.Array, request: TtsRequest, settings: TtsSettings) -> jax.Array:
-    """Returns the scores of B slots from those of R rows; without guidance a slot takes the conditional ones."""
+    """Return the scores of B slots from those of R rows; without guidance a slot takes the conditional ones."""
     if not settings.guided:
         return logits_RV
     with_BV, without_BV = jnp.split(logits_RV, 2)
@@ -482,7 +482,7 @@ def _sample(
 
 
 def _with_prefix(codes_BQ: jax.Array, request: TtsRequest, frame_BQ: jax.Array) -> jax.Array:
-    """Replaces generated codes by the prefix's, for the frames that it has."""
+    """Replace generated codes by the prefix's, for the frames that it has."""
     room = request.prefix_BQT.shape[2]
     if not room:
         return codes_BQ

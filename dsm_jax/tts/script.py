@@ -165,7 +165,7 @@ def _encode(tokenizer: Tokenizer, word: str, turn: int) -> list[int]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Script:
-    """What every row is to say, in arrays of capacities that scripts of many lengths share.
+    """The words and breaks of every row, in arrays of capacities that scripts of many lengths share.
 
     The tokens of entry e are `tokens_BT[start_BL[e] : end_BL[e]]`, and lie after those of all entries before it. More
     entries may be added at a row's end while the row is spoken: what was there keeps its place.
@@ -194,7 +194,7 @@ class Script:
 
 
 def capacity(rows: Sequence[Sequence[Entry]]) -> tuple[int, int]:
-    """Returns room for the entries of some rows and for their tokens: powers of two, so that few are ever compiled."""
+    """Return room for the entries of some rows and for their tokens: powers of two, so that few are ever compiled."""
     E = _capacity((len(entries) for entries in rows), MIN_ENTRIES)
     return E, _capacity((sum(len(entry.tokens) for entry in entries) for entries in rows), MIN_TOKENS)
 
@@ -222,7 +222,7 @@ def pack(
 
 
 def _row(entries: Sequence[Entry], complete: bool, E: int, L: int) -> tuple[np.ndarray, ...]:
-    """The fields of `Script` for one row, in their order."""
+    """Return the fields of `Script` for one row, in their order."""
     lengths = np.array([len(entry.tokens) for entry in entries], np.int32)
     ends = np.cumsum(lengths, dtype=np.int32)
     worded = lengths > 0

@@ -3,7 +3,6 @@
 Shape letters: T samples, Q codebooks, F frames.
 """
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -274,10 +273,6 @@ class Speech:
             "text": " ".join(word.text for word in self.words),
             "words": [{"text": w.text, "start": round(w.start, 3), "end": round(w.end, 3)} for w in self.words],
         }
-
-    def to_json(self) -> str:
-        """Return all but the sound, as JSON."""
-        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the sound to a file; its suffix chooses the format, see `audio.write`.

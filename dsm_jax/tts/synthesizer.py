@@ -70,7 +70,7 @@ class Synthesizer:
         entries: list[Entry] | None = None,
         complete: bool = True,
     ) -> SpeechRequest:
-        """Reads a request: its words, voices, and the recording to go on from.
+        """Read a request: its words, voices, and the recording to go on from.
 
         Args:
           request: what to say.
@@ -121,7 +121,7 @@ class Synthesizer:
         )
 
     def entries(self, turns: Sequence[str], options: SynthesizeOptions) -> list[Entry]:
-        """Returns the words and breaks of a text, see `script.entries_of`."""
+        """Return the words and breaks of a text, see `script.entries_of`."""
         return entries_of(
             turns,
             self.tokenizer,
@@ -132,7 +132,7 @@ class Synthesizer:
         )
 
     def _prefix(self, voice: voices.Voice) -> np.ndarray:
-        """Encodes a recording to go on from, without its last frames: codes [Q, P]."""
+        """Encode a recording to go on from, without its last frames: codes [Q, P]."""
         recording = audio.read(voice, self.model.sample_rate)
         codes_QP = codec.encode(self.model, recording, codebooks=self.lm.n_q)[:, :-CUT_FRAMES]
         if not codes_QP.shape[1]:
@@ -141,7 +141,7 @@ class Synthesizer:
         return codes_QP
 
     def slots_for(self, *requests: SpeechRequest) -> "Slots[SpeechSession]":
-        """Returns the slots, which the first call makes, with room for these requests from the start."""
+        """Return the slots, which the first call makes, with room for these requests from the start."""
         if self._slots is None:
             settings = self._settings
             for request in requests:
@@ -151,7 +151,7 @@ class Synthesizer:
         return self._slots
 
     def extend(self, session: "SpeechSession", request: SpeechRequest) -> None:
-        """Adds text to the end of a session that is running."""
+        """Add text to the end of a session that is running."""
         assert self._slots is not None
         slots, program = self._slots, self._slots.program
         assert isinstance(program, TtsProgram)
@@ -199,7 +199,7 @@ class SpeechSession:
         self._prepared, self.waits = request, False
 
     def request(self) -> SpeechRequest:
-        """Returns the request as the program puts it into a slot."""
+        """Return the request as the program puts it into a slot."""
         return self.prepared
 
     def take_input(self) -> Leave | None:
@@ -207,7 +207,7 @@ class SpeechSession:
         return None if self.waits else Leave()
 
     def read(self, outputs: StepOutputs, slot: int, part: Leave) -> None:
-        """Collects what a call made in this slot."""
+        """Collect what a call made in this slot."""
         count = int(outputs.count)
         framed_N, taken_N = outputs.framed_NB[:count, slot], outputs.taken_NB[:count, slot]
         self._frames.append(outputs.frames_NBM[:count, slot][framed_N])
@@ -229,7 +229,7 @@ class SpeechSession:
             )
 
     def take_pcm(self) -> np.ndarray:
-        """Returns the samples [T] made since the last call, and forgets them."""
+        """Return the samples [T] made since the last call, and forget them."""
         pcm, self._pcm = self._pcm, []
         return np.concatenate([np.zeros(0, np.float32), *pcm])
 

@@ -1,4 +1,4 @@
-"""Voices: what a model is told about who speaks, and with how much guidance.
+"""Read voices, and make the conditions of a model from voices and guidance.
 
 A published voice is a file with `speaker_wavs` [1, C, X]: X steps (125 for 10 s) of an embedding of C numbers, made by
 Kyutai's own encoder, which is not published. Models without that conditioner go on from a recording instead.
@@ -31,21 +31,21 @@ Voice = str | os.PathLike[str] | SupportsArray  # see `read_voice`
 
 
 def voices_of(model: Model) -> dict[str, Path]:
-    """The voices that came with a model, by name: files in a folder `voices` beside its tokenizer."""
+    """Return the voices that came with a model, by name: files in a folder `voices` beside its tokenizer."""
     if model.tokenizer is None:
         return {}
     return {path.stem: path for path in sorted((model.tokenizer.path.parent / "voices").glob("*.safetensors"))}
 
 
 def write_voices(folder: Path, voices: Mapping[str, np.ndarray]) -> None:
-    """Writes voices [X, C] to a new folder, each to a file of its name, as Kyutai publishes them."""
+    """Write voices [X, C] to a new folder, each to a file of its name, as Kyutai publishes them."""
     folder.mkdir()
     for name, steps_XC in voices.items():
         (folder / f"{name}.safetensors").write_bytes(save({WAVS: np.ascontiguousarray(steps_XC.T[None])}))
 
 
 def read_voice(voice: Voice, model: Model) -> np.ndarray:
-    """The steps [X, C] of a voice, float32.
+    """Return the steps [X, C] of a voice, float32.
 
     Args:
       voice: a safetensors file, the name of one of the model's own voices or of those that Kyutai has published
@@ -92,7 +92,7 @@ def _read(path: Path) -> np.ndarray:
 
 
 def blend(voices: Sequence[np.ndarray], weights: Sequence[float] | None = None) -> np.ndarray:
-    """A voice between voices: the mean of their steps, by weights that need not add up to 1.
+    """Return a voice between voices: the mean of their steps, by weights that need not add up to 1.
 
     Raises:
       SpeechError: none were given, their shapes differ, or the weights are not as many, or negative, or all 0.
@@ -107,26 +107,26 @@ def blend(voices: Sequence[np.ndarray], weights: Sequence[float] | None = None) 
 
 
 def guidance_values(config: LMConfig) -> list[float]:
-    """The guidance that a model with distilled guidance can be told; none for one without."""
+    """Return the guidance that a model with distilled guidance can be told; none for one without."""
     conditioner = config.conditioner(GUIDANCE)
     known = conditioner.possible_values if isinstance(conditioner, LutConditioner) else None
     return [float(value) for value in known or ()]
 
 
 def has_speakers(config: LMConfig) -> bool:
-    """Whether the model is told its speakers by voices."""
+    """Tell whether the model takes voices of its speakers as a condition."""
     return config.conditioner(WAVS) is not None
 
 
 def positions(voices: Sequence[np.ndarray]) -> int:
-    """Returns how many positions the voices of a request take, which has as many slots of one length as the model."""
+    """Return how many positions the voices of a request take, which has as many slots of one length as the model."""
     return SLOTS * max((len(voice) for voice in voices), default=0)
 
 
 def conditions(
     config: LMConfig, voices: Sequence[Sequence[np.ndarray]], guidance: float | None, *, room: int | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
-    """Makes the values and masks for `lm.condition`.
+    """Make the values and masks for `lm.condition`.
 
     Args:
       config: of the language model.
@@ -157,7 +157,7 @@ def conditions(
 
 
 def absent(config: LMConfig, rows: int, room: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Makes the values and masks of rows to which no condition is given, with some positions of voices."""
+    """Make the values and masks of rows to which no condition is given, with some positions of voices."""
     values, masks = {}, {}
     for conditioner in config.conditioners:
         name = conditioner.name
@@ -173,7 +173,7 @@ def absent(config: LMConfig, rows: int, room: int) -> tuple[dict[str, np.ndarray
 def with_unconditional(
     values: Mapping[str, jax.Array], masks: Mapping[str, jax.Array], config: LMConfig
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Adds as many rows to which no condition is given: what classifier-free guidance is measured against."""
+    """Add as many rows to which no condition is given: what classifier-free guidance is measured against."""
     rows, room = next(iter(masks.values())).shape[0], masks[WAVS].shape[1] if WAVS in masks else 0
     none_values, none_masks = absent(config, rows, room)
     return (
@@ -183,7 +183,7 @@ def with_unconditional(
 
 
 def _index(conditioner: LutConditioner, guidance: float | None) -> int | None:
-    """Which entry of a table a row is told; None for nothing."""
+    """Return the entry of a conditioner's table for a row; None for no condition."""
     known = conditioner.possible_values or ()
     if conditioner.name == CONTROL:
         return known.index("ok")

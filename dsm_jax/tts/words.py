@@ -57,7 +57,7 @@ class WordMachine:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WordState:
-    """Where every row is in its script; all int32.
+    """Every row's place in its script; all int32.
 
     Attributes:
       entry_B: the next entry to take.
@@ -83,7 +83,7 @@ class WordState:
 
 
 def init_state(max_padding_B: jax.Array, initial_padding_B: jax.Array) -> WordState:
-    """Makes the state of rows before their first step.
+    """Make the state of rows before their first step.
 
     Args:
       max_padding_B: int32, steps without a new word after which one is ordered.
@@ -158,7 +158,7 @@ def process(
 
 
 def ready_B(machine: WordMachine, script: Script, state: WordState) -> jax.Array:
-    """Which rows can take a step that text still to come would not change (bool [B]).
+    """Tell which rows can take a step that text still to come would not change (bool [B]).
 
     Those whose script is complete, those that must not begin a word in this step, and those whose next entry is known:
     a break, or a word with `second_stream_ahead` known words after it. The others wait, or the model would be told that
@@ -183,7 +183,7 @@ def _must_pad_B(state: WordState) -> jax.Array:
 def _next(
     script: Script, at_B: jax.Array, end_B: jax.Array, otherwise: int, take_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Takes a token of a queue where it may and there is one; else the token is `otherwise`."""
+    """Take a token of a queue where it may and there is one; else the token is `otherwise`."""
     take_B = take_B & (at_B < end_B)
     return jnp.where(take_B, _read(script.tokens_BT, at_B), otherwise), at_B + take_B.astype(jnp.int32)
 

@@ -77,7 +77,7 @@ def gpu_table(rows: Sequence[Row]) -> str:
     pairs = sorted({(row["size"], row["batch"]) for row in steps})
     found = {(row["size"], row["batch"], row["who"]): row for row in steps}
     head = "model, streams", "dsm_jax, median ms (99 %)", "moshi", "ratio", "keeps up", "share of the bandwidth limit"
-    lines, notes = [_line(*head), "|---|--:|--:|--:|--:|--:|"], []
+    lines = [_line(*head), "|---|--:|--:|--:|--:|--:|"]
     for size, batch in pairs:
         ours, moshi = found.get((size, batch, OURS), {}), found.get((size, batch, "moshi"), {})
         times = (f"{_ms(row['p50_ms'])} ({_ms(row['p99_ms'])})" if row else _MISSING for row in (ours, moshi))
@@ -85,11 +85,7 @@ def gpu_table(rows: Sequence[Row]) -> str:
         keeps_up = ("yes" if ours["streams"] else "no") if ours else _MISSING
         share = f"{100 * ours['share_of_limit']:.0f} %" if ours else _MISSING
         lines.append(_line(f"{size}, {batch}", *times, ratio, keeps_up, share))
-    for row in rows:
-        if "error" in row:
-            tried = row.get("part") or f"{row['who']}, {row['size']}, {row['batch']}"
-            notes.append(f"{tried}: {row['error']}")
-    return _with_notes(lines, notes)
+    return _with_notes(lines, ["A dash marks what was not measured."] if any("error" in row for row in rows) else [])
 
 
 def rewrite(text: str, content: str) -> str:

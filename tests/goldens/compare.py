@@ -34,14 +34,14 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 
 def read(name: str) -> tuple[Any, Arrays]:
-    """A stored golden: its config and its tensors."""
+    """Return a stored golden: its config and its tensors."""
     path = FOLDER / f"{name}.safetensors"
     with safe_open(path, "np") as file:
         return json.loads(file.metadata()["config"]), load_file(path)
 
 
 def filled(make: Callable[[nnx.Rngs], Module], table: pieces.Table, arrays: Arrays, root: str = "") -> Module:
-    """A module with every weight of the reference.
+    """Return a module with every weight of the reference.
 
     Args:
       make: builds the module from random streams.
@@ -69,7 +69,7 @@ def filled(make: Callable[[nnx.Rngs], Module], table: pieces.Table, arrays: Arra
 
 
 def expect(claim: str, found: Any, wanted: np.ndarray) -> None:
-    """Raises AssertionError unless integers and truths are equal, and floats equal to rounding."""
+    """Raise AssertionError unless integers and truths are equal, and floats equal to rounding."""
     found = np.asarray(found)
     assert found.shape == wanted.shape, f"{claim}: shape {found.shape}, the reference has {wanted.shape}"
     if wanted.dtype.kind != "f":

@@ -65,7 +65,7 @@ TRANSFORMERS = {
 
 
 def draw(module: torch.nn.Module, random: np.random.Generator) -> Arrays:
-    """Gives every tensor of the module random values, none left at an identity, and returns them."""
+    """Give every tensor of the module random values, none left at an identity, and return them."""
     weights = {}
     for name, old in module.state_dict().items():
         shape = tuple(old.shape)
@@ -165,7 +165,7 @@ def mimi(random: np.random.Generator) -> Golden:
 
 
 def stt(random: np.random.Generator) -> Golden:
-    """The parts of `LMModel.forward` that run without a depformer; the method itself does not."""
+    """Return the parts of `LMModel.forward` that run without a depformer; the method itself does not."""
     config = flat_lm(small.STT)
     module = _language_model(config)
     weights, codes_BKT = draw(module, random), _tokens(random, config)

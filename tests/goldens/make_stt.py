@@ -17,7 +17,7 @@ FOLDER = Path(__file__).with_name("stt")
 
 
 def outputs(folder: Path) -> tuple[dict[str, np.ndarray], list]:
-    """What the reference makes of the LibriSpeech clip: arrays by name, and (word, start, end) by its own rules."""
+    """Return the reference's outputs for the LibriSpeech clip: arrays by name, and (word, start, end)."""
     config = references.read_config(folder)
     padded = references.moshi_pad(references.speech("librispeech"), config["stt_config"])
     codes = references.moshi_codes(folder, padded)

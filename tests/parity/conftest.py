@@ -1,4 +1,4 @@
-"""What is compared with the references is compiled as users compile it, where other tests save themselves the time."""
+"""Compile with XLA's optimisations, as users do: other tests leave them out to save time."""
 
 import os
 

@@ -16,7 +16,7 @@ from tests.parity import references
 
 
 def compare(folder: Path, recording: str) -> bool:
-    """Prints how many codes and tokens are equal; True if all are."""
+    """Print how many codes and tokens are equal; True if all are."""
     pcm = references.speech(recording)
     padded = references.moshi_pad(pcm, references.read_config(folder)["stt_config"])
     start = time.perf_counter()

@@ -34,7 +34,7 @@ def recording(clip: str) -> np.ndarray:
 
 
 def padded(clip: str) -> np.ndarray:
-    """A recording with the silence that `run_inference` adds, cut to full frames."""
+    """Return a recording with the silence that `run_inference` adds, cut to full frames."""
     stt_config = references.read_config(references.kyutai_stt())["stt_config"]
     pcm_S = references.moshi_pad(recording(clip), stt_config)
     return pcm_S[: len(pcm_S) // FRAME * FRAME]
@@ -53,7 +53,7 @@ def listing(name: str) -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def published_mimi(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds a codec of the published shape, and no language model."""
+    """Return a folder that holds a codec of the published shape, and no language model."""
     folder = tmp_path_factory.mktemp("published")
     config = references.stt_config("stt-1b")
     references.make_mimi(folder / config["mimi_name"], published=True)

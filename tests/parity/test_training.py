@@ -36,12 +36,12 @@ def published(table: pieces.Table, values: Mapping[str, Any]) -> dict[str, np.nd
 
 
 def fill(module: torch.nn.Module, table: pieces.Table, values: Mapping[str, Any]) -> None:
-    """Gives a module of the reference this library's parameters, all of them."""
+    """Give a module of the reference this library's parameters, all of them."""
     module.load_state_dict({name: torch.from_numpy(a) for name, a in published(table, values).items()})
 
 
 def expect_gradients(module: torch.nn.Module, ours: Mapping[str, np.ndarray]) -> None:
-    """Raises AssertionError unless every parameter of the module has the gradient that is listed under its name."""
+    """Raise AssertionError unless every parameter of the module has the gradient that is listed under its name."""
     for name, parameter in published_names(dict(module.named_parameters())).items():
         wanted = np.zeros(parameter.shape) if parameter.grad is None else parameter.grad.numpy()
         allowed = (ITS_ROUNDING if name == NEARLY_CANCELS else ROUNDING) * np.abs(wanted).max()
@@ -89,7 +89,7 @@ def test_the_language_model_learns_as_the_reference_does():
 
 
 def trainee_table(config: MimiConfig) -> pieces.Table:
-    """The table of a codec and its head, under the names of the trainees of both sides."""
+    """Return the table of a codec and its head, under the names of the trainees of both sides."""
     codec: list[pieces.Piece | pieces.Constant] = [
         dataclasses.replace(item, sources=tuple(_under_mimi(s) for s in item.sources), target=f"mimi.{item.target}")
         if isinstance(item, pieces.Piece)

@@ -55,7 +55,7 @@ class Case:
     rows: int = 1
 
     def codes(self) -> list[np.ndarray] | None:
-        """The codes [Q, P] of the prefixes."""
+        """Return the codes [Q, P] of the prefixes."""
         random = np.random.default_rng(0)
         return [random.integers(0, 128, (8, length)).astype(np.int32) for length in self.prefixes] or None
 
@@ -82,7 +82,7 @@ def ours(kind: references.Kind) -> tuple[dsm_jax.Model, DelayedStreamsLM, Mimi]:
 
 
 def settings(case: Case) -> TtsSettings:
-    """The same settings, as the program names them."""
+    """Return the same settings, as the program names them."""
     config = references.read_config(references.kyutai_tts(case.kind))
     ahead, delay_s = config["tts_config"]["second_stream_ahead"], config["tts_config"]["audio_delay"]
     return TtsSettings(
@@ -105,12 +105,12 @@ def entries(case: Case) -> list[list[Entry]]:
 
 
 def steps_of(kind: references.Kind, seeds: tuple[int, ...]) -> list[np.ndarray]:
-    """The steps of voices."""
+    """Return the steps of voices."""
     return [voices.read_voice(references.voice(seed), ours(kind)[0]) for seed in seeds]
 
 
 def requests(case: Case) -> list[SpeechRequest]:
-    """The rows of a case, greedy."""
+    """Return the rows of a case, greedy."""
     codes = case.codes() or [np.zeros((8, 0), np.int32)] * case.rows
     return [
         SpeechRequest(
@@ -137,7 +137,7 @@ def requests(case: Case) -> list[SpeechRequest]:
 
 @functools.cache
 def both(name: str) -> tuple[list[Said], list[references.Spoken], np.ndarray]:
-    """What the engine and the reference said, and the reference's samples of all rows."""
+    """Return what the engine and the reference said, and the reference's samples of all rows."""
     case = CASES[name]
     spoken, pcm = references.moshi_speech(
         references.kyutai_tts(case.kind),
@@ -193,7 +193,7 @@ TEXT = 70  # a word begins and its first token is 5
 
 @functools.cache
 def first_scores() -> list[torch.Tensor]:
-    """The reference's scores [V] of the first text token, and of the first code where the text is `TEXT`."""
+    """Return the reference's scores [V] of the first text token, and of the first code where the text is `TEXT`."""
     model = references.load_tts(references.kyutai_tts(), How())
     lm, attributes = model.lm, [model.make_condition_attributes([references.voice(VOICE)], cfg_coef=GUIDANCE)]
     with references.inference(), lm.streaming(1):
@@ -205,7 +205,7 @@ def first_scores() -> list[torch.Tensor]:
 
 @functools.cache
 def first_choices() -> list[np.ndarray]:
-    """How often the engine chooses each of these tokens [V], by as many keys as there are draws."""
+    """Count how often the program chooses each of these tokens [V], by as many keys as there are draws."""
     _, lm, _ = ours("speakers")
     keys_B2 = jax.vmap(jax.random.PRNGKey)(jnp.arange(DRAWS))
 

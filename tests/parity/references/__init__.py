@@ -88,26 +88,26 @@ def kyutai_stt(
     spelling: Spelling = "in_proj_weight",
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """What `make_kyutai_stt` writes, made once per process and deleted at its end; nobody may change it."""
+    """Return what `make_kyutai_stt` writes, made once per process and deleted at its end; nobody may change it."""
     folder = _session_folder() / f"{size}-{seed}-{extra_heads}-{spelling}-{str(dtype).removeprefix('torch.')}"
     return make_kyutai_stt(folder, size=size, seed=seed, extra_heads=extra_heads, spelling=spelling, dtype=dtype)
 
 
 @functools.cache
 def kyutai_tts(kind: Kind = "speakers") -> Path:
-    """What `make_kyutai_tts` writes, made once per process and deleted at its end; nobody may change it."""
+    """Return what `make_kyutai_tts` writes, made once per process and deleted at its end; nobody may change it."""
     return make_kyutai_tts(_session_folder() / f"tts-{kind}", kind=kind)
 
 
 @functools.cache
 def voice(seed: int) -> Path:
-    """What `make_voice` writes, once per process; nobody may change it."""
+    """Return what `make_voice` writes, once per process; nobody may change it."""
     return make_voice(_session_folder() / f"voice-{seed}.safetensors", seed)
 
 
 @functools.cache
 def transformers_stt(*, max_shard_size: str = "50GB") -> Path:
-    """What `make_transformers_stt` makes of `kyutai_stt()`, once per process; nobody may change it."""
+    """Return what `make_transformers_stt` makes of `kyutai_stt()`, once per process; nobody may change it."""
     return make_transformers_stt(
         kyutai_stt(), _session_folder() / f"transformers-{max_shard_size}", max_shard_size=max_shard_size
     )

@@ -21,7 +21,7 @@ from tests.parity.references.kyutai import lm_config, mimi_config
 
 @dataclass(frozen=True)
 class TextRun:
-    """What the reference's greedy language model said, frame by frame.
+    """The outputs of the reference's greedy language model, frame by frame.
 
     Attributes:
         first_token: Output of the very first step, which sees initial tokens only; `run_inference` drops it.
@@ -58,7 +58,7 @@ def moshi_codes(folder: Path, pcm_S: np.ndarray, streaming: bool = False) -> np.
 
 
 def moshi_latent(folder: Path, pcm_S: np.ndarray) -> np.ndarray:
-    """What the quantiser is given, [D, T] float32, for the whole clip at once."""
+    """Return what the quantiser is given, [D, T] float32, for the whole clip at once."""
     with inference():
         return load_mimi(folder).encode_to_latent(_batch(pcm_S), quantize=False)[0].numpy()
 
@@ -101,13 +101,13 @@ def rusty_codes(folder: Path, pcm_S: np.ndarray) -> np.ndarray:
 
 
 def load_mimi(folder: Path) -> MimiModel:
-    """The reference's codec with a folder's weights, float32 on the CPU."""
+    """Return the reference's codec with a folder's weights, float32 on the CPU."""
     num_codebooks = read_config(folder)["n_q"]
     return loaders.get_mimi(_mimi_path(folder), read_mimi_config(folder), num_codebooks=num_codebooks)
 
 
 def load_lm(folder: Path, dtype: torch.dtype = torch.float32) -> LMModel:
-    """The reference's language model with a folder's weights, on the CPU."""
+    """Return the reference's language model with a folder's weights, on the CPU."""
     return loaders.get_moshi_lm(folder / "model.safetensors", lm_config(read_config(folder)), dtype=dtype)
 
 
@@ -117,7 +117,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_mimi_config(folder: Path) -> dict[str, Any]:
-    """The codec's configuration: the file that `config.json` names, or the published one."""
+    """Return the codec's configuration: the file that `config.json` names, or the published one."""
     name = read_config(folder).get("mimi_config_name")
     return mimi_config(published=True) if name is None else json.loads((folder / name).read_text())
 

@@ -64,7 +64,7 @@ def make_kyutai_stt(
     spelling: Spelling = "in_proj_weight",
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Writes a speech-to-text checkpoint exactly as Kyutai publishes one: config, two weight files and a tokenizer.
+    """Write a speech-to-text checkpoint exactly as Kyutai publishes one: config, two weight files and a tokenizer.
 
     Args:
         folder: Created if it is missing; files of the same names are replaced.
@@ -91,7 +91,7 @@ def make_kyutai_stt(
 
 
 def make_mimi(path: Path, *, published: bool = False, seed: int = SEED, spelling: Spelling = "in_proj_weight") -> Path:
-    """Writes one Mimi weight file, float32: of the published shape (370 MB), or in miniature."""
+    """Write one Mimi weight file, float32: of the published shape (370 MB), or in miniature."""
     config = mimi_config(published)
     state = random_mimi(config, config["quantizer"]["n_q"], seed).state_dict()
     save_file(_respell(state, spelling), path)
@@ -144,7 +144,7 @@ def mimi_config(published: bool) -> dict[str, Any]:
 
 
 def lm_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of `config.json` that `moshi.models.loaders.get_moshi_lm` takes."""
+    """Return the part of `config.json` that `moshi.models.loaders.get_moshi_lm` takes."""
     return {key: value for key, value in config.items() if key not in _NOT_LM}
 
 
@@ -155,7 +155,7 @@ def lm_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def published_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors under the attention names of the published files."""
+    """Return the same tensors under the attention names of the published files."""
     return _respell(state, "in_proj_weight")
 
 

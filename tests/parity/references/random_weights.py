@@ -149,7 +149,7 @@ def _to_unit_deviation(layer: nn.Module, inputs: tuple[torch.Tensor, ...], outpu
 
 
 def _fit_codebook(codebook: EuclideanCodebook, residual_ND: torch.Tensor) -> torch.Tensor:
-    """Fills one codebook with noisy residuals, scaled to take away as much as they can; returns what they leave."""
+    """Fill one codebook with noisy residuals, scaled to take away as much as they can; return what they leave."""
     bins = codebook.codebook_size
     noise = math.sqrt(codebook.dim) / 8  # in the published 256 dimensions a stage then leaves 85 % of the residual
     picked_ND = residual_ND[torch.randint(len(residual_ND), (bins,))]

@@ -57,7 +57,7 @@ _CODEBOOK_KEYS = {"_codebook._initialized": "codebook.initialized", "_codebook.e
 
 
 def make_transformers_stt(kyutai_folder: Path, folder: Path, *, max_shard_size: str = "50GB") -> Path:
-    """Writes the `-trfs` twin of a speech-to-text folder: the same weights, a processor and a `tokenizer.json`.
+    """Write the `-trfs` twin of a speech-to-text folder: the same weights, a processor and a `tokenizer.json`.
 
     The generation settings are the released ones: one frame per window, a sliding-window cache, and the text's
     initial token as `bos_token_id`. Pause heads are left out, transformers has none.
@@ -95,7 +95,7 @@ def make_transformers_stt(kyutai_folder: Path, folder: Path, *, max_shard_size: 
 
 
 def make_transformers_mimi(kyutai_folder: Path, folder: Path) -> Path:
-    """Writes the codec of a Kyutai folder alone, as `MimiModel.save_pretrained` does."""
+    """Write the codec of a Kyutai folder alone, as `MimiModel.save_pretrained` does."""
     config = read_mimi_config(kyutai_folder)
     state = mimi_state(load_file(kyutai_folder / read_config(kyutai_folder)["mimi_name"]), config)
     _loaded(MimiModel, _mimi_config(config), state, folder).save_pretrained(folder)
@@ -128,7 +128,7 @@ def transformers_tokens(folder: Path, pcm_S: np.ndarray, audio_window_frames: in
 
 
 def mimi_state(state: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """A Kyutai Mimi file's tensors under the names of `kyutai/mimi`, queries and keys permuted.
+    """Return a Kyutai Mimi file's tensors under the names of `kyutai/mimi`, queries and keys permuted.
 
     Args:
         state: Tensors of a Kyutai Mimi file.
@@ -230,7 +230,7 @@ def _mimi_config(config: dict[str, Any]) -> MimiConfig:
 
 
 def _loaded(model_class: Any, config: Any, state: dict[str, torch.Tensor], folder: Path) -> Any:
-    """The model that `from_pretrained` makes of a config and tensors, refusing any that is missing or left over."""
+    """Return the model that `from_pretrained` makes of a config and tensors; refuse missing or unused ones."""
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

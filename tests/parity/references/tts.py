@@ -58,7 +58,7 @@ _CONDITIONERS = {
 
 @dataclass(frozen=True)
 class Spoken:
-    """What the reference said of one script.
+    """The reference's outputs for one script.
 
     Attributes:
         frames_KF: Text as fed to the model, then codes, delays undone; int32, up to the row's own last step.
@@ -101,7 +101,7 @@ def tts_config(kind: Kind) -> dict[str, Any]:
 
 
 def make_kyutai_tts(folder: Path, *, kind: Kind = "speakers", seed: int = 0) -> Path:
-    """Writes a checkpoint of a model that speaks, as Kyutai publishes one, with random weights; returns `folder`."""
+    """Write a checkpoint of a model that speaks, as Kyutai publishes one, with random weights; return `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = tts_config(kind)
     # A copy, as the package adds keys of its own to the conditioners that it is given.
@@ -115,14 +115,14 @@ def make_kyutai_tts(folder: Path, *, kind: Kind = "speakers", seed: int = 0) -> 
 
 
 def make_voice(path: Path, seed: int, steps: int = VOICE_STEPS, width: int = 16) -> Path:
-    """Writes a voice as Kyutai publishes them: `speaker_wavs` [1, width, X]."""
+    """Write a voice as Kyutai publishes them: `speaker_wavs` [1, width, X]."""
     voice = torch.randn((1, width, steps), generator=torch.Generator().manual_seed(seed))
     save_file({"speaker_wavs": voice}, path)
     return path
 
 
 def load_tts(folder: Path, how: How) -> TTSModel:
-    """The reference's model, float32 on the CPU, at temperature 0."""
+    """Return the reference's model, float32 on the CPU, at temperature 0."""
     config = read_config(folder)
     lm = loaders.get_moshi_lm(
         folder / config.get("moshi_name", "model.safetensors"), lm_config(config), dtype=torch.float32

@@ -1,0 +1,55 @@
+"""Files are replaced as a whole or not at all."""
+
+import os
+
+import pytest
+
+from dsm_jax import files
+
+
+def test_a_failure_leaves_what_was_there_and_nothing_new(tmp_path):
+    path = tmp_path / "a.txt"
+    files.write_text(path, "old")
+
+    def fail_halfway() -> None:
+        with files.replacing(path) as file:
+            file.write(b"half")
+            raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        fail_halfway()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_new_file_has_the_mode_of_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        files.write_text(tmp_path / "a.txt", "text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode
+
+
+def test_a_file_that_is_replaced_keeps_its_mode_and_a_link_its_target(tmp_path):
+    path, link = tmp_path / "a.txt", tmp_path / "link.txt"
+    path.write_text("old")
+    path.chmod(0o640)
+    link.symlink_to(path)
+    files.write_text(link, "new")
+    assert link.is_symlink()
+    assert path.read_text() == "new"
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_device_is_written_and_not_replaced():
+    files.write_text(os.devnull, "text")
+    assert not os.path.isfile(os.devnull)
+
+
+def test_text_of_other_encodings_is_written_and_a_byte_order_mark_read_over(tmp_path):
+    files.write_text(tmp_path / "a.txt", "name \udcff")
+    assert files.read_text(tmp_path / "a.txt") == "name ?"
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftext")
+    assert files.read_text(tmp_path / "b.txt") == "text"

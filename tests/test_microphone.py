@@ -1,0 +1,108 @@
+"""The microphone, by a fake device: its words are those of the file, and Ctrl-C ends with the transcript."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soxr
+
+from dsm_jax import audio, cli, microphone
+from dsm_jax.errors import AudioError
+
+CLIP = Path(__file__).resolve().parents[1] / "examples/audio/digits_jackson.flac"
+
+
+class Device(types.ModuleType):
+    """A stand-in for `sounddevice` with one input that plays a recording."""
+
+    def __init__(self, pcm_T: np.ndarray, rate: int):
+        super().__init__("sounddevice")
+        self.pcm_T, self.rate, self.played = pcm_T, rate, []
+
+    def query_devices(self, device=None, kind=None):
+        about = {"name": "fake", "max_input_channels": 1, "default_samplerate": float(self.rate)}
+        if kind is None:
+            return [about]
+        if device not in (None, "fake"):
+            raise ValueError(f"No input device matching {device!r}")
+        return about
+
+    def play(self, samples, rate, blocking):
+        self.played.append((samples, rate))
+
+    def InputStream(self, *, samplerate, blocksize, device, channels, dtype, callback):
+        assert (samplerate, channels, dtype) == (self.rate, 1, "float32")
+        return Stream(self, blocksize, callback)
+
+
+class Stream:
+    def __init__(self, device: Device, blocksize: int, callback):
+        self.device, self.blocksize, self.callback, self.active = device, blocksize, callback, True
+
+    def start(self) -> None:
+        for start in range(0, self.device.pcm_T.size, self.blocksize):
+            block_T = self.device.pcm_T[start : start + self.blocksize]
+            self.callback(block_T[:, None], block_T.size, None, None)
+        self.active = False
+
+    def stop(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def device(monkeypatch):
+    def install(pcm_T: np.ndarray, rate: int) -> Device:
+        made = Device(pcm_T, rate)
+        monkeypatch.setitem(sys.modules, "sounddevice", made)
+        return made
+
+    return install
+
+
+@pytest.mark.parametrize("rate", [24_000, 48_000])
+def test_the_words_of_a_microphone_are_those_of_the_file(device, capsys, rate):
+    pcm_T = audio.read(CLIP)
+    device(pcm_T if rate == 24_000 else soxr.resample(pcm_T, 24_000, rate).astype(np.float32), rate)
+    assert cli.main(["transcribe", "--mic", "--model", "digits", "--no-cache", "--quiet"]) == 0
+    assert capsys.readouterr().out.split() == ["three", "one", "four", "one", "five", "nine", "two", "six", "five"]
+
+
+def test_ctrl_c_ends_with_the_transcript(device, capsys, monkeypatch):
+    device(audio.read(CLIP), 24_000)
+    chunks = microphone.Microphone.chunks
+
+    def interrupted(self):
+        yield from list(chunks(self))[:40]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(microphone.Microphone, "chunks", interrupted)
+    assert cli.main(["transcribe", "--mic", "--model", "digits", "--no-cache", "--format", "json"]) == 0
+    transcript = json.loads(capsys.readouterr().out)
+    assert transcript["duration"] == pytest.approx(3.2)
+    assert "three one four one five nine two six five".startswith(transcript["text"])
+    assert transcript["words"]
+
+
+def test_an_input_that_does_not_exist_names_those_that_do(device):
+    device(np.zeros(9, np.float32), 24_000)
+    with pytest.raises(AudioError, match=r"there is no input 'usb'; expected one of: fake"):
+        microphone.Microphone(24_000, device="usb")
+
+
+def test_without_the_package_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    with pytest.raises(AudioError, match=r"pip install 'dsm-jax\[mic\]'"):
+        microphone.Microphone(24_000)
+    assert not microphone.play(np.zeros(9, np.float32), 24_000)
+
+
+def test_sound_is_played_by_the_device(device):
+    fake = device(np.zeros(9, np.float32), 24_000)
+    assert microphone.play(np.ones(5, np.float32), 24_000)
+    assert fake.played[0][1] == 24_000
