@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import soundfile
 from safetensors.numpy import load_file, save_file
 
 import dsm_jax
@@ -54,7 +57,7 @@ def test_json_has_what_was_promised(capsys, result):
     code, out, _ = run(capsys, "transcribe", CLIP, *MODEL, "--format", "json", "--frames")
     read = json.loads(out)
     assert code == 0
-    assert list(read) == ["audio", "model", "duration", "text", "words", "pauses", "frames"]
+    assert list(read) == ["audio", "model", "duration", "text", "words", "segments", "pauses", "frames"]
     assert read["audio"] == CLIP
     assert read["frames"]["text_tokens"] == list(result.frames.text_tokens)
     assert len(read["frames"]["pause_probabilities"]) == len(result.frames.text_tokens)
@@ -87,7 +90,7 @@ def test_several_files_are_printed_in_order_by_name(capsys, tmp_path, result):
 
 
 def test_standard_input(result):
-    command = [sys.executable, "-m", "dsm_jax.cli", "transcribe", "-", *MODEL]
+    command = [sys.executable, "-m", "dsm_jax", "transcribe", "-", *MODEL]
     done = subprocess.run(command, input=stt_model.RECORDING.read_bytes(), capture_output=True, check=True)
     assert done.stdout.decode() == result.text + "\n"
 
@@ -118,7 +121,7 @@ def test_prompts(capsys, tmp_path, result):
     ("arguments", "message"),
     [
         (["--frames"], "--frames is part of the JSON, and --format is text"),
-        (["--exclude-prompt"], "--exclude-prompt has nothing to cut"),
+        (["--exclude-prompt"], "--exclude-prompt has nothing to exclude"),
         ([CLIP, "--format", "srt"], "2 recordings as srt need a file each; add --output-dir"),
         (["nothing*.wav"], r"nothing\*.wav matches no file"),
         (["-", "-"], "standard input"),
@@ -126,7 +129,11 @@ def test_prompts(capsys, tmp_path, result):
         (["--vad", "--format", "srt"], "--vad marks pauses in text, and --format is srt"),
         (["--output-dir", CLIP], "cannot be made"),
         (["--prompt-text", "語"], "cannot spell"),
-        (["--temperature", "-1"], "neither can be below 0"),
+        (["--temperature", "-1"], "temperature is -1.0; expected a number from 0"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--seed", "9" * 20], "expected a number of 64 bits"),
+        (["--mic"], "--mic takes the microphone, and recordings were given too"),
+        (["--input-device", "usb"], "--input-device names a microphone; add --mic"),
     ],
 )
 def test_arguments_that_do_not_go_together(capsys, tmp_path, monkeypatch, arguments, message):
@@ -139,7 +146,7 @@ def test_arguments_that_do_not_go_together(capsys, tmp_path, monkeypatch, argume
 
 @pytest.mark.parametrize("device", ["gpu", "tpu"])
 def test_a_device_that_is_not_there(device):
-    command = [sys.executable, "-m", "dsm_jax.cli", "transcribe", CLIP, *MODEL, "--device", device]
+    command = [sys.executable, "-m", "dsm_jax", "transcribe", CLIP, *MODEL, "--device", device]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert f"--device {device} is not to be had here" in done.stderr.splitlines()[-1]
@@ -195,7 +202,7 @@ def test_convert(capsys, tmp_path, result):
 
 
 def test_programs_are_kept_unless_told_otherwise(tmp_path):
-    command = [sys.executable, "-m", "dsm_jax.cli", "codec", "encode", CLIP, str(tmp_path / "c.safetensors")]
+    command = [sys.executable, "-m", "dsm_jax", "codec", "encode", CLIP, str(tmp_path / "c.safetensors")]
     command += ["--model", str(stt_model.CHECKPOINT)]
     env = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path / "home")}
     subprocess.run(command, env=env, check=True, capture_output=True)
@@ -208,13 +215,86 @@ def test_programs_are_kept_unless_told_otherwise(tmp_path):
 
 
 def test_a_file_that_fails_midway_costs_only_itself(capsys, tmp_path, result):
-    whole = tmp_path / "whole.flac"
-    audio.write(whole, np.tile(stt_model.recording(), 4), 24_000)
-    (tmp_path / "cut.flac").write_bytes(whole.read_bytes()[: whole.stat().st_size * 4 // 5])
-    code, out, err = run(capsys, "transcribe", tmp_path / "cut.flac", CLIP, *MODEL)
+    pcm = np.tile(stt_model.recording(), 4)
+    pcm[-9] = np.nan
+    soundfile.write(tmp_path / "bad.wav", pcm, 24_000, subtype="FLOAT")
+    code, out, err = run(capsys, "transcribe", tmp_path / "bad.wav", CLIP, *MODEL)
     assert code == 1
     assert out == f"{CLIP}: {result.text}\n"
-    assert "cut.flac" in err
+    assert "bad.wav holds NaN" in err
+
+
+def test_a_file_that_was_cut_short_is_transcribed_with_a_warning(capsys, tmp_path):
+    path = tmp_path / "cut.flac"
+    path.write_bytes(stt_model.RECORDING.read_bytes()[:-7])
+    code, out, err = run(capsys, "transcribe", path, *MODEL)
+    assert code == 0
+    assert out.strip()
+    assert re.fullmatch(r"dsm-jax: .*cut\.flac lacks 0\.\d s of its 5\.9 s: .*; the rest is used\n", err), err
+    assert run(capsys, "transcribe", path, *MODEL, "--quiet") == (0, out, "")
+
+
+def test_jsonl_has_a_line_for_each_event_and_the_end(capsys, result):
+    code, out, _ = run(capsys, "transcribe", CLIP, *MODEL, "--format", "jsonl")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [line["text"] for line in lines if line["type"] == "word"] == [word.text for word in result.words]
+    assert [line["time"] for line in lines if line["type"] == "pause"] == [round(p.time, 3) for p in result.pauses]
+    assert lines[-1] == {"audio": CLIP, "type": "end", "duration": round(result.duration, 3), "text": result.text}
+    assert {line["audio"] for line in lines} == {CLIP}
+
+
+def test_a_name_that_is_not_utf8_costs_nothing(capfd, tmp_path, result):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.flac"
+    shutil.copy(CLIP, path)
+    assert cli.main(["transcribe", os.fsdecode(path), CLIP, *MODEL]) == 0
+    assert capfd.readouterr().out.count(result.text) == 2
+    assert cli.main(["transcribe", os.fsdecode(path), *MODEL, "--format", "json", "--output-dir", str(tmp_path)]) == 0
+    (made,) = tmp_path.glob("*.json")
+    assert json.loads(made.read_text(encoding="utf-8"))["text"] == result.text
+
+
+@pytest.mark.parametrize(
+    ("shell", "code", "message"),
+    [
+        ("{command} {clip} > /dev/full", 1, "standard output cannot be written (No space left on device)"),
+        ("{command} - <&-", 1, "standard input"),
+        ("PYTHONIOENCODING=ascii {command} {clip}", 0, None),
+    ],
+)
+def test_odd_standard_streams_are_one_line_at_most(shell, code, message):
+    command = shlex.join([sys.executable, "-m", "dsm_jax", "transcribe", *MODEL])
+    script = shell.format(command=command, clip=shlex.quote(CLIP))
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert len(done.stderr.splitlines()) == (1 if message else 0), done.stderr
+    assert message is None or message in done.stderr
+
+
+def test_one_interrupt_ends_the_command():
+    command = [sys.executable, "-m", "dsm_jax", "transcribe", *[CLIP] * 40, *MODEL, "--batch-size", "1"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running.stdout.readline()
+    running.send_signal(signal.SIGINT)
+    assert running.wait(timeout=20) == 130
+    running.communicate()
+
+
+def test_damaged_entries_of_the_compile_cache_are_replaced(tmp_path):
+    command = [sys.executable, "-m", "dsm_jax", "codec", "encode", CLIP, str(tmp_path / "c.safetensors")]
+    command += ["--model", str(stt_model.CHECKPOINT), "--cache-dir", str(tmp_path / "cache")]
+    env = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    entries = list((tmp_path / "cache").glob("*-cache"))
+    assert entries
+    for entry in entries:
+        entry.write_bytes(entry.read_bytes()[:100])
+    second = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    assert "damaged entries of the compile cache" in second.stderr
+    assert "Error reading persistent" not in second.stderr
+    assert all(entry.stat().st_size > 100 for entry in entries)
+    third = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    assert "damaged" not in third.stderr
 
 
 def test_a_file_that_cannot_be_written_costs_only_itself(capsys, tmp_path):
@@ -258,7 +338,7 @@ def test_bench_prints_a_row_per_measurement(capsys, monkeypatch):
 
 
 def test_a_reader_that_has_enough_is_no_error():
-    command = [sys.executable, "-m", "dsm_jax.cli", "transcribe", CLIP, *MODEL]
+    command = [sys.executable, "-m", "dsm_jax", "transcribe", CLIP, *MODEL]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     running.stdout.close()
     assert (running.wait(), running.stderr.read()) == (0, b"")

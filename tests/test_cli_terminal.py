@@ -32,7 +32,7 @@ def read_terminal(terminal: int) -> bytes:
 
 def test_the_text_goes_to_standard_output_while_a_bar_is_shown(result):
     terminal, stderr = pty.openpty()
-    command = [sys.executable, "-m", "dsm_jax.cli", "transcribe", CLIP, *MODEL]
+    command = [sys.executable, "-m", "dsm_jax", "transcribe", CLIP, *MODEL]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
     os.close(stderr)
     shown = read_terminal(terminal)  # as it comes: a bar that nobody reads would wait for ever once its buffer is full
@@ -43,7 +43,7 @@ def test_the_text_goes_to_standard_output_while_a_bar_is_shown(result):
 
 def test_results_on_a_terminal_are_not_wrapped(result):
     terminal, both = pty.openpty()
-    command = [sys.executable, "-m", "dsm_jax.cli", "transcribe", CLIP, *MODEL, "--format", "json"]
+    command = [sys.executable, "-m", "dsm_jax", "transcribe", CLIP, *MODEL, "--format", "json"]
     running = subprocess.Popen(command, stdout=both, stderr=both, env={**os.environ, "COLUMNS": "40"})
     os.close(both)
     shown = read_terminal(terminal)

@@ -7,28 +7,34 @@ from pathlib import Path
 
 import pytest
 
+from dsm_jax.cli import speak as command
 from dsm_jax.errors import SpeechError
-from dsm_jax.tts import Request, command
+from dsm_jax.tts import Dialogue, Request, SynthesizeOptions, Turn
 from tests.helpers import tts_model
 
 TEXT = "good morning everyone"
+OPTIONS = SynthesizeOptions()
 
 
 def test_a_text_is_one_job_for_the_voices_given():
-    assert command.read_jobs("Say this.", ["anna", "ben"]) == [command.Job(Request("Say this.", ("anna", "ben")))]
+    assert command.read_jobs("Say this.", ["anna", "ben"]) == [
+        command.Job(Request("Say this.", ("anna", "ben"), options=OPTIONS))
+    ]
     for text in ("e.g. this.txt", "word", "é" * 200, "a/" * 120, "long " * 100, "語" * 5000):
-        assert command.read_jobs(text, []) == [command.Job(Request(text))]
+        assert command.read_jobs(text, []) == [command.Job(Request(text, options=OPTIONS))]
 
 
 @pytest.mark.parametrize("name", ["letter.txt", "letter", "my letter.md"])
 def test_a_file_of_text_is_one_job(tmp_path, name):
     (tmp_path / name).write_text("Good\nmörning.\n", encoding="utf-8")
-    assert command.read_jobs(str(tmp_path / name), ["anna"]) == [command.Job(Request("Good\nmörning.\n", ("anna",)))]
+    assert command.read_jobs(str(tmp_path / name), ["anna"]) == [
+        command.Job(Request("Good\nmörning.\n", ("anna",), options=OPTIONS))
+    ]
 
 
 def test_standard_input_is_one_job(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Good\nmörning.\n".encode()), encoding="utf-8"))
-    assert command.read_jobs("-", ["anna"]) == [command.Job(Request("Good\nmörning.\n", ("anna",)))]
+    assert command.read_jobs("-", ["anna"]) == [command.Job(Request("Good\nmörning.\n", ("anna",), options=OPTIONS))]
 
 
 def test_standard_input_that_is_no_text_is_refused(monkeypatch):
@@ -43,29 +49,64 @@ def test_requests_are_jobs_with_names_and_may_have_voices(tmp_path):
         tmp_path, *[row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     )
     assert command.read_jobs(str(path), ["carl"]) == [
-        command.Job(Request(("a", "b"), ("ben", "anna")), "one"),
-        command.Job(Request(("c\u2028d",), ("carl",)), "2.b"),
+        command.Job(Request(("a", "b"), ("ben", "anna"), options=OPTIONS), "one"),
+        command.Job(Request(("c\u2028d",), ("carl",), options=OPTIONS), "2.b"),
     ]
+
+
+def test_requests_may_have_options_and_turns_their_voices(tmp_path):
+    rows = [
+        {"id": "a", "text": "x", "voice": "ann", "seed": 3, "temperature": 0, "codebooks": 2},
+        {"id": "b", "turns": [{"text": "x", "voice": "ann"}, {"text": "y", "voice": "ben"}, {"text": "z"}]},
+    ]
+    path = tts_model.write_requests(tmp_path, *rows)
+    own = SynthesizeOptions(seed=3, temperature=0, codebooks=2, top_k=9)
+    given = SynthesizeOptions(top_k=9)
+    turns = Dialogue([Turn("x", "ann"), Turn("y", "ben"), Turn("z", "ann")])
+    assert command.read_jobs(str(path), ["ann"], given) == [
+        command.Job(Request(("x",), ("ann",), options=own), "a"),
+        command.Job(Request.of(turns, None, given), "b"),
+    ]
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfGood morning.")
+    (job,) = command.read_jobs(str(tmp_path / "a.txt"), [])
+    assert job.request.text == "Good morning."
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"id": "one", "text": "Good morning."}\n')
+    (job,) = command.read_jobs(str(tmp_path / "a.jsonl"), [])
+    assert job.name == "one"
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", r"requests\.jsonl:2 is not JSON \(.*\); write one object a line: id, turns and voices"),
-        ([1], r"requests\.jsonl:2 has list; a request has id and turns, and may have voices"),
-        ({"id": "x"}, r"requests\.jsonl:2 has \['id'\]; a request has id and turns"),
-        ({"turns": ["x"]}, r"requests\.jsonl:2 has \['turns'\]; a request has id and turns"),
-        ({"id": "x", "turns": ["a"], "voice": []}, r"2 has \['id', 'turns', 'voice'\]; a request has id and turns"),
-        ({"id": 3, "turns": ["a"]}, "2 has id = 3; id is a text, turns and voices are lists of texts"),
-        ({"id": "x", "turns": 3}, "2 has turns = 3; id is a text"),
-        ({"id": "x", "turns": "a"}, "2 has turns = 'a'; id is a text"),
-        ({"id": "x", "turns": [3]}, r"2 has turns = \[3\]; id is a text"),
-        ({"id": "x", "turns": ["a"], "voices": [None]}, r"2 has voices = \[None\]; id is a text"),
-        ({"id": "x", "turns": ["a"], "voices": None}, "2 has voices = None; id is a text"),
-        ({"id": "", "turns": ["a"]}, "2 has the id ''; it names files, so give one without slashes"),
+        ("{", r"requests\.jsonl:2 is not JSON \(.*\); write one object a line: id, text and voice"),
+        ([1], r"requests\.jsonl:2 has list; a request has an id, and either a text or turns"),
+        ({"id": "x"}, r"requests\.jsonl:2 has \['id'\]; a request has an id, and either a text or turns"),
+        ({"turns": ["x"]}, r"requests\.jsonl:2 has \['turns'\]; a request has an id"),
+        ({"id": "x", "text": "a", "turns": ["a"]}, r"has \['id', 'text', 'turns'\]; a request has an id, and either"),
+        (
+            {"id": "x", "turns": ["a"], "speaker": "b"},
+            "2 has 'speaker', which is unknown; a request may have id, text,",
+        ),
+        ({"id": 3, "turns": ["a"]}, "2 has the id 3; it names files, so give a text without slashes"),
+        ({"id": "x", "turns": 3}, "2 has the turns 3; expected a list of texts, or of objects"),
+        ({"id": "x", "turns": "a"}, "2 has the turns 'a'; expected a list"),
+        ({"id": "x", "text": 3}, r"2 has the turns \[3\]; expected a list of texts"),
+        ({"id": "x", "turns": ["a"], "voices": [None]}, r"2 has the voices \[None\]; expected a text, or a list"),
+        ({"id": "x", "turns": ["a"], "voices": "b"}, "2 has the voices 'b'; expected a text"),
+        (
+            {"id": "x", "turns": [{"text": "a", "to": "b"}]},
+            r"2 has the turn \{.*'to': 'b'\}; expected an object of text",
+        ),
+        ({"id": "x", "text": "a", "seed": "b"}, "2 has seed = 'b'; expected a number"),
+        ({"id": "x", "text": "a", "top_k": 2.5}, r"2 has top_k = 2\.5; expected a number"),
+        ({"id": "x", "text": "a", "temperature": -1}, "2: temperature is -1; expected a number from 0"),
+        ({"id": "", "turns": ["a"]}, "2 has the id ''; it names files, so give a text without slashes"),
         ({"id": "..", "turns": ["a"]}, r"2 has the id '\.\.'; it names files"),
         ({"id": "a\0b", "turns": ["a"]}, r"2 has the id 'a\\x00b'; it names files"),
-        ({"id": "../x", "turns": ["a"]}, "2 has the id '../x'; it names files, so give one without slashes"),
+        ({"id": "../x", "turns": ["a"]}, "2 has the id '../x'; it names files, so give a text without slashes"),
         ({"id": "first", "turns": ["a"]}, "requests.jsonl has the id 'first' more than once; it names files, so give"),
     ],
 )
@@ -87,7 +128,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         with pytest.raises(SpeechError, match=rf"{name} cannot be read \({why}\); give a text, or a file of one"):
             command.read_jobs(str(tmp_path / name), [])
     with pytest.raises(
-        SpeechError, match=r"requests\.jsonl has no requests; write one JSON object a line: id, turns and"
+        SpeechError, match=r"requests\.jsonl has no requests; write one JSON object a line: id, text and"
     ):
         command.read_jobs(str(tts_model.write_requests(tmp_path, "", " ")), [])
 
@@ -97,9 +138,9 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     [
         (
             False,
-            "talk.mp3",
+            "talk.aac",
             False,
-            r"talk.mp3 cannot be written: it does not end in .wav, .flac, .ogg; name another file",
+            r"talk.aac cannot be written: it does not end in .wav, .flac, .ogg, .opus, .mp3; name another file",
         ),
         (False, "talk", False, "talk cannot be written: it does not end in"),
         (False, "nowhere/talk.wav", False, "there is no folder nowhere; name another file, or - to play"),
@@ -113,12 +154,16 @@ def test_outputs_that_cannot_be_written_are_refused(tmp_path, monkeypatch, named
     monkeypatch.chdir(tmp_path)
     Path("taken").write_text("a file")
     with pytest.raises(SpeechError, match=message):
-        command.check_output([command.Job(Request(TEXT), "id" if named else None)], output, save_frames=frames)
+        command.check_output(
+            [command.Job(Request(TEXT, options=OPTIONS), "id" if named else None)], output, save_frames=frames
+        )
 
 
 def test_outputs_that_can_be_written_are_accepted_and_folders_made(tmp_path):
     for output in ("-", str(tmp_path / "talk.wav"), str(tmp_path / "talk.FLAC"), str(tmp_path / "talk.ogg")):
-        command.check_output([command.Job(Request(TEXT))], output, save_frames=False)
-    command.check_output([command.Job(Request(TEXT), "id")], str(tmp_path / "new/folder"), save_frames=True)
+        command.check_output([command.Job(Request(TEXT, options=OPTIONS))], output, save_frames=False)
+    command.check_output(
+        [command.Job(Request(TEXT, options=OPTIONS), "id")], str(tmp_path / "new/folder"), save_frames=True
+    )
     assert (tmp_path / "new/folder").is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["new"]

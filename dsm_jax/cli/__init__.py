@@ -40,7 +40,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     args = parser().parse_args(argv)
     terminal.set_up(quiet=args.quiet, verbose=args.verbose)
-    terminal.end_at_first_interrupt()
+    with terminal.ended_by_one_interrupt():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run the chosen command; return the exit code."""
     try:
         code = COMMANDS.get(args.command, _other)(args)
         if sys.stdout is not None:

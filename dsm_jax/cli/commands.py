@@ -25,7 +25,7 @@ def codec_encode(args: argparse.Namespace) -> int:
             file.write(save({"codes": codes_QT}, metadata=facts))
     except OSError as error:
         raise UsageError(f"{args.output} cannot be written ({error.strerror}); choose another place") from None
-    terminal.say(f"{args.output}: {codes_QT.shape[0]} codebooks x {codes_QT.shape[1]} frames")
+    terminal.note(f"{args.output}: {codes_QT.shape[0]} codebooks x {codes_QT.shape[1]} frames")
     return 0
 
 
@@ -37,7 +37,7 @@ def codec_decode(args: argparse.Namespace) -> int:
     model = load(args, stt_only=False)
     pcm = codec.decode(model, codec.read_codes(args.input))
     audio.write(args.output, pcm, model.config.mimi.sample_rate)
-    terminal.say(f"{args.output}: {pcm.size / model.config.mimi.sample_rate:.2f} s")
+    terminal.note(f"{args.output}: {pcm.size / model.config.mimi.sample_rate:.2f} s")
     return 0
 
 
@@ -66,7 +66,7 @@ def train(args: argparse.Namespace) -> int:
 
     config, run = tasks.read_config(args.config, tasks.library_tasks())
     model = run(config, resume=args.resume)
-    terminal.say(f"trained: {model!r}")
+    terminal.note(f"trained: {model!r}")
     return 0
 
 

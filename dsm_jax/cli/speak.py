@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
                 failed += 1
                 terminal.refuse(result if len(jobs) == 1 else f"{name}: {result}")
             elif args.output != "-" and not args.quiet:
-                terminal.say(f"{name}: {result.duration:.2f} s")
+                terminal.note(f"{name}: {result.duration:.2f} s")
     return 1 if failed else 0
 
 

@@ -44,7 +44,6 @@ def set_up(*, quiet: bool, verbose: bool) -> None:
             stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     log = logging.getLogger("dsm_jax")
     log.handlers = [_Handler()]
-    log.propagate = False
     log.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
 
 
@@ -60,6 +59,11 @@ def say(message: object, *, style: str = "") -> None:
     console().print(f"dsm-jax: {message}", style=style, soft_wrap=True, markup=False, highlight=False)
 
 
+def note(message: object) -> None:
+    """Print what was done on standard error, as it is."""
+    console().print(str(message), soft_wrap=True, markup=False, highlight=False)
+
+
 def refuse(reason: object) -> None:
     """Print why something failed."""
     say(reason, style="red")
@@ -68,7 +72,8 @@ def refuse(reason: object) -> None:
 _ending: threading.Timer | None = None
 
 
-def end_at_first_interrupt() -> None:
+@contextlib.contextmanager
+def ended_by_one_interrupt() -> Iterator[None]:
     """Make one Ctrl-C enough: where Python drops the exception it raises, the process ends a second later."""
 
     def interrupt(*_: object) -> None:
@@ -78,8 +83,15 @@ def end_at_first_interrupt() -> None:
         _ending.start()
         raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, interrupt)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        interrupt_was_handled()
+        signal.signal(signal.SIGINT, before)
 
 
 def interrupt_was_handled() -> None:
