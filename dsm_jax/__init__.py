@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # What an editor and a type checker see; _MODULE_OF is what runs.
     from dsm_jax.checkpoints import Model, load
     from dsm_jax.errors import BatchError, DsmError
+    from dsm_jax.evaluation import Evaluation, evaluate
     from dsm_jax.stt import (
         Listener,
         Options,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # What an editor and a type checker see; _MODULE_OF is what r
 __all__ = [
     "BatchError",
     "DsmError",
+    "Evaluation",
     "Listener",
     "Model",
     "Options",
@@ -39,6 +41,7 @@ __all__ = [
     "Word",
     "WordEnded",
     "WordStarted",
+    "evaluate",
     "load",
     "stream",
     "synthesize",
@@ -49,6 +52,7 @@ __all__ = [
 _MODULE_OF = {
     "BatchError": "dsm_jax.errors",
     "DsmError": "dsm_jax.errors",
+    "Evaluation": "dsm_jax.evaluation",
     "Listener": "dsm_jax.stt",
     "Model": "dsm_jax.checkpoints",
     "Options": "dsm_jax.stt",
@@ -62,6 +66,7 @@ _MODULE_OF = {
     "Word": "dsm_jax.stt",
     "WordEnded": "dsm_jax.stt",
     "WordStarted": "dsm_jax.stt",
+    "evaluate": "dsm_jax.evaluation",
     "load": "dsm_jax.checkpoints",
     "stream": "dsm_jax.stt",
     "synthesize": "dsm_jax.tts",

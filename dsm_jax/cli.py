@@ -177,6 +177,33 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure the errors and speed of a model on a data set, or compare two results."""
+    from dsm_jax.evaluation import command
+
+    if args.compare and args.source:
+        raise UsageError("--compare reads results that are there, and a source was given too; leave one of them out")
+    if args.compare:
+        print(command.compare(*args.compare, worst=args.worst))
+        return 0
+    if not args.source:
+        raise UsageError("there is nothing to evaluate; give recordings, or --compare A.json B.json")
+    asked = ("source", "normalizer", "streaming", "batch_size", "limit", "output", "plot", "worst", "resume")
+    job = command.Job(**{name: getattr(args, name) for name in asked})
+    model = _load(args, listen_only=True)
+    with terminal.progress(quiet=args.quiet) as bar:
+        task = bar.add_task("evaluating", total=None)
+
+        def heard(done: int, total: int, seconds: float) -> None:
+            bar.update(task, description=f"{done} of {total}", completed=seconds, total=seconds / done * total)
+
+        evaluation = command.run(model, job, progress=heard)
+        for failure in evaluation.failed:
+            terminal.refuse(bar, f"{failure.id}: {failure.reason}")
+    print(command.text(evaluation, worst=args.worst))
+    return 1 if evaluation.failed else 0
+
+
 def bench(args: argparse.Namespace) -> int:
     """Times the published sizes on this machine, with random weights."""
     _set_up_jax(args)
@@ -276,6 +303,7 @@ COMMANDS = {
     "codec_decode": codec_decode,
     "convert": convert,
     "train": train,
+    "evaluate": evaluate,
     "bench": bench,
 }
 

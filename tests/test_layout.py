@@ -21,7 +21,7 @@ LEVELS = (
     ("checkpoints",),
     ("runtime",),
     ("codec", "stt", "tts"),
-    ("benchmark", "training"),
+    ("benchmark", "evaluation", "training"),
     ("arguments", "cli", "malloc", "tasks", "terminal"),
     ("dsm_jax",),
 )
