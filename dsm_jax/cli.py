@@ -188,8 +188,16 @@ def evaluate(args: argparse.Namespace) -> int:
         return 0
     if not args.source:
         raise UsageError("there is nothing to evaluate; give recordings, or --compare A.json B.json")
-    asked = ("source", "normalizer", "streaming", "batch_size", "limit", "output", "plot", "worst", "resume")
-    job = command.Job(**{name: getattr(args, name) for name in asked})
+    job = command.Job(
+        source=args.source,
+        normalizer=args.normalizer,
+        streaming=args.streaming,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        output=args.output,
+        plot=args.plot,
+        resume=args.resume,
+    )
     model = _load(args, listen_only=True)
     with terminal.progress(quiet=args.quiet) as bar:
         task = bar.add_task("evaluating", total=None)

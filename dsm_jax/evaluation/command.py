@@ -19,7 +19,6 @@ class Job:
       normalizer, streaming, batch_size, limit: as for `evaluate`.
       output: a JSON file of results; rows are kept in a `.jsonl` beside it while it runs. None writes neither.
       plot: a picture of the word error rates; None draws none.
-      worst: how many of the worst recordings are printed with both texts.
       resume: go on from the rows that are there.
     """
 
@@ -30,7 +29,6 @@ class Job:
     limit: int | None = None
     output: Path | None = None
     plot: Path | None = None
-    worst: int = 0
     resume: bool = False
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ manifests for training can be evaluated on.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from dsm_jax.audio import Source
@@ -85,6 +85,11 @@ def read(source: str | Path) -> Dataset:
         )
     if not found:
         raise EvaluationError(f"{source} has no recordings; expected a folder of them, or lines {_FORMAT}")
+    return gather(str(source), found)
+
+
+def gather(name: str, found: Iterable[Sample | Failure]) -> Dataset:
+    """Make a data set; a recording with the id of another is a failure."""
     samples, failures, seen = [], [], set()
     for one in found:
         if isinstance(one, Failure):
@@ -94,7 +99,7 @@ def read(source: str | Path) -> Dataset:
         else:
             seen.add(one.id)
             samples.append(one)
-    return Dataset(str(source), tuple(samples), tuple(failures))
+    return Dataset(name, tuple(samples), tuple(failures))
 
 
 def _folder(folder: Path) -> Iterator[Sample | Failure]:
@@ -106,7 +111,7 @@ def _folder(folder: Path) -> Iterator[Sample | Failure]:
             yield Failure(path.name, f"there is no {path.stem}.json or {path.stem}.txt beside it; write what was said")
             continue
         try:
-            text = _text(transcript)
+            text = _text(_bytes(transcript))
             if transcript.suffix == ".json":
                 text = _reference(_object(text, '{"text": TEXT}'))
             yield Sample(path.name, text, path)
@@ -119,11 +124,11 @@ def _folder(folder: Path) -> Iterator[Sample | Failure]:
 
 
 def _manifest(path: Path) -> Iterator[Sample | Failure]:
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_bytes(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
-            values = _object(line, _FORMAT)
+            values = _object(_text(line), _FORMAT)
             recording, name = values.get("audio"), values.get("id", values.get("audio"))
             if not isinstance(recording, str):
                 raise EvaluationError(f"the key 'audio' is {recording!r}; expected the path of a recording: {_FORMAT}")
@@ -134,13 +139,18 @@ def _manifest(path: Path) -> Iterator[Sample | Failure]:
             yield Failure(f"{path.name} line {number}", str(error))
 
 
-def _text(path: Path) -> str:
+def _bytes(path: Path) -> bytes:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes()
     except OSError as error:
-        raise EvaluationError(f"it cannot be read ({error.strerror}); check its permissions") from None
+        raise EvaluationError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
+
+
+def _text(written: bytes) -> str:
+    try:
+        return written.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path} is not text in UTF-8 ({error.reason}); save it as UTF-8") from None
+        raise EvaluationError(f"this is not text in UTF-8 ({error.reason}); save it as UTF-8") from None
 
 
 def _object(text: str, expected: str) -> dict[str, object]:

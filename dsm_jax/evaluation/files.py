@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -18,18 +17,15 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
     Raises:
       EvaluationError: the file cannot be written there.
     """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with beside.open("wb") as file:
+            yield file
+        beside.replace(path)
     except OSError as error:
         raise EvaluationError(f"{path} cannot be written ({error.strerror}); give another place") from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        os.chmod(beside, 0o644)  # a temporary file is its owner's alone
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 class Journal:
@@ -53,10 +49,10 @@ class Journal:
             if lines:
                 self._check(_parsed(path, 1, lines[0]), run)
                 self.rows = [_parsed(path, number, line) for number, line in enumerate(lines[1:], 2)]
-            self._file = path.open("ab", buffering=0)
-            self._file.truncate(len(whole))
+            if whole != written:
+                path.write_bytes(whole)
         except OSError as error:
-            raise EvaluationError(f"{path} cannot be kept ({error.strerror}); give another place") from None
+            raise EvaluationError(f"{path} cannot be read or written ({error.strerror}); give another place") from None
         if not lines:
             self.append(run)
 
@@ -69,12 +65,16 @@ class Journal:
                 )
 
     def append(self, row: dict[str, object]) -> None:
-        """Write a line in one piece."""
-        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        """Write a line in one piece.
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        Raises:
+          EvaluationError: it cannot be written.
+        """
+        try:
+            with self.path.open("ab") as file:
+                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        except OSError as error:
+            raise EvaluationError(f"{self.path} cannot be written ({error.strerror}); give another place") from None
 
 
 def _parsed(path: Path, number: int, line: bytes) -> dict[str, object]:

@@ -143,12 +143,12 @@ class Evaluation:
 
     @property
     def real_time_factor(self) -> float:
-        """Seconds of audio per second of processing, as the published script counts it: above 1 is faster than life."""
+        """Seconds of audio per second of processing, as the published script counts it: high is fast."""
         return self.audio_seconds / self.processing_seconds
 
     @property
     def inverse_real_time_factor(self) -> float:
-        """Seconds of processing per second of audio: below 1 is faster than life."""
+        """Seconds of processing per second of audio: low is fast."""
         return self.processing_seconds / self.audio_seconds
 
     @property
@@ -177,11 +177,12 @@ class Evaluation:
         words = sum(one.words for one in errors)
         counts = [sum(getattr(one, name) for one in errors) for name in ("substituted", "inserted", "deleted")]
         edits = ", ".join(f"{n} {what}" for n, what in zip(counts, ("substituted", "inserted", "deleted"), strict=True))
-        ranges = self.intervals or _NO_INTERVALS
+        found = self.intervals
+        ranges = [_range(one) for one in (found.corpus_wer, found.mean_wer, found.cer)] if found else [""] * 3
         rows = [
-            ("corpus WER", percent(self.corpus_wer), f"{_range(ranges.corpus_wer)}of {words} words: {edits}"),
-            ("mean WER", percent(self.mean_wer), f"{_range(ranges.mean_wer)}of {plural(len(errors), 'recording')}"),
-            ("mean CER", percent(self.cer), _range(ranges.cer).rstrip("; ")),
+            ("corpus WER", percent(self.corpus_wer), f"{ranges[0]}of {words} words: {edits}"),
+            ("mean WER", percent(self.mean_wer), f"{ranges[1]}of {plural(len(errors), 'recording')}"),
+            ("mean CER", percent(self.cer), ranges[2].rstrip("; ")),
             ("speed", f"{self.real_time_factor:.2f}", "seconds of audio per second of processing"),
             ("", f"{self.inverse_real_time_factor:.4f}", "seconds of processing per second of audio"),
         ]
@@ -228,10 +229,6 @@ class Evaluation:
             file.write((json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
 
 
-_NONE: Any = None
-_NO_INTERVALS = Intervals(_NONE, _NONE, _NONE)
-
-
 def load(path: str | Path) -> Evaluation:
     """Read a file that `Evaluation.save` has written.
 
@@ -241,7 +238,10 @@ def load(path: str | Path) -> Evaluation:
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         return Evaluation(
-            *(values[name] for name in ("model", "source", "normalizer", "streaming")),
+            model=values["model"],
+            source=values["source"],
+            normalizer=values["normalizer"],
+            streaming=values["streaming"],
             files=tuple(_row(row) for row in values["files"]),
             skipped=tuple(values["skipped"]),
             failed=tuple(Failure(**one) for one in values["failed"]),
@@ -257,7 +257,10 @@ def load(path: str | Path) -> Evaluation:
 
 def _row(values: dict[str, Any]) -> FileResult:
     return FileResult(
-        *[values[name] for name in ("id", "reference", "normalized_reference", "normalized_hypothesis")],
+        id=values["id"],
+        reference=values["reference"],
+        normalized_reference=values["normalized_reference"],
+        normalized_hypothesis=values["normalized_hypothesis"],
         errors=Errors(**{field.name: values[field.name] for field in dataclasses.fields(Errors)}),
         heard=heard_from(values),
     )
@@ -279,5 +282,5 @@ def _edits(errors: Errors) -> str:
     return f"{errors.total} of {errors.words}" + (f": {listed}" if listed else "")
 
 
-def _range(interval: Interval | None) -> str:
-    return "" if interval is None else f"95 %: {100 * interval.low:.2f} to {percent(interval.high)}; "
+def _range(interval: Interval) -> str:
+    return f"95 %: {100 * interval.low:.2f} to {percent(interval.high)}; "

@@ -6,7 +6,7 @@ from pathlib import Path
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import ConfigError, DsmError, EvaluationError
 from dsm_jax.evaluation import datasets, listening, metrics, normalizers
-from dsm_jax.evaluation.datasets import Dataset, Failure, Sample
+from dsm_jax.evaluation.datasets import Failure, Sample
 from dsm_jax.evaluation.files import Journal
 from dsm_jax.evaluation.listening import Heard, Options
 from dsm_jax.evaluation.results import Evaluation, FileResult, heard_from
@@ -59,10 +59,14 @@ def evaluate(
         if value is not None and value < least:
             raise ConfigError(f"{name} is {value}; give {least} or more")
     normalize, options = normalizers.normalizer(normalizer), options or Options()
-    dataset = datasets.read(source) if isinstance(source, str | Path) else Dataset("samples", tuple(source))
-    references = {sample.id: normalize(sample.reference) for sample in dataset.samples}
-    samples = [sample for sample in dataset.samples if normalizers.counts(references[sample.id])][:limit]
-    skipped = tuple(sample.id for sample in dataset.samples if not normalizers.counts(references[sample.id]))
+    dataset = datasets.read(source) if isinstance(source, str | Path) else datasets.gather("samples", source)
+    references: dict[str, str] = {}
+    samples, skipped = [], []
+    for sample in dataset.samples:
+        if len(samples) == limit:
+            break
+        references[sample.id] = normalize(sample.reference)
+        (samples if normalizers.counts(references[sample.id]) else skipped).append(sample)
     metrics.score("word", "word")  # says what is missing before there is work to lose
 
     def result(sample: Sample, heard: Heard) -> FileResult:
@@ -91,8 +95,6 @@ def evaluate(
                     journal.append(result(sample, heard).to_dict())
             if progress is not None:
                 progress(count, len(samples), seconds)
-    if journal is not None:
-        journal.close()
     files = tuple(result(sample, done[sample.id]) for sample in samples if sample.id in done)
     if not files:
         why = f"{failures[0].id}: {failures[0].reason}" if failures else "no reference has words once normalized"
@@ -104,7 +106,7 @@ def evaluate(
         normalizer,
         streaming,
         files,
-        skipped,
+        tuple(sample.id for sample in skipped),
         tuple(failures),
         metrics.intervals(errors, resamples=bootstrap, seed=seed),
     )
