@@ -175,6 +175,16 @@ def test_the_interval_holds_the_true_rate_as_often_as_it_says():
     assert 0.90 <= held / 200 <= 0.99  # 0.95, give or take three standard deviations of 200 draws
 
 
+def test_the_interval_is_as_wide_as_theory_has_it():
+    wrong = np.random.default_rng(0).binomial(20, 0.1, size=400)
+    errors = [Errors(20, int(w), 0, 0, w / 20, w / 10) for w in wrong]
+    found = metrics.intervals(errors, resamples=2000, seed=0)
+    for interval, rates in ((found.corpus_wer, wrong / 20), (found.mean_wer, wrong / 20), (found.cer, wrong / 10)):
+        normal = 2 * 1.96 * rates.std() / 20  # of the mean of 400
+        assert interval.high - interval.low == pytest.approx(normal, rel=0.08)  # one of 90 % is 16 % narrower
+        assert (interval.high + interval.low) / 2 == pytest.approx(rates.mean(), rel=0.02)
+
+
 def test_the_interval_depends_on_the_seed_alone():
     errors = [metrics.score(*pair) for pair in pairs(50)]
     found = [metrics.intervals(errors, resamples=100, seed=seed) for seed in (3, 3, 4)]
@@ -521,6 +531,14 @@ def test_results_are_read_back_as_they_were_written(tmp_path):
     assert {"id", "reference", "hypothesis", "normalized_reference", "wer", "cer", "duration"} <= values["files"][
         0
     ].keys()
+
+
+def test_the_worst_are_those_with_the_highest_rates():
+    half, whole, long = row("half", "a b", "a"), row("whole", "a", "b"), row("long", "a b", "c d")
+    found = evaluation(half, row("right", "a", "a"), whole, long)
+    assert found.worst(9) == (long, whole, half)
+    assert found.worst(1) == (long,)
+    assert found.worst(0) == ()
 
 
 def test_results_that_fail_while_they_are_written_leave_the_old_ones(tmp_path):
