@@ -77,7 +77,7 @@ def run(model: Model, job: Job, *, progress: Progress | None = None) -> Evaluati
 def text(evaluation: Evaluation, *, worst: int) -> str:
     """Write an evaluation out: the recordings, the worst ones with both texts, and the figures."""
     shown = [
-        f"{row.id}\n  said   {row.normalized_reference}\n  heard  {row.normalized_hypothesis}"
+        f"{row.id}\n  said   {row.normalized_reference}\n  heard  {row.normalized_hypothesis.strip() or '(nothing)'}"
         for row in evaluation.worst(worst)
     ]
     return "\n\n".join([evaluation.table(), *shown, evaluation.summary()])

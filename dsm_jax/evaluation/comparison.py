@@ -67,7 +67,7 @@ class Comparison:
             before, after = getattr(a, name), getattr(b, name)
             rows.append((label, percent(before), percent(after), _signed(after - before)))
         speeds = f"{a.real_time_factor:.2f}", f"{b.real_time_factor:.2f}"
-        rows.append(("audio per second", *speeds, f"{b.real_time_factor / a.real_time_factor:.2f} times"))
+        rows.append(("speed", *speeds, f"{b.real_time_factor / a.real_time_factor:.2f} times"))
         lines = [
             f"{plural(len(self.changes), 'recording')} in both, {self.left_out} in one only",
             aligned(rows, "<>>>"),
