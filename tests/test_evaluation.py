@@ -16,7 +16,17 @@ from matplotlib import image
 
 from dsm_jax import cli
 from dsm_jax.errors import AudioError, ConfigError, EvaluationError
-from dsm_jax.evaluation import comparison, datasets, hub_datasets, listening, metrics, normalizers, report, results
+from dsm_jax.evaluation import (
+    command,
+    comparison,
+    datasets,
+    hub_datasets,
+    listening,
+    metrics,
+    normalizers,
+    report,
+    results,
+)
 from dsm_jax.evaluation.datasets import Failure, Sample
 from dsm_jax.evaluation.listening import Heard
 from dsm_jax.evaluation.metrics import Errors
@@ -583,6 +593,13 @@ def test_the_table_and_the_summary_say_what_there_is():
         "starts told    0.50 s  after a word began: median of 1 words, 0.50 s at 95 %; 1 told after the audio"
         in summary
     )
+
+
+def test_the_worst_are_printed_with_both_texts():
+    found = evaluation(row("a", "one two", "one"), row("silent", "x y", ""), row("right", "x", "x"))
+    lines = command.text(found, worst=2).splitlines()
+    assert lines[5:11] == ["silent", "  said   x y", "  heard  (nothing)", "", "a", "  said   one two"]
+    assert command.text(found, worst=0) == found.table() + "\n\n" + found.summary()
 
 
 @pytest.mark.parametrize("name", ["wer.png", "wer.svg", "wer.pdf"])
