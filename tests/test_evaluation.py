@@ -634,7 +634,7 @@ def test_a_comparison_finds_what_changed():
     assert found.left_out == 1
     table = found.table()
     assert table.startswith("3 recordings in both, 1 in one only\n")
-    assert "corpus WER        25.00 %  25.00 %     +0.00 %" in table
+    assert "corpus WER  25.00 %  25.00 %     +0.00 %" in table
     assert "; 0 is inside: it may be chance\n" in table
     assert found.to_dict()["recordings"] == 3
 
