@@ -167,9 +167,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--limit", type=_positive, metavar="N", help="the first N recordings only")
     p.add_argument(
-        "--output", type=Path, metavar="FILE.json", help="write the results; rows go to FILE.jsonl as recordings end"
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        help="write the results; rows go to FILE.rows.jsonl as recordings end",
     )
-    p.add_argument("--resume", action="store_true", help="do not repeat the recordings that are in FILE.jsonl")
+    p.add_argument("--resume", action="store_true", help="do not repeat the recordings that are in FILE.rows.jsonl")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the word error rates")
     p.add_argument(
         "--worst", type=_positive, default=0, metavar="N", help="print both texts of the N worst recordings as well"

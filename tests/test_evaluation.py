@@ -388,12 +388,14 @@ def test_faults_of_the_hub_are_sentences(hub, monkeypatch):
     ):
         datasets.read("a/b")
     with pytest.raises(
-        EvaluationError, match=r"could not be fetched \(there is no such data set\); check its name; where"
+        EvaluationError,
+        match=r"^no/such::test is no folder .* fetched from the hub \(there is no such data set\); check",
     ):
         datasets.read("no/such")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        EvaluationError, match=r"^the data set .*:ami:test is read by a library .*: pip install datasets$"
+        EvaluationError,
+        match=r"ami:test is no folder or file here, and to fetch .* a library; run: pip install datasets$",
     ):
         datasets.read("ami")
 
@@ -495,6 +497,10 @@ def test_rows_of_another_run_are_refused(heard, tmp_path):
         evaluate(other, samples(a="one"), resume=path)
     with pytest.raises(EvaluationError, match="whose options was "):
         evaluate(MODEL, samples(a="one"), resume=path, options=listening.Options(seed=1))
+    path.write_text("my only copy, without an end of line")
+    with pytest.raises(EvaluationError, match=r"rows has no whole line of results; delete it, or give another file$"):
+        evaluate(MODEL, samples(a="one"), resume=path)
+    assert path.read_text() == "my only copy, without an end of line"
     path.write_text("nonsense\n")
     with pytest.raises(EvaluationError, match=r"line 1 is no JSON \(.*\); delete the line, or begin anew$"):
         evaluate(MODEL, samples(a="one"), resume=path)
@@ -694,6 +700,13 @@ def test_the_command_compares(capsys, tmp_path):
             ["x", "--output", "nosuch/a.json"],
             "nosuch/a.json cannot be written: there is no folder nosuch; make it first",
         ),
+        (["x/y/z"], "x/y/z is no folder, no file, and no data set; give one of them"),
+        (
+            [__file__],
+            f"no recording of {__file__} has a transcript that can be read; test_evaluation.py line 1: this is no",
+        ),
+        (["a.rows.jsonl", "--output", "a.json"], "a.rows.jsonl is the source, and would be overwritten; name another"),
+        (["a.json", "--output", "a.json"], "a.json is the source, and would be overwritten; name another file"),
         (["x", "--plot", "a.doc"], "a.doc is no plot that can be drawn; name it .png, .svg, .pdf"),
     ],
 )

@@ -142,5 +142,5 @@ def test_the_command_evaluates_a_folder_and_goes_on_where_it_stopped(capsys, tmp
         (folder / name).write_bytes(b"nothing any more")
     assert cli.main([*command, "--resume"]) == 0
     assert capsys.readouterr().out.splitlines()[:4] == lines[:4]
-    rows = (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = (tmp_path / "results.rows.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(rows) == 1 + 3

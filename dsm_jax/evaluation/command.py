@@ -1,11 +1,13 @@
 """Carry out `dsm-jax evaluate`: check the request, evaluate, and write the results."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import EvaluationError
-from dsm_jax.evaluation import comparison, normalizers, report, results
+from dsm_jax.evaluation import comparison, datasets, normalizers, report, results
+from dsm_jax.evaluation.datasets import Dataset
 from dsm_jax.evaluation.results import Evaluation
 from dsm_jax.evaluation.run import Progress, evaluate
 
@@ -17,7 +19,7 @@ class Job:
     Attributes:
       source: of recordings, as for `evaluate`.
       normalizer, streaming, batch_size, limit: as for `evaluate`.
-      output: a JSON file of results; rows are kept in a `.jsonl` beside it while it runs. None writes neither.
+      output: a JSON file of results; rows are kept in a `.rows.jsonl` beside it while it runs. None writes neither.
       plot: a picture of the word error rates; None draws none.
       resume: go on from the rows that are there.
     """
@@ -31,6 +33,11 @@ class Job:
     plot: Path | None = None
     resume: bool = False
 
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        """The recordings; read before the model, which takes longer."""
+        return datasets.read(self.source)
+
     def __post_init__(self) -> None:
         normalizers.normalizer(self.normalizer)
         if self.resume and self.output is None:
@@ -39,14 +46,17 @@ class Job:
             raise EvaluationError(f"--output is {self.output}; name a .json file")
         if self.plot is not None:
             report.check_plot(self.plot)
-        for path in (self.output, self.plot):
+        for path in (self.output, self.rows, self.plot):
+            if path is not None and path.resolve() == Path(self.source).resolve():
+                raise EvaluationError(f"{path} is the source, and would be overwritten; name another file")
             if path is not None and not path.parent.is_dir():
                 raise EvaluationError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+        _ = self.dataset
 
     @property
     def rows(self) -> Path | None:
         """The file of rows."""
-        return None if self.output is None else self.output.with_suffix(".jsonl")
+        return None if self.output is None else self.output.with_suffix(".rows.jsonl")
 
 
 def run(model: Model, job: Job, *, progress: Progress | None = None) -> Evaluation:
@@ -59,7 +69,7 @@ def run(model: Model, job: Job, *, progress: Progress | None = None) -> Evaluati
         job.rows.unlink(missing_ok=True)
     evaluation = evaluate(
         model,
-        job.source,
+        job.dataset,
         normalizer=job.normalizer,
         streaming=job.streaming,
         batch_size=job.batch_size,

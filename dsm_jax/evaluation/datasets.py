@@ -69,7 +69,8 @@ def read(source: str | Path) -> Dataset:
         "ORGANISATION/NAME:CONFIG:SPLIT" on the hub, of which config and split may be left out.
 
     Raises:
-      EvaluationError: there is no such data set, it has no recordings, or the library `datasets` is needed and missing.
+      EvaluationError: there is no such data set, it has no recordings with transcripts, or the
+        library `datasets` is needed and missing.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -83,9 +84,13 @@ def read(source: str | Path) -> Dataset:
             f"{source} is no folder, no file, and no data set; give one of them, ORGANISATION/NAME on the hub, or one "
             f"of {', '.join(hub_datasets.ALIASES)}"
         )
+    dataset = gather(str(source), found)
     if not found:
         raise EvaluationError(f"{source} has no recordings; expected a folder of them, or lines {_FORMAT}")
-    return gather(str(source), found)
+    if not dataset.samples:
+        first = dataset.failures[0]
+        raise EvaluationError(f"no recording of {source} has a transcript that can be read; {first.id}: {first.reason}")
+    return dataset
 
 
 def gather(name: str, found: Iterable[Sample | Failure]) -> Dataset:

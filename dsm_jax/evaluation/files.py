@@ -46,6 +46,8 @@ class Journal:
             # A run that was killed may have left half a line.
             whole = written[: written.rfind(b"\n") + 1]
             lines = whole.splitlines()
+            if written and not lines:
+                raise EvaluationError(f"{path} has no whole line of results; delete it, or give another file")
             if lines:
                 self._check(_parsed(path, 1, lines[0]), run)
                 self.rows = [_parsed(path, number, line) for number, line in enumerate(lines[1:], 2)]

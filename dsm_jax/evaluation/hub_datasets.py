@@ -83,15 +83,15 @@ def fetch(place: Place) -> list[HubSample]:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise EvaluationError(
-            f"the data set {name} is read by a library that is missing; run: pip install datasets"
+            f"{name} is no folder or file here, and to fetch it from the hub needs a library; run: pip install datasets"
         ) from None
     try:
         rows = datasets.load_dataset(place.repository, place.config, split=place.split)
     except Exception as error:  # of the network, the disk, or the hub
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise EvaluationError(
-            f"the data set {name} could not be fetched ({reason}); check its name; where it is gated, ask for access "
-            "and run `hf auth login`"
+            f"{name} is no folder or file here, and could not be fetched from the hub ({reason}); check its name, and "
+            "where it is gated ask for access and run `hf auth login`"
         ) from error
     columns = list(rows.column_names)
     text = next((column for column in TEXT_COLUMNS if column in columns), None)

@@ -6,7 +6,7 @@ from pathlib import Path
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import ConfigError, DsmError, EvaluationError
 from dsm_jax.evaluation import datasets, listening, metrics, normalizers
-from dsm_jax.evaluation.datasets import Failure, Sample
+from dsm_jax.evaluation.datasets import Dataset, Failure, Sample
 from dsm_jax.evaluation.files import Journal
 from dsm_jax.evaluation.listening import Heard, Options
 from dsm_jax.evaluation.results import Evaluation, FileResult, heard_from
@@ -16,7 +16,7 @@ Progress = Callable[[int, int, float], None]  # recordings done, recordings in a
 
 def evaluate(
     model: Model,
-    source: str | Path | Sequence[Sample],
+    source: str | Path | Dataset | Sequence[Sample],
     *,
     normalizer: normalizers.Name = "english",
     streaming: bool = False,
@@ -32,7 +32,8 @@ def evaluate(
 
     Args:
       model: a speech-to-text model, from `dsm_jax.load`.
-      source: what `datasets.read` takes: a folder, a JSON Lines file, or the name of a data set on the hub; or samples.
+      source: what `datasets.read` takes: a folder, a JSON Lines file, or the name of a data set on the hub; a
+        data set that has been read; or samples.
       normalizer: brings references and transcripts to one spelling: "english", "basic" for other languages, "none".
         "english" writes number words as figures, so that "two seven one" is one word, 271.
       streaming: feed recordings live, one at a time, 80 ms at a time, and measure how late words are told.
@@ -59,7 +60,9 @@ def evaluate(
         if value is not None and value < least:
             raise ConfigError(f"{name} is {value}; give {least} or more")
     normalize, options = normalizers.normalizer(normalizer), options or Options()
-    dataset = datasets.read(source) if isinstance(source, str | Path) else datasets.gather("samples", source)
+    if isinstance(source, str | Path):
+        source = datasets.read(source)
+    dataset = source if isinstance(source, Dataset) else datasets.gather("samples", source)
     references: dict[str, str] = {}
     samples, skipped = [], []
     for sample in dataset.samples:
