@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # What an editor and a type checker see; _MODULE_OF is what r
         StreamError,
         TrainingError,
     )
+    from dsm_jax.evaluation import Evaluation, evaluate
     from dsm_jax.progress import Progress
     from dsm_jax.stt import (
         Pause,
@@ -56,6 +57,7 @@ __all__ = [
     "ConfigError",
     "Dialogue",
     "DsmError",
+    "Evaluation",
     "IncompleteSpeechError",
     "Model",
     "ModelKindError",
@@ -82,6 +84,7 @@ __all__ = [
     "convert",
     "decode",
     "encode",
+    "evaluate",
     "finetune",
     "load",
     "save",
@@ -98,6 +101,7 @@ _MODULE_OF = {
     "ConfigError": "dsm_jax.errors",
     "Dialogue": "dsm_jax.tts",
     "DsmError": "dsm_jax.errors",
+    "Evaluation": "dsm_jax.evaluation",
     "IncompleteSpeechError": "dsm_jax.tts",
     "Model": "dsm_jax.checkpoints",
     "ModelKindError": "dsm_jax.errors",
@@ -124,6 +128,7 @@ _MODULE_OF = {
     "convert": "dsm_jax.convert",
     "decode": "dsm_jax.codec",
     "encode": "dsm_jax.codec",
+    "evaluate": "dsm_jax.evaluation",
     "finetune": "dsm_jax.training.finetune",
     "load": "dsm_jax.checkpoints",
     "save": "dsm_jax.checkpoints",

@@ -53,6 +53,10 @@ class TrainingError(DsmError):
     """Training that cannot go on, or data that cannot be learnt from. What was saved before is still there."""
 
 
+class EvaluationError(DsmError):
+    """Data that cannot be evaluated on, or results that cannot be read or compared."""
+
+
 class BatchError(DsmError):
     """Some inputs of several failed.
 

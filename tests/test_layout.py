@@ -21,7 +21,7 @@ LEVELS = (
     ("checkpoints",),
     ("runtime",),
     ("microphone", "codec", "stt", "tts"),
-    ("benchmark", "training"),
+    ("benchmark", "evaluation", "training"),
     ("malloc", "tasks", "cli", "__main__"),
     ("dsm_jax",),
 )

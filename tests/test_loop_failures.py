@@ -102,7 +102,7 @@ def test_a_checkpoint_larger_than_the_free_disk_is_not_started(tmp_path, monkeyp
 CHILD = """
 import os, resource, signal, sys
 from pathlib import Path
-from tests import small_run as t
+from tests.helpers import small_run as t
 
 def fault(state):
     if sys.argv[2] == "limit":  # writing beyond this file size fails, as on a full disk

@@ -1,4 +1,4 @@
-"""The shorter commands: `codec`, `convert`, `train`, `bench`. Each takes parsed arguments and returns an exit code."""
+"""The shorter commands: each takes parsed arguments and returns an exit code."""
 
 import argparse
 import json
@@ -68,6 +68,37 @@ def train(args: argparse.Namespace) -> int:
     model = run(config, resume=args.resume)
     terminal.note(f"trained: {model!r}")
     return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure the errors and speed of a model on a data set, or compare two results."""
+    from dsm_jax.evaluation import command
+
+    if args.compare and args.source:
+        raise UsageError("--compare reads results that are there, and a source was given too; leave one of them out")
+    if args.compare:
+        terminal.write(command.compare(*args.compare, worst=args.worst) + "\n")
+        return 0
+    if not args.source:
+        raise UsageError("there is nothing to evaluate; give recordings, or --compare A.json B.json")
+    job = command.Job(
+        source=args.source,
+        normalizer=args.normalizer,
+        streaming=args.streaming,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        output=args.output,
+        plot=args.plot,
+        resume=args.resume,
+    )
+    model = load(args, stt_only=True)
+    with terminal.Bars(quiet=args.quiet, unit="recordings") as bars:
+        bars.name(0, "evaluating")
+        evaluation = command.run(model, job, progress=bars.update)
+    for failure in evaluation.failed:
+        terminal.refuse(f"{failure.id}: {failure.reason}")
+    terminal.write(command.text(evaluation, worst=args.worst) + "\n")
+    return 1 if evaluation.failed else 0
 
 
 def bench(args: argparse.Namespace) -> int:

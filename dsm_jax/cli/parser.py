@@ -188,6 +188,43 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     p.set_defaults(command="train")
 
+    p = commands.add_parser("evaluate", parents=[model], help="count a model's errors on recordings with known words")
+    p.add_argument(
+        "source",
+        nargs="?",
+        help="a folder of recordings with a .json or .txt beside each, a JSON Lines file of audio and text, a short "
+        "name such as librispeech.clean, or ORGANISATION/NAME:CONFIG:SPLIT on the hub",
+    )
+    p.add_argument(
+        "--normalizer",
+        choices=("english", "basic", "none"),
+        default="english",
+        help="english: Whisper's, number words become figures; basic: for other languages, and for strings of digits; "
+        "none (default: %(default)s)",
+    )
+    p.add_argument(
+        "--streaming", action="store_true", help="feed live, one recording at a time, and measure how late words come"
+    )
+    p.add_argument(
+        "--batch-size", type=_positive, default=8, metavar="N", help="recordings at a time (default: %(default)s)"
+    )
+    p.add_argument("--limit", type=_positive, metavar="N", help="the first N recordings only")
+    p.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        help="write the results; rows go to FILE.rows.jsonl as recordings end",
+    )
+    p.add_argument("--resume", action="store_true", help="do not repeat the recordings that are in FILE.rows.jsonl")
+    p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the word error rates")
+    p.add_argument(
+        "--worst", type=_positive, default=0, metavar="N", help="print both texts of the N worst recordings as well"
+    )
+    p.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="compare two results instead of evaluating"
+    )
+    p.set_defaults(command="evaluate")
+
     p = commands.add_parser("bench", parents=[device, dtype], help="time the published sizes here, with random weights")
     p.add_argument("what", nargs="*", metavar="lm|mimi|stt", help="default: lm mimi")
     p.add_argument("--size", nargs="+", default=["stt-1b"], choices=("stt-1b", "stt-2.6b"), help="default: stt-1b")
