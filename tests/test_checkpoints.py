@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -12,6 +14,7 @@ import pytest
 from flax import nnx
 from huggingface_hub import errors
 
+import dsm_jax
 from dsm_jax import checkpoints, codec, hub
 from dsm_jax.configs import MimiConfig
 from dsm_jax.convert import convert, kyutai
@@ -19,7 +22,7 @@ from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models.parameters import flatten
 from dsm_jax.nn.quant import PackedBfloat16
 from dsm_jax.sharding import Sharding
-from tests.helpers import small
+from tests.helpers import small, stt_model
 from tests.helpers.checkpoint_maker import arrays_of, assert_same_weights, copy_of, make_checkpoint, random_model
 
 
@@ -140,8 +143,8 @@ def test_what_is_neither_here_nor_a_hub_name_is_refused(tmp_path, monkeypatch, n
 def _hub_that(monkeypatch, outcome):
     asked = []
 
-    def snapshot_download(name, *, allow_patterns):
-        asked.append((name, allow_patterns))
+    def snapshot_download(name, *, allow_patterns, **options):
+        asked.append((name, allow_patterns, options))
         if isinstance(outcome, Exception):
             raise outcome
         return str(outcome)
@@ -153,9 +156,63 @@ def _hub_that(monkeypatch, outcome):
 def test_a_hub_name_is_fetched_weights_configs_and_tokenizers_only(folders, monkeypatch):
     asked = _hub_that(monkeypatch, folders["kyutai"])
     model = checkpoints.load("kyutai/stt-1b-en_fr")
-    ((name, patterns),) = asked
+    ((name, patterns, _),) = asked
     assert (name, model.name) == ("kyutai/stt-1b-en_fr", "kyutai/stt-1b-en_fr")
     assert set(patterns) == {"*.json", "*.safetensors", "*.model", "params/*"}
+
+
+def test_options_of_the_hub_are_passed_on(folders, monkeypatch):
+    asked = _hub_that(monkeypatch, folders["kyutai"])
+    checkpoints.load("kyutai/a", revision="v1", cache_dir="there", token="secret", local_files_only=True)
+    assert asked[0][2] == {"revision": "v1", "cache_dir": "there", "token": "secret", "local_files_only": True}
+
+
+def test_a_model_goes_to_the_device_that_is_asked_for(folders):
+    second = jax.devices()[1]
+    model = checkpoints.load(folders["kyutai"], device=second)
+    assert model.devices == (second,)
+    assert checkpoints.load(folders["kyutai"], device="cpu").devices == (jax.devices()[0],)
+    assert str(second) in repr(model)
+    with pytest.raises(ConfigError, match=r"there is no device 'abacus' here; expected one of cpu"):
+        checkpoints.load(folders["kyutai"], device="abacus")
+    there = checkpoints.load(stt_model.CHECKPOINT, device=second)
+    clip = stt_model.recording()[:30_000]
+    assert dsm_jax.transcribe(there, clip).text == dsm_jax.transcribe(stt_model.model(), clip).text
+
+
+def test_loading_reports_its_bytes_and_a_model_says_what_it_is(folders):
+    seen = []
+    model = checkpoints.load(folders["kyutai"], progress=seen.append)
+    assert seen[-1].done == seen[-1].total == 4 * model.num_parameters
+    assert [p.done for p in seen] == sorted(p.done for p in seen)
+    assert model.dtype == "float32"
+    assert f"{model.num_parameters / 1e6:.1f} M parameters, float32, on " in repr(model)
+    assert model.lm is model.lm
+    assert model.codec.encoder is not None
+
+
+def test_a_forked_process_says_how_to_start_one(folders):
+    checkpoints.load(folders["kyutai"])
+    script = f"""
+import os, sys, warnings
+warnings.simplefilter("ignore")
+import dsm_jax
+model = dsm_jax.load({str(folders["kyutai"])!r})
+if os.fork() == 0:
+    try:
+        dsm_jax.transcribe(model, [])
+    except dsm_jax.DsmError as error:
+        print(error)
+    try:
+        dsm_jax.load({str(folders["kyutai"])!r})
+    except dsm_jax.DsmError as error:
+        print(error)
+    os._exit(0)
+os.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.count("was forked from one that had loaded a model") == 2
+    assert 'get_context("spawn")' in done.stdout
 
 
 def test_the_default_is_the_published_model(folders, monkeypatch):
@@ -171,11 +228,11 @@ def test_the_default_is_the_published_model(folders, monkeypatch):
         (errors.GatedRepoError, r"kyutai/gone is on the hub but gated; ask for access there"),
         (
             errors.LocalEntryNotFoundError,
-            r"there is no network, or HF_HUB_OFFLINE is set; give a local folder, or use .* --model digits",
+            r"there is no network, or HF_HUB_OFFLINE or local_files_only is set; give a local folder, or",
         ),
         (
             OSError,
-            r"kyutai/gone could not be fetched \(disk quota\); try again, or give a local folder, or .* --model digits",
+            r"kyutai/gone could not be fetched \(disk quota\); try again, or give a local folder, or use",
         ),
     ],
 )
@@ -190,7 +247,7 @@ def test_what_the_hub_cannot_give_is_said_in_one_sentence(monkeypatch, error, me
 
 def test_without_network_and_cache_the_hub_is_said_to_be_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"there is no network, or HF_HUB_OFFLINE is set; give a local folder"):
+    with pytest.raises(CheckpointError, match=r"there is no network, or HF_HUB_OFFLINE or local_files_only is set"):
         checkpoints.load("kyutai/stt-1b-en_fr")
 
 

@@ -294,7 +294,7 @@ def test_damaged_entries_of_the_compile_cache_are_replaced(tmp_path):
     assert "Error reading persistent" not in second.stderr
     assert all(entry.stat().st_size > 100 for entry in entries)
     third = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
-    assert "damaged" not in third.stderr
+    assert "compile cache" not in third.stderr
 
 
 def test_a_file_that_cannot_be_written_costs_only_itself(capsys, tmp_path):

@@ -16,7 +16,8 @@ from dsm_jax.errors import AudioError
 from dsm_jax.evaluation import listening
 from dsm_jax.evaluation.datasets import Sample
 from dsm_jax.evaluation.listening import TranscribeOptions
-from dsm_jax.stt.transcript import Transcript, Word, WordEnded, WordStarted
+from dsm_jax.stt.events import Word, WordEnded, WordStarted
+from dsm_jax.stt.transcript import Transcript
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples/audio"
 DIGITS = ["--model", "digits", "--no-cache", "--quiet", "--normalizer", "basic"]

@@ -47,7 +47,10 @@ def test_tokens_and_pauses_equal_the_reference(whole):
     np.testing.assert_allclose(whole.frames.pause_probabilities, expected["pauses_TH"], rtol=0, atol=1e-5)
 
 
-def test_words_equal_the_reference_rules(whole):
+def test_words_by_reference_times_equal_the_reference_rules(model, whole):
+    sound, options = whole, TranscribeOptions(word_times="reference")
+    whole = dsm_jax.transcribe(model, stt_model.RECORDING, options=options)
+    assert [word.text for word in whole.words] == [word.text for word in sound.words]
     # Ours also has what comes before the first boundary, and all pieces of the last word.
     ours = [(w.text, w.start, w.end) for w in whole.words]
     theirs = stt_model.expected_words()
@@ -68,7 +71,7 @@ def test_duration_and_probabilities_make_sense(whole):
 def test_each_of_a_ragged_batch_equals_itself_alone(model, options):
     alone = [dsm_jax.transcribe(model, [clip], options=options, frames=True)[0] for clip in clips()]
     # Two rows for five recordings: rows are refilled while the other runs on.
-    together = dsm_jax.transcribe(model, clips(), options, batch_size=2, frames=True)
+    together = dsm_jax.transcribe(model, clips(), options=options, batch_size=2, frames=True)
     assert [tokens(t) for t in together] == [tokens(t) for t in alone]
     assert [t.duration for t in together] == [clip.size / 24_000 for clip in clips()]
     assert len({tokens(t) for t in together}) == len(together)
@@ -291,5 +294,5 @@ def test_an_audio_prompt_may_be_a_file_or_samples_of_any_kind(model, tmp_path):
 
 
 def test_a_negative_temperature_is_refused(model):
-    with pytest.raises(ConfigError, match=r"temperature is -1.*neither can be below 0"):
+    with pytest.raises(ConfigError, match=r"temperature is -1; expected a number from 0"):
         dsm_jax.transcribe(model, stt_model.recording(), options=TranscribeOptions(temperature=-1))

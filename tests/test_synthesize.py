@@ -7,15 +7,16 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import dsm_jax
-from dsm_jax import codec
-from dsm_jax.errors import SpeechError
-from dsm_jax.tts import Request, SynthesizeOptions, synthesize_each
+from dsm_jax import audio, codec
+from dsm_jax.errors import AudioError, BatchError, ConfigError, SpeechError
+from dsm_jax.tts import Dialogue, Request, SynthesizeOptions, Turn, synthesize_each
 from dsm_jax.tts.script import MAIN, OTHER, ZERO
 from dsm_jax.tts.synthesizer import Synthesizer
 from tests.helpers import tts_model
@@ -109,22 +110,73 @@ def test_a_break_is_a_pause_and_no_word(model):
 
 
 def test_two_speakers_take_turns(model):
-    turns = ["good morning", "thank you", "the station"]
-    said = dsm_jax.synthesize(model, turns, voice=[VOICE, OTHER_VOICE], options=GREEDY)
+    turns = ("good morning", "thank you", "the station")
+    said = dsm_jax.synthesize(model, Request(turns, (VOICE, OTHER_VOICE)), options=GREEDY)
     assert [word.text for word in said.words] == " ".join(turns).split()
     tokens = first_tokens(said)
     assert tokens[np.isin(tokens, [MAIN, OTHER])].tolist() == [MAIN, OTHER, MAIN]
-    second = dsm_jax.synthesize(model, ["", *turns], voice=[VOICE, OTHER_VOICE], options=GREEDY)
+    second = dsm_jax.synthesize(model, Request(("", *turns), (VOICE, OTHER_VOICE)), options=GREEDY)
     tokens = first_tokens(second)
     assert tokens[np.isin(tokens, [MAIN, OTHER])].tolist() == [OTHER, MAIN, OTHER]
-    swapped = dsm_jax.synthesize(model, turns, voice=[OTHER_VOICE, VOICE], options=GREEDY)
-    doubled = dsm_jax.synthesize(model, turns, voice=[VOICE, VOICE], options=GREEDY)
+    swapped = dsm_jax.synthesize(model, Request(turns, (OTHER_VOICE, VOICE)), options=GREEDY)
+    doubled = dsm_jax.synthesize(model, Request(turns, (VOICE, VOICE)), options=GREEDY)
     assert len({swapped.pcm.tobytes(), doubled.pcm.tobytes(), said.pcm.tobytes()}) == 3
+
+
+def test_a_dialogue_is_its_turns_by_voice(model):
+    turns = [Turn("good morning", VOICE), Turn("thank you", OTHER_VOICE), Turn("the", OTHER_VOICE), Turn("fox", VOICE)]
+    said = dsm_jax.synthesize(model, Dialogue(turns), options=GREEDY)
+    whole = Request(("good morning", "thank you the", "fox"), (VOICE, OTHER_VOICE))
+    assert_same(said, dsm_jax.synthesize(model, whole, options=GREEDY))
+    alone = dsm_jax.synthesize(model, Dialogue([Turn("good"), Turn("morning")]), voice=VOICE, options=GREEDY)
+    assert_same(alone, dsm_jax.synthesize(model, "good morning", voice=VOICE, options=GREEDY))
+
+
+def test_any_iterable_is_a_batch_with_voices_and_options_of_its_own(model, speech):
+    other = dsm_jax.synthesize(model, "thank you", voice=OTHER_VOICE, options=SAMPLED)
+    texts = (text for text in (TEXT, "thank you"))
+    first, second = dsm_jax.synthesize(model, texts, voice=[VOICE, OTHER_VOICE], options=[GREEDY, SAMPLED])
+    assert_same(first, speech)
+    assert_same(second, other)
+    assert dsm_jax.synthesize(model, []) == []
+    with pytest.raises(BatchError, match="1 of 2 inputs failed") as failed:
+        dsm_jax.synthesize(model, [TEXT, "a ÿ"], voice=VOICE, options=GREEDY)
+    assert_same(failed.value.results[0], speech)
+    assert failed.value.results[1] is None
+    for wrong, message in (
+        ({"voice": [VOICE]}, "2 texts have 1 voices; give one for all, or one each"),
+        ({"options": [GREEDY] * 3}, "2 texts have 3 options; give one for all, or one each"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            dsm_jax.synthesize(model, [TEXT, TEXT], **wrong)
+
+
+def test_a_speech_is_saved_by_its_suffix(speech, tmp_path):
+    speech.save(tmp_path / "a.flac")
+    np.testing.assert_allclose(audio.read(tmp_path / "a.flac", speech.sample_rate), speech.pcm, atol=1 / 32_768)
+    with pytest.raises(AudioError, match=r"expected one of \.wav"):
+        speech.save(tmp_path / "a.txt")
+
+
+def test_words_before_one_that_cannot_be_said_are_said_and_skipping_goes_on(model):
+    pieces = ["good mor", "ning ÿ ", "station"]
+    live = dsm_jax.synthesize_stream(model, iter(pieces), voice=VOICE, options=GREEDY)
+    heard = []
+    with pytest.raises(SpeechError, match="turn 1 has the word 'ÿ'"):
+        heard.extend(live)
+    np.testing.assert_array_equal(
+        np.concatenate(heard), dsm_jax.synthesize(model, "good morning", voice=VOICE, options=GREEDY).pcm
+    )
+    skipping = dataclasses.replace(GREEDY, on_unsayable="skip")
+    rest = np.concatenate(list(dsm_jax.synthesize_stream(model, iter(pieces), voice=VOICE, options=skipping)))
+    np.testing.assert_array_equal(
+        rest, dsm_jax.synthesize(model, "good morning station", voice=VOICE, options=GREEDY).pcm
+    )
 
 
 def test_a_voice_may_be_a_file_or_an_array(model, speech, tmp_path):
     path = tts_model.write_voice(tmp_path / "voice.safetensors", VOICE)
-    for given_as in (path, str(path), [path], (VOICE,)):
+    for given_as in (path, str(path), VOICE, jnp.asarray(VOICE)):
         np.testing.assert_array_equal(dsm_jax.synthesize(model, TEXT, voice=given_as, options=GREEDY).pcm, speech.pcm)
     other = dsm_jax.synthesize(model, TEXT, voice=OTHER_VOICE, options=GREEDY)
     assert other.pcm.tobytes() != speech.pcm.tobytes()
@@ -154,7 +206,7 @@ def test_each_of_a_batch_equals_itself_alone_and_a_bad_one_costs_only_itself(mod
         raise results[3]
     for index, request in good.items():
         seeded = options if request.seed is None else dataclasses.replace(options, seed=request.seed)
-        assert_same(results[index], dsm_jax.synthesize(model, request.turns, voice=request.voices, options=seeded))
+        assert_same(results[index], dsm_jax.synthesize(model, request, options=seeded))
 
 
 def test_voices_of_two_lengths_are_both_said(model, speech):
@@ -184,7 +236,7 @@ def test_the_batch_is_no_larger_than_asked_or_needed(model, monkeypatch, request
 
 def test_progress_counts_the_seconds_there_are(model, speech):
     seen = []
-    dsm_jax.synthesize(model, TEXT, voice=VOICE, options=GREEDY, progress=seen.append)
+    dsm_jax.synthesize(model, TEXT, voice=VOICE, options=GREEDY, progress=lambda p: seen.append(p.done))
     assert len(seen) > 1
     assert seen == sorted(seen)
     assert seen[-1] == pytest.approx(speech.duration)

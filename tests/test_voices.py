@@ -96,7 +96,7 @@ def test_a_published_voice_without_network_is_said_to_be_offline(tmp_path, monke
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     message = (
         r"^kyutai/tts-voices/expresso/calm.wav.abc123@7.safetensors is not in the local cache and could not be "
-        r"fetched: there is no network, or HF_HUB_OFFLINE is set; give a local file$"
+        r"fetched: there is no network, or HF_HUB_OFFLINE or local_files_only is set; give a local file$"
     )
     with pytest.raises(CheckpointError, match=message):
         voices.read_voice("expresso/calm.wav", model(MODEL_ID))
@@ -220,7 +220,7 @@ def test_voices_fill_the_slots_in_their_order():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([[voice(0)], []], r"^a request has 0 voices; this model needs 1 to 5: give a speaker$"),
+        ([[voice(0)], []], r"^a request has 0 voices; this model needs 1 to 5: give a voice$"),
         ([[voice(0)] * 6], r"^a request has 6 voices; this model needs 1 to 5"),
         ([[voice(0), voice(1, 4)]], r"^the voices of a request are \[3, 4\] steps long; give voices of one length$"),
         ([[voice(0), voice(1, STEPS, 9)]], r"^a voice is 9 numbers wide; this model's are 10: take one made for it$"),

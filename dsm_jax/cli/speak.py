@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     jobs = read_jobs(args.text, args.voice, options)
     check_output(jobs, args.output, save_frames=args.save_frames)
     model = load(args, stt_only=False)
+    options.checked(model)
     failed = 0
     with terminal.Bars(quiet=args.quiet) as bars:
         for item, job in enumerate(jobs):

@@ -63,6 +63,7 @@ class Compiled:
         Returns:
           The compiled program, for its memory and cost analyses; later calls reuse it by themselves.
         """
+        check_process()
         before, start = _compilations, time.perf_counter()
         program = self._jitted.lower(params, *args).compile()
         if _compilations != before:
@@ -90,4 +91,5 @@ def compiled(
       settings: static settings, hashable; None for a function without settings.
       donate: indices of the donated arguments, such as the state, counted without the parameters.
     """
+    check_process()
     return Compiled(function, graphs, settings, donate)

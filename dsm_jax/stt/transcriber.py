@@ -15,6 +15,7 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.errors import CheckpointError, DsmError
 from dsm_jax.models.family import require
 from dsm_jax.nn.sampling import top_k_capacity
+from dsm_jax.process import check_process
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.stt.events import Event, Pause, WordEnded
 from dsm_jax.stt.framing import FrameBuffer, LeadIn, lead_in, word_reader
@@ -56,6 +57,7 @@ class Transcriber:
     """
 
     def __init__(self, model: Model, slots: int, chunk: int, options: Sequence[TranscribeOptions], *, behind: int = 1):
+        check_process()
         require(model, "stt")
         lm, name = model.config.lm, model.name
         assert lm is not None

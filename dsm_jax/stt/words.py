@@ -167,8 +167,8 @@ class WordReader:
         return self.tokenizer.decode([piece.token for piece in self._pieces]).split()
 
     def _within(self, seconds: float) -> float:
-        """Return a time of the audio, no later than its end."""
-        return seconds if self.duration is None else min(seconds, self.duration)
+        """Return a time of the audio, no later than its end; the published script's times may be later."""
+        return seconds if self.duration is None or self.levels is None else min(seconds, self.duration)
 
     def _tell_starts(self, *, complete: bool = False) -> list[Event]:
         """Return the starts of those words of the segment that are new; an unfinished character is waited for."""

@@ -3,6 +3,7 @@
 Shape letters: T samples, Q codebooks, F frames.
 """
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
@@ -198,7 +199,7 @@ class Request:
           SpeechError: it is neither, or a dialogue of more than two voices.
         """
         if isinstance(text, Request):
-            return text
+            return text if text.options is not None else dataclasses.replace(text, options=options)
         if isinstance(text, str):
             return cls(text, () if voice is None else (voice,), options=options)
         if not isinstance(text, Dialogue):

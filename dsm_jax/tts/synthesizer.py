@@ -11,6 +11,7 @@ from dsm_jax import audio, codec
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import ConfigError, DsmError, SpeechError
 from dsm_jax.nn.sampling import top_k_capacity
+from dsm_jax.process import check_process
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.tts import voices
 from dsm_jax.tts.host import Leave, SpeechRequest, TtsProgram
@@ -45,6 +46,7 @@ class Synthesizer:
         limit: int | None = None,
         behind: int = 1,
     ):
+        check_process()
         each = [one.checked(model) for one in options]
         assert model.config.lm is not None
         assert model.tokenizer is not None
