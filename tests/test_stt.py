@@ -177,8 +177,8 @@ def test_a_prompt_that_cannot_be_followed_says_why(model, text, message):
 
 
 def test_sampling_depends_on_the_seed_alone(model):
-    runs = [tokens(dsm_jax.transcribe(model, clips()[0], SAMPLED, frames=True)) for _ in range(2)]
-    other = tokens(dsm_jax.transcribe(model, clips()[0], dataclasses.replace(SAMPLED, seed=4), frames=True))
+    runs = [tokens(dsm_jax.transcribe(model, clips()[0], options=SAMPLED, frames=True)) for _ in range(2)]
+    other = tokens(dsm_jax.transcribe(model, clips()[0], options=dataclasses.replace(SAMPLED, seed=4), frames=True))
     assert runs[0] == runs[1] != other
 
 
