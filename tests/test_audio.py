@@ -373,3 +373,16 @@ def test_duration_comes_from_the_header(tmp_path):
     assert audio.duration(Pipe(SPEECH.read_bytes())) is None
     assert audio.duration(tmp_path / "absent.wav") is None
     assert audio.duration(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype"),
+    [
+        *[("WAV", subtype) for subtype in ("PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "PCM_U8", "ULAW", "ALAW")],
+        *[("FLAC", "PCM_24"), ("AIFF", "PCM_16"), ("W64", "PCM_16"), ("CAF", "PCM_24"), ("AU", "PCM_16")],
+    ],
+)
+def test_lossless_samples_are_those_of_another_decoder(tmp_path, kind, subtype):
+    path = tmp_path / "a.sound"
+    soundfile.write(path, np.random.default_rng(0).uniform(-1, 1, (20_000, 2)), 24_000, format=kind, subtype=subtype)
+    np.testing.assert_array_equal(audio.read(path), soundfile.read(path, dtype="float32")[0].mean(axis=1))

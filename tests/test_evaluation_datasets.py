@@ -1,4 +1,4 @@
-"""What is evaluated on: folders, JSON Lines files and data sets of the hub, good and bad."""
+"""Readers of data sets: folders, manifests, and the hub's data sets by name."""
 
 import io
 import sys

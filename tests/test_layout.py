@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -137,12 +138,25 @@ def prose_faults(root: Path) -> list[str]:
     return faults
 
 
+def citation_faults(root: Path) -> list[str]:
+    """Return the tests that a page names and that do not exist."""
+    faults = []
+    for page in [*root.glob("*.md"), *(root / "docs").rglob("*.md"), *(root / "recipes").rglob("*.md")]:
+        for place, name in re.findall(r"`((?:tests|recipes)/[\w/.]+\.py)::(\w+)", page.read_text(encoding="utf-8")):
+            file = root / place
+            if not file.is_file() or f"def {name}(" not in file.read_text(encoding="utf-8"):
+                faults.append(f"{page.relative_to(root)}: there is no test {place}::{name}; name one that exists")
+    return faults
+
+
 def plant(root: Path, place: str, text: str) -> None:
     (root / place).parent.mkdir(parents=True, exist_ok=True)
     (root / place).write_text(text, encoding="utf-8")
 
 
-@pytest.mark.parametrize("faults", [layering_faults, ghost_faults, circle_faults, naming_faults, prose_faults])
+@pytest.mark.parametrize(
+    "faults", [layering_faults, ghost_faults, circle_faults, naming_faults, prose_faults, citation_faults]
+)
 def test_the_tree_has_no_fault(faults):
     assert faults(ROOT) == []
 
@@ -264,3 +278,11 @@ def test_a_docstring_that_opens_with_a_clause_is_found(tmp_path):
     plant(tmp_path, "dsm_jax/a.py", '"""Read."""\n\n\nclass A:\n    """What is read."""\n')
     plant(tmp_path, "dsm_jax/b.py", '"""Tell what is read."""\n')
     assert prose_faults(tmp_path) == ["dsm_jax/a.py: a docstring opens with What; begin with a verb"]
+
+
+def test_a_test_that_a_page_names_in_vain_is_found(tmp_path):
+    plant(tmp_path, "tests/test_a.py", "def test_there():\n    pass\n")
+    plant(tmp_path, "docs/page.md", "`tests/test_a.py::test_there` and `tests/test_a.py::test_gone`")
+    assert citation_faults(tmp_path) == [
+        "docs/page.md: there is no test tests/test_a.py::test_gone; name one that exists"
+    ]

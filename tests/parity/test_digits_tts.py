@@ -10,7 +10,7 @@ from dsm_jax.training.finetune import FinetuneConfig, finetune
 from dsm_jax.training.loop import RunConfig
 from dsm_jax.training.lora import LoraConfig
 from dsm_jax.training.step import OptimizerConfig
-from dsm_jax.tts import SynthesizeOptions
+from dsm_jax.tts import Request, SynthesizeOptions
 from tests.parity import references
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ def test_frames_words_and_samples_equal_moshi(guidance):
     files = [ASSETS / f"voices/{voice}.safetensors" for voice in VOICES]
     (spoken,), pcm = references.moshi_speech(ASSETS, [TURNS], how, voices=[files])
     options = SynthesizeOptions(temperature=0.0, guidance_scale=guidance)
-    speech = dsm_jax.synthesize(dsm_jax.load("digits-tts"), TURNS, voice=VOICES, options=options)
+    speech = dsm_jax.synthesize(dsm_jax.load("digits-tts"), Request(TURNS, VOICES), options=options)
     np.testing.assert_array_equal(speech.frames, spoken.frames_KF)
     assert [(word.text, round(word.start * 12.5)) for word in speech.words] == spoken.transcript
     np.testing.assert_allclose(speech.pcm, pcm[0], rtol=0, atol=1e-4 * np.abs(pcm).max())
@@ -48,7 +48,7 @@ def test_frames_of_a_fine_tuned_model_equal_moshi(tmp_path):
     (spoken,), _ = references.moshi_speech(folder, [TURNS[:1]], references.How(padding_between=1), voices=[[voice]])
     tuned, original = (
         dsm_jax.synthesize(
-            dsm_jax.load(name), TURNS[:1], voice="theo", options=SynthesizeOptions(temperature=0.0, guidance_scale=1.0)
+            dsm_jax.load(name), TURNS[0], voice="theo", options=SynthesizeOptions(temperature=0.0, guidance_scale=1.0)
         )
         for name in (folder, "digits-tts")
     )
