@@ -82,13 +82,13 @@ def blocks(
     return _cut(pieces, max(1, round(block_seconds * sample_rate)), name)
 
 
-def read(source: Source, sample_rate: int = 24_000) -> np.ndarray:
+def read(source: Source, sample_rate: int = 24_000, *, strict: bool = False) -> np.ndarray:
     """Read a whole recording: the concatenation of `blocks`, with the same arguments, errors and promises.
 
     Returns:
       float32 array of shape [T]; a copy, also when `source` is an array.
     """
-    return np.concatenate(list(blocks(source, sample_rate)))
+    return np.concatenate(list(blocks(source, sample_rate, strict=strict)))
 
 
 def write(path: str | os.PathLike[str], pcm: ArrayLike, sample_rate: int) -> None:

@@ -52,7 +52,7 @@ def encode(model: Model, source: audio.Source, *, codebooks: int | None = None) 
     held, columns = np.zeros(0, np.float32), []
     chunk = CHUNK_FRAMES * config.frame_size
 
-    def hear(samples: np.ndarray) -> None:
+    def take(samples: np.ndarray) -> None:
         nonlocal state
         codes_BQT, state = step((model.mimi_params,), jnp.asarray(samples[None, :, None]), state)
         columns.append(codes_BQT[0])
@@ -60,11 +60,11 @@ def encode(model: Model, source: audio.Source, *, codebooks: int | None = None) 
     for block in audio.blocks(source, config.sample_rate):
         held = np.concatenate([held, block])
         while held.size >= chunk:
-            hear(held[:chunk])
+            take(held[:chunk])
             held = held[chunk:]
     held = np.pad(held, (0, -held.size % config.frame_size))
     for frame in held.reshape(-1, config.frame_size):
-        hear(frame)
+        take(frame)
     return np.concatenate([np.asarray(c) for c in columns], axis=1)
 
 

@@ -50,7 +50,7 @@ class ForkError(DsmError):
 
 
 class TrainingError(DsmError):
-    """Training that cannot go on, or data that cannot be learnt from. What was saved before is still there."""
+    """Training that cannot continue, or data that cannot be trained on. Earlier checkpoints remain."""
 
 
 class EvaluationError(DsmError):

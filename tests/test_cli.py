@@ -149,7 +149,7 @@ def test_a_device_that_is_not_there(device):
     command = [sys.executable, "-m", "dsm_jax", "transcribe", CLIP, *MODEL, "--device", device]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"--device {device} is not to be had here" in done.stderr.splitlines()[-1]
+    assert f"--device {device} is not available here" in done.stderr.splitlines()[-1]
     assert "try --device cpu" in done.stderr
 
 

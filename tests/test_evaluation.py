@@ -17,7 +17,7 @@ from dsm_jax import cli
 from dsm_jax.errors import AudioError, ConfigError, EvaluationError
 from dsm_jax.evaluation import command, comparison, listening, metrics, normalizers, report, results
 from dsm_jax.evaluation.datasets import Failure, Sample
-from dsm_jax.evaluation.listening import Heard
+from dsm_jax.evaluation.listening import TimedTranscript
 from dsm_jax.evaluation.metrics import Errors
 from dsm_jax.evaluation.results import Evaluation, FileResult
 from dsm_jax.evaluation.run import evaluate
@@ -47,7 +47,7 @@ def distance(a: list[str], b: list[str]) -> int:
 
 
 def row(name: str, reference: str, heard: str, *, duration: float = 2.0, latencies=()) -> FileResult:
-    heard_and_times = Heard(heard, duration, 0.5, tuple(latencies), tuple(latencies), 1 if latencies else 0)
+    heard_and_times = TimedTranscript(heard, duration, 0.5, tuple(latencies), tuple(latencies), 1 if latencies else 0)
     return FileResult(name, reference, reference, heard, metrics.score(reference, heard), heard_and_times)
 
 
@@ -69,7 +69,7 @@ def heard(monkeypatch):
             what = said[samples[index].id]
             if isinstance(what, KeyboardInterrupt):
                 raise what
-            yield index, what if isinstance(what, Exception) else Heard(str(what), 2.0, 0.25)
+            yield index, what if isinstance(what, Exception) else TimedTranscript(str(what), 2.0, 0.25)
 
     monkeypatch.setattr(listening, "transcribe", transcribe)
     return said, asked
@@ -301,7 +301,7 @@ def test_rows_of_another_run_are_refused(heard, tmp_path):
         evaluate(MODEL, samples(a="one"), resume=path)
     assert path.read_text() == "my only copy, without an end of line"
     path.write_text("nonsense\n")
-    with pytest.raises(EvaluationError, match=r"line 1 is no JSON \(.*\); delete the line, or begin anew$"):
+    with pytest.raises(EvaluationError, match=r"line 1 is no JSON \(.*\); delete the line, or start again$"):
         evaluate(MODEL, samples(a="one"), resume=path)
     with pytest.raises(EvaluationError, match=r"cannot be read or written \(Is a directory\); give another place$"):
         evaluate(MODEL, samples(a="one"), resume=tmp_path)
@@ -391,11 +391,13 @@ def test_the_table_and_the_summary_say_what_there_is():
     ]
     summary = dataclasses.replace(found, intervals=metrics.intervals(found.errors, resamples=9, seed=0)).summary()
     assert "1 recording without words in the reference left out\n" in summary
-    assert "corpus WER    66.67 %  95 %: 50.00 to 100.00 %; of 3 words: 0 substituted, 1 inserted, 1 deleted" in summary
-    assert "speed            4.00  seconds of audio per second of processing" in summary
+    assert (
+        "corpus WER      66.67 %  95 %: 50.00 to 100.00 %; of 3 words: 0 substituted, 1 inserted, 1 deleted" in summary
+    )
+    assert "speed              4.00  seconds of audio per second of processing" in summary
     assert "0.2500  seconds of processing per second of audio" in summary
     assert (
-        "starts told    0.50 s  after a word began: median of 1 words, 0.50 s at 95 %; 1 told after the audio"
+        "start latency    0.50 s  after a word began: median of 1 words, 0.50 s at 95 %; 1 reported after the audio"
         in summary
     )
 
@@ -493,7 +495,7 @@ def test_the_command_compares(capsys, tmp_path):
             ["--compare", "nosuch.json", "b"],
             "nosuch.json cannot be read (No such file or directory); give what --output",
         ),
-        (["x", "--resume"], "--resume goes on from the rows beside the results; add --output RESULTS.json"),
+        (["x", "--resume"], "--resume continues from the rows next to the results; add --output RESULTS.json"),
         (["x", "--output", "a.csv"], "--output is a.csv; name a .json file"),
         (
             ["x", "--output", "nosuch/a.json"],

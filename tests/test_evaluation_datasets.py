@@ -30,8 +30,8 @@ def test_a_folder_has_a_transcript_beside_each_recording(tmp_path):
         ("c.ogg", "Ça va", tmp_path / "c.ogg"),
     ]
     assert found.failures == (
-        Failure("d.mp3", "there is no d.json or d.txt beside it; write what was said"),
-        Failure("lost.json", "there is no recording of this name beside it; add one (.wav, .flac, .mp3, .ogg, .opus)"),
+        Failure("d.mp3", "there is no d.json or d.txt next to it; write what was said"),
+        Failure("lost.json", "there is no recording of this name next to it; add one (.wav, .flac, .mp3, .ogg, .opus)"),
     )
 
 

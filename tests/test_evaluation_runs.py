@@ -136,7 +136,7 @@ def test_the_command_evaluates_a_folder_and_goes_on_where_it_stopped(capsys, tmp
     assert values["real_time_factor"] == pytest.approx(1 / values["inverse_real_time_factor"])
     assert plot.stat().st_size > 3000
 
-    # Mended, and gone on with: of the others, what was heard is not heard again.
+    # Fixed and continued: of the others, what was heard is not heard again.
     (folder / "broken.wav").unlink()
     (folder / "broken.txt").unlink()
     for name in ("digits_jackson.flac", "digits_lucas.flac"):

@@ -118,6 +118,13 @@ def test_a_word_in_loud_noise_lasts_a_second_after_its_last_piece_at_most():
     assert start < end <= start + 0.08 * len(ids("the")) + 1.01
 
 
+def test_words_in_noise_end_where_the_next_begins():
+    tokens = stream(100, said("the", 1.04), said("fox", 1.84), said("the", 2.48))
+    found = words(read(tokens, sound(seconds=8.0, background=0.2)))
+    assert [text for text, _, _ in found] == ["the", "fox", "the"]
+    assert [end for _, _, end in found[:2]] == [pytest.approx(start, abs=0.09) for _, start, _ in found[1:]]
+
+
 def test_words_that_follow_at_once_end_where_the_next_begins():
     pcm_T = sound((1.0, 1.8), seconds=4.0)
     tokens = stream(60, said("the", 1.04), said("fox", 1.44))
@@ -176,4 +183,4 @@ def test_ends_do_not_depend_on_what_comes_later():
     assert len(early) > 5
     ends = [e.word for _, e in whole if isinstance(e, WordEnded)]
     assert all(w.start <= w.end for w in ends)
-    assert all(a.start <= b.start for a, b in itertools.pairwise(ends))
+    assert all(a.end <= b.start for a, b in itertools.pairwise(ends))

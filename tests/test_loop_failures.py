@@ -52,7 +52,7 @@ def test_a_recording_that_is_cut_short_ends_the_run_with_its_name(tmp_path):
     path.write_bytes(path.read_bytes()[:20_000])
     run = Run(tmp_path, dataclasses.replace(CONFIG, save_every=BAD_STEP - 1))
     with pytest.raises(AudioError, match=r"word.flac"):
-        run.train(STEP, start(), data(rows=Rows(lambda: audio.read(path))))
+        run.train(STEP, start(), data(rows=Rows(lambda: audio.read(path, strict=True))))
     assert int(run.restore(start()).step) == BAD_STEP - 1
 
 

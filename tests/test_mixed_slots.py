@@ -83,7 +83,7 @@ def test_speech_requests_of_every_kind_through_few_slots_are_as_alone(speaker):
     assert compilations() == before, "nothing is compiled for another order of requests"
     assert len({speech.pcm.tobytes() for speech in together.values()}) == REQUESTS
     for number, request in enumerate(requests):
-        alone = dsm_jax.synthesize(speaker, request.turns, voice=request.voices, options=request.options)
+        alone = dsm_jax.synthesize(speaker, request)
         for found in (together[number], again[REQUESTS - 1 - number]):
             np.testing.assert_array_equal(found.frames, alone.frames, err_msg=f"request {number}")
             assert found.words == alone.words
@@ -125,9 +125,9 @@ def same_as_alone(found, alone) -> None:
 
 def test_recordings_of_every_kind_through_few_slots_are_as_alone(listener):
     recordings, options = zip(*map(transcription, range(REQUESTS)), strict=True)
-    together = dsm_jax.transcribe(listener, list(recordings), options, batch_size=SLOTS, frames=True)
+    together = dsm_jax.transcribe(listener, list(recordings), options=options, batch_size=SLOTS, frames=True)
     before = compilations()
-    dsm_jax.transcribe(listener, list(recordings[::-1]), options[::-1], batch_size=SLOTS)
+    dsm_jax.transcribe(listener, list(recordings[::-1]), options=options[::-1], batch_size=SLOTS)
     assert compilations() == before
     assert len({transcript.frames.text_tokens for transcript in together}) > 0.9 * REQUESTS
     for number, found in enumerate(together):
@@ -137,7 +137,7 @@ def test_recordings_of_every_kind_through_few_slots_are_as_alone(listener):
 
 def test_cancelling_transcriptions_at_random_changes_no_other(listener):
     recordings, options = zip(*map(transcription, range(24)), strict=True)
-    wanted = dsm_jax.transcribe(listener, list(recordings), options, batch_size=SLOTS)
+    wanted = dsm_jax.transcribe(listener, list(recordings), options=options, batch_size=SLOTS)
     transcriber, random = Transcriber(listener, SLOTS, CHUNK_FRAMES, options), np.random.default_rng(0)
     waiting = [FileSession(transcriber, options[n], n, recordings[n]) for n in range(24)]
     slots, done, cancelled = transcriber.slots, [], 0
@@ -159,11 +159,11 @@ def test_cancelling_transcriptions_at_random_changes_no_other(listener):
 def test_as_many_options_as_recordings_are_needed(listener):
     recording, options = transcription(0)
     with pytest.raises(dsm_jax.DsmError, match="3 recordings have 2 options; give one for all, or one each"):
-        dsm_jax.transcribe(listener, [recording] * 3, [options] * 2)
+        dsm_jax.transcribe(listener, [recording] * 3, options=[options] * 2)
 
 
 def test_options_of_a_request_that_do_not_fit_cost_only_that_request(speaker):
-    bad = dataclasses.replace(speech_request(1), options=SynthesizeOptions(temperature=-1.0))
+    bad = dataclasses.replace(speech_request(1), options=SynthesizeOptions(codebooks=30))
     results = dict(synthesize_each(speaker, [speech_request(0), bad], batch_size=2))
-    assert "temperature is -1.0, and must be 0 or more" in str(results[1])
+    assert "30 codebooks are to be generated" in str(results[1])
     assert results[0].words

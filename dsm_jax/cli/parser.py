@@ -114,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="VOICE",
         help="one of the model's own voices, a published one's name or a voice's file; for models without speakers a "
-        "recording to go on from; given twice, the second is the other speaker",
+        "recording to continue; given twice, the second is the other speaker",
     )
     p.add_argument(
         "--guidance-scale",
@@ -156,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
         default="error",
         help="refuse a text with a word that cannot be said, or leave the word out (default: %(default)s)",
     )
-    p.add_argument("--save-frames", action="store_true", help="write tokens and word times beside the recording")
+    p.add_argument("--save-frames", action="store_true", help="write tokens and word times next to the recording")
     p.add_argument(
         "--batch-size", type=_positive, default=8, metavar="N", help="requests at a time (default: %(default)s)"
     )
@@ -192,7 +192,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "source",
         nargs="?",
-        help="a folder of recordings with a .json or .txt beside each, a JSON Lines file of audio and text, a short "
+        help="a folder of recordings with a .json or .txt next to each, a JSON Lines file of audio and text, a short "
         "name such as librispeech.clean, or ORGANISATION/NAME:CONFIG:SPLIT on the hub",
     )
     p.add_argument(

@@ -43,14 +43,22 @@ def set_up_jax(args: argparse.Namespace) -> None:
     except (RuntimeError, AssertionError) as error:  # the latter where jax has no such backend at all
         reason = (str(error) or "JAX knows of none").splitlines()[0]
         asked = f"--device {args.device}" if args.device else "a device"
-        raise UsageError(f"{asked} is not to be had here ({reason}); try --device cpu") from None
+        raise UsageError(f"{asked} is not available here ({reason}); try --device cpu") from None
     if not args.no_cache:
         folder = Path(args.cache_dir or cache_folder())
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         # With a limit, JAX locks the cache, so that commands that run at once cannot damage its entries.
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+        _remove_unlocked_entries(folder)
         _replace_damaged_entries(folder)
+
+
+def _remove_unlocked_entries(folder: Path) -> None:
+    """Remove entries without a time of use, as a cache without a limit has them: JAX fails at each of them."""
+    for entry in folder.glob("*-cache"):
+        if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
+            entry.unlink(missing_ok=True)
 
 
 def _replace_damaged_entries(folder: Path) -> None:

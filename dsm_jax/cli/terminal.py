@@ -1,4 +1,4 @@
-"""Show what the command has to say beside its output, on standard error: one kind of bar, warnings and errors."""
+"""Show bars, warnings and errors on standard error, apart from the command's output."""
 
 import contextlib
 import logging

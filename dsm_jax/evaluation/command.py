@@ -20,9 +20,9 @@ class Job:
     Attributes:
       source: of recordings, as for `evaluate`.
       normalizer, streaming, batch_size, limit: as for `evaluate`.
-      output: a JSON file of results; rows are kept in a `.rows.jsonl` beside it while it runs. None writes neither.
+      output: a JSON file of results; rows are kept in a `.rows.jsonl` next to it while it runs. None writes neither.
       plot: a picture of the word error rates; None draws none.
-      resume: go on from the rows that are there.
+      resume: continue from the rows that are there.
     """
 
     source: str
@@ -42,7 +42,7 @@ class Job:
     def __post_init__(self) -> None:
         normalizers.normalizer(self.normalizer)
         if self.resume and self.output is None:
-            raise EvaluationError("--resume goes on from the rows beside the results; add --output RESULTS.json")
+            raise EvaluationError("--resume continues from the rows next to the results; add --output RESULTS.json")
         if self.output is not None and self.output.suffix != ".json":
             raise EvaluationError(f"--output is {self.output}; name a .json file")
         if self.plot is not None:

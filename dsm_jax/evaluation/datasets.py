@@ -1,6 +1,6 @@
 """Read recordings and what was said in them: folders, JSON Lines files, and data sets of the Hugging Face hub.
 
-A folder has a transcript of the same name beside each recording: `.json`, as training and `dsm-jax transcribe --format
+A folder has a transcript of the same name next to each recording: `.json`, as training and `dsm-jax transcribe --format
 json` have it, or else `.txt`. A file has a line `{"audio": PATH, "text": TEXT}` for each recording, with paths relative
 to its folder; `"id"` may name the recording, and `"words": [{"text": WORD}, ...]` may stand in for the text, so that
 manifests for training can be evaluated on.
@@ -113,7 +113,7 @@ def _folder(folder: Path) -> Iterator[Sample | Failure]:
         beside = [path.with_suffix(suffix) for suffix in (".json", ".txt")]
         transcript = next((file for file in beside if file.is_file()), None)
         if transcript is None:
-            yield Failure(path.name, f"there is no {path.stem}.json or {path.stem}.txt beside it; write what was said")
+            yield Failure(path.name, f"there is no {path.stem}.json or {path.stem}.txt next to it; write what was said")
             continue
         try:
             text = _text(_bytes(transcript))
@@ -125,7 +125,7 @@ def _folder(folder: Path) -> Iterator[Sample | Failure]:
     stems = {path.stem for path in recordings}
     for path in sorted(folder.glob("*.json")):
         if path.stem not in stems:
-            yield Failure(path.name, f"there is no recording of this name beside it; add one ({', '.join(SUFFIXES)})")
+            yield Failure(path.name, f"there is no recording of this name next to it; add one ({', '.join(SUFFIXES)})")
 
 
 def _manifest(path: Path) -> Iterator[Sample | Failure]:

@@ -2,34 +2,30 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from dsm_jax import files
 from dsm_jax.errors import EvaluationError
 
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[BinaryIO]:
-    """Open a file beside `path` for writing, and give it the name when the block has ended without an error.
+    """Open a file for writing that takes the place of `path`, see `dsm_jax.files.replacing`.
 
     Raises:
       EvaluationError: the file cannot be written there.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with beside.open("wb") as file:
+        with files.replacing(path) as file:
             yield file
-        beside.replace(path)
     except OSError as error:
         raise EvaluationError(f"{path} cannot be written ({error.strerror}); give another place") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 class Journal:
-    """A file of JSON lines that grows while a run lasts, and from which the next run goes on.
+    """A file of JSON lines that grows while a run lasts, and from which the next run continues.
 
     Args:
       path: of the file; it is made where there is none.
@@ -63,7 +59,7 @@ class Journal:
             if found.get(name) != value:
                 raise EvaluationError(
                     f"{self.path} holds rows of another run, whose {name} was {found.get(name)!r} and not {value!r}; "
-                    "give another file, or leave out resume and begin anew"
+                    "give another file, or leave out resume and start again"
                 )
 
     def append(self, row: dict[str, object]) -> None:
@@ -83,7 +79,7 @@ def _parsed(path: Path, number: int, line: bytes) -> dict[str, object]:
     try:
         values = json.loads(line)
     except ValueError as error:
-        raise EvaluationError(f"{path} line {number} is no JSON ({error}); delete the line, or begin anew") from None
+        raise EvaluationError(f"{path} line {number} is no JSON ({error}); delete the line, or start again") from None
     if not isinstance(values, dict):
-        raise EvaluationError(f"{path} line {number} is no row of results; delete the line, or begin anew")
+        raise EvaluationError(f"{path} line {number} is no row of results; delete the line, or start again")
     return values

@@ -16,7 +16,7 @@ WARM_UP_S = 1.0  # of silence, which compiles the programs before the clock runs
 
 
 @dataclasses.dataclass(frozen=True)
-class Heard:
+class TimedTranscript:
     """The transcript of a recording and its times.
 
     Attributes:
@@ -24,10 +24,10 @@ class Heard:
       duration: of the recording, seconds.
       processing: seconds from the end of the recording that was finished before it, or from the start, to its own end;
         recordings of a batch overlap, and the sum over recordings is the time that all took.
-      start_latencies: for each word, seconds of audio that had been heard, beyond the word's start, when its start was
-        told; only of live transcription, and only of words told before the audio ended.
+      start_latencies: for each word, seconds of audio that had been fed, beyond the word's start, when its start was
+        reported; only of live transcription, and only of words reported before the audio ended.
       end_latencies: the same for the ends of words.
-      flushed: words whose end was only told after the audio had ended.
+      flushed: words whose end was only reported after the audio had ended.
     """
 
     text: str
@@ -53,7 +53,7 @@ class _Opened(Sequence[audio.Source]):
 
 def transcribe(
     model: Model, samples: Sequence[Sample], options: TranscribeOptions, *, batch_size: int
-) -> Iterator[tuple[int, Heard | DsmError]]:
+) -> Iterator[tuple[int, TimedTranscript | DsmError]]:
     """Transcribe whole recordings and yield each as it ends, with its place; compilation is not in the time."""
     silence = np.zeros(int(WARM_UP_S * model.sample_rate), np.float32)
     count = min(batch_size, len(samples))
@@ -71,13 +71,13 @@ def transcribe(
         if isinstance(transcript, DsmError):
             yield index, transcript
         else:
-            yield index, Heard(transcript.text, transcript.duration, passed)
+            yield index, TimedTranscript(transcript.text, transcript.duration, passed)
             passed = 0.0
 
 
 def transcribe_live(
     model: Model, samples: Sequence[Sample], options: TranscribeOptions
-) -> Iterator[tuple[int, Heard | DsmError]]:
+) -> Iterator[tuple[int, TimedTranscript | DsmError]]:
     """Feed each recording, a frame at a time, to a live stream of its own; otherwise as `transcribe`."""
     warm = StreamingTranscriber(model, options=options)
     warm.feed(np.zeros(int(WARM_UP_S * model.sample_rate), np.float32))
@@ -90,7 +90,7 @@ def transcribe_live(
             yield index, error
 
 
-def _listen(model: Model, pcm_T: np.ndarray, options: TranscribeOptions) -> Heard:
+def _listen(model: Model, pcm_T: np.ndarray, options: TranscribeOptions) -> TimedTranscript:
     transcriber = StreamingTranscriber(model, options=options)
     frame_size, starts, ends = model.config.mimi.frame_size, [], []
     begun = time.perf_counter()
@@ -105,4 +105,4 @@ def _listen(model: Model, pcm_T: np.ndarray, options: TranscribeOptions) -> Hear
     flushed = sum(isinstance(event, WordEnded) for event in transcriber.finish())
     processing = time.perf_counter() - begun
     duration = len(pcm_T) / model.sample_rate
-    return Heard(transcriber.text, duration, processing, tuple(starts), tuple(ends), flushed)
+    return TimedTranscript(transcriber.text, duration, processing, tuple(starts), tuple(ends), flushed)

@@ -63,7 +63,7 @@ def score(reference: str, transcript: str) -> Errors:
 
     Args:
       reference: what was said, normalized; not empty.
-      transcript: what was heard, normalized.
+      transcript: of the model, normalized.
 
     Raises:
       EvaluationError: the reference has no words, so that no rate can be formed; or jiwer is not installed.

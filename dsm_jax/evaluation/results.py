@@ -11,7 +11,7 @@ from dsm_jax.errors import EvaluationError
 from dsm_jax.evaluation import metrics
 from dsm_jax.evaluation.datasets import Failure
 from dsm_jax.evaluation.files import replaced
-from dsm_jax.evaluation.listening import Heard
+from dsm_jax.evaluation.listening import TimedTranscript
 from dsm_jax.evaluation.metrics import Errors, Interval, Intervals
 from dsm_jax.evaluation.tables import aligned, percent, plural
 
@@ -33,7 +33,7 @@ class FileResult:
     normalized_reference: str
     normalized_hypothesis: str
     errors: Errors
-    heard: Heard
+    heard: TimedTranscript
 
     @property
     def hypothesis(self) -> str:
@@ -71,13 +71,13 @@ class FileResult:
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-    """The wait from a word until live transcription tells of it, in seconds of audio heard meanwhile.
+    """The wait from a word until live transcription reports it, in seconds of audio fed meanwhile.
 
     Attributes:
-      words: whose ends were told before the audio ended; the figures are of these.
-      flushed: words only told after it, whose wait is not known.
-      start_median, start_95: from a word's start until its start was told: the median, and what 95 % do not exceed.
-      end_median, end_95: from a word's end until its end was told.
+      words: whose ends were reported before the audio ended; the figures are of these.
+      flushed: words only reported after it, whose wait is not known.
+      start_median, start_95: from a word's start until its start was reported: the median, and what 95 % do not exceed.
+      end_median, end_95: from a word's end until its end was reported.
     """
 
     words: int
@@ -187,10 +187,12 @@ class Evaluation:
             ("", f"{self.inverse_real_time_factor:.4f}", "seconds of processing per second of audio"),
         ]
         if late := self.latency:
-            told = f"median of {late.words} words, {late.start_95:.2f} s at 95 %; {late.flushed} told after the audio"
-            rows.append(("starts told", f"{late.start_median:.2f} s", f"after a word began: {told}"))
+            told = (
+                f"median of {late.words} words, {late.start_95:.2f} s at 95 %; {late.flushed} reported after the audio"
+            )
+            rows.append(("start latency", f"{late.start_median:.2f} s", f"after a word began: {told}"))
             rows.append(
-                ("ends told", f"{late.end_median:.2f} s", f"after it ended: median, {late.end_95:.2f} s at 95 %")
+                ("end latency", f"{late.end_median:.2f} s", f"after it ended: median, {late.end_95:.2f} s at 95 %")
             )
         lines = [f"{self.model} on {self.source}, normalizer {self.normalizer}{', live' * self.streaming}"]
         if self.skipped:
@@ -262,18 +264,20 @@ def _row(values: dict[str, Any]) -> FileResult:
         normalized_reference=values["normalized_reference"],
         normalized_hypothesis=values["normalized_hypothesis"],
         errors=Errors(**{field.name: values[field.name] for field in dataclasses.fields(Errors)}),
-        heard=heard_from(values),
+        heard=timed_from(values),
     )
 
 
-def heard_from(values: dict[str, Any]) -> Heard:
+def timed_from(values: dict[str, Any]) -> TimedTranscript:
     """Read the transcript and its times back from a row.
 
     Raises:
       KeyError: a value is missing.
     """
     starts, ends = (tuple(values[name]) for name in ("start_latencies", "end_latencies"))
-    return Heard(values["hypothesis"], values["duration"], values["processing"], starts, ends, values["flushed"])
+    return TimedTranscript(
+        values["hypothesis"], values["duration"], values["processing"], starts, ends, values["flushed"]
+    )
 
 
 def _edits(errors: Errors) -> str:

@@ -8,8 +8,8 @@ from dsm_jax.errors import ConfigError, DsmError, EvaluationError
 from dsm_jax.evaluation import datasets, listening, metrics, normalizers
 from dsm_jax.evaluation.datasets import Dataset, Failure, Sample
 from dsm_jax.evaluation.files import Journal
-from dsm_jax.evaluation.listening import Heard, TranscribeOptions
-from dsm_jax.evaluation.results import Evaluation, FileResult, heard_from
+from dsm_jax.evaluation.listening import TimedTranscript, TranscribeOptions
+from dsm_jax.evaluation.results import Evaluation, FileResult, timed_from
 from dsm_jax.progress import Progress, ProgressCallback
 
 
@@ -35,7 +35,7 @@ def evaluate(
         data set that has been read; or samples.
       normalizer: brings references and transcripts to one spelling: "english", "basic" for other languages, "none".
         "english" writes number words as figures, so that "two seven one" is one word, 271.
-      streaming: feed recordings live, one at a time, 80 ms at a time, and measure how late words are told.
+      streaming: feed recordings live, one at a time, 80 ms at a time, and measure how late words are reported.
       batch_size: recordings at a time, unless streaming.
       options: how to transcribe; None for the defaults.
       limit: evaluate only so many recordings, the first ones.
@@ -71,7 +71,7 @@ def evaluate(
         (samples if normalizers.counts(references[sample.id]) else skipped).append(sample)
     metrics.score("word", "word")  # says what is missing before there is work to lose
 
-    def result(sample: Sample, heard: Heard) -> FileResult:
+    def result(sample: Sample, heard: TimedTranscript) -> FileResult:
         reference, hypothesis = references[sample.id], normalize(heard.text)
         errors = metrics.score(reference, hypothesis)
         return FileResult(sample.id, sample.reference, reference, hypothesis, errors, heard)
@@ -114,10 +114,10 @@ def evaluate(
     )
 
 
-def _finished(journal: Journal | None) -> dict[str, Heard]:
+def _finished(journal: Journal | None) -> dict[str, TimedTranscript]:
     """Read the transcripts that an earlier run has left."""
     try:
-        return {} if journal is None else {str(row["id"]): heard_from(row) for row in journal.rows}
+        return {} if journal is None else {str(row["id"]): timed_from(row) for row in journal.rows}
     except (KeyError, TypeError) as error:
         assert journal is not None
         raise EvaluationError(

@@ -87,7 +87,7 @@ def parts_of(recording: Recording, sample_rate: int, longest: int) -> Iterator[t
     Raises:
       AudioError: the recording cannot be read.
     """
-    pcm_T = audio.read(recording.audio, sample_rate)
+    pcm_T = audio.read(recording.audio, sample_rate, strict=True)
     for first, end in itertools.pairwise(cut(recording.words, pcm_T.size, sample_rate, longest)):
         yield (
             pcm_T[first:end],
