@@ -45,6 +45,10 @@ def test_colons_are_spaces_and_brackets_are_left_out(read):
     assert texts(read("one:two (three) (fo)ur : ()")) == ["one", "two", "three", "four"]
 
 
+def test_words_that_normalise_to_nothing_are_left_out(read):
+    assert texts(read("one \u200b two \ufeff \u00ad three")) == ["one", "two", "three"]
+
+
 def test_a_typographic_apostrophe_is_a_plain_one(read, tokenizer):
     spelt = dataclasses.replace(tokenizer, _encode=lambda word: [5] * len(word))
     entries = entries_of(["don’t"], spelt, frame_rate=12.5, multi_speaker=False)

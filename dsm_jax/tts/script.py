@@ -150,9 +150,9 @@ def _encode(tokenizer: Tokenizer, word: str, turn: int) -> list[int]:
     """Return the tokens of a word; none for one that normalises to nothing, such as a zero-width space."""
     # Halves of surrogate pairs, which wrongly encoded arguments and JSON can hold, make tokenizers raise.
     broken = any("\ud800" <= letter <= "\udfff" for letter in word)
-    tokens = [] if broken else tokenizer.encode(word)
-    if not tokens and not broken and not any(letter.isprintable() for letter in word):
+    if not broken and not any(letter.isprintable() for letter in word):
         return []
+    tokens = [] if broken else tokenizer.encode(word)
     # The first ids are the machine's own, whatever pieces the tokenizer keeps there.
     if not tokens or not all(token > PAD and tokenizer.has_text(token) for token in tokens):
         raise SpeechError(
