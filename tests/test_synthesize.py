@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import dsm_jax
 from dsm_jax import audio, codec
 from dsm_jax.errors import AudioError, BatchError, ConfigError, SpeechError
-from dsm_jax.tts import Dialogue, Request, SynthesizeOptions, Turn, synthesize_each
+from dsm_jax.tts import Dialogue, IncompleteSpeechError, Request, SynthesizeOptions, Turn, synthesize_each
 from dsm_jax.tts.script import MAIN, OTHER, ZERO
 from dsm_jax.tts.synthesizer import Synthesizer
 from tests.helpers import tts_model
@@ -149,6 +149,18 @@ def test_any_iterable_is_a_batch_with_voices_and_options_of_its_own(model, speec
     ):
         with pytest.raises(ConfigError, match=message):
             dsm_jax.synthesize(model, [TEXT, TEXT], **wrong)
+
+
+@pytest.mark.parametrize("max_frames", [1, 30])
+def test_a_text_that_is_cut_off_carries_what_was_said(model, speech, max_frames):
+    short = dataclasses.replace(GREEDY, max_frames=max_frames)
+    with pytest.raises(IncompleteSpeechError, match=f"was not said to its end in {max_frames} frames") as cut:
+        dsm_jax.synthesize(model, TEXT, voice=VOICE, options=short)
+    said = cut.value.speech
+    assert not said.complete
+    np.testing.assert_allclose(said.pcm, speech.pcm[: said.pcm.size], rtol=0, atol=ROUNDING)
+    assert (said.pcm.size > 0) == (max_frames > 1)
+    assert [word.text for word in said.words] == TEXT.split()[: len(said.words)]
 
 
 def test_a_speech_is_saved_by_its_suffix(speech, tmp_path):

@@ -305,5 +305,5 @@ def words_at(
         for entry, step in zip(entries, steps, strict=False)
         if entry.tokens
     ]
-    ends = [start for _, start in begun[1:]] + [end]
+    ends = [*(start for _, start in begun[1:]), end][: len(begun)]
     return [SpokenWord(text, start, max(start, until)) for (text, start), until in zip(begun, ends, strict=True)]
