@@ -182,6 +182,26 @@ def test_sampling_depends_on_the_seed_alone(model):
     assert runs[0] == runs[1] != other
 
 
+def test_any_iterable_is_a_batch_and_recordings_are_taken_as_slots_become_free(model):
+    wanted = dsm_jax.transcribe(model, clips())
+    assert [t.text for t in dsm_jax.transcribe(model, (clip for clip in clips()))] == [t.text for t in wanted]
+    assert dsm_jax.transcribe(model, []) == []
+
+    class Counted(list):
+        taken = 0
+
+        def __iter__(self):
+            for clip in super().__iter__():
+                self.taken += 1
+                yield clip
+
+    many = Counted(clips() * 4)
+    results = transcribe_each(model, many, batch_size=2)
+    next(results)
+    assert many.taken < len(many) / 2
+    assert len(list(results)) == len(many) - 1
+
+
 def test_one_bad_file_costs_only_itself(model, tmp_path):
     (tmp_path / "talk.wav").write_text("not audio")
     sources = [stt_model.RECORDING, tmp_path / "talk.wav", tmp_path / "missing.flac", clips()[0]]

@@ -113,7 +113,7 @@ def transcribe_files(
 def listen(args: argparse.Namespace, model: "Model", options: "TranscribeOptions") -> int:
     """Transcribe the microphone until Ctrl-C: words as they are said, then the transcript in its format."""
     from dsm_jax import microphone
-    from dsm_jax.stt import StreamingTranscriber, WordEnded
+    from dsm_jax.stt import Pause, StreamingTranscriber, WordEnded
 
     transcriber = StreamingTranscriber(model, options=options)
     words_only = args.format == "text"
@@ -124,7 +124,7 @@ def listen(args: argparse.Namespace, model: "Model", options: "TranscribeOptions
                 terminal.write(_line(_event(event)))
             elif words_only and isinstance(event, WordEnded):
                 terminal.write(event.word.text + " ")
-            elif words_only and args.vad and not isinstance(event, WordEnded) and hasattr(event, "horizon"):
+            elif words_only and args.vad and isinstance(event, Pause):
                 terminal.write("[pause] ")
 
     with microphone.Microphone(model.sample_rate, device=args.input_device) as source:

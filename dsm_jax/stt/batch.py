@@ -38,22 +38,22 @@ def transcribe_each(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; expected 1 or more")
-    one = options if isinstance(options, TranscribeOptions) else None
-    several = None if isinstance(options, TranscribeOptions) else list(options)
-    if several is not None or isinstance(sources, Sequence):
+    known = [options] if isinstance(options, TranscribeOptions) else list(options)
+    each = None if isinstance(options, TranscribeOptions) else known
+    if each is not None and not isinstance(sources, Sequence):
         sources = list(sources)
-        if several is not None and len(several) != len(sources):
-            raise ConfigError(f"{len(sources)} recordings have {len(several)} options; give one for all, or one each")
+    if isinstance(sources, Sequence):
+        if each is not None and len(each) != len(sources):
+            raise ConfigError(f"{len(sources)} recordings have {len(each)} options; give one for all, or one each")
         # Few recordings take a power of two: so that different numbers of them share a compilation.
         batch_size = max(1, min(batch_size, 1 << max(0, len(sources) - 1).bit_length()))
-    transcriber = Transcriber(model, batch_size, CHUNK_FRAMES, [one] if several is None and one else several or [])
+    transcriber = Transcriber(model, batch_size, CHUNK_FRAMES, known)
 
     def session(index: int, source: audio.Source) -> FileSession:
-        chosen = one if several is None else several[index]
-        assert chosen is not None
+        chosen = known[0] if each is None else each[index]
         report = None if progress is None else functools.partial(_report, progress, index, audio.duration(source))
-        heard = None if on_event is None else functools.partial(on_event, index)
-        return FileSession(transcriber, chosen, index, source, keep_frames=frames, progress=report, on_event=heard)
+        found = None if on_event is None else functools.partial(on_event, index)
+        return FileSession(transcriber, chosen, index, source, keep_frames=frames, progress=report, on_event=found)
 
     slots: Slots[FileSession] = transcriber.slots
     for done in slots.run(session(index, source) for index, source in enumerate(sources)):
