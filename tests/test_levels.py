@@ -183,4 +183,4 @@ def test_ends_do_not_depend_on_what_comes_later():
     assert len(early) > 5
     ends = [e.word for _, e in whole if isinstance(e, WordEnded)]
     assert all(w.start <= w.end for w in ends)
-    assert all(a.end <= b.start for a, b in itertools.pairwise(ends))
+    assert all(a.start <= b.start for a, b in itertools.pairwise(ends))

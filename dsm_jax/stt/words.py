@@ -107,7 +107,6 @@ class WordReader:
         self._start: int | None = None  # frame at which the segment starts
         self._end_of_stream: int | None = None
         self._told: list[float] = []  # starts of those words of the segment whose start was returned
-        self._last_end = 0.0  # of the word before
         self._paused = False
 
     def read(
@@ -197,8 +196,6 @@ class WordReader:
     def _starts(self, words: list[str]) -> list[float]:
         """Return the seconds at which each word starts; those that were returned before do not change."""
         new = [self._within(self.timing.of_text(frame)) for frame in self._frames(words)[len(self._told) :]]
-        if self.levels is not None:
-            new = [max(start, self._last_end) for start in new]
         return [*self._told, *new][: len(words)]
 
     def _ends(self, words: list[str], end: float) -> list[float]:
@@ -229,7 +226,8 @@ class WordReader:
         if self.frame - self._pieces[-1].frame > LONGEST_TAIL_S * self.timing.frame_rate:
             return True
         found = self.levels.end_of_sound(self.timing.in_stream(last[0]), self.levels.seconds)
-        return found is not None and found[1] >= SILENCE_S
+        # The text of a word that followed at once would have come by the end of its sound.
+        return found is not None and found[1] >= SILENCE_S and self.timing.in_stream(self.frame) >= found[0]
 
     def _groups(self) -> list[list["_Piece"]]:
         """Return the pieces of each word: a word begins with the piece that holds the space before it."""
@@ -256,8 +254,7 @@ class WordReader:
         events = self._tell_starts(complete=True)
         starts, ends, sures = self._starts(words), self._ends(words, end), self._probabilities(len(words))
         for word, start, stop, sure in zip(words, starts, ends, sures, strict=True):
-            self._last_end = max(start, stop)
-            events.append(WordEnded(Word(word, start, self._last_end, sure)))
+            events.append(WordEnded(Word(word, start, max(start, stop), sure)))
         self._pieces, self._told, self._end_of_stream, self._start = [], [], None, None
         return events
 
