@@ -212,7 +212,7 @@ def _decoded(source: File, sample_rate: int, name: str, strict: bool) -> Iterato
         # A joined file may change its rate or its channels.
         for (rate, _), part in itertools.groupby(pieces, key=lambda piece: (piece[0], len(piece[1]))):
             _check_rate(rate, f"the sample rate of {name}")
-            yield from _resampled(_mono((pcm_CT for _, pcm_CT in part), rate), rate, sample_rate)
+            yield from resampled(_mono((pcm_CT for _, pcm_CT in part), rate), rate, sample_rate)
 
 
 def _finite(pieces: Iterable[tuple[int, np.ndarray]], name: str) -> Iterator[tuple[int, np.ndarray]]:
@@ -224,7 +224,7 @@ def _finite(pieces: Iterable[tuple[int, np.ndarray]], name: str) -> Iterator[tup
         yield rate, pcm_CT
 
 
-def _resampled(pieces: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iterator[np.ndarray]:
+def resampled(pieces: Iterable[np.ndarray], rate: int, sample_rate: int) -> Iterator[np.ndarray]:
     """Resample mono pieces; at the rate that is asked for they pass through untouched."""
     if rate == sample_rate:
         yield from pieces

@@ -83,9 +83,9 @@ def decode(file: BinaryIO, name: str, *, strict: bool = False) -> Iterator[tuple
             )
         reason = missing.reason(seconds)
         if reason and strict:
-            raise AudioError(f"{name} {reason[: reason.rindex(';')]}; fetch it again, or repair it: {_repair(name)}")
+            raise AudioError(f"{name} {reason}; fetch it again, or repair it: {_repair(name)}")
         if reason:
-            _log.warning("%s %s", name, reason)
+            _log.warning("%s %s; the rest is used", name, reason)
 
 
 def duration(path: str | os.PathLike[str]) -> float | None:
@@ -189,11 +189,10 @@ def _open(file: BinaryIO, name: str, stack: ExitStack) -> Any:
         file = spool
     try:
         if file.seekable():
-            shown, options = _Bytes(file, size=_size_without_tag(file)), {}
+            shown = _Bytes(file, size=_size_without_tag(file))
             file.seek(0)
-            return av.open(shown, options=options)
-        shown = _Bytes(file, head=head)
-        return av.open(shown, options=_PIPE_OPTIONS, buffer_size=_PIPE_BUFFER)
+            return av.open(shown)
+        return av.open(_Bytes(file, head=head), options=_PIPE_OPTIONS, buffer_size=_PIPE_BUFFER)
     except (av.error.FFmpegError, ValueError, IndexError) as error:
         if head[4:8] == b"ftyp":
             found = "an MP4 without its index, as a recorder that was interrupted leaves it"
@@ -268,12 +267,10 @@ class _Missing:
         if self._expected is not None and seconds < self._expected - _TOLERANCE_S:
             missing = self._expected - seconds
             where = "it was cut short" if not self.damages else f"it is damaged from {self._damaged_at:.1f} s on"
-            return f"lacks {missing:.1f} s of its {self._expected:.1f} s: {where}; the rest is used"
+            return f"lacks {missing:.1f} s of its {self._expected:.1f} s: {where}"
         if self.damages:
-            return (
-                f"is damaged from {self._damaged_at:.1f} s on: {self.damages} packets were left out; the rest is used"
-            )
-        return f"lacks its end, after {seconds:.1f} s: it was cut short; the rest is used" if self._open_end else None
+            return f"is damaged from {self._damaged_at:.1f} s on: {self.damages} packets were left out"
+        return f"lacks its end, after {seconds:.1f} s: it was cut short" if self._open_end else None
 
 
 def _wav_seconds(file: BinaryIO) -> float | None:

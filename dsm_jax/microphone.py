@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import soxr
 
+from dsm_jax import audio
 from dsm_jax.errors import AudioError
 
 BLOCK_S = 0.08  # of a chunk: one frame of the models
@@ -76,20 +76,17 @@ class Microphone:
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Yield float32 samples [T] at `sample_rate` as they are recorded, until the stream stops."""
-        resampler = None
-        if self._rate != self._sample_rate:
-            resampler = soxr.ResampleStream(self._rate, self._sample_rate, 1, dtype="float32", quality="HQ")
+        return audio.resampled(self._recorded(), self._rate, self._sample_rate)
+
+    def _recorded(self) -> Iterator[np.ndarray]:
+        """Yield samples [T] at the microphone's own rate."""
         while True:
             try:
                 # A wait without an end would not be woken by Ctrl-C on every system.
-                samples_T = self._queue.get(timeout=0.2)
+                yield self._queue.get(timeout=0.2)
             except queue.Empty:
                 if not self._stream.active:
                     break
-                continue
-            yield samples_T if resampler is None else resampler.resample_chunk(samples_T)
-        if resampler is not None:
-            yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
 def play(samples: np.ndarray, sample_rate: int) -> bool:
