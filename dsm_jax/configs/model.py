@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dsm_jax.configs.csm import CsmConfig
 from dsm_jax.configs.delayed_lm import LMConfig
 from dsm_jax.configs.mimi import MimiConfig
 from dsm_jax.configs.tts import SamplingDefaults, TtsConfig
@@ -39,7 +40,8 @@ class ModelConfig:
 
     Attributes:
       model_type: the family, a key of `dsm_jax.models.family.FAMILIES`, on which the required parts depend.
-      lm: the language model; None for a codec alone.
+      lm: the delayed-streams language model; None for other models.
+      csm: the language model of a conversational speech model; None for other models.
       mimi: the codec.
       stt: settings of speech-to-text models; the defaults for others.
       tts: settings of text-to-speech models; None for others.
@@ -49,6 +51,7 @@ class ModelConfig:
 
     model_type: str
     lm: LMConfig | None = None
+    csm: CsmConfig | None = None
     mimi: MimiConfig = MimiConfig()
     stt: SttConfig = SttConfig()
     tts: TtsConfig | None = None

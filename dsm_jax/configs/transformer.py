@@ -9,8 +9,35 @@ POSITIONS = ("none", "rope", "sin", "sin_rope")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3's scaling of the rates of the rotary embeddings, for contexts longer than those of the first training.
+
+    Rates whose wavelength is shorter than `original_context / high_frequency` stay as they are, rates whose wavelength
+    is longer than `original_context / low_frequency` are divided by `factor`, and those between are interpolated.
+
+    Attributes:
+      factor: divisor of the slow rates.
+      low_frequency: turns in the original context of the fastest rate that is divided in full.
+      high_frequency: turns in the original context of the slowest rate that is not divided.
+      original_context: steps.
+    """
+
+    factor: float
+    low_frequency: float
+    high_frequency: float
+    original_context: int
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.low_frequency < self.high_frequency,
+            f"low_frequency is {self.low_frequency} and high_frequency {self.high_frequency}",
+            "the low one must be the smaller, and above 0",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """A causal transformer with a sliding window: Mimi's two transformers, and the language model's backbone."""
+    """A causal transformer with a sliding window: Mimi's two, a language model's backbone, and both parts of CSM."""
 
     d_model: int
     num_heads: int
@@ -25,6 +52,8 @@ class TransformerConfig:
     positional_embedding: str = "rope"
     kv_repeat: int = 1
     cross_attention: bool = False
+    rope_scaling: RopeScaling | None = None
+    gated_width: int | None = None  # inner width of a gated feed-forward; None derives it from dim_feedforward
     # In Mimi's file only; both are the model width.
     input_dimension: int | None = None
     output_dimensions: tuple[int, ...] | None = None
@@ -49,6 +78,13 @@ class TransformerConfig:
     def head_dim(self) -> int:
         """Width of one head."""
         return self.d_model // self.num_heads
+
+    @property
+    def inner_width(self) -> int:
+        """Inner width of the feed-forward."""
+        if self.gating == "none":
+            return self.dim_feedforward
+        return self.gated_width or gating_dim(self.d_model, self.dim_feedforward)
 
     @property
     def num_kv_heads(self) -> int:

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 from flax import nnx
 
-from dsm_jax.configs import LMConfig, ModelConfig, SttConfig, TtsConfig
+from dsm_jax.configs import CsmConfig, LMConfig, ModelConfig, SttConfig, TtsConfig
 from dsm_jax.errors import CheckpointError, ConfigError, ModelKindError
+from dsm_jax.models.csm import CsmLM
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.models.parameters import AbstractNetwork, abstract
@@ -73,17 +74,41 @@ def lm_config(config: ModelConfig) -> LMConfig:
     """Return the config of the delayed-streams language model.
 
     Raises:
-      ConfigError: the model has no language model.
+      ConfigError: the model has no such language model.
     """
     if config.lm is None:
         raise ConfigError(
-            f"{config.model_type!r} is the config of a model without a language model; use one that has it"
+            f"{config.model_type!r} is the config of a model without a delayed-streams language model; use one with it"
         )
     return config.lm
 
 
+def csm_config(config: ModelConfig) -> CsmConfig:
+    """Return the config of a conversational speech model.
+
+    Raises:
+      ConfigError: the model is another one.
+    """
+    if config.csm is None:
+        raise ConfigError(f"{config.model_type!r} is not the config of a conversational speech model; use 'csm'")
+    return config.csm
+
+
 def _delayed_lm(config: ModelConfig, dtype: Any) -> nnx.Module:
     return DelayedStreamsLM(lm_config(config), dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def _csm_lm(config: ModelConfig, dtype: Any) -> nnx.Module:
+    return CsmLM(csm_config(config), dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def _csm_fits_codec(config: ModelConfig) -> None:
+    csm, quantizer = csm_config(config), config.mimi.quantizer
+    if csm.n_q > quantizer.n_q or csm.card < quantizer.bins:
+        raise ConfigError(
+            f"csm has {csm.n_q} codebooks of {csm.card} entries and its codec {quantizer.n_q} of {quantizer.bins}; the "
+            "codec needs as many codebooks as csm at least, and as many entries at most"
+        )
 
 
 def _text_card(config: ModelConfig) -> int:
@@ -142,6 +167,17 @@ FAMILIES: Mapping[str, Family] = {
             loss="dsm_jax.training.losses.tts:tts_loss",
         ),
         Family(
+            model_type="csm",
+            description="a conversational speech model",
+            task="speak in conversations",
+            example="sesame/csm-1b",
+            parts={"csm": CsmConfig},
+            check=_csm_fits_codec,
+            language_model=_csm_lm,
+            vocabulary=lambda config: csm_config(config).text_card,
+            layouts={},
+        ),
+        Family(
             model_type="moshi",
             description=_SPEECH_TO_SPEECH,
             task=None,
@@ -166,7 +202,11 @@ FAMILIES: Mapping[str, Family] = {
     )
 }
 # The parts of ModelConfig, with the default that a part must have in a family without it.
-_PARTS = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name in ("lm", "stt", "tts")}
+_PARTS = {
+    field.name: field.default
+    for field in dataclasses.fields(ModelConfig)
+    if field.name in ("lm", "csm", "stt", "tts")
+}
 
 
 def family_of(config: ModelConfig) -> Family:

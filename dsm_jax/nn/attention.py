@@ -14,25 +14,40 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsm_jax.configs import TransformerConfig
+from dsm_jax.configs import RopeScaling, TransformerConfig
 from dsm_jax.nn.linear import Linear
 from dsm_jax.sharding import Sharding
 from dsm_jax.streaming import KVCache, taken_BT
 
 
-def rope(x: jax.Array, position_BT: jax.Array, max_period: float) -> jax.Array:
-    """Rotate each pair (x[2i], x[2i+1]) by position * max_period ** (-2i / H), in float32.
+def rope_rates(half: int, max_period: float, scaling: RopeScaling | None = None) -> jax.Array:
+    """Compute the rate of each pair in radians a step, max_period ** (-i / half) before scaling: float32 [half].
+
+    Source: the scaling is Llama 3.1's, as transformers 5.24 modeling_rope_utils.py:_compute_llama3_parameters has it.
+    """
+    rates = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(max_period) / half))
+    if scaling is None:
+        return rates
+    turns = scaling.original_context * rates / (2 * math.pi)
+    kept = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
+    kept = jnp.clip(kept, 0.0, 1.0)
+    return kept * rates + (1 - kept) * rates / scaling.factor
+
+
+def rope(x: jax.Array, position_BT: jax.Array, max_period: float, scaling: RopeScaling | None = None) -> jax.Array:
+    """Rotate each pair (x[2i], x[2i+1]) by position * rate, in float32; see `rope_rates`.
 
     Args:
       x: [B, T, ..., H], with any number of head axes.
       position_BT: int32, the position of each step.
       max_period: steps in which the slowest pair would turn by one radian.
+      scaling: scaling of the rates; None for none.
 
     Returns:
       The rotated array, of the shape and dtype of `x`.
     """
     half = x.shape[-1] // 2
-    rates = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(max_period) / half))
+    rates = rope_rates(half, max_period, scaling)
     angle = position_BT.astype(jnp.float32).reshape(*position_BT.shape, *(1,) * (x.ndim - 2)) * rates
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], half, 2)
@@ -128,10 +143,10 @@ class Attention(nnx.Module):
         self.in_proj = Linear({"D": config.d_model}, {"P": config.kv_repeat + 2, "K": heads, "H": width}, rngs=rngs)
         self.out_proj = Linear({"K": heads, "G": config.kv_repeat, "H": width}, {"D": config.d_model}, rngs=rngs)
 
-    def init_cache(self, batch_size: int) -> KVCache:
-        """Make an empty cache of `context` slots."""
+    def init_cache(self, batch_size: int, slots: int | None = None) -> KVCache:
+        """Make an empty cache of `slots` slots; None means `context`, beyond which no stream needs any."""
         c = self.config
-        shape = (batch_size, c.num_kv_heads, c.context, c.head_dim)
+        shape = (batch_size, c.num_kv_heads, c.context if slots is None else slots, c.head_dim)
         if self.sharding is not None:
             zeros = functools.partial(self.sharding.zeros, shape=shape, dtype=self.dtype)
             return KVCache(zeros("k_BKSH"), zeros("v_BKSH"))
@@ -140,15 +155,15 @@ class Attention(nnx.Module):
     def step(
         self, x_BTD: jax.Array, cache: KVCache | None, position_B: jax.Array, lengths_B: jax.Array | None
     ) -> tuple[jax.Array, KVCache | None]:
-        """Run a chunk of at most `context` steps with its cache, or a whole clip without one."""
+        """Run a chunk of at most as many steps as the cache has slots, or a whole clip without a cache."""
         c = self.config
         B, T, _ = x_BTD.shape
-        S = c.context
+        S = c.context if cache is None else cache.k_BKSH.shape[2]
         parts_BTPKH = self.in_proj(x_BTD)
         turned_BTPKH, v_BKUH = parts_BTPKH[:, :, :-1], parts_BTPKH[:, :, -1].swapaxes(1, 2)
         position_BT = position_B[:, None] + jnp.arange(T)
         if c.positional_embedding in ("rope", "sin_rope"):
-            turned_BTPKH = rope(turned_BTPKH, position_BT, c.max_period)
+            turned_BTPKH = rope(turned_BTPKH, position_BT, c.max_period, c.rope_scaling)
         q_BTKGH, k_BKUH = turned_BTPKH[:, :, :-1].swapaxes(2, 3), turned_BTPKH[:, :, -1].swapaxes(1, 2)
         slot_BT = position_BT % S
         step_taken_BT = None if lengths_B is None else taken_BT(lengths_B, T)

@@ -1,4 +1,4 @@
-"""The two modules through which models multiply by weights and look up embeddings: `Linear` and `Embedding`.
+"""The modules through which models multiply by weights and look up embeddings: `Linear` and `Embedding` above all.
 
 A parameter's name ends in the letters of its axes (docs/axes.md), inputs before outputs. Axes with a meaning of their
 own, such as heads, are not flattened, so that a split over devices never cuts across queries, keys and values, or gate
@@ -71,6 +71,29 @@ class Linear(nnx.Module):
         return y + getattr(self, f"bias_{self.outputs}")[...].astype(y.dtype) if self.bias else y
 
 
+class LinearPerStream(nnx.Module):
+    """One linear layer without bias for each stream, so that a loop over streams can choose its layer by index.
+
+    Args:
+      streams: number of layers.
+      inputs: width of the input.
+      outputs: number of scores.
+      rngs: random streams for the initial weights.
+    """
+
+    def __init__(self, streams: int, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(inputs**-0.5)
+        self.weight_QDV = nnx.Param(init(rngs.params(), (streams, inputs, outputs)))
+
+    def __call__(self, x_NQD: jax.Array) -> jax.Array:
+        """Map [N, Q, D] to [N, Q, V], each stream by its own layer."""
+        return jnp.einsum("NQD,QDV->NQV", x_NQD, self.weight_QDV[...].astype(x_NQD.dtype))
+
+    def of_stream(self, stream: jax.Array | int, x_ND: jax.Array) -> jax.Array:
+        """Map [N, D] to [N, V] by the layer of one stream."""
+        return x_ND @ self.weight_QDV[stream].astype(x_ND.dtype)
+
+
 class Embedding(nnx.Module):
     """A table of embeddings, or one table per stream; token -1 gives exactly zero.
 
@@ -119,5 +142,12 @@ class Embedding(nnx.Module):
         """
         index: Any = jnp.maximum(tokens, 0)
         index = index if self.streams is None else (jnp.arange(self.streams), index)
+        return self._rows(tokens, index)
+
+    def of_stream(self, stream: jax.Array | int, tokens: jax.Array) -> jax.Array:
+        """Look up tokens of any shape [...] in the table of one stream: [..., W]."""
+        return self._rows(tokens, (stream, jnp.maximum(tokens, 0)))
+
+    def _rows(self, tokens: jax.Array, index: Any) -> jax.Array:
         rows = take(self.table, index).astype(self.dtype)
         return jnp.where((tokens < 0)[..., None], jnp.zeros((), rows.dtype), rows)

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# All products of the backbone's and the depformer's layers: nearly all of the bytes that a step reads.
-LAYERS = (r"^transformer\.layers\.", r"^depformer\.(inputs|layers|linears)\.")
+# All products of the layers of backbone, depformer and depth decoder: nearly all of the bytes that a step reads.
+LAYERS = (r"^(transformer|backbone|depth)\.layers\.", r"^depformer\.(inputs|layers|linears)\.")
 
 
 @jax.tree_util.register_dataclass

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsm_jax.configs import TransformerConfig, gating_dim
+from dsm_jax.configs import TransformerConfig
 from dsm_jax.nn.attention import Attention, CrossAttention, sinusoids
 from dsm_jax.nn.linear import Linear
 from dsm_jax.nn.norms import LayerNorm, make_norm
@@ -65,9 +65,9 @@ class TransformerLayer(nnx.Module):
         self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
         self.norm2 = make_norm(config.norm, width)
         self.feedforward = (
-            FeedForward(width, config.dim_feedforward, rngs=rngs)
+            FeedForward(width, config.inner_width, rngs=rngs)
             if config.gating == "none"
-            else GatedFeedForward(width, gating_dim(width, config.dim_feedforward), rngs=rngs)
+            else GatedFeedForward(width, config.inner_width, rngs=rngs)
         )
         self.norm_cross = LayerNorm(width, epsilon=1e-5) if config.cross_attention else None
         self.cross_attention = CrossAttention(config, rngs=rngs) if config.cross_attention else None
@@ -109,9 +109,15 @@ class Transformer(nnx.Module):
         self.config = config
         self.layers = nnx.List([TransformerLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
 
-    def init_state(self, batch_size: int) -> TransformerState:
-        """Make the state of `batch_size` fresh streams."""
-        caches = tuple(layer.self_attn.init_cache(batch_size) for layer in self.layers)
+    def init_state(self, batch_size: int, slots: int | None = None) -> TransformerState:
+        """Make the state of fresh streams.
+
+        Args:
+          batch_size: number of streams.
+          slots: slots of each cache; None means `context`. With fewer, no stream may take more steps than there are
+            slots.
+        """
+        caches = tuple(layer.self_attn.init_cache(batch_size, slots) for layer in self.layers)
         return TransformerState(caches, jnp.zeros((batch_size,), jnp.int32))
 
     def init_clip(self, batch_size: int, length: int) -> TransformerState:
@@ -162,7 +168,8 @@ class Transformer(nnx.Module):
             taken = x_BTD.shape[1] if lengths_B is None else lengths_B
             return x_BTD, TransformerState(tuple(caches), state.position_B + taken)
 
-        longest = x_BTD.shape[1] if None in state.caches else self.config.context
+        first = state.caches[0]
+        longest = x_BTD.shape[1] if first is None else first.k_BKSH.shape[2]
         return step_in_blocks(block, x_BTD, state, lengths_B, longest)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
