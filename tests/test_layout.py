@@ -21,7 +21,7 @@ LEVELS = (
     ("convert",),
     ("checkpoints",),
     ("runtime",),
-    ("microphone", "codec", "stt", "tts"),
+    ("microphone", "codec", "stt", "tts", "csm"),
     ("benchmark", "evaluation", "training"),
     ("malloc", "tasks", "cli", "__main__"),
     ("dsm_jax",),
