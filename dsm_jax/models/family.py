@@ -176,6 +176,7 @@ FAMILIES: Mapping[str, Family] = {
             language_model=_csm_lm,
             vocabulary=lambda config: csm_config(config).text_card,
             layouts={},
+            loss="dsm_jax.training.losses.csm:csm_loss",
         ),
         Family(
             model_type="moshi",
@@ -203,9 +204,7 @@ FAMILIES: Mapping[str, Family] = {
 }
 # The parts of ModelConfig, with the default that a part must have in a family without it.
 _PARTS = {
-    field.name: field.default
-    for field in dataclasses.fields(ModelConfig)
-    if field.name in ("lm", "csm", "stt", "tts")
+    field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name in ("lm", "csm", "stt", "tts")
 }
 
 
