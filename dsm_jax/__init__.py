@@ -7,6 +7,7 @@ if TYPE_CHECKING:  # What an editor and a type checker see; _MODULE_OF is what r
     from dsm_jax.checkpoints import Model, load, save
     from dsm_jax.codec import decode, encode
     from dsm_jax.convert import convert
+    from dsm_jax.csm import CsmOptions
     from dsm_jax.errors import (
         AudioError,
         BatchError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # What an editor and a type checker see; _MODULE_OF is what r
         transcribe,
         transcribe_stream,
     )
+    from dsm_jax.synthesis import synthesize, synthesize_stream
     from dsm_jax.training.finetune import finetune
     from dsm_jax.tts import (
         Dialogue,
@@ -44,8 +46,6 @@ if TYPE_CHECKING:  # What an editor and a type checker see; _MODULE_OF is what r
         StreamingSynthesizer,
         SynthesizeOptions,
         Turn,
-        synthesize,
-        synthesize_stream,
     )
 
     __version__: str
@@ -55,6 +55,7 @@ __all__ = [
     "BatchError",
     "CheckpointError",
     "ConfigError",
+    "CsmOptions",
     "Dialogue",
     "DsmError",
     "Evaluation",
@@ -99,6 +100,7 @@ _MODULE_OF = {
     "BatchError": "dsm_jax.errors",
     "CheckpointError": "dsm_jax.errors",
     "ConfigError": "dsm_jax.errors",
+    "CsmOptions": "dsm_jax.csm",
     "Dialogue": "dsm_jax.tts",
     "DsmError": "dsm_jax.errors",
     "Evaluation": "dsm_jax.evaluation",
@@ -132,8 +134,8 @@ _MODULE_OF = {
     "finetune": "dsm_jax.training.finetune",
     "load": "dsm_jax.checkpoints",
     "save": "dsm_jax.checkpoints",
-    "synthesize": "dsm_jax.tts",
-    "synthesize_stream": "dsm_jax.tts",
+    "synthesize": "dsm_jax.synthesis",
+    "synthesize_stream": "dsm_jax.synthesis",
     "transcribe": "dsm_jax.stt",
     "transcribe_stream": "dsm_jax.stt",
 }

@@ -31,7 +31,7 @@ class Tokenizer:
     _silent: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, no markers added."""
+        """Return the ids of a text: no markers are added, and none are made of a marker's name in the text."""
         return self._encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -122,6 +122,7 @@ def _from_json(path: Path) -> Tokenizer:
 
     text = files.read_text(path)
     model = tokenizers.Tokenizer.from_str(text)
+    model.encode_special_tokens = True  # a marker's name in a text is letters, as in sentencepiece, and not the marker
     silent = frozenset(token["id"] for token in json.loads(text).get("added_tokens", []) if token["special"])
     settings = path.with_name("tokenizer_config.json")
     eos = json.loads(files.read_text(settings)).get("eos_token") if settings.is_file() else None

@@ -20,8 +20,9 @@ from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.runtime.compile import compilations
+from dsm_jax.runtime.steps import Leave
 from dsm_jax.tts import program
-from dsm_jax.tts.host import Leave, SpeechRequest
+from dsm_jax.tts.host import SpeechRequest
 from dsm_jax.tts.program import TtsSettings
 from dsm_jax.tts.script import NEW_WORD, PAD, Entry
 from dsm_jax.tts.words import WordMachine

@@ -203,9 +203,7 @@ FAMILIES: Mapping[str, Family] = {
 }
 # The parts of ModelConfig, with the default that a part must have in a family without it.
 _PARTS = {
-    field.name: field.default
-    for field in dataclasses.fields(ModelConfig)
-    if field.name in ("lm", "csm", "stt", "tts")
+    field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name in ("lm", "csm", "stt", "tts")
 }
 
 

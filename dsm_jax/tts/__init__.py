@@ -1,16 +1,9 @@
-"""Text to speech: `synthesize` for whole texts, `synthesize_stream` for live text, and the program over slots."""
+"""Text to speech: whole texts, live text, and the program over slots."""
 
-from dsm_jax.tts.batch import synthesize, synthesize_each
-from dsm_jax.tts.live import StreamingSynthesizer, synthesize_stream
-from dsm_jax.tts.speech import (
-    Dialogue,
-    IncompleteSpeechError,
-    Request,
-    Speech,
-    SpokenWord,
-    SynthesizeOptions,
-    Turn,
-)
+from dsm_jax.speech import IncompleteSpeechError, Speech, SpokenWord
+from dsm_jax.tts.batch import synthesize_each
+from dsm_jax.tts.live import StreamingSynthesizer
+from dsm_jax.tts.speech import Dialogue, Request, SynthesizeOptions, Turn
 from dsm_jax.tts.voices import blend, read_voice, voices_of
 
 __all__ = [
@@ -24,8 +17,6 @@ __all__ = [
     "Turn",
     "blend",
     "read_voice",
-    "synthesize",
     "synthesize_each",
-    "synthesize_stream",
     "voices_of",
 ]

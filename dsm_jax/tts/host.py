@@ -14,11 +14,11 @@ from flax import nnx
 from dsm_jax.checkpoints import Model
 from dsm_jax.runtime.compile import compiled
 from dsm_jax.runtime.slots import grow
+from dsm_jax.runtime.steps import Leave, step_limits
 from dsm_jax.tts import voices
 from dsm_jax.tts.program import (
     ConditionValues,
     StepOutputs,
-    TtsInputs,
     TtsRequest,
     TtsSettings,
     TtsState,
@@ -103,13 +103,6 @@ class SpeechRequest:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Leave:
-    """The input of one slot for one call: it may take steps."""
-
-    last: bool = False  # a slot's end is known once its outputs have been read
-
-
 class TtsProgram:
     """The program for one model, compiled, with its parameters.
 
@@ -138,7 +131,7 @@ class TtsProgram:
             for function, donate in ((init_state, ()), (insert, (0,)), (extend, (0,)), (step, (0,)))
         )
         state = self._init.shapes(self._params)
-        self._step.compile(self._params, state, self._inputs([None] * self.slots, waiting=False))
+        self._step.compile(self._params, state, step_limits([None] * self.slots, self.limit, waiting=False))
 
     def fit(self, state: TtsState, request: SpeechRequest) -> TtsState:
         """Make room for a request that is larger than those before it."""
@@ -171,8 +164,4 @@ class TtsProgram:
 
     def step(self, state: TtsState, parts: Sequence[Leave | None], *, waiting: bool) -> tuple[StepOutputs, TtsState]:
         """Take steps in all slots that may; return at once, with outputs that may still be computed."""
-        return self._step(self._params, state, self._inputs(parts, waiting=waiting))
-
-    def _inputs(self, parts: Sequence[Leave | None], *, waiting: bool) -> TtsInputs:
-        allowed_B = np.array([part is not None for part in parts])
-        return TtsInputs(np.int32(self.limit), allowed_B, np.bool_(waiting))
+        return self._step(self._params, state, step_limits(parts, self.limit, waiting=waiting))

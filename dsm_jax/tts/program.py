@@ -28,6 +28,7 @@ from dsm_jax.models.streams import ZERO_TOKEN, TokenRing
 from dsm_jax.nn.sampling import sample
 from dsm_jax.nn.transformer import TransformerState
 from dsm_jax.runtime.slots import write_rows
+from dsm_jax.runtime.steps import StepLimits, take_steps
 from dsm_jax.streaming import reset_rows, select_rows
 from dsm_jax.tts import voices, words
 from dsm_jax.tts.script import MIN_ENTRIES, MIN_TOKENS, PAD, Script
@@ -148,22 +149,6 @@ class TtsState:
     codec: CodecState
     conditions: Conditions | None
     request: TtsRequest
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TtsInputs:
-    """The extent of a call.
-
-    Attributes:
-      limit: int32 [], steps at most.
-      allowed_B: bool, slots that may take steps: those that hold a request and whose listener keeps up.
-      until_free: bool [], whether the call ends once an allowed slot has ended, so that it can take the next request.
-    """
-
-    limit: Array
-    allowed_B: Array
-    until_free: Array
 
 
 @jax.tree_util.register_dataclass
@@ -333,7 +318,7 @@ def _waits_B(settings: TtsSettings, state: TtsState) -> jax.Array:
 
 
 def step(
-    lm: DelayedStreamsLM, mimi: Mimi, state: TtsState, inputs: TtsInputs, settings: TtsSettings
+    lm: DelayedStreamsLM, mimi: Mimi, state: TtsState, limits: StepLimits, settings: TtsSettings
 ) -> tuple[StepOutputs, TtsState]:
     """Take up to `limit` steps, fewer when no slot has any left to take.
 
@@ -341,7 +326,7 @@ def step(
       lm: a model with a depformer.
       mimi: its codec.
       state: from `insert`, or from the call before; donate it.
-      inputs: how far to go.
+      limits: extent of the call.
       settings: as for `init_state`.
 
     Returns:
@@ -356,21 +341,14 @@ def step(
         jnp.zeros((room, batch, mimi.config.frame_size), jnp.float32),
         jnp.zeros((room, batch), bool),
     )
-
-    def active_B(state: TtsState) -> jax.Array:
-        return inputs.allowed_B & ~_ends(settings, state)[1] & ~_waits_B(settings, state)
-
-    def goes_on(carry: tuple[jax.Array, tuple[jax.Array, ...], TtsState]) -> jax.Array:
-        count, _, state = carry
-        free = inputs.until_free & (inputs.allowed_B & _ends(settings, state)[1]).any()
-        return (count < jnp.minimum(inputs.limit, room)) & active_B(state).any() & ~free
-
-    def take(carry: tuple[jax.Array, tuple[jax.Array, ...], TtsState]):
-        count, columns, state = carry
-        made, state = _take_step(lm, mimi, state, active_B(state), settings)
-        return count + 1, tuple(a.at[count].set(new) for a, new in zip(columns, made, strict=True)), state
-
-    count, columns, state = jax.lax.while_loop(goes_on, take, (jnp.zeros((), jnp.int32), columns, state))
+    count, columns, state = take_steps(
+        lambda state, active_B: _take_step(lm, mimi, state, active_B, settings),
+        state,
+        columns,
+        limits,
+        waits_B=lambda state: _waits_B(settings, state),
+        ended_B=lambda state: _ends(settings, state)[1],
+    )
     complete_B, ended_B = _ends(settings, state)
     step_NB, frames_NBM, framed_NB, taken_NB, pcm_NBT, audible_NB = columns
     outputs = StepOutputs(

@@ -1,22 +1,17 @@
-"""Requests to a text-to-speech model, their options, and the speech that they give.
-
-Shape letters: T samples, Q codebooks, F frames.
-"""
+"""Requests to a text-to-speech model and their options."""
 
 import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
-from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import CheckpointError, ConfigError, DsmError, SpeechError
 from dsm_jax.models.family import require
 from dsm_jax.options import check_sampling
+from dsm_jax.speech import SpokenWord
 from dsm_jax.tts.program import TtsSettings
 from dsm_jax.tts.script import Entry
 from dsm_jax.tts.voices import Voice
@@ -229,71 +224,6 @@ def _place(voices: list[Voice], voice: Voice) -> int:
             return place
     voices.append(voice)
     return len(voices) - 1
-
-
-@dataclass(frozen=True)
-class SpokenWord:
-    """A word of the text, its start in the audio in seconds, and its end: the next word's start, or the end."""
-
-    text: str
-    start: float
-    end: float
-
-
-@dataclass(frozen=True)
-class Speech:
-    """Speech, with the times of its words.
-
-    Attributes:
-      pcm: float32 samples [T] in [-1, 1].
-      sample_rate: Hz.
-      words: in order.
-      frames: int32 [1 + Q, F], the text tokens as fed to the model and the codes, delays undone; the first
-        `audio_delay` of them have no audio, and -1 for it.
-      model: name of the model.
-      complete: whether the text was said to its end; otherwise the speech is the part that was made until `max_frames`.
-    """
-
-    pcm: np.ndarray = field(repr=False)
-    sample_rate: int
-    words: tuple[SpokenWord, ...]
-    frames: np.ndarray = field(repr=False)
-    model: str
-    complete: bool = True
-
-    @property
-    def duration(self) -> float:
-        """Seconds."""
-        return self.pcm.size / self.sample_rate
-
-    def to_dict(self) -> dict:
-        """Return all but the sound, as plain values that `json` can write."""
-        return {
-            "model": self.model,
-            "duration": round(self.duration, 3),
-            "text": " ".join(word.text for word in self.words),
-            "words": [{"text": w.text, "start": round(w.start, 3), "end": round(w.end, 3)} for w in self.words],
-        }
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the sound to a file; its suffix chooses the format, see `audio.write`.
-
-        Raises:
-          AudioError: the suffix is unknown, or the place cannot be written.
-        """
-        audio.write(path, self.pcm, self.sample_rate)
-
-
-class IncompleteSpeechError(SpeechError):
-    """A text that was not said to its end within `max_frames`.
-
-    Attributes:
-      speech: the part that was said.
-    """
-
-    def __init__(self, message: str, speech: Speech):
-        super().__init__(message)
-        self.speech = speech
 
 
 def words_at(

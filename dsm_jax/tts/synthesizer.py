@@ -13,11 +13,13 @@ from dsm_jax.errors import ConfigError, DsmError, SpeechError
 from dsm_jax.nn.sampling import top_k_capacity
 from dsm_jax.process import check_process
 from dsm_jax.runtime.slots import Slots
+from dsm_jax.runtime.steps import Leave
+from dsm_jax.speech import IncompleteSpeechError, Speech
 from dsm_jax.tts import voices
-from dsm_jax.tts.host import Leave, SpeechRequest, TtsProgram
+from dsm_jax.tts.host import SpeechRequest, TtsProgram
 from dsm_jax.tts.program import StepOutputs
 from dsm_jax.tts.script import Entry, entries_of
-from dsm_jax.tts.speech import IncompleteSpeechError, Request, Speech, SynthesizeOptions, settings_of, words_at
+from dsm_jax.tts.speech import Request, SynthesizeOptions, settings_of, words_at
 
 CUT_FRAMES = 2  # of a recording to go on from, at its end: the codec has not seen what follows them
 

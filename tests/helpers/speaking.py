@@ -14,7 +14,8 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.configs import ModelConfig
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
-from dsm_jax.tts.host import Leave, SpeechRequest, TtsProgram
+from dsm_jax.runtime.steps import Leave
+from dsm_jax.tts.host import SpeechRequest, TtsProgram
 from dsm_jax.tts.program import StepOutputs, TtsSettings, TtsState
 
 _ENDLESS = 500  # steps

@@ -26,7 +26,7 @@ FRAME = 128  # samples
 WIDTH = 10  # width of a voice
 
 # One layer each, to compile fast; a sample rate that sound files can have.
-_MIMI = dataclasses.replace(
+MIMI = dataclasses.replace(
     small.MIMI,
     sample_rate=1600,
     frame_rate=12.5,
@@ -60,12 +60,12 @@ def random_model(folder: Path, lm_config: LMConfig = SPEAKERS) -> checkpoints.Mo
     config = ModelConfig(
         model_type="tts",
         lm=lm_config,
-        mimi=_MIMI,
-        tts=TtsConfig(audio_delay=(DELAY_STEPS + 0.5) / _MIMI.frame_rate, second_stream_ahead=2),
+        mimi=MIMI,
+        tts=TtsConfig(audio_delay=(DELAY_STEPS + 0.5) / MIMI.frame_rate, second_stream_ahead=2),
         model_id=ModelId(sig="0a1b2c3d", epoch=7),
     )
     lm_def, lm_params = nnx.split(_lm(lm_config))
-    mimi_def, mimi_params = nnx.split(_mimi(_MIMI))
+    mimi_def, mimi_params = nnx.split(build_mimi(MIMI))
     tokenizer = load_tokenizer(make_tokenizer(folder / "words.model", lm_config.text_card))
     return checkpoints.Model(config, lm_def, lm_params, mimi_def, mimi_params, tokenizer, "random")
 
@@ -88,10 +88,11 @@ def _lm(config: LMConfig) -> DelayedStreamsLM:
     return lm
 
 
-def _mimi(config: MimiConfig) -> Mimi:
+def build_mimi(config: MimiConfig) -> Mimi:
+    """Build a codec with random weights, so quiet that few samples are clipped."""
     mimi = small.build(lambda rngs: Mimi(config, rngs=rngs), seed=1)
     assert mimi.decoder is not None
-    last = mimi.decoder.seanet.layers[-1]  # so quiet that few samples are clipped
+    last = mimi.decoder.seanet.layers[-1]
     last.kernel_RCO[...], last.bias_O[...] = 0.1 * last.kernel_RCO[...], 0.1 * last.bias_O[...]
     return mimi
 

@@ -1,0 +1,212 @@
+"""Conversational speech on slots: the program of a model, and the sessions that speak requests in it.
+
+Shape letters: M streams (text first), Q codebooks, T frames or samples, N steps.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from dsm_jax import codec
+from dsm_jax.checkpoints import Model
+from dsm_jax.csm.conversation import Request, Segment, samples
+from dsm_jax.csm.host import ConversationRequest, CsmProgram, room
+from dsm_jax.csm.options import CsmOptions
+from dsm_jax.csm.program import CsmSettings, FrameOutputs
+from dsm_jax.csm.prompt import text_ids, turn_MT
+from dsm_jax.errors import AudioError, ConfigError, DsmError, SpeechError
+from dsm_jax.models.family import csm_config, require
+from dsm_jax.process import check_process
+from dsm_jax.runtime.slots import Slots
+from dsm_jax.runtime.steps import Leave
+from dsm_jax.speech import IncompleteSpeechError, Speech
+
+
+class ConversationSynthesizer:
+    """A conversational speech model and the slots that its requests share.
+
+    Args:
+      model: from `checkpoints.load`.
+      slots: requests at a time.
+      limit: frames of a device call at most; None for as many as there is room for.
+      behind: calls whose outputs may be left unread, see `Slots`.
+
+    Raises:
+      ConfigError: the model was loaded with `stt_only`.
+      ModelKindError: the model is of another family.
+    """
+
+    def __init__(self, model: Model, slots: int, *, limit: int | None = None, behind: int = 1):
+        check_process()
+        require(model, "csm")
+        assert model.tokenizer is not None
+        if model.codec.decoder is None:
+            raise ConfigError(f"{model.name} was loaded with stt_only=True; load it without to speak")
+        self.model, self.config, self.tokenizer = model, csm_config(model.config), model.tokenizer
+        self._count, self._limit, self._behind = slots, limit, behind
+        self._slots: Slots[ConversationSession] | None = None
+        self._turns: dict[int, tuple[Segment, np.ndarray]] = {}  # by identity; the segment is held so that it stays so
+
+    def positions_of(self, segment: Segment) -> np.ndarray:
+        """Return the positions of a turn of the context, int32 [M, T]; its recording is encoded once.
+
+        Raises:
+          AudioError: the recording cannot be read.
+          SpeechError: the turn has no text, no recording, or no number for its speaker.
+        """
+        if id(segment) not in self._turns:
+            ids = text_ids(self.config, self.tokenizer, segment.text, segment.speaker)
+            if segment.audio is None:
+                raise SpeechError(f"the context's turn {segment.text!r} has no audio; give its recording")
+            self._turns[id(segment)] = segment, turn_MT(self.config, ids, self._codes(segment))
+        return self._turns[id(segment)][1]
+
+    def forget(self, segment: Segment) -> None:
+        """Forget the codes of a turn that is not used any more."""
+        self._turns.pop(id(segment), None)
+
+    def _codes(self, segment: Segment) -> np.ndarray:
+        """Return the codes [Q, T] of a turn's recording."""
+        recording = segment.audio
+        if isinstance(recording, Speech):
+            if recording.model == self.model.name and recording.frames.shape[0] == self.config.n_q:
+                return recording.frames
+            if recording.sample_rate != self.model.sample_rate:
+                raise SpeechError(
+                    f"the speech of {segment.text!r} has {recording.sample_rate} Hz; {self.model.name} takes "
+                    f"{self.model.sample_rate} Hz: give it as Recorded(pcm, sample_rate)"
+                )
+            recording = recording.pcm
+        assert recording is not None
+        try:
+            pcm_T = samples(recording, self.model.sample_rate)
+        except AudioError as error:
+            raise AudioError(f"the context's turn {segment.text!r}: {error}") from None
+        return codec.encode(self.model, pcm_T, codebooks=self.config.n_q)
+
+    def prompt(self, request: Request) -> np.ndarray:
+        """Return the positions of a request's conversation, int32 [M, T].
+
+        Raises:
+          AudioError: a recording cannot be read.
+          SpeechError: there is no text, or a turn of the context cannot be taken.
+        """
+        ids = text_ids(self.config, self.tokenizer, request.text, request.speaker)
+        turns = [self.positions_of(segment) for segment in request.context]
+        return np.concatenate([*turns, turn_MT(self.config, ids)], axis=1)
+
+    def prepare(self, request: Request, options: CsmOptions) -> ConversationRequest:
+        """Read a request: its text and its context.
+
+        Args:
+          request: what to say.
+          options: how, unless the request has its own.
+
+        Raises:
+          AudioError: a recording cannot be read.
+          SpeechError: as for `prompt`, or the conversation does not fit the model's context.
+        """
+        options = options if request.options is None else request.options
+        prompt_MT, context = self.prompt(request), self.config.backbone.context
+        if (length := prompt_MT.shape[1]) >= context:
+            raise SpeechError(
+                f"the conversation takes {length} positions, one for each token of text and each frame of audio; "
+                f"{self.model.name} has {context}, the answer included: leave out its oldest turns, or shorten them"
+            )
+        return ConversationRequest(
+            prompt_MT=prompt_MT, options=options, max_frames=min(options.max_frames, context - length)
+        )
+
+    def slots_for(self, *requests: ConversationRequest) -> "Slots[ConversationSession]":
+        """Return the slots, which the first call makes, with room for these requests from the start."""
+        if self._slots is None:
+            context = self.config.backbone.context
+            settings = CsmSettings(slots=self._count, positions=room(1, context))
+            for request in requests:
+                settings = request.fitted(settings, context)
+            self._slots = Slots(CsmProgram(self.model, settings, limit=self._limit), behind=self._behind)
+        return self._slots
+
+
+class ConversationSession:
+    """One request while it has a slot.
+
+    Args:
+      model: that speaks.
+      prepared: the request; None for one that has failed already.
+      error: why it has failed.
+      index: its place among the requests.
+      progress: called with the seconds of sound that were made so far.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prepared: ConversationRequest | None,
+        *,
+        error: DsmError | None = None,
+        index: int = 0,
+        progress: Callable[[float], None] | None = None,
+    ):
+        self.model, self.index, self.error, self.ended = model, index, error, False
+        self._prepared, self._progress = prepared, progress
+        self._codes: list[np.ndarray] = [np.zeros((0, csm_config(model.config).n_q), np.int32)]
+        self._pcm: list[np.ndarray] = [np.zeros(0, np.float32)]
+        self._samples = 0
+
+    @property
+    def prepared(self) -> ConversationRequest:
+        """The request."""
+        assert self._prepared is not None
+        return self._prepared
+
+    def request(self) -> ConversationRequest:
+        """Return the request as the program puts it into a slot."""
+        return self.prepared
+
+    def take_input(self) -> Leave:
+        """Let the slot take steps."""
+        return Leave()
+
+    def read(self, outputs: FrameOutputs, slot: int, part: Leave) -> None:
+        """Collect the frames that a call generated in this slot."""
+        count = int(outputs.count)
+        made_N = outputs.made_NB[:count, slot]
+        self._codes.append(outputs.codes_NBQ[:count, slot][made_N])
+        self._pcm.append(outputs.pcm_NBT[:count, slot][made_N].reshape(-1))
+        self._samples += self._pcm[-1].size
+        if self._progress is not None:
+            self._progress(self._samples / self.model.sample_rate)
+        self.ended = bool(outputs.ended_B[slot])
+        if not self.ended:
+            return
+        if not outputs.complete_B[slot]:
+            self.error = IncompleteSpeechError(self._why_incomplete(), self.speech(complete=False))
+        elif not self._samples:
+            self.error = SpeechError(
+                f"{self.model.name} ended the turn before it said anything; give another seed, or a context with the "
+                "speaker's voice"
+            )
+
+    def _why_incomplete(self) -> str:
+        prepared = self.prepared
+        frames, wanted = prepared.max_frames, prepared.options.max_frames
+        if frames < wanted:
+            context = csm_config(self.model.config).backbone.context
+            return (
+                f"the turn did not end in the {frames} frames that {prepared.prompt_MT.shape[1]} positions of prompt "
+                f"leave of the model's {context}; leave out the oldest turns of the context, or cut the text"
+            )
+        return (
+            f"the turn did not end in {frames} frames; allow more with max_frames, cut the text, or give another seed"
+        )
+
+    def take_pcm(self) -> np.ndarray:
+        """Return the samples [T] made since the last call, and forget them."""
+        pcm, self._pcm = self._pcm, []
+        return np.concatenate([np.zeros(0, np.float32), *pcm])
+
+    def speech(self, *, complete: bool = True) -> Speech:
+        """Return the speech of a session that has ended."""
+        pcm_T, codes_QT = np.concatenate(self._pcm), np.concatenate(self._codes).T
+        return Speech(pcm_T, self.model.sample_rate, (), codes_QT, self.model.name, complete=complete)
