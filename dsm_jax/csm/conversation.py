@@ -18,7 +18,7 @@ _FORMAT = '{"role": "0", "content": [{"type": "text", "text": TEXT}, {"type": "a
 _AUDIO_KEYS = ("path", "audio", "array", "url")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays cannot be compared as one
 class Recorded:
     """Samples at a rate of their own.
 
@@ -31,7 +31,7 @@ class Recorded:
     sample_rate: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segment:
     """A turn of a conversation that has been spoken: the context from which the model takes voices.
 
@@ -47,7 +47,7 @@ class Segment:
     audio: sound.Source | Recorded | Speech | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """A text to say in a conversation, as the runtime reads it.
 
@@ -180,9 +180,9 @@ def requests_of(
       SpeechError: a text of another kind, a message of another form, or a context of other things than segments.
     """
     count = len(texts)
-    ragged = context is not None and any(isinstance(one, list | tuple) for one in context)
+    ragged = isinstance(context, Sequence) and any(isinstance(one, list | tuple) for one in context)
     speakers = list(speaker) if isinstance(speaker, Sequence) else [speaker] * count
-    contexts = list(context or ()) if ragged else [context] * count
+    contexts = list(context) if ragged else [context] * count
     each = list(options) if isinstance(options, Sequence) else [options] * count
     for given, what in ((speakers, "speakers"), (contexts, "contexts"), (each, "options")):
         if len(given) != count:

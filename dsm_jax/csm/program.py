@@ -273,7 +273,7 @@ def _take_step(
     after = CsmState(
         lm=backbone,
         hidden_BD=jnp.where(made_B[:, None], hidden_BTD[:, 0], state.hidden_BD),
-        frames_B=state.frames_B + made_B,
+        frames_B=state.frames_B + made_B.astype(jnp.int32),
         complete_B=state.complete_B | ends_B,
         codec=codec,
         request=request,

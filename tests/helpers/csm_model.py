@@ -68,7 +68,7 @@ def make_tokenizer(path: Path) -> Path:
     return path
 
 
-def random_model(folder: Path, config: CsmConfig = CSM, seed: int = 0) -> checkpoints.Model:
+def random_model(folder: Path, config: CsmConfig = CSM, seed: int = 7) -> checkpoints.Model:
     """Make a model with random weights that ends most turns by itself; writes its tokenizer to a folder."""
     lm = small.build(lambda rngs: CsmLM(config, rngs=rngs), seed)
     # Codes of 0 are likely, so that frames of zeros come up; and codes that the codec does not have are likelier still.

@@ -1,0 +1,274 @@
+"""Conversational speech: turns against a plain loop over the networks, batches, streams, and slots that are shared."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import dsm_jax
+from dsm_jax import audio, csm
+from dsm_jax.csm import CsmOptions, Request, Segment
+from dsm_jax.csm.batch import synthesize_each
+from dsm_jax.csm.conversation import samples
+from dsm_jax.csm.host import bucket, room
+from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
+from dsm_jax.runtime.compile import compilations
+from tests.helpers.csm_model import CSM, greedy_codes, random_model
+from tests.helpers.tts_model import FRAME, MIMI
+
+GREEDY = CsmOptions(temperature=0.0, max_frames=16)
+TEXTS = ("hello there.", "no", "a cat sat on the mat", "what?", "yes [0] b.", "z")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return random_model(tmp_path_factory.mktemp("csm"))
+
+
+def recording(samples: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(scale=0.1, size=samples).astype(np.float32)
+
+
+HI = Segment("hi", 1, recording(7 * FRAME + 50))  # the last frame is not whole
+SHORT = Segment("so.", 0, recording(3 * FRAME, seed=1))
+LONG = Segment("a long one", 2, recording(270 * FRAME, seed=2))
+REQUESTS = (
+    Request(TEXTS[0], 0),
+    Request(TEXTS[1], 1, [HI]),
+    Request(TEXTS[2], 2, [HI, HI]),
+    Request(TEXTS[3], 0, [SHORT, HI, SHORT]),
+    Request(TEXTS[4], 1, [HI]),
+    Request(TEXTS[5], 2),
+    Request(TEXTS[5], 0, [LONG]),  # in more than one block of prefill
+)
+
+
+def outcome(result: dsm_jax.Speech | dsm_jax.DsmError) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Return the codes and the samples of a result, and whether it was said to its end."""
+    speech = result.speech if isinstance(result, dsm_jax.IncompleteSpeechError) else result
+    assert isinstance(speech, dsm_jax.Speech)
+    return speech.frames, speech.pcm, speech.complete
+
+
+def spoken(model, requests, options=GREEDY, batch_size=8) -> dict[int, tuple[np.ndarray, np.ndarray, bool]]:
+    results = dict(synthesize_each(model, requests, options=options, batch_size=batch_size))
+    return {index: outcome(results[index]) for index in sorted(results)}
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """What each request gives alone."""
+    return [spoken(model, [request])[0] for request in REQUESTS]
+
+
+def test_greedy_codes_are_those_of_the_teacher_forced_pass(model, alone):
+    synthesizer = ConversationSynthesizer(model, 1)
+    ended = 0
+    for request, (codes_QT, _, complete) in zip(REQUESTS, alone, strict=True):
+        expected_QT = greedy_codes(model, synthesizer.prompt(request), GREEDY.max_frames)
+        np.testing.assert_array_equal(codes_QT, expected_QT)
+        assert complete == (expected_QT.shape[1] < GREEDY.max_frames)
+        ended += complete
+    assert 0 < ended < len(REQUESTS)  # turns that end by themselves, and turns that do not
+    assert len({codes_QT.tobytes() for codes_QT, _, _ in alone}) == len(REQUESTS)
+
+
+def test_samples_are_those_of_the_codec_over_the_codes(model, alone):
+    for codes_QT, pcm_T, _ in alone:
+        np.testing.assert_allclose(pcm_T, np.clip(dsm_jax.decode(model, codes_QT), -1, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [8, 3], ids=["together", "admitted while others speak"])
+def test_each_row_of_a_batch_is_as_alone(model, alone, batch_size):
+    together = spoken(model, REQUESTS, batch_size=batch_size)
+    for index, (codes_QT, pcm_T, complete) in together.items():
+        np.testing.assert_array_equal(codes_QT, alone[index][0])
+        np.testing.assert_allclose(pcm_T, alone[index][1], atol=1e-5)
+        assert complete == alone[index][2]
+
+
+def test_sampling_depends_on_the_seed_alone(model):
+    options = CsmOptions(seed=3, max_frames=6)
+    requests = [dataclasses.replace(request, options=options) for request in REQUESTS[:3]]
+    together = spoken(model, requests)
+    for index, request in enumerate(requests):
+        np.testing.assert_array_equal(together[index][0], spoken(model, [request])[0][0])
+    other = spoken(model, requests[:1], dataclasses.replace(options, seed=4))
+    again = spoken(model, [REQUESTS[0]], dataclasses.replace(options, seed=4))
+    assert np.array_equal(other[0][0], together[0][0])  # a request's own options come first
+    assert not np.array_equal(again[0][0], together[0][0])
+
+
+def test_depth_decoder_has_sampling_of_its_own(model):
+    greedy = spoken(model, REQUESTS[:1])[0][0]
+    depth = spoken(model, REQUESTS[:1], dataclasses.replace(GREEDY, depth_temperature=2.0))[0][0]
+    assert greedy[0, 0] == depth[0, 0]
+    assert not np.array_equal(greedy, depth)
+    one = spoken(model, REQUESTS[:1], CsmOptions(temperature=2.0, top_k=1, max_frames=16))[0][0]
+    np.testing.assert_array_equal(one, greedy)
+    first = spoken(model, REQUESTS[:1], CsmOptions(temperature=2.0, depth_top_k=1, max_frames=16))[0][0]
+    assert not np.array_equal(first[0], greedy[0])
+
+
+def test_codes_that_the_codec_does_not_have_are_never_chosen(model, alone):
+    assert CSM.card > MIMI.quantizer.bins
+    hot = spoken(model, REQUESTS, CsmOptions(temperature=5.0, top_k=0, max_frames=16))
+    for codes_QT in [codes_QT for codes_QT, _, _ in (*alone, *hot.values())]:
+        assert codes_QT.max() < MIMI.quantizer.bins
+
+
+def test_no_program_is_compiled_twice(model):
+    def requests(first: int) -> list[Request]:
+        lengths = range(first, first + 10)
+        return [
+            Request("ab c"[: 1 + n % 4], n % 3, [Segment("x" * (1 + n % 5), 0, recording(FRAME * (1 + n), seed=n))])
+            for n in lengths
+        ]
+
+    options = [
+        CsmOptions(temperature=t, top_k=k, depth_temperature=d, seed=n, max_frames=5 + n)
+        for n, (t, k, d) in enumerate([(0.0, 50, None), (0.9, 0, 1.0), (0.5, 10, 0.0), (1.0, 64, None), (0.1, 1, 2.0)])
+    ]
+    assert list(synthesize_each(model, requests(0)[:1], options=options[0]))
+    before = compilations()
+    for number, request in enumerate([*requests(1), *requests(11)]):
+        assert list(synthesize_each(model, [request], options=options[number % 5]))
+    assert compilations() == before
+
+
+def test_streamed_sound_is_the_whole_sound(model, alone):
+    for request, (_, whole_T, complete) in list(zip(REQUESTS, alone, strict=True))[:4]:
+        pieces = []
+
+        def listen(request=request, pieces=pieces) -> None:
+            stream = dsm_jax.synthesize_stream(
+                model, request.text, speaker=request.speaker, context=request.context, options=GREEDY
+            )
+            for piece in stream:
+                pieces.append(piece)
+
+        if complete:
+            listen()
+        else:
+            with pytest.raises(dsm_jax.IncompleteSpeechError):
+                listen()
+        assert {piece.size for piece in pieces} == {FRAME}
+        np.testing.assert_allclose(np.concatenate(pieces), whole_T, atol=1e-6)
+
+
+def test_first_sound_comes_after_prefill_and_one_frame(model):
+    synthesizer = ConversationSynthesizer(model, 1, limit=1, behind=0)
+    prepared = synthesizer.prepare(REQUESTS[0], GREEDY)
+    session = ConversationSession(model, prepared)
+    slots = synthesizer.slots_for(prepared)
+    slots.admit([session])
+    slots.step()
+    assert session.take_pcm().size == FRAME
+
+
+def test_slots_grow_for_a_longer_conversation_while_others_speak(model, alone):
+    synthesizer = ConversationSynthesizer(model, 2, limit=2)
+    first = synthesizer.prepare(REQUESTS[0], GREEDY)
+    slots = synthesizer.slots_for(first)
+    sessions = [ConversationSession(model, first, index=0)]
+    slots.admit(sessions)
+    slots.step()
+    sessions.append(ConversationSession(model, synthesizer.prepare(REQUESTS[6], GREEDY), index=6))
+    assert sessions[1].prepared.positions > slots.program.settings.positions  # type: ignore[attr-defined]
+    slots.admit(sessions[1:])
+    while any(not session.ended for session in sessions):
+        slots.step()
+    for session in sessions:
+        np.testing.assert_array_equal(session.speech().frames, alone[session.index][0])
+
+
+def test_buckets_hold_their_prompts_and_are_few():
+    sizes = {length: bucket(length, 2048) for length in range(1, 2049)}
+    assert all(length <= size <= 2048 for length, size in sizes.items())
+    assert sorted(set(sizes.values())) == [64, 128, 192, 256, 512, 768, 1024, 1280, 1536, 1792, 2048]
+    assert [room(n, 2048) for n in (1, 256, 257, 1100, 5000)] == [256, 256, 512, 2048, 2048]
+
+
+def test_speech_is_the_next_turns_context_without_encoding_it_again(model, alone):
+    codes_QT, pcm_T, _ = alone[1]
+    synthesizer = ConversationSynthesizer(model, 1)
+    speech = dsm_jax.Speech(pcm_T, model.sample_rate, (), codes_QT, model.name)
+    positions_MT = synthesizer.positions_of(Segment("no", 1, speech))
+    np.testing.assert_array_equal(positions_MT[1:, -1 - codes_QT.shape[1] : -1], codes_QT)
+    assert not positions_MT[1:, -1].any()
+    foreign = dataclasses.replace(speech, model="another")
+    encoded_MT = synthesizer.positions_of(Segment("no", 1, foreign))
+    np.testing.assert_array_equal(encoded_MT[1:, -1 - codes_QT.shape[1] : -1], dsm_jax.encode(model, pcm_T)[: CSM.n_q])
+
+
+def test_conversation_goes_on_from_its_own_turns(model):
+    conversation = csm.Conversation(model, [HI], options=GREEDY)
+    said = conversation.say("z", 2)
+    assert [turn.text for turn in conversation.turns] == ["hi", "z"]
+    conversation.add(SHORT)
+    before = compilations()
+    try:
+        answer = conversation.say("no", 1)
+    except dsm_jax.IncompleteSpeechError as error:
+        answer = error.speech
+    assert compilations() == before
+    expected = spoken(model, [Request("no", 1, [HI, Segment("z", 2, said), SHORT])])[0]
+    np.testing.assert_array_equal(answer.frames, expected[0])
+
+
+def test_conversation_forgets_its_oldest_turns_and_says_so(model, caplog):
+    turns = [Segment(f"turn {n % 3}", 0, recording(60 * FRAME, seed=n)) for n in range(8)]
+    conversation = csm.Conversation(model, turns, options=GREEDY)
+    with caplog.at_level("WARNING", logger="dsm_jax"):
+        try:
+            turns.append(Segment("z", 2, conversation.say("z", 2)))
+        except dsm_jax.IncompleteSpeechError:
+            pass
+    assert conversation.forgotten == 2
+    assert [turn.text for turn in conversation.turns] == [turn.text for turn in turns[2:]]
+    assert "left out the oldest 2 turns" in caplog.text
+    length = ConversationSynthesizer(model, 1).prompt(Request("z", 2, turns[2:8])).shape[1]
+    assert length + GREEDY.max_frames <= CSM.backbone.context
+    assert length + GREEDY.max_frames + 60 > CSM.backbone.context
+
+
+def messages(**changes) -> list[dict]:
+    recorded = {"type": "audio", "array": HI.audio} | changes
+    return [
+        {"role": "1", "content": [{"type": "text", "text": "hi"}, recorded]},
+        {"role": "1", "content": [{"type": "text", "text": TEXTS[1]}]},
+    ]
+
+
+def test_published_chat_format_is_a_conversation(model, alone, tmp_path):
+    path = tmp_path / "hi.wav"
+    audio.write(path, HI.audio, model.sample_rate)
+    from_file = [{"role": 1, "content": [{"type": "text", "text": "hi"}, {"type": "audio", "path": str(path)}]}]
+    twice = np.repeat(HI.audio, 2)
+    for first in (from_file, messages(array=twice, sampling_rate=2 * model.sample_rate)[:1]):
+        read = Request.of_messages([*first, messages()[1]])
+        pcm_T = samples(read.context[0].audio, model.sample_rate)
+        assert (read.context[0].text, read.text, read.speaker) == ("hi", TEXTS[1], 1)
+        assert pcm_T.size == HI.audio.size
+    batch = dict(synthesize_each(model, [Request.of_messages(messages())], options=GREEDY))
+    np.testing.assert_array_equal(outcome(batch[0])[0], alone[1][0])
+    several = dict(dsm_jax.synthesis.synthesize_each(model, [messages(), REQUESTS[5]], options=GREEDY))
+    np.testing.assert_array_equal(outcome(several[0])[0], alone[1][0])
+    np.testing.assert_array_equal(outcome(several[1])[0], alone[5][0])
+
+
+def test_watermark_marks_whole_and_streamed_sound(model, alone):
+    complete = next(index for index, (_, _, complete) in enumerate(alone) if complete)
+    request = REQUESTS[complete]
+    arguments = {"speaker": request.speaker, "context": request.context, "options": GREEDY}
+
+    def halved(pcm_T: np.ndarray, sample_rate: int) -> np.ndarray:
+        assert sample_rate == model.sample_rate
+        return pcm_T / 2
+
+    marked = dsm_jax.synthesize(model, request.text, **arguments, watermark=halved)
+    np.testing.assert_allclose(marked.pcm, alone[complete][1] / 2, atol=1e-6)
+    stream = dsm_jax.synthesize_stream(model, request.text, **arguments, watermark=halved)
+    np.testing.assert_allclose(np.concatenate(list(stream)), marked.pcm, atol=1e-6)
+    with pytest.raises(dsm_jax.SpeechError, match=r"the watermark made \[1\] of \[\d+\] samples; return as many"):
+        dsm_jax.synthesize(model, request.text, **arguments, watermark=lambda pcm_T, _: pcm_T[:1])
