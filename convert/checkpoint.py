@@ -22,7 +22,7 @@ class Checkpoint:
 
     Attributes:
       name: name of the folder or file.
-      layout: "kyutai", "transformers" or "orbax".
+      layout: name of the layout, one of `layouts.layout_names()`.
       config: the model's config.
       tokenizer: path of the tokenizer; None for a codec alone.
       networks: the networks to fill, "mimi" and "lm", without weights.
@@ -128,7 +128,7 @@ def from_tensors(
     stored: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
     for part, table in tables.items():
         claims[part], found = pieces.plan(table, tensors[part], networks[part].parameters)
-        faults += found
+        faults += found + pieces.copy_faults(claims[part], tensors[part])
     if faults:
         raise pieces.fit_error(str(path), faults)
     by_target: dict[tuple[str, str], list[tuple[Piece, pieces.Spellings]]] = {}

@@ -28,7 +28,7 @@ def convert(
     Args:
       source: a folder or file in any supported layout, or a name on the hub.
       destination: a folder that does not exist yet.
-      to: "orbax" (this library's own), "kyutai" or "transformers".
+      to: "orbax" (this library's own), "kyutai", "transformers" or "sesame".
       dtype: dtype of the language model's weights, "bfloat16", "float16" or "float32"; None keeps the stored one. The
         codec is always float32.
       progress: called with the bytes that were written so far.

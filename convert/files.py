@@ -60,11 +60,12 @@ def _unreadable(path: Path, error: SafetensorError) -> str:
     return f"{path} is not a safetensors file ({error}); give the .safetensors file of the checkpoint"
 
 
-def sharded_tensors_in(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """List the tensors of `model.safetensors`, or of the files in `model.safetensors.index.json`.
+def sharded_tensors_in(folder: Path, index_name: str = INDEX_NAME) -> tuple[dict[str, Tensor], list[str]]:
+    """List the tensors of the files in an index, or of `model.safetensors` if there is no index.
 
     Args:
       folder: the checkpoint's folder.
+      index_name: name of the index file.
 
     Returns:
       tensors: the tensors by name.
@@ -73,7 +74,7 @@ def sharded_tensors_in(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     Raises:
       CheckpointError: a file is missing or unreadable.
     """
-    index_path = folder / INDEX_NAME
+    index_path = folder / index_name
     if not index_path.is_file():
         return tensors_in(folder / "model.safetensors"), []
     where = read_json(index_path).get("weight_map")
@@ -86,7 +87,7 @@ def sharded_tensors_in(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
             if name in tensors:
                 faults.append(f"twice: {name} is in two files, one of them {file}")
             elif where.get(name) != file:
-                faults.append(f"index: {name} is in {file}, where {INDEX_NAME} says {where.get(name)}")
+                faults.append(f"index: {name} is in {file}, where {index_name} says {where.get(name)}")
             tensors[name] = tensor
     return tensors, faults
 

@@ -24,7 +24,7 @@ from dsm_jax.configs.json import from_dict
 from dsm_jax.convert import files, kyutai_config, tokenizer
 from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
 from dsm_jax.convert.kyutai_config import LM_NAME, MIMI_CONFIG_NAME, MIMI_NAME
-from dsm_jax.convert.pieces import Constant, Outgoing, Piece, Spellings, Table, piece
+from dsm_jax.convert.pieces import Constant, Outgoing, Piece, Spellings, Table, Tensor, piece
 from dsm_jax.convert.transforms import (
     ALPHA,
     CODEBOOK,
@@ -79,16 +79,27 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return from_tensors(path, NAME, config, tables, tensors, tokenizer=pieces_file, notes=notes)
 
 
-def _open_codec(path: Path) -> Checkpoint:
+def read_codec(path: Path) -> tuple[MimiConfig, dict[str, Tensor]]:
+    """Read the config beside a codec's file, else the published one, and list the tensors, without weight norm.
+
+    Raises:
+      CheckpointError: the file is missing or unreadable, or a language model's.
+      ConfigError: a key or a value in the config is unknown.
+    """
     tensors = files.tensors_in(path)
-    if "text_linear.weight" in tensors or "lm_head.weight" in tensors:
+    if not tensors.keys().isdisjoint(("text_linear.weight", "lm_head.weight", "text_embeddings.weight")):
         raise CheckpointError(
             f"{path} is a language model; give its folder, which also holds config.json and the codec"
         )
     config_path = path.with_name(MIMI_CONFIG_NAME)
     mimi = _read_mimi_config(config_path) if config_path.is_file() else MimiConfig()
+    return mimi, files.fold_weight_norm(tensors)
+
+
+def _open_codec(path: Path) -> Checkpoint:
+    mimi, tensors = read_codec(path)
     config = ModelConfig(model_type="mimi", mimi=mimi)
-    return from_tensors(path, NAME, config, {"mimi": mimi_table(mimi)}, {"mimi": files.fold_weight_norm(tensors)})
+    return from_tensors(path, NAME, config, {"mimi": mimi_table(mimi)}, {"mimi": tensors})
 
 
 def _read_mimi_config(path: Path) -> MimiConfig:

@@ -96,9 +96,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if config_path.is_file():
         raise CheckpointError(
             f"{config_path} is of model_type {files.read_json(config_path).get('model_type')!r}; expected Kyutai's own "
-            "format, or transformers' 'kyutai_speech_to_text' or 'mimi'"
+            "format, transformers' 'kyutai_speech_to_text', 'mimi' or 'csm', or Sesame's own csm"
         )
     raise CheckpointError(
         f"{path} has no config.json, no {native.CONFIG_NAME} and {len(list(path.glob('*.safetensors')))} safetensors "
-        "files; expected a checkpoint folder of Kyutai, transformers or this library, or one Mimi file"
+        "files; expected a checkpoint folder of Kyutai, transformers, Sesame or this library, or one Mimi file"
     )

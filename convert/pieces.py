@@ -42,13 +42,17 @@ Parameters = Mapping[str, jax.ShapeDtypeStruct]
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A rule: `rows` of the tensors in `sources`, transformed, are the block `at` of the parameter `target`."""
+    """A rule: `rows` of the tensors in `sources`, transformed, are the block `at` of the parameter `target`.
+
+    A `tied` source may be in a file under several of its spellings, as copies with equal values.
+    """
 
     sources: tuple[Spellings, ...]
     target: str
     transform: Transform = IDENTITY
     rows: Rows | None = None
     at: tuple[int | slice, ...] = ()
+    tied: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +79,10 @@ def piece(
     *,
     rows: Rows | None = None,
     at: tuple[int | slice, ...] = (),
+    tied: bool = False,
 ) -> Piece:
     """Make a piece with one source."""
-    return Piece(((source,) if isinstance(source, str) else source,), target, transform, rows, at)
+    return Piece(((source,) if isinstance(source, str) else source,), target, transform, rows, at, tied)
 
 
 def ranges(shape: tuple[int, ...], at: tuple[int | slice, ...]) -> Ranges:
@@ -174,10 +179,11 @@ def shown(shape: Sequence[int]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """An item of a table, with the file's spelling of each of its sources."""
+    """An item of a table, with the file's spelling of each of its sources, and further spellings of tied ones."""
 
     item: Piece | Constant
     names: Spellings
+    copies: Spellings = ()
 
 
 def plan(table: Table, tensors: Tensors, parameters: Parameters) -> tuple[list[Claim], list[str]]:
@@ -202,19 +208,22 @@ def plan(table: Table, tensors: Tensors, parameters: Parameters) -> tuple[list[C
             continue
         sources = item.sources if isinstance(item, Piece) else (item.source,)
         shapes = saved_shapes(item, parameters) if isinstance(item, Piece) else [item.shape]
-        names = []
+        names, copies = [], []
         for spellings, shape in zip(sources, shapes, strict=True):
             present = [name for name in spellings if name in tensors]
-            if len(present) > 1:
+            tied = present[1:] if isinstance(item, Piece) and item.tied else []
+            if len(present) > 1 and not tied:
                 faults.append(f"twice: {' and '.join(present)} are spellings of one tensor")
             if present:
                 loose = isinstance(item, Piece) and item.transform.any_leading_ones
-                needed.setdefault(present[0], []).append((item.rows, shape, loose))
+                for name in (present[0], *tied):
+                    needed.setdefault(name, []).append((item.rows, shape, loose))
                 names.append(present[0])
+                copies += tied
             elif isinstance(item, Piece) or item.rows:
                 missing.setdefault(spellings[0], []).append((item.rows, shape))
         if len(names) == len(sources):
-            claims.append(Claim(item, tuple(names)))
+            claims.append(Claim(item, tuple(names), tuple(copies)))
     faults += [f"missing: {name}, expected {shown(_whole_shape(parts))}" for name, parts in missing.items()]
     for name, tensor in tensors.items():
         if name not in needed:
@@ -223,6 +232,32 @@ def plan(table: Table, tensors: Tensors, parameters: Parameters) -> tuple[list[C
             faults += _source_faults(name, tensor, needed[name])
     faults += _target_faults(table, parameters)
     return claims, list(dict.fromkeys(faults))
+
+
+def copy_faults(claims: Sequence[Claim], tensors: Tensors) -> list[str]:
+    """Compare the values of tied tensors, the only values that are read before a parameter is.
+
+    Args:
+      claims: from `plan`.
+      tensors: tensors of the file.
+
+    Returns:
+      One line for each tensor that differs from the one that it should be a copy of.
+    """
+    unequal = {
+        f"unequal: {copy} and {claim.names[0]} are one table of the model, but their values differ"
+        for claim in claims
+        for copy in claim.copies
+        if not _equal(tensors[claim.names[0]], tensors[copy], claim.item.rows)
+    }
+    return sorted(unequal)
+
+
+def _equal(one: Tensor, other: Tensor, rows: Rows | None) -> bool:
+    """Return whether rows of two tensors have equal values; tensors of other shapes are a fault of their own."""
+    if one.shape != other.shape or not {one.dtype, other.dtype} <= DTYPES.keys():
+        return True
+    return np.array_equal(one.read(rows).astype(np.float32), other.read(rows).astype(np.float32), equal_nan=True)
 
 
 def _source_faults(name: str, tensor: Tensor, needed: list[tuple[Rows | None, tuple[int, ...], bool]]) -> list[str]:

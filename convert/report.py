@@ -25,9 +25,9 @@ class Report:
 
     Attributes:
       source: name of the source.
-      source_layout: "kyutai", "transformers" or "orbax".
+      source_layout: name of the source's layout.
       destination: name of the folder that was written.
-      destination_layout: "kyutai", "transformers" or "orbax".
+      destination_layout: name of the layout that was written.
       moved: every tensor that was read, and the parameter that it filled.
       written: name, shape and dtype of each tensor or parameter that was written.
       unused: tensors that the tables deliberately ignore.
@@ -79,6 +79,8 @@ def moved_by(source: Checkpoint) -> Iterator[Moved]:
 def unused_by(source: Checkpoint) -> Iterator[LeftOut]:
     """List every tensor, or rows of a tensor, that the tables deliberately ignore."""
     for part, claims in source.claims.items():
+        copies = {copy: claim.names[0] for claim in claims for copy in claim.copies}
+        yield from (LeftOut(part, copy, f"a copy of {name}") for copy, name in copies.items())
         for claim in claims:
             if isinstance(claim.item, Constant):
                 rows = f"[{claim.item.rows[0]}:{claim.item.rows[1]}]" if claim.item.rows else ""

@@ -145,14 +145,29 @@ def _codec_layers(config: TransformerConfig, src: str, dst: str) -> Iterator[Pie
         yield piece(f"{old}.mlp_layer_scale.scale", f"{new}.layer_scale_2_D")
 
 
-def attention(config: TransformerConfig, src: str, dst: str, ending: str) -> Iterator[Piece]:
-    """Make the pieces of self-attention: separate queries, keys and values to one packed projection."""
+def attention(
+    config: TransformerConfig, src: str, dst: str, ending: str, *, out: str = "o", half_split: bool = True
+) -> Iterator[Piece]:
+    """Make the pieces of self-attention: separate queries, keys and values to one packed projection.
+
+    Args:
+      config: config of the transformer.
+      src: path of the module in the file.
+      dst: path of the module in this library.
+      ending: end of each name in the file, after "q", "k", "v" and `out`.
+      out: first part of the name of the output projection.
+      half_split: whether the file rotates by halves of a head.
+
+    Yields:
+      The pieces.
+    """
     kv_heads, groups = config.num_kv_heads, config.kv_repeat
-    for name, first, parts in (("q", 0, groups), ("k", groups, 1), ("v", groups + 1, 1)):
-        transform, at = heads(kv_heads, parts, half_split=name != "v"), (slice(None), slice(first, first + parts))
+    for name, first, parts, turned in (("q", 0, groups, True), ("k", groups, 1, True), ("v", groups + 1, 1, False)):
+        transform = heads(kv_heads, parts, half_split=half_split and turned)
+        at = (slice(None), slice(first, first + parts))
         yield piece(f"{src}.{name}{ending}", f"{dst}.in_proj.weight_DPKH", transform, at=at)
-    out = linear((kv_heads, groups, config.head_dim), (config.d_model,))
-    yield piece(f"{src}.o{ending}", f"{dst}.out_proj.weight_KGHD", out)
+    transform = linear((kv_heads, groups, config.head_dim), (config.d_model,))
+    yield piece(f"{src}.{out}{ending}", f"{dst}.out_proj.weight_KGHD", transform)
 
 
 def read_config(values: Mapping[str, Any], where: str) -> MimiConfig:

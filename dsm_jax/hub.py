@@ -1,13 +1,15 @@
 """Find a model: a local path, a model inside the package, or a name on the hub, fetched on first use."""
 
 import dataclasses
+import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsm_jax.errors import CheckpointError
+from dsm_jax.files import read_text
 
 _log = logging.getLogger("dsm_jax")
 DEFAULT = "kyutai/stt-1b-en_fr"
@@ -83,10 +85,32 @@ def fetch_file(repository: str, name: str) -> Path:
 def _fetch(name: str, options: HubOptions) -> Path:
     import huggingface_hub
 
-    patterns: list[str] = list(_PATTERNS)
     chosen: dict[str, Any] = dataclasses.asdict(options)
+
+    def fetch(patterns: Sequence[str], left_out: Sequence[str]) -> Path:
+        return _fetched(
+            name,
+            lambda: huggingface_hub.snapshot_download(
+                name, allow_patterns=list(patterns), ignore_patterns=list(left_out), **chosen
+            ),
+            _INSTEAD,
+        )
+
     _log.info("looking for %s on the hub", name)
-    return _fetched(name, lambda: huggingface_hub.snapshot_download(name, allow_patterns=patterns, **chosen), _INSTEAD)
+    return fetch(_PATTERNS, _in_another_layout(fetch(["config.json"], ()) / "config.json"))
+
+
+def _in_another_layout(config_path: Path) -> list[str]:
+    """Return the names of weights that a repository holds a second time, in a layout that is not read.
+
+    A config.json that names the index of transformers' weights, as that of sesame/csm-1b does, leaves the standard name
+    to another layout.
+    """
+    try:
+        values = json.loads(read_text(config_path))
+    except (OSError, ValueError):  # no config.json, or one that is refused when the folder is opened
+        return []
+    return ["model.safetensors"] if isinstance(values, dict) and values.get("transformers_weights") else []
 
 
 def _fetched(name: str, fetch: Callable[[], str], instead: str) -> Path:

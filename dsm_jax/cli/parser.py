@@ -188,7 +188,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("source", help="a published name or a local folder, in any supported layout")
     p.add_argument("destination", type=Path, help="a folder that does not exist yet")
-    p.add_argument("--to", choices=("orbax", "kyutai", "transformers"), default="orbax", help="default: %(default)s")
+    to = ("orbax", "kyutai", "transformers", "sesame")
+    p.add_argument("--to", choices=to, default="orbax", help="default: %(default)s")
     p.add_argument("--report", type=Path, metavar="FILE", help="write what went where as JSON")
     p.set_defaults(command="convert")
 

@@ -175,7 +175,7 @@ FAMILIES: Mapping[str, Family] = {
             check=_csm_fits_codec,
             language_model=_csm_lm,
             vocabulary=lambda config: csm_config(config).text_card,
-            layouts={},
+            layouts={"sesame": "dsm_jax.convert.sesame", "transformers": "dsm_jax.convert.transformers_csm"},
         ),
         Family(
             model_type="moshi",

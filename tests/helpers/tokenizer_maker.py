@@ -1,7 +1,8 @@
-"""Train tiny sentencepiece models of an exact size, in the id layout of Kyutai's tokenizers."""
+"""Train tiny tokenizers of an exact size: sentencepiece models as Kyutai's, byte-level ones as Llama's."""
 
 import io
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -66,3 +67,35 @@ def _made_up_words(count: int) -> list[str]:
     draw = random.Random(0)
     syllables = [f"{onset}{rest}" for onset in "bdfgklmnprstvz" for rest in ("a", "e", "i", "o", "u", "an", "or")]
     return ["".join(draw.choices(syllables, k=draw.randint(3, 4))) for _ in range(count)]
+
+
+def make_byte_tokenizer(path: Path, vocab_size: int, markers: Sequence[str]) -> Path:
+    """Train a byte-level `tokenizer.json` of exactly `vocab_size` entries, in the layout of Llama 3's.
+
+    Args:
+        path: File to write, replaced if it exists.
+        vocab_size: Number of entries, markers included; 256 and the markers at least.
+        markers: Control tokens, which get the last ids; the first begins and the second ends a text where a caller
+            asks for special tokens.
+
+    Returns:
+        `path`.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(markers),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    tokenizer.add_special_tokens([AddedToken(marker, normalized=False, special=True) for marker in markers])
+    begin, end = ((marker, tokenizer.token_to_id(marker)) for marker in markers[:2])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin[0]} $A {end[0]}", special_tokens=[begin, end]
+    )
+    tokenizer.save(str(path))
+    return path

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from tests.parity.references.csm import make_transformers_csm
 from tests.parity.references.drivers import (
     TextRun,
     inference,
@@ -56,6 +57,7 @@ __all__ = [
     "make_kyutai_stt",
     "make_kyutai_tts",
     "make_mimi",
+    "make_transformers_csm",
     "make_transformers_mimi",
     "make_transformers_stt",
     "make_voice",
@@ -73,6 +75,7 @@ __all__ = [
     "speech",
     "stt_config",
     "transformers_codes",
+    "transformers_csm",
     "transformers_stt",
     "transformers_tokens",
     "voice",
@@ -111,6 +114,12 @@ def transformers_stt(*, max_shard_size: str = "50GB") -> Path:
     return make_transformers_stt(
         kyutai_stt(), _session_folder() / f"transformers-{max_shard_size}", max_shard_size=max_shard_size
     )
+
+
+@functools.cache
+def transformers_csm(seed: int = 0) -> Path:
+    """Return what `make_transformers_csm` writes, once per process, deleted at its end; nobody may change it."""
+    return make_transformers_csm(_session_folder() / f"csm-{seed}", seed=seed)
 
 
 @functools.cache

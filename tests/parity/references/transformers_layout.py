@@ -76,7 +76,7 @@ def make_transformers_stt(kyutai_folder: Path, folder: Path, *, max_shard_size: 
     config = read_config(kyutai_folder)
     state = _lm_state(load_file(kyutai_folder / "model.safetensors"), config)
     codec = mimi_state(load_file(kyutai_folder / config["mimi_name"]), read_mimi_config(kyutai_folder))
-    model = _loaded(
+    model = loaded(
         KyutaiSpeechToTextForConditionalGeneration,
         _stt_config(config, read_mimi_config(kyutai_folder), state),
         state | {f"codec_model.{name}": tensor for name, tensor in codec.items()},
@@ -98,7 +98,7 @@ def make_transformers_mimi(kyutai_folder: Path, folder: Path) -> Path:
     """Write the codec of a Kyutai folder alone, as `MimiModel.save_pretrained` does."""
     config = read_mimi_config(kyutai_folder)
     state = mimi_state(load_file(kyutai_folder / read_config(kyutai_folder)["mimi_name"]), config)
-    _loaded(MimiModel, _mimi_config(config), state, folder).save_pretrained(folder)
+    loaded(MimiModel, transformers_mimi_config(config), state, folder).save_pretrained(folder)
     return folder
 
 
@@ -205,11 +205,12 @@ def _stt_config(
         audio_bos_token_id=config["card"],
         audio_pad_token_id=num_embeddings - 1,
         bos_token_id=config["text_card"],
-        codec_config=_mimi_config(mimi),
+        codec_config=transformers_mimi_config(mimi),
     )
 
 
-def _mimi_config(config: dict[str, Any]) -> MimiConfig:
+def transformers_mimi_config(config: dict[str, Any]) -> MimiConfig:
+    """Return the config of a codec, given as `moshi.models.loaders.get_mimi` takes it."""
     seanet, transformer, quantizer = config["seanet"], config["transformer"], config["quantizer"]
     return MimiConfig(
         hidden_size=seanet["dimension"],
@@ -229,7 +230,7 @@ def _mimi_config(config: dict[str, Any]) -> MimiConfig:
     )
 
 
-def _loaded(model_class: Any, config: Any, state: dict[str, torch.Tensor], folder: Path) -> Any:
+def loaded(model_class: Any, config: Any, state: dict[str, torch.Tensor], folder: Path) -> Any:
     """Return the model that `from_pretrained` makes of a config and tensors; refuse missing or unused ones."""
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
