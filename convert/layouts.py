@@ -62,6 +62,18 @@ def layout_for(checkpoint: Checkpoint, name: str) -> Layout:
     return pkgutil.resolve_name(family.layouts[name])
 
 
+def model_types(path: Path) -> tuple[str, ...]:
+    """Return the model types that a folder or file may be of, by its layout alone; empty for an unknown layout."""
+    found = next((layout for layout in layouts() if layout.recognises(path)), None)
+    if found is native:
+        return (native.read_config(files.read_json(path / native.CONFIG_NAME), str(path)).model_type,)
+    return tuple(
+        family.model_type
+        for family in FAMILIES.values()
+        if any(pkgutil.resolve_name(module) is found for module in family.layouts.values())
+    )
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint in any layout, which is recognised by the files' content.
 

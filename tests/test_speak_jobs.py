@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsm_jax.cli import speak as command
+from dsm_jax.cli.requests import Job, Voices, read_jobs
 from dsm_jax.errors import SpeechError
 from dsm_jax.tts import Dialogue, Request, SynthesizeOptions, Turn
 from tests.helpers import tts_model
@@ -17,30 +18,30 @@ OPTIONS = SynthesizeOptions()
 
 
 def test_a_text_is_one_job_for_the_voices_given():
-    assert command.read_jobs("Say this.", ["anna", "ben"]) == [
-        command.Job(Request("Say this.", ("anna", "ben"), options=OPTIONS))
+    assert read_jobs("Say this.", Voices(["anna", "ben"])) == [
+        Job(Request("Say this.", ("anna", "ben"), options=OPTIONS))
     ]
     for text in ("e.g. this.txt", "word", "é" * 200, "a/" * 120, "long " * 100, "語" * 5000):
-        assert command.read_jobs(text, []) == [command.Job(Request(text, options=OPTIONS))]
+        assert read_jobs(text, Voices()) == [Job(Request(text, options=OPTIONS))]
 
 
 @pytest.mark.parametrize("name", ["letter.txt", "letter", "my letter.md"])
 def test_a_file_of_text_is_one_job(tmp_path, name):
     (tmp_path / name).write_text("Good\nmörning.\n", encoding="utf-8")
-    assert command.read_jobs(str(tmp_path / name), ["anna"]) == [
-        command.Job(Request("Good\nmörning.\n", ("anna",), options=OPTIONS))
+    assert read_jobs(str(tmp_path / name), Voices(["anna"])) == [
+        Job(Request("Good\nmörning.\n", ("anna",), options=OPTIONS))
     ]
 
 
 def test_standard_input_is_one_job(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Good\nmörning.\n".encode()), encoding="utf-8"))
-    assert command.read_jobs("-", ["anna"]) == [command.Job(Request("Good\nmörning.\n", ("anna",), options=OPTIONS))]
+    assert read_jobs("-", Voices(["anna"])) == [Job(Request("Good\nmörning.\n", ("anna",), options=OPTIONS))]
 
 
 def test_standard_input_that_is_no_text_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("mörning".encode("latin-1")), encoding="utf-8"))
     with pytest.raises(SpeechError, match=r"^standard input cannot be read \(it is not UTF-8 text\); give a text"):
-        command.read_jobs("-", [])
+        read_jobs("-", Voices())
 
 
 def test_requests_are_jobs_with_names_and_may_have_voices(tmp_path):
@@ -48,9 +49,9 @@ def test_requests_are_jobs_with_names_and_may_have_voices(tmp_path):
     path = tts_model.write_requests(
         tmp_path, *[row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     )
-    assert command.read_jobs(str(path), ["carl"]) == [
-        command.Job(Request(("a", "b"), ("ben", "anna"), options=OPTIONS), "one"),
-        command.Job(Request(("c\u2028d",), ("carl",), options=OPTIONS), "2.b"),
+    assert read_jobs(str(path), Voices(["carl"])) == [
+        Job(Request(("a", "b"), ("ben", "anna"), options=OPTIONS), "one"),
+        Job(Request(("c\u2028d",), ("carl",), options=OPTIONS), "2.b"),
     ]
 
 
@@ -63,29 +64,29 @@ def test_requests_may_have_options_and_turns_their_voices(tmp_path):
     own = SynthesizeOptions(seed=3, temperature=0, codebooks=2, top_k=9)
     given = SynthesizeOptions(top_k=9)
     turns = Dialogue([Turn("x", "ann"), Turn("y", "ben"), Turn("z", "ann")])
-    assert command.read_jobs(str(path), ["ann"], given) == [
-        command.Job(Request(("x",), ("ann",), options=own), "a"),
-        command.Job(Request.of(turns, None, given), "b"),
+    assert read_jobs(str(path), Voices(["ann"], given)) == [
+        Job(Request(("x",), ("ann",), options=own), "a"),
+        Job(Request.of(turns, None, given), "b"),
     ]
 
 
 def test_a_byte_order_mark_is_read_over(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfGood morning.")
-    (job,) = command.read_jobs(str(tmp_path / "a.txt"), [])
+    (job,) = read_jobs(str(tmp_path / "a.txt"), Voices())
     assert job.request.text == "Good morning."
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"id": "one", "text": "Good morning."}\n')
-    (job,) = command.read_jobs(str(tmp_path / "a.jsonl"), [])
+    (job,) = read_jobs(str(tmp_path / "a.jsonl"), Voices())
     assert job.name == "one"
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", r"requests\.jsonl:2 is not JSON \(.*\); write one object a line: id, text and voice"),
-        ([1], r"requests\.jsonl:2 has list; a request has an id, and either a text or turns"),
-        ({"id": "x"}, r"requests\.jsonl:2 has \['id'\]; a request has an id, and either a text or turns"),
+        ("{", r"requests\.jsonl:2 is not JSON \(.*\); write one object a line$"),
+        ([1], r"requests\.jsonl:2 has list; a request has an id, and text or turns"),
+        ({"id": "x"}, r"requests\.jsonl:2 has \['id'\]; a request has an id, and text or turns"),
         ({"turns": ["x"]}, r"requests\.jsonl:2 has \['turns'\]; a request has an id"),
-        ({"id": "x", "text": "a", "turns": ["a"]}, r"has \['id', 'text', 'turns'\]; a request has an id, and either"),
+        ({"id": "x", "text": "a", "turns": ["a"]}, r"has \['id', 'text', 'turns'\]; a request has an id, and text or"),
         (
             {"id": "x", "turns": ["a"], "speaker": "b"},
             "2 has 'speaker', which is unknown; a request may have id, text,",
@@ -113,7 +114,7 @@ def test_a_byte_order_mark_is_read_over(tmp_path):
 def test_a_line_that_is_no_request_is_refused(tmp_path, row, message):
     path = tts_model.write_requests(tmp_path, {"id": "first", "turns": ["a"]}, row if row == "{" else json.dumps(row))
     with pytest.raises(SpeechError, match=message):
-        command.read_jobs(str(path), [])
+        read_jobs(str(path), Voices())
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):
@@ -126,11 +127,11 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         ("folder.txt", "Is a directory"),
     ):
         with pytest.raises(SpeechError, match=rf"{name} cannot be read \({why}\); give a text, or a file of one"):
-            command.read_jobs(str(tmp_path / name), [])
+            read_jobs(str(tmp_path / name), Voices())
     with pytest.raises(
         SpeechError, match=r"requests\.jsonl has no requests; write one JSON object a line: id, text and"
     ):
-        command.read_jobs(str(tts_model.write_requests(tmp_path, "", " ")), [])
+        read_jobs(str(tts_model.write_requests(tmp_path, "", " ")), Voices())
 
 
 @pytest.mark.parametrize(
@@ -154,16 +155,12 @@ def test_outputs_that_cannot_be_written_are_refused(tmp_path, monkeypatch, named
     monkeypatch.chdir(tmp_path)
     Path("taken").write_text("a file")
     with pytest.raises(SpeechError, match=message):
-        command.check_output(
-            [command.Job(Request(TEXT, options=OPTIONS), "id" if named else None)], output, save_frames=frames
-        )
+        command.check_output([Job(Request(TEXT, options=OPTIONS), "id" if named else None)], output, save_frames=frames)
 
 
 def test_outputs_that_can_be_written_are_accepted_and_folders_made(tmp_path):
     for output in ("-", str(tmp_path / "talk.wav"), str(tmp_path / "talk.FLAC"), str(tmp_path / "talk.ogg")):
-        command.check_output([command.Job(Request(TEXT, options=OPTIONS))], output, save_frames=False)
-    command.check_output(
-        [command.Job(Request(TEXT, options=OPTIONS), "id")], str(tmp_path / "new/folder"), save_frames=True
-    )
+        command.check_output([Job(Request(TEXT, options=OPTIONS))], output, save_frames=False)
+    command.check_output([Job(Request(TEXT, options=OPTIONS), "id")], str(tmp_path / "new/folder"), save_frames=True)
     assert (tmp_path / "new/folder").is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["new"]

@@ -16,6 +16,7 @@ def codec_encode(args: argparse.Namespace) -> int:
     from dsm_jax import codec
 
     check_folder_of(args.output)
+    set_up_jax(args)
     model = load(args, stt_only=True)
     codes_QT = codec.encode(model, args.input, codebooks=args.codebooks)
     config = model.config.mimi
@@ -34,6 +35,7 @@ def codec_decode(args: argparse.Namespace) -> int:
     from dsm_jax import audio, codec
 
     check_folder_of(args.output)
+    set_up_jax(args)
     model = load(args, stt_only=False)
     pcm = codec.decode(model, codec.read_codes(args.input))
     audio.write(args.output, pcm, model.config.mimi.sample_rate)
@@ -91,6 +93,7 @@ def evaluate(args: argparse.Namespace) -> int:
         plot=args.plot,
         resume=args.resume,
     )
+    set_up_jax(args)
     model = load(args, stt_only=True)
     with terminal.Bars(quiet=args.quiet, unit="recordings") as bars:
         bars.name(0, "evaluating")

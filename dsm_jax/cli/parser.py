@@ -99,7 +99,8 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("speak", parents=[device, dtype, revision], help="turn text into speech")
     p.add_argument(
         "text",
-        help="the text, a file of it, - for standard input, or requests.jsonl: id, text and voice on each line",
+        help="the text, a file of it, - for standard input, or requests.jsonl: id, text and voice on each line, or for "
+        "conversations id, text, speaker and context",
     )
     p.add_argument("output", help="a wav, flac, ogg, opus or mp3 file, - to play or pipe it, or for requests a folder")
     p.add_argument(
@@ -119,43 +120,51 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--guidance-scale",
         type=float,
-        default=2.0,
         metavar="G",
-        help="how closely to follow text and voice; 1 is no guidance (default: %(default)s)",
+        help="how closely to follow text and voice; 1 is no guidance (default: 2)",
     )
     p.add_argument(
         "--temperature", type=float, metavar="T", help="of the sampling; 0 is greedy; default: the checkpoint's"
     )
     p.add_argument(
-        "--top-k", type=int, default=250, metavar="K", help="sample among K audio tokens, 0 for all (%(default)s)"
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="sample among K audio tokens, 0 for all (default: 250; in conversations 50)",
     )
-    p.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    p.add_argument("--seed", type=int, help="seed of the sampling (default: 0)")
     p.add_argument(
         "--codebooks", type=_positive, metavar="N", help="codebooks to generate; fewer are faster; default: all"
     )
-    p.add_argument(
-        "--padding-between", type=int, default=1, metavar="N", help="frames between words (default: %(default)s)"
-    )
+    p.add_argument("--padding-between", type=int, metavar="N", help="frames between words (default: 1)")
     p.add_argument(
         "--padding-bonus",
         type=float,
-        default=0.0,
         metavar="B",
-        help="score added to silence: above 0 speaks slower (default: %(default)s)",
+        help="score added to silence: above 0 speaks slower (default: 0)",
     )
     p.add_argument(
         "--max-frames",
         type=_positive,
-        default=30_000,
         metavar="N",
-        help="give up after N frames (default: %(default)s)",
+        help="give up after N frames (default: 30000; in conversations 1125)",
     )
     p.add_argument(
         "--on-unsayable",
         choices=("error", "skip"),
-        default="error",
-        help="refuse a text with a word that cannot be said, or leave the word out (default: %(default)s)",
+        help="refuse a text with a word that cannot be said, or leave the word out (default: error)",
     )
+    talk = p.add_argument_group("conversational speech models", "such as sesame/csm-1b")
+    talk.add_argument("--speaker", type=int, metavar="N", help="number of the speaker of the text (default: 0)")
+    talk.add_argument(
+        "--context",
+        metavar="TALK.jsonl",
+        help="the turns before the text: text, speaker and audio on each line; the voices are taken from them",
+    )
+    talk.add_argument(
+        "--depth-temperature", type=float, metavar="T", help="of all codebooks but the first; default: --temperature"
+    )
+    talk.add_argument("--depth-top-k", type=int, metavar="K", help="the same; default: --top-k")
     p.add_argument("--save-frames", action="store_true", help="write tokens and word times next to the recording")
     p.add_argument(
         "--batch-size", type=_positive, default=8, metavar="N", help="requests at a time (default: %(default)s)"

@@ -113,8 +113,7 @@ def _decompresses(entry: Path) -> bool:
 
 
 def load(args: argparse.Namespace, *, stt_only: bool) -> "Model":
-    """Load the model that the arguments name."""
-    set_up_jax(args)
+    """Load the model that the arguments name, after `set_up_jax`."""
     from dsm_jax import checkpoints
 
     with terminal.loading_bar(f"loading {args.model}", quiet=args.quiet) as progress:

@@ -8,9 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
@@ -19,38 +18,37 @@ from safetensors.numpy import save
 from dsm_jax import audio, files, microphone
 from dsm_jax.checkpoints import Model
 from dsm_jax.cli import terminal
-from dsm_jax.cli.setup import load
-from dsm_jax.errors import ConfigError, DsmError, SpeechError
+from dsm_jax.cli.requests import Job, RequestForm, Turns, Voices, read_context, read_jobs
+from dsm_jax.cli.setup import UsageError, load, set_up_jax
+from dsm_jax.convert.layouts import model_types
+from dsm_jax.csm import CsmOptions
+from dsm_jax.errors import DsmError, SpeechError
+from dsm_jax.hub import HubOptions, find
 from dsm_jax.progress import ProgressCallback
-from dsm_jax.tts import Dialogue, IncompleteSpeechError, Request, Speech, SynthesizeOptions, Turn, synthesize_each
-from dsm_jax.tts.voices import Voice
+from dsm_jax.speech import IncompleteSpeechError, Speech
+from dsm_jax.synthesis import synthesize_each
+from dsm_jax.tts import SynthesizeOptions
 
 _PLAYERS = (
     ("ffplay", "-v", "error", "-nodisp", "-autoexit", "-i", "-"),
     ("aplay", "-q", "-"),
     ("play", "-q", "-t", "wav", "-"),
 )
-_OPTIONS = {field.name: field.type for field in dataclasses.fields(SynthesizeOptions)}
-_KEYS = ("id", "text", "turns", "voice", "voices")
+# Flags of options, of which each family has some.
+FLAGS = tuple(
+    dict.fromkeys(field.name for kind in (SynthesizeOptions, CsmOptions) for field in dataclasses.fields(kind))
+)
 
 
 def run(args: argparse.Namespace) -> int:
     """Say what the arguments name; return the exit code."""
-    options = SynthesizeOptions(
-        guidance_scale=args.guidance_scale,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        seed=args.seed,
-        codebooks=args.codebooks,
-        padding_between=args.padding_between,
-        padding_bonus=args.padding_bonus,
-        max_frames=args.max_frames,
-        on_unsayable=args.on_unsayable,
-    )
-    jobs = read_jobs(args.text, args.voice, options)
+    set_up_jax(args)
+    form = _form(args)
+    jobs = read_jobs(args.text, form)
     check_output(jobs, args.output, save_frames=args.save_frames)
     model = load(args, stt_only=False)
-    options.checked(model)
+    if isinstance(form.options, SynthesizeOptions):
+        form.options.checked(model)
     failed = 0
     with terminal.Bars(quiet=args.quiet) as bars:
         for item, job in enumerate(jobs):
@@ -68,106 +66,22 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A request, and the name of its files; None for a single text."""
-
-    request: Request
-    name: str | None = None
-
-
-def read_jobs(source: str, voices: Sequence[Voice], options: SynthesizeOptions = SynthesizeOptions()) -> list[Job]:
-    """Read the requests that a command names.
-
-    Args:
-      source: "-" for standard input; a file of requests, one JSON object a line, named `.jsonl`; a file of text; or
-        else the text itself. A request has `id` and either `text` and `voice`, or `turns` (texts of alternating
-        speakers, or objects of `text` and `voice`) and `voices`; any field of `SynthesizeOptions` may be added.
-      voices: for requests that name none.
-      options: for requests that have none of their own.
-
-    Raises:
-      ConfigError: an option out of its range.
-      SpeechError: a file that cannot be read, or a line that is no request.
-    """
-    if source == "-":
-        if sys.stdin is None:
-            raise SpeechError("standard input is closed; give a text, or a file of one")
-        return [Job(Request(_text(sys.stdin.buffer.read(), "standard input"), tuple(voices), options=options))]
-    path = Path(source)
-    looks_like_file = not any(c.isspace() for c in source) and path.suffix in (".txt", ".jsonl")
-    # A text may be longer than a file's name can be: os.path says no where pathlib raises.
-    if not looks_like_file and not os.path.isfile(source):
-        return [Job(Request(source, tuple(voices), options=options))]
-    try:
-        content = _text(path.read_bytes(), source)
-    except OSError as error:
-        raise SpeechError(f"{source} cannot be read ({error.strerror}); give a text, or a file of one") from None
-    if path.suffix != ".jsonl":
-        return [Job(Request(content, tuple(voices), options=options))]
-    lines = enumerate(content.split("\n"), 1)  # not splitlines: JSON may hold other ends of lines as they are
-    jobs = [_job(line, f"{source}:{number}", voices, options) for number, line in lines if line.strip()]
-    names = [job.name for job in jobs]
-    if twice := sorted({str(name) for name in names if names.count(name) > 1}):
-        raise SpeechError(f"{source} has the id {twice[0]!r} more than once; it names files, so give each another")
-    if not jobs:
-        raise SpeechError(f"{source} has no requests; write one JSON object a line: id, text and voice")
-    return jobs
-
-
-def _text(content: bytes, where: str) -> str:
-    """Decode UTF-8, with a byte order mark or without."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise SpeechError(f"{where} cannot be read (it is not UTF-8 text); give a text, or a file of one") from None
-
-
-def _job(line: str, where: str, voices: Sequence[Voice], options: SynthesizeOptions) -> Job:
-    """Read one line of a file of requests."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise SpeechError(f"{where} is not JSON ({error}); write one object a line: id, text and voice") from None
-    if not isinstance(row, dict) or "id" not in row or ("text" in row) == ("turns" in row):
-        found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise SpeechError(f"{where} has {found}; a request has an id, and either a text or turns")
-    if unknown := sorted(set(row) - {*_KEYS, *_OPTIONS}):
-        known = ", ".join([*_KEYS, *_OPTIONS])
-        raise SpeechError(f"{where} has {unknown[0]!r}, which is unknown; a request may have {known}")
-    name = row["id"]
-    if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
-        raise SpeechError(f"{where} has the id {name!r}; it names files, so give a text without slashes")
-    return Job(_request(row, where, voices, _own_options(row, where, options)), name)
-
-
-def _own_options(row: Mapping[str, Any], where: str, options: SynthesizeOptions) -> SynthesizeOptions:
-    """Return the options of a request: its own, and for the rest those of the command."""
-    own = {key: row[key] for key in _OPTIONS if key in row}
-    for key, value in own.items():
-        kinds = str if key == "on_unsayable" else int if "int" in str(_OPTIONS[key]) else (int, float)
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise SpeechError(f"{where} has {key} = {value!r}; expected {'a text' if kinds is str else 'a number'}")
-    try:
-        return dataclasses.replace(options, **own)
-    except ConfigError as error:
-        raise SpeechError(f"{where}: {error}") from None
-
-
-def _request(row: Mapping[str, Any], where: str, voices: Sequence[Voice], options: SynthesizeOptions) -> Request:
-    """Return the request of a line."""
-    given = [row["voice"]] if "voice" in row else row.get("voices", list(voices))
-    turns = [row["text"]] if "text" in row else row["turns"]
-    if not isinstance(given, list) or not all(isinstance(voice, str | os.PathLike) for voice in given):
-        raise SpeechError(f"{where} has the voices {given!r}; expected a text, or a list of texts")
-    if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
-        if wrong := [turn for turn in turns if set(turn) - {"text", "voice"} or "text" not in turn]:
-            raise SpeechError(f"{where} has the turn {wrong[0]!r}; expected an object of text and voice")
-        dialogue = Dialogue([Turn(str(turn["text"]), turn.get("voice")) for turn in turns])
-        return Request.of(dialogue, given[0] if given else None, options)
-    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-        raise SpeechError(f"{where} has the turns {turns!r}; expected a list of texts, or of objects of text and voice")
-    return Request(tuple(turns), tuple(given), options=options)
+def _form(args: argparse.Namespace) -> RequestForm:
+    """Return the form of the requests that the family of the model takes, with the options of the arguments."""
+    conversational = model_types(find(args.model, HubOptions(revision=args.revision))) == ("csm",)
+    kind = CsmOptions if conversational else SynthesizeOptions
+    other = {name for name, value in (("speaker", args.speaker), ("context", args.context)) if value is not None}
+    given = {name: value for name in FLAGS if (value := getattr(args, name, None)) is not None}
+    strange = given.keys() - {field.name for field in dataclasses.fields(kind)}
+    strange |= ({"voice"} if args.voice else set()) if conversational else other
+    if strange:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(strange))
+        what = "a conversational speech model" if conversational else "a text-to-speech model"
+        raise UsageError(f"{args.model} is {what}, which has no {flags}; leave that out")
+    if conversational:
+        context = () if args.context is None else read_context(args.context)
+        return Turns(args.speaker or 0, context, CsmOptions(**given))
+    return Voices(args.voice, SynthesizeOptions(**given))
 
 
 def check_output(jobs: Sequence[Job], output: str, *, save_frames: bool) -> None:

@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         word_times=args.word_times,
     )
+    set_up_jax(args)
     model = load(args, stt_only=True)
     if args.vad and not (model.config.lm and model.config.lm.extra_heads_num_heads):
         raise UsageError(f"{model.name} has no pause heads, which --vad needs; kyutai/stt-1b-en_fr-candle has them")

@@ -1,0 +1,243 @@
+"""Read the requests of `dsm-jax speak`: a text, a file of text, or a file with a JSON object a line."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from dsm_jax import csm, tts
+from dsm_jax.csm import CsmOptions, Segment
+from dsm_jax.errors import ConfigError, SpeechError
+from dsm_jax.tts import Dialogue, SynthesizeOptions, Turn
+from dsm_jax.tts.voices import Voice
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A request, and the name of its files; None for a single text."""
+
+    request: tts.Request | csm.Request
+    name: str | None = None
+
+
+class RequestForm(Protocol):
+    """The form of the requests to one family of models.
+
+    Attributes:
+      keys: keys of a row besides the options.
+      needs: keys of which a row has exactly one.
+      options: of requests that have none of their own.
+    """
+
+    keys: tuple[str, ...]
+    needs: tuple[str, ...]
+    options: Any
+
+    def of_text(self, text: str) -> tts.Request | csm.Request:
+        """Return the request of a text alone."""
+        ...
+
+    def of_row(self, row: Mapping[str, Any], where: str, options: Any) -> tts.Request | csm.Request:
+        """Return the request of a row.
+
+        Args:
+          row: object with keys of `keys` and options.
+          where: file and line, for errors.
+          options: of the request.
+
+        Raises:
+          SpeechError: a value of another kind.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Voices:
+    """Requests to a text-to-speech model.
+
+    Attributes:
+      voices: for requests that name none.
+      options: of requests that have none of their own.
+    """
+
+    voices: Sequence[Voice] = ()
+    options: SynthesizeOptions = SynthesizeOptions()
+    keys = ("id", "text", "turns", "voice", "voices")
+    needs = ("text", "turns")
+
+    def of_text(self, text: str) -> tts.Request:
+        """Return the request of a text alone."""
+        return tts.Request(text, tuple(self.voices), options=self.options)
+
+    def of_row(self, row: Mapping[str, Any], where: str, options: SynthesizeOptions) -> tts.Request:
+        """Return the request of a row; see `RequestForm`."""
+        given = [row["voice"]] if "voice" in row else row.get("voices", list(self.voices))
+        turns = [row["text"]] if "text" in row else row["turns"]
+        if not isinstance(given, list) or not all(isinstance(voice, str | os.PathLike) for voice in given):
+            raise SpeechError(f"{where} has the voices {given!r}; expected a text, or a list of texts")
+        if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
+            if wrong := [turn for turn in turns if set(turn) - {"text", "voice"} or "text" not in turn]:
+                raise SpeechError(f"{where} has the turn {wrong[0]!r}; expected an object of text and voice")
+            dialogue = Dialogue([Turn(str(turn["text"]), turn.get("voice")) for turn in turns])
+            return tts.Request.of(dialogue, given[0] if given else None, options)
+        if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+            raise SpeechError(
+                f"{where} has the turns {turns!r}; expected a list of texts, or of objects of text and voice"
+            )
+        return tts.Request(tuple(turns), tuple(given), options=options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """Requests to a conversational speech model.
+
+    Attributes:
+      speaker: for requests that name none.
+      context: for requests that have none of their own.
+      options: of requests that have none of their own.
+    """
+
+    speaker: int = 0
+    context: Sequence[Segment] = ()
+    options: CsmOptions = CsmOptions()
+    keys = ("id", "text", "speaker", "context")
+    needs = ("text",)
+
+    def of_text(self, text: str) -> csm.Request:
+        """Return the request of a text alone."""
+        return csm.Request(text, self.speaker, self.context, self.options)
+
+    def of_row(self, row: Mapping[str, Any], where: str, options: CsmOptions) -> csm.Request:
+        """Return the request of a row; see `RequestForm`."""
+        turns = row.get("context")
+        if not isinstance(row["text"], str) or not isinstance(turns, list | None):
+            raise SpeechError(f"{where} has text {row['text']!r} and context {turns!r}; expected a text and a list")
+        folder = Path(where.rpartition(":")[0]).parent
+        context = self.context if turns is None else [_segment(turn, where, folder) for turn in turns]
+        return csm.Request(row["text"], _speaker(row.get("speaker", self.speaker), where), context, options)
+
+
+def _speaker(value: Any, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise SpeechError(f"{where} has the speaker {value!r}; expected a number: 0, 1 and so on")
+    return value
+
+
+def _segment(turn: Any, where: str, folder: Path) -> Segment:
+    """Read a turn of a context; its recording may be relative to a folder."""
+    if not isinstance(turn, Mapping) or turn.keys() != {"text", "speaker", "audio"}:
+        found = sorted(map(str, turn)) if isinstance(turn, Mapping) else type(turn).__name__
+        raise SpeechError(f"{where} has a turn with {found}; expected an object of text, speaker and audio")
+    if not isinstance(turn["text"], str) or not isinstance(turn["audio"], str):
+        raise SpeechError(f"{where} has the turn {dict(turn)!r}; expected a text, and the path of its recording")
+    return Segment(turn["text"], _speaker(turn["speaker"], where), folder / turn["audio"])
+
+
+def read_context(path: str | os.PathLike[str]) -> list[Segment]:
+    """Read the turns of a conversation: a file with an object of text, speaker and audio on each line.
+
+    Args:
+      path: of the file; recordings may be relative to its folder.
+
+    Raises:
+      SpeechError: the file cannot be read, or a line is no turn.
+    """
+    turns = [_segment(_object(line, where), where, Path(path).parent) for where, line in _lines(str(path))]
+    if not turns:
+        raise SpeechError(f"{path} has no turns; write one JSON object a line: text, speaker and audio")
+    return turns
+
+
+def read_jobs(source: str, form: RequestForm) -> list[Job]:
+    """Read the requests that a command names.
+
+    Args:
+      source: "-" for standard input; a file of requests, one JSON object a line, named `.jsonl`; a file of text; or
+        else the text itself. A request has `id` and the keys of its form; any option of its form may be added.
+      form: of the requests.
+
+    Raises:
+      ConfigError: an option out of its range.
+      SpeechError: a file that cannot be read, or a line that is no request.
+    """
+    if source == "-":
+        if sys.stdin is None:
+            raise SpeechError("standard input is closed; give a text, or a file of one")
+        return [Job(form.of_text(_text(sys.stdin.buffer.read(), "standard input")))]
+    path = Path(source)
+    looks_like_file = not any(c.isspace() for c in source) and path.suffix in (".txt", ".jsonl")
+    # A text may be longer than a file's name can be: os.path says no where pathlib raises.
+    if not looks_like_file and not os.path.isfile(source):
+        return [Job(form.of_text(source))]
+    if path.suffix != ".jsonl":
+        return [Job(form.of_text(_content(source)))]
+    jobs = [_job(line, where, form) for where, line in _lines(source)]
+    names = [job.name for job in jobs]
+    if twice := sorted({str(name) for name in names if names.count(name) > 1}):
+        raise SpeechError(f"{source} has the id {twice[0]!r} more than once; it names files, so give each another")
+    if not jobs:
+        raise SpeechError(f"{source} has no requests; write one JSON object a line: id, text and {form.keys[-2]}")
+    return jobs
+
+
+def _content(source: str) -> str:
+    """Read a file of text."""
+    try:
+        return _text(Path(source).read_bytes(), source)
+    except OSError as error:
+        raise SpeechError(f"{source} cannot be read ({error.strerror}); give a text, or a file of one") from None
+
+
+def _lines(source: str) -> Iterator[tuple[str, str]]:
+    """Yield the file and number of each line that is not blank, for errors, and the line."""
+    for number, line in enumerate(_content(source).split("\n"), 1):  # JSON may hold other ends of lines as they are
+        if line.strip():
+            yield f"{source}:{number}", line
+
+
+def _text(content: bytes, where: str) -> str:
+    """Decode UTF-8, with a byte order mark or without."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise SpeechError(f"{where} cannot be read (it is not UTF-8 text); give a text, or a file of one") from None
+
+
+def _object(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SpeechError(f"{where} is not JSON ({error}); write one object a line") from None
+
+
+def _job(line: str, where: str, form: RequestForm) -> Job:
+    """Read one line of a file of requests."""
+    row = _object(line, where)
+    known = {field.name: field.type for field in dataclasses.fields(form.options)}
+    if not isinstance(row, dict) or "id" not in row or sum(key in row for key in form.needs) != 1:
+        found = sorted(row) if isinstance(row, dict) else type(row).__name__
+        needed = " or ".join(form.needs)
+        raise SpeechError(f"{where} has {found}; a request has an id, and {needed}")
+    if unknown := sorted(set(row) - {*form.keys, *known}):
+        names = ", ".join([*form.keys, *known])
+        raise SpeechError(f"{where} has {unknown[0]!r}, which is unknown; a request may have {names}")
+    name = row["id"]
+    if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
+        raise SpeechError(f"{where} has the id {name!r}; it names files, so give a text without slashes")
+    own = {key: _option(row[key], key, str(kind), where) for key, kind in known.items() if key in row}
+    try:
+        options = dataclasses.replace(form.options, **own)
+    except ConfigError as error:
+        raise SpeechError(f"{where}: {error}") from None
+    return Job(form.of_row(row, where, options), name)
+
+
+def _option(value: Any, key: str, kind: str, where: str) -> Any:
+    """Check the kind of an option's value."""
+    kinds = str if key == "on_unsayable" else int if "int" in kind else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise SpeechError(f"{where} has {key} = {value!r}; expected {'a text' if kinds is str else 'a number'}")
+    return value
