@@ -6,6 +6,7 @@ Shape letters: M streams (text first), Q codebooks, T positions or frames, N tur
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -14,12 +15,15 @@ import pytest
 from jax.sharding import Mesh
 
 from dsm_jax import audio, codec
+from dsm_jax.configs.json import from_dict
 from dsm_jax.csm import Request, Segment
 from dsm_jax.csm.prompt import text_ids, turn_MT
 from dsm_jax.csm.synthesizer import ConversationSynthesizer
 from dsm_jax.errors import ConfigError, ModelKindError, TrainingError
 from dsm_jax.training.conversation_rows import CsmRows
 from dsm_jax.training.conversations import Conversation, Turn, read_conversations
+from dsm_jax.training.finetune import FinetuneConfig
+from dsm_jax.training.losses.csm import CsmObjective
 from tests.helpers import csm_model, tts_model
 from tests.helpers.csm_model import CSM
 
@@ -77,6 +81,18 @@ def test_a_line_is_a_conversation_in_either_form(data):
         for turn in (FIRST, SECOND)
     )
     assert read_conversations(path, RATE, check=lambda one: None) == [Conversation(turns)] * 3
+
+
+def test_the_examples_of_the_documentation_are_read(model, data, tmp_path):
+    page = (Path(__file__).parents[1] / "docs/training.md").read_text()
+    lines = "".join(re.findall(r"```jsonl\n(.*?)```", page, re.DOTALL))
+    for name, source in zip("abc", SAMPLES, strict=True):
+        shutil.copyfile(data / f"talks/{source}.wav", tmp_path / f"{name}.wav")
+    talks = rows_of(model).read(write(tmp_path, lines), skip_bad=False)
+    assert [[turn.text for turn in talk.turns] for talk in talks] == [["Who is it?", "Me again."], *[["Come in."]] * 2]
+    (settings,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    config = from_dict(FinetuneConfig, json.loads(settings), "training.md")
+    assert (config.positions, config.csm) == (1024, CsmObjective()), "the weights and the share are the defaults"
 
 
 def test_a_row_is_the_prompt_of_inference_with_the_last_recording(model, data):
