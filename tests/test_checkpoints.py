@@ -1,6 +1,7 @@
 """Loading: every layout is recognised and placed as asked, wherever it is."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -143,8 +144,8 @@ def test_what_is_neither_here_nor_a_hub_name_is_refused(tmp_path, monkeypatch, n
 def _hub_that(monkeypatch, outcome):
     asked = []
 
-    def snapshot_download(name, *, allow_patterns, **options):
-        asked.append((name, allow_patterns, options))
+    def snapshot_download(name, *, allow_patterns, ignore_patterns, **options):
+        asked.append((name, allow_patterns, ignore_patterns, options))
         if isinstance(outcome, Exception):
             raise outcome
         return str(outcome)
@@ -156,15 +157,52 @@ def _hub_that(monkeypatch, outcome):
 def test_a_hub_name_is_fetched_weights_configs_and_tokenizers_only(folders, monkeypatch):
     asked = _hub_that(monkeypatch, folders["kyutai"])
     model = checkpoints.load("kyutai/stt-1b-en_fr")
-    ((name, patterns, _),) = asked
+    (first, (name, patterns, left_out, _)) = asked
+    assert first[:3] == ("kyutai/stt-1b-en_fr", ["config.json"], [])
     assert (name, model.name) == ("kyutai/stt-1b-en_fr", "kyutai/stt-1b-en_fr")
     assert set(patterns) == {"*.json", "*.safetensors", "*.model", "params/*"}
+    assert left_out == []
+
+
+# As published: in the repository of sesame/csm-1b the standard name is that of the other layout.
+CSM_1B = (
+    *("config.json", "model.safetensors", "transformers-00001-of-00002.safetensors", "ckpt.pt", "tokenizer.json"),
+    *("transformers-00002-of-00002.safetensors", "transformers.safetensors.index.json", "chat_template.jinja"),
+    *("generation_config.json", "preprocessor_config.json", "special_tokens_map.json", "tokenizer_config.json"),
+    *("prompts/conversational_a.wav", "README.md"),
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "fetched"),
+    [
+        ({"transformers_weights": "transformers.safetensors.index.json"}, False),
+        ({}, True),
+        (["no object"], True),
+        (None, True),
+    ],
+)
+def test_of_a_repository_in_two_layouts_one_is_fetched(tmp_path, monkeypatch, config, fetched):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    asked = _hub_that(monkeypatch, tmp_path)
+    hub.find("sesame/csm-1b")
+    _, (_, patterns, left_out, _) = asked
+    names = set(huggingface_hub.utils.filter_repo_objects(CSM_1B, allow_patterns=patterns, ignore_patterns=left_out))
+    assert ("model.safetensors" in names) == fetched
+    assert names - {"model.safetensors"} == {
+        name for name in CSM_1B if name.endswith((".json", ".safetensors")) and name != "model.safetensors"
+    }
 
 
 def test_options_of_the_hub_are_passed_on(folders, monkeypatch):
     asked = _hub_that(monkeypatch, folders["kyutai"])
     checkpoints.load("kyutai/a", revision="v1", cache_dir="there", token="secret", local_files_only=True)
-    assert asked[0][2] == {"revision": "v1", "cache_dir": "there", "token": "secret", "local_files_only": True}
+    assert (
+        asked[0][3]
+        == asked[1][3]
+        == {"revision": "v1", "cache_dir": "there", "token": "secret", "local_files_only": True}
+    )
 
 
 def test_a_model_goes_to_the_device_that_is_asked_for(folders):

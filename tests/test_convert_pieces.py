@@ -87,6 +87,31 @@ def test_a_fault_in_a_table_is_caught(table, fault):
     assert fault in pieces.plan(table, tensors, parameters)[1]
 
 
+def test_copies_of_a_tied_tensor_are_compared_block_by_block():
+    values = {"a": np.arange(6.0).reshape(2, 3), "b": np.arange(6.0).reshape(2, 3)}
+    tensors = {
+        name: pieces.Tensor((2, 3), "F32", lambda rows, v=v: v if rows is None else v[slice(*rows)])
+        for name, v in values.items()
+    }
+    parameters = {"w": jax.ShapeDtypeStruct((2, 3), np.float32)}
+    for table in (
+        [pieces.piece(("a", "b"), "w", tied=True)],
+        [pieces.piece(("a", "b"), "w", at=(slice(i, i + 1),), rows=(i, i + 1), tied=True) for i in (0, 1)],
+    ):
+        values["b"][1, 2] = 5
+        claims, faults = pieces.plan(table, tensors, parameters)
+        assert (faults, pieces.copy_faults(claims, tensors)) == ([], [])
+        values["b"][1, 2] = 7
+        assert pieces.copy_faults(claims, tensors) == [
+            "unequal: b and a are one table of the model, but their values differ"
+        ]
+        for name in "ab":  # one of the two is enough
+            alone, faults = pieces.plan(table, {name: tensors[name]}, parameters)
+            assert (faults, pieces.copy_faults(alone, tensors)) == ([], [])
+            assert {claim.names for claim in alone} == {(name,)}
+    assert pieces.plan([pieces.piece(("a", "b"), "w")], tensors, parameters)[1][0].startswith("twice: a and b are")
+
+
 def test_a_quantised_tensor_is_refused():
     tensors = {"a": pieces.Tensor((2, 3), "I8", lambda rows: np.zeros((2, 3)))}
     _, faults = pieces.plan([pieces.piece("a", "w")], tensors, {"w": jax.ShapeDtypeStruct((2, 3), np.float32)})

@@ -14,13 +14,14 @@ from dsm_jax.convert import layouts, native
 from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models import family
 from dsm_jax.models.family import FAMILIES, Family, require
-from tests.helpers import small
+from tests.helpers import csm_model, small
 
 TTS = TtsConfig(audio_delay=0.2)
 CONFIGS = {
     "mimi": ModelConfig(model_type="mimi", mimi=small.MIMI),
     "stt": ModelConfig(model_type="stt", lm=small.STT, mimi=small.MIMI),
     "tts": ModelConfig(model_type="tts", lm=small.TTS, mimi=small.MIMI, tts=TTS),
+    "csm": ModelConfig(model_type="csm", csm=csm_model.CSM, mimi=small.MIMI),
     "moshi": ModelConfig(model_type="moshi", lm=small.TTS, mimi=small.MIMI),
     "hibiki": ModelConfig(model_type="hibiki", lm=small.TTS, mimi=small.MIMI),
 }
@@ -62,8 +63,8 @@ def test_a_dotted_path_that_does_not_resolve_is_caught():
 
 def test_every_layout_belongs_to_a_family_or_is_the_native_one():
     assert layouts.layouts()[0] is native
-    assert layouts.layout_names() == ["orbax", "kyutai", "transformers"]
-    assert len(layouts.layouts()) == 4
+    assert layouts.layout_names() == ["orbax", "kyutai", "transformers", "sesame"]
+    assert len(layouts.layouts()) == 6
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_a_model_of_the_family_passes_and_without_its_tokenizer_does_not():
     [
         (
             dataclasses.replace(CONFIGS["stt"], model_type="sst"),
-            "model_type is 'sst'; choose one of mimi, stt, tts, mos",
+            "model_type is 'sst'; choose one of mimi, stt, tts, csm",
         ),
         (dataclasses.replace(CONFIGS["stt"], lm=None), "a speech-to-text model needs lm; add it"),
         (dataclasses.replace(CONFIGS["tts"], tts=None), "a text-to-speech model needs tts; add it"),
@@ -143,5 +144,7 @@ def test_a_config_that_does_not_fit_its_family_is_refused(config, message):
 
 
 def test_lm_config_refuses_a_codec():
-    with pytest.raises(ConfigError, match="'mimi' is the config of a model without a language model; use one that has"):
+    with pytest.raises(
+        ConfigError, match="'mimi' is the config of a model without a delayed-streams"
+    ):
         family.lm_config(CONFIGS["mimi"])

@@ -1,5 +1,6 @@
 """The published checkpoints, by structure: every listed tensor has its place, and every parameter is filled."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -8,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from dsm_jax.configs import ModelConfig, presets
-from dsm_jax.convert import kyutai, kyutai_config, pieces, transformers_mimi, transformers_stt
+from dsm_jax.convert import (
+    kyutai,
+    kyutai_config,
+    pieces,
+    sesame,
+    transformers_csm,
+    transformers_mimi,
+    transformers_stt,
+)
 from dsm_jax.models.family import abstract_model
 
 PUBLISHED = Path(__file__).with_name("published")
@@ -25,6 +34,34 @@ def listing(name: str) -> dict[str, pieces.Tensor]:
         raise AssertionError("a listing holds no values")
 
     return {name: pieces.Tensor(tuple(map(int, shape.split("x"))), dtype, read) for name, dtype, shape in rows}
+
+
+def csm_faults(tables, tensors) -> list[str]:
+    """Return the faults of CSM's tensors, by network, under the published config."""
+    config, _ = published_csm()
+    plans = {part: pieces.plan(table, tensors[part], parameters(config, part)) for part, table in tables.items()}
+    return [fault for _, faults in plans.values() for fault in faults]
+
+
+def csm_layout(layout: str):
+    """Return the tables and the listed tensors of a layout of CSM, by network."""
+    config, csm = published_csm()
+    if layout == "sesame":
+        tables = {"lm": sesame.table(csm), "mimi": kyutai.mimi_table(config.mimi)}
+        return tables, {"lm": listing("csm-1b-original"), "mimi": listing("mimi")}
+    prefix = transformers_csm.CODEC_PREFIX
+    tables = {"lm": transformers_csm.table(csm), "mimi": transformers_mimi.table(config.mimi, prefix)}
+    split = {"lm": {}, "mimi": {}}
+    for name, tensor in listing("csm-1b-trfs").items():
+        split["mimi" if name.startswith(prefix) else "lm"][name] = tensor
+    return tables, split
+
+
+@functools.cache
+def published_csm():
+    """Return the published config of CSM, and that of its language model; the tokenizer names the end of a text."""
+    values = json.loads((PUBLISHED / "csm-1b.config.json").read_text())
+    return transformers_csm.read_config(values, 128_001, "csm-1b")
 
 
 def published_config(name: str) -> ModelConfig:
@@ -54,6 +91,57 @@ def test_every_published_tensor_has_its_place_and_every_parameter_is_filled(name
     tensors = listing(name)
     assert len(tensors) == count
     assert faults_of(name, tensors) == []
+
+
+@pytest.mark.parametrize(("layout", "counts"), [("sesame", (187, 318)), ("transformers", (188, 350))])
+def test_every_tensor_of_csm_has_its_place_and_every_parameter_is_filled(layout, counts):
+    tables, tensors = csm_layout(layout)
+    assert (len(tensors["lm"]), len(tensors["mimi"])) == counts
+    assert csm_faults(tables, tensors) == []
+
+
+def test_the_shards_of_csm_have_126_and_412_tensors():
+    shards = [line.split("\t")[1] for line in (PUBLISHED / "csm-1b-trfs.shards.tsv").read_text().splitlines()]
+    assert sorted(collections.Counter(shards).values()) == [126, 412]
+    names = [line.split("\t")[0] for line in (PUBLISHED / "csm-1b-trfs.shards.tsv").read_text().splitlines()]
+    assert set(names) == listing("csm-1b-trfs").keys()
+
+
+@pytest.mark.parametrize("layout", ["sesame", "transformers"])
+def test_a_fault_in_the_tensors_of_csm_is_reported(layout):
+    tables, tensors = csm_layout(layout)
+    lm = tensors["lm"]
+    for victim in [name for name in lm if "embed_audio_tokens" not in name and "depth_decoder.model.embed" not in name]:
+        (fault,) = csm_faults(tables, tensors | {"lm": without_first(lm, victim)})
+        assert fault == f"missing: {victim}, expected {pieces.shown(lm[victim].shape)}"
+    reshaped = dataclasses.replace(lm["projection.weight" if layout == "sesame" else "lm_head.weight"], shape=(7, 7))
+    victim = "projection.weight" if layout == "sesame" else "lm_head.weight"
+    (fault,) = csm_faults(tables, tensors | {"lm": lm | {victim: reshaped}})
+    assert fault == f"shape: {victim} is 7x7, expected {pieces.shown(lm[victim].shape)}"
+    (fault,) = csm_faults(tables, tensors | {"lm": lm | {"stowaway": reshaped}})
+    assert fault == "unknown: stowaway, 7x7; the model has no place for it"
+
+
+def test_the_published_config_of_csm_is_the_papers():
+    config, csm = published_csm()
+    assert (csm.n_q, csm.card, csm.text_card) == (32, 2051, 128_256)
+    assert (csm.begin_id, csm.end_id, csm.audio_id, csm.audio_end_id) == (128_000, 128_001, 128_002, 128_003)
+    sizes = [(d.d_model, d.inner_width, d.num_layers, d.num_heads, d.num_kv_heads) for d in (csm.backbone, csm.depth)]
+    assert sizes == [(2048, 8192, 16, 32, 8), (1024, 8192, 4, 8, 2)]
+    assert (csm.backbone.context, csm.depth.context) == (2048, 33)
+    assert config.mimi == ModelConfig(model_type="mimi").mimi
+    assert len(parameters(config, "lm")) == 6 * 20 + 7  # six for each layer
+
+
+def test_transformers_default_config_of_csm_is_the_published_one_without_scaling():
+    values = json.loads((PUBLISHED / "csm-1b-trfs.defaults.config.json").read_text())
+    found = transformers_csm.read_config(values, 128_001, "defaults")[1]
+    published = published_csm()[1]
+    assert found.backbone.rope_scaling is found.depth.rope_scaling is None
+    for part in ("backbone", "depth"):
+        scaled = dataclasses.replace(getattr(found, part), rope_scaling=getattr(published, part).rope_scaling)
+        found = dataclasses.replace(found, **{part: scaled})
+    assert found == published
 
 
 def test_the_twin_with_four_pause_heads_has_its_place():

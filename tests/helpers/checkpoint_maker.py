@@ -13,7 +13,7 @@ from dsm_jax.configs import LMConfig, ModelConfig, SttConfig, TtsConfig
 from dsm_jax.convert import convert
 from dsm_jax.models.family import abstract_model
 from dsm_jax.models.parameters import flatten
-from dsm_jax.tokenizers import load_tokenizer
+from dsm_jax.tokenizers import Tokenizer, load_tokenizer
 from tests.helpers import small
 from tests.helpers.tokenizer_maker import make_tokenizer
 
@@ -38,9 +38,12 @@ def random_model(folder: Path, lm: LMConfig | None, *, seed: int = 0) -> checkpo
     config, tokenizer = model_config(lm), None
     if lm is not None and lm.text_card >= 48:
         tokenizer = load_tokenizer(make_tokenizer(folder / "words.model", lm.text_card))
-    made = abstract_model(config)
+    return drawn_model(config, tokenizer, seed=seed)
 
-    random = np.random.default_rng(seed)
+
+def drawn_model(config: ModelConfig, tokenizer: Tokenizer | None, *, seed: int = 0) -> checkpoints.Model:
+    """Make a model of any family; all parameters are random, norms and biases too."""
+    made, random = abstract_model(config), np.random.default_rng(seed)
 
     def draw(part: str) -> nnx.State:
         parameters = made[part].parameters.items()
@@ -50,8 +53,8 @@ def random_model(folder: Path, lm: LMConfig | None, *, seed: int = 0) -> checkpo
 
     return checkpoints.Model(
         config=config,
-        lm_def=made["lm"].graph if lm else None,
-        lm_params=draw("lm") if lm else None,
+        lm_def=made["lm"].graph if "lm" in made else None,
+        lm_params=draw("lm") if "lm" in made else None,
         mimi_def=made["mimi"].graph,
         mimi_params=draw("mimi"),
         tokenizer=tokenizer,
