@@ -55,8 +55,10 @@ def test_names_of_the_language_model_end_in_axis_letters(config):
 
 def test_names_of_conversational_speech_end_in_axis_letters():
     lm = nnx.eval_shape(lambda: CsmLM(csm_model.CSM, rngs=nnx.Rngs(0)))
-    assert axis_faults(nnx.state(lm)) == []
-    assert axis_faults(jax.eval_shape(lambda: lm(jnp.zeros((2, 5, 9), jnp.int32)))) == []
+    graph, params = nnx.split(lm)
+    assert axis_faults(params) == []
+    tokens_BMT = jnp.zeros((2, 5, 9), jnp.int32)
+    assert axis_faults(jax.eval_shape(lambda params: nnx.merge(graph, params)(tokens_BMT), params)) == []
 
 
 def test_names_of_the_codec_end_in_axis_letters():
