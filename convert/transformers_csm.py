@@ -26,6 +26,8 @@ NAME = mimi.NAME
 CODEC_PREFIX = "codec_model."
 INDEX_KEY = "transformers_weights"
 ORIGINAL_KEYS = ("audio_num_codebooks", "audio_vocab_size", "backbone_flavor", "decoder_flavor")
+# Names of the table of codes. The first is the one that is written: transformers 4.52 does not load a file without it.
+SHARED = ("depth_decoder.model.embed_tokens.weight", "backbone_model.embed_tokens.embed_audio_tokens.weight")
 _FIXED_DECODER: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -176,14 +178,12 @@ def audio_table(config: CsmConfig, spellings: tuple[str, ...]) -> Iterator[Piece
 
 def table(config: CsmConfig) -> Table:
     """Make the table of both decoders."""
-    # The first name is the one that is written: transformers 4.52 does not load a file without it.
-    shared = ("depth_decoder.model.embed_tokens.weight", "backbone_model.embed_tokens.embed_audio_tokens.weight")
     return [
         piece("lm_head.weight", "first_linear.weight_DV", LINEAR),
         piece("embed_text_tokens.weight", "text_emb.table_LW"),
         *decoder_layers(config.backbone, "backbone_model", "backbone", _LAYER),
         piece("backbone_model.norm.weight", "backbone_norm.alpha_D"),
-        *audio_table(config, shared),
+        *audio_table(config, SHARED),
         *decoder_layers(config.depth, "depth_decoder.model", "depth", _LAYER),
         piece("depth_decoder.model.norm.weight", "depth_norm.alpha_D"),
         piece("depth_decoder.model.inputs_embeds_projector.weight", "projection.weight_ED", LINEAR),

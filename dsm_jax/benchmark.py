@@ -19,11 +19,18 @@ from flax import nnx
 
 from dsm_jax.checkpoints import Model
 from dsm_jax.configs import MimiConfig, ModelConfig, TensorConditioner, presets
+from dsm_jax.csm import host as csm_host
+from dsm_jax.csm.options import CsmOptions
+from dsm_jax.csm.program import CsmSettings
 from dsm_jax.errors import ConfigError
+from dsm_jax.models.csm import CsmLM
+from dsm_jax.models.family import csm_config
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
+from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.nn.linear import fan_in
 from dsm_jax.runtime.compile import compiled
+from dsm_jax.runtime.steps import Leave
 from dsm_jax.stt import program as stt_program
 from dsm_jax.tts import host as tts_host
 from dsm_jax.tts import program as tts_program
@@ -153,8 +160,43 @@ def tts_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, A
     state = program.init()
     for slot in range(batch):
         state = program.insert(state, [slot], [request])
-    everyone = [tts_host.Leave()] * batch
+    everyone = [Leave()] * batch
     return lambda state: program.step(state, everyone, waiting=False), state
+
+
+def csm_program(
+    config: ModelConfig, batch: int, dtype: jnp.dtype, *, prompt: int, frames: int
+) -> tuple[csm_host.CsmProgram, list[csm_host.ConversationRequest]]:
+    """Make the program of a conversational speech model, and a request of `prompt` tokens of text for each slot."""
+    csm = csm_config(config)
+    lm_def, lm_params = random_params(lambda: CsmLM(csm, dtype=dtype, rngs=nnx.Rngs(0)), dtype)
+    mimi_def, mimi_params = random_params(lambda: Mimi(config.mimi, rngs=nnx.Rngs(0)), jnp.float32)
+    model = Model(config, lm_def, lm_params, mimi_def, mimi_params, None, "random")
+    tokens_MT = np.full((1 + csm.n_q, prompt), ZERO_TOKEN, np.int32)
+    tokens_MT[0] = np.arange(prompt) % csm.text_card
+    options = CsmOptions(temperature=0.0, max_frames=frames)
+    request = csm_host.ConversationRequest(prompt_MT=tokens_MT, options=options, max_frames=frames)
+    settings = request.fitted(CsmSettings(slots=batch, positions=1, steps=1), csm.backbone.context)
+    return csm_host.CsmProgram(model, settings), [request] * batch
+
+
+def csm_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, Any]:
+    """Make the step of one frame of conversational speech after a prompt of 64, with its samples."""
+    program, requests = csm_program(config, batch, dtype, prompt=64, frames=1000)
+    state = program.insert(program.init(), range(batch), requests)
+    everyone = [Leave()] * batch
+    return lambda state: program.step(state, everyone, waiting=False), state
+
+
+def csm_prefill(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, Any]:
+    """Make the prefill of prompts of 64 tokens; its output is the state's last hidden states."""
+    program, requests = csm_program(config, batch, dtype, prompt=64, frames=100)
+
+    def step(state: Any) -> tuple[jax.Array, Any]:
+        state = program.insert(state, range(batch), requests)
+        return state.hidden_BD + 0, state
+
+    return step, program.init()
 
 
 def time_steps(step: Step, state: Any, steps: int) -> list[float]:

@@ -149,8 +149,8 @@ def synthesize_each(
         results = csm_batch.synthesize_each(model, read, options=own, batch_size=batch_size, progress=progress)
     else:
         own = _options(model, SynthesizeOptions, options)
-        read = tts_batch.requests_of(requests, False, None, None)
-        results = tts_batch.synthesize_each(model, read, options=own, batch_size=batch_size, progress=progress)
+        asked: list[Any] = list(requests)
+        results = tts_batch.synthesize_each(model, asked, options=own, batch_size=batch_size, progress=progress)
     for index, result in results:
         yield index, result if watermark is None else _marked(result, watermark)
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from dsm_jax.csm import program as csm_program
+from dsm_jax.models.csm import CsmLM
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.nn.linear import Linear
@@ -18,7 +20,7 @@ from dsm_jax.sharding import RULES, letters_of
 from dsm_jax.stt import program as stt_program
 from dsm_jax.tts import program as tts_program
 from dsm_jax.tts.words import WordMachine
-from tests.helpers import small
+from tests.helpers import csm_model, small
 
 GLOSSARY = Path(__file__).resolve().parents[1] / "docs/axes.md"
 
@@ -51,6 +53,14 @@ def test_names_of_the_language_model_end_in_axis_letters(config):
     assert axis_faults(jax.eval_shape(lambda: lm.init_state(2))) == []
 
 
+def test_names_of_conversational_speech_end_in_axis_letters():
+    lm = nnx.eval_shape(lambda: CsmLM(csm_model.CSM, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(lm)
+    assert axis_faults(params) == []
+    tokens_BMT = jnp.zeros((2, 5, 9), jnp.int32)
+    assert axis_faults(jax.eval_shape(lambda params: nnx.merge(graph, params)(tokens_BMT), params)) == []
+
+
 def test_names_of_the_codec_end_in_axis_letters():
     mimi = nnx.eval_shape(lambda: Mimi(small.MIMI, rngs=nnx.Rngs(0)))
     assert axis_faults(nnx.state(mimi)) == []
@@ -58,8 +68,8 @@ def test_names_of_the_codec_end_in_axis_letters():
 
 
 def test_names_of_the_programs_states_end_in_axis_letters():
-    def state(program, config, settings):
-        makers = lambda: DelayedStreamsLM(config, rngs=nnx.Rngs(0)), lambda: Mimi(small.MIMI, rngs=nnx.Rngs(0))
+    def state(program, config, settings, network=DelayedStreamsLM):
+        makers = lambda: network(config, rngs=nnx.Rngs(0)), lambda: Mimi(small.MIMI, rngs=nnx.Rngs(0))
         graphs, params = zip(*(nnx.split(nnx.eval_shape(make)) for make in makers), strict=True)
         return compiled(program.init_state, graphs, settings).shapes(params)
 
@@ -68,7 +78,8 @@ def test_names_of_the_programs_states_end_in_axis_letters():
     settings = tts_program.TtsSettings(slots=3, machine=machine, delay_steps=2, guided=True, prefix_frames=64)
     tts = state(tts_program, small.TTS, settings)
     conditions = dataclasses.replace(tts, conditions=None)  # tuples of keys and values, whose letters the layers know
-    assert axis_faults((stt, conditions)) == []
+    csm = state(csm_program, csm_model.CSM, csm_program.CsmSettings(slots=3, positions=64), CsmLM)
+    assert axis_faults((stt, conditions, csm)) == []
 
 
 def test_the_glossary_and_the_sharding_agree():

@@ -1,5 +1,6 @@
 """Conversational speech: turns against a plain loop over the networks, batches, streams, and slots that are shared."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -57,7 +58,7 @@ def spoken(model, requests, options=GREEDY, batch_size=8) -> dict[int, tuple[np.
 
 @pytest.fixture(scope="module")
 def alone(model):
-    """What each request gives alone."""
+    """Speak each request alone."""
     return [spoken(model, [request])[0] for request in REQUESTS]
 
 
@@ -219,11 +220,8 @@ def test_conversation_goes_on_from_its_own_turns(model):
 def test_conversation_forgets_its_oldest_turns_and_says_so(model, caplog):
     turns = [Segment(f"turn {n % 3}", 0, recording(60 * FRAME, seed=n)) for n in range(8)]
     conversation = csm.Conversation(model, turns, options=GREEDY)
-    with caplog.at_level("WARNING", logger="dsm_jax"):
-        try:
-            turns.append(Segment("z", 2, conversation.say("z", 2)))
-        except dsm_jax.IncompleteSpeechError:
-            pass
+    with caplog.at_level("WARNING", logger="dsm_jax"), contextlib.suppress(dsm_jax.IncompleteSpeechError):
+        turns.append(Segment("z", 2, conversation.say("z", 2)))
     assert conversation.forgotten == 2
     assert [turn.text for turn in conversation.turns] == [turn.text for turn in turns[2:]]
     assert "left out the oldest 2 turns" in caplog.text

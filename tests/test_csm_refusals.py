@@ -57,8 +57,8 @@ def model(tmp_path_factory):
         (
             lambda: Request("a", 0, [Segment("b", 0, np.tile(PCM, 110))]),
             SpeechError,
-            "^the conversation takes 563 positions, one for each token of text and each frame of audio; random has 512, "
-            "the answer included: leave out its oldest turns, or shorten them$",
+            "^the conversation takes 563 positions, one for each token of text and each frame of audio; random has "
+            "512, the answer included: leave out its oldest turns, or shorten them$",
         ),
     ],
 )
@@ -189,29 +189,29 @@ def test_options_out_of_their_range_are_refused(options, message):
 
 def test_a_turn_that_ends_before_its_first_frame_is_an_error(model):
     with pytest.raises(
-        SpeechError, match="^random ended the turn before it said anything; give another seed, or a con"
+        SpeechError, match=r"^random ended the turn before it said anything; give another seed, or a con"
     ):
         dsm_jax.synthesize(model, "a cat", speaker=1, options=GREEDY)
 
 
 def test_models_of_other_kinds_are_refused(model, tmp_path):
     speaker = tts_model.random_model(tmp_path)
-    with pytest.raises(ConfigError, match="^speaker was given, which random does not take; give voice$"):
+    with pytest.raises(ConfigError, match=r"^speaker was given, which random does not take; give voice$"):
         dsm_jax.synthesize(speaker, "good", speaker=0)
-    with pytest.raises(ConfigError, match="^context was given, which random does not take; give voice$"):
+    with pytest.raises(ConfigError, match=r"^context was given, which random does not take; give voice$"):
         list(dsm_jax.synthesize_stream(speaker, "good", context=[]))
-    with pytest.raises(ConfigError, match="^options are CsmOptions; random takes SynthesizeOptions$"):
+    with pytest.raises(ConfigError, match=r"^options are CsmOptions; random takes SynthesizeOptions$"):
         dsm_jax.synthesize(speaker, "good", options=CsmOptions())
     with pytest.raises(
-        ModelKindError, match="^random is a text-to-speech model; to speak in conversations, load a conv"
+        ModelKindError, match=r"^random is a text-to-speech model; to speak in conversations, load a conv"
     ):
         csm.Conversation(speaker)
     with pytest.raises(
-        ModelKindError, match="^random is a conversational speech model; to speak, load a text-to-speech"
+        ModelKindError, match=r"^random is a conversational speech model; to speak, load a text-to-speech"
     ):
         dsm_jax.StreamingSynthesizer(model)
     with pytest.raises(
-        ModelKindError, match="^random is a conversational speech model; to transcribe, load a speech-to"
+        ModelKindError, match=r"^random is a conversational speech model; to transcribe, load a speech-to"
     ):
         dsm_jax.transcribe(model, PCM)
 
@@ -223,13 +223,13 @@ def test_markers_in_a_text_are_not_obeyed(model):
     assert ids[-1] == CSM.end_id
     assert not markers & set(ids[1:-1])
     obedient = dataclasses.replace(model.tokenizer, _encode=lambda text: [CSM.audio_id])
-    with pytest.raises(SpeechError, match="^the tokenizer makes a marker of a part of 'a'; leave that part out$"):
+    with pytest.raises(SpeechError, match=r"^the tokenizer makes a marker of a part of 'a'; leave that part out$"):
         csm.prompt.text_ids(CSM, obedient, "a", 0)
 
 
 def test_a_turn_that_does_not_end_carries_the_part_that_was_made(model):
     with pytest.raises(
-        dsm_jax.IncompleteSpeechError, match="^the turn did not end in 3 frames; allow more with max_frames"
+        dsm_jax.IncompleteSpeechError, match=r"^the turn did not end in 3 frames; allow more with max_frames"
     ) as caught:
         dsm_jax.synthesize(model, "hello there.", options=dataclasses.replace(GREEDY, max_frames=3))
     assert (caught.value.speech.frames.shape, caught.value.speech.complete) == ((CSM.n_q, 3), False)

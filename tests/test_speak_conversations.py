@@ -97,7 +97,10 @@ def test_contexts_of_another_form_are_refused(speak, capsys, tmp_path, row, mess
     ("row", "message"),
     [
         ({"id": "a", "speaker": 0}, "requests.jsonl:1 has ['id', 'speaker']; a request has an id, and text"),
-        ({"id": "a", "text": "b", "voice": "c"}, "has 'voice', which is unknown; a request may have id, text, speaker,"),
+        (
+            {"id": "a", "text": "b", "voice": "c"},
+            "has 'voice', which is unknown; a request may have id, text, speaker,",
+        ),
         ({"id": "a", "text": "b", "context": "c"}, "has text 'b' and context 'c'; expected a text and a list"),
         ({"id": "a", "text": "b", "speaker": True}, "has the speaker True; expected a number: 0, 1 and so on"),
     ],

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from dsm_jax import csm, tts
 from dsm_jax.csm import CsmOptions, Segment
@@ -29,12 +29,15 @@ class RequestForm(Protocol):
     Attributes:
       keys: keys of a row besides the options.
       needs: keys of which a row has exactly one.
-      options: of requests that have none of their own.
     """
 
-    keys: tuple[str, ...]
-    needs: tuple[str, ...]
-    options: Any
+    keys: ClassVar[tuple[str, ...]]
+    needs: ClassVar[tuple[str, ...]]
+
+    @property
+    def options(self) -> Any:
+        """Options of requests that have none of their own."""
+        ...
 
     def of_text(self, text: str) -> tts.Request | csm.Request:
         """Return the request of a text alone."""
@@ -65,8 +68,8 @@ class Voices:
 
     voices: Sequence[Voice] = ()
     options: SynthesizeOptions = SynthesizeOptions()
-    keys = ("id", "text", "turns", "voice", "voices")
-    needs = ("text", "turns")
+    keys: ClassVar[tuple[str, ...]] = ("id", "text", "turns", "voice", "voices")
+    needs: ClassVar[tuple[str, ...]] = ("text", "turns")
 
     def of_text(self, text: str) -> tts.Request:
         """Return the request of a text alone."""
@@ -103,8 +106,8 @@ class Turns:
     speaker: int = 0
     context: Sequence[Segment] = ()
     options: CsmOptions = CsmOptions()
-    keys = ("id", "text", "speaker", "context")
-    needs = ("text",)
+    keys: ClassVar[tuple[str, ...]] = ("id", "text", "speaker", "context")
+    needs: ClassVar[tuple[str, ...]] = ("text",)
 
     def of_text(self, text: str) -> csm.Request:
         """Return the request of a text alone."""

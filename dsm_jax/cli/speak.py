@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys

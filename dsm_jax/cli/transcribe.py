@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsm_jax.cli import terminal
-from dsm_jax.cli.setup import UsageError, load
+from dsm_jax.cli.setup import UsageError, load, set_up_jax
 from dsm_jax.errors import DsmError
 
 if TYPE_CHECKING:

@@ -182,7 +182,7 @@ def requests_of(
     count = len(texts)
     ragged = isinstance(context, Sequence) and any(isinstance(one, list | tuple) for one in context)
     speakers = list(speaker) if isinstance(speaker, Sequence) else [speaker] * count
-    contexts = list(context) if ragged else [context] * count
+    contexts: list[Any] = list(context or ()) if ragged else [context] * count
     each = list(options) if isinstance(options, Sequence) else [options] * count
     for given, what in ((speakers, "speakers"), (contexts, "contexts"), (each, "options")):
         if len(given) != count:

@@ -176,6 +176,7 @@ FAMILIES: Mapping[str, Family] = {
             language_model=_csm_lm,
             vocabulary=lambda config: csm_config(config).text_card,
             layouts={"sesame": "dsm_jax.convert.sesame", "transformers": "dsm_jax.convert.transformers_csm"},
+            program="dsm_jax.csm.program",
             loss="dsm_jax.training.losses.csm:csm_loss",
         ),
         Family(

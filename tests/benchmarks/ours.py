@@ -17,11 +17,17 @@ from dsm_jax import benchmark
 from dsm_jax.configs import MimiConfig, ModelConfig, TtsConfig, presets
 from dsm_jax.models.mimi import Mimi
 from tests.benchmarks.worker import Step
-from tests.helpers import small
+from tests.helpers import csm_model, small, tts_model
 
 # `small.TTS` also has input audio streams, which Kyutai's loop for speech does not support.
 _LM = dataclasses.replace(small.TTS, n_q=4, delays=(0, 0, 2, 2, 2), card=16)
 TINY_TTS = ModelConfig(model_type="tts", lm=_LM, mimi=small.MIMI, tts=TtsConfig(audio_delay=0.2, second_stream_ahead=2))
+
+TINY_CSM = ModelConfig(
+    model_type="csm",
+    csm=dataclasses.replace(csm_model.CSM, backbone=dataclasses.replace(csm_model.CSM.backbone, context=2048)),
+    mimi=tts_model.MIMI,
+)
 
 
 def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
@@ -39,6 +45,10 @@ def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
         return _threaded(*benchmark.lm_step(config, int(task.removeprefix("lm_step_b")), jnp.dtype("float32")))
     if task.startswith("tts_"):
         return _threaded(*benchmark.tts_step(*speech_case(task, tiny), jnp.dtype("float32")))
+    if task.startswith("csm_"):
+        make_step = benchmark.csm_step if "frame" in task else benchmark.csm_prefill
+        config = TINY_CSM if tiny else presets.CSM_1B
+        return _threaded(*make_step(config, int(task.partition("_b")[2]), jnp.dtype("float32")))
     return _threaded(*benchmark.mimi_step(1, task.split("_")[1]))
 
 

@@ -3,11 +3,15 @@
 Shape letters: B batch rows, M streams, S samples, T steps.
 """
 
+import queue
+import threading
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import (
+    CsmConfig,
+    CsmForConditionalGeneration,
     KyutaiSpeechToTextForConditionalGeneration,
     KyutaiSpeechToTextProcessor,
     MimiModel,
@@ -15,6 +19,7 @@ from transformers import (
 )
 
 from tests.benchmarks.worker import Step
+from tests.parity.references.kyutai import PUBLISHED
 
 
 def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
@@ -25,6 +30,9 @@ def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
         return _transcribe(folder / "transformers", np.load(folder / "pcm.npy"))
     if task.startswith("lm_step_b"):
         return _lm_step(folder / "transformers", int(task.removeprefix("lm_step_b")))
+    if task.startswith("csm_"):
+        model = _csm(tiny)
+        return (_csm_frame if "frame" in task else _csm_prefill)(model, int(task.partition("_b")[2]))
     mimi = MimiModel.from_pretrained(folder / "transformers_mimi", dtype=torch.float32)
     if task == "mimi_encode_10s":
         pcm_B1S = 0.1 * torch.randn(1, 1, 240_000)
@@ -73,3 +81,51 @@ def _transcribe(folder: Path, pcm_S: np.ndarray) -> Step:
 
     run(pcm_S[:48_000])
     return lambda: run(pcm_S)
+
+
+def _csm(tiny: bool) -> CsmForConditionalGeneration:
+    """Build a conversational speech model of the published sizes with random weights."""
+    config = CsmConfig.from_pretrained(PUBLISHED / "csm-1b.config.json")
+    if tiny:
+        layers = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
+        sizes = {**layers, "num_key_value_heads": 1, "head_dim": 32}
+        config = CsmConfig(**sizes, text_vocab_size=1000, depth_decoder_config={**sizes, "backbone_hidden_size": 64})
+    return CsmForConditionalGeneration(config).eval()
+
+
+def _csm_frame(model: CsmForConditionalGeneration, batch: int) -> Step:
+    """Make the step from one frame of `generate` to the next, which waits in the streamer until it is asked for."""
+    asked, made = threading.Semaphore(0), queue.SimpleQueue()
+
+    class Streamer:
+        def put(self, codes_BQ: torch.Tensor) -> None:
+            made.put(codes_BQ)
+            asked.acquire()
+
+        def end(self) -> None:
+            made.put(None)
+
+    def generate() -> None:
+        asked.acquire()
+        ids_BT = torch.arange(64).repeat(batch, 1)
+        greedy = {"do_sample": False, "depth_decoder_do_sample": False}
+        with torch.no_grad():
+            model.generate(
+                ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=100, streamer=Streamer(), **greedy
+            )
+
+    threading.Thread(target=generate, daemon=True).start()
+
+    def step() -> None:
+        asked.release()
+        if made.get() is None:
+            raise RuntimeError("the speech ended before the frames were timed")
+
+    return step
+
+
+def _csm_prefill(model: CsmForConditionalGeneration, batch: int) -> Step:
+    ids_BT = torch.arange(64).repeat(batch, 1)
+    return lambda: (
+        model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=True, logits_to_keep=1).logits
+    )
