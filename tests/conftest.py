@@ -27,7 +27,7 @@ os.environ.update(
 # Handed out first, or one process would be busy with them when the other has nothing left to do.
 LONGEST = (
     *("test_readme.py", "test_mixed_slots.py", "test_tts_program.py", "test_synthesize.py", "test_stt.py"),
-    *("test_finetune.py", "test_sharding.py"),
+    *("test_finetune.py", "test_finetune_csm.py", "test_sharding.py"),
 )
 
 
