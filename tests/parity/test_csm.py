@@ -19,15 +19,15 @@ from dsm_jax.errors import CheckpointError
 from dsm_jax.models.csm import CsmLM
 from tests.helpers.checkpoint_maker import assert_same_weights, copy_of
 from tests.parity.references import csm as reference
-from tests.parity.references import make_transformers_csm, speech
+from tests.parity.references import speech
 from tests.parity.references import transformers_csm as made
 from tests.parity.references.sesame_csm import sesame_csm_logits
 
 SEEDS = (0, 1, 2)
 FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-# Logits are of deviation 3; float32 rounds at 4e-7 of that, and two layers and their norms, which divide by values near
-# the norms' epsilon, enlarge it.
-ROUNDING = 2e-4
+# Logits are of deviation 3 and reach 10, where float32 has steps of 1e-6. Each rounds sums of a hundred products in
+# another order, through two layers and norms that divide by small values: 1.5e-5 was seen.
+ROUNDING = 1e-4
 
 
 def conversation(folder) -> np.ndarray:
@@ -89,7 +89,7 @@ def test_the_checkpoint_tells_a_wrong_setting(part, change):
     lm = nnx.merge(nnx.split(CsmLM(wrong, rngs=nnx.Rngs(0)))[0], model.lm_params)
     wanted = reference.transformers_csm_logits(made(0), tokens_MT)
     differ = [np.abs(f - e).max() for f, e in zip(our_logits(model, tokens_MT, lm), wanted, strict=True)]
-    assert differ[0 if part == "backbone" else 1] > 100 * ROUNDING
+    assert differ[0 if part == "backbone" else 1] > 200 * ROUNDING
 
 
 def test_the_codec_inside_gives_transformers_codes_of_whole_frames():
@@ -101,7 +101,9 @@ def test_the_codec_inside_gives_transformers_codes_of_whole_frames():
 
 
 def test_several_files_are_one_model(tmp_path):
-    folder = make_transformers_csm(tmp_path / "shards", max_shard_size="300KB")
+    folder = copy_of(made(0), tmp_path / "shards")
+    (folder / "model.safetensors").unlink()
+    CsmForConditionalGeneration.from_pretrained(made(0)).save_pretrained(folder, max_shard_size="300KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 5
     assert_same_weights(checkpoints.load(folder), checkpoints.load(made(0)))
 
@@ -127,7 +129,8 @@ def test_transformers_loads_an_export_with_equal_tensors(tmp_path, path):
     for config in (ours, theirs):
         for key in ("_name_or_path", "transformers_version"):
             config.pop(key, None)
-        config["codec_config"].pop("_frame_rate"), config["codec_config"].pop("frame_rate", None)
+        for key in ("architectures", "_frame_rate", "frame_rate"):  # the rate is given or derived
+            config["codec_config"].pop(key, None)
     assert ours == theirs
     assert model.codec_model.config.frame_rate == original.codec_model.config.frame_rate
     assert model.generation_config.to_diff_dict() == original.generation_config.to_diff_dict()

@@ -95,13 +95,12 @@ _GAINS = {  # deviation of a matrix's output for inputs of deviation 1
 }
 
 
-def make_transformers_csm(folder: Path, *, seed: int = 0, max_shard_size: str = "50GB") -> Path:
+def make_transformers_csm(folder: Path, *, seed: int = 0) -> Path:
     """Write a small random CSM checkpoint with its processor, as transformers' `save_pretrained` does.
 
     Args:
         folder: Created if it is missing.
         seed: Of the weights.
-        max_shard_size: Splits the weights into several files with an index once they exceed it, e.g. "200KB".
 
     Returns:
         `folder`.
@@ -128,7 +127,7 @@ def make_transformers_csm(folder: Path, *, seed: int = 0, max_shard_size: str = 
         bos_token_id=BEGIN, pad_token_id=AUDIO, do_sample=True, temperature=0.9, max_new_tokens=125
     )
     model.depth_decoder.generation_config = GenerationConfig(do_sample=True, temperature=0.9, top_k=50)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    model.save_pretrained(folder)
     template = (PUBLISHED / "csm-1b.chat_template.jinja").read_text()
     CsmProcessor(EncodecFeatureExtractor(), tokenizer, chat_template=template).save_pretrained(folder)
     return folder
@@ -380,10 +379,11 @@ def _depth_state(model: CsmForConditionalGeneration, hidden_E: torch.Tensor, cod
 
 def _raise(head_DV: torch.Tensor, state_D: torch.Tensor, code: int, seen: list[torch.Tensor]) -> None:
     """Make a code the likeliest in a state, by the smallest change that keeps its logits in the states seen before."""
-    new_D = state_D
+    new_D = state_D = state_D.double()  # so that the order of sums does not reach the float32 weights
     if seen:
-        seen_ND = torch.stack(seen)
+        seen_ND = torch.stack(seen).double()
         new_D = state_D - seen_ND.T @ torch.linalg.lstsq(seen_ND.T, state_D[:, None]).solution[:, 0]
-    logits_V = state_D @ head_DV
+    logits_V = state_D @ head_DV.double()
     others = torch.cat([logits_V[:code], logits_V[code + 1 :]])
-    head_DV[:, code] += new_D * ((others.max() + _CLEAR - logits_V[code]) / (new_D @ state_D)).clamp(min=0)
+    by = ((others.max() + _CLEAR - logits_V[code]) / (new_D @ state_D)).clamp(min=0)
+    head_DV[:, code] += (by * new_D).float()
