@@ -238,7 +238,7 @@ def test_words_that_cannot_be_spelt_and_models_of_other_families_are_refused(che
     config = dataclasses.replace(model.config, model_type="hibiki", tts=None)
     checkpoints.save(dataclasses.replace(model, config=config), tmp_path / "other")
     with pytest.raises(
-        CheckpointError, match="other is of type 'hibiki', and stt and tts models can be fine-tuned; start"
+        CheckpointError, match="other is of type 'hibiki', and stt, tts, csm models can be fine-tuned; start"
     ):
         finetune(settings(tmp_path / "other", data, tmp_path / "run", steps=2, lora=None))
 

@@ -85,7 +85,7 @@ class Request:
         """
         if not messages:
             raise SpeechError(f"the conversation has no messages; expected one or more like {_FORMAT}")
-        turns = [_turn(message, number) for number, message in enumerate(messages, 1)]
+        turns = [segment_of(message, number) for number, message in enumerate(messages, 1)]
         *context, last = turns
         for number, turn in enumerate(context, 1):
             if turn.audio is None:
@@ -98,8 +98,16 @@ class Request:
         return cls(last.text, last.speaker, context, options)
 
 
-def _turn(message: object, number: int) -> Segment:
-    """Read one message."""
+def segment_of(message: object, number: int) -> Segment:
+    """Read one message of the published chat format.
+
+    Args:
+      message: as for `Request.of_messages`.
+      number: place of the message in its conversation, from 1, for errors.
+
+    Raises:
+      SpeechError: the message has another form.
+    """
     where = f"message {number}"
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         found = sorted(map(str, message)) if isinstance(message, Mapping) else type(message).__name__

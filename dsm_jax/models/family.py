@@ -177,6 +177,7 @@ FAMILIES: Mapping[str, Family] = {
             vocabulary=lambda config: csm_config(config).text_card,
             layouts={"sesame": "dsm_jax.convert.sesame", "transformers": "dsm_jax.convert.transformers_csm"},
             program="dsm_jax.csm.program",
+            loss="dsm_jax.training.losses.csm:csm_loss",
         ),
         Family(
             model_type="moshi",

@@ -12,14 +12,17 @@ All data is checked, and every recording decoded to its end, before training sta
 """
 
 import dataclasses
+import functools
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 from dsm_jax import audio
 from dsm_jax.errors import DsmError, TrainingError
+
+Example = TypeVar("Example")
 
 _log = logging.getLogger("dsm_jax")
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
@@ -28,6 +31,7 @@ LISTED = 5  # faults that an error lists
 SLACK_S = 1.0
 LONGEST_S = 1e7
 _FORMAT = '{"audio": PATH, "words": [{"text": TEXT, "start": SECONDS, "end": SECONDS}, ...]}'
+_EXPECTED = "a JSON Lines file, or a folder of recordings"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,31 +103,92 @@ def read_recordings(
       TrainingError: there are no recordings, all recordings are faulty, or any is and `skip_bad` is false. The error
         counts the faulty recordings and lists the first few.
     """
-    recordings, faults = [], []
     entries = list(_folder_entries(source) if source.is_dir() else _file_entries(source))
-    for entry in entries:
-        try:
-            recordings.append(_read_entry(entry, source, sample_rate, check))
-        except DsmError as error:
-            faults.append(f"{entry.place}: {error}")
-            if skip_bad:
-                _log.warning("left out: %s", faults[-1])
     if not entries:
         raise TrainingError(f"{source} lists no recordings; expected rows {_FORMAT}, or a folder of recordings")
-    if faults and not (skip_bad and recordings):
+    readers = [(entry.place, functools.partial(_read_entry, entry, source, sample_rate, check)) for entry in entries]
+    return read_examples(readers, source, "recordings", skip_bad=skip_bad)
+
+
+def read_examples(
+    readers: Sequence[tuple[str, Callable[[], Example]]], source: Path, noun: str, *, skip_bad: bool
+) -> list[Example]:
+    """Read all examples of a data set, and list the faults of all together.
+
+    Args:
+      readers: pairs of an example's place, for errors, and the function that reads the example.
+      source: the data set, for errors.
+      noun: word for several examples, for errors.
+      skip_bad: leave out faulty examples, with a line on standard error for each, instead of raising.
+
+    Raises:
+      TrainingError: all examples are faulty, or any is and `skip_bad` is false.
+    """
+    examples, faults = [], []
+    for place, read in readers:
+        try:
+            examples.append(read())
+        except DsmError as error:
+            faults.append(f"{place}: {error}")
+            if skip_bad:
+                _log.warning("left out: %s", faults[-1])
+    if faults and not (skip_bad and examples):
         listed = "".join(f"\n  {fault}" for fault in faults[:LISTED])
         more = f"\n  and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
-        remedy = "fix them, or set skip_bad to leave them out" if recordings else "fix them"
+        remedy = "fix them, or set skip_bad to leave them out" if examples else "fix them"
         raise TrainingError(
-            f"{len(faults)} of the {len(entries)} recordings of {source} cannot be trained on; {remedy}:{listed}{more}"
+            f"{len(faults)} of the {len(readers)} {noun} of {source} cannot be trained on; {remedy}:{listed}{more}"
         )
-    return recordings
+    return examples
+
+
+def lines_of(source: Path, expected: str) -> Iterator[tuple[str, bytes]]:
+    """Yield the place and the bytes of each line of a file that is not blank.
+
+    Args:
+      source: a JSON Lines file.
+      expected: noun phrase for the data to give, for the error.
+
+    Raises:
+      TrainingError: the file cannot be read.
+    """
+    for number, line in enumerate(_bytes_of(source, expected).splitlines(), 1):
+        if line.strip():
+            yield f"{source.name} line {number}", line
+
+
+def parse_json(text: bytes, form: str, *, line: bool) -> Any:
+    """Parse JSON.
+
+    Args:
+      text: JSON in UTF-8.
+      form: the expected form, for errors.
+      line: whether the text is one line of a file, whose number the caller adds to errors.
+
+    Raises:
+      TrainingError: the text is no JSON in UTF-8.
+    """
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise TrainingError(f"this is not text in UTF-8 ({error.reason}); expected {form}") from None
+    except json.JSONDecodeError as error:
+        where = f"column {error.colno}" if line else f"line {error.lineno}, column {error.colno}"
+        raise TrainingError(f"this is no JSON ({error.msg} at {where}); expected {form}") from None
+
+
+def samples_of(path: Path, sample_rate: int) -> int:
+    """Decode a recording to its end and return its number of samples.
+
+    Raises:
+      AudioError: the recording cannot be read, or is damaged.
+    """
+    return sum(len(block_T) for block_T in audio.blocks(path, sample_rate, strict=True))
 
 
 def _file_entries(source: Path) -> Iterator[_Entry]:
-    for number, line in enumerate(_bytes_of(source).splitlines(), 1):
-        if line.strip():
-            yield _Entry(f"{source.name} line {number}", None, line)
+    for place, line in lines_of(source, _EXPECTED):
+        yield _Entry(place, None, line)
 
 
 def _folder_entries(folder: Path) -> Iterator[_Entry]:
@@ -139,13 +204,11 @@ def _folder_entries(folder: Path) -> Iterator[_Entry]:
             yield _Entry(path.name, None, None)
 
 
-def _bytes_of(path: Path) -> bytes:
+def _bytes_of(path: Path, expected: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise TrainingError(
-            f"{path} cannot be read ({error.strerror}); give a JSON Lines file, or a folder of recordings"
-        ) from None
+        raise TrainingError(f"{path} cannot be read ({error.strerror}); give {expected}") from None
 
 
 def _read_entry(entry: _Entry, source: Path, sample_rate: int, check: Callable[[str], object] | None) -> Recording:
@@ -153,14 +216,8 @@ def _read_entry(entry: _Entry, source: Path, sample_rate: int, check: Callable[[
         raise TrainingError(f"there is no recording of this name next to it; add one ({', '.join(SUFFIXES)})")
     if entry.transcript is None:
         raise TrainingError(f"there is no {Path(entry.place).stem}.json next to it; write one: {_FORMAT}")
-    text = entry.transcript if isinstance(entry.transcript, bytes) else _bytes_of(entry.transcript)
-    try:
-        values = json.loads(text.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise TrainingError(f"this is not text in UTF-8 ({error.reason}); expected {_FORMAT}") from None
-    except json.JSONDecodeError as error:
-        where = f"column {error.colno}" if entry.audio is None else f"line {error.lineno}, column {error.colno}"
-        raise TrainingError(f"this is no JSON ({error.msg} at {where}); expected {_FORMAT}") from None
+    text = entry.transcript if isinstance(entry.transcript, bytes) else _bytes_of(entry.transcript, _EXPECTED)
+    values = parse_json(text, _FORMAT, line=entry.audio is None)
     path = entry.audio
     if path is None:
         named = values.get("audio") if isinstance(values, dict) else None
@@ -168,8 +225,7 @@ def _read_entry(entry: _Entry, source: Path, sample_rate: int, check: Callable[[
             raise TrainingError(f"the key 'audio' is {named!r}; expected the path of a recording: {_FORMAT}")
         path = source.parent / named
     words = tuple(_words(values, check))
-    samples = sum(len(block_T) for block_T in audio.blocks(path, sample_rate, strict=True))
-    seconds = samples / sample_rate
+    seconds = samples_of(path, sample_rate) / sample_rate
     late = next((word for word in words if word.start > seconds + SLACK_S), None)
     if late is not None:
         raise TrainingError(

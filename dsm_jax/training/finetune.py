@@ -1,7 +1,7 @@
-"""Fine-tune a model on recordings with timed words: all parameters, or low-rank adapters.
+"""Fine-tune a model on recordings with their text: all parameters, or low-rank adapters.
 
 Rows and loss depend on the model's family: the text stream of speech-to-text models, the text and audio streams of
-text-to-speech models. The codec and the pause heads are not trained.
+text-to-speech models, both decoders of conversational speech models. The codec and the pause heads are not trained.
 
 Shape letters: B batch rows.
 """
@@ -9,9 +9,9 @@ Shape letters: B batch rows.
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -22,16 +22,20 @@ from dsm_jax import checkpoints, hub
 from dsm_jax.checkpoints import Model
 from dsm_jax.convert import convert
 from dsm_jax.errors import CheckpointError, ConfigError, TrainingError
+from dsm_jax.models.family import FAMILIES
 from dsm_jax.models.parameters import read_dtype
 from dsm_jax.nn.precision import set_compute_dtype
 from dsm_jax.sharding import Sharding
 from dsm_jax.training import lora
-from dsm_jax.training.data import Recording, batches, read_recordings
+from dsm_jax.training.conversation_rows import CsmRows
+from dsm_jax.training.data import batches
+from dsm_jax.training.encoding import pad_to, rows_place
 from dsm_jax.training.loop import Run, RunConfig
 from dsm_jax.training.lora import LoraConfig
+from dsm_jax.training.losses.csm import CsmObjective, csm_loss
 from dsm_jax.training.losses.stt import SttObjective, stt_loss
 from dsm_jax.training.losses.tts import TtsObjective, tts_batch_loss
-from dsm_jax.training.rows import SttRows, TtsRows, pad_to, rows_place
+from dsm_jax.training.rows import SttRows, TtsRows
 from dsm_jax.training.step import Metrics, OptimizerConfig, TrainState, init, make_step
 from dsm_jax.tts.voices import Voice, guidance_values, has_speakers, read_voice, voices_of, write_voices
 
@@ -41,13 +45,16 @@ class FinetuneConfig:
     """Settings of fine-tuning.
 
     Attributes:
-      data: a JSON Lines file or a folder; see `dsm_jax.training.data`.
+      data: a JSON Lines file or a folder; see `dsm_jax.training.data`, for conversational speech
+        `dsm_jax.training.conversations`.
       output: the run's folder; the model is written to its subfolder `model`.
       run: length of the training.
       model: the model to start from, as for `dsm_jax.load`.
       validation: data that is not trained on; its loss is computed at each checkpoint.
       skip_bad: whether to leave out faulty recordings instead of refusing the data.
-      seconds: longest part of a recording in a row, in seconds.
+      seconds: longest part of a recording in a row, in seconds; not for conversational speech.
+      positions: for conversational speech, positions of a row, which is a whole conversation: tokens of text, frames of
+        audio, and one for the end of each recording. None is the number of the longest conversation's.
       batch_size: rows in a batch.
       accumulate: number of parts of a batch that run one after another, to save memory.
       encode_batch: rows that the codec encodes at a time.
@@ -55,6 +62,7 @@ class FinetuneConfig:
       optimizer: settings of the optimizer.
       stt: weights and dropouts of the loss of a speech-to-text model.
       tts: weights and dropouts of the loss of a text-to-speech model.
+      csm: weights of the loss of a conversational speech model, and the frames that count.
       voice: for text-to-speech with speaker conditioning, the voice of speakers without a voice in the data.
       guidance: for text-to-speech with distilled guidance, the guidance value of all rows; None draws one of the
         model's values for each row.
@@ -70,6 +78,7 @@ class FinetuneConfig:
     validation: str | None = None
     skip_bad: bool = False
     seconds: float = 20.0
+    positions: int | None = None
     batch_size: int = 8
     accumulate: int = 1
     encode_batch: int = 8
@@ -77,6 +86,7 @@ class FinetuneConfig:
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-5)
     stt: SttObjective = SttObjective()
     tts: TtsObjective = TtsObjective()
+    csm: CsmObjective = CsmObjective()
     voice: str | None = None
     guidance: float | None = None
     prefix_seconds: float = 10.0
@@ -85,6 +95,8 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.seconds < 1:
             raise ConfigError(f"a row has {self.seconds} seconds of a recording; give at least 1")
+        if self.positions is not None and self.positions < 1:
+            raise ConfigError(f"positions is {self.positions}; give at least 1, or null for the longest conversation's")
         if self.prefix_seconds < 1:
             raise ConfigError(f"prefix_seconds is {self.prefix_seconds}; give at least 1")
         if min(self.batch_size, self.accumulate, self.encode_batch) < 1 or self.batch_size % self.accumulate:
@@ -92,6 +104,14 @@ class FinetuneConfig:
                 f"batch_size is {self.batch_size}, accumulate {self.accumulate} and encode_batch {self.encode_batch}; "
                 "give at least 1, and a batch_size that is a multiple of accumulate"
             )
+
+
+class _Rows(Protocol):
+    """The maker of a model's rows: reads and checks the examples of a data set, and makes rows of them."""
+
+    def read(self, source: Path, *, skip_bad: bool) -> Sequence[Any]: ...
+
+    def rows(self, examples: Any, /) -> list[dict[str, Any]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +122,13 @@ class _Task:
       rows: makes the maker of a model's rows.
       objective: returns the weights and dropouts of a model's loss.
       loss: maps (language model, batch, key, objective) to the loss and metrics.
+      layout: layout of the written model.
     """
 
-    rows: Callable[[Model, Mesh, FinetuneConfig], SttRows | TtsRows]
+    rows: Callable[[Model, Mesh, FinetuneConfig], _Rows]
     objective: Callable[[Model, FinetuneConfig], Any]
     loss: Callable[[Any, Mapping[str, Any], jax.Array, Any], tuple[jax.Array, Metrics]]
+    layout: str
 
 
 def _stt_rows(model: Model, mesh: Mesh, config: FinetuneConfig) -> SttRows:
@@ -126,6 +148,10 @@ def _tts_rows(model: Model, mesh: Mesh, config: FinetuneConfig) -> TtsRows:
     )
 
 
+def _csm_rows(model: Model, mesh: Mesh, config: FinetuneConfig) -> CsmRows:
+    return CsmRows(model, mesh, positions=config.positions, batch_size=config.encode_batch)
+
+
 def _tts_objective(model: Model, config: FinetuneConfig) -> TtsObjective:
     # Inference never runs a model with distilled guidance without text and voice.
     distilled = model.config.lm is not None and bool(guidance_values(model.config.lm))
@@ -137,13 +163,14 @@ def _stt_batch_loss(lm: Any, batch: Mapping[str, Any], key: jax.Array, objective
 
 
 TASKS: Mapping[str, _Task] = {
-    "stt": _Task(_stt_rows, lambda model, config: config.stt, _stt_batch_loss),
-    "tts": _Task(_tts_rows, _tts_objective, tts_batch_loss),
+    "stt": _Task(_stt_rows, lambda model, config: config.stt, _stt_batch_loss, "kyutai"),
+    "tts": _Task(_tts_rows, _tts_objective, tts_batch_loss, "kyutai"),
+    "csm": _Task(_csm_rows, lambda model, config: config.csm, csm_loss, "transformers"),
 }
 
 
 def finetune(config: FinetuneConfig, *, resume: bool = False, mesh: Mesh | None = None) -> Model:
-    """Fine-tune a model and write it, in Kyutai's layout and float32, to `model` in the run's folder.
+    """Fine-tune a model and write it, in its family's layout and float32, to `model` in the run's folder.
 
     Args:
       config: settings of the run.
@@ -155,7 +182,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, mesh: Mesh | None 
       The model that was written, in float32, with adapters merged.
 
     Raises:
-      CheckpointError: the model cannot be loaded, or is neither a speech-to-text nor a text-to-speech model.
+      CheckpointError: the model cannot be loaded, or is of a family that is not trained.
       ConfigError: a setting does not fit the model or the devices.
       TrainingError: the data cannot be trained on, a loss is not finite, a checkpoint or the model cannot be written,
         there is no run to resume, or a run would be overwritten.
@@ -184,7 +211,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, mesh: Mesh | None 
     state = run.train(step, state, data, evaluate=evaluate)
     params = trained.merged(state.params, state.frozen)
     result = dataclasses.replace(model, lm_params=params, name=run.folder.absolute().name)
-    write_model(result, run.folder / "model", _voices_to_write(result, config))
+    write_model(result, run.folder / "model", _voices_to_write(result, config), layout=task.layout)
     return result
 
 
@@ -198,13 +225,16 @@ def _voices_to_write(model: Model, config: FinetuneConfig) -> dict[str, np.ndarr
     return {name: read_voice(voice, model) for name, voice in names.items()} or None
 
 
-def write_model(model: Model, folder: Path, voices: Mapping[str, np.ndarray] | None = None) -> None:
-    """Write a model in Kyutai's layout, in its own dtypes; a failure leaves nothing behind.
+def write_model(
+    model: Model, folder: Path, voices: Mapping[str, np.ndarray] | None = None, *, layout: str = "kyutai"
+) -> None:
+    """Write a model in a published layout, in its own dtypes; a failure leaves nothing behind.
 
     Args:
       model: a language model with its codec and tokenizer.
       folder: a new folder; its parent exists.
       voices: voices to write with the model: steps [X, C] by name.
+      layout: name of a layout of the model's family.
 
     Raises:
       TrainingError: the folder exists, or cannot be written; the run's last checkpoint still exists.
@@ -213,7 +243,7 @@ def write_model(model: Model, folder: Path, voices: Mapping[str, np.ndarray] | N
         with tempfile.TemporaryDirectory(prefix=".model.", dir=folder.parent) as scratch:
             checkpoints.save(model, Path(scratch) / "native")
             made = folder if voices is None else Path(scratch) / "made"
-            convert(Path(scratch) / "native", made, to="kyutai")
+            convert(Path(scratch) / "native", made, to=layout)
             if voices is not None:
                 write_voices(made / "voices", voices)
                 made.rename(folder)
@@ -227,26 +257,22 @@ def write_model(model: Model, folder: Path, voices: Mapping[str, np.ndarray] | N
 def _task_of(model: Model) -> _Task:
     if model.config.model_type not in TASKS:
         raise CheckpointError(
-            f"{model.name} is of type {model.config.model_type!r}, and {' and '.join(TASKS)} models can be "
-            "fine-tuned; start from one such as kyutai/stt-1b-en_fr or kyutai/tts-1.6b-en_fr"
+            f"{model.name} is of type {model.config.model_type!r}, and {', '.join(TASKS)} models can be fine-tuned; "
+            f"start from one such as {' or '.join(FAMILIES[name].example for name in TASKS)}"
         )
     return TASKS[model.config.model_type]
 
 
 def _read_data(
-    rows: SttRows | TtsRows, trained: "_Trained", config: FinetuneConfig, mesh: Mesh, first_step: int
+    rows: _Rows, trained: "_Trained", config: FinetuneConfig, mesh: Mesh, first_step: int
 ) -> tuple[Iterator[Any], Callable[[TrainState], dict[str, float]] | None]:
     """Make batches on their devices, and the function that evaluates the validation data.
 
     All data is checked before any is encoded.
     """
-
-    def read(source: str) -> list[Recording]:
-        return read_recordings(Path(source), rows.model.sample_rate, check=rows.check, skip_bad=config.skip_bad)
-
-    recordings = read(config.data)
-    held_out = None if config.validation is None else read(config.validation)
-    source = rows.rows(recordings)
+    examples = rows.read(Path(config.data), skip_bad=config.skip_bad)
+    held_out = None if config.validation is None else rows.read(Path(config.validation), skip_bad=config.skip_bad)
+    source = rows.rows(examples)
     drawn = batches(source, batch_size=config.batch_size, seed=config.run.seed, first_step=first_step)
     shared = rows_place(mesh)
     data = (jax.device_put(batch, shared) for batch in drawn)

@@ -58,7 +58,7 @@ def init(params: nnx.State, config: LoraConfig, key: jax.Array) -> Adapters:
     """Make adapters that do not change the model yet: A is normal with a variance of 1 / in, B is zero.
 
     Args:
-      params: parameters of a `DelayedStreamsLM`.
+      params: parameters of a language model.
       config: targets and rank.
       key: PRNG key.
 

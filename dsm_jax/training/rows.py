@@ -15,24 +15,22 @@ C audio channels, P frames of a prefix.
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import SpeechError, TrainingError
 from dsm_jax.models.family import require
-from dsm_jax.models.mimi import Mimi
 from dsm_jax.models.streams import ZERO_TOKEN, behind_text
-from dsm_jax.runtime.compile import compiled
 from dsm_jax.stt.framing import FrameBuffer, word_reader
 from dsm_jax.training.alignment import script_stream, speaker_prefixes, text_stream, tokens_of
-from dsm_jax.training.data import Recording, WordSpan
+from dsm_jax.training.data import Recording, WordSpan, read_recordings
+from dsm_jax.training.encoding import ClipEncoder
 from dsm_jax.tts import voices
 from dsm_jax.tts.script import entries_of
 from dsm_jax.tts.speech import SynthesizeOptions, settings_of
@@ -40,16 +38,6 @@ from dsm_jax.tts.speech import SynthesizeOptions, settings_of
 LONGEST_WORD_S = 2
 
 _log = logging.getLogger("dsm_jax")
-
-
-def encoder(mimi_def: nnx.GraphDef, codebooks: int) -> Callable[[nnx.State, jax.Array], jax.Array]:
-    """Compile the encoding of whole clips: a codec's parameters and samples [B, T, C] to codes [B, Q, frames]."""
-    encode = compiled(_encode, (mimi_def,), codebooks)
-    return lambda params, pcm_BTC: encode((params,), pcm_BTC)
-
-
-def _encode(mimi: Mimi, pcm_BTC: jax.Array, codebooks: int) -> jax.Array:
-    return mimi.encode(pcm_BTC, codebooks=codebooks)
 
 
 def cut(words: Sequence[WordSpan], samples: int, sample_rate: int, longest: int) -> list[int]:
@@ -101,31 +89,6 @@ def parts_of(recording: Recording, sample_rate: int, longest: int) -> Iterator[t
         )
 
 
-def rows_place(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of arrays whose rows are split over the mesh axis "data", if the mesh has it."""
-    return NamedSharding(mesh, PartitionSpec("data" if "data" in mesh.axis_names else None))
-
-
-class _Codec:
-    """The codec's encoder for batches of one shape, split over the devices of a mesh."""
-
-    def __init__(self, model: Model, mesh: Mesh, *, codebooks: int, batch_size: int):
-        shares = mesh.shape.get("data", 1)
-        self.batch_size, self._split = -(-batch_size // shares) * shares, rows_place(mesh)
-        self._params, self._encode = model.mimi_params, encoder(model.mimi_def, codebooks)
-
-    def encode(self, clips: Iterable[np.ndarray], length: int) -> np.ndarray:
-        """Encode clips of at most `length` samples to codes [N, Q, T]."""
-        clips, codes, count = iter(clips), [], 0
-        while batch := list(itertools.islice(clips, self.batch_size)):
-            count += len(batch)
-            pcm_BTC = pad_to(np.stack([pad_to(pcm_T, length) for pcm_T in batch]), self.batch_size)[..., None]
-            codes.append(self._encode(self._params, jax.device_put(pcm_BTC, self._split)))
-            if len(codes) > 1:  # reads back one batch late: the device encodes while the host reads recordings
-                codes[-2] = np.asarray(codes[-2])
-        return np.concatenate([np.asarray(codes_BQT) for codes_BQT in codes])[:count]
-
-
 def _report(recordings: Sequence[Recording]) -> None:
     hours = sum(recording.seconds for recording in recordings) / 3600
     _log.info("encoding %d recordings, %.2f hours", len(recordings), hours)
@@ -153,7 +116,11 @@ class SttRows:
         self.longest = int(seconds * model.sample_rate)
         self.timing = word_reader(model.config, lm, tokenizer).timing
         self.frames = self._framed(np.zeros(self.longest, np.float32)).ready
-        self.codec = _Codec(model, mesh, codebooks=lm.n_q, batch_size=batch_size)
+        self.codec = ClipEncoder(model, mesh, codebooks=lm.n_q, batch_size=batch_size)
+
+    def read(self, source: Path, *, skip_bad: bool) -> list[Recording]:
+        """Read and check recordings, as `read_recordings` does."""
+        return read_recordings(source, self.model.sample_rate, check=self.check, skip_bad=skip_bad)
 
     def check(self, word: str) -> None:
         """Raise unless the model can spell a word.
@@ -261,8 +228,12 @@ class TtsRows:
         self.has_speakers = voices.has_speakers(lm)
         self.frames = -(-self.longest // self.frame_size)
         self.prefix_frames = 0 if self.has_speakers else int(prefix_seconds * self.frame_rate)
-        self.codec = _Codec(model, mesh, codebooks=lm.dep_q, batch_size=batch_size)
+        self.codec = ClipEncoder(model, mesh, codebooks=lm.dep_q, batch_size=batch_size)
         self.steps: dict[str, np.ndarray] = {}  # the voices read so far, by name
+
+    def read(self, source: Path, *, skip_bad: bool) -> list[Recording]:
+        """Read and check recordings, as `read_recordings` does."""
+        return read_recordings(source, self.model.sample_rate, check=self.check, skip_bad=skip_bad)
 
     def check(self, word: str) -> None:
         """Raise unless the model can speak a word.
@@ -383,8 +354,3 @@ class TtsRows:
             guidance = float(np.random.default_rng((self.seed, number)).choice(known))
         values, masks, _ = voices.conditions(self.lm, [steps], guidance if known else None)
         return {name: a[0] for name, a in values.items()}, {name: a[0] for name, a in masks.items()}
-
-
-def pad_to(array: np.ndarray, length: int) -> np.ndarray:
-    """Append zeros to an array until its first axis has `length` entries."""
-    return np.pad(array, [(0, length - len(array)), *[(0, 0)] * (array.ndim - 1)])

@@ -17,8 +17,8 @@ from dsm_jax.configs import LMConfig
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.training.data import WordSpan
+from dsm_jax.training.encoding import encoder
 from dsm_jax.training.loop import Run, RunConfig, fit
-from dsm_jax.training.rows import encoder
 from dsm_jax.training.step import OptimizerConfig
 
 _ENCODE_BATCH = 32

@@ -1,1 +1,1 @@
-"""Losses, one module per kind of model: speech-to-text, text-to-speech, codec."""
+"""Losses, one module per kind of model: speech-to-text, text-to-speech, conversational speech, codec."""

@@ -16,11 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from dsm_jax.models.conditioning import Conditions
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.streams import ZERO_TOKEN
+from dsm_jax.training.losses.cross_entropy import mean_cross_entropy
 from dsm_jax.training.losses.stt import SttObjective, augment_codes
 from dsm_jax.tts.script import NEW_WORD, PAD
 
@@ -104,12 +104,12 @@ def tts_loss(
     assert out.audio_logits_BQTV is not None
     assert out.audio_mask_BQT is not None
     decision_BT = decisions(codes_BMT[:, 0], config.text_card + 1, second_stream=config.demux_second_stream)
-    text = _mean(out.text_logits_BTV, decision_BT, out.text_mask_BT & sampled_steps(decision_BT))
+    text = mean_cross_entropy(out.text_logits_BTV, decision_BT, out.text_mask_BT & sampled_steps(decision_BT))
     audio_BQT, mask_BQT = codes_BMT[:, 1 : 1 + config.dep_q], out.audio_mask_BQT
     if counted_BT is not None:
         mask_BQT = mask_BQT & counted_BT[:, None]
     parts = [
-        _mean(out.audio_logits_BQTV[:, part], audio_BQT[:, part], mask_BQT[:, part])
+        mean_cross_entropy(out.audio_logits_BQTV[:, part], audio_BQT[:, part], mask_BQT[:, part])
         for part in (slice(1), slice(1, None))
     ]
     weights = objective.semantic, audio_BQT.shape[1] - 1.0
@@ -137,9 +137,3 @@ def tts_batch_loss(
         masks = {name: mask_BX & ~unconditional_B[:, None] for name, mask_BX in batch["masks"].items()}
         conditions = lm.condition(dict(batch["values"]), masks)
     return tts_loss(lm, codes_BMT, conditions, unconditional_B, key, objective, batch.get("context_B"))
-
-
-def _mean(logits: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Average the cross-entropy over the masked tokens; 0 where the mask is empty."""
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(mask, tokens, 0))
-    return jnp.sum(jnp.where(mask, each, 0.0)) / jnp.maximum(mask.sum(), 1).astype(jnp.float32)
