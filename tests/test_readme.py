@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from dsm_jax import checkpoints
-from tests.helpers import stt_model, tts_model
+from tests.helpers import csm_model, stt_model, tts_model
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,6 +45,9 @@ def desk(tmp_path_factory):
     tts_model.write_voice(desk / f"voices/{voice}.0a1b2c3d@7.safetensors", tts_model.voice(0))
     _publish(desk, "tts-voices", desk / "voices")
     tts_model.write_requests(desk, {"id": "one", "text": "Good morning.", "voice": str(voice)})
+    (desk / "talking").mkdir()
+    checkpoints.save(csm_model.random_model(desk / "talking"), desk / "talking/model")
+    _publish(desk, "csm-1b", desk / "talking/model", "sesame")
     environment = {
         **os.environ,
         "HF_HUB_CACHE": str(desk / "hub"),
@@ -56,9 +59,9 @@ def desk(tmp_path_factory):
     return desk, environment
 
 
-def _publish(desk: Path, name: str, folder: Path) -> None:
+def _publish(desk: Path, name: str, folder: Path, organisation: str = "kyutai") -> None:
     """Put a folder into the hub's cache."""
-    repository = desk / f"hub/models--kyutai--{name}"
+    repository = desk / f"hub/models--{organisation}--{name}"
     shutil.copytree(folder, repository / "snapshots/0123abc")
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text("0123abc")

@@ -49,7 +49,8 @@ class Conversation:
     def say(self, text: str, speaker: int = 0, *, options: CsmOptions | None = None) -> Speech:
         """Speak the next turn and add it to the conversation.
 
-        The oldest turns are left out, with a warning in the log, as far as it takes to leave room for `max_frames`.
+        The oldest turns are left out, with a warning in the log, as far as it takes to leave room for `max_frames`, or
+        for half of the model's context if that is less.
 
         Args:
           text: of the turn.
@@ -77,10 +78,11 @@ class Conversation:
     def _trim(self, text: str, speaker: int, options: CsmOptions) -> None:
         """Forget the oldest turns until the rest leaves room for the answer."""
         context = self._synthesizer.config.backbone.context
+        frames = min(options.max_frames, context // 2)
         dropped = 0
         while self.turns:
             length = self._synthesizer.prompt(Request(text, speaker, tuple(self.turns))).shape[1]
-            if length + options.max_frames <= context:
+            if length + frames <= context:
                 break
             self._synthesizer.forget(self.turns.pop(0))
             dropped += 1
@@ -90,7 +92,7 @@ class Conversation:
                 "left out the oldest %d turns of the conversation, so that %d frames of answer fit the model's %d "
                 "positions; %d turns are left",
                 dropped,
-                options.max_frames,
+                frames,
                 context,
                 len(self.turns),
             )

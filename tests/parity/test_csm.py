@@ -25,9 +25,9 @@ from tests.parity.references.sesame_csm import sesame_csm_logits
 
 SEEDS = (0, 1, 2)
 FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-# Logits are of deviation 3; float32 rounds at 4e-7 of that, and two layers and their norms, which divide by values near
-# the norms' epsilon, enlarge it.
-ROUNDING = 2e-4
+# Logits are of deviation 3 and reach 10, where float32 has steps of 1e-6. Each rounds sums of a hundred products in
+# another order, through two layers and norms that divide by small values: 1.5e-5 was seen.
+ROUNDING = 1e-4
 
 
 def conversation(folder) -> np.ndarray:
@@ -89,7 +89,7 @@ def test_the_checkpoint_tells_a_wrong_setting(part, change):
     lm = nnx.merge(nnx.split(CsmLM(wrong, rngs=nnx.Rngs(0)))[0], model.lm_params)
     wanted = reference.transformers_csm_logits(made(0), tokens_MT)
     differ = [np.abs(f - e).max() for f, e in zip(our_logits(model, tokens_MT, lm), wanted, strict=True)]
-    assert differ[0 if part == "backbone" else 1] > 100 * ROUNDING
+    assert differ[0 if part == "backbone" else 1] > 200 * ROUNDING
 
 
 def test_the_codec_inside_gives_transformers_codes_of_whole_frames():
