@@ -286,7 +286,7 @@ def test_a_mesh_that_does_not_divide_the_batch_is_refused(settings, tmp_path):
     [
         ({"seconds": 0.5}, r"a row has 0\.5 seconds of a recording; give at least 1"),
         ({"positions": 0}, "positions is 0; give at least 1, or null for the longest conversation's"),
-        ({"csm": {"depth_share": 0}}, "depth_share is 0; give a share of the frames, above 0 and at most 1"),
+        ({"csm": {"depth_share": 0.0}}, r"depth_share is 0\.0; give a share of the frames, above 0 and at most 1"),
         ({"batch_size": 0}, "batch_size is 0, accumulate 1 and encode_batch 8; give at least 1"),
         ({"batch_size": 8, "accumulate": 3}, "a batch_size that is a multiple of accumulate"),
         ({"lora": {"rank": 0}}, "the rank of the adapters is 0"),
