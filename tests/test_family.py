@@ -144,7 +144,5 @@ def test_a_config_that_does_not_fit_its_family_is_refused(config, message):
 
 
 def test_lm_config_refuses_a_codec():
-    with pytest.raises(
-        ConfigError, match="'mimi' is the config of a model without a delayed-streams"
-    ):
+    with pytest.raises(ConfigError, match="'mimi' is the config of a model without a delayed-streams"):
         family.lm_config(CONFIGS["mimi"])
