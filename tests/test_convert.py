@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+import dsm_jax
 from dsm_jax import checkpoints
 from dsm_jax.convert import convert, files, kyutai, native
 from dsm_jax.errors import CheckpointError
@@ -37,6 +38,13 @@ def test_every_layout_converts_to_every_other_bit_for_bit(folders, tmp_path, sou
     assert after.tokenizer.size == 64
     assert {m.parameter for m in report.moved} == {n.partition(".")[2] for n in arrays_of(before)}
     assert (report.source_layout, report.destination_layout, report.dropped, report.notes) == (source, to, (), ())
+
+
+def test_the_public_name_is_the_function_once_the_package_is_imported(folders, tmp_path):
+    assert dsm_jax.convert.files is files  # the package, which has taken the name
+    report = dsm_jax.convert(folders["orbax"], tmp_path / "out", to="kyutai")
+    assert report.destination_layout == "kyutai"
+    assert (tmp_path / "out/config.json").is_file()
 
 
 @pytest.mark.parametrize("to", ["orbax", "kyutai", "transformers"])
