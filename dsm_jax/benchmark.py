@@ -175,7 +175,7 @@ def csm_program(
     tokens_MT = np.full((1 + csm.n_q, prompt), ZERO_TOKEN, np.int32)
     tokens_MT[0] = np.arange(prompt) % csm.text_card
     options = CsmOptions(temperature=0.0, max_frames=frames)
-    request = csm_host.ConversationRequest(prompt_MT=tokens_MT, options=options, max_frames=frames)
+    request = csm_host.ConversationRequest(text="", prompt_MT=tokens_MT, options=options, max_frames=frames)
     settings = request.fitted(CsmSettings(slots=batch, positions=1, steps=1), csm.backbone.context)
     return csm_host.CsmProgram(model, settings), [request] * batch
 

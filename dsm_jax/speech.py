@@ -34,6 +34,7 @@ class Speech:
         the codes.
       model: name of the model.
       complete: whether the text was said to its end; otherwise the speech is the part that was made until `max_frames`.
+      text: of the words; from a conversational speech model, of the turn.
     """
 
     pcm: np.ndarray = field(repr=False)
@@ -42,6 +43,7 @@ class Speech:
     frames: np.ndarray = field(repr=False)
     model: str
     complete: bool = True
+    text: str = ""
 
     @property
     def duration(self) -> float:
@@ -53,7 +55,7 @@ class Speech:
         return {
             "model": self.model,
             "duration": round(self.duration, 3),
-            "text": " ".join(word.text for word in self.words),
+            "text": self.text,
             "words": [{"text": w.text, "start": round(w.start, 3), "end": round(w.end, 3)} for w in self.words],
         }
 

@@ -60,6 +60,8 @@ def test_requests_with_contexts_are_written_with_their_frames(speak, desk, capsy
         np.testing.assert_allclose(
             audio.read(tmp_path / "out" / f"{name}.wav", model.sample_rate), speech.pcm, atol=1 / 32_768
         )
+        about = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        assert (about["text"], about["words"]) == (expected[name].text, [])
     assert (tmp_path / "out" / "hot.wav").exists()
     assert not (tmp_path / "out" / "bad.wav").exists()
 

@@ -30,11 +30,13 @@ class ConversationRequest:
     """One request on the host.
 
     Attributes:
+      text: of the turn to speak.
       prompt_MT: int32 positions of the conversation, the text to say last.
       options: of the sampling.
       max_frames: frames after which to give up.
     """
 
+    text: str
     prompt_MT: np.ndarray
     options: CsmOptions
     max_frames: int

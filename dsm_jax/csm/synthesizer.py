@@ -114,7 +114,10 @@ class ConversationSynthesizer:
                 f"{self.model.name} has {context}, the answer included: leave out its oldest turns, or shorten them"
             )
         return ConversationRequest(
-            prompt_MT=prompt_MT, options=options, max_frames=min(options.max_frames, context - length)
+            text=request.text,
+            prompt_MT=prompt_MT,
+            options=options,
+            max_frames=min(options.max_frames, context - length),
         )
 
     def slots_for(self, *requests: ConversationRequest) -> "Slots[ConversationSession]":
@@ -209,4 +212,5 @@ class ConversationSession:
     def speech(self, *, complete: bool = True) -> Speech:
         """Return the speech of a session that has ended."""
         pcm_T, codes_QT = np.concatenate(self._pcm), np.concatenate(self._codes).T
-        return Speech(pcm_T, self.model.sample_rate, (), codes_QT, self.model.name, complete=complete)
+        name, rate, text = self.model.name, self.model.sample_rate, self.prepared.text
+        return Speech(pcm_T, rate, (), codes_QT, name, complete=complete, text=text)

@@ -245,4 +245,5 @@ class SpeechSession:
             self.prepared.entries, self._taken, prefix, self.model.config.mimi.frame_rate, pcm_T.size / rate
         )
         frames_KF = np.concatenate(self._frames).T[: 1 + self.prepared.codebooks]
-        return Speech(pcm_T, rate, tuple(words), frames_KF, self.model.name, complete=complete)
+        text = " ".join(word.text for word in words)
+        return Speech(pcm_T, rate, tuple(words), frames_KF, self.model.name, complete=complete, text=text)
