@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from dsm_jax.errors import ConfigError, TrainingError
-from dsm_jax.training.loop import Run, RunConfig
+from dsm_jax.progress import Progress
+from dsm_jax.training.loop import Run, RunConfig, reporting
 from dsm_jax.training.step import TrainState
 from tests.helpers.small_run import CONFIG, STEP, assert_same, checkpoints, data, evaluate, metrics, start, stopped
 
@@ -103,13 +105,27 @@ def test_settings_of_a_run_below_1_are_refused(name):
         RunConfig(**{"steps": 1, name: 0})
 
 
-def test_off_a_terminal_each_report_is_a_line(tmp_path, capsys):
-    Run(tmp_path / "digits", CONFIG).train(STEP, start(), data(), evaluate=evaluate)
-    out, err = capsys.readouterr()
-    lines = err.splitlines()
-    assert out == ""
-    assert [line.split("  ")[0] for line in lines] == [f"digits {step}/10" for step in (2, 4, 6, 8, 10)]
-    assert re.fullmatch(
-        r"digits 4/10  loss [\d.e+-]+  gradient_norm [\d.e+-]+  seconds_per_step [\d.e+-]+  validation_w [\d.]+",
-        lines[1],
-    )
+def test_each_record_is_logged_and_nothing_is_printed(tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("dsm_jax"), "handlers", [])  # a command in this process may have set one
+    with caplog.at_level(logging.INFO, "dsm_jax"):
+        Run(tmp_path / "digits", CONFIG).train(STEP, start(), data(), evaluate=evaluate)
+    assert capsys.readouterr() == ("", "")
+    lines = [record.getMessage() for record in caplog.records if record.name == "dsm_jax.training"]
+    assert [line.split(": ")[1] for line in lines] == [f"step {step} of 10" for step in (2, 4, 6, 8, 10)]
+    number = r"[\d.e+-]+"
+    values = f"loss {number}, gradient_norm {number}, seconds_per_step {number}, validation_w {number}"
+    assert re.fullmatch(f"digits: step 4 of 10: {values}", lines[1])
+
+
+def test_every_step_is_reported_with_those_before_a_resumption(tmp_path):
+    reports: list[Progress] = []
+    with reporting(reports.append):
+        run = stopped(tmp_path, 5)
+    assert reports == [Progress(step, 10) for step in range(6)]
+    del reports[:]
+    with reporting(reports.append):
+        state = run.train(STEP, run.restore(start()), data(4))
+    assert reports == [Progress(step, 10) for step in range(4, 11)]
+    run.train(STEP, state, iter(()))
+    assert reports[-1] == Progress(10, 10)
+    assert len(reports) == 7, "nothing is reported outside the block"
