@@ -84,7 +84,7 @@ def transcribe_files(
             options=options,
             batch_size=args.batch_size,
             frames=args.frames,
-            progress=bars.update,
+            progress=bars.update if bars.shown else None,  # it costs another opening of each recording
             on_event=found if as_lines else None,
         )
         for index, result in results:
