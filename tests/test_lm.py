@@ -101,7 +101,7 @@ def test_the_forward_pass_equals_single_steps():
         hidden_B1D, state = lm.step(column_BM1, state)
         return lm.text_logits(hidden_B1D), state
 
-    step, state, fed_BM1, logits = jax.jit(one), lm.init_state(2), np.tile(lm.initial_K, (2, 1))[..., None], []
+    step, state, fed_BM1, logits = jax.jit(one), lm.init_state(2), np.tile(lm.initial_M, (2, 1))[..., None], []
     for t in range(13):
         y_B1V, state = step(fed_BM1.astype(np.int32), state)
         logits.append(y_B1V)
@@ -117,8 +117,8 @@ def test_the_forward_pass_equals_single_steps():
 
 
 def test_every_stream_has_an_initial_token():
-    assert stt().initial_K.tolist() == [20, 12, 12, 12]
-    assert stt().initial_K.dtype == jnp.int32
+    assert stt().initial_M.tolist() == [20, 12, 12, 12]
+    assert stt().initial_M.dtype == jnp.int32
 
 
 def test_heads_score_in_float32():

@@ -190,8 +190,8 @@ def _text_step(
     """Take one step of the language model: token, its probability and pauses, and the next state."""
     config, request, step_B = lm.config, state.request, state.lm.position_B
     wanted_B = _next_prompt_token(request.prompt_BT, state.prompted_B)
-    inputs_BK = state.ring.inputs(step_B, config)
-    hidden_BTD, after = lm.step(inputs_BK[:, :, None], state.lm, active_B.astype(jnp.int32))
+    inputs_BM = state.ring.inputs(step_B, config)
+    hidden_BTD, after = lm.step(inputs_BM[:, :, None], state.lm, active_B.astype(jnp.int32))
     logits_BV = lm.text_logits(hidden_BTD)[:, 0]
     allowed_BV = logits_BV
     if settings.prompt_tokens:

@@ -216,7 +216,7 @@ def first_choices() -> list[np.ndarray]:
         return sample(logits_BV, draws_B, temperature_B, top_k_B, max_top_k=top_k_capacity(*TOP_K))
 
     def pure(lm: DelayedStreamsLM, conditions: Conditions) -> list[jax.Array]:
-        hidden_1TD, _ = lm.step(lm.initial_K[None, :, None], lm.init_state(1), None, conditions)
+        hidden_1TD, _ = lm.step(lm.initial_M[None, :, None], lm.init_state(1), None, conditions)
         drawn = [choose(lm.text_logits(hidden_1TD)[:, 0], 0)]
 
         def walk(_: int, logits_1V: jax.Array) -> jax.Array:
