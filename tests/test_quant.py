@@ -20,6 +20,7 @@ from dsm_jax.nn.linear import Embedding, Linear
 from dsm_jax.nn.precision import set_compute_dtype
 from dsm_jax.nn.quant import QuantizedArray
 from tests.helpers import small
+from tests.helpers.optimized import compile_optimized
 
 RECORDING = Path(__file__).resolve().parents[1] / "examples/audio/digits_jackson.flac"
 
@@ -66,7 +67,7 @@ def test_an_int8_product_multiplies_integers_and_copies_no_weight(inputs, output
     def product(x: jax.Array, weight: QuantizedArray) -> jax.Array:
         return quant.matmul(x, weight, inputs=len(inputs), split=split)
 
-    compiled = jax.jit(product).lower(noise(1, 1, *inputs), weight).compile()
+    compiled = compile_optimized(jax.jit(product).lower(noise(1, 1, *inputs), weight))
     (line,) = [line for line in compiled.as_text().splitlines() if " dot(" in line]
     rows_and_outputs = [2, weight.scale.size]
     kind, shape = re.findall(r"= (\w+)\[([\d,]+)\]", line)[0]
@@ -77,7 +78,8 @@ def test_an_int8_product_multiplies_integers_and_copies_no_weight(inputs, output
 @pytest.mark.parametrize("split", [False, True])
 def test_a_float_product_copies_no_weight(split):
     weight = noise(64, 3, 4, 16)
-    compiled = jax.jit(lambda x, w: quant.matmul(x, w, split=split)).lower(noise(1, 1, 64), weight).compile()
+    lowered = jax.jit(lambda x, w: quant.matmul(x, w, split=split)).lower(noise(1, 1, 64), weight)
+    compiled = compile_optimized(lowered)
     assert compiled.memory_analysis().temp_size_in_bytes < weight.nbytes / 4
 
 

@@ -26,6 +26,7 @@ from dsm_jax.tts.program import TtsSettings
 from dsm_jax.tts.script import NEW_WORD, PAD, Entry
 from dsm_jax.tts.words import WordMachine
 from tests.helpers import small
+from tests.helpers.optimized import compile_optimized
 from tests.helpers.speaking import Loop, Said, join, steps_B
 
 # A frame of 4 samples, as compiling is what these tests spend their time on.
@@ -345,11 +346,12 @@ def test_nothing_leaves_or_enters_the_device_in_a_call():
     assert "callback" not in compiled_step().as_text()
 
 
+@functools.cache
 def compiled_step() -> jax.stages.Compiled:
-    """Return the compiled loop; compiled once, as jax keeps it."""
+    """Compile the loop as users do."""
     loop = calm()
     inputs = loop.program._inputs([Leave()] * 3, waiting=False)
-    return loop.program._step.compile(loop.program._params, loop.program.init(), inputs)
+    return compile_optimized(loop.program._step._jitted.lower(loop.program._params, loop.program.init(), inputs))
 
 
 def test_the_state_is_updated_where_it_lies():
