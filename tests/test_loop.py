@@ -24,6 +24,7 @@ def whole(tmp_path_factory) -> tuple[Path, TrainState]:
     return folder, Run(folder, CONFIG).train(STEP, start(), data(), evaluate=evaluate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "saved"), [(4, 4), (7, 4), (9, 8)])
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(tmp_path, whole, steps, saved):
     run = stopped(tmp_path, steps)
@@ -35,6 +36,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(tmp_path, wh
     assert metrics(tmp_path) == metrics(whole[0])
 
 
+@pytest.mark.slow
 def test_metrics_after_the_last_checkpoint_are_dropped_on_resume(tmp_path):
     run = stopped(tmp_path, 7)
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -58,6 +60,7 @@ def test_a_run_writes_metrics_the_last_checkpoints_and_a_plot(whole):
     assert_same(Run(folder, CONFIG).restore(start()), state)
 
 
+@pytest.mark.slow
 def test_a_record_is_the_mean_of_the_steps_since_the_last_record(tmp_path):
     losses, state = [], start()
     for batch in itertools.islice(data(), 10):
@@ -77,6 +80,7 @@ def test_metrics_that_are_not_finite_are_null(tmp_path):
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_returns_its_state(tmp_path):
     run = Run(tmp_path, CONFIG)
     state = run.train(STEP, start(), data())
@@ -93,6 +97,7 @@ def test_a_folder_with_a_later_checkpoint_is_refused(tmp_path):
     assert (metrics(tmp_path), checkpoints(tmp_path)) == (before, ["4"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep", "left"), [(1, ["10"]), (3, ["10", "4", "8"])])
 def test_the_last_keep_checkpoints_are_kept(tmp_path, keep, left):
     Run(tmp_path, dataclasses.replace(CONFIG, keep=keep)).train(STEP, start(), data())
@@ -105,8 +110,8 @@ def test_settings_of_a_run_below_1_are_refused(name):
         RunConfig(**{"steps": 1, name: 0})
 
 
-def test_each_record_is_logged_and_nothing_is_printed(tmp_path, capsys, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("dsm_jax"), "handlers", [])  # a command in this process may have set one
+@pytest.mark.slow
+def test_each_record_is_logged_and_nothing_is_printed(tmp_path, capsys, caplog):
     with caplog.at_level(logging.INFO, "dsm_jax"):
         Run(tmp_path / "digits", CONFIG).train(STEP, start(), data(), evaluate=evaluate)
     assert capsys.readouterr() == ("", "")
@@ -117,6 +122,7 @@ def test_each_record_is_logged_and_nothing_is_printed(tmp_path, capsys, caplog, 
     assert re.fullmatch(f"digits: step 4 of 10: {values}", lines[1])
 
 
+@pytest.mark.slow
 def test_every_step_is_reported_with_those_before_a_resumption(tmp_path):
     reports: list[Progress] = []
     with reporting(reports.append):

@@ -93,6 +93,7 @@ def train(tmp_path, monkeypatch, capsys):
 STEPS = [f"dsm-jax: digits: step {step} of 10" for step in (2, 4, 6, 8, 10)]
 
 
+@pytest.mark.slow
 def test_off_a_terminal_the_records_are_lines(train):
     lines = train().splitlines()
     assert [line.partition(": loss ")[0] for line in lines] == [
@@ -102,14 +103,18 @@ def test_off_a_terminal_the_records_are_lines(train):
     ]
 
 
+@pytest.mark.slow
 def test_verbose_adds_what_is_compiled(train):
     lines = train("--verbose").splitlines()
     assert lines[:2] == ["dsm-jax: compiled a step", "dsm-jax: a recording is short"]
     assert [line.partition(": loss ")[0] for line in lines[2:7]] == STEPS
 
 
-def test_quiet_leaves_errors_alone(train):
+def test_quiet_leaves_errors_alone_and_the_log_as_it_was(train):
+    log = logging.getLogger("dsm_jax")
+    before = log.level, list(log.handlers)
     assert train("--quiet") == ""
+    assert (log.level, log.handlers) == before
 
 
 @pytest.fixture
@@ -123,6 +128,7 @@ def on_a_terminal(monkeypatch):
     terminal.console.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_a_terminal")
 def test_on_a_terminal_there_is_a_bar_and_the_records_are_lines_above_it(train):
     shown = re.sub(r"\x1b\[[\d;]*m", "", train())  # without colours
@@ -132,6 +138,7 @@ def test_on_a_terminal_there_is_a_bar_and_the_records_are_lines_above_it(train):
         assert re.search(rf"(^|\n|\r\x1b\[2K){step}: loss [^\n]*\n", shown), step
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_a_terminal")
 def test_quiet_shows_no_bar(train):
     assert train("--quiet") == ""

@@ -29,8 +29,9 @@ def console() -> "Console":
     return Console(stderr=True)
 
 
-def set_up(*, quiet: bool, verbose: bool) -> None:
-    """Send the library's log to standard error, and let text that an encoding lacks be replaced.
+@contextlib.contextmanager
+def messages(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Send the library's log to standard error while the block runs, and let text that an encoding lacks be replaced.
 
     Args:
       quiet: show errors alone.
@@ -40,8 +41,14 @@ def set_up(*, quiet: bool, verbose: bool) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     log = logging.getLogger("dsm_jax")
+    before = log.handlers, log.level
     log.handlers = [_Handler()]
     log.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
+    try:
+        yield
+    finally:
+        log.handlers = before[0]
+        log.setLevel(before[1])
 
 
 class _Handler(logging.Handler):
@@ -131,8 +138,8 @@ class Bars:
 
     Args:
       quiet: show nothing.
-      unit: of the numbers, such as "s".
-      scale: of the numbers in their unit.
+      unit: unit of the numbers, such as "s".
+      scale: factor from the reported numbers to the unit.
     """
 
     def __init__(self, *, quiet: bool, unit: str = "s", scale: float = 1.0):

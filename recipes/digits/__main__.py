@@ -54,9 +54,12 @@ def train(args: argparse.Namespace) -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
     from dsm_jax.training import loop
 
-    terminal.set_up(quiet=False, verbose=False)
     config, run = tasks.read_config(config_path(args.config), tasks_of_recipe())
-    with terminal.training_bar(quiet=False) as progress, loop.reporting(progress):
+    with (
+        terminal.messages(quiet=False, verbose=False),
+        terminal.training_bar(quiet=False) as progress,
+        loop.reporting(progress),
+    ):
         model = run(config, resume=args.resume)
     terminal.note(f"trained: {model!r}")
 
