@@ -14,6 +14,8 @@ import dsm_jax
 from dsm_jax import audio, cli
 from tests.helpers import stt_model
 
+pytestmark = pytest.mark.slow
+
 MODEL = ["--model", str(stt_model.CHECKPOINT), "--no-cache"]
 CLIP = str(stt_model.RECORDING)
 

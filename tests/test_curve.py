@@ -16,6 +16,7 @@ def pixels(folder: Path, rows: list[dict[str, float | None]]) -> np.ndarray:
     return image.imread(folder / "run/curve.png")
 
 
+@pytest.mark.slow
 def test_the_curve_shows_the_loss_and_validation_figures_and_nothing_else(tmp_path):
     rows = [{"step": step, "loss": 1 / step, "gradient_norm": step} for step in range(1, 6)]
     last = rows[-1]

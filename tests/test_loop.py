@@ -47,6 +47,7 @@ def test_metrics_after_the_last_checkpoint_are_dropped_on_resume(tmp_path):
     assert [row["step"] for row in metrics(tmp_path)] == [2, 4, 6, 8, 10]
 
 
+@pytest.mark.slow
 def test_a_run_writes_metrics_the_last_checkpoints_and_a_plot(whole):
     folder, state = whole
     rows = metrics(folder)

@@ -7,6 +7,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from tests.helpers.optimized import compile_optimized
 
@@ -28,6 +29,7 @@ def text(compiled: jax.stages.Compiled) -> str:
     return re.sub(r"(, (metadata=\{[^}]*\}|stack_frame_id=\d+))+", "", computations).strip()
 
 
+@pytest.mark.slow
 def test_an_optimized_program_is_that_of_a_process_without_the_settings_of_the_tests():
     environment = {name: value for name, value in os.environ.items() if name != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"

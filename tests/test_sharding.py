@@ -22,6 +22,8 @@ from dsm_jax.tts import Request, SynthesizeOptions, synthesize_each
 from tests.helpers import small, stt_model, tts_model
 from tests.helpers.optimized import compile_optimized
 
+pytestmark = pytest.mark.slow
+
 CONFIG = TransformerConfig(
     d_model=64, num_heads=4, num_layers=2, dim_feedforward=96, context=512, gating="silu", norm="rms_norm_f32"
 )

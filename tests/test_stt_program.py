@@ -11,6 +11,8 @@ from dsm_jax.stt.program import SttInputs, SttProgram, SttSettings
 from tests.helpers import stt_model
 from tests.helpers.optimized import compile_optimized
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model():

@@ -29,6 +29,8 @@ from tests.helpers import small
 from tests.helpers.optimized import compile_optimized
 from tests.helpers.speaking import Loop, Said, join, steps_B
 
+pytestmark = pytest.mark.slow
+
 # A frame of 4 samples, as compiling is what these tests spend their time on.
 SEANET = dataclasses.replace(small.MIMI.seanet, ratios=(2,))
 WINDOW = 1000  # so long that one cache is larger than everything else in a step
@@ -242,13 +244,13 @@ def test_a_slot_gives_up_after_its_own_limit():
 
 
 @pytest.mark.parametrize("limits", [(1,), (5,), (12,), (3, 1, 7, 2)])
-def test_calls_of_any_length_say_the_same(limits):
+def test_calls_of_any_length_give_the_same_speech(limits):
     for row, said in enumerate(calm().speak(requests(range(3)), itertools.cycle(limits))):
         said.like(whole()[row])
 
 
 @pytest.mark.parametrize("limit", [2, 12])
-def test_a_script_that_grows_is_said_as_the_whole(limit):
+def test_a_script_that_grows_gives_the_speech_of_the_whole(limit):
     state, parts, waits = calm().start([request(row, entries=[], complete=False) for row in range(3)]), [[], [], []], 0
     for known in [(0, 0, 0), (0, 1, 1), (2, 1, 3), (4, 1, 4), (5, 1, 5), None]:
         for row in range(3):

@@ -181,7 +181,7 @@ def test_samples_are_moshis(name):
     assert max(mine.pcm_T.size for mine in said) == pcm.shape[1]
 
 
-def test_what_guides_changes_what_is_said():
+def test_guidance_changes_the_speech():
     said = [both(name)[0][0].frames_KF.tobytes() for name, case in CASES.items() if len(case.prefixes) == 2]
     assert len(set(said)) == len(said) == 3
 
