@@ -158,7 +158,7 @@ def tts_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, A
 
 
 def time_steps(step: Step, state: Any, steps: int) -> list[float]:
-    """Return the seconds of each of `steps` steps, after three warm-up steps."""
+    """Time each of `steps` steps, in seconds, after three warm-up steps."""
     seconds = []
     for _ in range(steps + 3):
         start = time.perf_counter()

@@ -10,7 +10,7 @@ class Progress:
 
     Attributes:
       done: seconds of audio that were read or made, bytes that were loaded, or steps of a training.
-      total: of them; None where it is not known.
+      total: value of `done` at the end; None where it is not known.
       item: place of the item in a batch.
     """
 

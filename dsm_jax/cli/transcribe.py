@@ -111,7 +111,7 @@ def transcribe_files(
 
 
 def listen(args: argparse.Namespace, model: "Model", options: "TranscribeOptions") -> int:
-    """Transcribe the microphone until Ctrl-C: words as they are said, then the transcript in its format."""
+    """Transcribe the microphone until Ctrl-C; print words as they end, then the transcript in its format."""
     from dsm_jax import microphone
     from dsm_jax.stt import Pause, StreamingTranscriber, WordEnded
 
