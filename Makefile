@@ -9,16 +9,19 @@ SAY := @printf '==> %s\n'
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test parity lint bench
+.PHONY: help demo test test-fast parity lint bench
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.run ## transcribe real recordings of spoken digits, whole and live
 	@$(BIN)/python examples/demo.py
 
 test: .venv/.dev ## the tests: no network, no GPU, no torch
-	@$(BIN)/python -m pytest -n auto --dist worksteal
+	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not gpu'
+
+test-fast: .venv/.dev ## the tests that take a second or less each
+	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not gpu'
 
 parity: .venv/.parity ## the PyTorch references, live, side by side with this library
 	@NO_TORCH_COMPILE=1 NO_CUDA_GRAPH=1 $(BIN)/python -m pytest tests/parity

@@ -59,7 +59,7 @@ def blocks(
       source: a path to whatever FFmpeg decodes: wav, flac, mp3, ogg, opus, m4a, mp4, webm, aac, wma and others; "-" for
         standard input; a binary file, read from its start; or an array at `sample_rate`, float in [-1, 1] or int16, of
         shape [T] or [C, T]. A pipe is decoded as it arrives.
-      sample_rate: of the blocks, Hz.
+      sample_rate: sample rate of the blocks, Hz.
       block_seconds: length of every block but the last, which may be shorter.
       strict: refuse a file that was cut short or is damaged, in place of the warning.
 
@@ -135,8 +135,8 @@ def duration(source: Source) -> float | None:
       source: as for `blocks`.
 
     Returns:
-      Seconds (a guess for an mp3 whose header does not say); None for anything but a path, or where the header does
-      not say or cannot be read: `blocks` then says why.
+      Seconds, estimated for an mp3 without a length in its header. None for a source that is not a path, and for a
+      header without a length or that cannot be read; `blocks` raises the error for the latter.
     """
     if not isinstance(source, str | os.PathLike) or not Path(source).is_file():
         return None

@@ -200,7 +200,7 @@ def csm_prefill(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step
 
 
 def time_steps(step: Step, state: Any, steps: int) -> list[float]:
-    """Return the seconds of each of `steps` steps, after three warm-up steps."""
+    """Time each of `steps` steps, in seconds, after three warm-up steps."""
     seconds = []
     for _ in range(steps + 3):
         start = time.perf_counter()

@@ -109,8 +109,8 @@ def load(
     Args:
       source: a local folder, a codec's file, "digits" or "digits-tts" (small models inside the package), or a name on
         the hub ("organisation/name", fetched on first use); in Kyutai's, transformers' or this library's own layout.
-      dtype: of the language model, by name or as jax has it; None is bfloat16 on GPU and TPU, float32 on CPU. The codec
-        and the conditioning are always float32.
+      dtype: dtype of the language model, by name or as jax has it; None is bfloat16 on GPU and TPU, float32 on CPU.
+        The codec and the conditioning are always float32.
       device: one of `jax.devices()`, or "cpu", "gpu" or "tpu" for the first of its kind; None is JAX's default.
       sharding: the devices to spread the language model over, and how, in place of `device`. The codec is on all of
         them.
@@ -119,7 +119,7 @@ def load(
         model cannot be saved or trained.
       revision: branch, tag or commit on the hub; None is its newest.
       cache_dir: folder of fetched models; None is the hub's own.
-      token: of the hub, for models behind a login; None takes the one of `hf auth login`.
+      token: access token of the hub, for models behind a login; None takes the one of `hf auth login`.
       local_files_only: never ask the hub; the model has to be in `cache_dir`.
       progress: called with the bytes of weights that were loaded so far.
 

@@ -263,7 +263,7 @@ class _Missing:
         self.damages += 1
 
     def reason(self, seconds: float) -> str | None:
-        """Return the sentence that says how much is missing from a file that gave so many seconds; None for nothing."""
+        """Describe the missing part of a file that gave so many seconds; return None if nothing is missing."""
         if self._expected is not None and seconds < self._expected - _TOLERANCE_S:
             missing = self._expected - seconds
             where = "it was cut short" if not self.damages else f"it is damaged from {self._damaged_at:.1f} s on"

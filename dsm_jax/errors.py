@@ -37,7 +37,7 @@ class UnsayableError(SpeechError):
     """A word that the tokenizer cannot spell, or a tag that is unknown.
 
     Attributes:
-      before: the entries of the script before it.
+      before: entries of the script that precede the word or tag.
     """
 
     def __init__(self, message: str, before: list):
@@ -46,7 +46,7 @@ class UnsayableError(SpeechError):
 
 
 class ForkError(DsmError):
-    """A process that was forked from one that uses JAX."""
+    """A use of JAX in a process that was forked from one that uses JAX."""
 
 
 class TrainingError(DsmError):

@@ -15,7 +15,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     The file's mode follows the umask, or is that of the file that it replaces. A link is written through.
 
     Args:
-      path: of the file; its folder exists.
+      path: path of the file; its folder exists.
 
     Yields:
       A binary file, at its start.

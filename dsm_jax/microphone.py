@@ -35,7 +35,7 @@ class Microphone:
     """Record from a microphone while the block runs.
 
     Args:
-      sample_rate: of the chunks, Hz.
+      sample_rate: sample rate of the chunks, Hz.
       device: name or part of the name of an input; None takes the system's default.
 
     Raises:

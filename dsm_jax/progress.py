@@ -9,8 +9,8 @@ class Progress:
     """The progress of one item of the work.
 
     Attributes:
-      done: seconds of audio that were read or made, or bytes that were loaded.
-      total: of them; None where it is not known.
+      done: seconds of audio that were read or made, bytes that were loaded, or steps of a training.
+      total: value of `done` at the end; None where it is not known.
       item: place of the item in a batch.
     """
 

@@ -1,7 +1,12 @@
 """Fixes what every test runs under, in the environment, before JAX is imported and for child processes too."""
 
 import os
+from pathlib import Path
 
+import pytest
+
+# Kept between runs, and shared by the processes of one: most of a test's time is compiling.
+CACHE = Path(__file__).resolve().parents[1] / ".cache"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
     (
@@ -14,9 +19,12 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.update(
     # A silent cast is a wrong answer with the right shape.
     JAX_NUMPY_DTYPE_PROMOTION="strict",
-    # A test measures what this run compiles, and leaves nothing behind.
-    JAX_ENABLE_COMPILATION_CACHE="false",
-    # Nearly all of a test's time is compiling, and what it compiles runs for a moment.
+    XDG_CACHE_HOME=str(CACHE),  # of the commands
+    JAX_COMPILATION_CACHE_DIR=str(CACHE / "jax"),
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1",
+    # With a limit, JAX locks the cache, so that processes that run at once cannot damage its entries.
+    JAX_COMPILATION_CACHE_MAX_SIZE=str(2 * 2**30),
+    # What a test compiles runs for a moment; tests/helpers/optimized.py compiles as users do.
     JAX_DISABLE_MOST_OPTIMIZATIONS="true",
     HF_HUB_OFFLINE="1",
     # The PyTorch reference compiles and captures graphs unless told not to.
@@ -31,6 +39,15 @@ LONGEST = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Remove entries of the compile cache that a killed run left unfinished, before any process reads the cache."""
+    from dsm_jax.cli.setup import remove_unfinished_entries
+
+    if not hasattr(config, "workerinput"):
+        remove_unfinished_entries(CACHE / "jax")
+        remove_unfinished_entries(CACHE / "dsm_jax/compiled")
+
+
 def pytest_collection_modifyitems(items: list) -> None:
-    """Put the files that take longest first."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    """Put the files that take longest first, then other slow tests."""
+    items.sort(key=lambda item: (item.path.name not in LONGEST, item.get_closest_marker("slow") is None))

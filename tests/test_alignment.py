@@ -60,6 +60,7 @@ def faults(said: list[WordSpan], heard: list[Word]) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 @given(apart(), st.sampled_from([0, 1, 2, 5]))
 def test_words_come_back_with_their_times(words, text_delay):
     lm = dataclasses.replace(LM, delays=(text_delay, 0, 0, 0))
@@ -93,6 +94,7 @@ def test_the_stream_is_a_boundary_and_pieces_in_padding():
     assert set(stream([])) == {3}
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from(WORDS), min_size=2, max_size=12), st.floats(0, 3))
 def test_crowded_words_come_later_and_none_is_lost(texts, start):
     words = [WordSpan(text, start, start) for text in texts]
@@ -109,7 +111,7 @@ def test_a_word_after_a_crowd_is_on_time_again():
     assert faults(words[3:], read(stream(words))[3:]) == []
 
 
-def test_a_word_at_the_very_start_does_not_use_the_step_that_hears_nothing():
+def test_a_word_at_the_very_start_does_not_use_the_step_without_audio():
     timing = Timing(RATE, text_offset=0.0, audio_offset=0.0)
     stream_T = stream(spoken(("the", 0.0)), timing=timing)
     assert stream_T[0] == 3

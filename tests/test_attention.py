@@ -56,6 +56,7 @@ def test_sinusoids_are_cosines_then_sines():
     np.testing.assert_allclose(sinusoids(jnp.asarray(position_BT), 8, 10_000.0), wanted, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_self_attention_is_causal_softmax_attention():
     q, k, v = noise(3, 2, 6, 2, 4)
     y_BTKH = np.array(self_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)))
@@ -87,6 +88,7 @@ def test_attention_sees_its_window_and_query_heads_share_keys(chunk):
     np.testing.assert_allclose(np.concatenate(ys, axis=1), wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_cross_attention_sees_all_of_its_source_from_every_step():
     cross = small.build(lambda rngs: CrossAttention(dataclasses.replace(CONFIG, kv_repeat=1), rngs=rngs))
     x_BTD, source_BXD = noise(2, 3, 16), noise(2, 7, 16) + 1
@@ -102,6 +104,7 @@ def test_cross_attention_sees_all_of_its_source_from_every_step():
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_softmax_sums_in_float32():
     # 1000 equal weights times values of 1: a sum kept in bfloat16 stops growing at 256 of them.
     config = dataclasses.replace(CONFIG, context=1000, kv_repeat=1, positional_embedding="none")
@@ -115,6 +118,7 @@ def test_the_softmax_sums_in_float32():
     np.testing.assert_array_equal(np.array(y, np.float32), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_nan_in_the_cache_does_not_outlive_a_reset(steps):
     transformer = small.build(lambda rngs: Transformer(dataclasses.replace(CONFIG, num_layers=2), rngs=rngs))

@@ -200,6 +200,7 @@ def peak_bytes(run) -> int:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_an_hour_streams_in_constant_memory(tmp_path):
     path = tmp_path / "hour.wav"
     with soundfile.SoundFile(path, "w", 1_000, 1, subtype="PCM_U8") as sound:
@@ -344,6 +345,7 @@ def test_what_is_written_reads_back(tmp_path, suffix, tolerance):
     assert soundfile.info(tmp_path / f"out{suffix}").channels == 2
 
 
+@pytest.mark.slow
 def test_four_minutes_of_ogg_can_be_written(tmp_path):
     """libsndfile 1.2.2 crashes the process when it is given them in one call; so this runs in another process."""
     path = tmp_path / "long.ogg"

@@ -46,6 +46,7 @@ def known() -> set[str]:
     return glossary().keys() | set("123456789")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [small.STT, small.TTS], ids=["stt", "tts"])
 def test_names_of_the_language_model_end_in_axis_letters(config):
     lm = nnx.eval_shape(lambda: DelayedStreamsLM(config, rngs=nnx.Rngs(0)))
@@ -67,6 +68,7 @@ def test_names_of_the_codec_end_in_axis_letters():
     assert axis_faults(jax.eval_shape(lambda: (mimi.encoder.init_state(2), mimi.decoder.init_state(2)))) == []
 
 
+@pytest.mark.slow
 def test_names_of_the_programs_states_end_in_axis_letters():
     def state(program, config, settings, network=DelayedStreamsLM):
         makers = lambda: network(config, rngs=nnx.Rngs(0)), lambda: Mimi(small.MIMI, rngs=nnx.Rngs(0))

@@ -37,7 +37,7 @@ def test_a_row_is_the_median_over_rounds():
     assert (row["p50_ms"], row["p99_ms"], row["rounds"], row["device"]) == (2.0, 4.0, 3, "A CPU")
 
 
-def test_a_round_that_failed_makes_the_row_say_so():
+def test_a_round_that_failed_is_marked_in_the_row():
     row = rows.contender_row("lm_step_b1", "moshi", [measured(1.0), {"error": "exit code 1"}], ABOUT)
     assert row["error"] == "exit code 1"
     assert "p50_ms" not in row
@@ -125,7 +125,7 @@ def test_the_last_line_of_a_worker_counts(tmp_path: Path, monkeypatch: pytest.Mo
         ("import time; time.sleep(60)", 0.2, "took longer than 0 s"),
     ],
 )
-def test_a_worker_that_fails_says_why(
+def test_a_worker_that_fails_has_its_reason_in_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, timeout_s: float, error: str
 ):
     assert run_script(tmp_path, monkeypatch, script, timeout_s) == {"error": error}
@@ -158,7 +158,7 @@ def test_the_table_shows_every_contender_the_ratio_and_what_failed(tmp_path: Pat
     assert "A CPU, 2 threads, float32, 2026-01-02; jax 0.10.0;" in shown
 
 
-def test_the_table_says_when_the_machine_was_busy(tmp_path: Path):
+def test_the_table_marks_a_busy_machine(tmp_path: Path):
     busy = run_of("lm_step_b1", {"ours": measured(60), "moshi": measured(160, others_cores=0.5)})
     note = "other programs were running during lm_step_b1"
     assert note in table.block([results(tmp_path, busy)], tmp_path)
@@ -288,6 +288,7 @@ def test_the_check_of_a_device_catches_a_wrong_code_a_wrong_sample_and_a_wrong_t
     assert not gpu_worker.lm_row(pair | {"device": wrong_codes})["passed"]
 
 
+@pytest.mark.slow
 def test_the_bytes_of_a_step_are_weights_without_tables_and_keys_and_values():
     half, full = (gpu_worker.bytes_per_step(presets.STT_1B, 1, itemsize) for itemsize in (2, 4))
     keys_values = 750 * 16 * 2 * 2048

@@ -117,11 +117,13 @@ class LosesAKeyOnceFull(WindowSum):
         return ring_BTC if last else ring_BTC.at[rows, (position_B + 1) % WINDOW].set(0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [Conv(), WindowSum()])
 def test_a_sound_module_passes(module):
     check_streaming(module, X_BTC, window=WINDOW, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "clause"),
     [

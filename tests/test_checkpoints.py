@@ -26,6 +26,8 @@ from dsm_jax.sharding import Sharding
 from tests.helpers import small, stt_model
 from tests.helpers.checkpoint_maker import arrays_of, assert_same_weights, copy_of, make_checkpoint, random_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
@@ -218,7 +220,7 @@ def test_a_model_goes_to_the_device_that_is_asked_for(folders):
     assert dsm_jax.transcribe(there, clip).text == dsm_jax.transcribe(stt_model.model(), clip).text
 
 
-def test_loading_reports_its_bytes_and_a_model_says_what_it_is(folders):
+def test_loading_reports_its_bytes_and_the_repr_describes_the_model(folders):
     seen = []
     model = checkpoints.load(folders["kyutai"], progress=seen.append)
     assert seen[-1].done == seen[-1].total == 4 * model.num_parameters
@@ -229,7 +231,7 @@ def test_loading_reports_its_bytes_and_a_model_says_what_it_is(folders):
     assert model.codec.encoder is not None
 
 
-def test_a_forked_process_says_how_to_start_one(folders):
+def test_a_forked_process_is_refused_with_what_to_do(folders):
     checkpoints.load(folders["kyutai"])
     script = f"""
 import os, sys, warnings
@@ -274,7 +276,7 @@ def test_the_default_is_the_published_model(folders, monkeypatch):
         ),
     ],
 )
-def test_what_the_hub_cannot_give_is_said_in_one_sentence(monkeypatch, error, message):
+def test_an_error_of_the_hub_is_one_sentence(monkeypatch, error, message):
     raised = error.__new__(error)
     Exception.__init__(raised, "disk quota")
     _hub_that(monkeypatch, raised)
@@ -283,7 +285,7 @@ def test_what_the_hub_cannot_give_is_said_in_one_sentence(monkeypatch, error, me
     assert "\n" not in str(caught.value)
 
 
-def test_without_network_and_cache_the_hub_is_said_to_be_offline(tmp_path, monkeypatch):
+def test_without_network_and_cache_the_error_names_the_network(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match=r"there is no network, or HF_HUB_OFFLINE or local_files_only is set"):
         checkpoints.load("kyutai/stt-1b-en_fr")
@@ -301,7 +303,7 @@ def test_a_conversion_finds_hub_names_too(folders, tmp_path, monkeypatch):
     assert_same_weights(checkpoints.load(tmp_path / "out"), checkpoints.load(folders["kyutai"]))
 
 
-def test_tables_stored_in_16_bits_stay_so_for_listening_and_say_the_same(tmp_path):
+def test_tables_stored_in_16_bits_stay_so_for_transcription_and_give_the_same_words(tmp_path):
     folder = make_checkpoint(tmp_path, "kyutai", dtype="bfloat16")
     whole, light = checkpoints.load(folder), checkpoints.load(folder, stt_only=True)
     tables = {name for name, leaf in flatten(light.lm_params).items() if isinstance(leaf, PackedBfloat16)}

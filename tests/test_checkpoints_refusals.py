@@ -24,11 +24,13 @@ def spoilt(folders, tmp_path) -> Path:
     return copy_of(folders["kyutai"], tmp_path / "in")
 
 
+@pytest.mark.slow
 def test_a_language_models_file_alone_is_refused(folders):
     with pytest.raises(CheckpointError, match=r"model.safetensors is a language model; give its folder, which also"):
         checkpoints.load(folders["kyutai"] / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 5, 40, -100, -1])
 def test_a_truncated_file_is_refused(spoilt, size):
     path = spoilt / kyutai.LM_NAME
@@ -37,6 +39,7 @@ def test_a_truncated_file_is_refused(spoilt, size):
         checkpoints.load(spoilt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"PK\x03\x04 a zipped pickle" * 9, b"<!DOCTYPE html><html>" * 9])
 def test_a_file_that_is_no_safetensors_is_refused(spoilt, content):
     (spoilt / kyutai.LM_NAME).write_bytes(content)

@@ -49,10 +49,12 @@ print(sorted({{"jax", "numpy", "torch", "flax", "rich"}} & set(sys.modules)))
     assert done.stdout.endswith("[]\n"), "help must not import what it does not need"
 
 
+@pytest.mark.slow
 def test_text(capsys, result):
     assert run(capsys, "transcribe", CLIP, *MODEL) == (0, result.text + "\n", "")
 
 
+@pytest.mark.slow
 def test_json_has_what_was_promised(capsys, result):
     code, out, _ = run(capsys, "transcribe", CLIP, *MODEL, "--format", "json", "--frames")
     read = json.loads(out)
@@ -64,6 +66,7 @@ def test_json_has_what_was_promised(capsys, result):
     assert set(read["words"][0]) == {"text", "start", "end", "probability"}
 
 
+@pytest.mark.slow
 def test_files_into_a_folder_with_one_bad_among_them(capsys, tmp_path, result):
     shutil.copy(CLIP, tmp_path / "good.flac")
     (tmp_path / "bad.flac").write_bytes(b"nothing")
@@ -78,6 +81,7 @@ def test_files_into_a_folder_with_one_bad_among_them(capsys, tmp_path, result):
     assert result.words[0].text in (tmp_path / "out/good.srt").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_several_files_are_printed_in_order_by_name(capsys, tmp_path, result):
     short = tmp_path / "short.wav"
     audio.write(short, stt_model.recording()[:30_000], 24_000)
@@ -89,12 +93,14 @@ def test_several_files_are_printed_in_order_by_name(capsys, tmp_path, result):
     assert [json.loads(line)["audio"] for line in out.splitlines()] == [str(short), CLIP]
 
 
+@pytest.mark.slow
 def test_standard_input(result):
     command = [sys.executable, "-m", "dsm_jax", "transcribe", "-", *MODEL]
     done = subprocess.run(command, input=stt_model.RECORDING.read_bytes(), capture_output=True, check=True)
     assert done.stdout.decode() == result.text + "\n"
 
 
+@pytest.mark.slow
 def test_vad_marks_pauses(capsys, result):
     assert result.pauses
     code, out, _ = run(capsys, "transcribe", CLIP, *MODEL, "--vad")
@@ -103,6 +109,7 @@ def test_vad_marks_pauses(capsys, result):
     assert [word for word in out.split() if word != "[pause]"] == [w.text for w in result.words]
 
 
+@pytest.mark.slow
 def test_prompts(capsys, tmp_path, result):
     prompt = tmp_path / "prompt.wav"
     audio.write(prompt, stt_model.recording()[:48_000], 24_000)
@@ -117,6 +124,7 @@ def test_prompts(capsys, tmp_path, result):
     assert len(cut) < len(out) - len("the fox")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -144,6 +152,7 @@ def test_arguments_that_do_not_go_together(capsys, tmp_path, monkeypatch, argume
     assert re.search(message, err), err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["gpu", "tpu"])
 def test_a_device_that_is_not_there(device):
     command = [sys.executable, "-m", "dsm_jax", "transcribe", CLIP, *MODEL, "--device", device]
@@ -160,6 +169,7 @@ def test_a_model_that_cannot_be_read(capsys, tmp_path):
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_codec_there_and_back(capsys, tmp_path):
     codes, sound = tmp_path / "codes.safetensors", tmp_path / "again.wav"
     assert run(capsys, "codec", "encode", CLIP, codes, *MODEL)[0] == 0
@@ -187,6 +197,7 @@ def test_codes_that_the_codec_cannot_have_made(capsys, tmp_path, tensors, messag
     assert re.search(message, err), err
 
 
+@pytest.mark.slow
 def test_convert(capsys, tmp_path, result):
     code, out, _ = run(capsys, "convert", stt_model.CHECKPOINT, tmp_path / "native", "--no-cache")
     assert code == 0
@@ -201,10 +212,11 @@ def test_convert(capsys, tmp_path, result):
     assert "native" in err
 
 
-def test_programs_are_kept_unless_told_otherwise(tmp_path):
+@pytest.mark.slow
+def test_programs_are_cached_unless_the_cache_is_off(tmp_path):
     command = [sys.executable, "-m", "dsm_jax", "codec", "encode", CLIP, str(tmp_path / "c.safetensors")]
     command += ["--model", str(stt_model.CHECKPOINT)]
-    env = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path / "home")}
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "home")}
     subprocess.run(command, env=env, check=True, capture_output=True)
     assert any((tmp_path / "home/dsm_jax/compiled").iterdir())
     subprocess.run([*command, "--cache-dir", str(tmp_path / "mine")], env=env, check=True, capture_output=True)
@@ -214,6 +226,7 @@ def test_programs_are_kept_unless_told_otherwise(tmp_path):
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.slow
 def test_a_file_that_fails_midway_costs_only_itself(capsys, tmp_path, result):
     pcm = np.tile(stt_model.recording(), 4)
     pcm[-9] = np.nan
@@ -224,6 +237,7 @@ def test_a_file_that_fails_midway_costs_only_itself(capsys, tmp_path, result):
     assert "bad.wav holds NaN" in err
 
 
+@pytest.mark.slow
 def test_a_file_that_was_cut_short_is_transcribed_with_a_warning(capsys, tmp_path):
     path = tmp_path / "cut.flac"
     path.write_bytes(stt_model.RECORDING.read_bytes()[:-7])
@@ -234,6 +248,7 @@ def test_a_file_that_was_cut_short_is_transcribed_with_a_warning(capsys, tmp_pat
     assert run(capsys, "transcribe", path, *MODEL, "--quiet") == (0, out, "")
 
 
+@pytest.mark.slow
 def test_jsonl_has_a_line_for_each_event_and_the_end(capsys, result):
     code, out, _ = run(capsys, "transcribe", CLIP, *MODEL, "--format", "jsonl")
     lines = [json.loads(line) for line in out.splitlines()]
@@ -244,6 +259,7 @@ def test_jsonl_has_a_line_for_each_event_and_the_end(capsys, result):
     assert {line["audio"] for line in lines} == {CLIP}
 
 
+@pytest.mark.slow
 def test_a_name_that_is_not_utf8_costs_nothing(capfd, tmp_path, result):
     path = os.fsencode(tmp_path) + b"/caf\xe9.flac"
     shutil.copy(CLIP, path)
@@ -254,6 +270,7 @@ def test_a_name_that_is_not_utf8_costs_nothing(capfd, tmp_path, result):
     assert json.loads(made.read_text(encoding="utf-8"))["text"] == result.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shell", "code", "message"),
     [
@@ -271,6 +288,7 @@ def test_odd_standard_streams_are_one_line_at_most(shell, code, message):
     assert message is None or message in done.stderr
 
 
+@pytest.mark.slow
 def test_one_interrupt_ends_the_command():
     command = [sys.executable, "-m", "dsm_jax", "transcribe", *[CLIP] * 40, *MODEL, "--batch-size", "1"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -280,23 +298,24 @@ def test_one_interrupt_ends_the_command():
     running.communicate()
 
 
+@pytest.mark.slow
 def test_damaged_entries_of_the_compile_cache_are_replaced(tmp_path):
     command = [sys.executable, "-m", "dsm_jax", "codec", "encode", CLIP, str(tmp_path / "c.safetensors")]
     command += ["--model", str(stt_model.CHECKPOINT), "--cache-dir", str(tmp_path / "cache")]
-    env = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true"}
-    subprocess.run(command, env=env, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True)
     entries = list((tmp_path / "cache").glob("*-cache"))
     assert entries
     for entry in entries:
         entry.write_bytes(entry.read_bytes()[:100])
-    second = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    second = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "damaged entries of the compile cache" in second.stderr
     assert "Error reading persistent" not in second.stderr
     assert all(entry.stat().st_size > 100 for entry in entries)
-    third = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    third = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "compile cache" not in third.stderr
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_costs_only_itself(capsys, tmp_path):
     short = tmp_path / "short.wav"
     audio.write(short, stt_model.recording()[:30_000], 24_000)
@@ -337,6 +356,7 @@ def test_bench_prints_a_row_per_measurement(capsys, monkeypatch):
     assert "tea cannot be timed" in err
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_enough_is_no_error():
     command = [sys.executable, "-m", "dsm_jax", "transcribe", CLIP, *MODEL]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -8,9 +8,13 @@ import subprocess
 import sys
 
 import pytest
+import rich.console
 
 import dsm_jax
+from dsm_jax import audio, cli
 from tests.helpers import stt_model
+
+pytestmark = pytest.mark.slow
 
 MODEL = ["--model", str(stt_model.CHECKPOINT), "--no-cache"]
 CLIP = str(stt_model.RECORDING)
@@ -50,3 +54,17 @@ def test_results_on_a_terminal_are_not_wrapped(result):
     assert running.wait() == 0
     text = shown.decode().replace("\r\n", "\n")
     assert json.loads(text[text.index("{\n") : text.rindex("\n}") + 2])["text"] == result.text
+
+
+def opened_for_its_length(capsys, monkeypatch) -> list[str]:
+    opened: list[str] = []
+    monkeypatch.setattr(audio, "duration", lambda source: opened.append(source))
+    assert cli.main(["transcribe", CLIP, *MODEL]) == 0
+    capsys.readouterr()
+    return opened
+
+
+def test_a_recording_is_opened_for_its_length_only_where_a_bar_shows_it(capsys, monkeypatch):
+    assert opened_for_its_length(capsys, monkeypatch) == []
+    monkeypatch.setattr(rich.console.Console, "is_terminal", True)
+    assert opened_for_its_length(capsys, monkeypatch) == [CLIP]

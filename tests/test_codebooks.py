@@ -50,12 +50,14 @@ def rounded(branch: ResidualQuantizer, x_BTD: np.ndarray) -> tuple[np.ndarray, n
     return x_NC - np.cumsum(entries_QNC, axis=0) + entries_QNC, codes_QN, entries_QNC
 
 
+@pytest.mark.slow
 def test_vectors_are_the_entries_that_encoding_chooses(branch):
     x_BTD = latents(0)
     _, _, entries_QNC = rounded(branch, x_BTD)
     np.testing.assert_allclose(run(branch, x_BTD).vectors_BTC.reshape(B * T, -1), entries_QNC.sum(0), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_that_are_limited_to_some_codebooks_decode_as_those_codes_do(branch):
     used_B, x_BTD = np.arange(B, dtype=np.int32), latents(0)
     found_BTD = np.asarray(run(branch, x_BTD, used_B=used_B).vectors_BTC) @ np.asarray(branch.output_proj.weight[...])
@@ -83,6 +85,7 @@ def test_gradients_are_straight_through(branch):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_commitment_is_the_mean_squared_distance_to_the_entries_in_use(branch):
     x_BTD, used_B = latents(0), np.array([1, 3, 2, 3], np.int32)
     given_QNC, _, entries_QNC = rounded(branch, x_BTD)
@@ -112,6 +115,7 @@ def test_commitment_draws_latents_to_their_entries(branch):
     np.testing.assert_allclose(jax.jit(jax.grad(commitment))(x_BTD), wanted_BTD, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_entries_are_moving_averages_of_the_vectors_that_were_rounded_to_them(branch):
     used_B = np.array([3, 1, 2, 3], np.int32)
     averages = init_averages(branch, fresh=False)
@@ -146,6 +150,7 @@ def test_rows_that_do_not_use_a_codebook_do_not_move_it(branch):
     assert not np.allclose(one.entries_QVC[1], alone.entries_QVC[1], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_dead_entry_is_reset_to_a_vector_of_the_batch_and_other_entries_are_kept(branch):
     dead_QV = np.random.default_rng(0).random((Q, CONFIG.bins)) < 0.5
     averages = init_averages(branch, fresh=False)
@@ -168,6 +173,7 @@ def test_a_dead_entry_is_reset_to_a_vector_of_the_batch_and_other_entries_are_ke
     assert not np.array_equal(other.entries_QVC, found.entries_QVC), "the key chooses"
 
 
+@pytest.mark.slow
 def test_averages_begin_at_the_entries_or_at_the_first_batch(branch):
     averages = init_averages(branch, fresh=False)
     for q, book in enumerate(branch.codebooks):

@@ -20,6 +20,8 @@ from dsm_jax.training.losses.codec import CodecObjective, CodecTrainee, codec_lo
 from dsm_jax.training.step import TrainState, init, make_step
 from tests.helpers import small
 
+pytestmark = pytest.mark.slow
+
 # Frames of 128 samples, so that a few of them are as long as the longest window of the spectral loss.
 CONFIG = dataclasses.replace(
     small.MIMI,

@@ -38,6 +38,7 @@ def parts(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return table, np.array(conditioner.output_proj.weight[...]), np.array(conditioner.learnt_padding_D[...])
 
 
+@pytest.mark.slow
 def test_summed_conditions_are_added_and_a_missing_one_is_its_learnt_vector():
     sum_BD, _ = conditioning()(VALUES, MASKS)
     cfg, control = parts("cfg"), parts("control")
@@ -46,6 +47,7 @@ def test_summed_conditions_are_added_and_a_missing_one_is_its_learnt_vector():
     np.testing.assert_allclose(sum_BD[1], cfg[2] + both, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_crossed_conditions_get_positions():
     _, cross_BXD = conditioning()(VALUES, MASKS)
     _, projection_CD, padding_D = parts("speaker_wavs")
@@ -64,6 +66,7 @@ def test_crossed_conditions_are_concatenated():
     np.testing.assert_array_equal(cross_BXD[:, 5:], alone_BXD)
 
 
+@pytest.mark.slow
 def test_conditions_change_the_logits():
     lm = small.build(lambda rngs: DelayedStreamsLM(small.TTS, rngs=rngs))
     tokens_BMT = np.zeros((2, 7, 1), np.int32)

@@ -20,6 +20,7 @@ def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     kernel=st.integers(1, 5),
@@ -63,6 +64,7 @@ def test_a_transposed_convolution_adds_every_input_to_two_strides_of_output(stri
     np.testing.assert_allclose(conv(x_BTC), wanted_BTD[:, : 4 * stride], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_depthwise_upsample_is_a_transposed_convolution_with_a_diagonal_kernel():
     upsample = DepthwiseUpsample(3, stride=2, rngs=nnx.Rngs(0))
     full = CausalConvTranspose1d(3, 3, stride=2, bias=False, rngs=nnx.Rngs(0))

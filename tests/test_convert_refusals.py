@@ -29,6 +29,7 @@ def test_a_codec_config_survives_transformers():
         assert mimi_layout.read_config(mimi_layout.write_config(config), "x") == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["delays", "text_card_out", "bias_proj"])
 def test_settings_that_transformers_cannot_express_are_refused(folders, tmp_path, key):
     lm = dataclasses.replace(PLAIN_STT, **{key: getattr(small.STT, key)})
@@ -46,6 +47,7 @@ def test_any_inner_width_has_a_hidden_scale(width, ffn_dim):
     assert 2 * gating_dim(width, lm.transformer.dim_feedforward) == ffn_dim
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -132,6 +134,7 @@ def test_an_unknown_layout_or_dtype_is_refused(folders, tmp_path):
         convert(folders["kyutai"], tmp_path / "out", dtype="int8")
 
 
+@pytest.mark.slow
 def test_a_layout_that_does_not_support_the_family_is_refused(tmp_path):
     folder = make_checkpoint(tmp_path, "kyutai", lm=small.TTS)
     message = (

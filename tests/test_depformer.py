@@ -33,6 +33,7 @@ def scores():
     return jax.jit(depformer().__call__)
 
 
+@pytest.mark.slow
 def test_a_codebook_depends_on_the_text_and_on_the_codebooks_before_it():
     hidden_BTD, target_BMT = clip()
     before_BQTV = np.array(scores()(hidden_BTD, target_BMT))
@@ -47,6 +48,7 @@ def test_a_codebook_depends_on_the_text_and_on_the_codebooks_before_it():
         assert moved_Q.tolist() == [q >= stream for q in range(4)]
 
 
+@pytest.mark.slow
 def test_frames_do_not_see_each_other():
     hidden_BTD, target_BMT = clip()
     before_BQTV = np.array(scores()(hidden_BTD, target_BMT))
@@ -57,6 +59,7 @@ def test_frames_do_not_see_each_other():
     assert (after_BQTV != before_BQTV).any(axis=(0, 1, 3)).tolist() == [False, True, False]
 
 
+@pytest.mark.slow
 def test_steps_share_weights_by_the_schedule():
     model = depformer()
     assert (len(model.inputs), len(model.linears), len(model.audio_embs)) == (3, 4, 3)

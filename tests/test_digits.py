@@ -13,6 +13,8 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.training.data import WordSpan
 from dsm_jax.training.evaluate import total_word_errors
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "dsm_jax/assets/digits"
 RECORDINGS = sorted((ROOT / "examples/audio").glob("digits_*.flac"))
@@ -36,7 +38,7 @@ def test_it_is_small_and_complete():
     assert [model().tokenizer.piece(i) for i in range(4, 14)] == [f"▁{word}" for word in WORDS]
 
 
-def test_digits_are_heard_where_they_were_said():
+def test_digits_are_transcribed_with_their_times():
     paths = RECORDINGS + STRINGS
     heard = dsm_jax.transcribe(model(), paths)
     truth = [[WordSpan(word["text"], word["start"], word["end"]) for word in said(path)] for path in paths]
@@ -57,7 +59,7 @@ def test_live_words_are_the_same(milliseconds):
     assert [(word.text, word.start, word.end) for word in words] == [(w.text, w.start, w.end) for w in expected]
 
 
-def test_nothing_is_heard_in_silence_hiss_hum_and_rumble():
+def test_silence_hiss_hum_and_rumble_have_an_empty_transcript():
     rate, random = model().sample_rate, np.random.default_rng(0)
     hiss_T = random.normal(size=30 * rate)
     hum_T = np.sin(2 * np.pi * 50 * np.arange(30 * rate) / rate)

@@ -12,6 +12,8 @@ from dsm_jax.training.data import WordSpan
 from dsm_jax.training.evaluate import total_word_errors
 from dsm_jax.tts import Request, Speech, blend, read_voice, synthesize_each, voices_of
 
+pytestmark = pytest.mark.slow
+
 ASSETS = Path(__file__).resolve().parents[1] / "dsm_jax/assets/digits-tts"
 VOICES = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 TEXTS = ("zero one two three four", "five six seven eight nine")
@@ -35,7 +37,7 @@ def test_it_is_small_and_has_six_voices():
     assert (ASSETS / "README.md").is_file()
 
 
-def test_what_it_says_is_heard():
+def test_its_speech_is_transcribed_as_its_text():
     assert len(said()) == len(VOICES) * len(TEXTS)
     heard = dsm_jax.transcribe(dsm_jax.load("digits"), [speech.pcm for speech in said()], batch_size=12)
     words = [[WordSpan(word.text, word.start, word.end) for word in speech.words] for speech in said()]

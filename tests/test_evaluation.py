@@ -15,12 +15,12 @@ from matplotlib import image
 
 from dsm_jax import cli
 from dsm_jax.errors import AudioError, ConfigError, EvaluationError
-from dsm_jax.evaluation import command, comparison, listening, metrics, normalizers, report, results
+from dsm_jax.evaluation import command, comparison, metrics, normalizers, report, results, transcription
 from dsm_jax.evaluation.datasets import Failure, Sample
-from dsm_jax.evaluation.listening import TimedTranscript
 from dsm_jax.evaluation.metrics import Errors
 from dsm_jax.evaluation.results import Evaluation, FileResult
 from dsm_jax.evaluation.run import evaluate
+from dsm_jax.evaluation.transcription import TimedTranscript
 
 MODEL = types.SimpleNamespace(name="a model")
 WORDS = ("one", "two", "three", "four", "fort", "for", "l'été", "x")
@@ -46,9 +46,9 @@ def distance(a: list[str], b: list[str]) -> int:
     return row[-1]
 
 
-def row(name: str, reference: str, heard: str, *, duration: float = 2.0, latencies=()) -> FileResult:
-    heard_and_times = TimedTranscript(heard, duration, 0.5, tuple(latencies), tuple(latencies), 1 if latencies else 0)
-    return FileResult(name, reference, reference, heard, metrics.score(reference, heard), heard_and_times)
+def row(name: str, reference: str, transcribed: str, *, duration: float = 2.0, latencies=()) -> FileResult:
+    timed = TimedTranscript(transcribed, duration, 0.5, tuple(latencies), tuple(latencies), 1 if latencies else 0)
+    return FileResult(name, reference, reference, transcribed, metrics.score(reference, transcribed), timed)
 
 
 def evaluation(*rows: FileResult, **changes) -> Evaluation:
@@ -58,21 +58,21 @@ def evaluation(*rows: FileResult, **changes) -> Evaluation:
 
 
 @pytest.fixture
-def heard(monkeypatch):
+def transcribed(monkeypatch):
     """Stands in for the transcription: what each recording says, by its name; counts what it was asked for."""
-    said: dict[str, object] = {}
+    transcripts: dict[str, object] = {}
     asked: list[str] = []
 
     def transcribe(model, samples, options, *, batch_size):
         for index in reversed(range(len(samples))):  # a short recording ends before the one ahead of it
             asked.append(samples[index].id)
-            what = said[samples[index].id]
+            what = transcripts[samples[index].id]
             if isinstance(what, KeyboardInterrupt):
                 raise what
             yield index, what if isinstance(what, Exception) else TimedTranscript(str(what), 2.0, 0.25)
 
-    monkeypatch.setattr(listening, "transcribe", transcribe)
-    return said, asked
+    monkeypatch.setattr(transcription, "transcribe", transcribe)
+    return transcripts, asked
 
 
 def samples(**texts: str) -> list[Sample]:
@@ -164,6 +164,7 @@ def test_what_the_published_script_leaves_out_does_not_count(name):
 # Intervals
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_true_rate_as_often_as_it_says():
     draw, true, held = np.random.default_rng(0), 0.1, 0
     for seed in range(200):
@@ -202,9 +203,9 @@ def test_there_is_no_interval_of_one_recording_or_without_resamples():
 # Runs
 
 
-def test_figures_of_a_run(heard):
-    said, _ = heard
-    said.update(a="One, two!", b="three", c="x")
+def test_figures_of_a_run(transcribed):
+    transcripts, _ = transcribed
+    transcripts.update(a="One, two!", b="three", c="x")
     data = samples(a="one two", b="three four", c="x", empty="...", marked="ignore_time_segment_in_scoring")
     found = evaluate(MODEL, data, normalizer="basic")
     assert [f.id for f in found.files] == ["a", "b", "c"]
@@ -219,9 +220,9 @@ def test_figures_of_a_run(heard):
     assert [f.id for f in found.worst(9)] == ["b"]
 
 
-def test_a_bad_recording_costs_only_itself(heard):
-    said, _ = heard
-    said.update(a="one", bad=AudioError("bad is cut short; fetch it again"), c="two")
+def test_a_bad_recording_costs_only_itself(transcribed):
+    transcripts, _ = transcribed
+    transcripts.update(a="one", bad=AudioError("bad is cut short; fetch it again"), c="two")
     progress = []
     found = evaluate(MODEL, samples(a="one", bad="x", c="two"), progress=lambda p: progress.append((p.done, p.total)))
     assert [f.id for f in found.files] == ["a", "c"]
@@ -233,9 +234,9 @@ def test_a_bad_recording_costs_only_itself(heard):
         evaluate(MODEL, samples(a="[laughs]"))
 
 
-def test_a_limit_counts_what_is_scored(heard):
-    said, asked = heard
-    said.update(a="one", b="two")
+def test_a_limit_counts_what_is_scored(transcribed):
+    transcripts, asked = transcribed
+    transcripts.update(a="one", b="two")
     found = evaluate(MODEL, samples(empty="", a="one", b="two", c="three", late=""), limit=2)
     assert sorted(asked) == ["a", "b"]
     assert found.skipped == ("empty",)
@@ -247,17 +248,17 @@ def test_sizes_that_are_too_small_are_refused(name, value):
         evaluate(MODEL, samples(a="one"), **{name: value})
 
 
-def test_a_stopped_run_leaves_its_rows_and_the_next_one_goes_on(heard, tmp_path):
-    said, asked = heard
+def test_a_stopped_run_leaves_its_rows_and_the_next_one_goes_on(transcribed, tmp_path):
+    transcripts, asked = transcribed
     journal = tmp_path / "rows.jsonl"
     data = samples(a="one", b="two", c="three", d="four")
-    said.update(d="four", c="tree", b=KeyboardInterrupt(), a="one")
+    transcripts.update(d="four", c="tree", b=KeyboardInterrupt(), a="one")
     with pytest.raises(KeyboardInterrupt):
         evaluate(MODEL, data, resume=journal)
     first, *rows = map(json.loads, journal.read_text(encoding="utf-8").splitlines())
     assert first["model"] == "a model"
     assert [(row["id"], row["hypothesis"], row["wer"]) for row in rows] == [("d", "four", 0.0), ("c", "tree", 1.0)]
-    said["b"] = "two"
+    transcripts["b"] = "two"
     with journal.open("ab") as file:
         file.write(b'{"id": "b", "hypo')  # killed while it wrote
     asked.clear()
@@ -265,7 +266,7 @@ def test_a_stopped_run_leaves_its_rows_and_the_next_one_goes_on(heard, tmp_path)
     found = evaluate(MODEL, data, resume=journal, progress=lambda p: progress.append((p.done, p.total)))
     assert asked == ["b", "a"]
     assert progress == [(3, 4), (4, 4)]
-    del said["a"]
+    del transcripts["a"]
     again = evaluate(MODEL, data, resume=journal)
     assert asked == ["b", "a"], "what is finished is not repeated"
     assert again == found
@@ -274,9 +275,9 @@ def test_a_stopped_run_leaves_its_rows_and_the_next_one_goes_on(heard, tmp_path)
     assert found.processing_seconds == 1.0, "the time of the stopped run counts too"
 
 
-def test_rows_are_scored_anew_with_the_texts_of_today(heard, tmp_path):
-    said, asked = heard
-    said["a"] = "One!"
+def test_rows_are_scored_anew_with_the_texts_of_today(transcribed, tmp_path):
+    transcripts, asked = transcribed
+    transcripts["a"] = "One!"
     evaluate(MODEL, samples(a="two"), resume=tmp_path / "rows")
     found = evaluate(MODEL, samples(a="one"), normalizer="none", resume=tmp_path / "rows")
     assert asked == ["a"]
@@ -284,9 +285,9 @@ def test_rows_are_scored_anew_with_the_texts_of_today(heard, tmp_path):
     assert evaluate(MODEL, samples(a="one"), resume=tmp_path / "rows").corpus_wer == 0.0
 
 
-def test_rows_of_another_run_are_refused(heard, tmp_path):
-    said, _ = heard
-    said["a"] = "one"
+def test_rows_of_another_run_are_refused(transcribed, tmp_path):
+    transcripts, _ = transcribed
+    transcripts["a"] = "one"
     path = tmp_path / "rows"
     evaluate(MODEL, samples(a="one"), resume=path)
     other = types.SimpleNamespace(name="another")
@@ -295,7 +296,7 @@ def test_rows_of_another_run_are_refused(heard, tmp_path):
     ):
         evaluate(other, samples(a="one"), resume=path)
     with pytest.raises(EvaluationError, match="whose options was "):
-        evaluate(MODEL, samples(a="one"), resume=path, options=listening.TranscribeOptions(seed=1))
+        evaluate(MODEL, samples(a="one"), resume=path, options=transcription.TranscribeOptions(seed=1))
     path.write_text("my only copy, without an end of line")
     with pytest.raises(EvaluationError, match=r"rows has no whole line of results; delete it, or give another file$"):
         evaluate(MODEL, samples(a="one"), resume=path)
@@ -307,7 +308,7 @@ def test_rows_of_another_run_are_refused(heard, tmp_path):
         evaluate(MODEL, samples(a="one"), resume=tmp_path)
 
 
-def test_what_is_missing_is_said_in_one_sentence(monkeypatch):
+def test_a_missing_library_is_an_error_of_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "jiwer", None)
     with pytest.raises(EvaluationError, match=r"^evaluation needs jiwer, .*; run: pip install 'dsm-jax\[evaluate\]'$"):
         evaluate(MODEL, samples(a="one"), normalizer="none")
@@ -382,7 +383,7 @@ def test_what_is_no_result_is_refused(tmp_path, text):
         results.load(tmp_path / "b.json")
 
 
-def test_the_table_and_the_summary_say_what_there_is():
+def test_the_table_and_the_summary_have_every_figure():
     found = evaluation(row("a", "one two", "one"), row("long name", "x", "x y", latencies=(0.5,)), skipped=("c",))
     assert found.table().splitlines() == [
         "recording  length       WER  errors",
@@ -405,10 +406,11 @@ def test_the_table_and_the_summary_say_what_there_is():
 def test_the_worst_are_printed_with_both_texts():
     found = evaluation(row("a", "one two", "one"), row("silent", "x y", ""), row("right", "x", "x"))
     lines = command.text(found, worst=2).splitlines()
-    assert lines[5:11] == ["silent", "  said   x y", "  heard  (nothing)", "", "a", "  said   one two"]
+    assert lines[5:11] == ["silent", "  reference   x y", "  hypothesis  (nothing)", "", "a", "  reference   one two"]
     assert command.text(found, worst=0) == found.table() + "\n\n" + found.summary()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wer.png", "wer.svg", "wer.pdf"])
 def test_the_plot_is_drawn(tmp_path, name):
     rows = [row(str(i), *pair) for i, pair in enumerate(pairs(50))]
@@ -478,8 +480,8 @@ def test_what_cannot_be_compared_is_refused():
 
 
 def test_the_command_compares(capsys, tmp_path):
-    for name, heard in (("a", "one"), ("b", "two")):
-        evaluation(row("x", "one", heard), row("y", "two", "two")).save(tmp_path / f"{name}.json")
+    for name, transcribed in (("a", "one"), ("b", "two")):
+        evaluation(row("x", "one", transcribed), row("y", "two", "two")).save(tmp_path / f"{name}.json")
     assert cli.main(["evaluate", "--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
     out = capsys.readouterr().out
     assert "2 recordings in both, 0 in one only" in out
@@ -487,7 +489,7 @@ def test_the_command_compares(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "there is nothing to evaluate; give recordings, or --compare A.json B.json"),
         (["x", "--compare", "a", "b"], "--compare reads results that are there, and a source was given too; leave one"),
@@ -511,9 +513,9 @@ def test_the_command_compares(capsys, tmp_path):
         (["x", "--plot", "a.doc"], "a.doc is no plot that can be drawn; name it .png, .svg, .pdf"),
     ],
 )
-def test_arguments_that_do_not_go_together_are_refused_before_the_model_is_loaded(capsys, arguments, said):
+def test_arguments_that_do_not_go_together_are_refused_before_the_model_is_loaded(capsys, arguments, message):
     assert cli.main(["evaluate", *arguments]) == 2
-    assert capsys.readouterr().err.startswith(f"dsm-jax: {said}")
+    assert capsys.readouterr().err.startswith(f"dsm-jax: {message}")
 
 
 def test_help_is_instant():

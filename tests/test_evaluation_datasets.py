@@ -30,7 +30,7 @@ def test_a_folder_has_a_transcript_beside_each_recording(tmp_path):
         ("c.ogg", "Ça va", tmp_path / "c.ogg"),
     ]
     assert found.failures == (
-        Failure("d.mp3", "there is no d.json or d.txt next to it; write what was said"),
+        Failure("d.mp3", "there is no d.json or d.txt next to it; write one"),
         Failure("lost.json", "there is no recording of this name next to it; add one (.wav, .flac, .mp3, .ogg, .opus)"),
     )
 
@@ -56,7 +56,7 @@ def test_a_manifest_has_a_line_for_each_recording(tmp_path):
         (b"[1]", r"^this is '\[1\]'; expected \{"),
         (b'{"text": "a"}', r"^the key 'audio' is None; expected the path of a recording"),
         (b'{"audio": "a.wav", "id": [1], "text": "a"}', r"^the key 'id' is \[1\]; expected a name$"),
-        (b'{"audio": "a.wav"}', r"^there is no text and there are no words; give what was said as 'text'$"),
+        (b'{"audio": "a.wav"}', r"^there is no text and there are no words; give the transcript as 'text'$"),
         (b'{"audio": "a.wav", "words": [1]}', r"^a word has no text; expected"),
         (
             b'{"audio": "a.wav", "text": "a b", "words": [{"text": "a"}, {"text": "c"}]}',
@@ -76,7 +76,7 @@ def test_a_bad_line_of_a_manifest_costs_only_itself(tmp_path, line, reason):
         raise EvaluationError(failure.reason)
 
 
-def test_two_recordings_of_one_name_are_told_apart(tmp_path):
+def test_two_recordings_of_one_name_have_ids_of_their_own(tmp_path):
     path = tmp_path / "list.jsonl"
     path.write_text('{"audio": "a.wav", "text": "one"}\n' * 2)
     found = datasets.read(path)

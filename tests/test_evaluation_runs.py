@@ -13,11 +13,13 @@ import dsm_jax
 from dsm_jax import audio, cli
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import AudioError
-from dsm_jax.evaluation import listening
+from dsm_jax.evaluation import transcription
 from dsm_jax.evaluation.datasets import Sample
-from dsm_jax.evaluation.listening import TranscribeOptions
+from dsm_jax.evaluation.transcription import TranscribeOptions
 from dsm_jax.stt.events import Word, WordEnded, WordStarted
 from dsm_jax.stt.transcript import Transcript
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples/audio"
 DIGITS = ["--model", "digits", "--no-cache", "--quiet", "--normalizer", "basic"]
@@ -30,9 +32,9 @@ def model() -> Model:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Return a clock that only moves when it is told to."""
+    """Return a clock that only moves when a test moves it."""
     clock = types.SimpleNamespace(now=0.0)
-    monkeypatch.setattr(listening.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(transcription.time, "perf_counter", lambda: clock.now)
     return clock
 
 
@@ -46,12 +48,12 @@ def test_only_the_transcription_is_timed(monkeypatch, clock):
             yield index, AudioError("bad") if index == 1 else Transcript("x", (), (), 2.0)
         clock.now += 0.5  # the end of the last chunk
 
-    monkeypatch.setattr(listening, "transcribe_each", transcribe_each)
+    monkeypatch.setattr(transcription, "transcribe_each", transcribe_each)
     device = types.SimpleNamespace(sample_rate=100)
     samples = [Sample(str(i), "x", i.to_bytes) for i in range(3)]
     found = []
-    for index, heard in listening.transcribe(device, samples, TranscribeOptions(), batch_size=2):
-        found.append((index, getattr(heard, "processing", None)))
+    for index, timed in transcription.transcribe(device, samples, TranscribeOptions(), batch_size=2):
+        found.append((index, getattr(timed, "processing", None)))
         clock.now += 100.0  # what is done with a result
     assert found == [(0, 1.0), (1, None), (2, 2.0)]
     warm_up, opened = calls
@@ -59,7 +61,7 @@ def test_only_the_transcription_is_timed(monkeypatch, clock):
     assert opened == [b"\x00", b"\x01", b"\x02"], "opened when their turn comes"
 
 
-def test_latency_is_what_was_heard_beyond_the_word(monkeypatch, clock):
+def test_latency_is_the_audio_fed_beyond_the_word(monkeypatch, clock):
     class Scripted:
         """Tells of a word in the third frame and of its end in the fourth; of another after the audio."""
 
@@ -76,23 +78,23 @@ def test_latency_is_what_was_heard_beyond_the_word(monkeypatch, clock):
             clock.now += 1.0
             return [WordEnded(Word("b", 0.2, 0.3, 1.0))]
 
-    monkeypatch.setattr(listening, "StreamingTranscriber", Scripted)
+    monkeypatch.setattr(transcription, "StreamingTranscriber", Scripted)
     mimi = types.SimpleNamespace(frame_size=80)
     device = types.SimpleNamespace(sample_rate=1000, config=types.SimpleNamespace(mimi=mimi))
     samples = [Sample("x", "a b", np.full(350, 0.1, np.float32)), Sample("bad", "a", "nosuch.wav")]
-    (_, heard), (_, error) = listening.transcribe_live(device, samples, TranscribeOptions())
+    (_, timed), (_, error) = transcription.transcribe_live(device, samples, TranscribeOptions())
     # Frames of 80 ms: the third ends at 0.24 s of audio, and the fifth, of 30 ms, with the audio at 0.35 s.
-    assert heard.start_latencies == (0.19, 0.12)
-    assert heard.end_latencies == (0.17,)
-    assert (heard.flushed, heard.text, heard.duration) == (1, "a b", 0.35)
-    assert heard.processing == 5 * 0.25 + 1.0
+    assert timed.start_latencies == (0.19, 0.12)
+    assert timed.end_latencies == (0.17,)
+    assert (timed.flushed, timed.text, timed.duration) == (1, "a b", 0.35)
+    assert timed.processing == 5 * 0.25 + 1.0
     assert isinstance(error, AudioError)
 
 
-def test_live_and_whole_give_the_same_errors_and_live_says_how_late_words_come():
+def test_live_and_whole_give_the_same_errors_and_live_has_latencies():
     digits = [Sample(p.name, "", p) for p in sorted(EXAMPLES.glob("digits_*.flac"))]
-    said = [json.loads(sample.audio.with_suffix(".json").read_text())["words"] for sample in digits]
-    texts = [" ".join(word["text"] for word in words) for words in said]
+    spoken = [json.loads(sample.audio.with_suffix(".json").read_text())["words"] for sample in digits]
+    texts = [" ".join(word["text"] for word in words) for words in spoken]
     samples = [Sample(one.id, text, one.audio) for one, text in zip(digits, texts, strict=True)]
     whole = dsm_jax.evaluate(model(), samples, normalizer="basic")
     live = dsm_jax.evaluate(model(), samples, normalizer="basic", streaming=True)
@@ -127,7 +129,7 @@ def test_the_command_evaluates_a_folder_and_goes_on_where_it_stopped(capsys, tmp
     lines = out.splitlines()
     assert lines[0].split() == ["recording", "length", "WER", "errors"]
     assert [line.split()[0] for line in lines[1:4]] == ["digits_jackson.flac", "digits_lucas.flac", "wrong.flac"]
-    assert "wrong.flac\n  said   nine nine nine nine\n  heard  two seven one" in out
+    assert "wrong.flac\n  reference   nine nine nine nine\n  hypothesis  two seven one" in out
     assert "\n1 recording could not be evaluated\n" in out
     values = json.loads(output.read_text(encoding="utf-8"))
     assert [row["id"] for row in values["files"]] == ["digits_jackson.flac", "digits_lucas.flac", "wrong.flac"]
@@ -136,7 +138,7 @@ def test_the_command_evaluates_a_folder_and_goes_on_where_it_stopped(capsys, tmp
     assert values["real_time_factor"] == pytest.approx(1 / values["inverse_real_time_factor"])
     assert plot.stat().st_size > 3000
 
-    # Fixed and continued: of the others, what was heard is not heard again.
+    # Fixed and continued: recordings that were transcribed are not transcribed again.
     (folder / "broken.wav").unlink()
     (folder / "broken.txt").unlink()
     for name in ("digits_jackson.flac", "digits_lucas.flac"):

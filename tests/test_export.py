@@ -9,6 +9,7 @@ from dsm_jax.training import finetune
 from tests.helpers import tts_model
 
 
+@pytest.mark.slow
 def test_write_model_leaves_nothing_behind_if_the_voices_cannot_be_written(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -32,6 +32,8 @@ from dsm_jax.training.rows import SttRows
 from dsm_jax.training.step import OptimizerConfig
 from tests.helpers.checkpoint_maker import PLAIN_STT, arrays_of, assert_same_weights, make_checkpoint
 
+pytestmark = pytest.mark.slow
+
 RATE = 400  # sample rate of the miniature codec, Hz
 LM = dataclasses.replace(PLAIN_STT, card=16, num_layers=1, context=160)
 EXAMPLE = Path(__file__).parents[1] / "examples/finetune.py"

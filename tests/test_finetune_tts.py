@@ -33,6 +33,8 @@ from tests.helpers import tts_model
 from tests.helpers.checkpoint_maker import arrays_of, assert_same_weights
 from tests.helpers.tts_model import CODEBOOKS, DELAY_STEPS, FRAME, LAST_DELAY
 
+pytestmark = pytest.mark.slow
+
 RATE = 1600
 EXAMPLE = Path(__file__).parents[1] / "examples/finetune_tts.py"
 MESH = Mesh(jax.devices()[:1], ("data",))

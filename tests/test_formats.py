@@ -165,6 +165,7 @@ TEXTS = st.text(alphabet='abc .?!"\n\té，。<>&', min_size=1, max_size=12) | s
 SECONDS = st.floats(0.0, 3.0)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(TEXTS, SECONDS, SECONDS), max_size=40), st.booleans())
 def test_cues_hold_all_words_in_order_within_the_limits(steps, in_order):
     words, now = [], 0.0

@@ -6,11 +6,13 @@ import pytest
 from tests.goldens import compare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", compare.CASES)
 def test_the_library_computes_what_the_reference_computed(name):
     compare.CASES[name](*compare.read(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["conv_strided", "conv_transpose", "upsample", "rvq", "transformer_lm"])
 def test_one_wrong_weight_is_noticed(name):
     config, arrays = compare.read(name)

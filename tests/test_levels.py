@@ -63,6 +63,7 @@ def stream(frames: int, *parts: dict[int, int]) -> list[int]:
     return [placed.get(frame, 3) for frame in range(frames)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", [1, 240, 1_000, 100_000])
 def test_the_end_of_a_sound_is_where_the_silence_after_it_begins(piece):
     pcm_T = sound((1.0, 1.4), (3.0, 3.5), seconds=5.0)[: None if piece > 1 else RATE * 3]

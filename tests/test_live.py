@@ -8,6 +8,8 @@ from dsm_jax.errors import AudioError, StreamError
 from dsm_jax.stt import WordEnded, WordStarted
 from tests.helpers import stt_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -23,7 +25,7 @@ def test_every_word_starts_before_it_ends(model):
         assert events.index(start) < events.index(WordEnded(word))
 
 
-def test_a_listener_hears_frames_as_they_complete(model):
+def test_a_live_transcriber_takes_frames_as_they_complete(model):
     listener = dsm_jax.StreamingTranscriber(model)
     pcm = stt_model.recording()
     assert listener.feed(pcm[:0]) == []
@@ -33,7 +35,7 @@ def test_a_listener_hears_frames_as_they_complete(model):
     assert listener.text == dsm_jax.transcribe(model, pcm).text
 
 
-def test_a_listener_that_is_finished_hears_no_more(model):
+def test_a_finished_live_transcriber_takes_no_more(model):
     listener = dsm_jax.StreamingTranscriber(model)
     with pytest.raises(AudioError, match=r"shape \(2, 5\); feed mono samples"):
         listener.feed(np.zeros((2, 5), np.float32))

@@ -32,6 +32,7 @@ def tokens(steps: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 12, size=(2, 4, steps)).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_an_absent_token_adds_exactly_nothing():
     lm, codes_BMT = stt(), tokens(3)
     np.testing.assert_array_equal(lm.embed(jnp.full((1, 4, 2), -1)), np.zeros((1, 2, 16)))
@@ -59,6 +60,7 @@ def test_a_low_rank_embedding_projects_the_rows_of_its_table(rank):
     assert not np.any(found[0, 1])
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(first=st.integers(0, 8), second=st.integers(-1, 8), absent=st.booleans(), rank=st.sampled_from([None, 3]))
 def test_a_folded_token_is_embedded_as_two_tokens(first, second, absent, rank):
@@ -76,6 +78,7 @@ def demuxed(rank: int | None) -> TokenEmbedding:
     return small.build(lambda rngs: TokenEmbedding(9, 6, rank=rank, demux=True, rngs=rngs))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(delays=st.lists(st.integers(0, 6), min_size=3, max_size=3), steps=st.sampled_from([1, 4]))
 def test_delaying_shifts_each_stream_right_and_undelaying_brings_it_back(delays, steps):
@@ -92,6 +95,7 @@ def test_delaying_shifts_each_stream_right_and_undelaying_brings_it_back(delays,
     np.testing.assert_array_equal(back_BMT[..., 0], np.where(valid_MT, codes_BMT, 0))
 
 
+@pytest.mark.slow
 def test_the_forward_pass_equals_single_steps():
     lm, codes_BMT = stt(), tokens(13)
     codes_BMT[0, 2, 5] = codes_BMT[1, 0, 4] = -1
@@ -101,7 +105,7 @@ def test_the_forward_pass_equals_single_steps():
         hidden_B1D, state = lm.step(column_BM1, state)
         return lm.text_logits(hidden_B1D), state
 
-    step, state, fed_BM1, logits = jax.jit(one), lm.init_state(2), np.tile(lm.initial_K, (2, 1))[..., None], []
+    step, state, fed_BM1, logits = jax.jit(one), lm.init_state(2), np.tile(lm.initial_M, (2, 1))[..., None], []
     for t in range(13):
         y_B1V, state = step(fed_BM1.astype(np.int32), state)
         logits.append(y_B1V)
@@ -117,10 +121,11 @@ def test_the_forward_pass_equals_single_steps():
 
 
 def test_every_stream_has_an_initial_token():
-    assert stt().initial_K.tolist() == [20, 12, 12, 12]
-    assert stt().initial_K.dtype == jnp.int32
+    assert stt().initial_M.tolist() == [20, 12, 12, 12]
+    assert stt().initial_M.dtype == jnp.int32
 
 
+@pytest.mark.slow
 def test_heads_score_in_float32():
     lm = stt()
     hidden_BTD = jax.random.normal(jax.random.key(0), (2, 3, 16))
@@ -142,6 +147,7 @@ def test_a_model_without_extra_heads_has_no_extra_probabilities():
     assert lm.extra_probabilities(jnp.zeros((2, 3, 16))).shape == (2, 3, 0, 6)
 
 
+@pytest.mark.slow
 def test_the_forward_pass_has_finite_gradients_in_every_weight():
     config = dataclasses.replace(small.STT, extra_heads_num_heads=0)
     graphdef, params = nnx.split(small.build(lambda rngs: DelayedStreamsLM(config, rngs=rngs)))
@@ -165,6 +171,7 @@ def test_another_number_of_streams_is_refused():
         stt().step(jnp.zeros((1, 3, 1), jnp.int32), stt().init_state(1))
 
 
+@pytest.mark.slow
 def test_a_step_updates_its_caches_in_place():
     config = dataclasses.replace(small.STT, context=8192)
     lm = small.build(lambda rngs: DelayedStreamsLM(config, rngs=rngs))

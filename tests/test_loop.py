@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from dsm_jax.errors import ConfigError, TrainingError
-from dsm_jax.training.loop import Run, RunConfig
+from dsm_jax.progress import Progress
+from dsm_jax.training.loop import Run, RunConfig, reporting
 from dsm_jax.training.step import TrainState
 from tests.helpers.small_run import CONFIG, STEP, assert_same, checkpoints, data, evaluate, metrics, start, stopped
 
@@ -22,6 +24,7 @@ def whole(tmp_path_factory) -> tuple[Path, TrainState]:
     return folder, Run(folder, CONFIG).train(STEP, start(), data(), evaluate=evaluate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "saved"), [(4, 4), (7, 4), (9, 8)])
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(tmp_path, whole, steps, saved):
     run = stopped(tmp_path, steps)
@@ -33,6 +36,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(tmp_path, wh
     assert metrics(tmp_path) == metrics(whole[0])
 
 
+@pytest.mark.slow
 def test_metrics_after_the_last_checkpoint_are_dropped_on_resume(tmp_path):
     run = stopped(tmp_path, 7)
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -43,6 +47,7 @@ def test_metrics_after_the_last_checkpoint_are_dropped_on_resume(tmp_path):
     assert [row["step"] for row in metrics(tmp_path)] == [2, 4, 6, 8, 10]
 
 
+@pytest.mark.slow
 def test_a_run_writes_metrics_the_last_checkpoints_and_a_plot(whole):
     folder, state = whole
     rows = metrics(folder)
@@ -56,6 +61,7 @@ def test_a_run_writes_metrics_the_last_checkpoints_and_a_plot(whole):
     assert_same(Run(folder, CONFIG).restore(start()), state)
 
 
+@pytest.mark.slow
 def test_a_record_is_the_mean_of_the_steps_since_the_last_record(tmp_path):
     losses, state = [], start()
     for batch in itertools.islice(data(), 10):
@@ -75,6 +81,7 @@ def test_metrics_that_are_not_finite_are_null(tmp_path):
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_returns_its_state(tmp_path):
     run = Run(tmp_path, CONFIG)
     state = run.train(STEP, start(), data())
@@ -91,6 +98,7 @@ def test_a_folder_with_a_later_checkpoint_is_refused(tmp_path):
     assert (metrics(tmp_path), checkpoints(tmp_path)) == (before, ["4"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep", "left"), [(1, ["10"]), (3, ["10", "4", "8"])])
 def test_the_last_keep_checkpoints_are_kept(tmp_path, keep, left):
     Run(tmp_path, dataclasses.replace(CONFIG, keep=keep)).train(STEP, start(), data())
@@ -103,13 +111,28 @@ def test_settings_of_a_run_below_1_are_refused(name):
         RunConfig(**{"steps": 1, name: 0})
 
 
-def test_off_a_terminal_each_report_is_a_line(tmp_path, capsys):
-    Run(tmp_path / "digits", CONFIG).train(STEP, start(), data(), evaluate=evaluate)
-    out, err = capsys.readouterr()
-    lines = err.splitlines()
-    assert out == ""
-    assert [line.split("  ")[0] for line in lines] == [f"digits {step}/10" for step in (2, 4, 6, 8, 10)]
-    assert re.fullmatch(
-        r"digits 4/10  loss [\d.e+-]+  gradient_norm [\d.e+-]+  seconds_per_step [\d.e+-]+  validation_w [\d.]+",
-        lines[1],
-    )
+@pytest.mark.slow
+def test_each_record_is_logged_and_nothing_is_printed(tmp_path, capsys, caplog):
+    with caplog.at_level(logging.INFO, "dsm_jax"):
+        Run(tmp_path / "digits", CONFIG).train(STEP, start(), data(), evaluate=evaluate)
+    assert capsys.readouterr() == ("", "")
+    lines = [record.getMessage() for record in caplog.records if record.name == "dsm_jax.training"]
+    assert [line.split(": ")[1] for line in lines] == [f"step {step} of 10" for step in (2, 4, 6, 8, 10)]
+    number = r"[\d.e+-]+"
+    values = f"loss {number}, gradient_norm {number}, seconds_per_step {number}, validation_w {number}"
+    assert re.fullmatch(f"digits: step 4 of 10: {values}", lines[1])
+
+
+@pytest.mark.slow
+def test_every_step_is_reported_with_those_before_a_resumption(tmp_path):
+    reports: list[Progress] = []
+    with reporting(reports.append):
+        run = stopped(tmp_path, 5)
+    assert reports == [Progress(step, 10) for step in range(6)]
+    del reports[:]
+    with reporting(reports.append):
+        state = run.train(STEP, run.restore(start()), data(4))
+    assert reports == [Progress(step, 10) for step in range(4, 11)]
+    run.train(STEP, state, iter(()))
+    assert reports[-1] == Progress(10, 10)
+    assert len(reports) == 7, "nothing is reported outside the block"

@@ -116,6 +116,7 @@ t.Run(Path(sys.argv[1]), t.CONFIG).train(t.STEP, t.start(), t.data(), evaluate=f
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["limit", "kill"])
 def test_a_process_that_dies_while_saving_is_resumed_from_the_checkpoint_before(tmp_path, fault):
     root = Path(__file__).resolve().parents[1]
@@ -182,6 +183,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path):
     assert int(run.restore(start()).step) == 4
 
 
+@pytest.mark.slow
 def test_metrics_and_plots_that_cannot_be_written_are_errors(tmp_path):
     def fill_disk(_: TrainState) -> dict[str, float]:
         (tmp_path / "metrics.jsonl").unlink()

@@ -12,6 +12,8 @@ import soxr
 from dsm_jax import audio, cli, microphone
 from dsm_jax.errors import AudioError
 
+pytestmark = pytest.mark.slow
+
 CLIP = Path(__file__).resolve().parents[1] / "examples/audio/digits_jackson.flac"
 
 

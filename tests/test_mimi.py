@@ -31,6 +31,7 @@ def samples_BTC() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(2, 12 * FRAME - 5, 1)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_encoding_a_stream_gives_the_codes_of_the_clip(mimi, samples_BTC):
     codes_BQT = jax.jit(mimi.encode)(samples_BTC)
     assert codes_BQT.shape == (2, 4, 12)
@@ -41,6 +42,7 @@ def test_encoding_a_stream_gives_the_codes_of_the_clip(mimi, samples_BTC):
     np.testing.assert_array_equal(np.concatenate(found, axis=2), codes_BQT)
 
 
+@pytest.mark.slow
 def test_decoding_a_stream_gives_the_samples_of_the_clip(mimi):
     codes_BQT = np.random.default_rng(0).integers(0, 16, size=(2, 4, 9)).astype(np.int32)
     audio_BTC = jax.jit(mimi.decode)(codes_BQT)
@@ -52,6 +54,7 @@ def test_decoding_a_stream_gives_the_samples_of_the_clip(mimi):
     np.testing.assert_allclose(np.concatenate(found, axis=1), audio_BTC, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_fewer_codebooks_give_the_first_codes_of_all(mimi, samples_BTC):
     def two_ways(frame_BTC):
         state = mimi.encoder.init_state(2)
@@ -77,6 +80,7 @@ def test_a_chunk_must_be_whole_frames(mimi, samples):
         mimi.encode_step(jnp.zeros((1, samples, 1)), mimi.encoder.init_state(1))
 
 
+@pytest.mark.slow
 def test_the_published_codec_has_12_frames_and_a_half_of_32_codes_a_second():
     def run(samples_BTC):
         mimi = Mimi(MimiConfig(), rngs=nnx.Rngs(0))
@@ -88,6 +92,7 @@ def test_the_published_codec_has_12_frames_and_a_half_of_32_codes_a_second():
     assert audio_BTC.shape == (1, 48_000, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "chunk"), [(MimiEncoder, (2, FRAME, 1)), (MimiDecoder, (2, 1, 16))])
 def test_a_step_of_one_frame_updates_its_caches_in_place(side, chunk):
     transformer = dataclasses.replace(small.MIMI.transformer, context=8192)

@@ -14,6 +14,8 @@ from dsm_jax.tts import Request, SynthesizeOptions, synthesize_each
 from dsm_jax.tts.synthesizer import SpeechSession, Synthesizer
 from tests.helpers import stt_model, tts_model
 
+pytestmark = pytest.mark.slow
+
 REQUESTS, SLOTS = 64, 8
 WORDS = [
     *("good", "morning", "everyone", "thank", "you", "for", "coming", "to", "the"),

@@ -20,6 +20,8 @@ from dsm_jax.convert import (
 )
 from dsm_jax.models.family import abstract_model
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED = Path(__file__).with_name("published")
 NAMES = ("stt-1b-en_fr", "stt-2.6b-en", "tts-1.6b-en_fr")
 

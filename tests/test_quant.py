@@ -20,6 +20,7 @@ from dsm_jax.nn.linear import Embedding, Linear
 from dsm_jax.nn.precision import set_compute_dtype
 from dsm_jax.nn.quant import QuantizedArray
 from tests.helpers import small
+from tests.helpers.optimized import compile_optimized
 
 RECORDING = Path(__file__).resolve().parents[1] / "examples/audio/digits_jackson.flac"
 
@@ -28,6 +29,7 @@ def noise(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [(), (1,), (2, 3)])
 @pytest.mark.parametrize(("inputs", "outputs"), [((64,), (3, 2, 4)), ((4, 16), (5,))])
 def test_an_int8_product_is_close_to_the_float_product(rows, inputs, outputs):
@@ -41,12 +43,14 @@ def test_an_int8_product_is_close_to_the_float_product(rows, inputs, outputs):
     assert np.abs(near - whole).max() > 0
 
 
+@pytest.mark.slow
 def test_an_int8_product_of_exact_values_is_exact():
     x = jnp.asarray([[127.0, -3.0], [0.0, 0.0]])
     weight = jnp.asarray([[127.0, 1.0], [5.0, 127.0]])
     np.testing.assert_array_equal(quant.matmul(x, quant.quantize_array(weight, inputs=1)), x @ weight)
 
 
+@pytest.mark.slow
 def test_int8_values_are_stored_outputs_first_with_a_scale_for_each_output():
     weight = noise(4, 16, 5) * jnp.asarray([1, 10, 100, 1000, 0.0])
     stored = quant.quantize_array(weight, inputs=2)
@@ -66,7 +70,7 @@ def test_an_int8_product_multiplies_integers_and_copies_no_weight(inputs, output
     def product(x: jax.Array, weight: QuantizedArray) -> jax.Array:
         return quant.matmul(x, weight, inputs=len(inputs), split=split)
 
-    compiled = jax.jit(product).lower(noise(1, 1, *inputs), weight).compile()
+    compiled = compile_optimized(jax.jit(product).lower(noise(1, 1, *inputs), weight))
     (line,) = [line for line in compiled.as_text().splitlines() if " dot(" in line]
     rows_and_outputs = [2, weight.scale.size]
     kind, shape = re.findall(r"= (\w+)\[([\d,]+)\]", line)[0]
@@ -77,10 +81,12 @@ def test_an_int8_product_multiplies_integers_and_copies_no_weight(inputs, output
 @pytest.mark.parametrize("split", [False, True])
 def test_a_float_product_copies_no_weight(split):
     weight = noise(64, 3, 4, 16)
-    compiled = jax.jit(lambda x, w: quant.matmul(x, w, split=split)).lower(noise(1, 1, 64), weight).compile()
+    lowered = jax.jit(lambda x, w: quant.matmul(x, w, split=split)).lower(noise(1, 1, 64), weight)
+    compiled = compile_optimized(lowered)
     assert compiled.memory_analysis().temp_size_in_bytes < weight.nbytes / 4
 
 
+@pytest.mark.slow
 def test_split_weights_give_the_same_products():
     x, weight = noise(2, 3, 4, 16), noise(4, 16, 2, 5)
     for stored in (weight, quant.quantize_array(weight, inputs=2)):
@@ -88,6 +94,7 @@ def test_split_weights_give_the_same_products():
         np.testing.assert_allclose(split, whole, rtol=0, atol=1e-5)  # sums in another order
 
 
+@pytest.mark.slow
 def test_an_int8_table_returns_scaled_rows():
     rows = quant.take(quant.quantize_array(noise(9, 6).T, inputs=1), jnp.asarray([[3, 8]]))
     np.testing.assert_allclose(rows, noise(9, 6)[jnp.asarray([[3, 8]])], atol=0.02)  # half a step of 3 / 127
@@ -100,6 +107,7 @@ def test_a_packed_table_returns_the_bfloat16_rows_in_float32():
     np.testing.assert_array_equal(rows, table[jnp.asarray([3, 8])].astype(jnp.float32))
 
 
+@pytest.mark.slow
 def test_only_the_linears_of_the_layers_are_quantised():
     params = nnx.state(small.build(lambda rngs: DelayedStreamsLM(small.TTS, rngs=rngs)))
     before, after = flatten(params), flatten(quant.quantize(params))
@@ -120,6 +128,7 @@ def test_only_the_linears_of_the_layers_are_quantised():
     assert isinstance(everything["text_linear.weight_DV"], QuantizedArray)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("config", [small.STT, small.TTS], ids=["stt", "tts"])
 def test_int8_weights_change_neither_the_dtype_of_activations_nor_of_caches(config, dtype):
@@ -140,6 +149,7 @@ def test_int8_weights_change_neither_the_dtype_of_activations_nor_of_caches(conf
     assert {a.dtype.name for cache in after.caches for a in jax.tree.leaves(cache)} == {dtype}
 
 
+@pytest.mark.slow
 def test_a_float32_model_with_bfloat16_weights_has_float32_caches():
     lm = small.build(lambda rngs: DelayedStreamsLM(small.STT, rngs=rngs))
     narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), lm)
@@ -171,6 +181,7 @@ def test_each_stream_has_its_own_table():
     np.testing.assert_array_equal(found[0], [table[0, 0], table[1, 4], np.zeros(2)])
 
 
+@pytest.mark.slow
 def test_an_int8_model_transcribes_the_same_words_and_cannot_be_saved(tmp_path):
     model = dsm_jax.load("digits")
     light = dataclasses.replace(model, lm_params=quant.quantize(model.lm_params))

@@ -14,6 +14,8 @@ import soundfile
 from dsm_jax import checkpoints
 from tests.helpers import csm_model, stt_model, tts_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -52,8 +54,6 @@ def desk(tmp_path_factory):
         **os.environ,
         "HF_HUB_CACHE": str(desk / "hub"),
         "HF_HUB_OFFLINE": "1",
-        "JAX_ENABLE_COMPILATION_CACHE": "true",  # as users have it, in a folder of its own
-        "XDG_CACHE_HOME": str(desk / "cache"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     return desk, environment

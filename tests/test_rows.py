@@ -50,6 +50,7 @@ def words_of(model, text_T: np.ndarray) -> list[tuple[str, float]]:
     return [(event.word.text, event.word.start) for event in events if isinstance(event, WordEnded)]
 
 
+@pytest.mark.slow
 def test_a_row_has_the_codes_and_the_text_of_transcription(model, tmp_path):
     spans = (("on", 0.3), ("a", 0.9), ("we", 1.5))
     (row_MT,) = SttRows(model, MESH, seconds=3.0, batch_size=2).encode([recording(tmp_path, "a", 2.0, *spans)])
@@ -65,6 +66,7 @@ def test_a_row_has_the_codes_and_the_text_of_transcription(model, tmp_path):
     assert words_of(model, row_MT[0]) == [(text, pytest.approx(start, abs=0.021)) for text, start in spans]
 
 
+@pytest.mark.slow
 def test_rows_keep_the_order_of_recordings_for_any_encode_batch(model, tmp_path):
     several = [recording(tmp_path, name, seconds, ("on", 0.2)) for name, seconds in (("a", 1), ("bb", 2), ("ccc", 1.5))]
     together = SttRows(model, Mesh(jax.devices(), ("data",)), seconds=2.0, batch_size=3)
@@ -74,6 +76,7 @@ def test_rows_keep_the_order_of_recordings_for_any_encode_batch(model, tmp_path)
     assert len({row.tobytes() for row in alone}) == 3
 
 
+@pytest.mark.slow
 def test_a_long_recording_is_cut_and_every_word_is_in_one_row_at_its_time(model, tmp_path):
     said = [("on", 0.4), ("a", 1.9), ("we", 2.5), ("he", 4.2), ("on", 6.9)]
     long = recording(tmp_path, "long", 6.5, *said)

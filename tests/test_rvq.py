@@ -25,6 +25,7 @@ def latents_BTD() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(2, 7, 16)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_nearest_returns_the_entry_at_the_least_distance():
     book = Codebook(32, 4, rngs=nnx.Rngs(0))
     x_NC = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
@@ -38,6 +39,7 @@ def test_of_equally_distant_entries_the_first_is_nearest():
     assert book.nearest(jnp.array([[0.0, 3.0], [0.0, 0.0], [0.5, 0.5]])).tolist() == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_each_codebook_quantises_the_residual_of_those_before_it(quantizer, latents_BTD):
     codes_BQT = np.array(quantizer.encode(latents_BTD, 4))
     assert codes_BQT.dtype == np.int32
@@ -68,6 +70,7 @@ def test_decoding_sums_the_entries_of_each_branch(quantizer, codebooks):
     np.testing.assert_allclose(quantizer.decode(jnp.asarray(codes_BQT)), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_semantic_codebooks_form_one_residual_chain():
     config = QuantizerConfig(dimension=4, n_q=3, n_q_semantic=2, bins=8, input_dimension=6, output_dimension=6)
     quantizer = small.build(lambda rngs: SplitQuantizer(config, rngs=rngs))

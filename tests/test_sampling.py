@@ -43,6 +43,7 @@ def test_temperature_0_takes_the_first_of_the_most_probable_tokens():
     assert tokens_B.dtype == jnp.int32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (1.0, 5), (1.0, 9), (0.5, 0), (2.0, 3), (1.0, 1)])
 def test_tokens_are_as_frequent_as_their_probabilities(temperature, top_k):
     probability_V = np.exp(LOGITS_V) ** (1 / temperature)
@@ -65,6 +66,7 @@ ROWS = 3
 per_row = st.lists(st.tuples(st.sampled_from([0.0, 0.3, 0.8, 1.5]), st.integers(0, 9)), min_size=ROWS, max_size=ROWS)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), chosen=per_row, row=st.integers(0, ROWS - 1))
 def test_a_row_depends_on_its_own_temperature_and_top_k_only(seed, chosen, row):
@@ -76,6 +78,7 @@ def test_a_row_depends_on_its_own_temperature_and_top_k_only(seed, chosen, row):
     assert together[row] == alone[0]
 
 
+@pytest.mark.slow
 def test_a_larger_max_top_k_changes_no_token():
     logits_BV = jax.random.normal(jax.random.key(1), (500, 7))
     keys_B = jax.random.split(jax.random.key(2), 500)

@@ -55,7 +55,7 @@ def test_a_typographic_apostrophe_is_a_plain_one(read, tokenizer):
     assert texts(entries) == ["don't"]
 
 
-def test_the_speaker_is_told_where_it_changes(read, tokenizer):
+def test_the_speaker_is_marked_where_it_changes(read, tokenizer):
     entries = read("the fox", "jumps", "", "over", "the dog", '<break time="1s"/>', "in silence")
     told = [(entry.text, entry.tokens[0]) for entry in entries if entry.tokens[:1] in [(MAIN,), (OTHER,)]]
     # Nobody speaks in the third turn, so the fourth goes on with the second's speaker; nor in the sixth.
@@ -68,7 +68,7 @@ def test_an_empty_first_turn_lets_the_other_speaker_begin(read):
     assert entry.tokens[0] == OTHER
 
 
-def test_a_model_of_one_speaker_is_told_none(read, tokenizer):
+def test_a_script_for_a_model_of_one_speaker_has_no_marks(read, tokenizer):
     assert [list(entry.tokens) for entry in read("the", "fox", multi_speaker=False)] == [
         tokenizer.encode("the"),
         tokenizer.encode("fox"),
@@ -120,7 +120,7 @@ def test_padding_between_counts_every_token_of_the_word(read):
         ([f'one <break time="{"9" * 400}s"/>'], "turn 1 has a break of 9+ s, and 3600 s is the longest"),
     ],
 )
-def test_what_cannot_be_said_is_refused(read, turns, message):
+def test_an_unsayable_text_is_refused(read, turns, message):
     with pytest.raises(SpeechError, match=message):
         read(*turns)
 

@@ -51,6 +51,7 @@ def fed_by(rules: Rules, script: list[list[int]], starts: np.ndarray) -> np.ndar
     return np.asarray(fed_TB)[:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", RULES, ids=lambda rules: f"ahead{rules.second_stream_ahead}")
 @settings(deadline=None)
 @given(scripts())

@@ -57,6 +57,7 @@ def test_the_samples_of_a_latent_do_not_depend_on_later_latents():
     np.testing.assert_array_equal(decode(x_BTC)[:, :24], decode(later_BTC)[:, :24])
 
 
+@pytest.mark.slow
 def test_elu_and_its_derivative_match_the_formula_in_both_modes():
     x = jnp.array([-30.0, -2.0, -1e-3, 0.0, 1e-3, 0.5, 30.0])
     slope = jnp.where(x > 0, 1.0, jnp.exp(x))

@@ -20,6 +20,9 @@ from dsm_jax.sharding import Sharding, letters_of, set_sharding
 from dsm_jax.streaming import KVCache
 from dsm_jax.tts import Request, SynthesizeOptions, synthesize_each
 from tests.helpers import small, stt_model, tts_model
+from tests.helpers.optimized import compile_optimized
+
+pytestmark = pytest.mark.slow
 
 CONFIG = TransformerConfig(
     d_model=64, num_heads=4, num_layers=2, dim_feedforward=96, context=512, gating="silu", norm="rms_norm_f32"
@@ -86,7 +89,7 @@ def test_a_layer_split_by_heads_costs_two_sums_and_copies_no_cache(steps, kv_rep
     state = init(params)
     x_BTD = jnp.zeros((2, steps, 64))
     step = jax.jit(lambda params, x_BTD, state: nnx.merge(graph, params).step(x_BTD, state), donate_argnums=2)
-    compiled = step.lower(params, x_BTD, state).compile()
+    compiled = compile_optimized(step.lower(params, x_BTD, state))
     assert collectives(compiled) == {"all-reduce": 2 * CONFIG.num_layers}
     part = state.caches[0].k_BKSH.nbytes // 2
     memory = compiled.memory_analysis()
@@ -103,7 +106,8 @@ def test_the_count_of_collectives_finds_a_planted_one():
     set_sharding(module, None)
     plain = nnx.graphdef(module)
     step = jax.jit(lambda params, x_BTD, state: nnx.merge(plain, params).step(x_BTD, state), donate_argnums=2)
-    assert collectives(step.lower(params, jnp.zeros((2, 1, 64)), state).compile()).keys() > {"all-reduce"}
+    compiled = compile_optimized(step.lower(params, jnp.zeros((2, 1, 64)), state))
+    assert collectives(compiled).keys() > {"all-reduce"}
 
 
 @pytest.mark.parametrize("jitted", [False, True])
@@ -114,7 +118,7 @@ def test_a_cache_is_never_whole_on_one_device(jitted):
         return nnx.merge(graph, params).init_state(2)
 
     if jitted:
-        compiled = jax.jit(init).lower(params).compile()
+        compiled = compile_optimized(jax.jit(init).lower(params))
         caches = 2 * CONFIG.num_layers * 2 * 4 * 512 * 16 * 4
         assert compiled.memory_analysis().output_size_in_bytes < 0.6 * caches
     state = (jax.jit(init) if jitted else init)(params)
@@ -152,7 +156,7 @@ def test_rows_on_different_devices_need_no_collectives():
         return {"y_BTD": y_BTD, "state": state}
 
     rows = jax.jit(sharding.over_rows(step), donate_argnums=2)
-    compiled = rows.lower(params, jnp.zeros((2, 1, 64)), state).compile()
+    compiled = compile_optimized(rows.lower(params, jnp.zeros((2, 1, 64)), state))
     assert collectives(compiled) == {}
     x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 64)), jnp.float32)
     wanted = jax.jit(step)(params, x_BTD, state)

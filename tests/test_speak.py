@@ -19,6 +19,8 @@ from dsm_jax.tts import Request, SynthesizeOptions
 from tests.helpers import stt_model, tts_model
 from tests.helpers.tts_model import CODEBOOKS, FRAME
 
+pytestmark = pytest.mark.slow
+
 TEXT = "good morning everyone"
 TURNS = ("thank you", "for coming")
 OPTIONS = SynthesizeOptions(temperature=0.0)

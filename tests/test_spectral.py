@@ -25,6 +25,7 @@ def sine(hertz: float, amplitude: float = 1.0) -> np.ndarray:
     return (amplitude * np.sin(2 * np.pi * hertz * np.arange(T) / RATE)).astype(np.float32)[None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [256, 1024])
 def test_magnitudes_are_those_of_windowed_fourier_transforms(window):
     x_BT, hop = noise(0), window // 4
@@ -37,6 +38,7 @@ def test_magnitudes_are_those_of_windowed_fourier_transforms(window):
         np.testing.assert_allclose(found_BNF[:, frame], wanted_BF, atol=2e-3)  # quiet ones have a floor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amplitude", [1.0, 0.25])
 def test_the_magnitude_of_a_sine_is_its_amplitude_at_its_frequency(amplitude):
     window, bin_ = 512, 20
@@ -47,6 +49,7 @@ def test_the_magnitude_of_a_sine_is_its_amplitude_at_its_frequency(amplitude):
     assert found_NF.min() > 0, "so that it has a logarithm"
 
 
+@pytest.mark.slow
 def test_the_distance_is_zero_to_itself_and_grows_with_noise():
     x_BT = noise(0)
     distances = [float(LOSS(x_BT, x_BT + np.float32(share) * noise(1))[0]) for share in (0.0, 0.1, 0.3, 1.0)]
@@ -73,6 +76,7 @@ def test_gradient_descent_on_the_loss_approaches_the_target():
     assert after < before
 
 
+@pytest.mark.slow
 def test_all_scales_have_the_same_weight():
     x_BT, y_BT = noise(0), noise(1)
     each = [float(stft_loss(x_BT, y_BT, scales=(window,))) for window in (256, 2048)]

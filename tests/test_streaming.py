@@ -27,6 +27,7 @@ def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -45,6 +46,7 @@ def test_convolutions_stream(options):
     check_streaming(conv, noise(2, 26 * block, 3), block=block, window=conv.tail, atol=ROUNDING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -57,6 +59,7 @@ def test_transposed_convolutions_stream(make):
     check_streaming(small.build(make), noise(2, 17, 3), window=1, atol=ROUNDING)
 
 
+@pytest.mark.slow
 def test_seanet_streams():
     config = small.MIMI.seanet
     residual = small.build(lambda rngs: ResidualBlock(4, config, dilation=2, rngs=rngs))
@@ -67,6 +70,7 @@ def test_seanet_streams():
     check_streaming(decoder, noise(2, 24, 16), window=7, atol=ROUNDING, seeds=(0,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -83,6 +87,7 @@ def test_transformers_stream_past_their_window(options):
     check_streaming(transformer, noise(2, 17, 16), window=4, atol=ROUNDING)
 
 
+@pytest.mark.slow
 def test_mimi_streams():
     frames, config = 17, small.MIMI
     window = config.transformer.context * config.seanet.hop
@@ -109,12 +114,14 @@ class HiddenStates:
         return self.step(tokens_BTK, self.init_state(tokens_BTK.shape[0]))[0]
 
 
+@pytest.mark.slow
 def test_the_language_model_streams():
     lm = small.build(lambda rngs: DelayedStreamsLM(small.STT, rngs=rngs))
     tokens_BTK = np.random.default_rng(0).integers(-1, 12, size=(2, 17, 4)).astype(np.int32)
     check_streaming(HiddenStates(lm), tokens_BTK, window=small.STT.context, atol=ROUNDING)
 
 
+@pytest.mark.slow
 def test_a_reset_takes_the_rows_of_the_fresh_state_and_leaves_caches_alone():
     state = small.build(lambda rngs: MimiEncoder(small.MIMI, rngs=rngs)).init_state(3)
     used = jax.tree.map(np.ones_like, state)
@@ -138,6 +145,7 @@ def test_select_rows_takes_active_rows_and_whole_caches():
     assert select_rows(None, new, old) is new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 6, 9, 11])
 def test_step_in_blocks_gives_no_longer_block_than_its_limit(length):
     lengths = []

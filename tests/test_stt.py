@@ -16,6 +16,8 @@ from dsm_jax.stt import Prompt, TranscribeOptions, WordEnded, WordStarted, trans
 from dsm_jax.stt.transcriber import Transcriber
 from tests.helpers import stt_model
 
+pytestmark = pytest.mark.slow
+
 SAMPLED = TranscribeOptions(temperature=1.0, top_k=20, seed=3)
 
 
@@ -127,7 +129,7 @@ def test_a_long_recording_is_never_held_whole(model, monkeypatch):
     assert max(held) < 15 * 24_000 < 8 * stt_model.recording().size
 
 
-def test_a_text_prompt_is_said_first_and_in_order(model):
+def test_the_words_of_a_text_prompt_come_first_and_in_order(model):
     prompt = Prompt(text="the quick fox")
     wanted = model.tokenizer.encode(prompt.text)
     said = tokens(
@@ -153,7 +155,7 @@ def test_a_cut_text_prompt_leaves_no_word_of_it(model):
     assert whole.text.replace(" ", "") == (said + cut.text).replace(" ", "")
 
 
-def test_an_audio_prompt_is_heard_first_and_cut_in_frames(model):
+def test_an_audio_prompt_precedes_the_recording_and_is_cut_in_frames(model):
     pcm = stt_model.recording()
     heard, rest = pcm[:48_001], pcm[48_001:]
     options = TranscribeOptions(prompt=Prompt(audio=heard, exclude_from_output=True))
@@ -171,7 +173,7 @@ def test_an_audio_prompt_is_heard_first_and_cut_in_frames(model):
 
 
 @pytest.mark.parametrize(("text", "message"), [("  ", "has no words"), ("語", "cannot spell")])
-def test_a_prompt_that_cannot_be_followed_says_why(model, text, message):
+def test_a_prompt_that_cannot_be_followed_is_refused_with_the_reason(model, text, message):
     with pytest.raises(PromptError, match=message):
         dsm_jax.transcribe(model, stt_model.recording(), options=TranscribeOptions(prompt=Prompt(text=text)))
 
@@ -288,7 +290,7 @@ def test_bfloat16_runs_and_streams():
     assert len(words) > 5
 
 
-def test_a_model_spread_over_devices_says_the_same_and_compiles_once(whole, compilations):
+def test_a_model_spread_over_devices_gives_the_same_words_and_compiles_once(whole, compilations):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("model",))
     spread = dsm_jax.load(stt_model.CHECKPOINT, sharding=Sharding(mesh))
     assert tokens(dsm_jax.transcribe(spread, stt_model.recording(), frames=True)) == tokens(whole)

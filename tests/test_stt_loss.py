@@ -19,6 +19,8 @@ from tests.helpers import checkpoint_maker, small
 from tests.helpers.greedy import greedy_tokens
 from tests.helpers.tokenizer_maker import make_tokenizer
 
+pytestmark = pytest.mark.slow
+
 LM = dataclasses.replace(small.STT, num_layers=1, context=64, text_card=64, text_card_out=None)
 KEY = jax.random.key(0)
 FRAMES = 24

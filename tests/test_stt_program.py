@@ -7,8 +7,11 @@ import pytest
 from flax import nnx
 
 from dsm_jax.stt import program
-from dsm_jax.stt.program import SttInputs, SttSettings
+from dsm_jax.stt.program import SttInputs, SttProgram, SttSettings
 from tests.helpers import stt_model
+from tests.helpers.optimized import compile_optimized
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +66,12 @@ def test_the_loss_of_a_clip_has_finite_gradients(model, parts):
     grads = jax.jit(jax.grad(loss))(model.lm_params)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     assert sum(float(jnp.abs(g).sum()) for g in jax.tree.leaves(grads)) > 0
+
+
+def test_the_state_is_updated_where_it_lies(model):
+    made = SttProgram(model, 2, 1)
+    state = made.init()
+    memory = compile_optimized(
+        made._step._jitted.lower(made._params, state, made._inputs([None] * 2))
+    ).memory_analysis()
+    assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))

@@ -22,6 +22,8 @@ from dsm_jax.tts.synthesizer import Synthesizer
 from tests.helpers import tts_model
 from tests.helpers.tts_model import CODEBOOKS, DELAY_STEPS, FRAME, LAST_DELAY
 
+pytestmark = pytest.mark.slow
+
 GREEDY = SynthesizeOptions(temperature=0.0)
 SAMPLED = SynthesizeOptions(temperature=0.8, codebooks=1, seed=3)
 TEXT = "good morning everyone"
@@ -152,7 +154,7 @@ def test_any_iterable_is_a_batch_with_voices_and_options_of_its_own(model, speec
 
 
 @pytest.mark.parametrize("max_frames", [1, 30])
-def test_a_text_that_is_cut_off_carries_what_was_said(model, speech, max_frames):
+def test_a_text_that_is_cut_off_has_the_speech_before_the_cut(model, speech, max_frames):
     short = dataclasses.replace(GREEDY, max_frames=max_frames)
     with pytest.raises(IncompleteSpeechError, match=f"was not said to its end in {max_frames} frames") as cut:
         dsm_jax.synthesize(model, TEXT, voice=VOICE, options=short)
@@ -170,7 +172,7 @@ def test_a_speech_is_saved_by_its_suffix(speech, tmp_path):
         speech.save(tmp_path / "a.txt")
 
 
-def test_words_before_one_that_cannot_be_said_are_said_and_skipping_goes_on(model):
+def test_words_before_an_unsayable_one_are_synthesized_and_skipping_goes_on(model):
     pieces = ["good mor", "ning ÿ ", "station"]
     live = dsm_jax.synthesize_stream(model, iter(pieces), voice=VOICE, options=GREEDY)
     heard = []
@@ -221,7 +223,7 @@ def test_each_of_a_batch_equals_itself_alone_and_a_bad_one_costs_only_itself(mod
         assert_same(results[index], dsm_jax.synthesize(model, request, options=seeded))
 
 
-def test_voices_of_two_lengths_are_both_said(model, speech):
+def test_texts_in_voices_of_two_lengths_are_both_synthesized(model, speech):
     long = tts_model.voice(0, steps=3)
     requests = [Request(TEXT, (voice,)) for voice in (VOICE, long, OTHER_VOICE, VOICE)]
     results = dict(synthesize_each(model, requests, options=GREEDY, batch_size=2))
@@ -272,7 +274,7 @@ def broken_said(model):
 @example(cuts=list(range(len(BROKEN))))
 @example(cuts=[BROKEN.index(" time")])
 @example(cuts=[BROKEN.index("morning")])
-def test_a_text_cut_anywhere_is_said_as_the_whole(say, broken_said, cuts):
+def test_a_text_cut_anywhere_gives_the_speech_of_the_whole(say, broken_said, cuts):
     ends = [*sorted(cuts), len(BROKEN)]
     pieces = [BROKEN[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
     assert "".join(pieces) == BROKEN
@@ -297,7 +299,7 @@ def test_sound_comes_while_text_is_still_to_come(model, speech):
     assert len(whole) > 4
 
 
-def test_a_recording_is_gone_on_from_and_not_said_again(prefix_model):
+def test_a_recording_is_continued_and_not_repeated(prefix_model):
     # Two frames are left out: they have not heard what follows them.
     heard_QP = codec.encode(prefix_model, recording(10), codebooks=CODEBOOKS)[:, :-2]
     after = 8

@@ -40,18 +40,21 @@ def refused_alike(model, error, message, text="good", **more) -> None:
         list(dsm_jax.synthesize_stream(model, text, **more))
 
 
+@pytest.mark.slow
 def test_a_model_that_only_listens_is_refused():
     refused_alike(
         dsm_jax.load("digits"), CheckpointError, "^digits is a speech-to-text model; to speak, load a text-to-"
     )
 
 
+@pytest.mark.slow
 def test_a_codec_alone_is_refused(model):
     config = ModelConfig(model_type="mimi", mimi=model.config.mimi)
     alone = dataclasses.replace(model, config=config, lm_def=None, lm_params=None, tokenizer=None, name="some-codec")
     refused_alike(alone, CheckpointError, "^some-codec is a codec without a language model; to speak, load a text-to-")
 
 
+@pytest.mark.slow
 def test_a_model_without_its_decoder_is_refused(checkpoint):
     deaf = dsm_jax.load(checkpoint, stt_only=True)
     refused_alike(deaf, ConfigError, "^speaker was loaded with stt_only=True; load it without to speak$")
@@ -112,11 +115,11 @@ def test_voices_that_the_model_cannot_take(model, speaker, error, message):
         ('good <break time="soon"/>', "a break that cannot be read"),
     ],
 )
-def test_texts_that_cannot_be_said(model, text, message):
+def test_unsayable_texts_are_refused(model, text, message):
     refused_alike(model, SpeechError, message, text, voice=voice(0), options=GREEDY)
 
 
-def test_what_is_wrong_with_live_text_is_told_when_it_arrives(model):
+def test_faults_of_live_text_are_raised_when_it_arrives(model):
     heard = dsm_jax.synthesize_stream(model, iter(["good ", "<b> ", "never asked for"]), voice=voice(0), options=GREEDY)
     with pytest.raises(SpeechError, match="turn 1 has '<b>', an unknown tag"):
         list(heard)
@@ -180,6 +183,7 @@ def test_two_recordings_to_go_on_from_are_refused(prefix_model):
         dsm_jax.synthesize(prefix_model, Request("good", (one, one)))
 
 
+@pytest.mark.slow
 def test_a_recording_that_leaves_nothing_to_go_on_from_is_refused(prefix_model):
     short = np.zeros(2 * FRAME, np.float32)
     refused_alike(

@@ -8,6 +8,7 @@ import sentencepiece
 from tests.helpers.tokenizer_maker import make_tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab_size", [48, 64, 400, 4000, 8000])
 def test_a_tokenizer_has_exactly_the_pieces_asked_for_and_reads_its_own_text(tmp_path: Path, vocab_size: int):
     path = make_tokenizer(tmp_path / "a.model", vocab_size)

@@ -17,6 +17,7 @@ from dsm_jax.errors import ConfigError
 from dsm_jax.nn.linear import Linear
 from dsm_jax.training.step import OptimizerConfig, TrainState, clip_by_norm, init, make_step, norm
 from tests.helpers import small
+from tests.helpers.optimized import compile_optimized
 
 STEPS = 6
 OPTIMIZER = OptimizerConfig(learning_rate=0.05, warmup=2, weight_decay=0.1, clip=0.5)
@@ -73,6 +74,7 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(count)
 
 
+@pytest.mark.slow
 def test_steps_equal_a_plain_optax_loop():
     optimizer = OPTIMIZER.build(STEPS)
     found, rows = run(make_step(loss, optimizer), start(optimizer))
@@ -93,6 +95,7 @@ def test_steps_equal_a_plain_optax_loop():
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
+@pytest.mark.slow
 def test_accumulated_parts_equal_the_whole_batch_for_a_mean_over_rows():
     parts = 4
     optimizer = OPTIMIZER.build(STEPS)
@@ -139,6 +142,7 @@ def test_bfloat16_parameters_are_trained_in_float32():
     assert {a.dtype.name for a in jax.tree.leaves((state.params, state.optimizer))} == {"float32", "int32"}
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_not_finite_changes_nothing_but_the_step_number():
     optimizer = OPTIMIZER.build(STEPS)
     for parts in (1, 2):
@@ -185,12 +189,13 @@ def test_each_accumulated_part_has_its_own_key():
     assert 0 < first != second > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_step_updates_the_donated_state_in_place(parts):
     optimizer = OPTIMIZER.build(STEPS)
     step, state = make_step(loss, optimizer, accumulate=parts), start(optimizer)
     size = sum(a.nbytes for a in jax.tree.leaves(state))
-    assert step.lower(state, batch(0)).compile().memory_analysis().alias_size_in_bytes == size
+    assert compile_optimized(step.lower(state, batch(0))).memory_analysis().alias_size_in_bytes == size
     after, _ = step(state, batch(0))
     assert all(a.is_deleted() for a in jax.tree.leaves((state.params, state.aux, state.optimizer)))
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, start(optimizer)), "weak types included"
@@ -205,6 +210,7 @@ def test_a_step_is_compiled_once(compilations, parts):
     assert len(compilations) == before + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2])
 def test_batches_split_over_two_devices_give_the_steps_of_one_device(compilations, parts):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -224,6 +230,7 @@ def test_batches_split_over_two_devices_give_the_steps_of_one_device(compilation
     assert all(a.is_fully_replicated and len(a.sharding.device_set) == 2 for a in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")
 @pytest.mark.parametrize(("steps", "warmup", "peak"), [(50, 10, 10), (8, 100, 4), (1, 100, 0)])
 def test_the_learning_rate_warms_up_and_ends_at_a_fiftieth(steps, warmup, peak):
@@ -240,6 +247,7 @@ def test_the_learning_rate_warms_up_and_ends_at_a_fiftieth(steps, warmup, peak):
     assert rates[0] == (0.0 if peak else pytest.approx(0.3, rel=1e-4))
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")
 def test_gradients_are_clipped_by_their_global_norm():
     optimizer = OptimizerConfig(clip=2.0, b1=0.5).build(10)

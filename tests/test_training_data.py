@@ -114,6 +114,7 @@ def spell(word: str) -> None:
         raise TrainingError(f"cannot spell {word}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_faulty_row_is_named_by_its_line_and_skip_bad_leaves_only_it_out(data, caplog, name):
     bad, message = FAULTS[name]

@@ -56,6 +56,7 @@ def test_norms_are_computed_in_float32(name):
     np.testing.assert_array_equal(y_BTD, in_32.astype(jnp.bfloat16))
 
 
+@pytest.mark.slow
 def test_feed_forwards_match_their_formulas():
     x_BTD = noise(2, 3, 6)
     plain = small.build(lambda rngs: FeedForward(6, 8, rngs=rngs))
@@ -81,6 +82,7 @@ def test_the_gated_inner_width_follows_the_reference(feedforward, inner):
     assert layer.feedforward.linear_in.weight.shape == (16, 2, inner)
 
 
+@pytest.mark.slow
 def test_a_chunk_sees_what_single_steps_see_where_the_reference_loses_keys():
     config, arrays = compare.read("transformer_mimi")
     transformer = compare.filled_transformer(config, arrays)
@@ -93,6 +95,7 @@ def test_a_chunk_sees_what_single_steps_see_where_the_reference_loses_keys():
     assert lost_T.tolist() == [t >= config["context"] - 1 for t in range(len(lost_T))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "steps", [1, 4, small.STT.context, small.STT.context + 1, 3 * small.STT.context, 3 * small.STT.context + 1]
 )
@@ -107,6 +110,7 @@ def test_init_clip_makes_no_caches_for_short_clips(steps):
     np.testing.assert_array_equal(after.position_B, expected.position_B)
 
 
+@pytest.mark.slow
 def test_gradients_pass_through_windows():
     config = TransformerConfig(d_model=8, num_heads=2, num_layers=1, dim_feedforward=12, context=4, layer_scale=0.1)
     graphdef, params = nnx.split(small.build(lambda rngs: Transformer(config, rngs=rngs)))
@@ -120,6 +124,7 @@ def test_gradients_pass_through_windows():
     assert np.any(of_x_BTD, axis=(0, 2)).tolist() == [False] * 6 + [True] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_step_updates_its_caches_in_place(steps):
     config = TransformerConfig(d_model=16, num_heads=4, num_layers=2, dim_feedforward=24, context=8192)

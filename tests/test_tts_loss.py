@@ -27,6 +27,8 @@ from dsm_jax.tts.words import WordMachine
 from tests.helpers import checkpoint_maker, speaking, tts_model
 from tests.helpers.tokenizer_maker import make_tokenizer
 
+pytestmark = pytest.mark.slow
+
 LM = dataclasses.replace(tts_model.SPEAKERS, demux_second_stream=False, context=64)
 FRAMES, DELAY = 24, 3
 UNDISTURBED = TtsObjective(random_codes=0.0)

@@ -27,7 +27,10 @@ from dsm_jax.tts.program import TtsSettings
 from dsm_jax.tts.script import NEW_WORD, PAD, Entry
 from dsm_jax.tts.words import WordMachine
 from tests.helpers import small
+from tests.helpers.optimized import compile_optimized
 from tests.helpers.speaking import Loop, Said, join, steps_B
+
+pytestmark = pytest.mark.slow
 
 # A frame of 4 samples, as compiling is what these tests spend their time on.
 SEANET = dataclasses.replace(small.MIMI.seanet, ratios=(2,))
@@ -242,13 +245,13 @@ def test_a_slot_gives_up_after_its_own_limit():
 
 
 @pytest.mark.parametrize("limits", [(1,), (5,), (12,), (3, 1, 7, 2)])
-def test_calls_of_any_length_say_the_same(limits):
+def test_calls_of_any_length_give_the_same_speech(limits):
     for row, said in enumerate(calm().speak(requests(range(3)), itertools.cycle(limits))):
         said.like(whole()[row])
 
 
 @pytest.mark.parametrize("limit", [2, 12])
-def test_a_script_that_grows_is_said_as_the_whole(limit):
+def test_a_script_that_grows_gives_the_speech_of_the_whole(limit):
     state, parts, waits = calm().start([request(row, entries=[], complete=False) for row in range(3)]), [[], [], []], 0
     for known in [(0, 0, 0), (0, 1, 1), (2, 1, 3), (4, 1, 4), (5, 1, 5), None]:
         for row in range(3):
@@ -346,11 +349,12 @@ def test_nothing_leaves_or_enters_the_device_in_a_call():
     assert "callback" not in compiled_step().as_text()
 
 
+@functools.cache
 def compiled_step() -> jax.stages.Compiled:
-    """Return the compiled loop; compiled once, as jax keeps it."""
+    """Compile the loop as users do."""
     loop = calm()
     inputs = loop.program._inputs([Leave()] * 3, waiting=False)
-    return loop.program._step.compile(loop.program._params, loop.program.init(), inputs)
+    return compile_optimized(loop.program._step._jitted.lower(loop.program._params, loop.program.init(), inputs))
 
 
 def test_the_state_is_updated_where_it_lies():

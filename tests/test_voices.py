@@ -92,7 +92,7 @@ def test_a_published_voice_is_fetched_by_its_name_for_the_model(file, monkeypatc
     assert asked == [("kyutai/tts-voices", "expresso/calm.wav.abc123@7.safetensors")]
 
 
-def test_a_published_voice_without_network_is_said_to_be_offline(tmp_path, monkeypatch):
+def test_the_error_of_a_published_voice_without_network_names_the_network(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     message = (
         r"^kyutai/tts-voices/expresso/calm.wav.abc123@7.safetensors is not in the local cache and could not be "
@@ -174,7 +174,7 @@ def test_voices_that_cannot_be_blended_are_refused(given, weights, message):
         voices.blend(given, weights)
 
 
-def test_guidance_is_told_by_its_place_among_those_that_are_known():
+def test_a_guidance_value_is_the_condition_of_its_place_among_the_known_values():
     assert voices.guidance_values(CONFIG) == [1.0, 2.0, 3.0]
     for place, guidance in enumerate([1.0, 2.0, 3.0]):
         values, masks, _ = voices.conditions(CONFIG, [[voice(0)], [voice(1)]], guidance)
@@ -231,7 +231,7 @@ def test_voices_that_do_not_fit_the_model_are_refused(rows, message):
         voices.conditions(CONFIG, rows, None)
 
 
-def test_a_model_without_speakers_is_told_only_what_it_knows():
+def test_a_model_without_speakers_has_only_its_own_conditions():
     assert voices.has_speakers(CONFIG)
     assert not voices.has_speakers(SPEAKERLESS)
     assert voices.guidance_values(SPEAKERLESS) == []

@@ -31,6 +31,7 @@ def wheel(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_package(wheel):
     expected = {
         f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
@@ -43,6 +44,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheel):
     assert shipped == expected
 
 
+@pytest.mark.slow
 def test_convert_imports_from_an_installed_wheel(wheel, tmp_path):
     site = tmp_path / "site"
     run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel, cwd=tmp_path)
@@ -50,6 +52,7 @@ def test_convert_imports_from_an_installed_wheel(wheel, tmp_path):
     assert run("-I", "-c", code, cwd=tmp_path) == str(site / "dsm_jax/convert/__init__.py")
 
 
+@pytest.mark.slow
 def test_convert_imports_from_an_editable_install(tmp_path):
     code = "import dsm_jax.convert as module; print(module.__file__)"
     assert run("-I", "-c", code, cwd=tmp_path) == str(ROOT / "convert/__init__.py")

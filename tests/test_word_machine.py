@@ -32,6 +32,7 @@ def split(fed_T: list[int]) -> list[tuple[int, int]]:
     return [(token % CARD, token // CARD - 1) for token in fed_T]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(machines, word_scripts.rows)
 def test_every_step_is_the_oracles(machine, rows):
@@ -166,6 +167,7 @@ def growths(draw) -> list[list[int]]:
     return np.maximum.accumulate(np.array(rounds), axis=0).tolist()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(machines, word_scripts.rows, growths())
 def test_a_script_that_grows_gives_the_steps_of_the_whole_script(machine, rows, growth):
@@ -200,6 +202,7 @@ def each_step(rules: Rules, script: Script, state: WordState, token: int) -> np.
     return np.stack([fed_T, taken_T, *jax.tree.leaves(after)], axis=1)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(machines, word_scripts.scripts, word_scripts.choices, st.integers(0, 14))
 def test_a_row_waits_exactly_where_text_to_come_would_change_its_step(machine, entries, sampled_T, known):

@@ -93,7 +93,7 @@ def test_words_that_share_a_segment_are_each_as_sure_as_their_own_pieces():
     assert [(w.text, round(w.probability, 6)) for w in words] == [("the", 0.9), ("fox", 0.2)]
 
 
-def test_what_is_heard_before_the_audio_is_no_pause_of_it():
+def test_a_pause_before_the_audio_is_not_reported():
     prompted = Timing(frame_rate=12.5, text_offset=0.4, audio_offset=0.4)
     r = reader(prompted)
     told = [e for _ in range(8) for e in r.read(3, 1.0, (0.0, 0.0, 0.9, 0.0))]
@@ -119,7 +119,7 @@ def pauses(probabilities: list[float], tokens: list[int] | None = None, **settin
     return [e for e in events if isinstance(e, Pause)]
 
 
-def test_a_pause_is_told_once_until_somebody_speaks():
+def test_a_pause_is_reported_once_until_somebody_speaks():
     assert pauses([0.4, 0.6, 0.9, 0.2, 0.7]) == [Pause(2 / 12.5, 2.0, 0.6)]
     word = ids("the")[0]
     assert len(pauses([0.6, 0.1, 0.7, 0.8], [3, word, 3, 3])) == 2

@@ -39,8 +39,7 @@ COMMANDS = {"transcribe": _transcribe, "speak": _speak}
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     args = parser().parse_args(argv)
-    terminal.set_up(quiet=args.quiet, verbose=args.verbose)
-    with terminal.ended_by_one_interrupt():
+    with terminal.messages(quiet=args.quiet, verbose=args.verbose), terminal.ended_by_one_interrupt():
         return _run(args)
 
 

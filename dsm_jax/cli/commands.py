@@ -26,7 +26,8 @@ def codec_encode(args: argparse.Namespace) -> int:
             file.write(save({"codes": codes_QT}, metadata=facts))
     except OSError as error:
         raise UsageError(f"{args.output} cannot be written ({error.strerror}); choose another place") from None
-    terminal.note(f"{args.output}: {codes_QT.shape[0]} codebooks x {codes_QT.shape[1]} frames")
+    if not args.quiet:
+        terminal.note(f"{args.output}: {codes_QT.shape[0]} codebooks x {codes_QT.shape[1]} frames")
     return 0
 
 
@@ -39,7 +40,8 @@ def codec_decode(args: argparse.Namespace) -> int:
     model = load(args, stt_only=False)
     pcm = codec.decode(model, codec.read_codes(args.input))
     audio.write(args.output, pcm, model.config.mimi.sample_rate)
-    terminal.note(f"{args.output}: {pcm.size / model.config.mimi.sample_rate:.2f} s")
+    if not args.quiet:
+        terminal.note(f"{args.output}: {pcm.size / model.config.mimi.sample_rate:.2f} s")
     return 0
 
 
@@ -65,10 +67,13 @@ def train(args: argparse.Namespace) -> int:
     malloc.keep_freed()
     set_up_jax(args)
     from dsm_jax import tasks
+    from dsm_jax.training import loop
 
     config, run = tasks.read_config(args.config, tasks.library_tasks())
-    model = run(config, resume=args.resume)
-    terminal.note(f"trained: {model!r}")
+    with terminal.training_bar(quiet=args.quiet) as progress, loop.reporting(progress):
+        model = run(config, resume=args.resume)
+    if not args.quiet:
+        terminal.note(f"trained: {model!r}")
     return 0
 
 

@@ -50,12 +50,18 @@ def set_up_jax(args: argparse.Namespace) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         # With a limit, JAX locks the cache, so that commands that run at once cannot damage its entries.
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
-        _remove_unlocked_entries(folder)
+        remove_unfinished_entries(folder)
         _replace_damaged_entries(folder)
 
 
-def _remove_unlocked_entries(folder: Path) -> None:
-    """Remove entries without a time of use, as a cache without a limit has them: JAX fails at each of them."""
+def remove_unfinished_entries(folder: Path) -> None:
+    """Remove entries without a time of use, at which JAX fails.
+
+    A process that is killed leaves such an entry, and so does a cache without a limit.
+
+    Args:
+      folder: folder of the cache; one that does not exist has no entries.
+    """
     for entry in folder.glob("*-cache"):
         if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
             entry.unlink(missing_ok=True)
@@ -79,7 +85,7 @@ def remove_damaged(folder: Path, module: str) -> int:
     """Remove those of a module's cache entries that cannot be decompressed, or all of them where each can.
 
     Args:
-      folder: of the cache.
+      folder: folder of the cache.
       module: name of the compiled module, with which the names of its entries begin.
 
     Returns:

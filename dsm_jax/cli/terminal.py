@@ -1,6 +1,7 @@
 """Show bars, warnings and errors on standard error, apart from the command's output."""
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -19,21 +20,18 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # exit code of a program that was ended by Ctrl-C
 _GRACE_S = 1.0  # after Ctrl-C, in which files are put in order
 
-_console: "Console | None" = None
 
-
+@functools.cache
 def console() -> "Console":
-    """Return the console of standard error, which bars and messages share."""
-    global _console
+    """Return the console of standard error: one, or messages would not be printed above the bars."""
     from rich.console import Console
 
-    if _console is None or _console.file is not sys.stderr:
-        _console = Console(stderr=True)
-    return _console
+    return Console(stderr=True)
 
 
-def set_up(*, quiet: bool, verbose: bool) -> None:
-    """Send the library's log to standard error, and let text that an encoding lacks be replaced.
+@contextlib.contextmanager
+def messages(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Send the library's log to standard error while the block runs, and let text that an encoding lacks be replaced.
 
     Args:
       quiet: show errors alone.
@@ -43,8 +41,14 @@ def set_up(*, quiet: bool, verbose: bool) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     log = logging.getLogger("dsm_jax")
+    before = log.handlers, log.level
     log.handlers = [_Handler()]
     log.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
+    try:
+        yield
+    finally:
+        log.handlers = before[0]
+        log.setLevel(before[1])
 
 
 class _Handler(logging.Handler):
@@ -129,10 +133,13 @@ class Level:
 class Bars:
     """Show a bar for each item of some work; nothing where standard error is no terminal.
 
+    Attributes:
+      shown: whether bars are shown.
+
     Args:
       quiet: show nothing.
-      unit: of the numbers, such as "s".
-      scale: of the numbers in their unit.
+      unit: unit of the numbers, such as "s".
+      scale: factor from the reported numbers to the unit.
     """
 
     def __init__(self, *, quiet: bool, unit: str = "s", scale: float = 1.0):
@@ -142,9 +149,11 @@ class Bars:
         amount = TextColumn(f"{{task.completed:.0f}} {unit}")
         columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
         # Standard output is for the text alone: rich would send what is printed meanwhile to its own console, wrapped.
-        hidden = quiet or not console().is_terminal
+        self.shown = not quiet and console().is_terminal
         self._scale = scale
-        self._bars = RichProgress(*columns, console=console(), transient=True, disable=hidden, redirect_stdout=False)
+        self._bars = RichProgress(
+            *columns, console=console(), transient=True, disable=not self.shown, redirect_stdout=False
+        )
         self._names: dict[int, str] = {}
         self._tasks: dict[int, object] = {}
 
@@ -193,3 +202,22 @@ def loading_bar(name: str, *, quiet: bool) -> Iterator[Callable[[Progress], None
     with Bars(quiet=quiet, unit="MB", scale=1e-6) as bars:
         bars.name(0, name)
         yield bars.update
+
+
+@contextlib.contextmanager
+def training_bar(*, quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """Show a bar over the steps of a training while the block runs, and the training's log unless that is quiet.
+
+    Yields:
+      A function to call with the progress.
+    """
+    log = logging.getLogger("dsm_jax.training")
+    level = log.level
+    if not quiet:
+        log.setLevel(logging.INFO)
+    try:
+        with Bars(quiet=quiet, unit="steps") as bars:
+            bars.name(0, "training")
+            yield bars.update
+    finally:
+        log.setLevel(level)

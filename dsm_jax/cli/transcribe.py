@@ -85,7 +85,7 @@ def transcribe_files(
             options=options,
             batch_size=args.batch_size,
             frames=args.frames,
-            progress=bars.update,
+            progress=bars.update if bars.shown else None,  # it costs another opening of each recording
             on_event=found if as_lines else None,
         )
         for index, result in results:
@@ -112,7 +112,7 @@ def transcribe_files(
 
 
 def listen(args: argparse.Namespace, model: "Model", options: "TranscribeOptions") -> int:
-    """Transcribe the microphone until Ctrl-C: words as they are said, then the transcript in its format."""
+    """Transcribe the microphone until Ctrl-C; print words as they end, then the transcript in its format."""
     from dsm_jax import microphone
     from dsm_jax.stt import Pause, StreamingTranscriber, WordEnded
 

@@ -36,7 +36,7 @@ class Job:
 
     @functools.cached_property
     def dataset(self) -> Dataset:
-        """The recordings; read before the model, which takes longer."""
+        """The recordings, which are read before the model, as that takes longer."""
         return datasets.read(self.source)
 
     def __post_init__(self) -> None:
@@ -86,9 +86,10 @@ def run(model: Model, job: Job, *, progress: ProgressCallback | None = None) -> 
 
 
 def text(evaluation: Evaluation, *, worst: int) -> str:
-    """Write an evaluation out: the recordings, the worst ones with both texts, and the figures."""
+    """Return an evaluation as text: the recordings, the worst ones with both texts, and the figures."""
     shown = [
-        f"{row.id}\n  said   {row.normalized_reference}\n  heard  {row.normalized_hypothesis.strip() or '(nothing)'}"
+        f"{row.id}\n  reference   {row.normalized_reference}\n"
+        f"  hypothesis  {row.normalized_hypothesis.strip() or '(nothing)'}"
         for row in evaluation.worst(worst)
     ]
     return "\n\n".join([evaluation.table(), *shown, evaluation.summary()])

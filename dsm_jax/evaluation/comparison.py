@@ -29,9 +29,9 @@ class Comparison:
 
     Attributes:
       before, after: the evaluations, of those recordings alone.
-      changes: of each recording, in the order of the first.
+      changes: change of each recording, in the order of the first evaluation.
       left_out: recordings that only one of the two has.
-      interval: of the difference of corpus WER, paired by recording, at 95 %; None where there is none.
+      interval: interval of the difference of corpus WER, paired by recording, at 95 %; None where there is none.
     """
 
     before: Evaluation
@@ -56,10 +56,10 @@ class Comparison:
         return tuple(sorted(worsened, key=lambda change: (-change.difference, change.before.id))[:count])
 
     def table(self, count: int = 5) -> str:
-        """Set the figures side by side, and list the recordings that changed most.
+        """Return a table of the figures of both evaluations, and of the recordings that changed most.
 
         Args:
-          count: recordings listed, of those that got better and of those that got worse.
+          count: number of recordings listed among those that improved, and among those that got worse.
         """
         a, b = self.before, self.after
         rows = [("", "A", "B", "B - A"), ("model", a.model, b.model, "")]
@@ -103,7 +103,7 @@ def compare(before: Evaluation, after: Evaluation, *, bootstrap: int = 1000, see
       before: evaluation A.
       after: evaluation B.
       bootstrap: resamples for the interval of the difference; 0 for none.
-      seed: of the resampling.
+      seed: seed of the resampling.
 
     Raises:
       EvaluationError: the two have no recording in common, or their references or normalizers differ.

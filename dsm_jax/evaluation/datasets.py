@@ -1,4 +1,4 @@
-"""Read recordings and what was said in them: folders, JSON Lines files, and data sets of the Hugging Face hub.
+"""Read recordings and their reference transcripts: folders, JSON Lines files, and data sets of the Hugging Face hub.
 
 A folder has a transcript of the same name next to each recording: `.json`, as training and `dsm-jax transcribe --format
 json` have it, or else `.txt`. A file has a line `{"audio": PATH, "text": TEXT}` for each recording, with paths relative
@@ -21,11 +21,11 @@ _FORMAT = '{"audio": PATH, "text": TEXT}'
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One recording and what was said in it.
+    """One recording and its reference transcript.
 
     Attributes:
       id: names it; no other sample of the data set has the same.
-      reference: what was said.
+      reference: the right transcript.
       audio: a recording, as `transcribe` takes it, or a function that opens it when its turn comes.
     """
 
@@ -51,7 +51,7 @@ class Dataset:
     """Recordings to evaluate on.
 
     Attributes:
-      name: of the data set.
+      name: name of the data set.
       samples: in order.
       failures: recordings whose transcript is missing or cannot be read.
     """
@@ -62,7 +62,7 @@ class Dataset:
 
 
 def read(source: str | Path) -> Dataset:
-    """Read a data set; recordings stay on disk until their turn comes.
+    """Read a data set; each recording is opened when it is transcribed.
 
     Args:
       source: a folder; a JSON Lines file; one of `hub_datasets.ALIASES`, such as "librispeech.clean"; or
@@ -113,7 +113,7 @@ def _folder(folder: Path) -> Iterator[Sample | Failure]:
         beside = [path.with_suffix(suffix) for suffix in (".json", ".txt")]
         transcript = next((file for file in beside if file.is_file()), None)
         if transcript is None:
-            yield Failure(path.name, f"there is no {path.stem}.json or {path.stem}.txt next to it; write what was said")
+            yield Failure(path.name, f"there is no {path.stem}.json or {path.stem}.txt next to it; write one")
             continue
         try:
             text = _text(_bytes(transcript))
@@ -185,5 +185,5 @@ def _reference(values: dict[str, object]) -> str:
     if isinstance(text, str):
         return text
     if words is None:
-        raise EvaluationError("there is no text and there are no words; give what was said as 'text'")
+        raise EvaluationError("there is no text and there are no words; give the transcript as 'text'")
     return words

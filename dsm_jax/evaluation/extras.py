@@ -1,4 +1,4 @@
-"""Say what to install where a library that only evaluation needs is missing."""
+"""Name the extra to install where a library that only evaluation needs is missing."""
 
 import contextlib
 from collections.abc import Iterator

@@ -28,8 +28,8 @@ class Journal:
     """A file of JSON lines that grows while a run lasts, and from which the next run continues.
 
     Args:
-      path: of the file; it is made where there is none.
-      run: what all rows have in common, as JSON values; the first line of the file.
+      path: path of the file, which is made if it does not exist.
+      run: settings that all rows have in common, as JSON values; the first line of the file.
 
     Raises:
       EvaluationError: the file cannot be read or written, is no journal, or is that of another run.

@@ -22,8 +22,8 @@ class Errors:
     """The errors of one transcript.
 
     Attributes:
-      words: of the reference.
-      substituted, inserted, deleted: edits that turn the reference into the transcript, as few as can be.
+      words: number of words of the reference.
+      substituted, inserted, deleted: numbers of edits that turn the reference into the transcript, as few as possible.
       wer: edits per word of the reference.
       cer: edits of characters, per character of the reference.
     """
@@ -62,8 +62,8 @@ def score(reference: str, transcript: str) -> Errors:
     """Count the errors of a transcript.
 
     Args:
-      reference: what was said, normalized; not empty.
-      transcript: of the model, normalized.
+      reference: the right transcript, normalized; not empty.
+      transcript: the model's transcript, normalized.
 
     Raises:
       EvaluationError: the reference has no words, so that no rate can be formed; or jiwer is not installed.
@@ -79,7 +79,7 @@ def score(reference: str, transcript: str) -> Errors:
 
 
 def corpus_wer(errors: Sequence[Errors]) -> float:
-    """Compute the edits of all recordings together, per word of all references together."""
+    """Divide the number of edits of all recordings by the number of words of all references."""
     return sum(one.total for one in errors) / sum(one.words for one in errors)
 
 
@@ -97,9 +97,9 @@ def intervals(errors: Sequence[Errors], *, resamples: int, seed: int) -> Interva
     """Resample recordings with replacement (percentile bootstrap) and take the middle 95 % of each figure.
 
     Args:
-      errors: of each recording.
-      resamples: how many; 0 for no intervals.
-      seed: of the resampling.
+      errors: errors of each recording.
+      resamples: number of resamples; 0 for no intervals.
+      seed: seed of the resampling.
 
     Returns:
       The intervals; None without resamples, and for fewer than two recordings, whose figures chance cannot vary.
@@ -116,10 +116,10 @@ def paired_interval(before: Sequence[Errors], after: Sequence[Errors], *, resamp
     """Resample the same recordings of two evaluations and take the middle 95 % of the difference of corpus WER.
 
     Args:
-      before: of each recording in one evaluation.
-      after: of the same recordings in the other, in the same order.
-      resamples: how many; 0 for no interval.
-      seed: of the resampling.
+      before: errors of each recording in one evaluation.
+      after: errors of the same recordings in the other evaluation, in the same order.
+      resamples: number of resamples; 0 for no interval.
+      seed: seed of the resampling.
 
     Returns:
       The interval of after - before; None where `intervals` gives none.

@@ -29,8 +29,8 @@ def plot(evaluation: Evaluation, path: str | Path) -> None:
     """Draw the word error rate of each recording, worst first, and a histogram of them.
 
     Args:
-      evaluation: what to draw.
-      path: of a png, svg or pdf; a file already there is replaced.
+      evaluation: the evaluation to draw.
+      path: path of a png, svg or pdf; a file already there is replaced.
 
     Raises:
       EvaluationError: another kind of file is named, it cannot be written, or matplotlib is not installed.

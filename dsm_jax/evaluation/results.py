@@ -11,9 +11,9 @@ from dsm_jax.errors import EvaluationError
 from dsm_jax.evaluation import metrics
 from dsm_jax.evaluation.datasets import Failure
 from dsm_jax.evaluation.files import replaced
-from dsm_jax.evaluation.listening import TimedTranscript
 from dsm_jax.evaluation.metrics import Errors, Interval, Intervals
 from dsm_jax.evaluation.tables import aligned, percent, plural
+from dsm_jax.evaluation.transcription import TimedTranscript
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +22,10 @@ class FileResult:
 
     Attributes:
       id: its name in the data set.
-      reference, normalized_reference: what was said, as it was given and as it was compared.
+      reference, normalized_reference: the right transcript, as it was given and as it was compared.
       normalized_hypothesis: the transcript as it was compared.
-      errors: of the transcript.
-      heard: the transcript as it came, and its times.
+      errors: errors of the transcript.
+      transcript: the model's transcript before it was normalized, and its times.
     """
 
     id: str
@@ -33,12 +33,12 @@ class FileResult:
     normalized_reference: str
     normalized_hypothesis: str
     errors: Errors
-    heard: TimedTranscript
+    transcript: TimedTranscript
 
     @property
     def hypothesis(self) -> str:
-        """The transcript as it came."""
-        return self.heard.text
+        """The transcript before it was normalized."""
+        return self.transcript.text
 
     @property
     def wer(self) -> float:
@@ -53,19 +53,19 @@ class FileResult:
     @property
     def duration(self) -> float:
         """Seconds of audio."""
-        return self.heard.duration
+        return self.transcript.duration
 
     def to_dict(self) -> dict[str, Any]:
         """Turn the row into values that `json` can write."""
-        heard = dataclasses.asdict(self.heard)
+        timed = dataclasses.asdict(self.transcript)
         return {
             "id": self.id,
             "reference": self.reference,
-            "hypothesis": heard.pop("text"),
+            "hypothesis": timed.pop("text"),
             "normalized_reference": self.normalized_reference,
             "normalized_hypothesis": self.normalized_hypothesis,
             **dataclasses.asdict(self.errors),
-            **heard,
+            **timed,
         }
 
 
@@ -74,8 +74,8 @@ class Latency:
     """The wait from a word until live transcription reports it, in seconds of audio fed meanwhile.
 
     Attributes:
-      words: whose ends were reported before the audio ended; the figures are of these.
-      flushed: words only reported after it, whose wait is not known.
+      words: number of words whose ends were reported before the audio ended; the figures are of these words.
+      flushed: number of words only reported after the end of the audio, whose wait is not known.
       start_median, start_95: from a word's start until its start was reported: the median, and what 95 % do not exceed.
       end_median, end_95: from a word's end until its end was reported.
     """
@@ -139,7 +139,7 @@ class Evaluation:
     @property
     def processing_seconds(self) -> float:
         """Wall time of the transcription: reading of audio included, loading, compilation and scoring not."""
-        return sum(row.heard.processing for row in self.files)
+        return sum(row.transcript.processing for row in self.files)
 
     @property
     def real_time_factor(self) -> float:
@@ -154,12 +154,12 @@ class Evaluation:
     @property
     def latency(self) -> Latency | None:
         """The wait for words; None unless streaming, and where all words came after the audio."""
-        starts = [late for row in self.files for late in row.heard.start_latencies]
-        ends = [late for row in self.files for late in row.heard.end_latencies]
+        starts = [late for row in self.files for late in row.transcript.start_latencies]
+        ends = [late for row in self.files for late in row.transcript.end_latencies]
         if not starts or not ends:
             return None
         quantiles = [float(q) for late in (starts, ends) for q in np.quantile(late, (0.5, 0.95))]
-        return Latency(len(ends), sum(row.heard.flushed for row in self.files), *quantiles)
+        return Latency(len(ends), sum(row.transcript.flushed for row in self.files), *quantiles)
 
     def worst(self, count: int) -> tuple[FileResult, ...]:
         """List the recordings with the highest word error rates, the worst first; none without an error."""
@@ -187,10 +187,10 @@ class Evaluation:
             ("", f"{self.inverse_real_time_factor:.4f}", "seconds of processing per second of audio"),
         ]
         if late := self.latency:
-            told = (
+            spread = (
                 f"median of {late.words} words, {late.start_95:.2f} s at 95 %; {late.flushed} reported after the audio"
             )
-            rows.append(("start latency", f"{late.start_median:.2f} s", f"after a word began: {told}"))
+            rows.append(("start latency", f"{late.start_median:.2f} s", f"after a word began: {spread}"))
             rows.append(
                 ("end latency", f"{late.end_median:.2f} s", f"after it ended: median, {late.end_95:.2f} s at 95 %")
             )
@@ -264,7 +264,7 @@ def _row(values: dict[str, Any]) -> FileResult:
         normalized_reference=values["normalized_reference"],
         normalized_hypothesis=values["normalized_hypothesis"],
         errors=Errors(**{field.name: values[field.name] for field in dataclasses.fields(Errors)}),
-        heard=timed_from(values),
+        transcript=timed_from(values),
     )
 
 

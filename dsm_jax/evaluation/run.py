@@ -5,11 +5,11 @@ from pathlib import Path
 
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import ConfigError, DsmError, EvaluationError
-from dsm_jax.evaluation import datasets, listening, metrics, normalizers
+from dsm_jax.evaluation import datasets, metrics, normalizers, transcription
 from dsm_jax.evaluation.datasets import Dataset, Failure, Sample
 from dsm_jax.evaluation.files import Journal
-from dsm_jax.evaluation.listening import TimedTranscript, TranscribeOptions
 from dsm_jax.evaluation.results import Evaluation, FileResult, timed_from
+from dsm_jax.evaluation.transcription import TimedTranscript, TranscribeOptions
 from dsm_jax.progress import Progress, ProgressCallback
 
 
@@ -42,7 +42,7 @@ def evaluate(
       resume: a file that a row is written to as each recording ends. Where it exists, recordings that are in it are
         not transcribed again; it must be of the same model, data and options.
       bootstrap: resamples of recordings for the intervals; 0 for none.
-      seed: of the resampling.
+      seed: seed of the resampling.
       progress: called with the recordings that have ended.
 
     Returns:
@@ -69,12 +69,12 @@ def evaluate(
             break
         references[sample.id] = normalize(sample.reference)
         (samples if normalizers.counts(references[sample.id]) else skipped).append(sample)
-    metrics.score("word", "word")  # says what is missing before there is work to lose
+    metrics.score("word", "word")  # raises where a library is missing, before there is work to lose
 
-    def result(sample: Sample, heard: TimedTranscript) -> FileResult:
-        reference, hypothesis = references[sample.id], normalize(heard.text)
+    def result(sample: Sample, timed: TimedTranscript) -> FileResult:
+        reference, hypothesis = references[sample.id], normalize(timed.text)
         errors = metrics.score(reference, hypothesis)
-        return FileResult(sample.id, sample.reference, reference, hypothesis, errors, heard)
+        return FileResult(sample.id, sample.reference, reference, hypothesis, errors, timed)
 
     run = {"model": model.name, "source": dataset.name, "streaming": streaming, "options": repr(options)}
     journal = None if resume is None else Journal(Path(resume), run)
@@ -84,17 +84,17 @@ def evaluate(
     seconds = sum(done[sample.id].duration for sample in samples if sample.id in done)
     if waiting:
         if streaming:
-            results = listening.transcribe_live(model, waiting, options)
+            results = transcription.transcribe_live(model, waiting, options)
         else:
-            results = listening.transcribe(model, waiting, options, batch_size=batch_size)
-        for count, (index, heard) in enumerate(results, 1 + len(samples) - len(waiting)):
+            results = transcription.transcribe(model, waiting, options, batch_size=batch_size)
+        for count, (index, timed) in enumerate(results, 1 + len(samples) - len(waiting)):
             sample = waiting[index]
-            if isinstance(heard, DsmError):
-                failures.append(Failure(sample.id, str(heard)))
+            if isinstance(timed, DsmError):
+                failures.append(Failure(sample.id, str(timed)))
             else:
-                done[sample.id], seconds = heard, seconds + heard.duration
+                done[sample.id], seconds = timed, seconds + timed.duration
                 if journal is not None:
-                    journal.append(result(sample, heard).to_dict())
+                    journal.append(result(sample, timed).to_dict())
             if progress is not None:
                 progress(Progress(count, len(samples)))
     files = tuple(result(sample, done[sample.id]) for sample in samples if sample.id in done)

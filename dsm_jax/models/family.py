@@ -5,13 +5,14 @@ An entry refers to modules of higher ranks (layouts, program, loss) by dotted pa
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax.numpy as jnp
 from flax import nnx
 
-from dsm_jax.configs import CsmConfig, LMConfig, ModelConfig, SttConfig, TtsConfig
+from dsm_jax.configs import CsmConfig, LMConfig, MimiConfig, ModelConfig, SttConfig, TtsConfig
 from dsm_jax.errors import CheckpointError, ConfigError, ModelKindError
 from dsm_jax.models.csm import CsmLM
 from dsm_jax.models.lm import DelayedStreamsLM
@@ -266,10 +267,25 @@ def abstract_model(
     """
     build = check(config, "the config").language_model
     rows = None if sharding is None else sharding.rows
-    networks = {"mimi": abstract(lambda: Mimi(config.mimi, decoder=decoder, rngs=nnx.Rngs(0)), rows)}
+    networks = {"mimi": _codec(config.mimi, decoder, rows)}
     if build is None:
         return networks
-    return networks | {"lm": abstract(lambda: build(config, jnp.dtype(dtype)), sharding)}
+    return networks | {"lm": _language_model(build, config, jnp.dtype(dtype), sharding)}
+
+
+# Tracing a constructor takes a second; loading a checkpoint needs the same networks twice, and again the next time.
+
+
+@functools.lru_cache(maxsize=16)
+def _codec(config: MimiConfig, decoder: bool, sharding: Sharding | None) -> AbstractNetwork:
+    return abstract(lambda: Mimi(config, decoder=decoder, rngs=nnx.Rngs(0)), sharding)
+
+
+@functools.lru_cache(maxsize=16)
+def _language_model(
+    build: Callable[[ModelConfig, Any], nnx.Module], config: ModelConfig, dtype: Any, sharding: Sharding | None
+) -> AbstractNetwork:
+    return abstract(lambda: build(config, dtype), sharding)
 
 
 def require(model: Loaded, model_type: str) -> None:

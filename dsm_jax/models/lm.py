@@ -66,7 +66,7 @@ class DelayedStreamsLM(nnx.Module):
         self.depformer = Depformer(config, dtype=dtype, rngs=rngs) if config.dep_q else None
 
     @property
-    def initial_K(self) -> jax.Array:
+    def initial_M(self) -> jax.Array:
         """The initial token of every stream, int32 [M]."""
         return initial_tokens(self.config)
 
@@ -149,10 +149,10 @@ class DelayedStreamsLM(nnx.Module):
           the end have zero logits and are masked out.
         """
         config = self.config
-        target_BMT = delay(codes_BMT, self.initial_K, config.delays)
-        delayed_BMT = target_BMT if inputs_BMT is None else delay(inputs_BMT, self.initial_K, config.delays)
+        target_BMT = delay(codes_BMT, self.initial_M, config.delays)
+        delayed_BMT = target_BMT if inputs_BMT is None else delay(inputs_BMT, self.initial_M, config.delays)
         clip = self.transformer.init_clip(codes_BMT.shape[0], codes_BMT.shape[2])
-        hidden_BTD, _ = self.step(inputs_of(delayed_BMT, self.initial_K), clip, conditions=conditions)
+        hidden_BTD, _ = self.step(inputs_of(delayed_BMT, self.initial_M), clip, conditions=conditions)
 
         text_BTV, valid_1T = undelay(self.text_logits(hidden_BTD)[:, None], config.delays[:1])
         text_mask_BT = valid_1T & (codes_BMT[:, 0] != ZERO_TOKEN)

@@ -105,7 +105,8 @@ def transcribe(
       recordings: a path, "-" for standard input, an open file, or float or int16 samples [T] or [channels, T] at the
         model's rate; or a list or another iterable of these, transcribed together. Files may be whatever FFmpeg
         decodes, of any rate, number of channels and length.
-      options: of the transcription: prompt, sampling, pauses; for several recordings, one for all or a list, one each.
+      options: prompt, sampling and pauses of the transcription; for several recordings, one for all or a list, one
+        each.
       batch_size: at most how many recordings at a time. Each gives what it gives alone.
       frames: keep the text token and the pause probabilities of every 80 ms frame.
       progress: called with the seconds of each recording that were read so far.

@@ -48,11 +48,11 @@ def lead_in(
     """Make what comes before a recording from a prompt.
 
     Args:
-      text: of the prompt; None for none.
+      text: text of the prompt; None for none.
       prompt_T: samples of the audio prompt at the model's rate; None for none.
-      config: of the model.
+      config: config of the model.
       lm: its language model's config.
-      tokenizer: of the model.
+      tokenizer: tokenizer of the model.
 
     Raises:
       PromptError: a text without words, one that the tokenizer cannot spell, or more text than the audio prompt has
@@ -103,8 +103,8 @@ class FrameBuffer:
     """Collect the samples of one recording as they arrive and hand them out as whole frames.
 
     Args:
-      config: of the model.
-      lead: what comes before the recording.
+      config: config of the model.
+      lead: audio before the recording.
     """
 
     def __init__(self, config: ModelConfig, lead: LeadIn = NO_LEAD_IN):
@@ -165,11 +165,11 @@ def word_reader(
     """Make the reader of a recording's words, timed from the recording's own start.
 
     Args:
-      config: of the model.
+      config: config of the model.
       lm: its language model's config.
-      tokenizer: of the model.
-      pauses: when a pause is reported.
-      lead: what `FrameBuffer` put before the recording.
+      tokenizer: tokenizer of the model.
+      pauses: rule by which pauses are reported.
+      lead: audio that `FrameBuffer` put before the recording.
       exclude_prompt: leave out the text that belongs to the prompt.
       reference_times: take the published script's times of words.
     """

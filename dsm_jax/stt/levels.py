@@ -23,7 +23,7 @@ class SoundLevels:
     """Keep the level of the last minute of a stream, in decibels for each hop.
 
     Args:
-      sample_rate: of the samples, Hz.
+      sample_rate: sample rate of the samples, Hz.
     """
 
     def __init__(self, sample_rate: int):

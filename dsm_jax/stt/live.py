@@ -19,7 +19,7 @@ class StreamingTranscriber:
 
     Args:
       model: a speech-to-text model, from `dsm_jax.load`.
-      options: of the transcription.
+      options: options of the transcription.
 
     Raises:
       As `transcribe`.
@@ -87,7 +87,7 @@ def transcribe_stream(
     Args:
       model: a speech-to-text model, from `dsm_jax.load`.
       chunks: mono samples at the model's rate, float or int16, in pieces of any size.
-      options: of the transcription.
+      options: options of the transcription.
 
     Yields:
       WordStarted, WordEnded and Pause, in the order in which they are found.

@@ -34,10 +34,10 @@ class TranscribeOptions:
 
     Attributes:
       prompt: words or a recording that steer the model.
-      temperature: of the sampling; 0 is greedy; None takes the checkpoint's, which is 0 in the published ones.
+      temperature: temperature of the sampling; 0 is greedy; None takes the checkpoint's, 0 in the published ones.
       top_k: sample among this many tokens, 0 for all; None takes the checkpoint's.
-      seed: of the sampling. A recording's noise depends on its own progress only, never on the rest of its batch.
-      vad: when a pause is reported, for models with pause heads.
+      seed: seed of the sampling. A recording's noise depends on its own progress only, never on the rest of its batch.
+      vad: rule by which pauses are reported, for models with pause heads.
       word_times: "sound" ends a word where its sound ends; "reference" takes the published script's times, by which a
         word lasts until the next one begins.
 

@@ -74,11 +74,11 @@ class SttState:
     """Everything that the slots remember.
 
     Attributes:
-      codec: of Mimi's encoder.
-      lm: of the language model.
+      codec: state of Mimi's encoder.
+      lm: state of the language model.
       ring: tokens still to be fed.
       prompted_B: int32, tokens of the text prompt that the model has produced.
-      request: what each slot's request chooses.
+      request: choices of each slot's request.
     """
 
     codec: CodecState
@@ -91,7 +91,7 @@ class SttState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SttInputs:
-    """A chunk of audio: samples in [-1, 1], whole frames, and how many of the frames each slot has."""
+    """A chunk of audio: samples in [-1, 1], whole frames, and the number of frames of each slot."""
 
     pcm_BTC: Array
     frames_B: Array
@@ -151,7 +151,7 @@ def insert(
 def step(
     lm: DelayedStreamsLM, mimi: Mimi, state: SttState, inputs: SttInputs, settings: SttSettings
 ) -> tuple[FrameOutputs, SttState]:
-    """Transcribes a chunk of audio.
+    """Transcribe a chunk of audio.
 
     Args:
       lm: the language model.
@@ -161,7 +161,7 @@ def step(
       settings: as for `init_state`.
 
     Returns:
-      What the model made of each frame, and the next state.
+      The outputs of each frame, and the next state.
     """
     frame_size = mimi.config.frame_size
     samples_B = inputs.frames_B * frame_size
@@ -190,8 +190,8 @@ def _text_step(
     """Take one step of the language model: token, its probability and pauses, and the next state."""
     config, request, step_B = lm.config, state.request, state.lm.position_B
     wanted_B = _next_prompt_token(request.prompt_BT, state.prompted_B)
-    inputs_BK = state.ring.inputs(step_B, config)
-    hidden_BTD, after = lm.step(inputs_BK[:, :, None], state.lm, active_B.astype(jnp.int32))
+    inputs_BM = state.ring.inputs(step_B, config)
+    hidden_BTD, after = lm.step(inputs_BM[:, :, None], state.lm, active_B.astype(jnp.int32))
     logits_BV = lm.text_logits(hidden_BTD)[:, 0]
     allowed_BV = logits_BV
     if settings.prompt_tokens:
@@ -242,7 +242,7 @@ class SttProgram:
         self._compile(SttSettings(slots, _rounded_up(prompt_tokens), max_top_k))
 
     def _compile(self, settings: SttSettings) -> None:
-        """Compiles before any state is allocated, so that the two peaks of memory do not add up."""
+        """Compile before any state is allocated, so that the two peaks of memory do not add up."""
         self.settings = settings
         self._init, self._insert, self._step = (
             compiled(function, self._graphs, settings, donate)
@@ -272,7 +272,7 @@ class SttProgram:
     def step(
         self, state: SttState, parts: Sequence["Samples | None"], *, waiting: bool = False
     ) -> tuple[FrameOutputs, SttState]:
-        """Transcribes a chunk; returns at once, with outputs that may still be computed."""
+        """Transcribe a chunk; returns at once, with outputs that may still be computed."""
         return self._step(self._params, state, self._inputs(parts))
 
     def _inputs(self, parts: Sequence["Samples | None"]) -> SttInputs:

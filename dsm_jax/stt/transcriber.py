@@ -30,8 +30,8 @@ class Utterance:
     """Options that have been read for a model: what its slot, frame buffer and word reader are made with.
 
     Attributes:
-      request: of the slot.
-      lead: what comes before the recording.
+      request: request of the slot.
+      lead: audio before the recording.
       options: as they were given.
     """
 
@@ -47,7 +47,7 @@ class Transcriber:
       model: from `checkpoints.load`.
       slots: recordings at a time.
       chunk: frames of a device call.
-      options: of all recordings to come; they say how large a top-k and a prompt the program needs room for.
+      options: options of all recordings to come, for the largest top-k and prompt that the program needs room for.
 
     Raises:
       AudioError: an audio prompt cannot be read.
@@ -120,7 +120,7 @@ class RecordingSession:
     """One recording, offline or live, while it has a slot.
 
     Args:
-      transcriber: whose slot it is to take.
+      transcriber: transcriber that has the slots.
       options: of this recording.
     """
 
@@ -140,7 +140,7 @@ class RecordingSession:
         return self._utterance.request
 
     def take_input(self) -> Samples | None:
-        """Pops the frames that are ready, at most a chunk; None where there are none."""
+        """Pop the frames that are ready, at most a chunk; None where there are none."""
         frames = min(self.transcriber.chunk, self.buffer.ready)
         last = self.buffer.ended and frames == self.buffer.ready
         return Samples(self.buffer.pop_frames(frames), last) if frames or last else None
@@ -184,7 +184,7 @@ class FileSession(RecordingSession):
     """A whole recording, read block by block as its slot needs them.
 
     Args:
-      transcriber: whose slot it is to take.
+      transcriber: transcriber that has the slots.
       options: of this recording.
       index: its place among the recordings.
       source: the recording.
@@ -232,7 +232,7 @@ class FileSession(RecordingSession):
                 self.buffer.push(block)
 
     def take_input(self) -> Samples | None:
-        """Pops the next chunk; one frame more is read ahead, which tells whether the chunk is the last."""
+        """Pop the next chunk; one frame more is read ahead, to find whether the chunk is the last."""
         self._fill(self.transcriber.chunk + 1)
         return super().take_input()
 

@@ -44,7 +44,7 @@ class Transcript:
       text: all that was said, in reading order.
       words: in order of their start.
       pauses: in order of time; empty for a model without pause heads.
-      duration: of the audio, seconds.
+      duration: length of the audio, seconds.
       frames: the raw output, where it was asked for.
       audio: name of the recording, where it has one.
       model: name of the model.

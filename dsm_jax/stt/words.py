@@ -77,13 +77,14 @@ class WordReader:
     """Read one stream's frames in order and return words and pauses as they come.
 
     Args:
-      tokenizer: of the model.
+      tokenizer: tokenizer of the model.
       timing: where frames lie in the audio.
       padding: the token id that says nothing; ids up to it are never text.
       boundary: the token id between words.
-      pauses: when to tell a pause.
+      pauses: rule by which pauses are reported.
       skip: frames at the start whose text is left out: those that answer a prompt.
-      levels: of the stream's sound, filled by `read`, for the ends of words; None takes the published script's times.
+      levels: sound levels of the stream, filled by `read`, for the ends of words; None takes the times of the published
+        script.
     """
 
     def __init__(

@@ -1,16 +1,16 @@
-"""Run a training in a folder: steps, progress, metrics, checkpoints, and a plot of the loss at the end.
+"""Run a training in a folder: steps, metrics, checkpoints, and a plot of the loss at the end.
 
 A run's folder holds `metrics.jsonl` (one object per logged step), `checkpoints/` (Orbax, the last few) and `curve.png`.
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import io
 import json
 import logging
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,11 +20,14 @@ import jax
 import numpy as np
 
 from dsm_jax.errors import ConfigError, TrainingError
+from dsm_jax.progress import Progress, ProgressCallback
 from dsm_jax.training.data import batches
 from dsm_jax.training.step import Loss, Metrics, OptimizerConfig, TrainState, init, make_step
 
 StepFunction = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 Record = Mapping[str, Any]  # metrics of a logged step; None replaces NaN and infinity, which JSON lacks
+_log = logging.getLogger("dsm_jax.training")
+_reporting: contextvars.ContextVar[ProgressCallback | None] = contextvars.ContextVar("reporting", default=None)
 _COLOURS = 64  # in the plot's palette: the file is less than a third as large as with all colours of antialiasing
 
 
@@ -158,7 +161,7 @@ class Run:
         *,
         evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     ) -> TrainState:
-        """Train to the last step.
+        """Train to the last step; log each record, and call the callback of `reporting` after each step.
 
         Args:
           step: train step, from `make_step`.
@@ -182,23 +185,26 @@ class Run:
         records = self._read_records(first)
         pending: list[Metrics] = []
         began = time.perf_counter()
-        with progress_bar(self.folder.absolute().name, last, first) as report:
-            for number in range(first + 1, last + 1):
-                state, metrics = step(state, self._next(data, number))
-                pending.append(metrics)
-                saves = number % self.config.save_every == 0 or number == last
-                if number % self.config.log_every and not saves:
-                    continue
-                record = self._mean(pending, number)
-                record["seconds_per_step"] = (time.perf_counter() - began) / len(pending)
-                pending = []
-                if saves:
-                    self.save(state)
-                    record |= {name: float(value) for name, value in (evaluate(state) if evaluate else {}).items()}
-                began = time.perf_counter()
-                records.append({name: value if math.isfinite(value) else None for name, value in record.items()})
-                self._append(records[-1])
-                report(record)
+        report = _reporting.get() or _ignore
+        report(Progress(first, last))
+        for number in range(first + 1, last + 1):
+            state, metrics = step(state, self._next(data, number))
+            pending.append(metrics)
+            report(Progress(number, last))
+            saves = number % self.config.save_every == 0 or number == last
+            if number % self.config.log_every and not saves:
+                continue
+            record = self._mean(pending, number)
+            record["seconds_per_step"] = (time.perf_counter() - began) / len(pending)
+            pending = []
+            if saves:
+                self.save(state)
+                record |= {name: float(value) for name, value in (evaluate(state) if evaluate else {}).items()}
+            began = time.perf_counter()
+            records.append({name: value if math.isfinite(value) else None for name, value in record.items()})
+            self._append(records[-1])
+            values = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")
+            _log.info("%s: step %d of %d: %s", self.folder.absolute().name, number, last, values)
         picture = self.folder / "curve.png"
         with _writing(picture):
             draw_curve(records, picture)
@@ -245,6 +251,24 @@ class Run:
     def _append(self, record: Record) -> None:
         with _writing(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+@contextlib.contextmanager
+def reporting(progress: ProgressCallback) -> Iterator[None]:
+    """Report the steps of the trainings in the block, whichever function starts them.
+
+    Args:
+      progress: called after each step with the number of steps, those before a resumption included.
+    """
+    token = _reporting.set(progress)
+    try:
+        yield
+    finally:
+        _reporting.reset(token)
+
+
+def _ignore(progress: Progress) -> None:
+    """Take a progress that nobody asked for."""
 
 
 def fit(
@@ -327,36 +351,6 @@ def _without_log() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
-
-
-@contextlib.contextmanager
-def progress_bar(name: str, steps: int, first: int) -> Iterator[Callable[[dict[str, float]], None]]:
-    """Show the progress of a run on standard error: as a bar on a terminal, otherwise as a line per record.
-
-    Args:
-      name: name of the run.
-      steps: steps of the whole run.
-      first: steps taken before this process.
-
-    Yields:
-      A function to call with each record.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    shown = console.is_terminal
-    with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console, disable=not shown) as progress:
-        task = progress.add_task(name, total=steps, completed=first, loss="")
-
-        def report(record: dict[str, float]) -> None:
-            progress.update(task, completed=record["step"], loss=f"loss {record['loss']:.4g}")
-            if not shown:
-                values = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "step")
-                print(f"{name} {record['step']}/{steps}  {values}", file=sys.stderr, flush=True)
-
-        yield report
 
 
 def draw_curve(records: Sequence[Record], path: Path) -> None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from dsm_jax import malloc, tasks
+from dsm_jax.cli import terminal
 from dsm_jax.cli.parser import PLATFORMS, cache_folder
 from dsm_jax.errors import DsmError
 
@@ -51,8 +52,16 @@ def train(args: argparse.Namespace) -> None:
     if args.device:
         jax.config.update("jax_platforms", PLATFORMS[args.device])
     jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+    from dsm_jax.training import loop
+
     config, run = tasks.read_config(config_path(args.config), tasks_of_recipe())
-    print(f"trained: {run(config, resume=args.resume)!r}", file=sys.stderr)
+    with (
+        terminal.messages(quiet=False, verbose=False),
+        terminal.training_bar(quiet=False) as progress,
+        loop.reporting(progress),
+    ):
+        model = run(config, resume=args.resume)
+    terminal.note(f"trained: {model!r}")
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -181,7 +181,7 @@ def test_samples_are_moshis(name):
     assert max(mine.pcm_T.size for mine in said) == pcm.shape[1]
 
 
-def test_what_guides_changes_what_is_said():
+def test_guidance_changes_the_speech():
     said = [both(name)[0][0].frames_KF.tobytes() for name, case in CASES.items() if len(case.prefixes) == 2]
     assert len(set(said)) == len(said) == 3
 
@@ -216,7 +216,7 @@ def first_choices() -> list[np.ndarray]:
         return sample(logits_BV, draws_B, temperature_B, top_k_B, max_top_k=top_k_capacity(*TOP_K))
 
     def pure(lm: DelayedStreamsLM, conditions: Conditions) -> list[jax.Array]:
-        hidden_1TD, _ = lm.step(lm.initial_K[None, :, None], lm.init_state(1), None, conditions)
+        hidden_1TD, _ = lm.step(lm.initial_M[None, :, None], lm.init_state(1), None, conditions)
         drawn = [choose(lm.text_logits(hidden_1TD)[:, 0], 0)]
 
         def walk(_: int, logits_1V: jax.Array) -> jax.Array:

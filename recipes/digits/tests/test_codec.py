@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from dsm_jax.models.mimi import Mimi
@@ -45,6 +46,7 @@ def parts(state: nnx.State) -> set[str]:
     return {path[0].key for path, _ in jax.tree.leaves_with_path(state)}
 
 
+@pytest.mark.slow
 def test_only_the_decoder_learns_and_it_does(tmp_path):
     rows = Rows()
     held_out = first_rows(rows, 32)

@@ -42,6 +42,7 @@ def test_a_config_given_in_part_takes_the_defaults_of_the_recipe(tmp_path):
     assert config.codec_augmented == dataclasses.replace(stage, run=run, mix=mix)
 
 
+@pytest.mark.slow
 def test_missing_recordings_are_one_line_and_exit_code_2(tmp_path):
     values = {"task": "digits-tts", "data": "nowhere", "output": "out"}
     (tmp_path / "recipe.json").write_text(json.dumps(values))

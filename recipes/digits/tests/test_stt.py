@@ -41,6 +41,7 @@ def test_sentences_are_held_out_and_their_digits_found(recordings):
     assert [sentence.has_digits for sentence in others] == [True, False]
 
 
+@pytest.mark.slow
 def test_a_speaker_can_be_drawn_more_often_than_others(recordings):
     recorded = load_clips(recordings / "fsdd", data.TRAINING_CLIPS)
     clips = [dataclasses.replace(clip, speaker=name) for name in ("theo", "lucas") for clip in recorded]
@@ -97,6 +98,7 @@ def test_labels_follow_the_sound_of_an_utterance(recordings):
             assert spectrum.argmax() * 5 == pytest.approx(200 + 100 * data.WORDS.index(word.text), abs=10)
 
 
+@pytest.mark.slow
 def test_all_stages_run_and_a_resumed_recipe_ends_the_same(recordings, tmp_path):
     def config(output: str, steps: int) -> DigitsConfig:
         run = RunConfig(steps=steps, log_every=1, save_every=1)

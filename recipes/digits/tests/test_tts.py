@@ -36,6 +36,7 @@ def test_rows_have_one_or_two_speakers_and_some_end_in_silence(data):
     assert 8 <= short <= 30
 
 
+@pytest.mark.slow
 def test_the_recipe_writes_a_model_with_voices_once(data, tmp_path):
     codec = tts_model.make_checkpoint(tmp_path)
     run = RunConfig(steps=2, log_every=1, save_every=1)

@@ -21,9 +21,9 @@ class TimedTranscript:
 
     Attributes:
       text: the transcript.
-      duration: of the recording, seconds.
-      processing: seconds from the end of the recording that was finished before it, or from the start, to its own end;
-        recordings of a batch overlap, and the sum over recordings is the time that all took.
+      duration: length of the recording, seconds.
+      processing: seconds from the end of the recording that was finished before this one, or from the start, to the
+        end of this one; recordings of a batch overlap, and the sum over recordings is the time that all took.
       start_latencies: for each word, seconds of audio that had been fed, beyond the word's start, when its start was
         reported; only of live transcription, and only of words reported before the audio ended.
       end_latencies: the same for the ends of words.
@@ -78,30 +78,30 @@ def transcribe(
 def transcribe_live(
     model: Model, samples: Sequence[Sample], options: TranscribeOptions
 ) -> Iterator[tuple[int, TimedTranscript | DsmError]]:
-    """Feed each recording, a frame at a time, to a live stream of its own; otherwise as `transcribe`."""
+    """Transcribe recordings live: a stream for each, fed a frame at a time; otherwise as `transcribe`."""
     warm = StreamingTranscriber(model, options=options)
     warm.feed(np.zeros(int(WARM_UP_S * model.sample_rate), np.float32))
     warm.finish()
     for index, sample in enumerate(samples):
         try:
             pcm_T = audio.read(sample.open(), model.sample_rate)
-            yield index, _listen(model, pcm_T, options)
+            yield index, _transcribe_live(model, pcm_T, options)
         except DsmError as error:
             yield index, error
 
 
-def _listen(model: Model, pcm_T: np.ndarray, options: TranscribeOptions) -> TimedTranscript:
+def _transcribe_live(model: Model, pcm_T: np.ndarray, options: TranscribeOptions) -> TimedTranscript:
     transcriber = StreamingTranscriber(model, options=options)
     frame_size, starts, ends = model.config.mimi.frame_size, [], []
     begun = time.perf_counter()
     for first in range(0, len(pcm_T), frame_size):
         part_T = pcm_T[first : first + frame_size]
-        heard = (first + len(part_T)) / model.sample_rate
+        fed_s = (first + len(part_T)) / model.sample_rate
         for event in transcriber.feed(part_T):
             if isinstance(event, WordStarted):
-                starts.append(round(heard - event.start, 4))
+                starts.append(round(fed_s - event.start, 4))
             elif isinstance(event, WordEnded):
-                ends.append(round(heard - event.word.end, 4))
+                ends.append(round(fed_s - event.word.end, 4))
     flushed = sum(isinstance(event, WordEnded) for event in transcriber.finish())
     processing = time.perf_counter() - begun
     duration = len(pcm_T) / model.sample_rate

@@ -1,28 +1,13 @@
-"""Reports of a training run: the bar on a terminal, and the curve. Lines off a terminal are in test_loop.py."""
+"""The curve of a training run."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-import rich.console
 from matplotlib import image
 from PIL import Image
 
-from dsm_jax.training.loop import draw_curve, progress_bar
-
-
-def test_on_a_terminal_there_is_a_bar_with_the_loss(monkeypatch, capsys):
-    monkeypatch.setattr(rich.console.Console, "is_terminal", True)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    with progress_bar("digits", 20, 10) as report:
-        report({"step": 12, "loss": 0.25, "gradient_norm": 1.0})
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "digits" in err
-    assert "12/20" in err
-    assert "loss 0.25" in err
-    assert "gradient_norm" not in err
+from dsm_jax.training.loop import draw_curve
 
 
 def pixels(folder: Path, rows: list[dict[str, float | None]]) -> np.ndarray:
@@ -31,6 +16,7 @@ def pixels(folder: Path, rows: list[dict[str, float | None]]) -> np.ndarray:
     return image.imread(folder / "run/curve.png")
 
 
+@pytest.mark.slow
 def test_the_curve_shows_the_loss_and_validation_figures_and_nothing_else(tmp_path):
     rows = [{"step": step, "loss": 1 / step, "gradient_norm": step} for step in range(1, 6)]
     last = rows[-1]
