@@ -22,6 +22,8 @@ from tests.helpers import csm_model
 from tests.helpers.checkpoint_maker import arrays_of, assert_same_weights, copy_of, drawn_model
 from tests.helpers.tokenizer_maker import make_byte_tokenizer
 
+pytestmark = pytest.mark.slow  # the models compile for seconds
+
 PUBLISHED = Path(__file__).with_name("published")
 LAYOUTS = ("orbax", "transformers", "sesame")
 DEPTH_TABLE = "depth_decoder.model.embed_tokens.weight"

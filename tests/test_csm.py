@@ -17,6 +17,8 @@ from dsm_jax.runtime.compile import compilations
 from tests.helpers.csm_model import CSM, greedy_codes, random_model
 from tests.helpers.tts_model import FRAME, MIMI
 
+pytestmark = pytest.mark.slow  # the models compile for seconds
+
 GREEDY = CsmOptions(temperature=0.0, max_frames=16)
 TEXTS = ("hello there.", "no", "a cat sat on the mat", "what?", "yes [0] b.", "z")
 

@@ -19,6 +19,8 @@ from dsm_jax.training.losses.csm import CsmObjective, csm_loss, draw_frames
 from tests.helpers import small
 from tests.helpers.csm_model import CSM
 
+pytestmark = pytest.mark.slow  # the models compile for seconds
+
 ROOM = 40
 KEY = jax.random.key(0)
 EVERY_FRAME = CsmObjective(depth_share=1.0)

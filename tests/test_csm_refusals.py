@@ -24,6 +24,7 @@ def model(tmp_path_factory):
     return random_model(tmp_path_factory.mktemp("csm"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("request_of", "error", "message"),
     [
@@ -74,6 +75,7 @@ def test_a_fault_costs_only_its_own_request(model, request_of, error, message):
     assert isinstance(caught.value.results[0], dsm_jax.Speech)
 
 
+@pytest.mark.slow
 def test_stereo_and_other_rates_are_taken_as_everywhere(model, tmp_path):
     stereo, fast = tmp_path / "stereo.wav", tmp_path / "fast.wav"
     dsm_jax.audio.write(stereo, np.stack([PCM, PCM]), model.sample_rate)
@@ -187,6 +189,7 @@ def test_options_out_of_their_range_are_refused(options, message):
         CsmOptions(**options)
 
 
+@pytest.mark.slow
 def test_a_turn_that_ends_before_its_first_frame_is_an_error(model):
     with pytest.raises(
         SpeechError, match=r"^random ended the turn before it said anything; give another seed, or a con"
@@ -227,6 +230,7 @@ def test_markers_in_a_text_are_not_obeyed(model):
         csm.prompt.text_ids(CSM, obedient, "a", 0)
 
 
+@pytest.mark.slow
 def test_a_turn_that_does_not_end_carries_the_part_that_was_made(model):
     with pytest.raises(
         dsm_jax.IncompleteSpeechError, match=r"^the turn did not end in 3 frames; allow more with max_frames"

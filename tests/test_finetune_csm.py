@@ -30,6 +30,8 @@ from tests.helpers.checkpoint_maker import arrays_of, assert_same_weights
 from tests.helpers.csm_model import CSM
 from tests.helpers.tts_model import FRAME
 
+pytestmark = pytest.mark.slow  # the models compile for seconds
+
 RATE = 1600
 MESH = Mesh(jax.devices()[:1], ("data",))
 # Wide enough to learn the codes of 16 recordings in a hundred steps.

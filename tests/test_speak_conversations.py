@@ -14,6 +14,8 @@ from tests.helpers import tts_model
 from tests.helpers.csm_model import random_model
 from tests.helpers.tts_model import FRAME
 
+pytestmark = pytest.mark.slow  # the models compile for seconds
+
 GREEDY = CsmOptions(temperature=0.0, max_frames=16)
 
 
