@@ -49,6 +49,10 @@ class ForkError(DsmError):
     """A use of JAX in a process that was forked from one that uses JAX."""
 
 
+class WireError(DsmError, ValueError):
+    """A message of a client that is not of the server's wire format."""
+
+
 class TrainingError(DsmError):
     """Training that cannot continue, or data that cannot be trained on. Earlier checkpoints remain."""
 

@@ -24,7 +24,7 @@ LEVELS = (
     ("microphone", "codec", "speech"),
     ("stt", "tts", "csm"),
     ("synthesis",),
-    ("benchmark", "evaluation", "training"),
+    ("benchmark", "evaluation", "serving", "training"),
     ("malloc", "tasks", "cli", "__main__"),
     ("dsm_jax",),
 )

@@ -1,0 +1,1 @@
+"""Servers of models: the wire formats of their clients."""
