@@ -75,7 +75,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Error:
-    """Why the session ends."""
+    """The reason for which the session ends."""
 
     message: str
 
@@ -188,7 +188,7 @@ def decode(data: bytes, known: Sequence[str]) -> Incoming:
     """
     if (pcm_T := _plain_audio(data)) is not None and "Audio" in known:
         return Audio(_finite(pcm_T))
-    unpacker = msgpack.Unpacker(raw=False, strict_map_key=False, max_buffer_size=len(data) or 1)
+    unpacker = msgpack.Unpacker(raw=False, strict_map_key=True, max_buffer_size=len(data) or 1)
     unpacker.feed(data)
     try:
         value = unpacker.unpack()
