@@ -245,7 +245,8 @@ def test_published_chat_format_is_a_conversation(model, alone, tmp_path):
     audio.write(path, HI.audio, model.sample_rate)
     from_file = [{"role": 1, "content": [{"type": "text", "text": "hi"}, {"type": "audio", "path": str(path)}]}]
     twice = np.repeat(HI.audio, 2)
-    for first in (from_file, messages(array=twice, sampling_rate=2 * model.sample_rate)[:1]):
+    as_published = [{"role": "1", "content": [*messages()[0]["content"][:1], {"type": "audio", "path": HI.audio}]}]
+    for first in (from_file, as_published, messages(array=twice, sampling_rate=2 * model.sample_rate)[:1]):
         read = Request.of_messages([*first, messages()[1]])
         pcm_T = samples(read.context[0].audio, model.sample_rate)
         assert (read.context[0].text, read.text, read.speaker) == ("hi", TEXTS[1], 1)

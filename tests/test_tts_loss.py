@@ -187,7 +187,7 @@ def test_a_model_trained_on_a_row_speaks_it(network, tokenizer, rows):
     assert float(metrics["loss"]) < 0.05
 
     settings = TtsSettings(slots=1, machine=WordMachine(card=LM.text_card + 1), delay_steps=DELAY)
-    mimi = nnx.merge(*nnx.split(Mimi(tts_model._MIMI, rngs=nnx.Rngs(0))))
+    mimi = nnx.merge(*nnx.split(Mimi(tts_model.MIMI, rngs=nnx.Rngs(0))))
     request = SpeechRequest(
         entries=entries_of(["on a"], tokenizer, frame_rate=12.5, multi_speaker=True),
         complete=True,

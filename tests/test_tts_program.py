@@ -20,7 +20,7 @@ from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.runtime.compile import compilations
-from dsm_jax.runtime.steps import Leave
+from dsm_jax.runtime.steps import Leave, step_limits
 from dsm_jax.tts import program
 from dsm_jax.tts.host import SpeechRequest
 from dsm_jax.tts.program import TtsSettings
@@ -338,7 +338,7 @@ def test_a_request_larger_than_the_room_makes_the_program_grow_and_the_others_go
 
 def test_nothing_leaves_or_enters_the_device_in_a_call():
     state = calm().start(requests(range(3)))
-    inputs = jax.tree.map(jnp.asarray, calm().program._inputs([Leave()] * 3, waiting=False))
+    inputs = jax.tree.map(jnp.asarray, step_limits([Leave()] * 3, calm().program.limit, waiting=False))
     params, step = calm().program._params, calm().program._step
     outputs, state = step(params, state, inputs)
     with jax.transfer_guard("disallow"):
@@ -353,7 +353,7 @@ def test_nothing_leaves_or_enters_the_device_in_a_call():
 def compiled_step() -> jax.stages.Compiled:
     """Compile the loop as users do."""
     loop = calm()
-    inputs = loop.program._inputs([Leave()] * 3, waiting=False)
+    inputs = step_limits([Leave()] * 3, loop.program.limit, waiting=False)
     return compile_optimized(loop.program._step._jitted.lower(loop.program._params, loop.program.init(), inputs))
 
 
