@@ -3,18 +3,22 @@
 import contextlib
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 import dsm_jax
-from dsm_jax import audio, csm
+from dsm_jax import audio, csm, synthesis
 from dsm_jax.csm import CsmOptions, Request, Segment
 from dsm_jax.csm.batch import synthesize_each
 from dsm_jax.csm.conversation import samples
-from dsm_jax.csm.host import bucket, room
+from dsm_jax.csm.host import CsmProgram, bucket, room
+from dsm_jax.csm.program import CsmSettings
 from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
 from dsm_jax.runtime.compile import compilations
+from dsm_jax.runtime.steps import Leave, step_limits
 from tests.helpers.csm_model import CSM, greedy_codes, random_model
+from tests.helpers.optimized import compile_optimized
 from tests.helpers.tts_model import FRAME, MIMI
 
 pytestmark = pytest.mark.slow  # the models compile for seconds
@@ -253,7 +257,7 @@ def test_published_chat_format_is_a_conversation(model, alone, tmp_path):
         assert pcm_T.size == HI.audio.size
     batch = dict(synthesize_each(model, [Request.of_messages(messages())], options=GREEDY))
     np.testing.assert_array_equal(outcome(batch[0])[0], alone[1][0])
-    several = dict(dsm_jax.synthesis.synthesize_each(model, [messages(), REQUESTS[5]], options=GREEDY))
+    several = dict(synthesis.synthesize_each(model, [messages(), REQUESTS[5]], options=GREEDY))
     np.testing.assert_array_equal(outcome(several[0])[0], alone[1][0])
     np.testing.assert_array_equal(outcome(several[1])[0], alone[5][0])
 
@@ -273,3 +277,23 @@ def test_watermark_marks_whole_and_streamed_sound(model, alone):
     np.testing.assert_allclose(np.concatenate(list(stream)), marked.pcm, atol=1e-6)
     with pytest.raises(dsm_jax.SpeechError, match=r"the watermark made \[1\] of \[\d+\] samples; return as many"):
         dsm_jax.synthesize(model, request.text, **arguments, watermark=lambda pcm_T, _: pcm_T[:1])
+
+
+@pytest.mark.parametrize("function", ["step", "insert"])
+def test_caches_are_updated_where_they_lie(tmp_path, function):
+    backbone = dataclasses.replace(CSM.backbone, d_model=128)  # so wide that a copy of a cache outweighs all else
+    model = random_model(tmp_path, dataclasses.replace(CSM, backbone=backbone))
+    request = ConversationSynthesizer(model, 1).prepare(REQUESTS[0], GREEDY)
+    program = CsmProgram(model, CsmSettings(slots=64, positions=512))
+    state = program.init()
+    if function == "step":
+        arguments = (step_limits([Leave()] * 64, 1, waiting=False),)
+        lowered = program._step._jitted.lower(program._params, state, *arguments)
+    else:
+        tokens_1MT = np.pad(request.prompt_MT, ((0, 0), (0, 64 - request.prompt_MT.shape[1])), constant_values=-1)[None]
+        arguments = (np.array([3]), request.row(), tokens_1MT, np.array([request.prompt_MT.shape[1]]))
+        lowered = program._insert._jitted.lower(program._params, state, *arguments)
+    memory = compile_optimized(lowered).memory_analysis()
+    cache = state.lm.caches[0]
+    assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert memory.temp_size_in_bytes < cache.k_BKSH.nbytes
