@@ -207,8 +207,9 @@ def write_mimi_config(config: MimiConfig) -> dict[str, Any]:
     values = to_dict(config)
     if values["quantizer"]["n_q_semantic"] == QuantizerConfig.n_q_semantic:  # the PyTorch package takes no such key
         del values["quantizer"]["n_q_semantic"]
-    plain = ("kv_repeat", "cross_attention")
-    values["transformer"] = {k: v for k, v in values["transformer"].items() if k not in plain or v not in (1, False)}
+    # The PyTorch package takes none of these, and computes as their defaults say.
+    plain = {"kv_repeat": 1, "cross_attention": False, "rope_scaling": None, "gated_width": None}
+    values["transformer"] = {k: v for k, v in values["transformer"].items() if k not in plain or v != plain[k]}
     return values
 
 

@@ -313,3 +313,12 @@ def test_two_conditioners_of_one_name_are_refused():
 def test_whole_numbers_pass_as_floats_and_lists_as_tuples():
     config = from_dict(LMConfig, LM | {"max_period": 10_000, "delays": [0, 0, 0, 1]}, "f.json")
     assert (config.max_period, type(config.max_period), config.delays) == (10_000.0, float, (0, 0, 0, 1))
+
+
+def test_the_codecs_file_has_the_keys_that_the_pytorch_package_takes():
+    written = kyutai_config.write_mimi_config(small.MIMI)
+    assert written["transformer"].keys() == {
+        *("causal", "context", "conv_layout", "d_model", "dim_feedforward", "gating", "input_dimension", "layer_scale"),
+        *("max_period", "norm", "num_heads", "num_layers", "output_dimensions", "positional_embedding"),
+    }
+    assert "n_q_semantic" not in written["quantizer"]
