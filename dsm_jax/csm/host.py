@@ -12,7 +12,7 @@ import numpy as np
 
 from dsm_jax.checkpoints import Model
 from dsm_jax.csm.options import CsmOptions
-from dsm_jax.csm.program import CsmRequest, CsmSettings, CsmState, FrameOutputs, init_state, insert, step
+from dsm_jax.csm.program import CsmOutputs, CsmRequest, CsmSettings, CsmState, init_state, insert, step
 from dsm_jax.models.family import csm_config
 from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.nn.sampling import top_k_capacity
@@ -153,6 +153,6 @@ class CsmProgram:
             np.array([one.shape[1] for one in prompts], np.int32),
         )
 
-    def step(self, state: CsmState, parts: Sequence[Leave | None], *, waiting: bool) -> tuple[FrameOutputs, CsmState]:
+    def step(self, state: CsmState, parts: Sequence[Leave | None], *, waiting: bool) -> tuple[CsmOutputs, CsmState]:
         """Generate frames in all slots that may; return at once, with outputs that may still be computed."""
         return self._step(self._params, state, step_limits(parts, self.limit, waiting=waiting))

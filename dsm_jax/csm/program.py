@@ -93,7 +93,7 @@ class CsmState:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FrameOutputs:
+class CsmOutputs:
     """The outputs of one call. A slot that generated no frame in a step has no valid entry there.
 
     Attributes:
@@ -214,7 +214,7 @@ def _ended_B(state: CsmState) -> jax.Array:
 
 def step(
     lm: CsmLM, mimi: Mimi, state: CsmState, limits: StepLimits, settings: CsmSettings
-) -> tuple[FrameOutputs, CsmState]:
+) -> tuple[CsmOutputs, CsmState]:
     """Generate up to `limit` frames in every slot, fewer when no slot has any left to generate.
 
     Args:
@@ -241,7 +241,7 @@ def step(
         waits_B=lambda state: jnp.zeros_like(state.complete_B),
         ended_B=_ended_B,
     )
-    return FrameOutputs(count, codes_NBQ, pcm_NBT, made_NB, _ended_B(state), state.complete_B), state
+    return CsmOutputs(count, codes_NBQ, pcm_NBT, made_NB, _ended_B(state), state.complete_B), state
 
 
 def _take_step(

@@ -12,7 +12,7 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.csm.conversation import Request, Segment, samples
 from dsm_jax.csm.host import ConversationRequest, CsmProgram, room
 from dsm_jax.csm.options import CsmOptions
-from dsm_jax.csm.program import CsmSettings, FrameOutputs
+from dsm_jax.csm.program import CsmOutputs, CsmSettings
 from dsm_jax.csm.prompt import text_ids, turn_MT
 from dsm_jax.errors import AudioError, ConfigError, DsmError, SpeechError
 from dsm_jax.models.family import csm_config, require
@@ -171,7 +171,7 @@ class ConversationSession:
         """Let the slot take steps."""
         return Leave()
 
-    def read(self, outputs: FrameOutputs, slot: int, part: Leave) -> None:
+    def read(self, outputs: CsmOutputs, slot: int, part: Leave) -> None:
         """Collect the frames that a call generated in this slot."""
         count = int(outputs.count)
         made_N = outputs.made_NB[:count, slot]
