@@ -15,6 +15,8 @@ from dsm_jax.training import lora
 from dsm_jax.training.lora import LoraConfig
 from tests.helpers import checkpoint_maker, small
 
+pytestmark = pytest.mark.slow
+
 CONFIG = LoraConfig(rank=3, alpha=6.0)
 STT = dataclasses.replace(small.STT, num_layers=1, context=16)
 
@@ -36,7 +38,6 @@ def codes() -> jax.Array:
     return jax.random.randint(jax.random.key(2), (2, 4, 9), 4, 12)
 
 
-@pytest.mark.slow
 def test_adapters_have_the_targets_and_rank_of_the_config(network):
     adapters = lora.init(network[1], CONFIG, jax.random.key(0))
     layer = "transformer.layers.0"
@@ -59,7 +60,6 @@ def test_a_target_is_a_part_of_a_name_or_an_expression(network, targets):
     assert list(adapters) == ["transformer.layers.0.self_attn.out_proj.weight_KGHD"]
 
 
-@pytest.mark.slow
 def test_merging_untrained_adapters_changes_no_bit(network):
     everything = LoraConfig(targets=(".",))
     merged = lora.merge(network[1], lora.init(network[1], everything, jax.random.key(0)), everything)
@@ -68,7 +68,6 @@ def test_merging_untrained_adapters_changes_no_bit(network):
     assert [name for name in before if not np.array_equal(before[name], after[name])] == []
 
 
-@pytest.mark.slow
 def test_merged_weights_are_the_weights_plus_the_scaled_products(network):
     adapters = drawn(lora.init(network[1], CONFIG, jax.random.key(0)))
     before, after = flatten(network[1]), flatten(lora.merge(network[1], adapters, CONFIG))
@@ -104,7 +103,6 @@ def test_a_stack_of_matrices_has_adapters_for_each(network):
         np.testing.assert_allclose(merged[q], weight + a[q] @ b[q], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_gradients_reach_every_adapter(network):
     graph, params = network
     adapters = drawn(lora.init(params, CONFIG, jax.random.key(0)))

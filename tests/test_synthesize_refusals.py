@@ -13,6 +13,8 @@ from dsm_jax.tts.live import STEPS
 from tests.helpers import tts_model
 from tests.helpers.tts_model import FRAME, voice
 
+pytestmark = pytest.mark.slow
+
 GREEDY = SynthesizeOptions(temperature=0.0)
 LONG = "to be at the old city"
 
@@ -40,21 +42,18 @@ def refused_alike(model, error, message, text="good", **more) -> None:
         list(dsm_jax.synthesize_stream(model, text, **more))
 
 
-@pytest.mark.slow
 def test_a_model_that_only_listens_is_refused():
     refused_alike(
         dsm_jax.load("digits"), CheckpointError, "^digits is a speech-to-text model; to speak, load a text-to-"
     )
 
 
-@pytest.mark.slow
 def test_a_codec_alone_is_refused(model):
     config = ModelConfig(model_type="mimi", mimi=model.config.mimi)
     alone = dataclasses.replace(model, config=config, lm_def=None, lm_params=None, tokenizer=None, name="some-codec")
     refused_alike(alone, CheckpointError, "^some-codec is a codec without a language model; to speak, load a text-to-")
 
 
-@pytest.mark.slow
 def test_a_model_without_its_decoder_is_refused(checkpoint):
     deaf = dsm_jax.load(checkpoint, stt_only=True)
     refused_alike(deaf, ConfigError, "^speaker was loaded with stt_only=True; load it without to speak$")
@@ -183,7 +182,6 @@ def test_two_recordings_to_go_on_from_are_refused(prefix_model):
         dsm_jax.synthesize(prefix_model, Request("good", (one, one)))
 
 
-@pytest.mark.slow
 def test_a_recording_that_leaves_nothing_to_go_on_from_is_refused(prefix_model):
     short = np.zeros(2 * FRAME, np.float32)
     refused_alike(

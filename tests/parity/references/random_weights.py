@@ -99,8 +99,7 @@ def random_lm(
     tensors = {}
     for name, shape in shapes.items():
         # A tensor's draw depends on its name only, so that pause heads can be added without changing the rest.
-        # torch's generator reads the lower 32 bits of a seed alone.
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1 & 0xFFFFFFFF))
+        generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
         tensors[name] = _lm_tensor(name, torch.randn(shape, generator=generator), num_audio_codebooks).to(dtype)
     return tensors
 
