@@ -16,6 +16,8 @@ from dsm_jax.errors import CheckpointError
 from tests.helpers import small
 from tests.helpers.checkpoint_maker import PLAIN_STT, arrays_of, assert_same_weights, copy_of, make_checkpoint
 
+pytestmark = pytest.mark.slow
+
 WITH_HEADS = dataclasses.replace(PLAIN_STT, extra_heads_num_heads=4)
 
 
@@ -28,7 +30,6 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return made
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("source", ["orbax", "kyutai", "transformers"])
 @pytest.mark.parametrize("to", ["orbax", "kyutai", "transformers"])
 def test_every_layout_converts_to_every_other_bit_for_bit(folders, tmp_path, source, to):
@@ -48,7 +49,6 @@ def test_the_public_name_is_the_function_once_the_package_is_imported(folders, t
     assert (tmp_path / "out/config.json").is_file()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("to", ["orbax", "kyutai", "transformers"])
 def test_a_codec_alone_converts_to_every_layout(folders, tmp_path, to):
     convert(folders["codec"], tmp_path / "out", to=to)
@@ -57,7 +57,6 @@ def test_a_codec_alone_converts_to_every_layout(folders, tmp_path, to):
     assert (after.config, after.lm_params, after.tokenizer) == (before.config, None, None)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lm", [small.STT, small.TTS], ids=["every stt setting", "tts"])
 def test_every_feature_of_the_config_survives_kyutais_layout(tmp_path, lm):
     folder = make_checkpoint(tmp_path, "kyutai", lm=lm)
@@ -66,7 +65,6 @@ def test_every_feature_of_the_config_survives_kyutais_layout(tmp_path, lm):
     assert after.config == before.config
 
 
-@pytest.mark.slow
 def test_a_depformer_in_the_current_spelling_is_the_same_model(tmp_path):
     folder = make_checkpoint(tmp_path, "kyutai", lm=small.TTS)
     path = folder / kyutai.LM_NAME
@@ -84,7 +82,6 @@ def test_a_depformer_in_the_current_spelling_is_the_same_model(tmp_path):
     assert_same_weights(checkpoints.load(folder), checkpoints.load(tmp_path / "made"))
 
 
-@pytest.mark.slow
 def test_pause_heads_are_dropped_for_transformers_and_the_report_names_them(folders, tmp_path):
     report = convert(folders["heads"], tmp_path / "out", to="transformers")
     (left,) = report.dropped
@@ -149,7 +146,6 @@ def test_the_dtype_is_the_language_models_and_the_codec_stays_float32(folders, t
     assert {m.dtype for m in again.moved if m.network == "lm"} == {stored}
 
 
-@pytest.mark.slow
 def test_conditioning_stays_float32(tmp_path):
     folder = make_checkpoint(tmp_path, "kyutai", lm=small.TTS, dtype="bfloat16")
     with safe_open(folder / kyutai.LM_NAME, "np") as file:
@@ -175,7 +171,6 @@ def _move_a_tensor(folder: Path) -> None:
     save_file(load_file(first) | dict([stolen]), first)
 
 
-@pytest.mark.slow
 def test_many_groups_of_parameters_are_one_model(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(native, "GROUP_BYTES", 20_000)
     convert(folders["kyutai"], tmp_path / "out")
@@ -193,7 +188,6 @@ def test_the_report_lists_every_tensor_and_what_was_left_out(folders, tmp_path):
     assert json.loads(json.dumps(report.to_dict()))["source_layout"] == "transformers"
 
 
-@pytest.mark.slow
 def test_a_constant_row_with_another_value_is_noted(folders, tmp_path):
     folder = copy_of(folders["transformers"], tmp_path / "in")
     tensors = load_file(folder / "model.safetensors")
