@@ -108,7 +108,8 @@ def load(
 
     Args:
       source: a local folder, a codec's file, "digits" or "digits-tts" (small models inside the package), or a name on
-        the hub ("organisation/name", fetched on first use); in Kyutai's, transformers' or this library's own layout.
+        the hub ("organisation/name", fetched on first use); in Kyutai's, transformers', Sesame's or this library's own
+        layout.
       dtype: dtype of the language model, by name or as jax has it; None is bfloat16 on GPU and TPU, float32 on CPU.
         The codec and the conditioning are always float32.
       device: one of `jax.devices()`, or "cpu", "gpu" or "tpu" for the first of its kind; None is JAX's default.

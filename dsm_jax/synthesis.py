@@ -192,8 +192,13 @@ def synthesize_stream(
         _refuse(model, speaker=speaker, context=context)
         own = _options(model, SynthesizeOptions, options)
         sound = tts_live.synthesize_stream(model, text, voice=voice, options=own)  # pyright: ignore[reportArgumentType]
-    for pcm_T in sound:
-        yield pcm_T if watermark is None else _mark(pcm_T, model.sample_rate, watermark)
+    try:
+        for pcm_T in sound:
+            yield pcm_T if watermark is None else _mark(pcm_T, model.sample_rate, watermark)
+    except IncompleteSpeechError as error:
+        if watermark is not None:
+            error.speech = _marked_speech(error.speech, watermark)
+        raise
 
 
 def _is_conversational(model: Model) -> bool:
@@ -219,7 +224,7 @@ def _requests(
     if _is_conversational(model):
         _refuse(model, voice=voice)
         _check_options(model, CsmOptions, options)
-        if alone and (isinstance(speaker, Sequence) or isinstance(options, Sequence)):
+        if alone and (isinstance(speaker, list | tuple) or isinstance(options, Sequence)):
             raise ConfigError("one text has a list of speakers or options; give one of each, or a list of texts")
         return list(csm_requests(texts, speaker, context, options))
     _refuse(model, speaker=speaker, context=context)
@@ -248,6 +253,8 @@ def _check_options(model: Model, kind: type, options: Any) -> None:
 
 def _options(model: Model, kind: type, options: Any) -> Any:
     """Return the options, or the family's own where there are none."""
+    if isinstance(options, Sequence):
+        raise ConfigError("the options are a list; give one, or requests that have their own")
     _check_options(model, kind, options)
     return kind() if options is None else options
 

@@ -226,8 +226,13 @@ def test_conversation_goes_on_from_its_own_turns(model):
 def test_conversation_forgets_its_oldest_turns_and_says_so(model, caplog):
     turns = [Segment(f"turn {n % 3}", 0, recording(60 * FRAME, seed=n)) for n in range(8)]
     conversation = csm.Conversation(model, turns, options=GREEDY)
-    with caplog.at_level("WARNING", logger="dsm_jax"), contextlib.suppress(dsm_jax.IncompleteSpeechError):
-        turns.append(Segment("z", 2, conversation.say("z", 2)))
+    with caplog.at_level("WARNING", logger="dsm_jax"):
+        for seed in range(30):  # until a turn ends by itself
+            hot = CsmOptions(temperature=2.0, top_k=0, seed=seed, max_frames=GREEDY.max_frames)
+            with contextlib.suppress(dsm_jax.SpeechError):
+                turns.append(Segment("z", 2, conversation.say("z", 2, options=hot)))
+                break
+    assert len(turns) == 9
     assert conversation.forgotten == 2
     assert [turn.text for turn in conversation.turns] == [turn.text for turn in turns[2:]]
     assert "left out the oldest 2 turns" in caplog.text
@@ -297,3 +302,30 @@ def test_caches_are_updated_where_they_lie(tmp_path, function):
     cache = state.lm.caches[0]
     assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert memory.temp_size_in_bytes < cache.k_BKSH.nbytes
+
+
+def test_a_conversation_is_as_it_was_after_a_turn_that_failed(model, caplog):
+    turns = [Segment(f"turn {n}", 0, recording(60 * FRAME, seed=n)) for n in range(3)]
+    conversation = csm.Conversation(model, turns, options=dataclasses.replace(GREEDY, max_frames=2))
+    with pytest.raises(dsm_jax.SpeechError, match="positions"):
+        conversation.say("x" * 600)
+    with pytest.raises(dsm_jax.IncompleteSpeechError):
+        conversation.say("hello there." * 30)
+    assert (conversation.turns, conversation.forgotten, caplog.text) == (turns, 0, "")
+
+
+def test_a_streams_error_carries_all_of_its_sound_marked(model):
+    request, pieces = REQUESTS[0], []
+    stream = dsm_jax.synthesize_stream(
+        model, request, options=dataclasses.replace(GREEDY, max_frames=4), watermark=lambda pcm_T, rate: pcm_T / 2
+    )
+    with pytest.raises(dsm_jax.IncompleteSpeechError) as caught:
+        pieces.extend(stream)
+    np.testing.assert_allclose(caught.value.speech.pcm, np.concatenate(pieces), atol=1e-7)
+    assert caught.value.speech.frames.shape[1] == len(pieces) == 4
+
+
+def test_a_context_may_be_any_iterable(model, alone):
+    assert Request("no", 1, (turn for turn in [HI])).context == (HI,)
+    results = synthesis.synthesize_each(model, [Request("no", 1, iter([HI]))], options=GREEDY)
+    np.testing.assert_array_equal(outcome(next(results)[1])[0], alone[1][0])

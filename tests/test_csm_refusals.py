@@ -108,6 +108,14 @@ TEXT = {"type": "text", "text": "hi"}
             "^message 1 has 2 texts and 0 recordings; expected one text, and one",
         ),
         ([{"role": "0", "content": [part(array=PCM)]}], "^message 1 has 0 texts and 1 recordings; expected one text"),
+        (
+            [{"role": "0", "content": [TEXT, part(array=PCM, sampling_rate="fast")]}, {"role": "0", "content": [TEXT]}],
+            r"^message 1 has audio with the sampling_rate 'fast'; expected a number of Hz$",
+        ),
+        (
+            [{"role": "0", "content": [TEXT, part(array=[[1], "a"])]}, {"role": "0", "content": [TEXT]}],
+            r"^message 1 has audio that is a list of other things than numbers; give samples$",
+        ),
         ([{"role": "0", "content": [{"type": "image"}]}], "^message 1 has a part of type 'image'; expected 'text' or"),
         (
             [{"role": "0", "content": [TEXT, part(array=PCM)]}],
@@ -146,6 +154,7 @@ def test_a_conversation_of_another_form_is_refused(messages, message):
             "^options are SynthesizeOptions; random takes CsmOptions$",
         ),
         ({"text": 3.0}, TypeError, "not iterable"),
+        ({"text": "a", "speaker": "0"}, SpeechError, r"^the speaker of 'a' is '0'; expected a number: 0, 1 and so on$"),
         ({"text": ["a", 3]}, SpeechError, "^the text is int; expected a str, a conversation, or several of these$"),
         ({"text": ["a", "b"], "speaker": [0]}, ConfigError, "^2 texts have 1 speakers; give one for all, or one each$"),
         ({"text": ["a"], "context": [[], []]}, ConfigError, "^1 texts have 2 contexts; give one for all, or one each$"),

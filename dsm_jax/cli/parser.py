@@ -164,8 +164,13 @@ def parser() -> argparse.ArgumentParser:
     talk.add_argument(
         "--depth-temperature", type=float, metavar="T", help="of all codebooks but the first; default: --temperature"
     )
-    talk.add_argument("--depth-top-k", type=int, metavar="K", help="the same; default: --top-k")
-    p.add_argument("--save-frames", action="store_true", help="write tokens and word times next to the recording")
+    talk.add_argument(
+        "--depth-top-k",
+        type=int,
+        metavar="K",
+        help="codes to sample among in all codebooks but the first; default: --top-k",
+    )
+    p.add_argument("--save-frames", action="store_true", help="write the frames next to the recording")
     p.add_argument(
         "--batch-size", type=_positive, default=8, metavar="N", help="requests at a time (default: %(default)s)"
     )

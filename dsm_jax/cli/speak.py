@@ -78,6 +78,8 @@ def _form(args: argparse.Namespace) -> RequestForm:
         what = "a conversational speech model" if conversational else "a text-to-speech model"
         raise UsageError(f"{args.model} is {what}, which has no {flags}; leave that out")
     if conversational:
+        if args.speaker is not None and args.speaker < 0:
+            raise UsageError(f"--speaker is {args.speaker}; expected a number: 0, 1 and so on")
         context = () if args.context is None else read_context(args.context)
         return Turns(args.speaker or 0, context, CsmOptions(**given))
     return Voices(args.voice, SynthesizeOptions(**given))

@@ -33,6 +33,11 @@ class RopeScaling:
             f"low_frequency is {self.low_frequency} and high_frequency {self.high_frequency}",
             "the low one must be the smaller, and above 0",
         )
+        require(
+            self.factor > 0 and self.original_context >= 1,
+            f"factor is {self.factor} and original_context {self.original_context}",
+            "both must be above 0",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -66,6 +66,7 @@ class Request:
     def __post_init__(self) -> None:
         if isinstance(self.context, Segment):
             raise SpeechError("the context is one Segment; give a list of them")
+        object.__setattr__(self, "context", tuple(self.context))
         for segment in self.context:
             if not isinstance(segment, Segment):
                 kind = f"{type(segment).__module__}.{type(segment).__name__}"
@@ -145,8 +146,16 @@ def _audio(part: Mapping[str, Any], where: str) -> Any:
         if not {"array", "sampling_rate"} <= value.keys():
             raise SpeechError(f"{where} has audio with {sorted(value)}; expected array and sampling_rate")
         value, rate = value["array"], value["sampling_rate"]
-    value = np.asarray(value, np.float32) if isinstance(value, list | tuple) else value
-    return value if rate is None else Recorded(value, int(rate))
+    if isinstance(value, list | tuple):
+        try:
+            value = np.asarray(value, np.float32)
+        except (TypeError, ValueError):
+            raise SpeechError(f"{where} has audio that is a list of other things than numbers; give samples") from None
+    if rate is None:
+        return value
+    if not isinstance(rate, int | float) or isinstance(rate, bool):
+        raise SpeechError(f"{where} has audio with the sampling_rate {rate!r}; expected a number of Hz")
+    return Recorded(value, int(rate))
 
 
 def samples(recording: sound.Source | Recorded, sample_rate: int) -> np.ndarray:
@@ -180,8 +189,10 @@ def requests_of(
       SpeechError: a text of another kind, a message of another form, or a context of other things than segments.
     """
     count = len(texts)
-    ragged = isinstance(context, Sequence) and any(isinstance(one, list | tuple) for one in context)
-    speakers = list(speaker) if isinstance(speaker, Sequence) else [speaker] * count
+    if context is not None and not isinstance(context, Segment):
+        context = list(context)
+    ragged = isinstance(context, list) and any(isinstance(one, list | tuple) for one in context)
+    speakers: list[Any] = list(speaker) if isinstance(speaker, list | tuple) else [speaker] * count
     contexts: list[Any] = list(context or ()) if ragged else [context] * count
     each = list(options) if isinstance(options, Sequence) else [options] * count
     for given, what in ((speakers, "speakers"), (contexts, "contexts"), (each, "options")):

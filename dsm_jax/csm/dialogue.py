@@ -49,8 +49,8 @@ class Conversation:
     def say(self, text: str, speaker: int = 0, *, options: CsmOptions | None = None) -> Speech:
         """Speak the next turn and add it to the conversation.
 
-        The oldest turns are left out, with a warning in the log, as far as it takes to leave room for `max_frames`, or
-        for half of the model's context if that is less.
+        The oldest turns are left out, with a warning in the log, as many as it takes to leave room for `max_frames`, or
+        for half of the model's context if that is less. After an error the conversation is as it was.
 
         Args:
           text: of the turn.
@@ -58,41 +58,48 @@ class Conversation:
           options: of this turn; None takes the conversation's.
 
         Raises:
-          IncompleteSpeechError: the turn did not end in `max_frames`; it carries the part that was made, and the
-            conversation is as it was.
+          IncompleteSpeechError: the turn did not end in `max_frames`; it carries the part that was made.
           SpeechError: the text alone is too long, or the model ended the turn before it said anything.
         """
         options = self._options if options is None else options
-        self._trim(text, speaker, options)
+        kept = self._kept(text, speaker, options)
         synthesizer = self._synthesizer
-        prepared = synthesizer.prepare(Request(text, speaker, tuple(self.turns)), options)
+        prepared = synthesizer.prepare(Request(text, speaker, tuple(kept)), options)
         session = ConversationSession(synthesizer.model, prepared)
         slots = synthesizer.slots_for(prepared)
-        for done in slots.run([session]):
-            if done.error is not None:
-                raise done.error
+        try:
+            for done in slots.run([session]):
+                if done.error is not None:
+                    raise done.error
+        finally:  # after an interrupt too, the slot is free for the next turn
+            slots.cancel(session)
+        self._forget(len(self.turns) - len(kept))
         speech = session.speech()
         self.turns.append(Segment(text, speaker, speech))
         return speech
 
-    def _trim(self, text: str, speaker: int, options: CsmOptions) -> None:
-        """Forget the oldest turns until the rest leaves room for the answer."""
+    def _kept(self, text: str, speaker: int, options: CsmOptions) -> list[Segment]:
+        """Return the turns without the oldest ones, as many as leave room for the answer."""
         context = self._synthesizer.config.backbone.context
-        frames = min(options.max_frames, context // 2)
-        dropped = 0
-        while self.turns:
-            length = self._synthesizer.prompt(Request(text, speaker, tuple(self.turns))).shape[1]
-            if length + frames <= context:
+        kept = list(self.turns)
+        while kept:
+            length = self._synthesizer.prompt(Request(text, speaker, tuple(kept))).shape[1]
+            if length + min(options.max_frames, context // 2) <= context:
                 break
-            self._synthesizer.forget(self.turns.pop(0))
-            dropped += 1
-        if dropped:
-            self.forgotten += dropped
+            kept.pop(0)
+        return kept
+
+    def _forget(self, count: int) -> None:
+        """Leave out the oldest turns, and say so."""
+        for turn in self.turns[:count]:
+            self._synthesizer.forget(turn)
+        self.turns = self.turns[count:]
+        self.forgotten += count
+        if count:
             _log.warning(
-                "left out the oldest %d turns of the conversation, so that %d frames of answer fit the model's %d "
-                "positions; %d turns are left",
-                dropped,
-                frames,
-                context,
+                "left out the oldest %d turns of the conversation, so that the answer fits the model's %d positions; "
+                "%d turns are left",
+                count,
+                self._synthesizer.config.backbone.context,
                 len(self.turns),
             )

@@ -45,7 +45,7 @@ class ConversationSynthesizer:
         self.model, self.config, self.tokenizer = model, csm_config(model.config), model.tokenizer
         self._count, self._limit, self._behind = slots, limit, behind
         self._slots: Slots[ConversationSession] | None = None
-        self._turns: dict[int, tuple[Segment, np.ndarray]] = {}  # by identity; the segment is held so that it stays so
+        self._turns: dict[Segment, np.ndarray] = {}  # segments are compared by identity
 
     def positions_of(self, segment: Segment) -> np.ndarray:
         """Return the positions of a turn of the context, int32 [M, T]; its recording is encoded once.
@@ -54,16 +54,16 @@ class ConversationSynthesizer:
           AudioError: the recording cannot be read.
           SpeechError: the turn has no text, no recording, or no number for its speaker.
         """
-        if id(segment) not in self._turns:
+        if segment not in self._turns:
             ids = text_ids(self.config, self.tokenizer, segment.text, segment.speaker)
             if segment.audio is None:
                 raise SpeechError(f"the context's turn {segment.text!r} has no audio; give its recording")
-            self._turns[id(segment)] = segment, turn_MT(self.config, ids, self._codes(segment))
-        return self._turns[id(segment)][1]
+            self._turns[segment] = turn_MT(self.config, ids, self._codes(segment))
+        return self._turns[segment]
 
     def forget(self, segment: Segment) -> None:
         """Forget the codes of a turn that is not used any more."""
-        self._turns.pop(id(segment), None)
+        self._turns.pop(segment, None)
 
     def _codes(self, segment: Segment) -> np.ndarray:
         """Return the codes [Q, T] of a turn's recording."""
@@ -155,7 +155,7 @@ class ConversationSession:
         self._prepared, self._progress = prepared, progress
         self._codes: list[np.ndarray] = [np.zeros((0, csm_config(model.config).n_q), np.int32)]
         self._pcm: list[np.ndarray] = [np.zeros(0, np.float32)]
-        self._samples = 0
+        self._taken = self._samples = 0  # pieces that `take_pcm` has returned, and samples of all pieces
 
     @property
     def prepared(self) -> ConversationRequest:
@@ -205,9 +205,9 @@ class ConversationSession:
         )
 
     def take_pcm(self) -> np.ndarray:
-        """Return the samples [T] made since the last call, and forget them."""
-        pcm, self._pcm = self._pcm, []
-        return np.concatenate([np.zeros(0, np.float32), *pcm])
+        """Return the samples [T] made since the last call."""
+        new, self._taken = self._pcm[self._taken :], len(self._pcm)
+        return np.concatenate([np.zeros(0, np.float32), *new])
 
     def speech(self, *, complete: bool = True) -> Speech:
         """Return the speech of a session that has ended."""

@@ -27,6 +27,7 @@ from dsm_jax.nn.linear import Embedding, Linear, LinearPerStream
 from dsm_jax.nn.norms import make_norm
 from dsm_jax.nn.precision import full_precision
 from dsm_jax.nn.transformer import Transformer, TransformerState
+from dsm_jax.sharding import Sharding
 
 
 @jax.tree_util.register_dataclass
@@ -55,6 +56,7 @@ class CsmLM(nnx.Module):
 
     def __init__(self, config: CsmConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config, self.dtype = config, jnp.dtype(dtype)
+        self.sharding: Sharding | None = None  # written by `set_sharding`
         width, depth = config.backbone.d_model, config.depth.d_model
         init = nnx.initializers.normal(width**-0.5)
         self.text_emb = Embedding(config.text_card, width, dtype=dtype, rngs=rngs)
@@ -104,7 +106,7 @@ class CsmLM(nnx.Module):
 
         Args:
           hidden_BE: the backbone's output at the position before the frame.
-          choose: samples: maps a codebook's index, possibly traced, and its logits [B, V], float32, to int32 codes [B].
+          choose: function from a codebook's index, possibly traced, and its float32 logits [B, V] to int32 codes [B].
 
         Returns:
           int32 codes [B, Q].
