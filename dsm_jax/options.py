@@ -1,6 +1,7 @@
-"""Check the options that transcription and synthesis share."""
+"""Check the options and the batches that transcription and synthesis share."""
 
 import math
+from collections.abc import Sequence
 
 from dsm_jax.errors import ConfigError
 
@@ -18,3 +19,34 @@ def check_sampling(*, temperature: float | None, seed: int, **top_k: int | None)
             raise ConfigError(f"{name} is {value}; expected 0, which keeps all tokens, or more")
     if not -(2**63) <= seed < 2**63:
         raise ConfigError(f"the seed is {seed}; expected a number of 64 bits")
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Check the number of inputs at a time.
+
+    Raises:
+      ConfigError: it is below 1.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; expected 1 or more")
+
+
+def slots_for(count: int, batch_size: int) -> int:
+    """Return the number of slots for so many inputs: few take a power of two, so that they share a compilation."""
+    return max(1, min(batch_size, 1 << max(0, count - 1).bit_length()))
+
+
+def check_one_each(count: int, inputs: str, **given: Sequence[object]) -> None:
+    """Check that there is one of everything for each input.
+
+    Args:
+      count: number of the inputs.
+      inputs: the inputs' name, for the error.
+      **given: what was given, by its name.
+
+    Raises:
+      ConfigError: there are more or fewer.
+    """
+    for name, values in given.items():
+        if len(values) != count:
+            raise ConfigError(f"{count} {inputs} have {len(values)} {name}; give one for all, or one each")

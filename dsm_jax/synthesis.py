@@ -141,8 +141,6 @@ def synthesize_each(
       watermark: as for `synthesize`.
       progress: called with the seconds of each speech that were made so far.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; expected 1 or more")
     if _is_conversational(model):
         read = csm_requests(requests, None, None, None)
         own = _options(model, CsmOptions, options)
@@ -197,7 +195,7 @@ def synthesize_stream(
             yield pcm_T if watermark is None else _mark(pcm_T, model.sample_rate, watermark)
     except IncompleteSpeechError as error:
         if watermark is not None:
-            error.speech = _marked_speech(error.speech, watermark)
+            _marked(error, watermark)
         raise
 
 
@@ -229,7 +227,7 @@ def _requests(
         return list(csm_requests(texts, speaker, context, options))
     _refuse(model, speaker=speaker, context=context)
     _check_options(model, SynthesizeOptions, options)
-    return list(tts_batch.requests_of(texts, alone, voice, SynthesizeOptions() if options is None else options))
+    return list(tts_batch.requests_of(texts, alone, voice, options))
 
 
 def _refuse(model: Model, **arguments: Any) -> None:

@@ -21,7 +21,7 @@ LEVELS = (
     ("convert",),
     ("checkpoints",),
     ("runtime",),
-    ("microphone", "codec", "speech"),
+    ("microphone", "codec", "speaking", "speech"),
     ("stt", "tts", "csm"),
     ("synthesis",),
     ("benchmark", "evaluation", "serving", "training"),

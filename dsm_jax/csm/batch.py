@@ -1,6 +1,5 @@
 """Whole turns of conversations, any number of them, and one turn as it is made: clients of the slots."""
 
-import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -10,7 +9,9 @@ from dsm_jax.csm.conversation import Request
 from dsm_jax.csm.options import CsmOptions
 from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
 from dsm_jax.errors import DsmError
-from dsm_jax.progress import Progress, ProgressCallback
+from dsm_jax.options import check_batch_size, slots_for
+from dsm_jax.progress import ProgressCallback
+from dsm_jax.speaking import sound, speak_each
 from dsm_jax.speech import Speech
 
 
@@ -34,26 +35,9 @@ def synthesize_each(
       batch_size: at most how many turns at a time.
       progress: called with the seconds of each speech that were made so far.
     """
-    # Few requests take a power of two: so that different numbers of them share a compilation.
-    slots = max(1, min(batch_size, 1 << max(0, len(requests) - 1).bit_length()))
-    synthesizer = ConversationSynthesizer(model, slots)
-
-    def session(index: int) -> ConversationSession:
-        try:
-            prepared = synthesizer.prepare(requests[index], options)
-        except DsmError as error:
-            return ConversationSession(model, None, error=error, index=index)
-        report = None if progress is None else functools.partial(_report, progress, index)
-        return ConversationSession(model, prepared, index=index, progress=report)
-
-    sessions = [session(index) for index in range(len(requests))]
-    ready = [one.prepared for one in sessions if one.error is None]
-    for done in synthesizer.slots_for(*ready).run(sessions) if ready else sessions:
-        yield done.index, done.speech() if done.error is None else done.error
-
-
-def _report(progress: ProgressCallback, index: int, seconds: float) -> None:
-    progress(Progress(seconds, None, index))
+    check_batch_size(batch_size)
+    synthesizer = ConversationSynthesizer(model, slots_for(len(requests), batch_size))
+    yield from speak_each(synthesizer, ConversationSession, requests, options, progress)
 
 
 def synthesize_stream(model: Model, request: Request, *, options: CsmOptions = CsmOptions()) -> Iterator[np.ndarray]:
@@ -73,9 +57,4 @@ def synthesize_stream(model: Model, request: Request, *, options: CsmOptions = C
     session = ConversationSession(model, synthesizer.prepare(request, options))
     slots = synthesizer.slots_for(session.prepared)
     slots.admit([session])
-    while not session.ended:
-        slots.step()
-        if (pcm_T := session.take_pcm()).size:
-            yield pcm_T
-    if session.error is not None:
-        raise session.error
+    yield from sound(slots, session)

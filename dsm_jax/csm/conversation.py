@@ -12,6 +12,7 @@ import numpy as np
 from dsm_jax import audio as sound
 from dsm_jax.csm.options import CsmOptions
 from dsm_jax.errors import ConfigError, SpeechError
+from dsm_jax.options import check_one_each
 from dsm_jax.speech import Speech
 
 _FORMAT = '{"role": "0", "content": [{"type": "text", "text": TEXT}, {"type": "audio", "path": FILE}]}'
@@ -195,9 +196,7 @@ def requests_of(
     speakers: list[Any] = list(speaker) if isinstance(speaker, list | tuple) else [speaker] * count
     contexts: list[Any] = list(context or ()) if ragged else [context] * count
     each = list(options) if isinstance(options, Sequence) else [options] * count
-    for given, what in ((speakers, "speakers"), (contexts, "contexts"), (each, "options")):
-        if len(given) != count:
-            raise ConfigError(f"{count} texts have {len(given)} {what}; give one for all, or one each")
+    check_one_each(count, "texts", speakers=speakers, contexts=contexts, options=each)
     return [_request(*one) for one in zip(texts, speakers, contexts, each, strict=True)]
 
 

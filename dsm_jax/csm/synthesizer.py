@@ -19,6 +19,7 @@ from dsm_jax.models.family import csm_config, require
 from dsm_jax.process import check_process
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.runtime.steps import Leave
+from dsm_jax.speaking import SpeakingSession, joined
 from dsm_jax.speech import IncompleteSpeechError, Speech
 
 
@@ -131,16 +132,8 @@ class ConversationSynthesizer:
         return self._slots
 
 
-class ConversationSession:
-    """One request while it has a slot.
-
-    Args:
-      model: that speaks.
-      prepared: the request; None for one that has failed already.
-      error: why it has failed.
-      index: its place among the requests.
-      progress: called with the seconds of sound that were made so far.
-    """
+class ConversationSession(SpeakingSession[ConversationRequest]):
+    """One request while it has a slot; the arguments are those of `SpeakingSession`."""
 
     def __init__(
         self,
@@ -151,44 +144,27 @@ class ConversationSession:
         index: int = 0,
         progress: Callable[[float], None] | None = None,
     ):
-        self.model, self.index, self.error, self.ended = model, index, error, False
-        self._prepared, self._progress = prepared, progress
+        super().__init__(model, prepared, error=error, index=index, progress=progress)
         self._codes: list[np.ndarray] = [np.zeros((0, csm_config(model.config).n_q), np.int32)]
-        self._pcm: list[np.ndarray] = [np.zeros(0, np.float32)]
-        self._taken = self._samples = 0  # pieces that `take_pcm` has returned, and samples of all pieces
-
-    @property
-    def prepared(self) -> ConversationRequest:
-        """The request."""
-        assert self._prepared is not None
-        return self._prepared
-
-    def request(self) -> ConversationRequest:
-        """Return the request as the program puts it into a slot."""
-        return self.prepared
-
-    def take_input(self) -> Leave:
-        """Let the slot take steps."""
-        return Leave()
+        self._taken = 0  # pieces of sound that `take_pcm` has returned
 
     def read(self, outputs: CsmOutputs, slot: int, part: Leave) -> None:
         """Collect the frames that a call generated in this slot."""
         count = int(outputs.count)
         made_N = outputs.made_NB[:count, slot]
         self._codes.append(outputs.codes_NBQ[:count, slot][made_N])
-        self._pcm.append(outputs.pcm_NBT[:count, slot][made_N].reshape(-1))
-        self._samples += self._pcm[-1].size
-        if self._progress is not None:
-            self._progress(self._samples / self.model.sample_rate)
+        self.add_pcm(outputs.pcm_NBT[:count, slot][made_N].reshape(-1))
         self.ended = bool(outputs.ended_B[slot])
         if not self.ended:
             return
         if not outputs.complete_B[slot]:
-            self.error = IncompleteSpeechError(self._why_incomplete(), self.speech(complete=False))
+            self.fail(IncompleteSpeechError(self._why_incomplete(), self.speech(complete=False)))
         elif not self._samples:
-            self.error = SpeechError(
-                f"{self.model.name} ended the turn before it said anything; give another seed, or a context with the "
-                "speaker's voice"
+            self.fail(
+                SpeechError(
+                    f"{self.model.name} ended the turn before it said anything; give another seed, or a context with "
+                    "the speaker's voice"
+                )
             )
 
     def _why_incomplete(self) -> str:
@@ -205,12 +181,12 @@ class ConversationSession:
         )
 
     def take_pcm(self) -> np.ndarray:
-        """Return the samples [T] made since the last call."""
+        """Return the samples [T] made since the last call; a turn is short, so that all of its sound is kept."""
         new, self._taken = self._pcm[self._taken :], len(self._pcm)
-        return np.concatenate([np.zeros(0, np.float32), *new])
+        return joined(new)
 
     def speech(self, *, complete: bool = True) -> Speech:
         """Return the speech of a session that has ended."""
-        pcm_T, codes_QT = np.concatenate(self._pcm), np.concatenate(self._codes).T
+        pcm_T, codes_QT = self.pcm_T, np.concatenate(self._codes).T
         name, rate, text = self.model.name, self.model.sample_rate, self.prepared.text
         return Speech(pcm_T, rate, (), codes_QT, name, complete=complete, text=text)

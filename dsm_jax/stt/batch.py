@@ -7,7 +7,8 @@ from typing import Any, overload
 
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
-from dsm_jax.errors import BatchError, ConfigError, DsmError
+from dsm_jax.errors import BatchError, DsmError
+from dsm_jax.options import check_batch_size, check_one_each, slots_for
 from dsm_jax.progress import Progress, ProgressCallback
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.stt.events import Event
@@ -36,17 +37,15 @@ def transcribe_each(
     recordings are taken as slots become free; `on_event` is called with the place of a recording and each of its words
     and pauses as they are found.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; expected 1 or more")
+    check_batch_size(batch_size)
     known = [options] if isinstance(options, TranscribeOptions) else list(options)
     each = None if isinstance(options, TranscribeOptions) else known
     if each is not None and not isinstance(sources, Sequence):
         sources = list(sources)
     if isinstance(sources, Sequence):
-        if each is not None and len(each) != len(sources):
-            raise ConfigError(f"{len(sources)} recordings have {len(each)} options; give one for all, or one each")
-        # Few recordings take a power of two: so that different numbers of them share a compilation.
-        batch_size = max(1, min(batch_size, 1 << max(0, len(sources) - 1).bit_length()))
+        if each is not None:
+            check_one_each(len(sources), "recordings", options=each)
+        batch_size = slots_for(len(sources), batch_size)
     transcriber = Transcriber(model, batch_size, CHUNK_FRAMES, known)
 
     def session(index: int, source: audio.Source) -> FileSession:

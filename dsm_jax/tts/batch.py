@@ -1,13 +1,14 @@
 """Whole texts to speech, any number of them: clients of the slots that they share."""
 
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import ConfigError, DsmError
-from dsm_jax.progress import Progress, ProgressCallback
+from dsm_jax.options import check_batch_size, check_one_each, slots_for
+from dsm_jax.progress import ProgressCallback
+from dsm_jax.speaking import speak_each
 from dsm_jax.speech import Speech
 from dsm_jax.tts.speech import Dialogue, Request, SynthesizeOptions
 from dsm_jax.tts.synthesizer import SpeechSession, Synthesizer
@@ -35,32 +36,12 @@ def synthesize_each(
       batch_size: at most how many texts at a time.
       progress: called with the seconds of each speech that were made so far.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; expected 1 or more")
+    check_batch_size(batch_size)
     read = [Request.of(request) for request in requests]
-    # Few requests take a power of two: so that different numbers of them share a compilation.
-    slots = max(1, min(batch_size, 1 << max(0, len(read) - 1).bit_length()))
     own = [request.options for request in read if request.options is not None and request.options.fits(model)]
     default = [options] if any(request.options is None for request in read) or not own else []
-    synthesizer = Synthesizer(model, slots, [*default, *own])
-
-    def session(index: int) -> SpeechSession:
-        try:
-            prepared = synthesizer.prepare(read[index], options)
-        except DsmError as error:
-            return SpeechSession(model, None, error=error, index=index)
-        report = None if progress is None else functools.partial(_report, progress, index)
-        return SpeechSession(model, prepared, index=index, heard=report)
-
-    # Reading is cheap beside speaking, so all requests are read first: the program then has room for each of them.
-    sessions = [session(index) for index in range(len(read))]
-    ready = [one.prepared for one in sessions if one.error is None]
-    for done in synthesizer.slots_for(*ready).run(sessions) if ready else sessions:
-        yield done.index, done.speech() if done.error is None else done.error
-
-
-def _report(progress: ProgressCallback, index: int, seconds: float) -> None:
-    progress(Progress(seconds, None, index))
+    synthesizer = Synthesizer(model, slots_for(len(read), batch_size), [*default, *own])
+    yield from speak_each(synthesizer, SpeechSession, read, options, progress)
 
 
 def _is_list(value: object) -> bool:
@@ -89,7 +70,5 @@ def requests_of(texts: Sequence[Text], alone: bool, voice: Any, options: Any) ->
         return [Request.of(texts[0], voice, options)]
     voices = list(voice) if _is_list(voice) else [voice] * len(texts)
     each = list(options) if isinstance(options, Sequence) else [options] * len(texts)
-    for given, what in ((voices, "voices"), (each, "options")):
-        if len(given) != len(texts):
-            raise ConfigError(f"{len(texts)} texts have {len(given)} {what}; give one for all, or one each")
+    check_one_each(len(texts), "texts", voices=voices, options=each)
     return [Request.of(*request) for request in zip(texts, voices, each, strict=True)]

@@ -8,6 +8,7 @@ import numpy as np
 
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import StreamError, UnsayableError
+from dsm_jax.speaking import sound
 from dsm_jax.tts.script import Entry
 from dsm_jax.tts.speech import Request, SynthesizeOptions
 from dsm_jax.tts.synthesizer import SpeechSession, Synthesizer
@@ -101,13 +102,7 @@ class StreamingSynthesizer:
         """
         session = self._session
         assert session is not None
-        slots = self._synthesizer.slots_for(session.prepared)
-        while not session.waits and not session.ended:
-            slots.step()
-            if (pcm_T := session.take_pcm()).size:
-                yield pcm_T
-        if session.error is not None:
-            raise session.error
+        yield from sound(self._synthesizer.slots_for(session.prepared), session)
 
 
 def synthesize_stream(

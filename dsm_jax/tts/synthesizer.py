@@ -14,6 +14,7 @@ from dsm_jax.nn.sampling import top_k_capacity
 from dsm_jax.process import check_process
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.runtime.steps import Leave
+from dsm_jax.speaking import SpeakingSession
 from dsm_jax.speech import IncompleteSpeechError, Speech
 from dsm_jax.tts import voices
 from dsm_jax.tts.host import SpeechRequest, TtsProgram
@@ -159,20 +160,12 @@ class Synthesizer:
         assert self._slots is not None
         slots, program = self._slots, self._slots.program
         assert isinstance(program, TtsProgram)
-        session.prepared = request
+        session.extend(request)
         slots.apply(lambda state: program.extend(state, slots.slot_of(session), request))
 
 
-class SpeechSession:
-    """One request while it has a slot.
-
-    Args:
-      model: that speaks.
-      prepared: the request; None for one that has failed already.
-      error: why it has failed.
-      index: its place among the requests.
-      heard: called with the seconds of sound that were made so far.
-    """
+class SpeechSession(SpeakingSession[SpeechRequest]):
+    """One request while it has a slot; the arguments are those of `SpeakingSession`."""
 
     def __init__(
         self,
@@ -181,34 +174,16 @@ class SpeechSession:
         *,
         error: DsmError | None = None,
         index: int = 0,
-        heard: Callable[[float], None] | None = None,
+        progress: Callable[[float], None] | None = None,
     ):
-        self.model, self.index, self.error, self.ended = model, index, error, False
-        self._prepared, self._heard = prepared, heard
+        super().__init__(model, prepared, error=error, index=index, progress=progress)
         self._frames: list[np.ndarray] = []
-        self._pcm: list[np.ndarray] = []
         self._taken: list[int] = []
-        self._samples = 0
         self._prefix_left = 0 if prepared is None else prepared.prefix_QT.shape[1]
-        self.waits = False  # for more of its text
 
-    @property
-    def prepared(self) -> SpeechRequest:
-        """The request, with all of the text so far."""
-        assert self._prepared is not None
-        return self._prepared
-
-    @prepared.setter
-    def prepared(self, request: SpeechRequest) -> None:
+    def extend(self, request: SpeechRequest) -> None:
+        """Take the request with more text at its end."""
         self._prepared, self.waits = request, False
-
-    def request(self) -> SpeechRequest:
-        """Return the request as the program puts it into a slot."""
-        return self.prepared
-
-    def take_input(self) -> Leave | None:
-        """Lets the slot take steps, unless it waits for text."""
-        return None if self.waits else Leave()
 
     def read(self, outputs: StepOutputs, slot: int, part: Leave) -> None:
         """Collect what a call made in this slot."""
@@ -219,27 +194,21 @@ class SpeechSession:
         pcm_NT = outputs.pcm_NBT[:count, slot][outputs.audible_NB[:count, slot]]
         skipped = min(self._prefix_left, len(pcm_NT))
         self._prefix_left -= skipped
-        self._pcm.append(pcm_NT[skipped:].reshape(-1))
-        self._samples += self._pcm[-1].size
-        if self._heard is not None:
-            self._heard(self._samples / self.model.sample_rate)
+        self.add_pcm(pcm_NT[skipped:].reshape(-1))
         self.waits, self.ended = bool(outputs.waits_B[slot]), bool(outputs.ended_B[slot])
         if self.ended and not outputs.complete_B[slot]:
             said, entries = len(self._taken), len(self.prepared.entries)
-            self.error = IncompleteSpeechError(
-                f"the text was not said to its end in {self.prepared.max_steps} frames: {said} of its {entries} words "
-                "and breaks were; allow more with max_frames, or cut the text",
-                self.speech(complete=False),
+            self.fail(
+                IncompleteSpeechError(
+                    f"the text was not said to its end in {self.prepared.max_steps} frames: {said} of its {entries} "
+                    "words and breaks were; allow more with max_frames, or cut the text",
+                    self.speech(complete=False),
+                )
             )
-
-    def take_pcm(self) -> np.ndarray:
-        """Return the samples [T] made since the last call, and forget them."""
-        pcm, self._pcm = self._pcm, []
-        return np.concatenate([np.zeros(0, np.float32), *pcm])
 
     def speech(self, *, complete: bool = True) -> Speech:
         """Return the speech of a session that has ended."""
-        pcm_T, prefix = np.concatenate([np.zeros(0, np.float32), *self._pcm]), self.prepared.prefix_QT.shape[1]
+        pcm_T, prefix = self.pcm_T, self.prepared.prefix_QT.shape[1]
         rate = self.model.sample_rate
         words = words_at(
             self.prepared.entries, self._taken, prefix, self.model.config.mimi.frame_rate, pcm_T.size / rate
