@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsm_jax.configs import CsmConfig, MimiConfig, ModelConfig, RopeScaling, TransformerConfig
+from dsm_jax.configs import CsmConfig, MimiConfig, ModelConfig, TransformerConfig, presets
 from dsm_jax.configs.json import from_dict, to_dict
 from dsm_jax.convert import csm_files, files, kyutai, kyutai_config, transformers_csm
 from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
@@ -26,14 +26,8 @@ WEIGHTS = "model.safetensors"
 MIMI_NAME = "tokenizer-e351c8d8-checkpoint125.safetensors"
 _KEYS = (*transformers_csm.ORIGINAL_KEYS, "text_vocab_size")
 _SETTINGS_KEY = "csm_config"  # this library's own
-_CONTEXT = 2048
-_FLAVORS = {  # width, inner width, layers, heads, key/value heads
-    "llama-1B": (2048, 8192, 16, 32, 8),
-    "llama-100M": (1024, 8192, 4, 8, 2),
-}
-# torchtune's factors 1 and 4 of an old context of 8192, for both; in the multiples that transformers' files have.
-_BACKBONE_SCALING = RopeScaling(factor=32.0, low_frequency=0.125, high_frequency=0.5, original_context=1024)
-_DEPTH_SCALING = RopeScaling(factor=32.0, low_frequency=2**-9, high_frequency=2**-7, original_context=16)
+_PUBLISHED = csm_config(presets.CSM_1B)
+_FLAVORS = {"llama-1B": _PUBLISHED.backbone, "llama-100M": _PUBLISHED.depth}
 _LAYER = transformers_csm.LayerNames(
     attention="attn",
     out="output",
@@ -129,9 +123,10 @@ def read_config(values: Mapping[str, Any], where: str) -> CsmConfig:
     if _SETTINGS_KEY in values:
         csm = from_dict(CsmConfig, values[_SETTINGS_KEY], f"{where}: {_SETTINGS_KEY}")
     else:
+        depth = dataclasses.replace(_PUBLISHED.depth, context=values["audio_num_codebooks"] + 1)
         csm = CsmConfig(
-            backbone=_decoder(values["backbone_flavor"], _CONTEXT, _BACKBONE_SCALING, where),
-            depth=_decoder(values["decoder_flavor"], values["audio_num_codebooks"] + 1, _DEPTH_SCALING, where),
+            backbone=_decoder(values["backbone_flavor"], _PUBLISHED.backbone, where),
+            depth=_decoder(values["decoder_flavor"], depth, where),
             n_q=values["audio_num_codebooks"],
             card=values["audio_vocab_size"],
             text_card=values["text_vocab_size"],
@@ -155,23 +150,13 @@ def _check_transformers_keys(values: Mapping[str, Any], csm: CsmConfig, where: s
         )
 
 
-def _decoder(flavor: Any, context: int, scaling: RopeScaling, where: str) -> TransformerConfig:
+def _decoder(flavor: Any, role: TransformerConfig, where: str) -> TransformerConfig:
+    """Return the sizes of a flavor with the context and the rotations of a decoder's role."""
     if flavor not in _FLAVORS:
         raise ConfigError(f"{where}: the flavor is {flavor!r}; the library knows {', '.join(_FLAVORS)}")
-    width, inner, layers, heads, kv_heads = _FLAVORS[flavor]
-    return TransformerConfig(
-        d_model=width,
-        num_heads=heads,
-        num_layers=layers,
-        dim_feedforward=inner,
-        gated_width=inner,
-        context=context,
-        max_period=500_000.0,
-        gating="silu",
-        norm="rms_norm",
-        kv_repeat=heads // kv_heads,
-        rope_scaling=scaling,
-    )
+    # torchtune scales both roles by factors 1 and 4 of an old context of 8192; transformers' files spell that in other
+    # multiples for each, which the published config has.
+    return dataclasses.replace(_FLAVORS[flavor], context=role.context, rope_scaling=role.rope_scaling)
 
 
 def _sizes(csm: CsmConfig) -> dict[str, int]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsm_jax.configs import CsmConfig, ModelConfig, RopeScaling, TransformerConfig
+from dsm_jax.configs import CsmConfig, ModelConfig, RopeScaling, TransformerConfig, llama
 from dsm_jax.convert import csm_files, files
 from dsm_jax.convert import transformers_mimi as mimi
 from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
@@ -237,18 +237,15 @@ def _read_decoder(values: dict[str, Any], fixed: Mapping[str, Any], where: str) 
     width, inner, layers, heads, context = (rest.pop(key) for key in _SIZES)
     kv_heads = rest.pop("num_key_value_heads", None) or heads
     mimi.check_rest(rest, _FIXED_DECODER | dict(fixed) | {"head_dim": width // heads}, where)
-    return TransformerConfig(
-        d_model=width,
-        num_heads=heads,
-        num_layers=layers,
-        dim_feedforward=inner,
-        gated_width=inner,
+    return llama(
+        width=width,
+        inner=inner,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
         context=context,
+        scaling=scaling,
         max_period=theta,
-        gating="silu",
-        norm="rms_norm",
-        kv_repeat=heads // kv_heads,
-        rope_scaling=scaling,
     )
 
 

@@ -7,7 +7,7 @@ from dsm_jax.configs.csm import CsmConfig
 from dsm_jax.configs.delayed_lm import DepformerConfig, LMConfig
 from dsm_jax.configs.mimi import MimiConfig, QuantizerConfig, SeanetConfig
 from dsm_jax.configs.model import ModelConfig, ModelId, SttConfig
-from dsm_jax.configs.transformer import NORMS, POSITIONS, RopeScaling, TransformerConfig, gating_dim
+from dsm_jax.configs.transformer import NORMS, POSITIONS, RopeScaling, TransformerConfig, gating_dim, llama
 from dsm_jax.configs.tts import Conditioner, Fuser, LutConditioner, SamplingDefaults, TensorConditioner, TtsConfig
 
 __all__ = [
@@ -31,4 +31,5 @@ __all__ = [
     "TransformerConfig",
     "TtsConfig",
     "gating_dim",
+    "llama",
 ]

@@ -3,7 +3,7 @@
 from dsm_jax.configs.csm import CsmConfig
 from dsm_jax.configs.delayed_lm import DepformerConfig, LMConfig
 from dsm_jax.configs.model import ModelConfig, SttConfig
-from dsm_jax.configs.transformer import RopeScaling, TransformerConfig
+from dsm_jax.configs.transformer import RopeScaling, llama
 from dsm_jax.configs.tts import Fuser, LutConditioner, SamplingDefaults, TensorConditioner, TtsConfig
 
 
@@ -66,40 +66,24 @@ TTS_1_6B = ModelConfig(  # kyutai/tts-1.6b-en_fr
 )
 
 
-def _llama(
-    *, width: int, layers: int, heads: int, kv_repeat: int, context: int, scaling: RopeScaling
-) -> TransformerConfig:
-    return TransformerConfig(
-        d_model=width,
-        num_heads=heads,
-        num_layers=layers,
-        dim_feedforward=8192,
-        gated_width=8192,
-        context=context,
-        max_period=500_000.0,
-        gating="silu",
-        norm="rms_norm",
-        kv_repeat=kv_repeat,
-        rope_scaling=scaling,
-    )
-
-
 CSM_1B = ModelConfig(  # sesame/csm-1b
     model_type="csm",
     csm=CsmConfig(
-        backbone=_llama(
+        backbone=llama(
             width=2048,
+            inner=8192,
             layers=16,
             heads=32,
-            kv_repeat=4,
+            kv_heads=8,
             context=2048,
             scaling=RopeScaling(factor=32.0, low_frequency=0.125, high_frequency=0.5, original_context=1024),
         ),
-        depth=_llama(
+        depth=llama(
             width=1024,
+            inner=8192,
             layers=4,
             heads=8,
-            kv_repeat=4,
+            kv_heads=2,
             context=33,
             scaling=RopeScaling(factor=32.0, low_frequency=2**-9, high_frequency=2**-7, original_context=16),
         ),

@@ -100,3 +100,30 @@ class TransformerConfig:
 def gating_dim(width: int, feedforward: int) -> int:
     """Compute the inner width of a gated feed-forward, as kyutai-labs/moshi@e6a55d2 moshi/modules/gating.py does."""
     return 21 * width // 8 if feedforward == 4 * width else 2 * feedforward // 3
+
+
+def llama(
+    *,
+    width: int,
+    inner: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    context: int,
+    scaling: RopeScaling | None,
+    max_period: float = 500_000.0,
+) -> TransformerConfig:
+    """Make the config of a transformer of Llama 3's kind: both decoders of CSM."""
+    return TransformerConfig(
+        d_model=width,
+        num_heads=heads,
+        num_layers=layers,
+        dim_feedforward=inner,
+        gated_width=inner,
+        context=context,
+        max_period=max_period,
+        gating="silu",
+        norm="rms_norm",
+        kv_repeat=heads // kv_heads,
+        rope_scaling=scaling,
+    )

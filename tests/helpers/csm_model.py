@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from dsm_jax import checkpoints
-from dsm_jax.configs import CsmConfig, ModelConfig, RopeScaling, TransformerConfig
+from dsm_jax.configs import CsmConfig, ModelConfig, RopeScaling, llama
 from dsm_jax.models.csm import CsmLM
 from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.tokenizers import load_tokenizer
@@ -20,31 +20,23 @@ _MARKERS = ("<|begin_of_text|>", "<|end_of_text|>", "<|AUDIO|>", "<|audio_eos|>"
 
 # Grouped heads, and scaled rates in both decoders; 3 entries of each table are codes that the codec does not have.
 CSM = CsmConfig(
-    backbone=TransformerConfig(
-        d_model=16,
-        num_heads=4,
-        num_layers=2,
-        dim_feedforward=24,
-        gated_width=24,
+    backbone=llama(
+        width=16,
+        inner=24,
+        layers=2,
+        heads=4,
+        kv_heads=2,
         context=512,
-        max_period=500_000.0,
-        gating="silu",
-        norm="rms_norm",
-        kv_repeat=2,
-        rope_scaling=RopeScaling(factor=32.0, low_frequency=0.125, high_frequency=0.5, original_context=32),
+        scaling=RopeScaling(factor=32.0, low_frequency=0.125, high_frequency=0.5, original_context=32),
     ),
-    depth=TransformerConfig(
-        d_model=8,
-        num_heads=2,
-        num_layers=2,
-        dim_feedforward=20,
-        gated_width=20,
+    depth=llama(
+        width=8,
+        inner=20,
+        layers=2,
+        heads=2,
+        kv_heads=1,
         context=5,
-        max_period=500_000.0,
-        gating="silu",
-        norm="rms_norm",
-        kv_repeat=2,
-        rope_scaling=RopeScaling(factor=32.0, low_frequency=0.002, high_frequency=0.008, original_context=16),
+        scaling=RopeScaling(factor=32.0, low_frequency=0.002, high_frequency=0.008, original_context=16),
     ),
     n_q=4,
     card=19,
