@@ -24,7 +24,7 @@ os.environ.update(
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1",
     # With a limit, JAX locks the cache, so that processes that run at once cannot damage its entries.
     JAX_COMPILATION_CACHE_MAX_SIZE=str(2 * 2**30),
-    # What a test compiles runs for a moment; tests/helpers/optimized.py compiles as users do.
+    # Optimising takes longer than a test's program runs; tests/helpers/optimized.py compiles as users do.
     JAX_DISABLE_MOST_OPTIMIZATIONS="true",
     HF_HUB_OFFLINE="1",
     # The PyTorch reference compiles and captures graphs unless told not to.

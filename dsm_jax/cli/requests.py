@@ -43,12 +43,13 @@ class RequestForm(Protocol):
         """Return the request of a text alone."""
         ...
 
-    def of_row(self, row: Mapping[str, Any], where: str, options: Any) -> tts.Request | csm.Request:
+    def of_row(self, row: Mapping[str, Any], where: str, folder: Path, options: Any) -> tts.Request | csm.Request:
         """Return the request of a row.
 
         Args:
           row: object with keys of `keys` and options.
           where: file and line, for errors.
+          folder: of the file, to which paths in it are relative.
           options: of the request.
 
         Raises:
@@ -75,7 +76,7 @@ class Voices:
         """Return the request of a text alone."""
         return tts.Request(text, tuple(self.voices), options=self.options)
 
-    def of_row(self, row: Mapping[str, Any], where: str, options: SynthesizeOptions) -> tts.Request:
+    def of_row(self, row: Mapping[str, Any], where: str, folder: Path, options: SynthesizeOptions) -> tts.Request:
         """Return the request of a row; see `RequestForm`."""
         given = [row["voice"]] if "voice" in row else row.get("voices", list(self.voices))
         turns = [row["text"]] if "text" in row else row["turns"]
@@ -113,12 +114,11 @@ class Turns:
         """Return the request of a text alone."""
         return csm.Request(text, self.speaker, self.context, self.options)
 
-    def of_row(self, row: Mapping[str, Any], where: str, options: CsmOptions) -> csm.Request:
+    def of_row(self, row: Mapping[str, Any], where: str, folder: Path, options: CsmOptions) -> csm.Request:
         """Return the request of a row; see `RequestForm`."""
         turns = row.get("context")
         if not isinstance(row["text"], str) or not isinstance(turns, list | None):
             raise SpeechError(f"{where} has text {row['text']!r} and context {turns!r}; expected a text and a list")
-        folder = Path(where.rpartition(":")[0]).parent
         context = self.context if turns is None else [_segment(turn, where, folder) for turn in turns]
         return csm.Request(row["text"], _speaker(row.get("speaker", self.speaker), where), context, options)
 
@@ -177,7 +177,7 @@ def read_jobs(source: str, form: RequestForm) -> list[Job]:
         return [Job(form.of_text(source))]
     if path.suffix != ".jsonl":
         return [Job(form.of_text(_content(source)))]
-    jobs = [_job(line, where, form) for where, line in _lines(source)]
+    jobs = [_job(line, where, path.parent, form) for where, line in _lines(source)]
     names = [job.name for job in jobs]
     if twice := sorted({str(name) for name in names if names.count(name) > 1}):
         raise SpeechError(f"{source} has the id {twice[0]!r} more than once; it names files, so give each another")
@@ -216,7 +216,7 @@ def _object(line: str, where: str) -> Any:
         raise SpeechError(f"{where} is not JSON ({error}); write one object a line") from None
 
 
-def _job(line: str, where: str, form: RequestForm) -> Job:
+def _job(line: str, where: str, folder: Path, form: RequestForm) -> Job:
     """Read one line of a file of requests."""
     row = _object(line, where)
     known = {field.name: field.type for field in dataclasses.fields(form.options)}
@@ -235,7 +235,7 @@ def _job(line: str, where: str, form: RequestForm) -> Job:
         options = dataclasses.replace(form.options, **own)
     except ConfigError as error:
         raise SpeechError(f"{where}: {error}") from None
-    return Job(form.of_row(row, where, options), name)
+    return Job(form.of_row(row, where, folder, options), name)
 
 
 def _option(value: Any, key: str, kind: str, where: str) -> Any:

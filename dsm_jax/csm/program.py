@@ -238,7 +238,6 @@ def step(
         state,
         columns,
         limits,
-        waits_B=lambda state: jnp.zeros_like(state.complete_B),
         ended_B=_ended_B,
     )
     return CsmOutputs(count, codes_NBQ, pcm_NBT, made_NB, _ended_B(state), state.complete_B), state

@@ -55,8 +55,8 @@ def take_steps(
     columns: Any,
     limits: StepLimits,
     *,
-    waits_B: Callable[[State], jax.Array],
     ended_B: Callable[[State], jax.Array],
+    waits_B: Callable[[State], jax.Array] | None = None,
 ) -> tuple[jax.Array, Any, State]:
     """Take up to `limit` steps, fewer when no slot has any left to take.
 
@@ -65,15 +65,16 @@ def take_steps(
       state: state of all slots.
       columns: zeros for the outputs of all steps, a tree of arrays [N, ...]; N is the static limit of the steps.
       limits: extent of the call.
-      waits_B: marks the slots that can take no step for now.
       ended_B: marks the slots that take no steps any more.
+      waits_B: marks the slots that can take no step for now; None where no slot ever waits.
 
     Returns:
       The number of steps that were taken, `columns` with their outputs, and the next state.
     """
 
     def active_B(state: State) -> jax.Array:
-        return limits.allowed_B & ~ended_B(state) & ~waits_B(state)
+        ready_B = limits.allowed_B & ~ended_B(state)
+        return ready_B if waits_B is None else ready_B & ~waits_B(state)
 
     def goes_on(carry: tuple[jax.Array, Any, State]) -> jax.Array:
         count, _, state = carry
