@@ -53,6 +53,14 @@ class WireError(DsmError, ValueError):
     """A message of a client that is not of the server's wire format."""
 
 
+class FullError(DsmError):
+    """A request that a server has no slot for."""
+
+
+class ServerError(DsmError):
+    """An answer of a server that refuses a request, or a server that cannot be reached."""
+
+
 class TrainingError(DsmError):
     """Training that cannot continue, or data that cannot be trained on. Earlier checkpoints remain."""
 

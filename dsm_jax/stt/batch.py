@@ -46,10 +46,10 @@ def transcribe_each(
         if each is not None:
             check_one_each(len(sources), "recordings", options=each)
         batch_size = slots_for(len(sources), batch_size)
-    transcriber = Transcriber(model, batch_size, CHUNK_FRAMES, known)
+    transcriber = Transcriber(model, batch_size, (CHUNK_FRAMES,), known)
 
     def session(index: int, source: audio.Source) -> FileSession:
-        chosen = known[0] if each is None else each[index]
+        chosen = transcriber.utterances[0 if each is None else index]
         report = None if progress is None else functools.partial(_report, progress, index, audio.duration(source))
         found = None if on_event is None else functools.partial(on_event, index)
         return FileSession(transcriber, chosen, index, source, keep_frames=frames, progress=report, on_event=found)

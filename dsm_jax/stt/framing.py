@@ -111,6 +111,7 @@ class FrameBuffer:
         rate, stt = config.mimi.sample_rate, config.stt
         self.frame_size = config.mimi.frame_size
         self.samples = 0  # of the recording itself, so far
+        self.total = 0  # with the silence and the prompt before it, and silence that was added
         self.ended = False
         self._after = int((stt.audio_delay_seconds + 1.0) * rate)
         self._held: deque[np.ndarray] = deque()
@@ -126,12 +127,17 @@ class FrameBuffer:
     def end(self) -> None:
         """End the recording: add the silence in which the model's last words come out."""
         self.ended = True
-        self._append(np.zeros(self._after, np.float32))
+        self.add_silence(self._after)
+
+    def add_silence(self, samples: int) -> None:
+        """Add silence that is not of the recording."""
+        self._append(np.zeros(samples, np.float32))
 
     def _append(self, samples: np.ndarray) -> None:
         if samples.size:
             self._held.append(samples)
             self._size += samples.size
+            self.total += samples.size
 
     @property
     def ready(self) -> int:

@@ -228,14 +228,16 @@ class SttProgram:
     Args:
       model: a speech-to-text model.
       slots: number of slots.
-      chunk: frames of a chunk.
+      chunks: frames of a chunk, in ascending order; each call takes the least that holds the inputs of its slots.
       max_top_k: the largest top-k that any request will choose.
       prompt_tokens: room for text prompts; longer ones make the program grow, which compiles it anew.
     """
 
-    def __init__(self, model: Model, slots: int, chunk: int, *, max_top_k: int = 0, prompt_tokens: int = 0):
+    def __init__(
+        self, model: Model, slots: int, chunks: Sequence[int], *, max_top_k: int = 0, prompt_tokens: int = 0
+    ):
         assert model.lm_def is not None
-        self.slots, self.inserts, self.chunk = slots, slots, chunk
+        self.slots, self.inserts, self.chunks = slots, slots, tuple(chunks)
         self._graphs: tuple[nnx.GraphDef, nnx.GraphDef] = model.lm_def, model.mimi_def
         self._params: Any = model.lm_params, model.mimi_params
         self._frame_size = model.config.mimi.frame_size
@@ -251,7 +253,15 @@ class SttProgram:
         state = self._init.shapes(self._params)
         requests = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state.request)
         self._insert.compile(self._params, state, np.zeros(self.slots, np.int32), requests)
-        self._step.compile(self._params, state, self._inputs([None] * self.slots))
+        for frames in self.chunks:
+            self._step.compile(self._params, state, self._inputs([None] * self.slots, frames))
+
+    def add_chunk(self, frames: int) -> None:
+        """Compile for chunks of one more size, larger than those before."""
+        self.chunks = (*self.chunks, frames)
+        self._step.compile(
+            self._params, self._init.shapes(self._params), self._inputs([None] * self.slots, frames)
+        )
 
     def init(self) -> SttState:
         """Make the state of slots without requests."""
@@ -273,10 +283,12 @@ class SttProgram:
         self, state: SttState, parts: Sequence["Samples | None"], *, waiting: bool = False
     ) -> tuple[FrameOutputs, SttState]:
         """Transcribe a chunk; returns at once, with outputs that may still be computed."""
-        return self._step(self._params, state, self._inputs(parts))
+        longest = max((part.pcm_T.size // self._frame_size for part in parts if part is not None), default=0)
+        frames = next(chunk for chunk in self.chunks if chunk >= longest)
+        return self._step(self._params, state, self._inputs(parts, frames))
 
-    def _inputs(self, parts: Sequence["Samples | None"]) -> SttInputs:
-        pcm_BT = np.zeros((self.slots, self.chunk * self._frame_size), np.float32)
+    def _inputs(self, parts: Sequence["Samples | None"], frames: int) -> SttInputs:
+        pcm_BT = np.zeros((self.slots, frames * self._frame_size), np.float32)
         frames_B = np.zeros(self.slots, np.int32)
         for slot, part in enumerate(parts):
             if part is not None:

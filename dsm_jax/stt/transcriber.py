@@ -46,8 +46,14 @@ class Transcriber:
     Args:
       model: from `checkpoints.load`.
       slots: recordings at a time.
-      chunk: frames of a device call.
-      options: options of all recordings to come, for the largest top-k and prompt that the program needs room for.
+      chunks: frames of a device call, in ascending order; each call takes the least that holds its inputs.
+      options: options of recordings to come, for the largest top-k and prompt that the program needs room for.
+      prompt_tokens: room for prompts of at least so many tokens.
+      behind: calls whose outputs may be left unread, see `Slots`.
+
+    Attributes:
+      utterances: the options as they were read, in the same order.
+      chunk: frames that a session gives at most to a device call.
 
     Raises:
       AudioError: an audio prompt cannot be read.
@@ -56,7 +62,16 @@ class Transcriber:
       PromptError: the model cannot follow a prompt.
     """
 
-    def __init__(self, model: Model, slots: int, chunk: int, options: Sequence[TranscribeOptions], *, behind: int = 1):
+    def __init__(
+        self,
+        model: Model,
+        slots: int,
+        chunks: Sequence[int],
+        options: Sequence[TranscribeOptions],
+        *,
+        prompt_tokens: int = 0,
+        behind: int = 1,
+    ):
         check_process()
         require(model, "stt")
         lm, name = model.config.lm, model.name
@@ -72,22 +87,27 @@ class Transcriber:
                 f"{name} has {lm.extra_heads_num_heads} extra heads; expected none, or {len(PAUSE_HORIZONS)}: one for "
                 f"each of the pauses of {PAUSE_HORIZONS} s"
             )
-        self.model, self.lm, self.tokenizer, self.chunk = model, lm, model.tokenizer, chunk
-        self._read: dict[int, Utterance] = {}
-        read = [self.read(one) for one in options]
-        program = SttProgram(
+        self.model, self.lm, self.tokenizer, self.chunk = model, lm, model.tokenizer, max(chunks)
+        self.utterances = read = self._read_all(options)
+        self.program = SttProgram(
             model,
             slots,
-            chunk,
+            chunks,
             max_top_k=top_k_capacity(0, *(int(one.request.top_k_B) for one in read if one.request.temperature_B > 0)),
-            prompt_tokens=max((len(one.lead.ids) for one in read), default=0),
+            prompt_tokens=max((prompt_tokens, *(len(one.lead.ids) for one in read))),
         )
-        self.slots: Slots[Any] = Slots(program, behind=behind)
+        self.slots: Slots[Any] = Slots(self.program, behind=behind)
+
+    def _read_all(self, options: Sequence[TranscribeOptions]) -> list[Utterance]:
+        """Read options, each object once: many recordings may share a long audio prompt."""
+        read: dict[int, Utterance] = {}
+        for one in options:
+            if id(one) not in read:
+                read[id(one)] = self.read(one)
+        return [read[id(one)] for one in options]
 
     def read(self, options: TranscribeOptions) -> Utterance:
-        """Read options: loads the audio prompt, encode the text prompt; once for each object."""
-        if id(options) in self._read:
-            return self._read[id(options)]
+        """Read options: load the audio prompt, encode the text prompt."""
         temperature, top_k = options.sampling(self.model.config)
         prompt = options.prompt
         prompt_T = None if prompt.audio is None else audio.read(prompt.audio, self.model.config.mimi.sample_rate)
@@ -96,8 +116,7 @@ class Transcriber:
         request = SttRequest(
             key_2, np.float32(temperature), np.int32(top_k), np.array(lead.ids, np.int32) + 1, np.int32(lead.deadline)
         )
-        self._read[id(options)] = Utterance(request, lead, options)
-        return self._read[id(options)]
+        return Utterance(request, lead, options)
 
     def buffer(self, utterance: Utterance) -> FrameBuffer:
         """Make the frame buffer of a new recording."""
@@ -121,15 +140,14 @@ class RecordingSession:
 
     Args:
       transcriber: transcriber that has the slots.
-      options: of this recording.
+      utterance: options of this recording, as the transcriber has read them.
     """
 
     error: DsmError | None
 
-    def __init__(self, transcriber: Transcriber, options: TranscribeOptions):
-        self._utterance = transcriber.read(options)
-        self.transcriber = transcriber
-        self.buffer, self.reader = transcriber.buffer(self._utterance), transcriber.reader(self._utterance)
+    def __init__(self, transcriber: Transcriber, utterance: Utterance):
+        self._utterance, self.transcriber = utterance, transcriber
+        self.buffer, self.reader = transcriber.buffer(utterance), transcriber.reader(utterance)
         self.error = None
         self.ended = False
         self.events: list[Event] = []
@@ -185,7 +203,7 @@ class FileSession(RecordingSession):
 
     Args:
       transcriber: transcriber that has the slots.
-      options: of this recording.
+      utterance: options of this recording, as the transcriber has read them.
       index: its place among the recordings.
       source: the recording.
       keep_frames: keep the raw outputs of every frame.
@@ -196,7 +214,7 @@ class FileSession(RecordingSession):
     def __init__(
         self,
         transcriber: Transcriber,
-        options: TranscribeOptions,
+        utterance: Utterance,
         index: int,
         source: audio.Source,
         *,
@@ -204,7 +222,7 @@ class FileSession(RecordingSession):
         progress: Callable[[float], None] | None = None,
         on_event: Callable[[Event], None] | None = None,
     ):
-        super().__init__(transcriber, options)
+        super().__init__(transcriber, utterance)
         self.index, self.source, self.progress, self.on_event = index, source, progress, on_event
         self._blocks: Iterator[np.ndarray] = iter(())
         self._tokens: list[int] | None = [] if keep_frames else None

@@ -159,6 +159,11 @@ class WordReader:
         return self._close(max(end, last_piece + 1))
 
     @property
+    def in_word(self) -> bool:
+        """Whether a word has begun that has not ended."""
+        return bool(self._pieces)
+
+    @property
     def text(self) -> str:
         """All text so far."""
         return self.tokenizer.decode(self.text_ids).strip()
