@@ -27,13 +27,19 @@ def _speak(args: argparse.Namespace) -> int:
     return speak.run(args)
 
 
+def _serve(args: argparse.Namespace) -> int:
+    from dsm_jax.cli import serve
+
+    return serve.run(args)
+
+
 def _other(args: argparse.Namespace) -> int:
     from dsm_jax.cli import commands
 
     return getattr(commands, args.command)(args)
 
 
-COMMANDS = {"transcribe": _transcribe, "speak": _speak}
+COMMANDS = {"transcribe": _transcribe, "speak": _speak, "serve": _serve}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -240,6 +240,37 @@ def parser() -> argparse.ArgumentParser:
     )
     p.set_defaults(command="evaluate")
 
+    p = commands.add_parser(
+        "serve",
+        parents=[device, dtype],
+        help="serve models to moshi-server's clients, OpenAI's clients and browsers",
+        description="Serve models. Without options: digits and digits-tts, for this machine alone.",
+    )
+    p.add_argument("--config", type=Path, metavar="FILE.toml", help="our own configuration, or moshi-server's")
+    p.add_argument("--stt", action="append", default=[], metavar="MODEL", help="a model that transcribes; repeatable")
+    p.add_argument("--tts", action="append", default=[], metavar="MODEL", help="a model that speaks; repeatable")
+    p.add_argument("--slots", type=_positive, metavar="N", help="of each --stt (default: 8 on CPU, 64 elsewhere)")
+    p.add_argument("--tts-slots", type=_positive, metavar="N", help="of each --tts (default: 8 on CPU, 64 elsewhere)")
+    p.add_argument("--voice-folder", type=Path, metavar="FOLDER", help="more voices for each --tts")
+    p.add_argument("--host", help="where to listen (default: 127.0.0.1)")
+    p.add_argument("--port", type=int, help="0 takes a free one (default: 8080)")
+    p.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="keys of clients, one a line; also DSM_JAX_API_KEYS, by commas"
+    )
+    p.add_argument("--no-auth", action="store_true", help="let everyone in, whatever the host")
+    p.add_argument(
+        "--origin", action="append", default=[], metavar="URL", help="a web origin that may connect; repeatable"
+    )
+    p.add_argument("--max-session", dest="max_session_s", type=float, metavar="S", help="(default: 14400)")
+    p.add_argument("--max-upload", dest="max_upload_mb", type=float, metavar="MB", help="(default: 256)")
+    p.add_argument("--min-step-ms", type=float, metavar="MS", help="from one step to the next (default: 20)")
+    p.add_argument("--drain-s", type=float, metavar="S", help="for running sessions after SIGTERM (default: 30)")
+    p.add_argument("--log-format", choices=("text", "json"), help="(default: text)")
+    p.add_argument("--no-page", action="store_true", help="serve no page at /")
+    p.add_argument("--no-metrics", action="store_true", help="serve no /metrics")
+    p.add_argument("--check", action="store_true", help="load and warm up, print the capacity, and exit")
+    p.set_defaults(command="serve")
+
     p = commands.add_parser("bench", parents=[device, dtype], help="time the published sizes here, with random weights")
     p.add_argument("what", nargs="*", metavar="lm|mimi|stt", help="default: lm mimi")
     p.add_argument("--size", nargs="+", default=["stt-1b"], choices=("stt-1b", "stt-2.6b"), help="default: stt-1b")

@@ -282,9 +282,11 @@ class Engine:
             self._slots.cancel(session)
             session.restart()
         new = [session for session in dict.fromkeys([*again, *starting]) if session not in gone]
+        restarting = [session for session in restarting if session not in again]
         if new:
             self._device.run(lambda: self._slots.admit(new), urgent=self._urgent)
-            self._posted += [(session.outbox, [Started()]) for session in new]
+            # A session that is to begin anew before it has begun is told of both.
+            self._posted += [(session.outbox, [Started()]) for session in (*new, *restarting) if session not in gone]
 
     def _step(self) -> None:
         start, running = self._clock(), [session for session in self._slots.sessions if session is not None]

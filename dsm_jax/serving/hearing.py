@@ -105,10 +105,10 @@ class HearingService:
     def _warm_up(self) -> None:
         """Run all that clients will run, and choose the chunk for sessions that are behind by its measured time."""
         self._time(1)
-        guess = self.step_seconds[1]
+        first = self.step_seconds[1]
         for frames in _LARGER_CHUNKS:
-            # A larger chunk saves at most about half of each frame's time, so a guess spares a compilation.
-            if guess * frames / 2 > BACKLOG_S:
+            # A larger chunk saves less than half of each frame's time: what is too long by that is not compiled.
+            if 0.6 * first * frames > BACKLOG_S:
                 continue
             self.transcriber.program.add_chunk(frames)
             self._time(frames)

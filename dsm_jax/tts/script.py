@@ -81,12 +81,46 @@ def entries_of(
       UnsayableError: a word cannot be encoded, a tag cannot be read, or a pause is longer than `LONGEST_PAUSE_S`; the
         error has the entries before it.
     """
+    entries = more_entries(
+        turns,
+        tokenizer,
+        frame_rate=frame_rate,
+        multi_speaker=multi_speaker,
+        padding_between=padding_between,
+        skip_unsayable=skip_unsayable,
+    )
+    if not any(entry.tokens for entry in entries):
+        raise SpeechError(
+            f"the text ({len(turns)} turns) has no word in it, and at least one is needed: give a text to say"
+        )
+    return entries
+
+
+def more_entries(
+    turns: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    frame_rate: float,
+    multi_speaker: bool,
+    padding_between: int = 0,
+    skip_unsayable: bool = False,
+    speaker: int | None = None,
+) -> list[Entry]:
+    """Return the words and breaks of a part of a script, in which there may be no word.
+
+    Args:
+      speaker: `MAIN` or `OTHER`, whose word came before; None at the beginning of a script.
+      others: as for `entries_of`.
+
+    Raises:
+      As `entries_of`, which refuses a script without words too.
+    """
     if not 0 <= padding_between <= LONGEST_PAUSE_S * frame_rate:
         raise SpeechError(
             f"padding_between is {padding_between} steps, which must lie between 0 and one hour of them: try 0, 1 or 2"
         )
     entries: list[Entry] = []
-    last = None
+    last = speaker
     for number, text in enumerate(turns, start=1):
         speaker = MAIN if number % 2 else OTHER
         for part in _parts(text.translate(_REWRITTEN)):
@@ -107,10 +141,6 @@ def entries_of(
             # The steps that feed the word are padding to the machine too.
             padding = padding_between + len(tokens) - 1 if padding_between else 0
             entries.append(Entry(tuple(tokens), part, padding))
-    if not any(entry.tokens for entry in entries):
-        raise SpeechError(
-            f"the text ({len(turns)} turns) has no word in it, and at least one is needed: give a text to say"
-        )
     return entries
 
 

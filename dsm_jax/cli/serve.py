@@ -1,0 +1,104 @@
+"""`dsm-jax serve`: a server of models for moshi-server's clients, OpenAI's clients and a browser."""
+
+import argparse
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsm_jax.cli import terminal
+from dsm_jax.cli.setup import UsageError, set_up_jax
+
+if TYPE_CHECKING:
+    from dsm_jax.serving.config import ServedModel, ServerConfig
+    from dsm_jax.serving.server import Server
+
+KEYS = "DSM_JAX_API_KEYS"  # the environment's variable
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve as the arguments say; return the exit code."""
+    try:
+        from dsm_jax.serving import run as running
+    except ImportError as error:
+        raise UsageError(
+            f"the server needs the package {error.name}; install them all: pip install 'dsm-jax[serve]'"
+        ) from None
+    config = settings(args)
+    config.check_access()
+    set_up_jax(args)
+    level = logging.WARNING if args.quiet else logging.DEBUG if args.verbose else logging.INFO
+    running.set_up_logs(config.log_format, level)
+    if args.check:
+        return running.check(config, terminal.write)
+
+    def ready(server: "Server", url: str) -> None:
+        if not args.quiet:
+            page = " (open it in a browser)" if config.page else ""
+            terminal.note(f"serving {', '.join(served.name for served in server.models)} at {url}{page}")
+
+    return running.serve(config, on_ready=ready)
+
+
+def settings(args: argparse.Namespace) -> "ServerConfig":
+    """Return the settings of the arguments, over those of the configuration file."""
+    from dsm_jax.serving.config import ServerConfig, read_config
+
+    config = ServerConfig() if args.config is None else read_config(args.config)
+    changes: dict[str, Any] = {
+        name: value
+        for name in ("host", "port", "max_session_s", "max_upload_mb", "min_step_ms", "drain_s", "log_format")
+        if (value := getattr(args, name)) is not None
+    }
+    if args.origin:
+        changes["origins"] = (*config.origins, *args.origin)
+    changes |= {name: False for name in ("page", "metrics") if getattr(args, f"no_{name}")}
+    if args.no_auth:
+        changes |= {"no_auth": True, "keys": ()}
+    elif keys := _keys(args):
+        changes["keys"] = (*config.keys, *keys)
+    if named := _models(args):
+        changes["models"] = named
+    elif not config.models:
+        changes["models"] = _default_models(args)
+    return dataclasses.replace(config, **changes)
+
+
+def _models(args: argparse.Namespace) -> tuple["ServedModel", ...]:
+    """Return the models that the arguments name."""
+    from dsm_jax.serving.config import ServedModel, default_path
+
+    found = []
+    for kind, names, slots in (("stt", args.stt, args.slots), ("tts", args.tts, args.tts_slots)):
+        for number, name in enumerate(names):
+            voices = args.voice_folder if kind == "tts" else None
+            path = default_path(kind, number)
+            found.append(
+                ServedModel(kind=kind, model=name, path=path, slots=slots, dtype=args.dtype, voice_folder=voices)
+            )
+    return tuple(found)
+
+
+def _default_models(args: argparse.Namespace) -> tuple["ServedModel", ...]:
+    """Return the models that came with the library."""
+    chosen = argparse.Namespace(**{**vars(args), "stt": ["digits"], "tts": ["digits-tts"]})
+    return _models(chosen)
+
+
+def _keys(args: argparse.Namespace) -> list[str]:
+    """Return the keys of a file and of the environment."""
+    keys = [key for key in os.environ.get(KEYS, "").split(",") if key.strip()]
+    if args.api_key_file is not None:
+        keys += _lines(args.api_key_file)
+    return [key.strip() for key in keys]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the keys in {path} cannot be read ({error}); give a text file, one key a line") from None
+    if not lines:
+        raise UsageError(f"{path} holds no key; write one a line")
+    return lines

@@ -1,0 +1,274 @@
+"""Settings of a server, from the command line, from a file of our own, or from one of moshi-server.
+
+Source of the second form: kyutai-labs/moshi@e6a55d27 rust/moshi-server `main.rs` and its `config-*.toml`.
+"""
+
+import dataclasses
+import ipaddress
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from dsm_jax.configs.json import from_dict
+from dsm_jax.errors import ConfigError
+
+ASR_PATH, TTS_PATH = "/api/asr-streaming", "/api/tts_streaming"
+_HUB = re.compile(r"hf://([^/]+/[^/@]+)(?:@[^/]+)?/.+")
+_KINDS = {"BatchedAsr": "stt", "PyBatchedAsr": "stt", "Asr": "stt", "Py": "tts", "Tts": "tts"}
+_FILES = ("lm_model_file", "text_tokenizer_file", "audio_tokenizer_file", "lm_config_file", "text_tokenizer")
+# Settings of moshi-server without a meaning here: they describe the network or the folder of its page.
+_IGNORED = (
+    "static_dir", "log_dir", "instance_name", "log_level", "log_folder",
+    "model", "dtype_override", "warmup", "log_frequency_s", "batch_size", "path", "type", "py", "temperature",
+    "asr_delay_in_tokens", "conditioning_delay", "conditioning_learnt_padding", "generation", "path_streaming",
+    "speaker_cond_dim", "speaker_cond_n_speakers", "speaker_cond_duration_s", "speaker_tokenizer_file", "script",
+    "max_padding", "max_consecutive_pads", "n_q",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """A model that is served.
+
+    Attributes:
+      kind: "stt" or "tts"; conversational speech models are "tts".
+      model: name or folder, as `load` takes it.
+      slots: sessions at a time; None for 8 on a CPU and 64 elsewhere.
+      path: of moshi-server's messages.
+      dtype: of the weights; None for the device's own.
+      temperature: of the sampling; None for the checkpoint's.
+      asr_delay_in_tokens: frames by which the text is late, to be checked against the checkpoint; None checks nothing.
+      voice_folder: folder of more voices.
+      default_voice: name of the voice of clients that name none; None for the first.
+      guidance_scale, padding_between, codebooks: as `SynthesizeOptions` has them; None for the defaults there.
+    """
+
+    kind: Literal["stt", "tts"]
+    model: str
+    slots: int | None = None
+    path: str
+    dtype: str | None = None
+    temperature: float | None = None
+    asr_delay_in_tokens: int | None = None
+    voice_folder: Path | None = None
+    default_voice: str | None = None
+    guidance_scale: float | None = None
+    padding_between: int | None = None
+    codebooks: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.slots is not None and not 1 <= self.slots <= 4096:
+            raise ConfigError(f"{self.model} has {self.slots} slots; expected 1 to 4096")
+        if not self.path.startswith("/"):
+            raise ConfigError(f"the path of {self.model} is {self.path!r}; expected one that begins with /")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Settings of a server.
+
+    Attributes:
+      models: that are served; the first of each kind is the default of the OpenAI dialect and of the page.
+      host, port: where to listen.
+      keys: keys of clients; empty for none.
+      no_auth: let clients in without a key though the host is not loopback.
+      origins: web origins that may connect besides the server's own.
+      max_session_s: seconds after which a session is ended.
+      max_upload_mb: size of an uploaded recording, in 10^6 bytes.
+      min_step_ms: milliseconds from one step's start to the next; more gathers more frames into one step.
+      drain_s: seconds that running sessions have to end when the server is told to stop.
+      idle_s: seconds without audio or text after which a session is ended.
+      reserve_live: slots of each model that recordings may not take.
+      page, metrics: whether the page and the metrics are there.
+      aliases: names of models or voices that clients use, such as "whisper-1", and the names here.
+      log_format: "text" or "json".
+    """
+
+    models: tuple[ServedModel, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 8080
+    keys: tuple[str, ...] = ()
+    no_auth: bool = False
+    origins: tuple[str, ...] = ()
+    max_session_s: float = 4 * 3600.0
+    max_upload_mb: float = 256.0
+    min_step_ms: float = 20.0
+    drain_s: float = 30.0
+    idle_s: float = 120.0
+    reserve_live: int = 0
+    page: bool = True
+    metrics: bool = True
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    log_format: Literal["text", "json"] = "text"
+
+    def __post_init__(self) -> None:
+        if self.log_format not in ("text", "json"):
+            raise ConfigError(f"log_format is {self.log_format!r}; expected 'text' or 'json'")
+        if any(not key.strip() for key in self.keys):
+            raise ConfigError("a key is empty; give keys of some length, or none")
+        for name in ("max_session_s", "max_upload_mb", "drain_s", "idle_s", "min_step_ms"):
+            if not 0 <= getattr(self, name) < 1e9:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a number from 0")
+        paths = [model.path for model in self.models]
+        if double := sorted({path for path in paths if paths.count(path) > 1}):
+            raise ConfigError(f"two models have the path {double[0]}; give each its own")
+
+    def check_access(self) -> None:
+        """Refuse to serve without keys where others than this machine can connect.
+
+        Raises:
+          ConfigError: the host is not loopback, there is no key, and `no_auth` is not set.
+        """
+        if not self.keys and not self.no_auth and not is_loopback(self.host):
+            raise ConfigError(
+                f"the server would listen on {self.host} without keys; give --api-key-file FILE or the variable "
+                "DSM_JAX_API_KEYS, or --no-auth if everyone may use it"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine can connect to a host."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def default_path(kind: str, number: int) -> str:
+    """Return the path of the n-th model of its kind."""
+    path = ASR_PATH if kind == "stt" else TTS_PATH
+    return path if number == 0 else f"{path}-{number + 1}"
+
+
+def read_config(path: Path) -> ServerConfig:
+    """Read a configuration file, TOML: `[server]` and `[models.NAME]`, or moshi-server's `[modules.NAME]`.
+
+    `$NAME` and `${NAME}` in strings are taken from the environment.
+
+    Raises:
+      ConfigError: the file cannot be read, or holds an unknown key or a value that the server does not support.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} is not a configuration file ({error}); give a TOML file") from None
+    values = _expanded(values)
+    if "modules" in values:
+        return _of_moshi(values, path)
+    if unknown := sorted(values.keys() - {"server", "models"}):
+        raise ConfigError(f"{path}: unknown tables {unknown}; expected [server] and [models.NAME]")
+    counts = {"stt": 0, "tts": 0}
+    models = []
+    for name, table in values.get("models", {}).items():
+        where = f"{path}: models.{name}"
+        kind = table.get("kind")
+        if kind not in counts:
+            raise ConfigError(f"{where}: kind is {kind!r}; expected 'stt' or 'tts'")
+        table = {"path": default_path(kind, counts[kind]), **table}
+        counts[kind] += 1
+        models.append(_model(table, where, path.parent))
+    server = dict(values.get("server", {}))
+    if "models" in server:
+        raise ConfigError(f"{path}: server: unknown keys ['models']; write a table [models.NAME] for each")
+    return dataclasses.replace(from_dict(ServerConfig, server, f"{path}: server"), models=tuple(models))
+
+
+def _model(table: Mapping[str, Any], where: str, folder: Path) -> ServedModel:
+    values = dict(table)
+    kind = values.pop("kind")
+    voice_folder = values.pop("voice_folder", None)
+    plain = from_dict(_Plain, values, where)
+    found = None if voice_folder is None else folder / str(voice_folder)
+    return ServedModel(kind=kind, voice_folder=found, **dataclasses.asdict(plain))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plain:
+    """The fields of `ServedModel` that JSON's types hold."""
+
+    model: str
+    path: str
+    slots: int | None = None
+    dtype: str | None = None
+    temperature: float | None = None
+    asr_delay_in_tokens: int | None = None
+    default_voice: str | None = None
+    guidance_scale: float | None = None
+    padding_between: int | None = None
+    codebooks: int | None = None
+
+
+def _expanded(value: Any) -> Any:
+    """Replace `$NAME` in all strings by the environment's values."""
+    if isinstance(value, str):
+        expanded = os.path.expandvars(value)
+        if missing := re.search(r"\$\{?(\w+)", expanded):
+            raise ConfigError(f"the configuration names ${missing[1]}, which the environment has not; set it")
+        return expanded
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _expanded(item) for key, item in value.items()}
+    return value
+
+
+def _of_moshi(values: Mapping[str, Any], path: Path) -> ServerConfig:
+    """Read moshi-server's form."""
+    known = {"modules", "authorized_ids", *_IGNORED}
+    if unknown := sorted(values.keys() - known):
+        raise ConfigError(f"{path}: unknown keys {unknown}; moshi-server knows none of that name")
+    models = []
+    for name, table in values["modules"].items():
+        where = f"{path}: modules.{name}"
+        kind = _KINDS.get(table.get("type", ""))
+        if kind is None:
+            raise ConfigError(f"{where}: the type is {table.get('type')!r}; this server has {', '.join(_KINDS)}")
+        py = table.get("py", {})
+        allowed = {*_IGNORED, *_FILES, "voice_folder", "default_voice", "cfg_coef", "padding_between"}
+        if unknown := sorted((table.keys() | py.keys()) - allowed):
+            raise ConfigError(f"{where}: unknown keys {unknown}; remove them")
+        if table.get("log_frequency_s"):
+            raise ConfigError(f"{where}: log_frequency_s would log what clients say; this server does not: remove it")
+        merged = {**table, **py}
+        models.append(
+            ServedModel(
+                kind=kind,  # pyright: ignore[reportArgumentType]  one of the two
+                model=_repository(merged, where),
+                slots=merged.get("batch_size"),
+                path=table.get("path", default_path(kind, 0)),
+                temperature=merged.get("temperature"),
+                asr_delay_in_tokens=merged.get("asr_delay_in_tokens"),
+                voice_folder=_folder(merged.get("voice_folder"), path.parent),
+                default_voice=merged.get("default_voice"),
+                guidance_scale=merged.get("cfg_coef"),
+                padding_between=merged.get("padding_between"),
+                codebooks=merged.get("n_q") if kind == "tts" else None,
+            )
+        )
+    return ServerConfig(models=tuple(models), keys=tuple(values.get("authorized_ids", ())))
+
+
+def _folder(value: str | None, base: Path) -> Path | None:
+    if value is None or value.startswith("hf-snapshot://"):
+        return None
+    return base / value
+
+
+def _repository(table: Mapping[str, Any], where: str) -> str:
+    """Return the one repository or folder of a module's files."""
+    places = {}
+    for key in _FILES:
+        if (value := table.get(key)) is not None:
+            found = _HUB.fullmatch(value)
+            places[key] = found[1] if found else str(Path(value).parent)
+    if not places:
+        raise ConfigError(f"{where}: no lm_model_file is named; name the model's files")
+    if len(set(places.values())) > 1:
+        named = ", ".join(f"{key} of {place}" for key, place in places.items())
+        raise ConfigError(f"{where}: the files are of several places: {named}; take all of one checkpoint")
+    return next(iter(places.values()))

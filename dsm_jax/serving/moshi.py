@@ -1,0 +1,312 @@
+"""moshi-server's dialect: live transcription and speech over websockets, and whole files over POST.
+
+Source: kyutai-labs/moshi@e6a55d27 rust/moshi-server (`main.rs`, `batched_asr.rs`, `py_module.rs`). The deliberate
+differences are listed in docs/serving.md.
+"""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.websockets import WebSocket
+
+from dsm_jax.errors import AudioError, FullError, SpeechError, WireError
+from dsm_jax.serving import wire
+from dsm_jax.serving.hearing import Heard, LiveHearing, Marked
+from dsm_jax.serving.opus import OpusReader, OpusWriter
+from dsm_jax.serving.outbox import Ended, Outbox, Started
+from dsm_jax.serving.server import OUTBOX, Served, Server, Ticket
+from dsm_jax.serving.sockets import ClosedError, admitted, close, converse, received, send
+from dsm_jax.serving.speaking import LiveSpeech, LiveVoice, Said, Sound
+from dsm_jax.serving.uploads import TooLargeError, heard, sound_of, spoken, spooled
+from dsm_jax.stt.events import WordEnded, WordStarted
+
+FORMATS = ("Pcm", "PcmMessagePack", "OggOpus", "OggOpusMessagePack")
+NO_PAUSES = (0.0, 0.0, 0.0, 0.0)  # of a model without pause heads: clients read four numbers
+LOUDEST = 0.99  # as moshi-server clips
+
+
+class WordMessages:
+    """Make moshi's messages of words: the text when a word begins, and the end once it is known.
+
+    A word's start may be told before all of its text is known. The rest is a further `Word` then, as moshi-server has
+    it.
+    """
+
+    def __init__(self) -> None:
+        self._told: list[tuple[str, float]] = []  # words that have begun and not ended
+
+    def started(self, event: WordStarted) -> list[wire.Outgoing]:
+        """Return the messages for a word that begins."""
+        self._told.append((event.text, event.start))
+        return [wire.Word(event.text, event.start)]
+
+    def ended(self, event: WordEnded) -> list[wire.Outgoing]:
+        """Return the messages for a word that has ended."""
+        known = self._told.pop(0)[0] if self._told else ""
+        word, messages = event.word, []
+        if word.text != known:
+            rest = word.text.removeprefix(known)
+            messages.append(wire.Word(rest, word.start))
+        return [*messages, wire.EndWord(word.end)]
+
+
+def heard_messages(session: LiveHearing, words: WordMessages, message: Any) -> list[wire.Outgoing]:
+    """Return moshi's messages for a message of a session."""
+    match message:
+        case Started():
+            return [wire.Ready()]
+        case Heard():
+            return [wire.Step(message.index, message.pauses or NO_PAUSES, message.buffered)]
+        case Marked():
+            return [wire.Marker(message.id)]
+        case WordStarted():
+            return words.started(message)
+        case WordEnded():
+            return words.ended(message)
+    return []
+
+
+async def transcribe_socket(socket: WebSocket, server: Server, served: Served) -> None:
+    """Transcribe a live stream."""
+    if not await admitted(server, socket):
+        return
+    await socket.accept()
+    session = LiveHearing(served.service, Outbox(OUTBOX), is_file=socket.query_params.get("wait") == "1")
+    try:
+        async with server.session(served, session, "moshi") as ticket:
+            if not ticket.queued:
+                served.engine.start(session)
+            await converse(
+                socket,
+                ticket,
+                lambda: _hear(socket, server, ticket, session),
+                lambda: _tell(socket, ticket, session),
+                lambda reason: wire.encode(wire.Error(reason)),
+            )
+    except FullError as error:
+        await send(socket, wire.encode(wire.Error(str(error))))
+        await close(socket, 1013, "no free channels")
+
+
+async def _hear(socket: WebSocket, server: Server, ticket: Ticket, session: LiveHearing) -> None:
+    engine, opus = ticket.served.engine, None
+    async for data in received(socket, server, ticket):
+        if isinstance(data, str):
+            raise ClosedError(1003, "a text message was received; send MessagePack in binary messages", "bad message")
+        match wire.decode(data, wire.TO_TRANSCRIBE):
+            case wire.Audio(pcm):
+                session.push(pcm)
+            case wire.OggOpus(pages):
+                opus = opus or OpusReader(session.transcriber.model.sample_rate)
+                for pcm in opus.read(pages):
+                    session.push(pcm)
+            case wire.Marker(id, flush):
+                session.mark(id, flush=flush)
+            case wire.Init():
+                engine.restart(session)
+        engine.wake()
+
+
+async def _tell(socket: WebSocket, ticket: Ticket, session: LiveHearing) -> tuple[int, str | None]:
+    words = WordMessages()
+    async for message in ticket.messages():
+        if isinstance(message, Ended):
+            return message.code, message.reason
+        for answer in heard_messages(session, words, message):
+            await send(socket, wire.encode(answer))
+    raise AssertionError("a session ends with Ended")
+
+
+async def transcribe_file(request: Request, server: Server, served: Served) -> Response:
+    """Transcribe a recording in the body; answer with its words as moshi-server does."""
+    if (refusal := _refused(request, server)) is not None:
+        return refusal
+    words, told = WordMessages(), []
+    try:
+        with await spooled(request.stream(), server.config.max_upload_mb) as file:
+            async for session, message in heard(server, served, file, "moshi"):
+                told += heard_messages(session, words, message)
+    except TooLargeError as error:
+        return PlainTextResponse(str(error), 413)
+    except AudioError as error:
+        return PlainTextResponse(str(error), 400)
+    except FullError as error:
+        return PlainTextResponse(str(error), 503, {"retry-after": "1"})
+    kept = [answer for answer in told if isinstance(answer, wire.Word | wire.EndWord)]
+    return JSONResponse([{"type": type(answer).__name__, **vars(answer)} for answer in kept])
+
+
+def _refused(request: Request, server: Server) -> Response | None:
+    if not server.allows_origin(request):
+        return PlainTextResponse("pages of this origin may not connect", 403)
+    return None if server.keys.allow(request) else Response(status_code=401)
+
+
+async def speak_socket(socket: WebSocket, server: Server, served: Served) -> None:
+    """Speak text as it arrives."""
+    if not await admitted(server, socket):
+        return
+    form = socket.query_params.get("format", "OggOpus")
+    if form not in FORMATS:
+        await socket.send_denial_response(PlainTextResponse(f"the format is {form!r}; expected one of {FORMATS}", 400))
+        return
+    packed = form.endswith("MessagePack")
+
+    def error(reason: str) -> bytes | None:
+        return wire.encode(wire.Error(reason)) if packed else None
+
+    await socket.accept()
+    try:
+        voice, seed = socket.query_params.get("voice"), socket.query_params.get("seed", "")
+        writer = OpusWriter(served.model.sample_rate) if form.startswith("OggOpus") else None
+        session = served.service.session(Outbox(), voice=voice or None, seed=int(seed) if seed.isdecimal() else None)
+        async with server.session(served, session, "moshi") as ticket:
+            if packed:
+                await send(socket, wire.encode(wire.Ready()))
+            if writer is not None:
+                await send(socket, _pages(writer.header, packed))
+            await converse(
+                socket,
+                ticket,
+                lambda: _read_text(socket, server, ticket, session),
+                lambda: _send_sound(socket, ticket, packed, writer),
+                error,
+            )
+    except FullError as full:
+        if packed:
+            await send(socket, wire.encode(wire.Error(str(full))))
+        await close(socket, 1013, "no free channels")
+    except (SpeechError, WireError) as refused:
+        if packed:
+            await send(socket, wire.encode(wire.Error(str(refused))))
+        await close(socket, 1008, str(refused))
+
+
+async def _read_text(socket: WebSocket, server: Server, ticket: Ticket, session: LiveVoice) -> None:
+    ended = has_begun = False
+    async for data in received(socket, server, ticket):
+        message = wire.Text(data) if isinstance(data, str) else wire.Eos() if data == b"\0" else None
+        if message is None:
+            assert isinstance(data, bytes)
+            message = wire.decode(data, wire.TO_SPEAK)
+        match message:
+            case wire.Text(text) if not ended:
+                session.say(text)
+            case wire.Voice(values, shape) if isinstance(session, LiveSpeech):
+                session.use_voice(_voice_XC(values, shape))
+            case wire.Eos() if not ended:
+                ended = True
+                if not has_begun and not session.can_start and isinstance(session, LiveSpeech):
+                    raise ClosedError(1000, None, "finished")  # nothing was to be said
+                session.finish()
+        if session.can_start and not has_begun:
+            has_begun = True
+            ticket.served.engine.start(session)
+        ticket.served.engine.wake()
+
+
+def _voice_XC(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return a client's voice, published as [1, C, X] or [C, X], as steps [X, C]."""
+    if len(shape) == 3 and shape[0] == 1:
+        values = values[0]
+    if values.ndim != 2:
+        raise WireError(f"the voice has the shape {list(shape)}; expected [1, width, steps] or [width, steps]")
+    return values.T
+
+
+async def _send_sound(
+    socket: WebSocket, ticket: Ticket, packed: bool, writer: OpusWriter | None
+) -> tuple[int, str | None]:
+    async for message in ticket.messages():
+        match message:
+            case Ended():
+                return message.code, message.reason
+            case Said() if packed:
+                await send(socket, wire.encode(wire.Text(message.text, message.start, message.stop)))
+            case Sound():
+                pcm_T = np.clip(message.pcm_T, -LOUDEST, LOUDEST)
+                if writer is not None:
+                    if pages := writer.write(pcm_T):
+                        await send(socket, _pages(pages, packed))
+                else:
+                    await send(socket, wire.encode(wire.Audio(pcm_T)) if packed else pcm_T.astype("<f4").tobytes())
+    raise AssertionError("a session ends with Ended")
+
+
+def _pages(pages: bytes, packed: bool) -> bytes:
+    return wire.encode(wire.OggOpus(pages)) if packed else pages
+
+
+async def speak_file(request: Request, server: Server, served: Served) -> Response:
+    """Speak a whole text; answer with a wav file as it is made."""
+    if (refusal := _refused(request, server)) is not None:
+        return refusal
+    try:
+        body = json.loads(await request.body())
+        text, voice = body["text"], body["voice"]
+        if not isinstance(text, str) or not isinstance(voice, str):
+            raise TypeError
+    except (ValueError, KeyError, TypeError):
+        return PlainTextResponse('the body is no JSON of the form {"text": TEXT, "voice": VOICE}', 400)
+    try:
+        session = served.service.session(Outbox(), voice=voice or None, is_file=True)
+        session.say(text)
+        session.finish()
+    except SpeechError as error:
+        return PlainTextResponse(str(error), 400)
+    sound = sound_of(spoken(server, served, session, "moshi"))
+    try:
+        first_T = await anext(sound, np.zeros(0, np.float32))
+    except FullError as error:
+        return PlainTextResponse(str(error), 503, {"retry-after": "1"})
+    except SpeechError as error:
+        return PlainTextResponse(str(error), 400)
+    return StreamingResponse(_wav(first_T, sound, served.model.sample_rate), media_type="audio/wav")
+
+
+async def _wav(first_T: np.ndarray, sound: AsyncIterator[np.ndarray], rate: int) -> AsyncIterator[bytes]:
+    yield wav_header(rate) + pcm16(first_T)
+    async for pcm_T in sound:
+        yield pcm16(pcm_T)
+
+
+def pcm16(pcm_T: np.ndarray) -> bytes:
+    """Return samples as 16-bit little-endian bytes."""
+    return (np.clip(pcm_T, -LOUDEST, LOUDEST) * 32767).astype("<i2").tobytes()
+
+
+def wav_header(rate: int) -> bytes:
+    """Return the head of a wav file of unknown length: 16 bits, mono."""
+    unknown = b"\xff\xff\xff\xff"
+    numbers = b"".join(
+        value.to_bytes(size, "little")
+        for value, size in ((16, 4), (1, 2), (1, 2), (rate, 4), (2 * rate, 4), (2, 2), (16, 2))
+    )
+    return b"RIFF" + unknown + b"WAVEfmt " + numbers + b"data" + unknown
+
+
+def modules_info(server: Server) -> list[dict[str, str]]:
+    """Return the models as moshi-server lists its modules; all numbers are strings."""
+    rows = []
+    for served in server.models:
+        kind = {"type": "batched_asr", "lm": served.name, "audio_tokenizer": served.name}
+        rows.append(
+            {
+                **(kind if served.kind == "stt" else {"type": "py", "script": served.name}),
+                "path": served.settings.path,
+                "used_slots": str(served.engine.used),
+                "total_slots": str(served.engine.total),
+            }
+        )
+    return rows
+
+
+def build_info(server: Server) -> dict[str, Any]:
+    """Return the version under the keys of moshi-server."""
+    return {"build_timestamp": "", "build_date": "", "git_branch": "", "git_timestamp": "", "git_date": "",
+            "git_hash": "", "git_describe": f"dsm-jax {server.version}", "rustc_host_triple": "", "rustc_version": "",
+            "cargo_target_triple": ""}  # fmt: skip

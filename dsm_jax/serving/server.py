@@ -1,0 +1,338 @@
+"""The state of a server: its models with their engines, who is connected, and whether it takes more."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from starlette.requests import HTTPConnection
+
+from dsm_jax.checkpoints import Model, load
+from dsm_jax.errors import ConfigError, FullError
+from dsm_jax.serving.access import Keys, allowed_origin
+from dsm_jax.serving.config import ServedModel, ServerConfig
+from dsm_jax.serving.engine import Device, Engine
+from dsm_jax.serving.hearing import HearingService, Heard
+from dsm_jax.serving.metrics import Metrics
+from dsm_jax.serving.outbox import Ended, Outbox, Posted, Started, put_all
+from dsm_jax.serving.speaking import Said, Sound, SpeakingService, service_for
+from dsm_jax.stt.events import WordEnded
+from dsm_jax.stt.options import TranscribeOptions
+from dsm_jax.tts.speech import SynthesizeOptions
+
+OUTBOX = 1_000  # messages to a listener, about 80 s of frames, after which a client reads too slowly
+INBOX_S = 30.0  # of audio that may wait, after which a client is not read
+QUEUE_S = 30.0  # that a recording waits for a slot
+FRAME_S = 0.080  # between live frames, within which a step must be over
+
+_log = logging.getLogger("dsm_jax.serving")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Served:
+    """A model that is served: its name, its service and its engine."""
+
+    settings: ServedModel
+    name: str
+    kind: str
+    service: Any
+    engine: Engine
+
+    @property
+    def model(self) -> Model:
+        """The model."""
+        return self.service.model
+
+    @property
+    def keeps_up(self) -> bool:
+        """Whether all slots together are served in real time."""
+        frames, seconds = min(self.service.step_seconds.items())
+        return seconds < frames * FRAME_S
+
+    def capacity(self) -> str:
+        """Return a sentence on the slots and the time of a step."""
+        frames, seconds = min(self.service.step_seconds.items())
+        verdict = "keeps up" if self.keeps_up else f"does not keep up with {FRAME_S * 1000:.0f} ms a frame: use fewer"
+        if self.kind == "tts":
+            verdict += f", {self.engine.total * frames * FRAME_S / seconds:.1f} times real time in all"
+        steps = "a step" if frames == 1 else f"{frames} steps"
+        return f"{self.name}: {self.engine.total} slots at {seconds * 1000:.0f} ms {steps}; {verdict}"
+
+
+class Server:
+    """All that handlers share.
+
+    Args:
+      config: settings.
+      version: of the library.
+
+    Attributes:
+      loop: the event loop, once it runs.
+      end: ends the web server at once; set by whoever runs it, and called on the event loop.
+    """
+
+    def __init__(self, config: ServerConfig, version: str):
+        config.check_access()
+        self.config, self.version, self.keys = config, version, Keys(config.keys)
+        self.metrics = Metrics(version)
+        self.models: list[Served] = []
+        self.ready = self.draining = self.faulty = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._device, self._tickets = Device(), set[Ticket]()
+        self.end: Callable[[], None] = lambda: None
+
+    # Start and end.
+
+    def load(self, load_model: Callable[[ServedModel], Model] | None = None) -> None:
+        """Load and warm up all models; before the event loop runs, or on another thread.
+
+        Raises:
+          DsmError: a model cannot be loaded or served as its settings say.
+        """
+        for settings in self.config.models:
+            model = (load_model or _load)(settings)
+            start = time.perf_counter()
+            service = _service(settings, model)
+            hearing = settings.kind == "stt"
+            name = self._free_name(model.name)
+            engine = Engine(
+                name,
+                service.slots,
+                post=self._post,
+                plan=service.plan if isinstance(service, HearingService) else lambda sessions: None,
+                device=self._device,
+                urgent=hearing,
+                min_step=self.config.min_step_ms / 1000 if hearing else 0.0,
+                hurry=(lambda session: session.behind) if hearing else (lambda session: False),
+                reserve=min(self.config.reserve_live, service.slots.program.slots - 1),
+                on_step=lambda seconds, rows, name=name: self._count_step(name, seconds, rows),
+                on_fault=self._fault,
+            )
+            served = Served(settings, name, settings.kind, service, engine)
+            self.models.append(served)
+            self.metrics.models.append(served)
+            _log.info("%s (warm after %.1f s)", served.capacity(), time.perf_counter() - start)
+
+    def _free_name(self, name: str) -> str:
+        """Return a model's name, with a number if another model has the name."""
+        taken, number = {served.name for served in self.models}, 2
+        free = name
+        while free in taken:
+            free, number = f"{name}-{number}", number + 1
+        return free
+
+    def start(self) -> None:
+        """Start the engines; on the event loop."""
+        self.loop = asyncio.get_running_loop()
+        for served in self.models:
+            served.engine.run()
+        self.ready = True
+
+    def stop(self) -> None:
+        """End the engines."""
+        self.ready = False
+        for served in self.models:
+            served.engine.close()
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more sessions, let those that run end for some seconds, then end them with their last words."""
+        self.draining = True
+        deadline = time.monotonic() + seconds
+        while self._tickets and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        for ticket in list(self._tickets):
+            ticket.hurry()
+        last = time.monotonic() + 5.0
+        while self._tickets and time.monotonic() < last:
+            await asyncio.sleep(0.02)
+
+    def _post(self, posted: Posted) -> None:
+        loop = self.loop
+        if loop is not None and not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop has closed in this moment
+                loop.call_soon_threadsafe(put_all, posted)
+
+    def _fault(self, error: BaseException) -> None:
+        self.faulty = True
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(self.end)
+
+    def _count_step(self, name: str, seconds: float, rows: int) -> None:
+        self.metrics.step.labels(name).observe(seconds)
+        self.metrics.rows.labels(name).observe(rows)
+
+    def alive(self) -> bool:
+        """Tell whether all engines run."""
+        return not self.faulty and all(served.engine.alive() for served in self.models)
+
+    @property
+    def accepting(self) -> bool:
+        """Whether sessions can begin."""
+        return self.ready and not self.draining and self.alive()
+
+    # Requests.
+
+    def allows_origin(self, connection: HTTPConnection) -> bool:
+        """Tell whether a web page may connect."""
+        return allowed_origin(connection, self.config.origins)
+
+    def find(self, kind: str, name: str | None = None) -> Served | None:
+        """Return the model of a kind that a client names, by its name or an alias; None takes the first."""
+        of_kind = [served for served in self.models if served.kind == kind]
+        if name is None:
+            return of_kind[0] if of_kind else None
+        name = self.config.aliases.get(name, name)
+        return next((served for served in of_kind if name in (served.name, served.settings.model)), None)
+
+    @contextlib.asynccontextmanager
+    async def session(self, served: Served, session: Any, dialect: str) -> AsyncIterator["Ticket"]:
+        """Hold a slot, or a place in the queue, for a session of a client; give it back in the end.
+
+        Raises:
+          FullError: there is none.
+        """
+        if not self.accepting:
+            self.metrics.refused.labels("draining" if self.draining else "not ready").inc()
+            raise FullError("the server takes no more sessions; try another one, or later")
+        try:
+            holds = served.engine.hold(session)
+        except FullError:
+            self.metrics.refused.labels("full").inc()
+            raise
+        ticket = Ticket(self, served, session, dialect, queued=not holds)
+        self._tickets.add(ticket)
+        self.metrics.started.labels(served.name, dialect).inc()
+        self.metrics.sessions.labels(served.name, dialect).inc()
+        _line("session", ticket, event="start")
+        try:
+            yield ticket
+        finally:
+            served.engine.leave(session)
+            self._tickets.discard(ticket)
+            self.metrics.sessions.labels(served.name, dialect).dec()
+            self.metrics.ended.labels(served.name, ticket.reason).inc()
+            _line("session", ticket, event="end")
+
+
+class Ticket:
+    """One client's session in the server's books.
+
+    Attributes:
+      id: for the log.
+      code: close code that the session ended with; None while it runs.
+      reason: word for the reason of the end, for logs and metrics: "client", "finished", "idle", "slow", "drain" and others.
+    """
+
+    def __init__(self, server: Server, served: Served, session: Any, dialect: str, *, queued: bool):
+        self.server, self.served, self.session, self.dialect = server, served, session, dialect
+        self.id, self.began, self.queued = os.urandom(6).hex(), time.monotonic(), queued
+        self.code: int | None = None
+        self.reason = "client"
+        self.frames = self.words = 0
+        self.hurried = asyncio.Event()
+
+    def hurry(self) -> None:
+        """Ask the session to end: what was heard is transcribed, and no more is taken."""
+        self.reason = "drain"
+        self.hurried.set()
+
+    async def messages(self) -> AsyncIterator[Any]:
+        """Yield the session's messages up to `Ended`, which is the last; count them on the way.
+
+        The messages of a client that does not read them are limited: `Ended` with 1008 comes early then.
+        """
+        outbox: Outbox = self.session.outbox
+        while True:
+            for message in await outbox.take():
+                self._count(message)
+                yield message
+                if isinstance(message, Ended):
+                    return
+            if outbox.overflowed:
+                self.end(1008, "slow")
+                yield Ended(1008, "the client reads too slowly")
+                return
+            self.served.engine.wake()  # a listener that lagged may have caught up
+
+    def end(self, code: int, reason: str) -> None:
+        """Note how the session ends."""
+        if self.code is None:
+            self.code = code
+            self.reason = self.reason if self.reason == "drain" else reason
+
+    def _count(self, message: Any) -> None:
+        metrics, name = self.server.metrics, self.served.name
+        match message:
+            case Started():
+                if self.queued:
+                    metrics.queue.labels(name).observe(time.monotonic() - self.began)
+                    self.queued = False
+            case Heard():
+                self.frames += 1
+                metrics.audio.labels(name).inc(FRAME_S)
+                latencies, self.session.latencies = self.session.latencies, []
+                for seconds in latencies:
+                    metrics.latency.labels(name).observe(seconds)
+            case Sound():
+                if self.frames == 0 and self.session.first_sound is not None:
+                    metrics.first_sound.labels(name).observe(self.session.first_sound)
+                self.frames += 1
+                metrics.audio.labels(name).inc(FRAME_S)
+            case WordEnded() | Said():
+                self.words += 1
+                metrics.words.labels(name).inc()
+            case Ended():
+                self.end(message.code, "finished" if message.reason is None else "error")
+
+
+def _line(kind: str, ticket: Ticket, *, event: str) -> None:
+    """Log the start or the end of a session: numbers alone, never what was said, nor a key."""
+    facts: dict[str, Any] = {
+        "kind": kind,
+        "event": event,
+        "id": ticket.id,
+        "model": ticket.served.name,
+        "dialect": ticket.dialect,
+    }
+    if event == "end":
+        facts |= {
+            "seconds": round(time.monotonic() - ticket.began, 3),
+            "frames": ticket.frames,
+            "words": ticket.words,
+            "code": ticket.code,
+            "reason": ticket.reason,
+        }
+    _log.info(json.dumps(facts))
+
+
+def _load(settings: ServedModel) -> Model:
+    """Load a model as the settings say."""
+    return load(settings.model, dtype=settings.dtype, stt_only=settings.kind == "stt")
+
+
+def _service(settings: ServedModel, model: Model) -> HearingService | SpeakingService:
+    """Make and warm up a model's service."""
+    slots = settings.slots or (8 if model.devices[0].platform == "cpu" else 64)
+    if settings.kind == "stt":
+        if (asked := settings.asr_delay_in_tokens) is not None:
+            delay = model.config.stt.audio_delay_seconds * model.config.mimi.frame_rate
+            if not asked - 1 < delay <= asked + 1:
+                raise ConfigError(
+                    f"asr_delay_in_tokens is {asked}; the text of {model.name} is {delay:.1f} frames late: remove it"
+                )
+        return HearingService(model, slots, options=TranscribeOptions(temperature=settings.temperature))
+    given: dict[str, Any] = {"folder": settings.voice_folder, "default_voice": settings.default_voice}
+    if model.config.model_type != "csm":
+        asked = {
+            "temperature": settings.temperature,
+            "guidance_scale": settings.guidance_scale,
+            "padding_between": settings.padding_between,
+            "codebooks": settings.codebooks,
+        }
+        given["options"] = SynthesizeOptions(**{name: value for name, value in asked.items() if value is not None})
+    return service_for(model, slots, **given)

@@ -1,0 +1,179 @@
+"""Websockets of every dialect: refusals before the handshake, reading with back-pressure, and one way to close.
+
+A socket that the server ends gets a message of its dialect and a close code, never a dropped connection alone.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from starlette.responses import PlainTextResponse
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from dsm_jax.errors import DsmError
+from dsm_jax.serving.server import INBOX_S, Server, Ticket
+
+_SEND_S = 60.0  # that a client may take to read a message
+_log = logging.getLogger("dsm_jax.serving")
+
+
+class ClosedError(Exception):
+    """End a session with a close code and a sentence.
+
+    Attributes:
+      code: close code.
+      reason: sentence for the client; None for none.
+      kind: word for the reason, for logs and metrics.
+    """
+
+    def __init__(self, code: int, reason: str | None, kind: str):
+        super().__init__(reason)
+        self.code, self.reason, self.kind = code, reason, kind
+
+
+async def refuse(socket: WebSocket, status: int, reason: str) -> None:
+    """Answer a handshake with an HTTP status."""
+    headers = {"retry-after": "1"} if status == 503 else None
+    await socket.send_denial_response(PlainTextResponse(reason, status, headers))
+
+
+async def admitted(server: Server, socket: WebSocket) -> bool:
+    """Check key, origin and readiness before the handshake; refuse the socket otherwise."""
+    if not server.allows_origin(socket):
+        server.metrics.refused.labels("origin").inc()
+        await refuse(socket, 403, "pages of this origin may not connect")
+    elif not server.keys.allow(socket):
+        server.metrics.refused.labels("key").inc()
+        await refuse(socket, 401, "")
+    elif not server.accepting:
+        server.metrics.refused.labels("draining" if server.draining else "not ready").inc()
+        await refuse(socket, 503, "the server takes no more sessions; try another one, or later")
+    else:
+        return True
+    return False
+
+
+async def received(socket: WebSocket, server: Server, ticket: Ticket) -> AsyncIterator[str | bytes]:
+    """Yield a client's messages while it keeps up and is kept up with.
+
+    Raises:
+      ClosedError: the client was idle, or its session has lasted as long as any may, or the server drains.
+    """
+    config, session = server.config, ticket.session
+    ends = ticket.began + config.max_session_s
+    hurried = asyncio.ensure_future(ticket.hurried.wait())
+    try:
+        while True:
+            while getattr(session, "waiting", 0.0) > INBOX_S and not ticket.hurried.is_set():
+                await asyncio.sleep(0.05)
+            read = asyncio.ensure_future(socket.receive())
+            limit = min(config.idle_s, ends - time.monotonic())
+            done, _ = await asyncio.wait({read, hurried}, timeout=max(0.0, limit), return_when="FIRST_COMPLETED")
+            if read not in done:
+                read.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await read
+                if hurried in done:
+                    raise ClosedError(1001, "the server is shutting down", "drain")
+                if time.monotonic() >= ends:
+                    raise ClosedError(1000, f"a session lasts at most {config.max_session_s:.0f} s", "limit")
+                raise ClosedError(1000, f"nothing was received for {config.idle_s:.0f} s", "idle")
+            message = read.result()
+            if message["type"] == "websocket.disconnect":
+                return
+            data = message.get("bytes")
+            yield message["text"] if data is None else data
+    finally:
+        hurried.cancel()
+
+
+async def send(socket: WebSocket, data: str | bytes) -> None:
+    """Send a message.
+
+    Raises:
+      ClosedError: the client does not read.
+      WebSocketDisconnect: it has left.
+    """
+    sent = socket.send_text(data) if isinstance(data, str) else socket.send_bytes(data)
+    try:
+        await asyncio.wait_for(sent, _SEND_S)
+    except TimeoutError:
+        raise ClosedError(1008, "the client reads too slowly", "slow") from None
+
+
+async def close(socket: WebSocket, code: int, reason: str | None = None) -> None:
+    """Close a socket that may have been closed already."""
+    if WebSocketState.DISCONNECTED in (socket.client_state, socket.application_state):
+        return
+    with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError, TimeoutError):
+        await asyncio.wait_for(socket.close(code, _short(reason)), 5.0)
+
+
+def _short(reason: str | None) -> str:
+    """Cut a reason to what a close frame holds: 123 bytes."""
+    return (reason or "").encode()[:120].decode(errors="ignore")
+
+
+async def converse(
+    socket: WebSocket,
+    ticket: Ticket,
+    hear: Callable[[], Awaitable[None]],
+    tell: Callable[[], Awaitable[tuple[int, str | None]]],
+    error: Callable[[str], Any],
+) -> None:
+    """Run both directions of a socket until one ends, then close it.
+
+    Args:
+      socket: accepted.
+      ticket: of its session.
+      hear: reads the client to its end; raises `ClosedError` or a `DsmError` for a message that it refuses.
+      tell: sends the session's messages to `Ended`; returns its code and reason.
+      error: makes the dialect's message of an error; None for a dialect without.
+    """
+    hearing, telling = asyncio.ensure_future(hear()), asyncio.ensure_future(tell())
+    code, reason = 1000, None
+    try:
+        await asyncio.wait({hearing, telling}, return_when="FIRST_COMPLETED")
+        if hearing.done() and not telling.done():
+            fault = hearing.exception()
+            if isinstance(fault, ClosedError) and fault.kind == "drain":
+                # What was heard is still transcribed, and told.
+                ticket.session.finish()
+                ticket.served.engine.wake()
+                await asyncio.wait({telling}, timeout=4.0)
+                raise fault
+            if fault is not None:
+                raise fault
+            return  # the client has left
+        code, reason = await telling
+        if reason is not None:
+            raise ClosedError(code, reason, ticket.reason)
+    except ClosedError as closed:
+        code, reason = closed.code, closed.reason
+        ticket.end(code, closed.kind)
+        await _tell_error(socket, error(reason) if reason is not None else None)
+    except WebSocketDisconnect:
+        ticket.end(1005, "client")
+    except DsmError as fault:
+        code, reason = 1007, str(fault)
+        ticket.end(code, "bad message")
+        await _tell_error(socket, error(reason))
+    except Exception:
+        _log.exception("session %s failed", ticket.id)
+        code, reason = 1011, "the server has failed"
+        ticket.end(code, "fault")
+        await _tell_error(socket, error(reason))
+    finally:
+        for task in (hearing, telling):
+            task.cancel()
+        await asyncio.gather(hearing, telling, return_exceptions=True)
+        await close(socket, code, reason)
+
+
+async def _tell_error(socket: WebSocket, message: str | bytes | None) -> None:
+    if message is not None:
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError, ClosedError):
+            await send(socket, message)
