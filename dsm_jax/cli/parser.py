@@ -255,7 +255,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--host", help="where to listen (default: 127.0.0.1)")
     p.add_argument("--port", type=int, help="0 takes a free one (default: 8080)")
     p.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="keys of clients, one a line; also DSM_JAX_API_KEYS, by commas"
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="keys of clients, one a line; also DSM_JAX_API_KEYS, by commas",
     )
     p.add_argument("--no-auth", action="store_true", help="let everyone in, whatever the host")
     p.add_argument(

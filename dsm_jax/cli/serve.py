@@ -69,15 +69,22 @@ def _models(args: argparse.Namespace) -> tuple["ServedModel", ...]:
     """Return the models that the arguments name."""
     from dsm_jax.serving.config import ServedModel, default_path
 
-    found = []
-    for kind, names, slots in (("stt", args.stt, args.slots), ("tts", args.tts, args.tts_slots)):
-        for number, name in enumerate(names):
-            voices = args.voice_folder if kind == "tts" else None
-            path = default_path(kind, number)
-            found.append(
-                ServedModel(kind=kind, model=name, path=path, slots=slots, dtype=args.dtype, voice_folder=voices)
-            )
-    return tuple(found)
+    heard = [
+        ServedModel(kind="stt", model=name, path=default_path("stt", number), slots=args.slots, dtype=args.dtype)
+        for number, name in enumerate(args.stt)
+    ]
+    spoken = [
+        ServedModel(
+            kind="tts",
+            model=name,
+            path=default_path("tts", number),
+            slots=args.tts_slots,
+            dtype=args.dtype,
+            voice_folder=args.voice_folder,
+        )
+        for number, name in enumerate(args.tts)
+    ]
+    return (*heard, *spoken)
 
 
 def _default_models(args: argparse.Namespace) -> tuple["ServedModel", ...]:

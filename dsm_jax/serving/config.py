@@ -17,15 +17,23 @@ from dsm_jax.errors import ConfigError
 
 ASR_PATH, TTS_PATH = "/api/asr-streaming", "/api/tts_streaming"
 _HUB = re.compile(r"hf://([^/]+/[^/@]+)(?:@[^/]+)?/.+")
-_KINDS = {"BatchedAsr": "stt", "PyBatchedAsr": "stt", "Asr": "stt", "Py": "tts", "Tts": "tts"}
-_FILES = ("lm_model_file", "text_tokenizer_file", "audio_tokenizer_file", "lm_config_file", "text_tokenizer")
-# Settings of moshi-server without a meaning here: they describe the network or the folder of its page.
-_IGNORED = (
-    "static_dir", "log_dir", "instance_name", "log_level", "log_folder",
-    "model", "dtype_override", "warmup", "log_frequency_s", "batch_size", "path", "type", "py", "temperature",
-    "asr_delay_in_tokens", "conditioning_delay", "conditioning_learnt_padding", "generation", "path_streaming",
-    "speaker_cond_dim", "speaker_cond_n_speakers", "speaker_cond_duration_s", "speaker_tokenizer_file", "script",
-    "max_padding", "max_consecutive_pads", "n_q",
+_KINDS: Mapping[str, Literal["stt", "tts"]] = {
+    "BatchedAsr": "stt",
+    "PyBatchedAsr": "stt",
+    "Asr": "stt",
+    "Py": "tts",
+    "Tts": "tts",
+}
+_FILES = ("lm_model_file", "text_tokenizer_file", "audio_tokenizer_file")
+# Settings of moshi-server without a meaning here: its page, its logs, and what the checkpoint says.
+_TOP = ("static_dir", "log_dir", "instance_name", "authorized_ids", "modules")
+_MODULE = (
+    "type", "path", "batch_size", "temperature", "asr_delay_in_tokens", "conditioning_delay", "log_frequency_s",
+    "conditioning_learnt_padding", "text_bos_token", "model", "py", *_FILES,
+)  # fmt: skip
+_PY = (
+    "log_folder", "voice_folder", "default_voice", "cfg_coef", "cfg_is_no_text", "padding_between", "padding_bonus",
+    "n_q", "temp",
 )  # fmt: skip
 
 
@@ -43,7 +51,7 @@ class ServedModel:
       asr_delay_in_tokens: frames by which the text is late, to be checked against the checkpoint; None checks nothing.
       voice_folder: folder of more voices.
       default_voice: name of the voice of clients that name none; None for the first.
-      guidance_scale, padding_between, codebooks: as `SynthesizeOptions` has them; None for the defaults there.
+      guidance_scale, padding_between, padding_bonus, codebooks: as `SynthesizeOptions` has them; None for the defaults there.
     """
 
     kind: Literal["stt", "tts"]
@@ -57,6 +65,7 @@ class ServedModel:
     default_voice: str | None = None
     guidance_scale: float | None = None
     padding_between: int | None = None
+    padding_bonus: float | None = None
     codebooks: int | None = None
 
     def __post_init__(self) -> None:
@@ -200,6 +209,7 @@ class _Plain:
     default_voice: str | None = None
     guidance_scale: float | None = None
     padding_between: int | None = None
+    padding_bonus: float | None = None
     codebooks: int | None = None
 
 
@@ -219,44 +229,42 @@ def _expanded(value: Any) -> Any:
 
 def _of_moshi(values: Mapping[str, Any], path: Path) -> ServerConfig:
     """Read moshi-server's form."""
-    known = {"modules", "authorized_ids", *_IGNORED}
-    if unknown := sorted(values.keys() - known):
-        raise ConfigError(f"{path}: unknown keys {unknown}; moshi-server knows none of that name")
-    models = []
-    for name, table in values["modules"].items():
-        where = f"{path}: modules.{name}"
-        kind = _KINDS.get(table.get("type", ""))
-        if kind is None:
-            raise ConfigError(f"{where}: the type is {table.get('type')!r}; this server has {', '.join(_KINDS)}")
-        py = table.get("py", {})
-        allowed = {*_IGNORED, *_FILES, "voice_folder", "default_voice", "cfg_coef", "padding_between"}
-        if unknown := sorted((table.keys() | py.keys()) - allowed):
-            raise ConfigError(f"{where}: unknown keys {unknown}; remove them")
-        if table.get("log_frequency_s"):
-            raise ConfigError(f"{where}: log_frequency_s would log what clients say; this server does not: remove it")
-        merged = {**table, **py}
-        models.append(
-            ServedModel(
-                kind=kind,  # pyright: ignore[reportArgumentType]  one of the two
-                model=_repository(merged, where),
-                slots=merged.get("batch_size"),
-                path=table.get("path", default_path(kind, 0)),
-                temperature=merged.get("temperature"),
-                asr_delay_in_tokens=merged.get("asr_delay_in_tokens"),
-                voice_folder=_folder(merged.get("voice_folder"), path.parent),
-                default_voice=merged.get("default_voice"),
-                guidance_scale=merged.get("cfg_coef"),
-                padding_between=merged.get("padding_between"),
-                codebooks=merged.get("n_q") if kind == "tts" else None,
-            )
-        )
-    return ServerConfig(models=tuple(models), keys=tuple(values.get("authorized_ids", ())))
+    if unknown := sorted(values.keys() - set(_TOP)):
+        raise ConfigError(f"{path}: unknown keys {unknown}; of moshi-server's, {', '.join(_TOP)} are known")
+    models = tuple(_module(table, f"{path}: modules.{name}", path.parent) for name, table in values["modules"].items())
+    return ServerConfig(models=models, keys=tuple(values.get("authorized_ids", ())))
+
+
+def _module(table: Mapping[str, Any], where: str, folder: Path) -> ServedModel:
+    """Read a module of moshi-server's form."""
+    kind = _KINDS.get(table.get("type", ""))
+    if kind is None:
+        raise ConfigError(f"{where}: the type is {table.get('type')!r}; this server has {', '.join(_KINDS)}")
+    py = table.get("py", {})
+    for keys, known in ((table, _MODULE), (py, _PY)):
+        if unknown := sorted(keys.keys() - set(known)):
+            raise ConfigError(f"{where}: unknown keys {unknown}; known are {', '.join(known)}")
+    if table.get("log_frequency_s"):
+        raise ConfigError(f"{where}: log_frequency_s would log what clients say; this server does not: remove it")
+    return ServedModel(
+        kind=kind,
+        model=_repository(table, where),
+        slots=table.get("batch_size"),
+        path=table.get("path", default_path(kind, 0)),
+        temperature=table.get("temperature", py.get("temp")),
+        asr_delay_in_tokens=table.get("asr_delay_in_tokens"),
+        voice_folder=_folder(py.get("voice_folder"), folder),
+        default_voice=py.get("default_voice"),
+        guidance_scale=py.get("cfg_coef"),
+        padding_between=py.get("padding_between"),
+        padding_bonus=py.get("padding_bonus"),
+        codebooks=py.get("n_q"),
+    )
 
 
 def _folder(value: str | None, base: Path) -> Path | None:
-    if value is None or value.startswith("hf-snapshot://"):
-        return None
-    return base / value
+    """Return the folder of voices; those of the hub are fetched by name, so that they need no folder."""
+    return None if value is None or value.startswith("hf-snapshot://") else base / value
 
 
 def _repository(table: Mapping[str, Any], where: str) -> str:

@@ -183,7 +183,7 @@ class Engine:
                 self._wake()
 
     def leave(self, session: Any) -> None:
-        """End a session before the next step; its unread outputs are dropped. A session that has ended may leave too."""
+        """End a session before the next step and drop its unread outputs; one that has ended may leave too."""
         with self._changed:
             if session in self._queue:
                 self._queue.remove(session)
@@ -277,11 +277,11 @@ class Engine:
         for session in leaving:
             self._slots.cancel(session)
         gone = set(leaving)
-        again = [session for session in restarting if session in self._slots.sessions]
+        again: list[Any] = [session for session in restarting if session in self._slots.sessions]
         for session in again:
             self._slots.cancel(session)
             session.restart()
-        new = [session for session in dict.fromkeys([*again, *starting]) if session not in gone]
+        new: list[Any] = [session for session in dict.fromkeys([*again, *starting]) if session not in gone]
         restarting = [session for session in restarting if session not in again]
         if new:
             self._device.run(lambda: self._slots.admit(new), urgent=self._urgent)

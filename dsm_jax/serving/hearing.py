@@ -1,8 +1,8 @@
 """Speech to text for clients: sessions that are fed live, and the plan by which their slots take steps.
 
-A client's marker asks when all audio before it has been transcribed. It is answered once the slot has heard as much more
-as the text is late. A slot that has a marker and no audio for a while is given silence for that, which counts neither
-in `Heard` nor in the times of later words.
+A client's marker asks when all audio before it has been transcribed. The marker is answered once the slot has heard as
+much more as the text is late. A slot that has a marker and no audio for a while is given silence for that, which counts
+neither in `Heard` nor in the times of later words.
 
 Shape letters: T samples.
 """

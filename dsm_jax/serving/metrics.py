@@ -84,7 +84,9 @@ class _Live(Collector):
         yield CounterMetricFamily("dsm_compiles", "programs compiled; flat once the server is ready", compilations())
         slots = GaugeMetricFamily("dsm_slots", "slots", labels=("model",))
         used = GaugeMetricFamily("dsm_slots_used", "slots that are held", labels=("model",))
-        buffered = GaugeMetricFamily("dsm_buffered_seconds", "audio that waits, of the worst session", labels=("model",))
+        buffered = GaugeMetricFamily(
+            "dsm_buffered_seconds", "audio that waits, of the worst session", labels=("model",)
+        )
         by_kind: dict[str, list[Any]] = {}
         for served in metrics.models:
             slots.add_metric([served.name], served.engine.total)

@@ -4,6 +4,7 @@ Source: kyutai-labs/moshi@e6a55d27 rust/moshi-server (`main.rs`, `batched_asr.rs
 differences are listed in docs/serving.md.
 """
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -13,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.websockets import WebSocket
 
-from dsm_jax.errors import AudioError, FullError, SpeechError, WireError
+from dsm_jax.errors import AudioError, DsmError, FullError, SpeechError, WireError
 from dsm_jax.serving import wire
 from dsm_jax.serving.hearing import Heard, LiveHearing, Marked
 from dsm_jax.serving.opus import OpusReader, OpusWriter
@@ -163,7 +164,8 @@ async def speak_socket(socket: WebSocket, server: Server, served: Served) -> Non
     try:
         voice, seed = socket.query_params.get("voice"), socket.query_params.get("seed", "")
         writer = OpusWriter(served.model.sample_rate) if form.startswith("OggOpus") else None
-        session = served.service.session(Outbox(), voice=voice or None, seed=int(seed) if seed.isdecimal() else None)
+        number = int(seed) if seed.isdecimal() else None
+        session = await asyncio.to_thread(served.service.session, Outbox(), voice=voice or None, seed=number)
         async with server.session(served, session, "moshi") as ticket:
             if packed:
                 await send(socket, wire.encode(wire.Ready()))
@@ -180,7 +182,7 @@ async def speak_socket(socket: WebSocket, server: Server, served: Served) -> Non
         if packed:
             await send(socket, wire.encode(wire.Error(str(full))))
         await close(socket, 1013, "no free channels")
-    except (SpeechError, WireError) as refused:
+    except DsmError as refused:
         if packed:
             await send(socket, wire.encode(wire.Error(str(refused))))
         await close(socket, 1008, str(refused))
@@ -253,10 +255,10 @@ async def speak_file(request: Request, server: Server, served: Served) -> Respon
     except (ValueError, KeyError, TypeError):
         return PlainTextResponse('the body is no JSON of the form {"text": TEXT, "voice": VOICE}', 400)
     try:
-        session = served.service.session(Outbox(), voice=voice or None, is_file=True)
+        session = await asyncio.to_thread(served.service.session, Outbox(), voice=voice or None, is_file=True)
         session.say(text)
         session.finish()
-    except SpeechError as error:
+    except DsmError as error:
         return PlainTextResponse(str(error), 400)
     sound = sound_of(spoken(server, served, session, "moshi"))
     try:

@@ -33,7 +33,9 @@ class OpusReader:
         try:
             pcm = self._reader.append_bytes(pages)
         except Exception as error:  # the package's errors are of no class of its own
-            raise WireError(f"the data is no Ogg Opus stream ({type(error).__name__}); send the pages in order") from None
+            raise WireError(
+                f"the data is no Ogg Opus stream ({type(error).__name__}); send the pages in order"
+            ) from None
         if pcm is not None and np.size(pcm):
             yield np.asarray(pcm, np.float32).reshape(-1)
 

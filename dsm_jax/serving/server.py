@@ -13,11 +13,12 @@ from typing import Any
 from starlette.requests import HTTPConnection
 
 from dsm_jax.checkpoints import Model, load
+from dsm_jax.csm.options import CsmOptions
 from dsm_jax.errors import ConfigError, FullError
 from dsm_jax.serving.access import Keys, allowed_origin
 from dsm_jax.serving.config import ServedModel, ServerConfig
 from dsm_jax.serving.engine import Device, Engine
-from dsm_jax.serving.hearing import HearingService, Heard
+from dsm_jax.serving.hearing import Heard, HearingService
 from dsm_jax.serving.metrics import Metrics
 from dsm_jax.serving.outbox import Ended, Outbox, Posted, Started, put_all
 from dsm_jax.serving.speaking import Said, Sound, SpeakingService, service_for
@@ -225,7 +226,7 @@ class Ticket:
     Attributes:
       id: for the log.
       code: close code that the session ended with; None while it runs.
-      reason: word for the reason of the end, for logs and metrics: "client", "finished", "idle", "slow", "drain" and others.
+      reason: word for the reason of the end, for logs and metrics, such as "client", "finished", "idle" or "drain".
     """
 
     def __init__(self, server: Server, served: Served, session: Any, dialect: str, *, queued: bool):
@@ -326,13 +327,13 @@ def _service(settings: ServedModel, model: Model) -> HearingService | SpeakingSe
                     f"asr_delay_in_tokens is {asked}; the text of {model.name} is {delay:.1f} frames late: remove it"
                 )
         return HearingService(model, slots, options=TranscribeOptions(temperature=settings.temperature))
-    given: dict[str, Any] = {"folder": settings.voice_folder, "default_voice": settings.default_voice}
-    if model.config.model_type != "csm":
-        asked = {
-            "temperature": settings.temperature,
-            "guidance_scale": settings.guidance_scale,
-            "padding_between": settings.padding_between,
-            "codebooks": settings.codebooks,
-        }
-        given["options"] = SynthesizeOptions(**{name: value for name, value in asked.items() if value is not None})
-    return service_for(model, slots, **given)
+    asked = {
+        name: value
+        for name in ("temperature", "guidance_scale", "padding_between", "padding_bonus", "codebooks")
+        if (value := getattr(settings, name)) is not None
+    }
+    options = CsmOptions if model.config.model_type == "csm" else SynthesizeOptions
+    if unknown := sorted(asked.keys() - {field.name for field in dataclasses.fields(options)}):
+        raise ConfigError(f"{', '.join(unknown)} was set for {model.name}, which does not have it; remove it")
+    own, voice = options(**asked), settings.default_voice
+    return service_for(model, slots, options=own, folder=settings.voice_folder, default_voice=voice)

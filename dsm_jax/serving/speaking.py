@@ -5,12 +5,13 @@ Shape letters: X steps of a voice, C its width, T samples.
 
 import dataclasses
 import math
+import re
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,11 @@ from dsm_jax.tts.synthesizer import SpeechSession, Synthesizer
 
 LAG_S = 60.0  # of sound that waits for its listener, after which the session takes no more steps
 TURN_CHARACTERS = 1_000  # of a turn of a conversation: about a minute
+NO_VOICE = "default"  # the name of the voice that a model chooses by itself
+_PUBLISHED_VOICE = "expresso/ex03-ex01_happy_001_channel1_334s.wav"  # of Kyutai's own examples
+_PUBLISHED_STEPS = 125  # of a published voice
+_PUBLISHED = re.compile(r"[\w-]+(/[\w.+-]+)+")  # names of published voices; nothing else is asked of the hub
+_MADE_FOR = re.compile(r"\.[0-9a-f]{8}@\d+$")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,57 +98,90 @@ class LiveVoice(SpeakingSession[Any], ABC):
         """Return the messages to the client since the last call."""
 
 
-class SpeakingService(Protocol):
-    """A model that speaks, for clients: its slots, warmed up, and its voices."""
+class SpeakingService(ABC):
+    """A model that speaks, for clients: its slots, warmed up, and its voices.
+
+    Attributes:
+      model: the model.
+      default_voice: name of the voice of clients that name none.
+      step_seconds: measured duration of a call, by its steps.
+    """
 
     model: Model
-    voices: Mapping[str, Any]
-    default_voice: str | None
+    default_voice: str
     step_seconds: dict[int, float]
 
     @property
+    @abstractmethod
     def slots(self) -> Slots[Any]:
         """The slots of the program."""
-        ...
 
+    @property
+    @abstractmethod
+    def voices(self) -> Sequence[str]:
+        """The names of the voices that are known."""
+
+    @abstractmethod
     def session(
         self, outbox: Outbox, *, voice: str | None = None, seed: int | None = None, is_file: bool = False
     ) -> LiveVoice:
-        """Make a session.
+        """Make a session; call it off the event loop, as a voice may have to be fetched.
+
+        Args:
+          outbox: messages to the client.
+          voice: name of the voice; None takes the default one.
+          seed: of the sampling; None takes the service's.
+          is_file: whether the session may wait for a slot.
 
         Raises:
-          SpeechError: the voice is unknown.
+          DsmError: the voice is unknown, or cannot be read.
         """
-        ...
 
 
-def service_for(model: Model, slots: int, **settings: Any) -> SpeakingService:
-    """Make the service of a model that speaks; the settings are those of `ScriptService` or `TurnService`."""
-    kind = TurnService if model.config.model_type == "csm" else ScriptService
-    return kind(model, slots, **settings)
+def service_for(
+    model: Model,
+    slots: int,
+    *,
+    options: SynthesizeOptions | CsmOptions | None = None,
+    folder: Path | None = None,
+    default_voice: str | None = None,
+) -> SpeakingService:
+    """Make the service of a model that speaks, by its family.
+
+    Args:
+      model: a text-to-speech or a conversational speech model.
+      slots: sessions at a time.
+      options: of the synthesis; None takes the family's defaults.
+      folder: of more voices; None for none.
+      default_voice: name of the voice of clients that name none; None takes the first.
+
+    Raises:
+      As `ScriptService` and `TurnService`.
+    """
+    if model.config.model_type == "csm":
+        own = options if isinstance(options, CsmOptions) else CsmOptions()
+        return TurnService(model, slots, options=own, folder=folder, default_voice=default_voice)
+    spoken = options if isinstance(options, SynthesizeOptions) else SynthesizeOptions()
+    return ScriptService(model, slots, options=spoken, folder=folder, default_voice=default_voice)
 
 
-def _chosen(voices: Mapping[str, Any], voice: str | None, default: str | None, model: Model) -> Any:
-    """Return the voice that a client named, or the default one."""
-    name = default if voice is None else voice
-    if name not in voices:
-        raise SpeechError(f"the voice {name!r} is unknown; {model.name} has {', '.join(voices) or 'none'}")
-    return voices[name]
-
-
-class ScriptService:
+class ScriptService(SpeakingService):
     """A text-to-speech model for clients.
+
+    Voices are the model's own, those of a folder, and for published models those that Kyutai has published, which are
+    fetched when they are first named.
 
     Args:
       model: a text-to-speech model.
       slots: sessions at a time.
       options: of the synthesis.
-      folder: of more voices; None for the model's own alone.
+      folder: of more voices, in folders of its own too; None for none.
       default_voice: name of the voice of clients that name none; None takes the first.
       clock: seconds, monotonic.
 
     Raises:
-      ConfigError: there is no voice of the default's name, or none at all for a model that needs one.
+      ConfigError: there is no voice for a model that needs one.
+      DsmError: the default voice cannot be read.
       As `Synthesizer`.
     """
 
@@ -158,11 +197,16 @@ class ScriptService:
     ):
         self.model, self.options, self.clock = model, options, clock
         self.synthesizer = Synthesizer(model, slots, [options], limit=STEPS, behind=0)
-        self.voices = self._read_voices(folder)
-        self.default_voice = _default(self.voices, default_voice, model)
-        bases = list(self.voices.values())
-        self._room = max((voices.positions(base.voices) for base in bases), default=0)
-        self._slots = self.synthesizer.slots_for(*bases)
+        self._has_speakers = voices.has_speakers(self.synthesizer.lm)
+        self._files = self._voice_files(folder)
+        self._bases: dict[str, SpeechRequest] = {}
+        self.default_voice = self._default(default_voice)
+        # Recordings to go on from are encoded now, as the codec would be compiled for each length.
+        first = voices.voices_of(model) if self._has_speakers else self._files
+        bases = [self.base(name) for name in (self.default_voice, *first)]
+        room = max((_PUBLISHED_STEPS, *(len(voice) for base in bases for voice in base.voices)))
+        self._longest_voice = room if self._has_speakers else 0
+        self._slots = self.synthesizer.slots_for(*map(self._with_room, bases))
         self.step_seconds: dict[int, float] = {}
         self._warm_up()
 
@@ -171,21 +215,64 @@ class ScriptService:
         """The slots of the program."""
         return self._slots
 
-    def _read_voices(self, folder: Path | None) -> dict[str, SpeechRequest]:
-        """Prepare a request without text for each voice, so that a client's session reads no file."""
-        files = dict(voices.voices_of(self.model))
-        has_speakers = voices.has_speakers(self.synthesizer.lm)
-        if folder is not None:
-            suffixes = (".safetensors",) if has_speakers else audio.SUFFIXES
-            files |= {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in suffixes}
-        if not has_speakers and not files:
-            return {"default": self._prepared(())}
-        if not files:
-            raise ConfigError(f"{self.model.name} needs voices and has none of its own; give a folder of them")
-        return {name: self._prepared((path,)) for name, path in files.items()}
+    @property
+    def voices(self) -> Sequence[str]:
+        """The names of the voices that are known."""
+        return list(dict.fromkeys((self.default_voice, *self._files, *self._bases)))
 
-    def _prepared(self, given: tuple[voices.Voice, ...]) -> SpeechRequest:
-        return self.synthesizer.prepare(Request((), given), self.options, entries=[], complete=False)
+    def _voice_files(self, folder: Path | None) -> dict[str, Path]:
+        """Return the files of the model's own voices and of a folder, by name."""
+        files = dict(voices.voices_of(self.model))
+        if folder is None:
+            return files
+        if not folder.is_dir():
+            raise ConfigError(f"the folder of voices {folder} does not exist; name one that does")
+        model_id = self.model.config.model_id
+        own = None if model_id is None else f".{model_id.sig}@{model_id.epoch}"
+        for path in sorted(folder.rglob("*")):
+            if path.suffix not in ((".safetensors",) if self._has_speakers else audio.SUFFIXES):
+                continue
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            if made_for := _MADE_FOR.search(name):  # a published voice has a file for each model
+                if made_for[0] != own:
+                    continue
+                name = name.removesuffix(made_for[0])
+            files[name] = path
+        return files
+
+    def _default(self, name: str | None) -> str:
+        if name is not None:
+            return name
+        if self._files or not self._has_speakers:
+            return next(iter(self._files), NO_VOICE)
+        if self.model.config.model_id is None:
+            raise ConfigError(f"{self.model.name} needs voices and has none of its own; give a folder of them")
+        return _PUBLISHED_VOICE
+
+    def base(self, name: str) -> SpeechRequest:
+        """Return the request of a voice, without text; it is read once.
+
+        Raises:
+          DsmError: the voice is unknown, or cannot be read.
+        """
+        if name not in self._bases:
+            given: tuple[voices.Voice, ...] = (self._files.get(name, name),)
+            if name not in self._files:
+                if name == NO_VOICE and not self._has_speakers:
+                    given = ()
+                elif not self._has_speakers or self.model.config.model_id is None or not _PUBLISHED.fullmatch(name):
+                    known = ", ".join(self._files) or "none"
+                    raise SpeechError(f"the voice {name!r} is unknown; {self.model.name} has {known}")
+            request = Request((), given)
+            self._bases[name] = self.synthesizer.prepare(request, self.options, entries=[], complete=False)
+        return self._bases[name]
+
+    def _with_room(self, base: SpeechRequest) -> SpeechRequest:
+        """Return a request whose voice is as long as any that the server takes."""
+        if not base.voices:
+            return base
+        longest = np.zeros((self._longest_voice, base.voices[0].shape[1]), np.float32)
+        return dataclasses.replace(base, voices=[longest])
 
     def _warm_up(self) -> None:
         """Run all that clients will run."""
@@ -208,7 +295,7 @@ class ScriptService:
             (text,),
             self.synthesizer.tokenizer,
             frame_rate=self.model.config.mimi.frame_rate,
-            multi_speaker=voices.has_speakers(self.synthesizer.lm),
+            multi_speaker=self._has_speakers,
             padding_between=self.options.padding_between,
             skip_unsayable=self.options.on_unsayable == "skip",
             speaker=speaker,
@@ -222,7 +309,9 @@ class ScriptService:
         Raises:
           SpeechError: the voice is unknown.
         """
-        base = _chosen(self.voices, voice, self.default_voice, self.model)
+        base = self.base(self.default_voice if voice is None else voice)
+        for vectors in base.voices:
+            self._check_length(vectors)
         base = base if seed is None else dataclasses.replace(base, seed=seed)
         return LiveSpeech(self, outbox, base, is_file=is_file)
 
@@ -230,25 +319,19 @@ class ScriptService:
         """Return a request with a voice that a client has sent.
 
         Raises:
-          SpeechError: the model cannot take the voice, or it is longer than the server's own.
+          SpeechError: the model cannot take the voice, or it is longer than any that the server takes.
         """
-        if not voices.has_speakers(self.synthesizer.lm):
+        if not self._has_speakers:
             raise SpeechError(f"{self.model.name} takes no vectors as a voice; choose one by its name")
-        if (needed := voices.positions([voice_XC])) > self._room:
-            raise SpeechError(
-                f"the voice has {len(voice_XC)} steps; this server takes up to {self._room * len(voice_XC) // needed}"
-            )
+        self._check_length(voice_XC)
         voices.conditions(self.synthesizer.lm, [[voice_XC]], base.condition_guidance)
         return dataclasses.replace(base, voices=[voice_XC])
 
-
-def _default(known: Mapping[str, Any], name: str | None, model: Model) -> str:
-    """Return the name of the default voice."""
-    if name is None:
-        return next(iter(known))
-    if name not in known:
-        raise ConfigError(f"the default voice {name!r} is none of those of {model.name}: {', '.join(known)}")
-    return name
+    def _check_length(self, voice_XC: np.ndarray) -> None:
+        if len(voice_XC) > self._longest_voice:
+            raise SpeechError(
+                f"the voice has {len(voice_XC)} steps; this server takes {self._longest_voice}: give a shorter one"
+            )
 
 
 def _sayable(service: ScriptService) -> str:
@@ -374,7 +457,7 @@ class LiveSpeech(SpeechSession, LiveVoice):
         return Said(entry.text or f'<break time="{entry.padding / rate:.2f}s">', start, stop)
 
 
-class TurnService:
+class TurnService(SpeakingService):
     """A conversational speech model for clients.
 
     A voice is a recording `NAME.wav` in a folder, with its words in `NAME.txt`: the context of each turn.
@@ -404,11 +487,12 @@ class TurnService:
     ):
         self.model, self.options, self.clock = model, options, clock
         self.synthesizer = ConversationSynthesizer(model, slots, limit=1, behind=0)
-        self.voices: dict[str, tuple[Segment, ...]] = _segments(folder) or {"default": ()}
-        self.default_voice = _default(self.voices, default_voice, model)
+        self._contexts: dict[str, tuple[Segment, ...]] = _segments(folder) or {NO_VOICE: ()}
+        self.default_voice = next(iter(self._contexts)) if default_voice is None else default_voice
+        self._context(self.default_voice)
         longest = "a " * (TURN_CHARACTERS // 2)
         requests = [
-            self.synthesizer.prepare(TurnRequest(longest, 0, context), options) for context in self.voices.values()
+            self.synthesizer.prepare(TurnRequest(longest, 0, context), options) for context in self._contexts.values()
         ]
         self._slots = self.synthesizer.slots_for(*requests)
         self.step_seconds: dict[int, float] = {}
@@ -418,6 +502,18 @@ class TurnService:
     def slots(self) -> Slots[Any]:
         """The slots of the program."""
         return self._slots
+
+    @property
+    def voices(self) -> Sequence[str]:
+        """The names of the voices that are known."""
+        return list(self._contexts)
+
+    def _context(self, voice: str) -> tuple[Segment, ...]:
+        """Return the turns that a voice is taken from."""
+        if voice not in self._contexts:
+            known = ", ".join(self._contexts)
+            raise SpeechError(f"the voice {voice!r} is unknown; {self.model.name} has {known}")
+        return self._contexts[voice]
 
     def _warm_up(self) -> None:
         """Run prompts of all lengths that clients can give, one at a time as they are admitted, and a step."""
@@ -440,7 +536,7 @@ class TurnService:
         Raises:
           SpeechError: the voice is unknown.
         """
-        context = _chosen(self.voices, voice, self.default_voice, self.model)
+        context = self._context(self.default_voice if voice is None else voice)
         options = self.options if seed is None else dataclasses.replace(self.options, seed=seed)
         return LiveTurn(self, outbox, context, options, is_file=is_file)
 

@@ -233,9 +233,7 @@ class SttProgram:
       prompt_tokens: room for text prompts; longer ones make the program grow, which compiles it anew.
     """
 
-    def __init__(
-        self, model: Model, slots: int, chunks: Sequence[int], *, max_top_k: int = 0, prompt_tokens: int = 0
-    ):
+    def __init__(self, model: Model, slots: int, chunks: Sequence[int], *, max_top_k: int = 0, prompt_tokens: int = 0):
         assert model.lm_def is not None
         self.slots, self.inserts, self.chunks = slots, slots, tuple(chunks)
         self._graphs: tuple[nnx.GraphDef, nnx.GraphDef] = model.lm_def, model.mimi_def
@@ -259,9 +257,7 @@ class SttProgram:
     def add_chunk(self, frames: int) -> None:
         """Compile for chunks of one more size, larger than those before."""
         self.chunks = (*self.chunks, frames)
-        self._step.compile(
-            self._params, self._init.shapes(self._params), self._inputs([None] * self.slots, frames)
-        )
+        self._step.compile(self._params, self._init.shapes(self._params), self._inputs([None] * self.slots, frames))
 
     def init(self) -> SttState:
         """Make the state of slots without requests."""

@@ -109,8 +109,13 @@ def more_entries(
     """Return the words and breaks of a part of a script, in which there may be no word.
 
     Args:
+      turns: of the part, the first of them the main speaker's.
+      tokenizer: of the model.
+      frame_rate: steps of the model per second, Hz.
+      multi_speaker: whether the model knows two speakers.
+      padding_between: steps to leave free between words.
+      skip_unsayable: leave out words that cannot be encoded and tags that cannot be read.
       speaker: `MAIN` or `OTHER`, whose word came before; None at the beginning of a script.
-      others: as for `entries_of`.
 
     Raises:
       As `entries_of`, which refuses a script without words too.

@@ -1,0 +1,274 @@
+"""A client's audio in a slot: words as `transcribe` has them, markers, silence of the server's own, several at once."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dsm_jax
+from dsm_jax import audio
+from dsm_jax.errors import PromptError
+from dsm_jax.runtime.compile import compilations
+from dsm_jax.serving.engine import Engine
+from dsm_jax.serving.hearing import STARVED_S, Heard, HearingService, LiveHearing, Marked
+from dsm_jax.serving.outbox import Ended, Outbox, Started, put_all
+from dsm_jax.stt import Prompt, TranscribeOptions, WordEnded, WordStarted
+
+pytestmark = pytest.mark.slow
+AUDIO = Path(__file__).resolve().parents[1] / "examples/audio"
+FRAME = 1920
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Bench:
+    """A service and its engine, turned by hand."""
+
+    def __init__(self, model, slots: int):
+        self.clock = Clock()
+        self.service = HearingService(model, slots, clock=self.clock)
+        self.engine = Engine(
+            "digits",
+            self.service.slots,
+            post=put_all,
+            plan=self.service.plan,
+            hurry=lambda session: session.behind,
+            clock=self.clock,
+        )
+
+    def begin(self, **settings) -> LiveHearing:
+        session = LiveHearing(self.service, Outbox(), **settings)
+        self.engine.hold(session)
+        self.engine.start(session)
+        return session
+
+    def run(self, seconds: float = 0.0) -> None:
+        """Turn until nothing is due, then let time pass, and so on up to so many seconds."""
+        end = self.clock.now + seconds
+        while True:
+            wait = self.engine.turn()
+            if wait > 0:
+                if self.clock.now + wait > end:
+                    self.clock.now = end
+                    return
+                self.clock.now += wait
+
+    def end(self, *sessions: LiveHearing) -> None:
+        for session in sessions:
+            self.engine.leave(session)
+        self.run()
+        assert self.engine.used == 0
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dsm_jax.load("digits")
+
+
+@pytest.fixture(scope="module")
+def bench(model):
+    return Bench(model, 4)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return [audio.read(AUDIO / f"{name}.flac") for name in ("digits_jackson", "digits_lucas")]
+
+
+@pytest.fixture(scope="module")
+def wanted(model, clips):
+    return dsm_jax.transcribe(model, clips)
+
+
+def messages(session: LiveHearing) -> list:
+    return list(session.outbox._waiting)
+
+
+def words(session: LiveHearing) -> list:
+    return [message.word for message in messages(session) if isinstance(message, WordEnded)]
+
+
+def of(session: LiveHearing, kind: type) -> list:
+    return [message for message in messages(session) if isinstance(message, kind)]
+
+
+def same(found, words) -> None:
+    assert [(w.text, w.start, w.end) for w in found] == [(w.text, w.start, w.end) for w in words]
+    np.testing.assert_allclose([w.probability for w in found], [w.probability for w in words], atol=1e-5)
+
+
+def test_a_recording_has_the_words_of_transcribe(bench, clips, wanted):
+    for clip, transcript in zip(clips, wanted, strict=True):
+        session = bench.begin(is_file=True)
+        session.push(clip)
+        session.finish()
+        bench.run()
+        same(words(session), transcript.words)
+        assert session.transcript(None).text == transcript.text
+        assert [messages(session)[0], messages(session)[-1]] == [Started(), Ended()]
+        heard = of(session, Heard)
+        assert [message.index for message in heard] == list(range(math.ceil(clip.size / FRAME)))
+        assert heard[-1].buffered == 0
+        assert bench.engine.used == 0
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(size=st.integers(1, 5000), every=st.integers(1, 5))
+def test_chunks_of_any_size_and_markers_anywhere_change_no_word(bench, clips, wanted, size, every):
+    session, clip = bench.begin(), clips[0]
+    count = 0
+    for number, first in enumerate(range(0, clip.size, size)):
+        if number % every == 0:
+            session.mark(count)
+            count += 1
+        session.push(clip[first : first + size])
+        bench.run()
+    session.mark(-1)
+    bench.run(1.0)
+    same(words(session), wanted[0].words)
+    assert [mark.id for mark in of(session, Marked)] == [*range(count), -1]
+    assert len(of(session, Heard)) == math.ceil(clip.size / FRAME)  # no added silence is told
+    bench.end(session)
+
+
+def test_a_marker_waits_for_audio_and_after_a_while_is_answered_by_added_silence(bench, clips, wanted):
+    session = bench.begin()
+    session.push(clips[0])
+    session.mark(5)
+    bench.run(STARVED_S * 0.9)
+    assert of(session, Marked) == []
+    bench.run(STARVED_S)
+    assert messages(session)[-1] == Marked(5)
+    same(words(session), wanted[0].words)
+    bench.end(session)
+
+
+def test_a_flushing_marker_is_answered_at_once(bench, clips, wanted):
+    session = bench.begin()
+    session.push(clips[1])
+    session.mark(5, flush=True)
+    bench.run()
+    assert messages(session)[-1] == Marked(5)
+    same(words(session), wanted[1].words)
+    bench.end(session)
+
+
+def test_the_end_of_a_word_comes_before_the_marker_behind_it_while_silence_flows(bench, clips, wanted):
+    session = bench.begin()
+    session.push(clips[0])
+    session.mark(1)
+    for _ in range(60):
+        session.push(np.zeros(FRAME, np.float32))
+        bench.run()
+    kinds = [type(message) for message in messages(session) if isinstance(message, WordStarted | WordEnded | Marked)]
+    assert kinds == [WordStarted, WordEnded] * len(wanted[0].words) + [Marked]
+    bench.end(session)
+
+
+def test_added_silence_is_not_in_the_times_of_later_words(bench, clips, wanted):
+    session = bench.begin()
+    for _ in range(2):
+        session.push(clips[0])
+        session.mark(0, flush=True)
+        bench.run()
+    first, again = words(session)[: len(wanted[0].words)], words(session)[len(wanted[0].words) :]
+    later = [
+        dataclasses.replace(w, start=w.start - clips[0].size / 24_000, end=w.end - clips[0].size / 24_000)
+        for w in again
+    ]
+    same(first, wanted[0].words)
+    assert [w.text for w in later] == [w.text for w in first]
+    np.testing.assert_allclose([w.start for w in later], [w.start for w in first], atol=0.081)  # a frame
+    bench.end(session)
+
+
+def test_sessions_beside_each_other_are_as_alone_whatever_the_order_of_their_audio(bench, clips, wanted):
+    random = np.random.default_rng(3)
+    streams = [(bench.begin(), clips[number % 2], wanted[number % 2]) for number in range(4)]
+    places = [0] * 4
+    before = compilations()
+    while any(place < stream[1].size for place, stream in zip(places, streams, strict=True)):
+        chosen = int(random.integers(4))
+        session, clip, _ = streams[chosen]
+        size = int(random.integers(1, 9000))
+        session.push(clip[places[chosen] : places[chosen] + size])
+        places[chosen] += size
+        if random.random() < 0.5:
+            bench.run()
+    for session, _, _ in streams:
+        session.finish()
+    bench.run()
+    for session, _, transcript in streams:
+        same(words(session), transcript.words)
+    assert compilations() == before
+
+
+def test_a_session_in_the_slot_of_one_that_left_hears_nothing_of_it(bench, clips, wanted):
+    for cut in (0.3, 0.7):
+        aborted = [bench.begin() for _ in range(4)]
+        for session in aborted:
+            session.push(clips[0][: int(cut * clips[0].size)])
+            session.mark(1)
+        for _ in range(20):
+            bench.engine.turn()
+        bench.end(*aborted)
+        session = bench.begin()
+        session.push(clips[1])
+        session.finish()
+        bench.run()
+        same(words(session), wanted[1].words)
+
+
+def test_restarting_begins_anew_and_keeps_audio_that_waits(bench, clips, wanted):
+    session = bench.begin()
+    session.push(clips[0][: 50 * FRAME])
+    bench.run()
+    session.push(clips[1])
+    bench.engine.restart(session)
+    session.finish()
+    bench.run()
+    assert len(of(session, Started)) == 2
+    at = messages(session).index(Started(), 1)
+    same([m.word for m in messages(session)[at:] if isinstance(m, WordEnded)], wanted[1].words)
+
+
+def test_a_client_ahead_of_its_slot_is_told_what_waits(bench, clips):
+    session = bench.begin()
+    session.push(clips[0])
+    assert session.waiting == pytest.approx(clips[0].size / 24_000)
+    bench.engine.turn()
+    heard = of(session, Heard)
+    assert heard[0].buffered == clips[0].size - FRAME
+    assert session.waiting == pytest.approx((clips[0].size - len(heard) * FRAME) / 24_000)
+    bench.end(session)
+
+
+def test_a_prompt_is_followed_and_one_that_is_too_long_is_refused(bench, model, clips):
+    options = TranscribeOptions(prompt=Prompt(text="one two three", exclude_from_output=True))
+    session = bench.begin(utterance=bench.service.read(options))
+    session.push(clips[0])
+    session.finish()
+    bench.run()
+    same(words(session), dsm_jax.transcribe(model, clips[0], options=options).words)
+    heard = of(session, Heard)
+    assert len(heard) == math.ceil(clips[0].size / FRAME)  # the prompt's frames are not the client's
+    with pytest.raises(PromptError, match="the prompt has .* tokens; this server takes up to 64: shorten it"):
+        bench.service.read(TranscribeOptions(prompt=Prompt(text="seven " * 40)))
+
+
+def test_a_sampled_session_is_as_transcribe_with_the_same_seed(bench, model, clips):
+    options = TranscribeOptions(temperature=0.8, seed=11)
+    session = bench.begin(utterance=bench.service.read(options))
+    session.push(clips[0])
+    session.finish()
+    bench.run()
+    same(words(session), dsm_jax.transcribe(model, clips[0], options=options).words)
