@@ -262,7 +262,7 @@ class LiveHearing(RecordingSession):
         """Tell whether a marker waits, and no audio that would bring its answer has come for a while."""
         if not self._marks:
             return False
-        return any(mark.flush for mark in self._marks) or now - self._fed_at >= STARVED_S
+        return any(mark.flush for mark in self._marks) or now >= self._fed_at + STARVED_S
 
     def take_input(self) -> Samples | None:
         """Pop the frames that are ready; of a starved slot, silence in which the text comes out."""
