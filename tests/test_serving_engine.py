@@ -130,7 +130,7 @@ def test_live_sessions_are_refused_when_all_slots_are_held_and_files_wait_in_ord
     engine, _, _, _ = make(1, queue=2)
     live = Fake(1)
     begin(engine, live)
-    with pytest.raises(FullError, match="^no free channels$"):
+    with pytest.raises(FullError, match=r"^no free channels$"):
         engine.hold(Fake(2))
     files = [Fake(n, 1, is_file=True, steps=1) for n in (10, 20)]
     assert [engine.hold(file) for file in files] == [False, False]

@@ -261,7 +261,7 @@ def test_a_prompt_is_followed_and_one_that_is_too_long_is_refused(bench, model, 
     same(words(session), dsm_jax.transcribe(model, clips[0], options=options).words)
     heard = of(session, Heard)
     assert len(heard) == math.ceil(clips[0].size / FRAME)  # the prompt's frames are not the client's
-    with pytest.raises(PromptError, match="the prompt has .* tokens; this server takes up to 64: shorten it"):
+    with pytest.raises(PromptError, match=r"the prompt has .* tokens; this server takes up to 64: shorten it"):
         bench.service.read(TranscribeOptions(prompt=Prompt(text="seven " * 40)))
 
 

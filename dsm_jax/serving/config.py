@@ -51,7 +51,7 @@ class ServedModel:
       asr_delay_in_tokens: frames by which the text is late, to be checked against the checkpoint; None checks nothing.
       voice_folder: folder of more voices.
       default_voice: name of the voice of clients that name none; None for the first.
-      guidance_scale, padding_between, padding_bonus, codebooks: as `SynthesizeOptions` has them; None for the defaults there.
+      guidance_scale, padding_between, padding_bonus, codebooks: as for `SynthesizeOptions`; None for its defaults.
     """
 
     kind: Literal["stt", "tts"]

@@ -13,7 +13,7 @@ def _sphn() -> Any:
         import sphn  # pyright: ignore[reportMissingImports]  optional
     except ImportError:
         raise WireError(
-            "Ogg Opus needs the package sphn on the server, which has none; use PcmMessagePack, or Audio messages"
+            "Ogg Opus needs the package sphn on the server (pip install 'dsm-jax[opus]'); use PcmMessagePack, or Audio"
         ) from None
     return sphn
 
