@@ -21,6 +21,10 @@ from dsm_jax.serving.server import Server
 MESSAGE_BYTES = 4 << 20  # 35 s of samples as MessagePack
 _KERNEL_BUFFER = 256 << 10  # of each socket: megabytes of audio in it would hide that a client is not read
 
+_PING_S = 10.0  # between pings; a client that does not answer one for twice as long has gone
+# What uvicorn says, as an error, of each handshake that is answered by another status.
+_REFUSED = "ASGI callable returned without completing handshake"
+
 _log = logging.getLogger("dsm_jax.serving")
 
 
@@ -51,8 +55,11 @@ def set_up_logs(log_format: str, level: int = logging.INFO) -> None:
         logger.handlers[:] = [handler]
         logger.setLevel(level)
         logger.propagate = False
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    logging.getLogger("uvicorn.access").disabled = True  # its lines hold keys that stand in addresses
+    # Lines below warnings hold addresses, and keys stand in some of these.
+    web = logging.getLogger("uvicorn.error")
+    web.setLevel(logging.WARNING)
+    web.addFilter(lambda record: _REFUSED not in record.getMessage())
+    logging.getLogger("uvicorn.access").disabled = True
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -64,10 +71,14 @@ def listening_socket(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        for buffer in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-            listener.setsockopt(socket.SOL_SOCKET, buffer, _KERNEL_BUFFER)
-        listener.bind(address)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            for buffer in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+                listener.setsockopt(socket.SOL_SOCKET, buffer, _KERNEL_BUFFER)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
     except OSError as error:
         raise ConfigError(f"{host}:{port} cannot be listened on ({error.strerror}); choose another port") from None
     return listener
@@ -112,8 +123,8 @@ async def _serve(server: Server, listener: socket.socket, on_ready: Callable[[Se
         make_app(server),
         ws="websockets-sansio",
         ws_max_size=MESSAGE_BYTES,
-        ws_ping_interval=10.0,
-        ws_ping_timeout=20.0,
+        ws_ping_interval=_PING_S,
+        ws_ping_timeout=2 * _PING_S,
         ws_per_message_deflate=False,
         access_log=False,
         log_config=None,

@@ -261,8 +261,8 @@ class Ticket:
             self.served.engine.wake()  # a listener that lagged may have caught up
 
     def end(self, code: int, reason: str) -> None:
-        """Note how the session ends."""
-        if self.code is None:
+        """Note how the session ends; a drain counts as the reason though the session's own end comes before."""
+        if self.code is None or reason == "drain":
             self.code = code
             self.reason = self.reason if self.reason == "drain" else reason
 

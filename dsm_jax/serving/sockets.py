@@ -16,6 +16,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from dsm_jax.errors import DsmError
 from dsm_jax.serving.server import INBOX_S, Server, Ticket
 
+LAST_WORDS_S = 4.0  # that a session has for its last words when the server drains
 _SEND_S = 60.0  # that a client may take to read a message
 _log = logging.getLogger("dsm_jax.serving")
 
@@ -140,10 +141,11 @@ async def converse(
         if hearing.done() and not telling.done():
             fault = hearing.exception()
             if isinstance(fault, ClosedError) and fault.kind == "drain":
-                # What was heard is still transcribed, and told.
-                ticket.session.finish()
-                ticket.served.engine.wake()
-                await asyncio.wait({telling}, timeout=4.0)
+                # What was received is still transcribed or spoken; a session without any text just ends.
+                with contextlib.suppress(DsmError):
+                    ticket.session.finish()
+                    ticket.served.engine.wake()
+                    await asyncio.wait({telling}, timeout=LAST_WORDS_S)
                 raise fault
             if fault is not None:
                 raise fault

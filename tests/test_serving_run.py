@@ -1,0 +1,349 @@
+"""Operation of a server: who may connect, how it ends, what it logs, and clients that do not keep up."""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket as sockets
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+import dsm_jax
+from dsm_jax import audio
+from dsm_jax.serving import run
+from dsm_jax.serving.config import ServerConfig
+from tests.helpers.serving import running, served
+
+pytestmark = pytest.mark.slow
+AUDIO = Path(__file__).resolve().parents[1] / "examples/audio"
+ASR = "/api/asr-streaming"
+KEY, OTHER_KEY = "a-key-of-23-characters", "b-key-of-23-characters"
+
+
+def pack(type: str, **fields) -> bytes:
+    return msgpack.packb({"type": type, **fields}, use_single_float=True)
+
+
+def status(url: str, **headers: str) -> int:
+    request = urllib.request.Request(url, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+
+
+async def handshake(url: str, **settings) -> int:
+    """Return the status of a handshake, 101 for one that succeeds."""
+    try:
+        async with connect(url, **settings):
+            return 101
+    except InvalidStatus as refused:
+        return refused.response.status_code
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    models = [served("stt", "digits", slots=2)]
+    settings = {"keys": (KEY, OTHER_KEY), "origins": ("https://listed.example",), "page": False}
+    with running(*models, idle_s=0.6, max_session_s=2.0, **settings) as found:
+        yield found
+
+
+def test_a_key_in_any_of_its_places_lets_a_client_in(guarded):
+    url = guarded.socket_url + ASR
+    headers = [{"kyutai-api-key": KEY}, {"Authorization": f"Bearer {OTHER_KEY}"}, {"x-api-key": KEY}]
+    for given in headers:
+        assert asyncio.run(handshake(url, additional_headers=given)) == 101
+    assert asyncio.run(handshake(f"{url}?auth_id={KEY}")) == 101
+    assert status(guarded.url + "/api/modules_info", kyutai_api_key=KEY) == 200
+
+
+def test_without_a_right_key_nobody_is_let_in(guarded):
+    url = guarded.socket_url + ASR
+    wrong = "x" * len(KEY)
+    assert asyncio.run(handshake(url)) == 401
+    assert asyncio.run(handshake(f"{url}?auth_id={wrong}")) == 401
+    # A header counts alone, as in moshi-server.
+    assert asyncio.run(handshake(f"{url}?auth_id={KEY}", additional_headers={"kyutai-api-key": wrong})) == 401
+    assert status(guarded.url + "/api/modules_info") == 401
+    assert status(guarded.url + "/api/modules_info", kyutai_api_key=wrong) == 401
+    request = urllib.request.Request(guarded.url + ASR, b"audio", method="POST")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    with refused.value:
+        assert (refused.value.code, refused.value.read()) == (401, b"")
+
+
+def test_health_needs_no_key(guarded):
+    assert status(guarded.url + "/livez") == status(guarded.url + "/readyz") == 200
+
+
+def test_pages_of_other_origins_may_not_connect(guarded):
+    url = f"{guarded.socket_url}{ASR}?auth_id={KEY}"
+    assert asyncio.run(handshake(url, origin="https://other.example")) == 403
+    assert asyncio.run(handshake(url, origin="null")) == 403
+    assert asyncio.run(handshake(url, origin="https://listed.example")) == 101
+    assert asyncio.run(handshake(url, origin=guarded.url)) == 101
+
+
+def closing(url: str, *messages: bytes) -> tuple[list[dict], int | None]:
+    async def listen():
+        async with connect(url) as socket:
+            for message in messages:
+                await socket.send(message)
+            found = []
+            with contextlib.suppress(ConnectionClosed):
+                while True:
+                    found.append(msgpack.unpackb(await asyncio.wait_for(socket.recv(), 30)))
+            return found, socket.close_code
+
+    return asyncio.run(listen())
+
+
+def test_a_client_that_sends_nothing_is_told_and_closed(guarded):
+    found, code = closing(f"{guarded.socket_url}{ASR}?auth_id={KEY}")
+    assert found[-1] == {"type": "Error", "message": "nothing was received for 1 s"}
+    assert code == 1000
+
+
+def test_a_session_has_a_longest_time(guarded):
+    async def chatter():
+        async with connect(f"{guarded.socket_url}{ASR}?auth_id={KEY}") as socket:
+            found = []
+            with contextlib.suppress(ConnectionClosed):
+                while True:
+                    await socket.send(pack("Audio", pcm=[0.0] * 100))
+                    with contextlib.suppress(TimeoutError):
+                        found.append(msgpack.unpackb(await asyncio.wait_for(socket.recv(), 0.1)))
+            return found, socket.close_code
+
+    found, code = asyncio.run(chatter())
+    assert found[-1] == {"type": "Error", "message": "a session lasts at most 2 s"}
+    assert code == 1000
+
+
+def test_a_client_that_does_not_read_is_closed_and_others_go_on(monkeypatch):
+    monkeypatch.setattr("dsm_jax.serving.moshi.OUTBOX", 30)
+    monkeypatch.setattr("dsm_jax.serving.sockets._SEND_S", 1.0)
+    monkeypatch.setattr("dsm_jax.serving.run._KERNEL_BUFFER", 2048)
+    monkeypatch.setattr("dsm_jax.serving.run._PING_S", 300.0)  # pings would find the client out too
+    clip = audio.read(AUDIO / "digits_jackson.flac")
+    wanted = dsm_jax.transcribe(dsm_jax.load("digits"), clip).text
+    with running(served("stt", "digits", slots=2), page=False) as server:
+        host, _, port = server.address.partition(":")
+        slow = sockets.socket()
+        slow.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 2048)
+        slow.connect((host, int(port)))
+        slow.sendall(
+            f"GET {ASR} HTTP/1.1\r\nHost: {server.address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+        )
+        body = pack("Audio", pcm=np.zeros(24_000 * 4, np.float32).tolist())
+        frame = b"\x82\xff" + len(body).to_bytes(8, "big") + b"\0\0\0\0" + body  # masked with zeros
+        sending = threading.Thread(target=_send_all, args=(slow, frame, 400))
+        sending.start()
+
+        async def fast():
+            async with connect(server.socket_url + ASR, max_size=None) as socket:
+                await socket.send(pack("Audio", pcm=clip.tolist()))
+                await socket.send(pack("Marker", id=1, flush=True))
+                found = [msgpack.unpackb(data) async for data in _until(socket, b"Marker")]
+            return " ".join(message["text"] for message in found if message["type"] == "Word")
+
+        assert asyncio.run(fast()) == wanted
+        engine = server.server.models[0].engine
+        deadline = time.monotonic() + 120
+        while engine.used and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert engine.used == 0
+        slow.shutdown(sockets.SHUT_RDWR)
+        sending.join(60)
+        slow.close()
+        text = server.server.metrics.text().decode()
+        assert 'dsm_sessions_ended_total{model="digits",reason="slow"} 1.0' in text
+
+
+def _send_all(slow: sockets.socket, frame: bytes, count: int) -> None:
+    with contextlib.suppress(OSError):  # closed by the server
+        for _ in range(count):
+            slow.sendall(frame)
+
+
+async def _until(socket, last: bytes):
+    async for data in socket:
+        yield data
+        if last in data:
+            return
+
+
+def test_an_engine_that_fails_ends_its_sessions_with_a_code_and_the_server_with_1():
+    codes, ready, found = [], threading.Event(), []
+
+    def on_ready(server, url):
+        found.extend((server, url))
+        ready.set()
+
+    config = ServerConfig(models=(served("stt", "digits", slots=2),), port=0, page=False)
+    thread = threading.Thread(target=lambda: codes.append(run.serve(config, on_ready=on_ready)))
+    thread.start()
+    assert ready.wait(300)
+    server, url = found
+
+    def broken(*_, **__):
+        raise RuntimeError("the device is gone")
+
+    server.models[0].service.slots.program.step = broken
+    messages, code = closing(url.replace("http", "ws") + ASR, pack("Audio", pcm=[0.0] * 1920))
+    thread.join(30)
+    assert messages[-1] == {"type": "Error", "message": "the server's engine has failed"}
+    assert code == 1011
+    assert codes == [1]
+    assert not server.alive()
+
+
+@contextlib.contextmanager
+def command(*arguments: str, environment: dict[str, str] | None = None):
+    """Run `dsm-jax serve` and yield the process, its address and a list that its errors are added to."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsm_jax", "serve", "--port", "0", "--no-page", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
+    lines: list[str] = []
+    address = None
+    for line in process.stderr:
+        lines.append(line)
+        if found := re.search(r"at http://(\S+)", line):
+            address = found[1]
+            break
+    reader = threading.Thread(target=lambda: lines.extend(process.stderr))
+    reader.start()
+    try:
+        yield process, address, lines
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
+        process.stderr.close()
+
+
+def test_on_sigterm_sessions_end_with_their_last_words_nobody_new_is_let_in_and_neither_keys_nor_words_are_logged():
+    clip = audio.read(AUDIO / "digits_jackson.flac")
+    wanted = dsm_jax.transcribe(dsm_jax.load("digits"), clip)
+    arguments = ("--stt", "digits", "--slots", "2", "--drain-s", "1.5", "--log-format", "json", "--verbose")
+    with command(*arguments, environment={"DSM_JAX_API_KEYS": KEY}) as (process, address, lines):
+        url = f"ws://{address}{ASR}?auth_id={KEY}"
+        assert asyncio.run(handshake(f"ws://{address}{ASR}?auth_id={OTHER_KEY}")) == 401
+
+        async def stream(ready: asyncio.Event):
+            async with connect(url, max_size=None) as socket:
+                await socket.send(pack("Audio", pcm=clip.tolist()))
+                found = []
+                with contextlib.suppress(ConnectionClosed):
+                    while True:
+                        found.append(msgpack.unpackb(await socket.recv()))
+                        if sum(message["type"] == "Step" for message in found) == clip.size // 1920:
+                            ready.set()
+                return found, socket.close_code
+
+        async def drained():
+            ready = [asyncio.Event() for _ in range(2)]
+            streams = [asyncio.ensure_future(stream(event)) for event in ready]
+            for event in ready:
+                await event.wait()
+            process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.3)
+            refused = await handshake(url)
+            unready = await asyncio.to_thread(status, f"http://{address}/readyz")
+            alive = await asyncio.to_thread(status, f"http://{address}/livez")
+            return await asyncio.gather(*streams), refused, unready, alive
+
+        results, refused, unready, alive = asyncio.run(drained())
+        assert (refused, unready, alive) == (503, 503, 200)
+        assert process.wait(20) == 0
+    for found, code in results:
+        assert code == 1001
+        assert found[-1] == {"type": "Error", "message": "the server is shutting down"}
+        assert [message["text"] for message in found if message["type"] == "Word"] == [w.text for w in wanted.words]
+        assert sum(message["type"] == "EndWord" for message in found) == len(wanted.words)
+    ends = [line for line in lines if '"event": "end"' in line]
+    assert len(ends) == 2
+    assert all('"reason": "drain"' in line and '"code": 1001' in line for line in ends)
+    secrets = f"{KEY}|{OTHER_KEY}|auth_id|\\b({'|'.join(word.text for word in wanted.words)})\\b"
+    assert not re.findall(secrets, "".join(lines))
+    assert not [line for line in lines if '"level": "error"' in line or "Traceback" in line]
+
+
+def test_a_second_sigterm_ends_the_server_at_once():
+    with command("--stt", "digits", "--slots", "1", "--drain-s", "60") as (process, address, _):
+
+        async def held():
+            async with connect(f"ws://{address}{ASR}") as socket:
+                await socket.recv()
+                process.send_signal(signal.SIGTERM)
+                await asyncio.sleep(0.3)
+                assert process.poll() is None
+                start = time.monotonic()
+                process.send_signal(signal.SIGTERM)
+                await asyncio.to_thread(process.wait, 20)
+                return time.monotonic() - start
+
+        # Its sockets close at once; the interpreter's own end takes a moment more.
+        assert asyncio.run(held()) < 5
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--host", "0.0.0.0"], "would listen on 0.0.0.0 without keys; give --api-key-file FILE or the variable"),
+        (["--api-key-file", "/no/file"], "the keys in /no/file cannot be read"),
+        (["--config", "/no/file.toml"], "/no/file.toml is not a configuration file"),
+        (["--stt", "digits-tts"], "digits-tts is a text-to-speech model; to transcribe, load"),
+        (["--tts", "digits"], "digits is a speech-to-text model; to speak, load"),
+        (["--slots", "5000", "--stt", "digits"], "digits has 5000 slots; expected 1 to 4096"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_served(arguments, words):
+    done = subprocess.run(
+        [sys.executable, "-m", "dsm_jax", "serve", "--port", "0", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 2
+    assert words in " ".join(done.stderr.split())
+
+
+def test_check_prints_what_the_machine_can_do_and_serves_nothing():
+    done = subprocess.run(
+        [sys.executable, "-m", "dsm_jax", "serve", "--check", "--stt", "digits", "--slots", "2"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert re.fullmatch(r"digits: 2 slots at \d+ ms a step; (keeps up|does not keep up .*)\n", done.stdout), done.stderr
+    assert done.returncode == (0 if "keeps up" in done.stdout else 1)
+
+
+def test_a_port_that_is_taken_is_refused():
+    with sockets.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(dsm_jax.ConfigError, match=rf"127.0.0.1:{port} cannot be listened on \(Address already"):
+            run.serve(ServerConfig(port=port))
