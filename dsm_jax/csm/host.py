@@ -87,11 +87,13 @@ class CsmProgram:
       model: a conversational speech model.
       settings: with room for the requests to come; larger ones make the program grow, which compiles it anew.
       limit: frames of a call at most; None for as many as there is room for.
+      inserts: requests of one call of `insert` at most; None for as many as there are slots. With 1, no number of
+        requests that come together compiles anything.
     """
 
-    def __init__(self, model: Model, settings: CsmSettings, *, limit: int | None = None):
+    def __init__(self, model: Model, settings: CsmSettings, *, limit: int | None = None, inserts: int | None = None):
         assert model.lm_def is not None
-        self.slots = self.inserts = settings.slots
+        self.slots, self.inserts = settings.slots, settings.slots if inserts is None else inserts
         self.limit = settings.steps if limit is None else limit
         self._context = csm_config(model.config).backbone.context
         self._graphs = model.lm_def, model.mimi_def

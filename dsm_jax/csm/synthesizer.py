@@ -31,20 +31,23 @@ class ConversationSynthesizer:
       slots: requests at a time.
       limit: frames of a device call at most; None for as many as there is room for.
       behind: calls whose outputs may be left unread, see `Slots`.
+      inserts: as for `CsmProgram`.
 
     Raises:
       ConfigError: the model was loaded with `stt_only`.
       ModelKindError: the model is of another family.
     """
 
-    def __init__(self, model: Model, slots: int, *, limit: int | None = None, behind: int = 1):
+    def __init__(
+        self, model: Model, slots: int, *, limit: int | None = None, behind: int = 1, inserts: int | None = None
+    ):
         check_process()
         require(model, "csm")
         assert model.tokenizer is not None
         if model.codec.decoder is None:
             raise ConfigError(f"{model.name} was loaded with stt_only=True; load it without to speak")
         self.model, self.config, self.tokenizer = model, csm_config(model.config), model.tokenizer
-        self._count, self._limit, self._behind = slots, limit, behind
+        self._count, self._limit, self._behind, self._inserts = slots, limit, behind, inserts
         self._slots: Slots[ConversationSession] | None = None
         self._turns: dict[Segment, np.ndarray] = {}  # segments are compared by identity
 
@@ -128,7 +131,8 @@ class ConversationSynthesizer:
             settings = CsmSettings(slots=self._count, positions=room(1, context))
             for request in requests:
                 settings = request.fitted(settings, context)
-            self._slots = Slots(CsmProgram(self.model, settings, limit=self._limit), behind=self._behind)
+            program = CsmProgram(self.model, settings, limit=self._limit, inserts=self._inserts)
+            self._slots = Slots(program, behind=self._behind)
         return self._slots
 
 

@@ -19,9 +19,11 @@ from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.csm.conversation import Request as TurnRequest
 from dsm_jax.csm.conversation import Segment
+from dsm_jax.csm.host import ConversationRequest, bucket
 from dsm_jax.csm.options import CsmOptions
 from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
 from dsm_jax.errors import ConfigError, SpeechError
+from dsm_jax.models.family import csm_config
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.runtime.steps import Leave
 from dsm_jax.serving.outbox import Outbox
@@ -34,7 +36,7 @@ from dsm_jax.tts.speech import Request, SynthesizeOptions
 from dsm_jax.tts.synthesizer import SpeechSession, Synthesizer
 
 LAG_S = 60.0  # of sound that waits for its listener, after which the session takes no more steps
-TURN_CHARACTERS = 1_000  # of a turn of a conversation: about a minute
+TURN_CHARACTERS = 10_000  # of a turn of a conversation, before its tokens are counted
 NO_VOICE = "default"  # the name of the voice that a model chooses by itself
 _PUBLISHED_VOICE = "expresso/ex03-ex01_happy_001_channel1_334s.wav"  # of Kyutai's own examples
 _PUBLISHED_STEPS = 125  # of a published voice
@@ -486,15 +488,14 @@ class TurnService(SpeakingService):
         clock: Callable[[], float] = time.monotonic,
     ):
         self.model, self.options, self.clock = model, options, clock
-        self.synthesizer = ConversationSynthesizer(model, slots, limit=1, behind=0)
+        self.synthesizer = ConversationSynthesizer(model, slots, limit=1, behind=0, inserts=1)
         self._contexts: dict[str, tuple[Segment, ...]] = _segments(folder) or {NO_VOICE: ()}
         self.default_voice = next(iter(self._contexts)) if default_voice is None else default_voice
         self._context(self.default_voice)
-        longest = "a " * (TURN_CHARACTERS // 2)
-        requests = [
-            self.synthesizer.prepare(TurnRequest(longest, 0, context), options) for context in self._contexts.values()
-        ]
-        self._slots = self.synthesizer.slots_for(*requests)
+        self._context_length = csm_config(model.config).backbone.context
+        # The other half is for the answer.
+        self.longest_prompt = self._context_length // 2
+        self._slots = self.synthesizer.slots_for(self._of_length(self.longest_prompt))
         self.step_seconds: dict[int, float] = {}
         self._warm_up()
 
@@ -515,18 +516,23 @@ class TurnService(SpeakingService):
             raise SpeechError(f"the voice {voice!r} is unknown; {self.model.name} has {known}")
         return self._contexts[voice]
 
+    def _of_length(self, length: int) -> ConversationRequest:
+        """Return a request with a prompt of so many positions."""
+        request = self.synthesizer.prepare(TurnRequest("a"), self.options)
+        prompt_MT = np.repeat(request.prompt_MT[:, :1], length, axis=1)
+        frames = min(self.options.max_frames, self._context_length - length)
+        return dataclasses.replace(request, prompt_MT=prompt_MT, max_frames=frames)
+
     def _warm_up(self) -> None:
-        """Run prompts of all lengths that clients can give, one at a time as they are admitted, and a step."""
-        for name in self.voices:
-            for characters in range(1, TURN_CHARACTERS, 32):
-                session = self.session(Outbox(), voice=name)
-                session.say("a " * (characters // 2 + 1))
-                session.finish()
-                self.slots.admit([session])
-                start = time.perf_counter()
-                self.slots.step()
-                self.step_seconds[1] = time.perf_counter() - start
-                self.slots.cancel(session)
+        """Run a prompt of each size that is compiled, one at a time as sessions are admitted, and a step."""
+        sizes = {bucket(length, self._context_length) for length in range(1, self.longest_prompt + 1)}
+        for size in sorted(sizes):
+            session = ConversationSession(self.model, self._of_length(min(size, self.longest_prompt)))
+            self.slots.admit([session])
+            start = time.perf_counter()
+            self.slots.step()
+            self.step_seconds[1] = time.perf_counter() - start
+            self.slots.cancel(session)
 
     def session(
         self, outbox: Outbox, *, voice: str | None = None, seed: int | None = None, is_file: bool = False
@@ -577,14 +583,19 @@ class LiveTurn(ConversationSession, LiveVoice):
     def say(self, text: str) -> None:
         """Add text; see `LiveVoice.say`."""
         self._text.append(text)
-        if (length := len(" ".join(self._text))) > TURN_CHARACTERS:
+        if (length := sum(map(len, self._text))) > TURN_CHARACTERS:
             raise SpeechError(f"the turn has {length} characters; this server takes up to {TURN_CHARACTERS}: cut it")
 
     def finish(self) -> None:
         """End the text; see `LiveVoice.finish`."""
         request = TurnRequest(" ".join(self._text), 0, self._context)
-        self._prepared = self._service.synthesizer.prepare(request, self._options)
-        self.can_start = True
+        prepared = self._service.synthesizer.prepare(request, self._options)
+        if (length := prepared.prompt_MT.shape[1]) > self._service.longest_prompt:
+            raise SpeechError(
+                f"the turn and its voice take {length} positions; this server takes up to "
+                f"{self._service.longest_prompt}: cut the text, or choose a shorter voice"
+            )
+        self._prepared, self.can_start = prepared, True
 
     def due(self, now: float) -> float:
         """Return the time at which a step can be taken."""

@@ -1,0 +1,169 @@
+"""Configuration files of a server: our own form and moshi-server's, strictly read."""
+
+import pytest
+
+from dsm_jax.errors import ConfigError
+from dsm_jax.serving.config import ServedModel, ServerConfig, is_loopback, read_config
+
+STT = """
+static_dir = "./static/"
+log_dir = "$HOME/logs"
+instance_name = "stt"
+authorized_ids = ["public_token"]
+
+[modules.asr]
+path = "/api/asr-streaming"
+type = "BatchedAsr"
+lm_model_file = "hf://kyutai/stt-1b-en_fr-candle/model.safetensors"
+text_tokenizer_file = "hf://kyutai/stt-1b-en_fr-candle/tokenizer_en_fr_audio_8000.model"
+audio_tokenizer_file = "hf://kyutai/stt-1b-en_fr-candle/mimi-pytorch-e351c8d8@125.safetensors"
+asr_delay_in_tokens = 6
+batch_size = 64
+conditioning_learnt_padding = true
+temperature = 0.25
+
+[modules.asr.model]
+audio_codebooks = 20
+
+[modules.tts_py]
+type = "Py"
+path = "/api/tts_streaming"
+text_tokenizer_file = "hf://kyutai/tts-1.6b-en_fr/tokenizer_spm_8k_en_fr_audio.model"
+batch_size = 8
+text_bos_token = 1
+
+[modules.tts_py.py]
+log_folder = "$HOME/logs"
+voice_folder = "hf-snapshot://kyutai/tts-voices/**/*.safetensors"
+default_voice = "unmute-prod-website/default_voice.wav"
+cfg_coef = 2.0
+cfg_is_no_text = true
+padding_between = 1
+n_q = 24
+padding_bonus = 0
+"""
+
+OURS = """
+[server]
+host = "0.0.0.0"
+port = 9000
+keys = ["$SECRET"]
+origins = ["https://listed.example"]
+max_session_s = 60
+
+[server.aliases]
+whisper-1 = "digits"
+
+[models.listener]
+kind = "stt"
+model = "digits"
+slots = 3
+
+[models.second]
+kind = "stt"
+model = "digits"
+
+[models.speaker]
+kind = "tts"
+model = "digits-tts"
+voice_folder = "voices"
+guidance_scale = 1.5
+"""
+
+
+def written(tmp_path, text):
+    path = tmp_path / "server.toml"
+    path.write_text(text)
+    return path
+
+
+def test_moshi_servers_form_is_read_as_it_stands(tmp_path):
+    config = read_config(written(tmp_path, STT))
+    assert config.keys == ("public_token",)
+    assert config.models == (
+        ServedModel(
+            kind="stt", model="kyutai/stt-1b-en_fr-candle", path="/api/asr-streaming", slots=64, temperature=0.25,
+            asr_delay_in_tokens=6,
+        ),
+        ServedModel(
+            kind="tts", model="kyutai/tts-1.6b-en_fr", path="/api/tts_streaming", slots=8,
+            default_voice="unmute-prod-website/default_voice.wav", guidance_scale=2.0, padding_between=1, codebooks=24,
+            padding_bonus=0,
+        ),
+    )  # fmt: skip
+
+
+def test_our_form_is_read_and_the_environment_is_filled_in(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "from the environment")
+    config = read_config(written(tmp_path, OURS))
+    assert (config.host, config.port, config.keys) == ("0.0.0.0", 9000, ("from the environment",))
+    assert (config.origins, config.max_session_s) == (("https://listed.example",), 60.0)
+    assert config.aliases == {"whisper-1": "digits"}
+    assert [(m.kind, m.model, m.path, m.slots) for m in config.models] == [
+        ("stt", "digits", "/api/asr-streaming", 3),
+        ("stt", "digits", "/api/asr-streaming-2", None),
+        ("tts", "digits-tts", "/api/tts_streaming", None),
+    ]
+    assert config.models[2].voice_folder == tmp_path / "voices"
+
+
+@pytest.mark.parametrize(
+    "old,new,words",
+    [
+        ("path =", "paths =", r"modules.asr: unknown keys \['paths'\]; known are type, path"),
+        ("cfg_coef", "cfg", r"modules.tts_py: unknown keys \['cfg'\]"),
+        ("instance_name", "instance", r"unknown keys \['instance'\]; of moshi-server's"),
+        ('"BatchedAsr"', '"Mimi"', "modules.asr: the type is 'Mimi'; this server has BatchedAsr"),
+        (
+            "stt-1b-en_fr-candle/tok",
+            "stt-2.6b-en/tok",
+            "files are of several places: lm_model_file of kyutai/stt-1b",
+        ),
+        ("conditioning_learnt_padding = true", "log_frequency_s = 10", "would log what clients say"),
+        ("$HOME/logs", "$NOT_SET_ANYWHERE/logs", r"names \$NOT_SET_ANYWHERE, which the environment has not"),
+        ("batch_size = 64", "batch_size = 0", "has 0 slots; expected 1 to 4096"),
+        ('path = "/api/tts', 'path = "api/tts', "expected one that begins with /"),
+        ('path = "/api/tts_streaming"', 'path = "/api/asr-streaming"', "two models have the path /api/asr-streaming"),
+    ],
+)
+def test_a_setting_that_moshi_server_has_not_is_refused_by_name(tmp_path, old, new, words):
+    assert old in STT
+    with pytest.raises(ConfigError, match=words):
+        read_config(written(tmp_path, STT.replace(old, new, 1)))
+
+
+@pytest.mark.parametrize(
+    "old,new,words",
+    [
+        ("port =", "prot =", r"server: unknown keys \['prot'\]"),
+        ("port = 9000", 'port = "9000"', "port is '9000'"),
+        ("slots = 3", "slot = 3", r"models.listener: unknown keys \['slot'\]"),
+        ('kind = "tts"', 'kind = "vts"', "models.speaker: kind is 'vts'; expected 'stt' or 'tts'"),
+        ("[server]", "[serve]\n[server]", r"unknown tables \['serve'\]; expected \[server\] and \[models.NAME\]"),
+        ('["$SECRET"]', '[""]', "a key is empty"),
+        ("max_session_s = 60", "max_session_s = -1", "max_session_s is -1.0; expected a number from 0"),
+        ("max_session_s = 60", 'log_format = "xml"', "log_format is 'xml'"),
+        ("[server]", "server]", "is not a configuration file"),
+    ],
+)
+def test_a_setting_that_we_have_not_is_refused_by_name(tmp_path, monkeypatch, old, new, words):
+    monkeypatch.setenv("SECRET", "s")
+    assert old in OURS
+    with pytest.raises(ConfigError, match=words):
+        read_config(written(tmp_path, OURS.replace(old, new, 1)))
+
+
+def test_a_host_that_others_reach_needs_keys():
+    with pytest.raises(ConfigError, match="would listen on 0.0.0.0 without keys; give --api-key-file FILE"):
+        ServerConfig(host="0.0.0.0").check_access()
+    for config in (ServerConfig(), ServerConfig(host="0.0.0.0", keys=("k",)), ServerConfig(host="::", no_auth=True)):
+        config.check_access()
+
+
+@pytest.mark.parametrize(
+    "host,loopback",
+    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
+     ("example.com", False), ("192.168.0.1", False), ("", False)],
+)  # fmt: skip
+def test_loopback_is_this_machine_alone(host, loopback):
+    assert is_loopback(host) == loopback
