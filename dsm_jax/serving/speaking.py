@@ -496,6 +496,8 @@ class TurnService(SpeakingService):
         # The other half is for the answer.
         self.longest_prompt = self._context_length // 2
         self._slots = self.synthesizer.slots_for(self._of_length(self.longest_prompt))
+        for segment in (segment for context in self._contexts.values() for segment in context):
+            self.synthesizer.positions_of(segment)  # encodes the recording, and compiles the codec for its length
         self.step_seconds: dict[int, float] = {}
         self._warm_up()
 
