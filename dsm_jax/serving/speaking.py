@@ -130,6 +130,14 @@ def _chosen(voices: Mapping[str, Any], voice: str | None, default: str | None, m
     return voices[name]
 
 
+def _check_characters(text: str) -> None:
+    """Refuse halves of characters, which JSON can hold and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SpeechError(f"the text has half of a character at {error.start}; send whole ones") from None
+
+
 class ScriptService:
     """A text-to-speech model for clients.
 
@@ -298,6 +306,7 @@ class LiveSpeech(SpeechSession, LiveVoice):
 
     def say(self, text: str) -> None:
         """Add text; see `LiveVoice.say`."""
+        _check_characters(text)
         entries = self._service.entries(text, MAIN if self._has_words else None)
         self._count += len(entries)
         self._tokens += sum(len(entry.tokens) for entry in entries)
@@ -480,6 +489,7 @@ class LiveTurn(ConversationSession, LiveVoice):
 
     def say(self, text: str) -> None:
         """Add text; see `LiveVoice.say`."""
+        _check_characters(text)
         self._text.append(text)
         if (length := len(" ".join(self._text))) > TURN_CHARACTERS:
             raise SpeechError(f"the turn has {length} characters; this server takes up to {TURN_CHARACTERS}: cut it")
