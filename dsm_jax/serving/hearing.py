@@ -239,7 +239,8 @@ class LiveHearing(RecordingSession):
 
     def _collect(self) -> None:
         """Move the inbox into the frame buffer."""
-        while self._inbox and not self.buffer.ended:
+        # What comes behind a flush waits for it, so that its silence does not depend on how far ahead the client is.
+        while self._inbox and not self.buffer.ended and not any(mark.flush for mark in self._marks):
             item, now = self._inbox.popleft()
             if item is None:
                 self.buffer.end()
