@@ -39,11 +39,13 @@ class Heard:
       index: number of the frame, from 0.
       pauses: probabilities of silence over the next 0.5, 1, 2 and 3 seconds; empty for a model without pause heads.
       buffered: samples that wait for their frame.
+      seconds: of the client's audio that were heard with this frame.
     """
 
     index: int
     pauses: tuple[float, ...]
     buffered: int
+    seconds: float = dataclasses.field(default=0.0, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +239,8 @@ class LiveHearing(RecordingSession):
 
     def _collect(self) -> None:
         """Move the inbox into the frame buffer."""
-        while self._inbox and not self.buffer.ended:
+        # What comes behind a flush waits for it, so that its silence does not depend on how far ahead the client is.
+        while self._inbox and not self.buffer.ended and not any(mark.flush for mark in self._marks):
             item, now = self._inbox.popleft()
             if item is None:
                 self.buffer.end()
@@ -318,7 +321,8 @@ class LiveHearing(RecordingSession):
         if self._arrived:
             self.latencies.append(self._clock() - self._arrived[0][1])
         buffered = max(0, self.received - heard)
-        self._messages.append(Heard(self._index, pauses, buffered))
+        seconds = min(heard, self.received) / self._rate
+        self._messages.append(Heard(self._index, pauses, buffered, seconds))
         self._index += 1
 
     def _shift_times(self, seconds: float) -> None:

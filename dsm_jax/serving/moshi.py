@@ -16,6 +16,7 @@ from starlette.websockets import WebSocket
 
 from dsm_jax.errors import AudioError, DsmError, FullError, SpeechError, WireError
 from dsm_jax.serving import wire
+from dsm_jax.serving.encoding import pcm16, wav_header
 from dsm_jax.serving.hearing import Heard, LiveHearing, Marked
 from dsm_jax.serving.opus import OpusReader, OpusWriter
 from dsm_jax.serving.outbox import Ended, Outbox, Started
@@ -230,7 +231,7 @@ async def _send_sound(
             case Said() if packed:
                 await send(socket, wire.encode(wire.Text(message.text, message.start, message.stop)))
             case Sound():
-                pcm_T = np.clip(message.pcm_T, -LOUDEST, LOUDEST)
+                pcm_T = _clipped(message.pcm_T)
                 if writer is not None:
                     if pages := writer.write(pcm_T):
                         await send(socket, _pages(pages, packed))
@@ -271,24 +272,13 @@ async def speak_file(request: Request, server: Server, served: Served) -> Respon
 
 
 async def _wav(first_T: np.ndarray, sound: AsyncIterator[np.ndarray], rate: int) -> AsyncIterator[bytes]:
-    yield wav_header(rate) + pcm16(first_T)
+    yield wav_header(rate) + pcm16(_clipped(first_T))
     async for pcm_T in sound:
-        yield pcm16(pcm_T)
+        yield pcm16(_clipped(pcm_T))
 
 
-def pcm16(pcm_T: np.ndarray) -> bytes:
-    """Return samples as 16-bit little-endian bytes."""
-    return (np.clip(pcm_T, -LOUDEST, LOUDEST) * 32767).astype("<i2").tobytes()
-
-
-def wav_header(rate: int) -> bytes:
-    """Return the head of a wav file of unknown length: 16 bits, mono."""
-    unknown = b"\xff\xff\xff\xff"
-    numbers = b"".join(
-        value.to_bytes(size, "little")
-        for value, size in ((16, 4), (1, 2), (1, 2), (rate, 4), (2 * rate, 4), (2, 2), (16, 2))
-    )
-    return b"RIFF" + unknown + b"WAVEfmt " + numbers + b"data" + unknown
+def _clipped(pcm_T: np.ndarray) -> np.ndarray:
+    return np.clip(pcm_T, -LOUDEST, LOUDEST)
 
 
 def modules_info(server: Server) -> list[dict[str, str]]:

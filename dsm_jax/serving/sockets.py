@@ -41,7 +41,9 @@ async def refuse(socket: WebSocket, status: int, reason: str) -> None:
     await socket.send_denial_response(PlainTextResponse(reason, status, headers))
 
 
-async def admitted(server: Server, socket: WebSocket) -> bool:
+async def admitted(
+    server: Server, socket: WebSocket, refuse: Callable[[WebSocket, int, str], Awaitable[None]] = refuse
+) -> bool:
     """Check key, origin and readiness before the handshake; refuse the socket otherwise."""
     if not server.allows_origin(socket):
         server.metrics.refused.labels("origin").inc()

@@ -123,6 +123,10 @@ class SpeakingService(ABC):
     def voices(self) -> Sequence[str]:
         """The names of the voices that are known."""
 
+    def knows(self, voice: str) -> bool:
+        """Tell whether a voice is known, or is one that can be fetched."""
+        return voice in self.voices
+
     @abstractmethod
     def session(
         self, outbox: Outbox, *, voice: str | None = None, seed: int | None = None, is_file: bool = False
@@ -165,6 +169,14 @@ def service_for(
         return TurnService(model, slots, options=own, folder=folder, default_voice=default_voice)
     spoken = options if isinstance(options, SynthesizeOptions) else SynthesizeOptions()
     return ScriptService(model, slots, options=spoken, folder=folder, default_voice=default_voice)
+
+
+def _check_characters(text: str) -> None:
+    """Refuse halves of characters, which JSON can hold and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SpeechError(f"the text has half of a character at {error.start}; send whole ones") from None
 
 
 class ScriptService(SpeakingService):
@@ -259,15 +271,21 @@ class ScriptService(SpeakingService):
         """
         if name not in self._bases:
             given: tuple[voices.Voice, ...] = (self._files.get(name, name),)
-            if name not in self._files:
-                if name == NO_VOICE and not self._has_speakers:
-                    given = ()
-                elif not self._has_speakers or self.model.config.model_id is None or not _PUBLISHED.fullmatch(name):
-                    known = ", ".join(self._files) or "none"
-                    raise SpeechError(f"the voice {name!r} is unknown; {self.model.name} has {known}")
+            if name not in self._files and name == NO_VOICE and not self._has_speakers:
+                given = ()
+            elif name not in self._files and not self._can_fetch(name):
+                known = ", ".join(self._files) or "none"
+                raise SpeechError(f"the voice {name!r} is unknown; {self.model.name} has {known}")
             request = Request((), given)
             self._bases[name] = self.synthesizer.prepare(request, self.options, entries=[], complete=False)
         return self._bases[name]
+
+    def knows(self, voice: str) -> bool:
+        """Tell whether a voice is known, or is one that can be fetched."""
+        return voice in self.voices or self._can_fetch(voice)
+
+    def _can_fetch(self, voice: str) -> bool:
+        return self._has_speakers and self.model.config.model_id is not None and bool(_PUBLISHED.fullmatch(voice))
 
     def _with_room(self, base: SpeechRequest) -> SpeechRequest:
         """Return a request whose voice is as long as any that the server takes."""
@@ -383,6 +401,7 @@ class LiveSpeech(SpeechSession, LiveVoice):
 
     def say(self, text: str) -> None:
         """Add text; see `LiveVoice.say`."""
+        _check_characters(text)
         entries = self._service.entries(text, MAIN if self._has_words else None)
         self._count += len(entries)
         self._tokens += sum(len(entry.tokens) for entry in entries)
@@ -584,6 +603,7 @@ class LiveTurn(ConversationSession, LiveVoice):
 
     def say(self, text: str) -> None:
         """Add text; see `LiveVoice.say`."""
+        _check_characters(text)
         self._text.append(text)
         if (length := sum(map(len, self._text))) > TURN_CHARACTERS:
             raise SpeechError(f"the turn has {length} characters; this server takes up to {TURN_CHARACTERS}: cut it")

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import IO, Any
 
 import numpy as np
@@ -47,7 +47,7 @@ async def spooled(stream: AsyncIterator[bytes], limit_mb: float) -> IO[bytes]:
 
 async def heard(
     server: Server, served: Served, file: Any, dialect: str, utterance: Utterance | None = None
-) -> AsyncIterator[tuple[LiveHearing, Any]]:
+) -> AsyncGenerator[tuple[LiveHearing, Any], None]:
     """Transcribe a recording, and yield its session with each of the session's messages.
 
     Args:
@@ -59,7 +59,7 @@ async def heard(
 
     Raises:
       AudioError: the recording cannot be read.
-      FullError: no slot has become free in time.
+      FullError: no slot has become free in time, or the engine has failed.
     """
     rate = served.model.sample_rate
     blocks = audio.blocks(file, rate, _BLOCK_S)
@@ -71,6 +71,8 @@ async def heard(
         try:
             async for message in messages:
                 if isinstance(message, Ended):
+                    if message.code == 1011:
+                        raise FullError(message.reason)
                     break
                 yield session, message
             await feeding
@@ -120,16 +122,18 @@ async def _feed(
         raise
 
 
-async def spoken(server: Server, served: Served, session: LiveVoice, dialect: str) -> AsyncIterator[Any]:
+async def spoken(server: Server, served: Served, session: LiveVoice, dialect: str) -> AsyncGenerator[Any, None]:
     """Yield the messages of a session whose text is whole: `Sound` and `Said`.
 
     Raises:
-      FullError: no slot has become free in time.
+      FullError: no slot has become free in time, or the engine has failed.
       SpeechError: the text was not said to its end.
     """
     async with server.session(served, session, dialect) as ticket:
         async for message in await _begun(ticket):
             if isinstance(message, Ended):
+                if message.code == 1011:
+                    raise FullError(message.reason)
                 if message.reason is not None:
                     raise SpeechError(message.reason)
                 return

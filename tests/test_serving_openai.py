@@ -1,0 +1,501 @@
+"""OpenAI's dialect over HTTP, as the official client and plain requests see it."""
+
+import asyncio
+import base64
+import io
+import json
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import soundfile
+
+import dsm_jax
+from dsm_jax import audio
+from dsm_jax.serving.encoding import SoundEncoder, pcm16, wav_header
+from dsm_jax.serving.openai_errors import ApiError, api_error, parse_object
+from dsm_jax.serving.openai_formats import WordDeltas
+from dsm_jax.stt.events import Word, WordEnded, WordStarted
+from dsm_jax.stt.options import Prompt, TranscribeOptions
+from tests.helpers.serving import Running, running, served
+
+pytestmark = pytest.mark.slow
+
+AUDIO = Path(__file__).resolve().parents[1] / "examples/audio"
+RECORDING = AUDIO / "digits_jackson.flac"
+TEXT = "three one four"
+BAD = "invalid_value"
+ALIASES = {"whisper-1": "digits", "tts-1": "digits-tts", "alloy": "jackson"}
+
+
+@pytest.fixture(scope="module")
+def server():
+    models = served("stt", "digits"), served("tts", "digits-tts")
+    with running(*models, page=False, aliases=ALIASES, max_upload_mb=2.0) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return dsm_jax.transcribe(dsm_jax.load("digits"), RECORDING)
+
+
+@pytest.fixture(scope="module")
+def speech():
+    model = dsm_jax.load("digits-tts")
+    return dsm_jax.synthesize(model, TEXT, voice="jackson")
+
+
+def transcribe(client: openai.OpenAI, **options):
+    with RECORDING.open("rb") as file:
+        return client.audio.transcriptions.create(**{"model": "digits", "file": file, **options})
+
+
+def post(server: Running, *, file: bytes | None = None, **fields) -> httpx.Response:
+    content = RECORDING.read_bytes() if file is None else file
+    return httpx.post(
+        f"{server.url}/v1/audio/transcriptions",
+        data={"model": "digits", **fields},
+        files={"file": ("a.flac", content, "audio/flac")},
+        timeout=60,
+    )
+
+
+def refused(answer: httpx.Response, status: int, **fields) -> str:
+    error = answer.json()["error"]
+    assert answer.status_code == status, answer.text
+    assert set(error) == {"message", "type", "param", "code"}
+    assert {name: error[name] for name in fields} == fields
+    return error["message"]
+
+
+# Transcriptions.
+
+
+def test_the_text_is_that_of_transcribe(client, expected):
+    answer = transcribe(client)
+    assert answer.text == expected.text == "three one four one five nine two six five"
+    assert answer.usage.type == "duration"
+    assert answer.usage.seconds == pytest.approx(expected.duration, abs=1e-3)
+
+
+def test_an_alias_names_a_model(client, expected):
+    assert transcribe(client, model="whisper-1").text == expected.text
+
+
+def test_text_and_subtitles_are_those_of_the_library(client, expected):
+    assert transcribe(client, response_format="text") == expected.text + "\n"
+    assert transcribe(client, response_format="srt") == expected.to_srt()
+    assert transcribe(client, response_format="vtt") == expected.to_vtt()
+
+
+def test_verbose_json_has_the_words_and_segments_that_were_asked_for(client, expected):
+    answer = transcribe(client, response_format="verbose_json", timestamp_granularities=["word", "segment"])
+    assert answer.text == expected.text
+    assert answer.duration == pytest.approx(expected.duration, abs=1e-3)
+    told = [(word.word, word.start, word.end) for word in answer.words]
+    assert told == [(word.text, round(word.start, 3), round(word.end, 3)) for word in expected.words]
+    assert [segment.text for segment in answer.segments] == [segment.text for segment in expected.segments]
+    assert [segment.id for segment in answer.segments] == list(range(len(expected.segments)))
+    assert all(-1 < segment.avg_logprob <= 0 for segment in answer.segments)
+    assert all(segment.end > segment.start and segment.compression_ratio > 0 for segment in answer.segments)
+    assert answer.language == "und"
+    words_alone = transcribe(client, response_format="verbose_json", timestamp_granularities=["word"])
+    assert words_alone.segments is None
+    assert len(words_alone.words) == 9
+    segments_alone = transcribe(client, response_format="verbose_json", language="en")
+    assert segments_alone.words is None
+    assert len(segments_alone.segments) == len(expected.segments)
+    assert segments_alone.language == "en"
+
+
+def test_deltas_join_to_the_text_and_come_before_the_end_of_the_recording(server, client, expected):
+    events = list(transcribe(client, stream=True))
+    deltas = [event.delta for event in events if event.type == "transcript.text.delta"]
+    assert len(deltas) == 9
+    assert [event.type for event in events].count("transcript.text.done") == 1
+    assert "".join(deltas) == events[-1].text == expected.text
+    assert events[-1].usage.seconds == pytest.approx(expected.duration, abs=1e-3)
+
+
+def test_a_stream_ends_with_done(server):
+    lines = [line for line in post(server, stream="true").text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    assert [json.loads(line[6:])["type"] for line in lines[-3:-1]] == ["transcript.text.delta", "transcript.text.done"]
+
+
+def test_a_long_recording_is_streamed_while_it_is_transcribed(server):
+    pcm_T = np.tile(audio.read(RECORDING, 24_000), 5)
+    file = io.BytesIO()
+    soundfile.write(file, pcm_T, 24_000, format="WAV", subtype="PCM_16")
+    with httpx.stream(
+        "POST",
+        f"{server.url}/v1/audio/transcriptions",
+        data={"model": "digits", "stream": "true"},
+        files={"file": ("a.wav", file.getvalue())},
+        timeout=60,
+    ) as answer:
+        parts = [(part, server.server.models[0].engine.used) for part in answer.iter_text()]
+    assert len(parts) > 5
+    assert parts[0][1] == 1, "the first delta came after the session had ended"
+    assert parts[-1][0].endswith("data: [DONE]\n\n")
+
+
+def test_probabilities_are_those_of_the_words(client, expected):
+    wanted = [np.log(max(word.probability, 1e-10)) for word in expected.words]
+    answer = transcribe(client, include=["logprobs"])
+    assert [one.token for one in answer.logprobs] == [word.text for word in expected.words]
+    np.testing.assert_allclose([one.logprob for one in answer.logprobs], wanted, atol=1e-3)
+    events = list(transcribe(client, include=["logprobs"], stream=True))
+    np.testing.assert_allclose([one.logprob for one in events[-1].logprobs], wanted, atol=1e-3)
+
+
+def test_a_prompt_steers_and_is_not_part_of_the_text(client):
+    options = TranscribeOptions(prompt=Prompt(text="seven eight", exclude_from_output=True))
+    wanted = dsm_jax.transcribe(dsm_jax.load("digits"), RECORDING, options=options)
+    assert transcribe(client, prompt="seven eight").text == wanted.text != ""
+
+
+def test_a_temperature_is_that_of_the_library(client):
+    wanted = dsm_jax.transcribe(dsm_jax.load("digits"), RECORDING, options=TranscribeOptions(temperature=1.0))
+    assert transcribe(client, temperature=1.0).text == wanted.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param", "code", "message"),
+    [
+        ({"model": "gpt-9"}, 404, "model", "model_not_found", "the model 'gpt-9' is not served here; it has digits"),
+        ({"model": "digits-tts"}, 404, "model", "model_not_found", "'digits-tts' is not served here"),
+        ({"model": ""}, 400, "model", "missing_required_parameter", "no model is named"),
+        ({"response_format": "xml"}, 400, "response_format", BAD, "response_format is 'xml'; expected one"),
+        ({"response_format": "diarized_json"}, 400, "response_format", BAD, "not tell speakers apart"),
+        ({"response_format": "srt", "stream": "true"}, 400, "stream", BAD, "false with the response_format"),
+        ({"stream": "maybe"}, 400, "stream", BAD, "stream is 'maybe'; expected true or false"),
+        ({"temperature": "2"}, 400, "temperature", BAD, "temperature is '2'; expected a number from 0 to 1"),
+        ({"temperature": "nan"}, 400, "temperature", BAD, "expected a number from 0 to 1"),
+        ({"language": "English!"}, 400, "language", BAD, "expected a code of ISO 639"),
+        ({"prompt": "%%%"}, 400, "prompt", BAD, "cannot spell"),
+        ({"include[]": "tokens"}, 400, "include", BAD, "include is 'tokens'; expected logprobs"),
+        ({"include[]": "logprobs", "response_format": "text"}, 400, "include", BAD, "set it to json"),
+        ({"timestamp_granularities[]": "word"}, 400, "timestamp_granularities", BAD, "set it to verbose_json"),
+        ({"timestamp_granularities[]": "frame"}, 400, "timestamp_granularities", BAD, "word or segment"),
+    ],
+)  # fmt: skip
+def test_a_field_that_is_not_supported_is_named(server, fields, status, param, code, message):
+    assert message in refused(post(server, **fields), status, param=param, code=code, type="invalid_request_error")
+
+
+def test_what_is_no_audio_is_refused_by_name(server, client):
+    assert "file" in refused(post(server, file=b"no audio at all" * 99), 400, param="file", code="invalid_audio")
+    refused(post(server, file=b""), 400, param="file", code="invalid_audio")
+    refused(post(server, file=b"RIFF", stream="true"), 400, param="file", code="invalid_audio")
+    with pytest.raises(openai.BadRequestError, match="not audio that can be decoded"):
+        client.audio.transcriptions.create(model="digits", file=("a.wav", b"no audio at all"))
+
+
+def test_a_large_recording_is_refused(server):
+    message = refused(post(server, file=bytes(2_100_000)), 413, param="file", code="file_too_large")
+    assert message == "the recording is larger than 2 MB; send it in parts"
+    refused(post(server, file=bytes(9_000_000)), 413, code="file_too_large")
+
+
+def test_a_body_of_unknown_length_is_limited_too(server):
+    def body():
+        yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        for _ in range(40):
+            yield bytes(100_000)
+
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    answer = httpx.post(f"{server.url}/v1/audio/transcriptions", content=body(), headers=headers, timeout=60)
+    refused(answer, 413, code="file_too_large")
+
+
+FIELD = b'--x\r\nContent-Disposition: form-data; name="a"'
+
+
+@pytest.mark.parametrize(
+    ("body", "more"),
+    [
+        (b"", ""),
+        (b"x" * 99, "; boundary=x"),
+        (b"--x\r\nnothing\r\n\r\n", "; boundary=x; charset=idna"),
+        (FIELD + b"\r\n\r\nb\r\n--x--", "; boundary=x; charset=idna"),
+        (FIELD.replace(b'"a"', b'"model"') + b"\r\n\r\ndigits\r\n--x--", "; boundary=x"),
+        (99 * (FIELD + b"\r\n\r\nb\r\n"), "; boundary=x"),
+        (3 * (FIELD + b'; filename="a"\r\n\r\nb\r\n'), "; boundary=x"),
+        (FIELD + b"\r\n\r\n" + b"b" * 99_999, "; boundary=x"),
+    ],
+)
+def test_a_form_that_is_none_is_refused(server, body, more):
+    url = f"{server.url}/v1/audio/transcriptions"
+    headers = {"content-type": f"multipart/form-data{more}"}
+    refused(httpx.post(url, content=body, headers=headers), 400, type="invalid_request_error")
+    refused(httpx.post(url, content=body, headers={"content-type": "application/json"}), 400, param="file")
+
+
+# Speech.
+
+
+def samples(data: bytes) -> np.ndarray:
+    return np.frombuffer(data, "<i2").astype(np.int32)
+
+
+def test_pcm_equals_synthesize(client, speech):
+    answer = client.audio.speech.create(model="digits-tts", voice="jackson", input=TEXT, response_format="pcm")
+    assert answer.response.headers["content-type"] == "audio/pcm"
+    wanted = samples(pcm16(speech.pcm))
+    assert samples(answer.content).shape == wanted.shape
+    assert np.abs(samples(answer.content) - wanted).max() <= 1
+
+
+def test_wav_is_what_the_library_writes_but_for_its_length(client, speech, tmp_path):
+    answer = client.audio.speech.create(model="tts-1", voice={"id": "alloy"}, input=TEXT, response_format="wav")
+    assert answer.content[:44] == wav_header(24_000)
+    audio.write(tmp_path / "a.wav", speech.pcm, 24_000)
+    wanted_T, rate = soundfile.read(tmp_path / "a.wav", dtype="int16")
+    assert rate == 24_000
+    assert np.abs(samples(answer.content[44:]) - wanted_T).max() <= 1
+
+
+@pytest.mark.parametrize("form", ["mp3", "opus", "flac"])
+def test_other_formats_hold_the_same_sound(client, speech, form):
+    answer = client.audio.speech.create(model="digits-tts", voice="jackson", input=TEXT, response_format=form)
+    kind = {"mp3": "audio/mpeg", "opus": "audio/ogg", "flac": "audio/flac"}[form]
+    assert answer.response.headers["content-type"] == kind
+    assert answer.response.headers["transfer-encoding"] == "chunked"
+    heard_T = audio.read(io.BytesIO(answer.content), 24_000)
+    if form == "flac":
+        assert np.abs(heard_T - speech.pcm).max() < 1e-4
+        return
+    # Coding with loss: the sound is the same up to a lag, so its correlation is near 1.
+    size = speech.pcm.size
+    padded_T = np.pad(heard_T, (0, max(0, size + 4_000 - heard_T.size)))
+    best = max(np.corrcoef(padded_T[lag : lag + size], speech.pcm)[0, 1] for lag in range(0, 2_500))
+    assert best > 0.95
+
+
+def test_mp3_is_the_default_and_its_first_bytes_leave_before_the_sound_is_made(server, client):
+    text = " ".join(["one two three four five"] * 6)
+    with client.audio.speech.with_streaming_response.create(model="digits-tts", voice="jackson", input=text) as answer:
+        assert answer.headers["content-type"] == "audio/mpeg"
+        used = [server.server.models[1].engine.used for _ in answer.iter_bytes()]
+    assert used[0] == 1, "the first bytes came after the session had ended"
+    assert len(used) > 5
+
+
+def test_events_carry_the_same_bytes(server, client):
+    body = {"model": "digits-tts", "voice": "jackson", "input": TEXT, "response_format": "pcm", "stream_format": "sse"}
+    lines = httpx.post(f"{server.url}/v1/audio/speech", json=body, timeout=60).text.split("\n\n")
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+    sound = b"".join(base64.b64decode(event["audio"]) for event in events[:-1])
+    body |= {"stream_format": "audio", "instructions": "cheerful"}
+    assert sound == httpx.post(f"{server.url}/v1/audio/speech", json=body, timeout=60).content
+    frames = len(sound) // (2 * 1920)
+    assert events[-1]["type"] == "speech.audio.done"
+    assert events[-1]["usage"] == {"input_tokens": 3, "output_tokens": frames, "total_tokens": 3 + frames}
+    assert {event["type"] for event in events[:-1]} == {"speech.audio.delta"}
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param", "code", "message"),
+    [
+        ({"model": "digits"}, 404, "model", "model_not_found", "it has digits-tts"),
+        ({"model": 5}, 400, "model", "missing_required_parameter", "no model is named"),
+        ({"voice": "nova"}, 400, "voice", BAD, "voice is 'nova'; expected one of digits-tts's: "),
+        ({"voice": {"name": "x"}}, 400, "voice", "missing_required_parameter", "no voice is named"),
+        ({"input": ""}, 400, "input", "missing_required_parameter", "there is no text"),
+        ({"input": "\ud800 one"}, 400, "input", BAD, "half of a character"),
+        ({"input": "one " * 1025}, 400, "input", "string_above_max_length", "input has 4100 characters; at most 4096"),
+        ({"input": "%%"}, 400, "input", BAD, "%%"),
+        ({"response_format": "aac"}, 400, "response_format", BAD, "expected one of mp3, opus, flac"),
+        ({"response_format": ["mp3"]}, 400, "response_format", BAD, "expected one of mp3, opus, flac"),
+        ({"stream_format": "ws"}, 400, "stream_format", BAD, "expected audio or sse"),
+        ({"speed": 1.5}, 400, "speed", "unsupported_value", "padding_bonus"),
+        ({"speed": 9}, 400, "speed", BAD, "a number from 0.25 to 4"),
+        ({"speed": "1"}, 400, "speed", BAD, "a number from 0.25 to 4"),
+        ({"speed": True}, 400, "speed", BAD, "a number from 0.25 to 4"),
+    ],
+)  # fmt: skip
+def test_a_speech_that_cannot_be_made_names_its_field(server, change, status, param, code, message):
+    body = {"model": "digits-tts", "voice": "jackson", "input": TEXT} | change
+    answer = httpx.post(f"{server.url}/v1/audio/speech", content=json.dumps(body), timeout=60)
+    assert message in refused(answer, status, param=param, code=code)
+
+
+def test_a_body_that_is_no_object_is_refused(server):
+    for body in (b"", b"{", b"[]", b"[" * 200_000, b"\xff"):
+        refused(httpx.post(f"{server.url}/v1/audio/speech", content=body), 400, code="invalid_json")
+    refused(httpx.post(f"{server.url}/v1/audio/speech", content=bytes(300_000)), 413, param="input")
+
+
+# Lists, access and errors.
+
+
+def test_models_and_voices_are_listed(server, client):
+    assert [model.id for model in client.models.list()] == ["digits", "digits-tts"]
+    assert client.models.retrieve("digits").owned_by == "dsm-jax"
+    assert client.models.retrieve("whisper-1").id == "digits"
+    with pytest.raises(openai.NotFoundError, match="'kyutai/none' is not served here; it has digits, digits-tts"):
+        client.models.retrieve("kyutai/none")
+    listed = httpx.get(f"{server.url}/v1/audio/voices").json()["data"]
+    assert "jackson" in [voice["id"] for voice in listed]
+    assert [voice["default"] for voice in listed].count(True) == 1
+    assert httpx.get(f"{server.url}/v1/audio/voices?model=digits-tts").json()["data"] == listed
+    refused(httpx.get(f"{server.url}/v1/audio/voices?model=digits"), 404, code="model_not_found")
+
+
+def test_paths_and_methods_that_there_are_not_have_the_same_shape(server):
+    assert refused(httpx.get(f"{server.url}/v1/nothing"), 404, code="not_found") == "there is no /v1/nothing"
+    for method in ("GET", "PUT", "OPTIONS", "BREW"):
+        message = refused(httpx.request(method, f"{server.url}/v1/audio/speech"), 405, code="method_not_allowed")
+        assert message == f"the method is {method}; expected POST"
+    assert httpx.head(f"{server.url}/v1/models").status_code == 200
+
+
+def test_pages_of_other_origins_are_refused(server):
+    answer = httpx.get(f"{server.url}/v1/models", headers={"origin": "http://elsewhere.example"})
+    refused(answer, 403, code="origin_not_allowed", type="permission_error")
+    assert httpx.get(f"{server.url}/v1/models", headers={"origin": server.url}).status_code == 200
+
+
+def test_a_key_is_asked_for_everywhere(server, caplog):
+    from dsm_jax.serving.access import Keys
+
+    keys, server.server.keys = server.server.keys, Keys(["right-key"])
+    try:
+        for path in ("models", "audio/voices", "audio/speech", "nothing"):
+            refused(httpx.get(f"{server.url}/v1/{path}"), 401, code="invalid_api_key", type="authentication_error")
+        refused(httpx.get(f"{server.url}/v1/models", headers={"authorization": "Bearer wrong-key"}), 401)
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="right-key", max_retries=0) as client:
+            assert len(list(client.models.list())) == 2
+        with (
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong-key", max_retries=0) as client,
+            pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"),
+        ):
+            client.models.list()
+    finally:
+        server.server.keys = keys
+    assert "-key" not in caplog.text
+
+
+def test_a_full_server_asks_to_come_again(server):
+    engine = server.server.models[0].engine
+    limit, engine._queue_limit = engine._queue_limit, 0
+    held = [_Held() for _ in range(engine.total)]
+    try:
+        for one in held:
+            engine.hold(one)
+        answer = post(server)
+        assert answer.headers["retry-after"] == "1"
+        refused(answer, 503, type="server_error", code="server_full")
+    finally:
+        engine._queue_limit = limit
+        for one in held:
+            engine.leave(one)
+
+
+class _Held:
+    """A session that takes a slot and does nothing."""
+
+    is_file = False
+
+
+def test_a_fault_of_the_server_is_told_without_its_cause(server, monkeypatch, caplog):
+    def broken(*args):
+        raise RuntimeError("the secret cause")
+
+    monkeypatch.setattr(server.server.models[1].service, "session", broken)
+    body = {"model": "digits-tts", "voice": "jackson", "input": TEXT}
+    answer = httpx.post(f"{server.url}/v1/audio/speech", json=body)
+    assert "secret" not in refused(answer, 500, type="server_error", code="server_error")
+
+
+def test_clients_that_leave_give_their_slots_back(server):
+    async def leave() -> None:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            for _ in range(6):
+                body = {"model": "digits-tts", "voice": "jackson", "input": "one two three four " * 6}
+                async with client.stream("POST", "/v1/audio/speech", json=body) as answer:
+                    async for _ in answer.aiter_bytes():
+                        break
+                files = {"file": ("a.flac", RECORDING.read_bytes())}
+                fields = {"model": "digits", "stream": "true"}
+                async with client.stream("POST", "/v1/audio/transcriptions", data=fields, files=files) as answer:
+                    async for _ in answer.aiter_bytes():
+                        break
+            for _ in range(200):
+                if not any(served.engine.used for served in server.server.models):
+                    return
+                await asyncio.sleep(0.05)
+        raise AssertionError("slots are still held")
+
+    asyncio.run(leave())
+
+
+def test_eight_clients_at_once_get_what_one_gets(server, expected, speech):
+    async def ask() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            heard = [
+                client.audio.transcriptions.create(model="digits", file=("a.flac", RECORDING.read_bytes()))
+                for _ in range(5)
+            ]
+            said = [
+                client.audio.speech.create(model="digits-tts", voice="jackson", input=TEXT, response_format="pcm")
+                for _ in range(3)
+            ]
+            answers = await asyncio.gather(*heard, *said)
+        assert {answer.text for answer in answers[:5]} == {expected.text}
+        for answer in answers[5:]:
+            assert np.abs(samples(answer.content) - samples(pcm16(speech.pcm))).max() <= 1
+
+    asyncio.run(ask())
+
+
+# Parts.
+
+
+def ended(text: str) -> WordEnded:
+    return WordEnded(Word(text, 0.0, 0.1, 1.0))
+
+
+def test_deltas_wait_for_the_word_before_them():
+    deltas = WordDeltas()
+    events = [WordStarted("hel", 0.0), WordStarted("wor", 0.1), ended("hello"), ended("world"), ended("again")]
+    assert [deltas.add(event) for event in events] == ["hel", "", "lo wor", "ld", " again"]
+    assert deltas.text == "hello world again"
+
+
+def test_a_text_that_changed_after_it_left_still_joins():
+    deltas = WordDeltas()
+    told = "".join(deltas.add(event) for event in (WordStarted("to", 0.0), ended("two"), ended("six")))
+    assert told == deltas.text == "to six"
+
+
+@pytest.mark.parametrize("form", ["mp3", "opus", "flac", "wav", "pcm"])
+def test_an_encoder_gives_the_same_bytes_for_any_pieces(form):
+    pcm_T = (0.3 * np.sin(np.arange(30_000) / 20)).astype(np.float32)
+    files = []
+    for size in (1920, 777):
+        encoder = SoundEncoder(form, 24_000)
+        data = b"".join(encoder.encode(pcm_T[at : at + size]) for at in range(0, pcm_T.size, size))
+        files.append(data + encoder.finish())
+        assert encoder.finish() == b""
+    assert files[0] == files[1] or form == "opus"  # the serial number of an Ogg stream is drawn by lot
+    assert len(files[0]) == len(files[1])
+
+
+def test_an_error_of_the_library_has_its_status():
+    assert api_error(dsm_jax.DsmError("x")).status == 400
+    assert api_error(KeyError("x")).status == 500
+    assert "x" not in str(api_error(KeyError("x")))
+    with pytest.raises(ApiError, match="the body is JSON and no object; send a JSON object"):
+        parse_object("5", "the body")
