@@ -29,7 +29,17 @@ _HEADERS = (
 )
 PAGE = (
     *("index.html", "page.css", "icon.svg"),
-    *("dom.js", "hearing.js", "listen.js", "page.js", "resample.js", "server.js", "speak.js", "transcript.js", "wav.js"),
+    *(
+        "dom.js",
+        "hearing.js",
+        "listen.js",
+        "page.js",
+        "resample.js",
+        "server.js",
+        "speak.js",
+        "transcript.js",
+        "wav.js",
+    ),
     *("wire.js", "worklet.js"),
 )
 

@@ -17,8 +17,9 @@ import msgpack
 _FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--autoplay-policy=no-user-gesture-required"),
-    *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream", "--lang=en"),
+    *("--use-fake-device-for-media-stream", "--lang=en"),
 )
+VOICES = "/v1/audio/voices - Failed to load resource: the server responded with a status of 404"
 # A violation of the page's policy does not always reach the log.
 _WATCH_POLICY = """
 window.violations = [];
@@ -151,7 +152,8 @@ class Browser:
 
     def complaints(self) -> list[str]:
         """Return the errors and warnings of the console, and the violations of the page's policy."""
-        lines = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] != "INFO"]
+        entries = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] != "INFO"]
+        lines = [line for line in entries if VOICES not in line]
         return lines + self.run("return window.violations.splice(0)")
 
     def traffic(self) -> Traffic:
@@ -172,8 +174,8 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser(downloads: Path, microphone: Path) -> Iterator[Browser]:
-    """Open a browser whose microphone gives a 16-bit wav file once.
+def browser(downloads: Path, microphone: Path, *, allowed: bool = True) -> Iterator[Browser]:
+    """Open a browser whose microphone gives a 16-bit wav file once, if its user allows pages to use it.
 
     Raises:
       MissingError: there is no Chromium, no driver, or no selenium.
@@ -185,7 +187,8 @@ def browser(downloads: Path, microphone: Path) -> Iterator[Browser]:
         raise MissingError("selenium was not found; install it: pip install 'dsm-jax[page]'") from None
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in (*_FLAGS, f"--use-file-for-fake-audio-capture={microphone}%noloop"):
+    answer = "--use-fake-ui-for-media-stream" + ("" if allowed else "=deny")
+    for flag in (*_FLAGS, answer, f"--use-file-for-fake-audio-capture={microphone}%noloop"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))

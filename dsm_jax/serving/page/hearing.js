@@ -1,6 +1,6 @@
 // One session of speech to text: samples go to the server, its messages to the transcript.
 
-import { open } from "./server.js";
+import { UnreachableError, open } from "./server.js";
 import { encode, encodeAudio } from "./wire.js";
 
 export const RATE = 24000;
@@ -110,7 +110,9 @@ export async function openMicrophone({ frame, lost }) {
       context = new AudioContext(); // of the microphone's rate, as Firefox wants it: the worklet resamples
       source = context.createMediaStreamSource(stream);
     }
-    await context.audioWorklet.addModule("worklet.js");
+    await context.audioWorklet.addModule("worklet.js").catch((error) => {
+      throw error.name === "AbortError" ? new UnreachableError() : error; // the file could not be fetched
+    });
     const cutter = new AudioWorkletNode(context, "cutter", {
       numberOfOutputs: 0,
       channelCount: 1,

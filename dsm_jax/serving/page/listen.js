@@ -57,7 +57,7 @@ export class ListenPanel {
   use(model) {
     this.#model = model;
     const demo = model?.name.startsWith("digits");
-    byId("listen-hint").textContent = demo ? "The demo model knows English digits only: zero to nine." : "";
+    byId("listen-hint").textContent = demo ? "The demo model knows English digits only." : "";
     if (!RUNNING.includes(this.#state)) this.#show(model ? "idle" : "absent");
   }
 
@@ -153,7 +153,8 @@ export class ListenPanel {
   #done(run) {
     if (run !== this.#run) return;
     this.#release(run);
-    this.#show("idle");
+    const { length } = this.#transcript.words;
+    this.#show("idle", length ? `${length} ${length === 1 ? "word" : "words"}. Press the microphone to go on.` : undefined);
   }
 
   #fail(run, error) {
@@ -230,7 +231,8 @@ export class ListenPanel {
       finished.append(span, " ");
     }
     if (this.#shown === words.length) this.#markPause(this.#shown - 1);
-    byId("partial").textContent = words.slice(this.#shown).map((word) => word.text).join(" ");
+    const partial = words.slice(this.#shown).map((word) => word.text).join(" ");
+    if (byId("partial").textContent !== partial) byId("partial").textContent = partial;
     byId("empty").hidden = words.length > 0;
     if (follow) box.scrollTop = box.scrollHeight;
     this.#enableTools();

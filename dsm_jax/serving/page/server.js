@@ -21,6 +21,12 @@ export function get(path) {
 /** Refused for want of a key, or for a wrong one. */
 export class KeyError extends Error {}
 
+export class UnreachableError extends Error {
+  constructor() {
+    super("The server cannot be reached. Is it still running?");
+  }
+}
+
 /** Return the models that are served: {kind: "stt" or "tts", name, path}. */
 export async function models() {
   const answer = await reached(get("/api/modules_info"));
@@ -77,6 +83,7 @@ export function open(path, query, { message, end }) {
 function ended(code, said) {
   const advice = {
     1001: "The server is shutting down.",
+    1012: "The server is shutting down.",
     1006: "The connection was lost.",
     1011: "The server has failed.",
     1013: "The server is full: all of its places are taken. Try again in a moment.",
@@ -106,7 +113,7 @@ async function reached(asked) {
   try {
     return await asked;
   } catch {
-    throw new Error("The server cannot be reached. Is it still running?");
+    throw new UnreachableError();
   }
 }
 

@@ -40,7 +40,7 @@ export class SpeakPanel {
     const text = byId("text");
     const demo = model?.name.startsWith("digits");
     if (model && (text.value === "" || [DIGITS, GREETING].includes(text.value))) text.value = demo ? DIGITS : GREETING;
-    byId("speak-hint").textContent = demo ? "The demo model says English digits only: zero to nine." : "";
+    byId("speak-hint").textContent = demo ? "The demo model says English digits only." : "";
     text.disabled = !model;
     byId("voice-field").hidden = voices.length === 0;
     byId("voice").replaceChildren(new Option("Default", ""), ...voices.map((name) => new Option(name, name)));

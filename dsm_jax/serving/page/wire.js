@@ -52,13 +52,14 @@ class Writer {
   }
 
   #byte(value) {
-    this.#view.setUint8(this.#room(1), value);
+    const at = this.#room(1); // before the view is read: making room may replace it
+    this.#view.setUint8(at, value);
   }
 
   /** Write a tag and a big-endian number of 1, 2, 4 or 8 bytes. */
   #tagged(tag, setter, size, number) {
     this.#byte(tag);
-    const at = this.#room(size); // before the view is read: making room may replace it
+    const at = this.#room(size);
     this.#view[setter](at, number);
   }
 
