@@ -7,12 +7,8 @@ CHROMEDRIVER name them) and the package's extra `page`. `make test` leaves them 
 import contextlib
 import io
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,49 +17,16 @@ import msgpack
 import numpy as np
 import pytest
 import soundfile
-import soxr
 from websockets.sync.client import connect
 
 from dsm_jax.serving.config import ASR_PATH
 from tests.helpers.browser import Browser, MissingError, browser, programs, traffic
+from tests.helpers.page import AUDIO, JACKSON, serving, write_microphone
 
 pytestmark = pytest.mark.browser
 
-AUDIO = Path(__file__).resolve().parents[1] / "examples/audio"
-JACKSON = AUDIO / "digits_jackson.flac"
 SPOKEN = [word["text"] for word in json.loads((AUDIO / "digits_jackson.json").read_text())["words"]]
 KEY = "a key for tests"
-# Of optimised programs, as users run them; these also turn the names of tests' settings off.
-OF_TESTS = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS", "JAX_NUMPY_DTYPE_PROMOTION")
-
-
-@contextlib.contextmanager
-def serving(*options: str, **variables: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """Run `dsm-jax serve`; yield its address and its process."""
-    environment = {name: value for name, value in os.environ.items() if name not in OF_TESTS} | variables
-    command = [Path(sys.executable).with_name("dsm-jax"), "serve", "--port", "0", *options]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    lines, ready = [], threading.Event()
-
-    def read() -> None:
-        for line in process.stderr:
-            lines.append(line)
-            if " at http://" in line:
-                ready.set()
-        ready.set()
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        assert ready.wait(300)
-        found = re.search(r" at (http://\S+)", "".join(lines))
-        assert found, "".join(lines)
-        yield found[1], process
-    finally:
-        process.kill()
-        process.wait()
-        reader.join()
-        process.stderr.close()
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +37,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def microphone(tmp_path_factory):
-    """Return a recording for the browser's microphone: silence while the page sets up, then nine digits."""
-    pcm_T, rate = soundfile.read(JACKSON, dtype="float32")
-    path = tmp_path_factory.mktemp("microphone") / "digits.wav"
-    pcm_T = np.concatenate([np.zeros(rate // 2, np.float32), pcm_T, np.zeros(4 * rate, np.float32)])
-    soundfile.write(path, soxr.resample(pcm_T, rate, 48_000), 48_000, subtype="PCM_16")
-    return path
+    return write_microphone(tmp_path_factory.mktemp("microphone") / "digits.wav")
 
 
 @pytest.fixture

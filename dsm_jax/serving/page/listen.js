@@ -250,7 +250,7 @@ export class ListenPanel {
 
   #level(value) {
     byId("level").value = value;
-    byId("mic").style.setProperty("--level", value.toFixed(2));
+    byId("listen").style.setProperty("--level", value.toFixed(2));
   }
 
   #elapsed(seconds) {

@@ -38,13 +38,16 @@ export async function models() {
     .filter((model) => model.kind);
 }
 
-/** Return the names of the server's voices; none where it does not tell. */
+/** Return the server's voices {id, model, chosen}, `chosen` for a model's default; none where it does not tell. */
 export async function voices() {
   const answer = await get("/v1/audio/voices").catch(() => null);
   if (!answer?.ok) return [];
   const content = await answer.json();
-  const list = Array.isArray(content) ? content : (content.voices ?? content.data ?? []);
-  return list.map((voice) => (typeof voice === "string" ? voice : (voice.id ?? voice.name))).filter(Boolean);
+  const list = Array.isArray(content) ? content : (content.data ?? content.voices ?? []);
+  return list
+    .map((voice) => (typeof voice === "string" ? { id: voice } : { ...voice, id: voice.id ?? voice.name }))
+    .map(({ id, model, default: chosen }) => ({ id, model, chosen: chosen === true }))
+    .filter(({ id }) => id);
 }
 
 /** Open a socket of a model. The callbacks: `message` for each message, and `end` once, with an Error, or null if the

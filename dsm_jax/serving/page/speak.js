@@ -35,15 +35,17 @@ export class SpeakPanel {
     this.#show("idle");
   }
 
-  /** Use a model {name, path} with voices, or none. */
+  /** Use a model {name, path}, or none; of the voices {id, model, chosen} it has those that name it, or no model. */
   use(model, voices) {
+    const own = voices.filter((voice) => !voice.model || voice.model === model?.name);
     const text = byId("text");
     const demo = model?.name.startsWith("digits");
     if (model && (text.value === "" || [DIGITS, GREETING].includes(text.value))) text.value = demo ? DIGITS : GREETING;
     byId("speak-hint").textContent = demo ? "The demo model says English digits only." : "";
     text.disabled = !model;
-    byId("voice-field").hidden = voices.length === 0;
-    byId("voice").replaceChildren(new Option("Default", ""), ...voices.map((name) => new Option(name, name)));
+    byId("voice-field").hidden = own.length === 0;
+    byId("voice").replaceChildren(...own.map(({ id, chosen }) => new Option(id, id, chosen, chosen)));
+    if (!own.some(({ chosen }) => chosen)) byId("voice").prepend(new Option("Default", "", true, true));
     this.#model = model;
     this.#show(model ? "idle" : "absent");
   }
@@ -105,7 +107,7 @@ export class SpeakPanel {
     frames.push(samples);
     if (frames.length === 1) {
       const seconds = (performance.now() - run.began) / 1000;
-      this.#show("speaking", `Speaking. The first sound came after ${seconds.toFixed(2)} s.`);
+      this.#show("speaking", `Speaking. First sound after ${seconds.toFixed(2)} s.`);
       this.#light(run);
     }
   }
