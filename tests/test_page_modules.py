@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import re
 import struct
 
 import msgpack
@@ -11,11 +12,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from dsm_jax.serving import wire
+from dsm_jax.serving import app, wire
 from dsm_jax.stt import subtitles
 from dsm_jax.stt.events import Pause, Word
 from dsm_jax.stt.transcript import Transcript
-from tests.helpers.node import evaluate
+from tests.helpers.node import PAGE, evaluate
 
 RNG = np.random.default_rng(0)
 VALUES = [
@@ -27,6 +28,18 @@ VALUES = [
     {"type": "Marker", "id": 7, "flush": True},
     {f"key {n}": n for n in range(20)},
 ]
+
+
+def test_the_page_s_files_are_all_served_and_name_no_others():
+    files = {path.name: path.read_text(encoding="utf-8") for path in PAGE.iterdir()}
+    assert set(app.PAGE) == set(files)
+    named = re.compile(r"""(?:from|import|href=|src=|url\(|addModule\()\s*["'(]?(?:\./)?([\w./:-]+\.\w+)["')]""")
+    found = {name for text in files.values() for name in named.findall(text)}
+    assert set(files) - found == {"index.html"}
+    assert found <= set(files)
+    assert named.findall('<link href="https://elsewhere.org/a.css"> import "./b.js"; url(c.woff2)') == [
+        *("https://elsewhere.org/a.css", "b.js", "c.woff2"),
+    ]
 
 
 def encoded(expression: str, argument=None) -> bytes:

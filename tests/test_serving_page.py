@@ -197,6 +197,19 @@ def test_text_is_spoken_and_each_word_lit_while_it_is_heard(page, server):
     assert page.complaints() == []
 
 
+def test_a_voice_can_be_chosen(page, server):
+    page.get(server)
+    page.wait(lambda: page.element("voice").is_displayed())
+    offered = page.run("return [...document.getElementById('voice').options].map((option) => option.value)")
+    assert offered == ["george", "jackson", "lucas", "nicolas", "theo", "yweweler"]
+    assert page.element("voice").get_attribute("value") == "george"
+    page.element("voice").send_keys("theo")
+    page.click("say")
+    page.wait(lambda: page.state("speak") == "speaking")
+    (address,) = [address for address in page.traffic().addresses if "tts" in address]
+    assert address.endswith("?format=PcmMessagePack&voice=theo")
+
+
 def test_speech_can_be_stopped(page, server):
     page.get(server)
     page.click("say")
@@ -233,6 +246,99 @@ def test_a_full_server_is_explained_and_the_page_can_connect_again(page, server)
     page.wait(lambda: page.state("listen") == "live")
     page.click("mic")
     page.wait(lambda: page.state("listen") == "idle")
+
+
+def write_sound(path: Path, pcm_T: np.ndarray, rate: int) -> Path:
+    soundfile.write(path, pcm_T, rate)
+    return path
+
+
+def test_silence_between_words_is_marked_as_a_pause_and_ends_a_line(page, server, tmp_path):
+    pcm_T, rate = soundfile.read(JACKSON, dtype="float32")
+    between = int(1.85 * rate)  # behind the second digit
+    pcm_T = np.concatenate([pcm_T[:between], np.zeros(2 * rate, np.float32), pcm_T[between:]])
+    page.get(server)
+    open_file(page, write_sound(tmp_path / "pause.wav", pcm_T, rate))
+    shown = page.run(
+        "return [...document.getElementById('finished').children].map((e) => e.textContent || e.className)"
+    )
+    assert shown == [*SPOKEN[:2], "pause", *SPOKEN[2:]]
+    page.click("save-txt")
+    assert page.saved("pause.txt").decode() == f"{' '.join(SPOKEN[:2])}\n{' '.join(SPOKEN[2:])}\n"
+
+
+def test_a_long_file_is_sent_no_faster_than_the_server_takes_it(page, server, tmp_path):
+    pcm_T, rate = soundfile.read(JACKSON, dtype="float32")
+    path = write_sound(tmp_path / "long.wav", np.tile(pcm_T, 8), rate)
+    page.get(server)
+    page.run("window.most = 0; setInterval(() => { most = Math.max(most, progress.value) }, 5)")
+    open_file(page, path)
+    assert page.words() == 8 * SPOKEN
+    assert page.run("return most") == pytest.approx(1.0, abs=0.01)
+    ahead = most = 0
+    for kind in page.traffic().kinds:
+        ahead += {"Audio": 1, "Step": -1}.get(kind, 0)
+        most = max(most, ahead)
+    assert 200 < most < 20 * 12.5 + 2
+    assert page.complaints() == []
+
+
+def test_a_file_waits_for_a_free_place(page, server):
+    page.get(server)
+    with hold(server), hold(server):
+        page.element("file").send_keys(str(JACKSON))
+        page.wait(lambda: page.text("listen-state") == "Waiting for a free place on the server …")
+    page.wait(lambda: page.state("listen") == "idle")
+    assert page.words() == SPOKEN
+
+
+def test_a_page_without_a_microphone_says_why_and_takes_files(page, server):
+    page.before_pages("Object.defineProperty(Navigator.prototype, 'mediaDevices', {get: () => undefined})")
+    page.get(server)
+    assert page.text("secure").startswith("Browsers give the microphone only to pages from this machine")
+    assert not page.element("mic").is_enabled()
+    open_file(page, JACKSON)
+    assert page.words() == SPOKEN
+
+
+TRACK = """
+    const ask = navigator.mediaDevices.getUserMedia;
+    navigator.mediaDevices.getUserMedia = async function (wanted) {
+      const stream = await ask.call(this, wanted);
+      [window.track] = stream.getTracks();
+      return stream;
+    };
+"""
+
+
+def test_a_microphone_that_goes_away_leaves_its_words(page, server):
+    page.before_pages(TRACK)
+    page.get(server)
+    page.click("mic")
+    page.wait(lambda: len(page.words()) >= 2)
+    page.run("track.dispatchEvent(new Event('ended'))")
+    page.wait(lambda: page.state("listen") == "idle")
+    words = page.words()
+    assert words == SPOKEN[: len(words)]
+    assert page.complaints() == []
+
+
+def test_the_microphone_is_closed_when_the_user_stops(page, server):
+    page.before_pages(TRACK)
+    page.get(server)
+    page.click("mic")
+    page.wait(lambda: page.state("listen") == "live")
+    assert page.run("return track.readyState") == "live"
+    page.click("mic")
+    page.wait(lambda: page.state("listen") == "idle")
+    assert page.run("return track.readyState") == "ended"
+
+
+def test_the_page_says_how_far_it_is_behind(page, server):
+    page.before_pages("Object.defineProperty(WebSocket.prototype, 'bufferedAmount', {get: () => 25 * 9619})")
+    page.get(server)
+    page.click("mic")
+    page.wait(lambda: re.fullmatch(r"2\.\d s behind", page.text("behind")))
 
 
 def test_a_microphone_that_is_not_allowed_is_explained(tmp_path, microphone, server):

@@ -19,7 +19,6 @@ _FLAGS = (
     *("--disable-component-update", "--disable-sync", "--autoplay-policy=no-user-gesture-required"),
     *("--use-fake-device-for-media-stream", "--lang=en"),
 )
-VOICES = "/v1/audio/voices - Failed to load resource: the server responded with a status of 404"
 # A violation of the page's policy does not always reach the log.
 _WATCH_POLICY = """
 window.violations = [];
@@ -54,11 +53,12 @@ def programs() -> tuple[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a page sent and received: addresses, and the messages of its websockets in order."""
+    """What a page sent and received: addresses, the messages of its websockets, and the types of all in their order."""
 
     addresses: tuple[str, ...]
     sent: tuple[dict[str, Any], ...]
     received: tuple[dict[str, Any], ...]
+    kinds: tuple[str, ...]
 
     def foreign(self, host: str) -> list[str]:
         """Return the addresses that are not the host's."""
@@ -69,7 +69,7 @@ class Traffic:
 
 def traffic(events: list[dict[str, Any]]) -> Traffic:
     """Read a browser's events of the network."""
-    addresses, sent, received = [], [], []
+    addresses, sent, received, kinds = [], [], [], []
     for event in events:
         method, params = event["method"], event["params"]
         if method == "Network.requestWillBeSent":
@@ -81,7 +81,8 @@ def traffic(events: list[dict[str, Any]]) -> Traffic:
             if frame["opcode"] == 2:
                 message = msgpack.unpackb(base64.b64decode(frame["payloadData"]))
                 (sent if method.endswith("Sent") else received).append(message)
-    return Traffic(tuple(addresses), tuple(sent), tuple(received))
+                kinds.append(message["type"])
+    return Traffic(tuple(addresses), tuple(sent), tuple(received), tuple(kinds))
 
 
 class Browser:
@@ -152,8 +153,7 @@ class Browser:
 
     def complaints(self) -> list[str]:
         """Return the errors and warnings of the console, and the violations of the page's policy."""
-        entries = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] != "INFO"]
-        lines = [line for line in entries if VOICES not in line]
+        lines = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] != "INFO"]
         return lines + self.run("return window.violations.splice(0)")
 
     def traffic(self) -> Traffic:

@@ -114,14 +114,13 @@ export async function openMicrophone({ frame, lost }) {
       throw error.name === "AbortError" ? new UnreachableError() : error; // the file could not be fetched
     });
     const cutter = new AudioWorkletNode(context, "cutter", {
-      numberOfOutputs: 0,
       channelCount: 1,
       channelCountMode: "explicit",
     });
     const emptied = new Promise((resolve) => {
       cutter.port.onmessage = ({ data }) => (data === null ? resolve() : frame(data));
     });
-    source.connect(cutter);
+    source.connect(cutter).connect(context.destination); // silence: some browsers run only what leads there
     await context.resume();
     track.onended = lost;
     return async () => {

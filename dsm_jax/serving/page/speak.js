@@ -112,9 +112,14 @@ export class SpeakPanel {
     }
   }
 
+  /** Return the context's time of what the listener hears now. */
+  #now({ context }) {
+    return context.currentTime - (context.outputLatency || 0);
+  }
+
   /** Return the place in the sound that is heard now, seconds. */
   #heard(run) {
-    const now = run.context.currentTime;
+    const now = this.#now(run);
     const place = run.places.findLast(({ at }) => at <= now);
     return place ? place.sound + Math.min(place.seconds, now - place.at) : 0;
   }
@@ -128,7 +133,7 @@ export class SpeakPanel {
       element.classList.toggle("now", start <= now && now < stop);
       element.classList.toggle("said", now >= start);
     }
-    if (run.done && run.context.currentTime >= run.end) {
+    if (run.done && this.#now(run) >= run.end) {
       for (const { element, start } of run.words) {
         element.classList.remove("now");
         element.classList.toggle("said", start !== null);
