@@ -9,7 +9,7 @@ SAY := @printf '==> %s\n'
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-fast parity lint bench
+.PHONY: help demo test test-fast test-page parity lint bench
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,10 +18,13 @@ demo: .venv/.run ## transcribe real recordings of spoken digits, whole and live
 	@$(BIN)/python examples/demo.py
 
 test: .venv/.dev ## the tests: no network, no GPU, no torch
-	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not gpu'
+	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not gpu and not browser'
 
 test-fast: .venv/.dev ## the tests that take a second or less each
-	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not gpu'
+	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not gpu and not browser'
+
+test-page: .venv/.page ## the server's page in a headless Chromium, which must be there with its driver
+	@$(BIN)/python -m pytest -m browser
 
 parity: .venv/.parity ## the PyTorch references, live, side by side with this library
 	@NO_TORCH_COMPILE=1 NO_CUDA_GRAPH=1 $(BIN)/python -m pytest tests/parity
@@ -52,6 +55,11 @@ $(BIN)/python:
 	@mkdir -p .venv/types/dsm_jax
 	@ln -sfn ../../../convert ../../../dsm_jax/__init__.py .venv/types/dsm_jax/
 	@touch .venv/.run $@
+
+.venv/.page: pyproject.toml .venv/.dev | $(BIN)/python
+	$(SAY) 'installing the driver of a browser into .venv'
+	@$(INSTALL) -e '.[dev,page]'
+	@touch $@
 
 .venv/.parity: pyproject.toml Makefile .venv/.dev | $(BIN)/python
 	$(SAY) 'installing the PyTorch references into .venv'

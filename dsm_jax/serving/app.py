@@ -27,7 +27,21 @@ _HEADERS = (
     (b"permissions-policy", b"microphone=(self)"),
     (b"cross-origin-opener-policy", b"same-origin"),
 )
-PAGE = ("index.html", "page.css", "page.js", "wire.js", "worklet.js", "icon.svg")
+PAGE = (
+    *("index.html", "page.css", "icon.svg"),
+    *(
+        "dom.js",
+        "hearing.js",
+        "listen.js",
+        "page.js",
+        "resample.js",
+        "server.js",
+        "speak.js",
+        "transcript.js",
+        "wav.js",
+    ),
+    *("wire.js", "worklet.js"),
+)
 
 
 def make_app(server: Server) -> Starlette:
