@@ -9,13 +9,16 @@ SAY := @printf '==> %s\n'
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-fast test-page parity lint bench
+.PHONY: help demo serve-demo test test-fast test-page parity lint bench
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.run ## transcribe real recordings of spoken digits, whole and live
 	@$(BIN)/python examples/demo.py
+
+serve-demo: .venv/.serve ## a server of the embedded models on this machine, with a page
+	@$(BIN)/dsm-jax serve
 
 test: .venv/.dev ## the tests: no network, no GPU, no torch
 	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not gpu and not browser'
@@ -55,6 +58,11 @@ $(BIN)/python:
 	@mkdir -p .venv/types/dsm_jax
 	@ln -sfn ../../../convert ../../../dsm_jax/__init__.py .venv/types/dsm_jax/
 	@touch .venv/.run $@
+
+.venv/.serve: pyproject.toml .venv/.run | $(BIN)/python
+	$(SAY) 'installing what a server needs into .venv'
+	@$(INSTALL) -e '.[serve]'
+	@touch $@
 
 .venv/.page: pyproject.toml .venv/.dev | $(BIN)/python
 	$(SAY) 'installing the driver of a browser into .venv'
