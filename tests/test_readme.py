@@ -91,8 +91,8 @@ def test_shell_blocks_run_in_order(desk):
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    named = set(re.findall(r"`?make (\w+)", README))
-    assert {"demo", "test"} <= named <= set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+    named = set(re.findall(r"`?make ([\w-]+)", README))
+    assert {"demo", "test"} <= named <= set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
 
 
 def test_a_broken_block_would_be_noticed(desk):

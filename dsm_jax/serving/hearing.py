@@ -101,7 +101,7 @@ class HearingService:
 
     @property
     def has_pauses(self) -> bool:
-        """Whether the model predicts pauses."""
+        """Tell whether the model predicts pauses."""
         return self.transcriber.lm.extra_heads_num_heads > 0
 
     def _warm_up(self) -> None:
@@ -234,7 +234,7 @@ class LiveHearing(RecordingSession):
 
     @property
     def behind(self) -> bool:
-        """Whether several frames wait."""
+        """Tell whether several frames wait."""
         return self.buffer.ready > 1
 
     def _collect(self) -> None:

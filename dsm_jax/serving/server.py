@@ -51,7 +51,7 @@ class Served:
 
     @property
     def keeps_up(self) -> bool:
-        """Whether all slots together are served in real time."""
+        """Tell whether all slots together are served in real time."""
         frames, seconds = min(self.service.step_seconds.items())
         return seconds < frames * FRAME_S
 
@@ -173,7 +173,7 @@ class Server:
 
     @property
     def accepting(self) -> bool:
-        """Whether sessions can begin."""
+        """Tell whether sessions can begin."""
         return self.ready and not self.draining and self.alive()
 
     # Requests.

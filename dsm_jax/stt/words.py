@@ -160,7 +160,7 @@ class WordReader:
 
     @property
     def in_word(self) -> bool:
-        """Whether a word has begun that has not ended."""
+        """Tell whether a word has begun that has not ended."""
         return bool(self._pieces)
 
     @property
