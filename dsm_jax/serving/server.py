@@ -27,7 +27,7 @@ from dsm_jax.stt.options import TranscribeOptions
 from dsm_jax.tts.speech import SynthesizeOptions
 
 OUTBOX = 1_000  # messages to a listener, about 80 s of frames, after which a client reads too slowly
-INBOX_S = 30.0  # of audio that may wait, after which a client is not read
+INBOX_S = 60.0  # of audio that may wait, after which a client is not read: Kyutai's scripts end with 40 s of silence
 QUEUE_S = 30.0  # that a recording waits for a slot
 FRAME_S = 0.080  # between live frames, within which a step must be over
 
