@@ -9,6 +9,7 @@ import io
 import json
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -578,3 +579,10 @@ def test_a_browser_that_is_not_there_is_named(monkeypatch):
     )
     with pytest.raises(MissingError, match=sentence):
         programs()
+
+
+def test_a_driver_that_is_not_installed_is_named(monkeypatch, tmp_path, microphone):
+    monkeypatch.setitem(sys.modules, "selenium", None)
+    sentence = "selenium was not found; install it: pip install 'dsm-jax\\[page\\]'"
+    with pytest.raises(MissingError, match=sentence), browser(tmp_path, microphone):
+        pass

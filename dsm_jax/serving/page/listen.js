@@ -13,7 +13,7 @@ const SENTENCES = {
   connecting: "Connecting …",
   waiting: "Waiting for a free place on the server …",
   live: "Listening. Press again to stop.",
-  file: "Transcribing the file. Press the square to stop.",
+  file: "Transcribing the file. Press again to stop.",
   finishing: "Waiting for the last words …",
 };
 const RUNNING = ["asking", "decoding", "connecting", "waiting", "live", "file", "finishing"];
@@ -207,6 +207,7 @@ export class ListenPanel {
     byId("secure").hidden = !noMicrophone;
     byId("open-file").disabled = running || !this.#model;
     byId("progress").hidden = !(this.#run?.file && running);
+    byId("bar").hidden = !byId("progress").hidden;
     if (!running) byId("behind").hidden = true;
     if (!running || state === "decoding") byId("progress").value = 0;
     this.#enableTools();
