@@ -33,7 +33,7 @@ VALUES = [
 def test_the_page_s_files_are_all_served_and_name_no_others():
     files = {path.name: path.read_text(encoding="utf-8") for path in PAGE.iterdir()}
     assert set(app.PAGE) == set(files)
-    named = re.compile(r"""(?:from|import|href=|src=|url\(|addModule\()\s*["'(]?(?:\./)?([\w./:-]+\.\w+)["')]""")
+    named = re.compile(r"""(?:from |import |href=|src=|url\(|addModule\()["']?(?:\./)?([\w./:-]+\.\w+)["')]""")
     found = {name for text in files.values() for name in named.findall(text)}
     assert set(files) - found == {"index.html"}
     assert found <= set(files)

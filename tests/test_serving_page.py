@@ -9,6 +9,7 @@ import io
 import json
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -166,6 +167,7 @@ def test_a_file_can_be_dropped_and_what_is_no_audio_is_named(page, server):
     page.wait(lambda: page.state("listen") == "error")
     sentence = "“letter.txt” cannot be decoded: this browser does not know it as audio."
     assert page.text("listen-state") == sentence
+    assert page.text("reconnect") == "Try again"
     open_file(page, JACKSON)
     assert page.words() == SPOKEN
 
@@ -242,6 +244,7 @@ def test_a_full_server_is_explained_and_the_page_can_connect_again(page, server)
         page.wait(lambda: page.state("listen") == "error")
         advice = "The server is full: all of its places are taken. Try again in a moment."
         assert page.text("listen-state") == f"{advice} The server says: “no free channels”."
+    assert page.text("reconnect") == "Reconnect"
     page.click("reconnect")
     page.wait(lambda: page.state("listen") == "live")
     page.click("mic")
@@ -280,6 +283,21 @@ def test_a_long_file_is_sent_no_faster_than_the_server_takes_it(page, server, tm
         ahead += {"Audio": 1, "Step": -1}.get(kind, 0)
         most = max(most, ahead)
     assert 200 < most < 20 * 12.5 + 2
+    assert page.complaints() == []
+
+
+def test_a_file_can_be_stopped(page, server, tmp_path):
+    pcm_T, rate = soundfile.read(JACKSON, dtype="float32")
+    path = write_sound(tmp_path / "long.wav", np.tile(pcm_T, 20), rate)
+    page.get(server)
+    page.element("file").send_keys(str(path))
+    page.wait(lambda: len(page.words()) >= 9)
+    page.click("mic")
+    page.wait(lambda: page.state("listen") == "idle")
+    words = page.words()
+    assert words == (20 * SPOKEN)[: len(words)]
+    assert len(words) < 20 * len(SPOKEN)
+    assert page.traffic().kinds.count("Marker") == 2  # the page's and the server's
     assert page.complaints() == []
 
 
@@ -561,3 +579,10 @@ def test_a_browser_that_is_not_there_is_named(monkeypatch):
     )
     with pytest.raises(MissingError, match=sentence):
         programs()
+
+
+def test_a_driver_that_is_not_installed_is_named(monkeypatch, tmp_path, microphone):
+    monkeypatch.setitem(sys.modules, "selenium", None)
+    sentence = "selenium was not found; install it: pip install 'dsm-jax\\[page\\]'"
+    with pytest.raises(MissingError, match=sentence), browser(tmp_path, microphone):
+        pass

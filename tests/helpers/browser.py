@@ -53,7 +53,7 @@ def programs() -> tuple[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a page sent and received: addresses, the messages of its websockets, and the types of all in their order."""
+    """Addresses that a page asked for, the messages of its websockets, and the types of all messages in their order."""
 
     addresses: tuple[str, ...]
     sent: tuple[dict[str, Any], ...]

@@ -1,4 +1,4 @@
-"""What the page needs around it: a server in its own process, and a recording for the browser's microphone."""
+"""A server in its own process, and a recording for a browser's microphone: the surroundings of the page."""
 
 import contextlib
 import os
@@ -49,7 +49,7 @@ def serving(*options: str, **variables: str) -> Iterator[tuple[str, subprocess.P
 
 
 def write_microphone(path: Path) -> Path:
-    """Write what the microphone gives: silence while the page sets up, nine digits, and silence."""
+    """Write a recording for the microphone: silence while the page sets up, nine digits, and silence."""
     pcm_T, rate = soundfile.read(JACKSON, dtype="float32")
     pcm_T = np.concatenate([np.zeros(rate // 2, np.float32), pcm_T, np.zeros(4 * rate, np.float32)])
     soundfile.write(path, soxr.resample(pcm_T, rate, 48_000), 48_000, subtype="PCM_16")

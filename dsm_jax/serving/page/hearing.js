@@ -19,6 +19,7 @@ export class Hearing {
   #transcript;
   #on;
   #late = 0; // samples that wait on the server
+  #finishing = false;
   #over = false;
 
   constructor(path, transcript, { wait = false, ...on }) {
@@ -36,6 +37,7 @@ export class Hearing {
 
   /** Send samples, Float32Array of 24 kHz. */
   push(samples) {
+    if (!this.wants) return;
     this.frames += 1;
     this.sent += samples.length / RATE;
     this.#send(encodeAudio(samples));
@@ -43,6 +45,8 @@ export class Hearing {
 
   /** Ask for the last words; the session ends when they have come. */
   finish() {
+    if (!this.wants) return;
+    this.#finishing = true;
     this.#send(encode({ type: "Marker", id: LAST, flush: true }));
   }
 
@@ -51,8 +55,9 @@ export class Hearing {
     this.#end(null);
   }
 
-  get over() {
-    return this.#over;
+  /** Whether the session takes samples. */
+  get wants() {
+    return !this.#finishing && !this.#over;
   }
 
   /** Seconds of audio that were sent and are not transcribed, beyond the frame that is on its way. */
@@ -153,8 +158,8 @@ export async function decodeFile(file) {
 
 /** Send samples as fast as the server takes them; what waits in this browser stays small. */
 export async function sendAll(hearing, samples) {
-  for (let at = 0; at < samples.length && !hearing.over; at += FRAME) {
-    while (!hearing.over && hearing.sent - hearing.heard > 20) await new Promise((resolve) => setTimeout(resolve, 10));
+  for (let at = 0; at < samples.length && hearing.wants; at += FRAME) {
+    while (hearing.wants && hearing.sent - hearing.heard > 20) await new Promise((resolve) => setTimeout(resolve, 10));
     hearing.push(samples.slice(at, at + FRAME));
   }
   hearing.finish();

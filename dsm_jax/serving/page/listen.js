@@ -13,7 +13,7 @@ const SENTENCES = {
   connecting: "Connecting …",
   waiting: "Waiting for a free place on the server …",
   live: "Listening. Press again to stop.",
-  file: "Transcribing the file. Press the square to stop.",
+  file: "Transcribing the file. Press again to stop.",
   finishing: "Waiting for the last words …",
 };
 const RUNNING = ["asking", "decoding", "connecting", "waiting", "live", "file", "finishing"];
@@ -27,13 +27,14 @@ export class ListenPanel {
   #marked = -1; // number of the last word with a mark of a pause behind it
   #run = null; // what goes on: {hearing, closeMicrophone, file}
   #file = null; // name of the last file
+  #again = null; // does once more what has failed
   #onKey;
 
   /** `onKey` is called with a KeyError when the server asks for a key. */
   constructor({ onKey }) {
     this.#onKey = onKey;
     byId("mic").onclick = () => this.toggle();
-    byId("reconnect").onclick = () => this.toggle();
+    byId("reconnect").onclick = () => this.#again();
     byId("open-file").onclick = () => byId("file").click();
     byId("file").onchange = ({ target }) => {
       const [file] = target.files;
@@ -75,7 +76,7 @@ export class ListenPanel {
 
   async openFile(file) {
     if (this.running || !this.#model) return;
-    const run = this.#begin("decoding");
+    const run = this.#begin("decoding", () => this.openFile(file));
     this.#file = run.file = file.name;
     try {
       const samples = await decodeFile(file);
@@ -90,7 +91,7 @@ export class ListenPanel {
   }
 
   async #listen() {
-    const run = this.#begin("asking");
+    const run = this.#begin("asking", () => this.#listen());
     this.#file = null;
     try {
       const close = await openMicrophone({
@@ -105,7 +106,8 @@ export class ListenPanel {
     }
   }
 
-  #begin(state) {
+  #begin(state, again) {
+    this.#again = again;
     this.#run = { hearing: null, closeMicrophone: null, file: null, early: [] };
     this.#elapsed(0);
     this.#show(state);
@@ -126,7 +128,6 @@ export class ListenPanel {
 
   /** Take a frame of the microphone. */
   #frame(run, samples) {
-    if (run.hearing?.over) return;
     if (run.hearing) run.hearing.push(samples);
     else run.early.push(samples);
     if (run !== this.#run) return;
@@ -162,6 +163,7 @@ export class ListenPanel {
     run.hearing?.cancel();
     this.#release(run);
     this.#show("error", describe(error));
+    byId("reconnect").textContent = run.hearing ? "Reconnect" : "Try again";
     if (error instanceof KeyError) this.#onKey(error);
   }
 
@@ -205,6 +207,7 @@ export class ListenPanel {
     byId("secure").hidden = !noMicrophone;
     byId("open-file").disabled = running || !this.#model;
     byId("progress").hidden = !(this.#run?.file && running);
+    byId("bar").hidden = !byId("progress").hidden;
     if (!running) byId("behind").hidden = true;
     if (!running || state === "decoding") byId("progress").value = 0;
     this.#enableTools();

@@ -48,7 +48,7 @@ byId("retry").onclick = load;
 byId("key-form").onsubmit = (event) => {
   event.preventDefault();
   useKey(byId("key").value.trim());
-  load();
+  load().then(() => byId("key-form").hidden && byId("mic").focus());
 };
 
 addEventListener("keydown", (event) => {
