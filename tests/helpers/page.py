@@ -1,4 +1,4 @@
-"""A server in its own process, and a recording for a browser's microphone: the surroundings of the page."""
+"""Start what the page needs around it: a server in its own process, and a recording for the microphone."""
 
 import contextlib
 import os
