@@ -11,13 +11,14 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 
 from dsm_jax.checkpoints import Model
-from dsm_jax.errors import DsmError
+from dsm_jax.errors import DsmError, SpeechError
 from dsm_jax.progress import Progress, ProgressCallback
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.runtime.steps import Leave
 from dsm_jax.speech import Speech
 
 Prepared = TypeVar("Prepared")
+Request = TypeVar("Request")
 
 
 class SpeakingSession(ABC, Generic[Prepared]):
@@ -110,6 +111,14 @@ class SessionMaker(Protocol):
         ...
 
 
+def read_or_error(read: Callable[..., Request], *arguments: Any) -> Request | SpeechError:
+    """Read a request of several; return the error of one that cannot be read, so that the others are not lost."""
+    try:
+        return read(*arguments)
+    except SpeechError as error:
+        return error
+
+
 def speak_each(
     synthesizer: SessionMaker,
     session: Callable[..., SpeakingSession[Any]],
@@ -122,13 +131,16 @@ def speak_each(
     Args:
       synthesizer: reads the requests, and has their slots.
       session: class of the sessions.
-      requests: all of them are read first, so that the program has room for each.
+      requests: all of them are read first, so that the program has room for each; an error in place of a request that
+        could not be read is yielded.
       options: of requests that have none.
       progress: called with the seconds of each speech that were made so far.
     """
 
     def prepared(index: int) -> SpeakingSession[Any]:
         try:
+            if isinstance(requests[index], DsmError):
+                raise requests[index]
             request = synthesizer.prepare(requests[index], options)
         except DsmError as error:
             return session(synthesizer.model, None, error=error, index=index)

@@ -100,7 +100,7 @@ def synthesize(
       ModelKindError: the model does not speak.
       SpeechError: text that cannot be said, or voices or a context that the model cannot take.
     """
-    alone = _is_one(text)
+    alone = _is_one(text) or not isinstance(text, Iterable)
     texts: list[Any] = [text] if alone else list(text)  # pyright: ignore[reportArgumentType]
     requests = _requests(model, texts, alone, voice, speaker, context, options)
     results: list[Speech | None] = [None] * len(requests)
@@ -120,7 +120,7 @@ def synthesize(
 
 def synthesize_each(
     model: Model,
-    requests: Sequence[Text],
+    requests: Sequence[Text | DsmError],
     *,
     options: Options | None = None,
     batch_size: int = 8,
@@ -142,7 +142,7 @@ def synthesize_each(
       progress: called with the seconds of each speech that were made so far.
     """
     if _is_conversational(model):
-        read = csm_requests(requests, None, None, None)
+        read = [one if isinstance(one, DsmError) else csm_requests([one], None, None, None)[0] for one in requests]
         own = _options(model, CsmOptions, options)
         results = csm_batch.synthesize_each(model, read, options=own, batch_size=batch_size, progress=progress)
     else:
@@ -150,7 +150,7 @@ def synthesize_each(
         asked: list[Any] = list(requests)
         results = tts_batch.synthesize_each(model, asked, options=own, batch_size=batch_size, progress=progress)
     for index, result in results:
-        yield index, result if watermark is None else _marked(result, watermark)
+        yield index, result if watermark is None else _marked_or_error(result, watermark)
 
 
 def synthesize_stream(
@@ -185,6 +185,8 @@ def synthesize_stream(
     """
     if _is_conversational(model):
         (request,) = _requests(model, [_whole(text)], True, voice, speaker, context, None)
+        if isinstance(request, DsmError):
+            raise request
         sound = csm_batch.synthesize_stream(model, request, options=_options(model, CsmOptions, options))
     else:
         _refuse(model, speaker=speaker, context=context)
@@ -267,6 +269,14 @@ def _mark(pcm_T: np.ndarray, sample_rate: int, watermark: Watermark) -> np.ndarr
     if marked_T.shape != pcm_T.shape:
         raise SpeechError(f"the watermark made {list(marked_T.shape)} of {list(pcm_T.shape)} samples; return as many")
     return marked_T
+
+
+def _marked_or_error(result: Speech | DsmError, watermark: Watermark) -> Speech | DsmError:
+    """Mark the sound of one result of several; return the error where the watermark does not fit it."""
+    try:
+        return _marked(result, watermark)
+    except SpeechError as error:
+        return error
 
 
 def _marked(result: Speech | DsmError, watermark: Watermark) -> Speech | DsmError:

@@ -10,7 +10,7 @@ import dsm_jax
 from dsm_jax import csm
 from dsm_jax.csm import CsmOptions, Recorded, Request, Segment
 from dsm_jax.csm.batch import synthesize_each
-from dsm_jax.errors import AudioError, ConfigError, ModelKindError, SpeechError
+from dsm_jax.errors import AudioError, BatchError, ConfigError, ModelKindError, SpeechError
 from tests.helpers import tts_model
 from tests.helpers.csm_model import CSM, random_model
 from tests.helpers.tts_model import FRAME
@@ -76,6 +76,31 @@ def test_a_fault_costs_only_its_own_request(model, request_of, error, message):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_conversation_of_another_form_costs_only_itself(model):
+    good = [{"role": "0", "content": "hello"}]
+    texts = [good, [{"role": "zero", "content": "hello"}], "no", 3.0]
+    with pytest.raises(dsm_jax.BatchError, match="2 of 4 inputs failed") as caught:
+        dsm_jax.synthesize(model, texts, options=GREEDY)
+    assert "has the role 'zero'; expected the number of a speaker" in str(caught.value.errors[1])
+    assert "the text is float; expected a str, a conversation" in str(caught.value.errors[3])
+    assert [result is None for result in caught.value.results] == [False, True, False, True]
+
+
+@pytest.mark.slow
+def test_a_watermark_that_does_not_fit_one_speech_costs_only_that(model):
+    def short_of_the_second(pcm_T, sample_rate):
+        lengths.append(pcm_T.size)
+        return pcm_T[:-1] if len(lengths) == 2 else pcm_T
+
+    lengths: list[int] = []
+    texts = ["hello there.", "what?", "z"]
+    with pytest.raises(dsm_jax.BatchError) as caught:
+        dsm_jax.synthesize(model, texts, options=GREEDY, batch_size=1, watermark=short_of_the_second)
+    made = [number for number, error in caught.value.errors.items() if "the watermark made" in str(error)]
+    assert made == [1]
+
+
 def test_stereo_and_other_rates_are_taken_as_everywhere(model, tmp_path):
     stereo, fast = tmp_path / "stereo.wav", tmp_path / "fast.wav"
     dsm_jax.audio.write(stereo, np.stack([PCM, PCM]), model.sample_rate)
@@ -153,9 +178,9 @@ def test_a_conversation_of_another_form_is_refused(messages, message):
             ConfigError,
             "^options are SynthesizeOptions; random takes CsmOptions$",
         ),
-        ({"text": 3.0}, TypeError, "not iterable"),
+        ({"text": 3.0}, SpeechError, "^the text is float; expected a str, a conversation, or several of these$"),
         ({"text": "a", "speaker": "0"}, SpeechError, r"^the speaker of 'a' is '0'; expected a number: 0, 1 and so on$"),
-        ({"text": ["a", 3]}, SpeechError, "^the text is int; expected a str, a conversation, or several of these$"),
+        ({"text": ["a", 3]}, BatchError, "the text is int; expected a str, a conversation, or several of these$"),
         ({"text": ["a", "b"], "speaker": [0]}, ConfigError, "^2 texts have 1 speakers; give one for all, or one each$"),
         ({"text": ["a"], "context": [[], []]}, ConfigError, "^1 texts have 2 contexts; give one for all, or one each$"),
         ({"text": "a", "speaker": [0]}, ConfigError, "^one text has a list of speakers or options; give one of each"),

@@ -154,7 +154,7 @@ def test_a_setting_that_we_have_not_is_refused_by_name(tmp_path, monkeypatch, ol
 
 
 def test_a_host_that_others_reach_needs_keys():
-    with pytest.raises(ConfigError, match="would listen on 0.0.0.0 without keys; give --api-key-file FILE"):
+    with pytest.raises(ConfigError, match=r"would listen on 0.0.0.0 without keys; give --api-key-file FILE"):
         ServerConfig(host="0.0.0.0").check_access()
     for config in (ServerConfig(), ServerConfig(host="0.0.0.0", keys=("k",)), ServerConfig(host="::", no_auth=True)):
         config.check_access()

@@ -17,7 +17,7 @@ from dsm_jax.speech import Speech
 
 def synthesize_each(
     model: Model,
-    requests: Sequence[Request],
+    requests: Sequence[Request | DsmError],
     *,
     options: CsmOptions = CsmOptions(),
     batch_size: int = 8,
@@ -30,7 +30,7 @@ def synthesize_each(
 
     Args:
       model: a conversational speech model, from `dsm_jax.load`.
-      requests: the turns, each with its conversation.
+      requests: the turns, each with its conversation, or an error in place of one that could not be read.
       options: of requests that have none.
       batch_size: at most how many turns at a time.
       progress: called with the seconds of each speech that were made so far.

@@ -13,6 +13,7 @@ from dsm_jax import audio as sound
 from dsm_jax.csm.options import CsmOptions
 from dsm_jax.errors import ConfigError, SpeechError
 from dsm_jax.options import check_one_each
+from dsm_jax.speaking import read_or_error
 from dsm_jax.speech import Speech
 
 _FORMAT = '{"role": "0", "content": [{"type": "text", "text": TEXT}, {"type": "audio", "path": FILE}]}'
@@ -176,8 +177,8 @@ def requests_of(
     speaker: int | Sequence[int] | None,
     context: Sequence[Any] | None,
     options: CsmOptions | Sequence[CsmOptions] | None,
-) -> list[Request]:
-    """Return the requests of several texts.
+) -> list[Request | SpeechError]:
+    """Return the requests of several texts; of a text or a conversation that cannot be read, the error.
 
     Args:
       texts: strings, conversations in the chat format, and `Request`s.
@@ -187,7 +188,6 @@ def requests_of(
 
     Raises:
       ConfigError: not as many speakers, contexts or options as texts.
-      SpeechError: a text of another kind, a message of another form, or a context of other things than segments.
     """
     count = len(texts)
     if context is not None and not isinstance(context, Segment):
@@ -197,7 +197,7 @@ def requests_of(
     contexts: list[Any] = list(context or ()) if ragged else [context] * count
     each = list(options) if isinstance(options, Sequence) else [options] * count
     check_one_each(count, "texts", speakers=speakers, contexts=contexts, options=each)
-    return [_request(*one) for one in zip(texts, speakers, contexts, each, strict=True)]
+    return [read_or_error(_request, *one) for one in zip(texts, speakers, contexts, each, strict=True)]
 
 
 def _request(text: Any, speaker: int | None, context: Sequence[Segment] | None, options: CsmOptions | None) -> Request:

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dsm_jax.checkpoints import Model
-from dsm_jax.errors import ConfigError, DsmError
+from dsm_jax.errors import ConfigError, DsmError, SpeechError
 from dsm_jax.options import check_batch_size, check_one_each, slots_for
 from dsm_jax.progress import ProgressCallback
-from dsm_jax.speaking import speak_each
+from dsm_jax.speaking import read_or_error, speak_each
 from dsm_jax.speech import Speech
 from dsm_jax.tts.speech import Dialogue, Request, SynthesizeOptions
 from dsm_jax.tts.synthesizer import SpeechSession, Synthesizer
@@ -18,7 +18,7 @@ Text = str | Dialogue | Request
 
 def synthesize_each(
     model: Model,
-    requests: Sequence[Text],
+    requests: Sequence[Text | DsmError],
     *,
     options: SynthesizeOptions = SynthesizeOptions(),
     batch_size: int = 8,
@@ -31,15 +31,17 @@ def synthesize_each(
 
     Args:
       model: a text-to-speech model, from `dsm_jax.load`.
-      requests: texts and dialogues, or a `Request` with voices and options of its own.
+      requests: texts and dialogues, or a `Request` with voices and options of its own; or an error in place of one that
+        could not be read.
       options: of requests that have none.
       batch_size: at most how many texts at a time.
       progress: called with the seconds of each speech that were made so far.
     """
     check_batch_size(batch_size)
-    read = [Request.of(request) for request in requests]
-    own = [request.options for request in read if request.options is not None and request.options.fits(model)]
-    default = [options] if any(request.options is None for request in read) or not own else []
+    read = [one if isinstance(one, DsmError) else read_or_error(Request.of, one) for one in requests]
+    chosen = [request.options for request in read if isinstance(request, Request)]
+    own = [one for one in chosen if one is not None and one.fits(model)]
+    default = [options] if None in chosen or not own else []
     synthesizer = Synthesizer(model, slots_for(len(read), batch_size), [*default, *own])
     yield from speak_each(synthesizer, SpeechSession, read, options, progress)
 
@@ -49,8 +51,8 @@ def _is_list(value: object) -> bool:
     return not (value is None or isinstance(value, str | os.PathLike) or hasattr(value, "__array__"))
 
 
-def requests_of(texts: Sequence[Text], alone: bool, voice: Any, options: Any) -> list[Request]:
-    """Return the requests of texts.
+def requests_of(texts: Sequence[Text], alone: bool, voice: Any, options: Any) -> list[Request | SpeechError]:
+    """Return the requests of texts; of a text that cannot be read, the error.
 
     Args:
       texts: one text or several.
@@ -60,15 +62,14 @@ def requests_of(texts: Sequence[Text], alone: bool, voice: Any, options: Any) ->
 
     Raises:
       ConfigError: not as many voices or options as texts.
-      SpeechError: a text of another kind.
     """
     if alone:
         if isinstance(options, Sequence):
             raise ConfigError("one text has a list of options; give one SynthesizeOptions, or a list of texts")
         if _is_list(voice):
             raise ConfigError("one text has a list of voices; give one voice, or a Dialogue whose turns have their own")
-        return [Request.of(texts[0], voice, options)]
+        return [read_or_error(Request.of, texts[0], voice, options)]
     voices = list(voice) if _is_list(voice) else [voice] * len(texts)
     each = list(options) if isinstance(options, Sequence) else [options] * len(texts)
     check_one_each(len(texts), "texts", voices=voices, options=each)
-    return [Request.of(*request) for request in zip(texts, voices, each, strict=True)]
+    return [read_or_error(Request.of, *request) for request in zip(texts, voices, each, strict=True)]

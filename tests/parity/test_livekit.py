@@ -1,4 +1,4 @@
-"""LiveKit's plugin for Kyutai's server, unmodified, against ours: its final transcripts are the words of `transcribe`."""
+"""LiveKit's plugin for Kyutai's server, unmodified, against ours: it reports the words of `transcribe`."""
 
 import asyncio
 from pathlib import Path
