@@ -21,6 +21,7 @@ from dsm_jax.serving.server import Server
 MESSAGE_BYTES = 4 << 20  # 35 s of samples as MessagePack
 _KERNEL_BUFFER = 256 << 10  # of each socket: megabytes of audio in it would hide that a client is not read
 
+_SWITCH_S = 0.0005
 _PING_S = 10.0  # between pings; a client that does not answer one for twice as long has gone
 # What uvicorn says, as an error, of each handshake that is answered by another status.
 _REFUSED = "ASGI callable returned without completing handshake"
@@ -95,6 +96,8 @@ def serve(config: ServerConfig, *, on_ready: Callable[[Server, str], None] = lam
       DsmError: a model cannot be loaded, or the address cannot be bound.
     """
     config.check_access()
+    # numpy gives the interpreter up within its calls, and the event loop would wait 5 ms for the engine to give it back.
+    sys.setswitchinterval(_SWITCH_S)
     listener = listening_socket(config.host, config.port)
     try:
         server = Server(config, metadata.version("dsm_jax"))

@@ -235,12 +235,18 @@ class Ticket:
         self.code: int | None = None
         self.reason = "client"
         self.frames = self.words = 0
-        self.hurried = asyncio.Event()
+        self.hurried = False
+        self.reading: asyncio.Timeout | None = None  # of the wait for the client's next message
+        metrics = server.metrics
+        # Looked up once: a label is searched for under a lock.
+        self._audio, self._words = metrics.audio.labels(served.name), metrics.words.labels(served.name)
+        self._latency = metrics.latency.labels(served.name)
 
     def hurry(self) -> None:
         """Ask the session to end: what was heard is transcribed, and no more is taken."""
-        self.reason = "drain"
-        self.hurried.set()
+        self.reason, self.hurried = "drain", True
+        if self.reading is not None:
+            self.reading.reschedule(asyncio.get_running_loop().time())
 
     async def messages(self) -> AsyncIterator[Any]:
         """Yield the session's messages up to `Ended`, which is the last; count them on the way.
@@ -275,18 +281,18 @@ class Ticket:
                     self.queued = False
             case Heard():
                 self.frames += 1
-                metrics.audio.labels(name).inc(FRAME_S)
+                self._audio.inc(FRAME_S)
                 latencies, self.session.latencies = self.session.latencies, []
                 for seconds in latencies:
-                    metrics.latency.labels(name).observe(seconds)
+                    self._latency.observe(seconds)
             case Sound():
                 if self.frames == 0 and self.session.first_sound is not None:
                     metrics.first_sound.labels(name).observe(self.session.first_sound)
                 self.frames += 1
-                metrics.audio.labels(name).inc(FRAME_S)
+                self._audio.inc(FRAME_S)
             case WordEnded() | Said():
                 self.words += 1
-                metrics.words.labels(name).inc()
+                self._words.inc()
             case Ended():
                 self.end(message.code, "finished" if message.reason is None else "error")
 

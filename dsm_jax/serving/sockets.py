@@ -6,7 +6,6 @@ A socket that the server ends gets a message of its dialect and a close code, ne
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -65,32 +64,30 @@ async def received(socket: WebSocket, server: Server, ticket: Ticket) -> AsyncIt
     Raises:
       ClosedError: the client was idle, or its session has lasted as long as any may, or the server drains.
     """
-    config, session = server.config, ticket.session
-    ends = ticket.began + config.max_session_s
-    hurried = asyncio.ensure_future(ticket.hurried.wait())
-    try:
-        while True:
-            while getattr(session, "waiting", 0.0) > INBOX_S and not ticket.hurried.is_set():
-                await asyncio.sleep(0.05)
-            read = asyncio.ensure_future(socket.receive())
-            limit = min(config.idle_s, ends - time.monotonic())
-            done, _ = await asyncio.wait({read, hurried}, timeout=max(0.0, limit), return_when="FIRST_COMPLETED")
-            if read not in done:
-                read.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await read
-                if hurried in done:
-                    raise ClosedError(1001, "the server is shutting down", "drain")
-                if time.monotonic() >= ends:
-                    raise ClosedError(1000, f"a session lasts at most {config.max_session_s:.0f} s", "limit")
-                raise ClosedError(1000, f"nothing was received for {config.idle_s:.0f} s", "idle")
-            message = read.result()
-            if message["type"] == "websocket.disconnect":
-                return
-            data = message.get("bytes")
-            yield message["text"] if data is None else data
-    finally:
-        hurried.cancel()
+    config, session, loop = server.config, ticket.session, asyncio.get_running_loop()
+    ends = loop.time() + config.max_session_s
+    while True:
+        while getattr(session, "waiting", 0.0) > INBOX_S and not ticket.hurried:
+            await asyncio.sleep(0.05)
+        try:
+            # No task for each message: with many streams that would be most of the event loop's work.
+            async with asyncio.timeout_at(min(loop.time() + config.idle_s, ends)) as limit:
+                ticket.reading = limit
+                if ticket.hurried:
+                    limit.reschedule(loop.time())
+                message = await socket.receive()
+        except TimeoutError:
+            if ticket.hurried:
+                raise ClosedError(1001, "the server is shutting down", "drain") from None
+            if loop.time() >= ends:
+                raise ClosedError(1000, f"a session lasts at most {config.max_session_s:.0f} s", "limit") from None
+            raise ClosedError(1000, f"nothing was received for {config.idle_s:.0f} s", "idle") from None
+        finally:
+            ticket.reading = None
+        if message["type"] == "websocket.disconnect":
+            return
+        data = message.get("bytes")
+        yield message["text"] if data is None else data
 
 
 async def send(socket: WebSocket, data: str | bytes) -> None:
@@ -102,7 +99,8 @@ async def send(socket: WebSocket, data: str | bytes) -> None:
     """
     sent = socket.send_text(data) if isinstance(data, str) else socket.send_bytes(data)
     try:
-        await asyncio.wait_for(sent, _SEND_S)
+        async with asyncio.timeout(_SEND_S):
+            await sent
     except TimeoutError:
         raise ClosedError(1008, "the client reads too slowly", "slow") from None
 

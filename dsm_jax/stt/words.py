@@ -108,6 +108,7 @@ class WordReader:
         self._start: int | None = None  # frame at which the segment starts
         self._end_of_stream: int | None = None
         self._told: list[float] = []  # starts of those words of the segment whose start was returned
+        self._told_pieces = 0  # pieces of the segment when starts were last looked for
         self._paused = False
 
     def read(
@@ -178,8 +179,9 @@ class WordReader:
 
     def _tell_starts(self, *, complete: bool = False) -> list[Event]:
         """Return the starts of those words of the segment that are new; an unfinished character is waited for."""
-        if not self._pieces:
+        if not self._pieces or (len(self._pieces) == self._told_pieces and not complete):
             return []
+        self._told_pieces = len(self._pieces)
         words = self._segment()
         starts = self._starts(words)
         if not complete and words and words[-1].endswith(UNFINISHED):
@@ -227,10 +229,10 @@ class WordReader:
         """Tell whether the segment has ended though no boundary came: its text is complete, and its sound too."""
         if self.levels is None or not self._pieces or self.frame - self._pieces[-1].frame <= COMPLETE_FRAMES:
             return False
-        last = self._frames(self._segment())[-1:] or [self._pieces[0].frame]
         # Without a silence the next word may begin at once, and the text is later than the sound.
         if self.frame - self._pieces[-1].frame > LONGEST_TAIL_S * self.timing.frame_rate:
             return True
+        last = self._frames(self._segment())[-1:] or [self._pieces[0].frame]
         found = self.levels.end_of_sound(self.timing.in_stream(last[0]), self.levels.seconds)
         # The text of a word that followed at once would have come by the end of its sound.
         return found is not None and found[1] >= SILENCE_S and self.timing.in_stream(self.frame) >= found[0]
@@ -262,6 +264,7 @@ class WordReader:
         for word, start, stop, sure in zip(words, starts, ends, sures, strict=True):
             events.append(WordEnded(Word(word, start, max(start, stop), sure)))
         self._pieces, self._told, self._end_of_stream, self._start = [], [], None, None
+        self._told_pieces = 0
         return events
 
 
