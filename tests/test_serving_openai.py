@@ -2,8 +2,10 @@
 
 import asyncio
 import base64
+import concurrent.futures
 import io
 import json
+import time
 from pathlib import Path
 
 import httpx
@@ -17,6 +19,7 @@ from dsm_jax import audio
 from dsm_jax.serving.encoding import SoundEncoder, pcm16, wav_header
 from dsm_jax.serving.openai_errors import ApiError, api_error, parse_object
 from dsm_jax.serving.openai_formats import WordDeltas
+from dsm_jax.serving.outbox import Ended
 from dsm_jax.stt.events import Word, WordEnded, WordStarted
 from dsm_jax.stt.options import Prompt, TranscribeOptions
 from tests.helpers.serving import Running, running, served
@@ -439,6 +442,70 @@ def test_clients_that_leave_give_their_slots_back(server):
         raise AssertionError("slots are still held")
 
     asyncio.run(leave())
+
+
+def long_recording() -> bytes:
+    """Return 38 s of digits as a wav file: little less than the server takes."""
+    file = io.BytesIO()
+    soundfile.write(file, np.tile(audio.read(RECORDING, 24_000), 5), 24_000, format="WAV", subtype="PCM_16")
+    return file.getvalue()
+
+
+def end_sessions(server: Running, ended: Ended) -> None:
+    """Put an end into the outboxes of all sessions, as the engine would."""
+    loop = server.server.loop
+    assert loop is not None
+    for ticket in list(server.server._tickets):
+        loop.call_soon_threadsafe(ticket.session.outbox.put, [ended])
+
+
+def test_a_client_that_hangs_up_on_a_long_transcription_frees_its_slot(server, monkeypatch):
+    engine, ended = server.server.models[0].engine, []
+    leave = engine.leave
+    monkeypatch.setattr(engine, "leave", lambda session: (ended.extend(server.server._tickets), leave(session)))
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{server.url}/v1/audio/transcriptions",
+            data={"model": "digits"},
+            files={"file": ("a.wav", long_recording())},
+            timeout=httpx.Timeout(60, read=0.5),
+        )
+    start = time.monotonic()
+    while engine.used:
+        assert time.monotonic() - start < 30
+        time.sleep(0.02)
+    assert "client" in [ticket.reason for ticket in ended]
+    assert max(ticket.frames for ticket in ended) < 450  # of the recording's 476
+
+
+def test_an_engine_that_fails_is_told_while_the_text_is_streamed(server, client):
+    events = client.audio.transcriptions.create(model="digits", file=("a.wav", long_recording()), stream=True)
+    assert next(iter(events)).type == "transcript.text.delta"
+    end_sessions(server, Ended(1011, "the server's engine has failed"))
+    with pytest.raises(openai.APIError, match="the server's engine has failed") as caught:
+        list(events)
+    assert caught.value.code == "server_full"
+
+
+def test_an_engine_that_fails_gives_no_shorter_transcript(server):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(post, server, file=long_recording())
+        while not server.server._tickets and not answer.done():
+            time.sleep(0.01)
+        end_sessions(server, Ended(1011, "the server's engine has failed"))
+        refused(answer.result(), 503, code="server_full")
+
+
+def test_a_speech_that_fails_is_cut_off_and_not_ended(server, caplog):
+    body = {"model": "digits-tts", "voice": "jackson", "input": "one two three four " * 20, "response_format": "pcm"}
+    with httpx.stream("POST", f"{server.url}/v1/audio/speech", json=body, timeout=60) as answer:
+        pieces = answer.iter_bytes()
+        assert next(pieces)
+        end_sessions(server, Ended(1007, "the secret cause"))
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(pieces)
+    assert "an answer was cut off: SpeechError" in caplog.text
+    assert "secret" not in caplog.text
 
 
 def test_eight_clients_at_once_get_what_one_gets(server, expected, speech):

@@ -6,11 +6,13 @@ import contextlib
 import json
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import openai
 import pytest
 import soxr
 import websockets
+from hypothesis import strategies as st
 from websockets.exceptions import InvalidStatus
 
 import dsm_jax
@@ -31,6 +33,11 @@ RATE = 24_000
 PATIENCE_S = 30.0
 COMPLETED = "conversation.item.input_audio_transcription.completed"
 DELTA = "conversation.item.input_audio_transcription.delta"
+
+NAMES = (
+    *("type", "audio", "input", "format", "rate", "transcription", "model", "prompt", "turn_detection", "eagerness"),
+    *("threshold", "silence_duration_ms", "include", "noise_reduction", "input_audio_transcription"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -421,6 +428,25 @@ def test_neighbours_do_not_change_a_session(server):
     asyncio.run(run())
 
 
+def test_a_session_that_the_server_ends_gets_its_last_words(server):
+    pcm_T = samples("digits_lucas")
+
+    async def conversation(client: Client) -> None:
+        await client.say(update(), append(pcm_T))
+        await client.until("session.updated")
+        (ticket,) = server.server._tickets
+        server.server.loop.call_soon_threadsafe(ticket.hurry)
+        events = await client.until(COMPLETED)
+        assert "input_audio_buffer.committed" in [event["type"] for event in events]
+        assert events[-1]["transcript"] == text_of(pcm_T)
+        assert (await client.hear())["error"]["message"] == "the server is shutting down"
+        with pytest.raises(websockets.ConnectionClosed) as caught:
+            await client.hear()
+        assert caught.value.rcvd.code == 1001
+
+    talk(server, conversation)
+
+
 # The rules of turns, without a server.
 
 
@@ -562,6 +588,25 @@ def test_a_setting_that_is_not_supported_is_named(session, param, said):
         Settings().updated(session)
     assert caught.value.param == param
     assert said in str(caught.value)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["audio/pcm", "semantic_vad", "x", ""]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@hypothesis.given(VALUES)
+@hypothesis.settings(max_examples=500, deadline=None)
+def test_any_update_gives_settings_or_an_error_of_the_dialect(session):
+    try:
+        settings = Settings().updated(session)
+    except ApiError:
+        return
+    assert 8_000 <= settings.rate <= 48_000
+    assert settings.turns is None or 0 <= settings.turns.head <= 3
+    json.dumps(settings.to_dict("x", "digits", flat=False))
 
 
 def test_settings_that_an_update_leaves_out_stay():

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from dsm_jax.errors import DsmError
 from dsm_jax.serving.encoding import CONTENT_TYPES, SoundEncoder
-from dsm_jax.serving.hearing import LiveHearing
+from dsm_jax.serving.hearing import Heard, LiveHearing
 from dsm_jax.serving.openai_errors import ApiError, api_error, error_response, json_response, refusal, unknown_model
 from dsm_jax.serving.openai_formats import (
     LAST_EVENT,
@@ -34,6 +34,8 @@ from dsm_jax.stt.events import WordEnded, WordStarted
 from dsm_jax.stt.transcript import Transcript
 
 Handler = Callable[[Request, Server], Awaitable[Response]]
+
+_FRAMES_PER_LOOK = 12  # about a second of audio, after which it is seen whether the client still waits
 
 _log = logging.getLogger("dsm_jax.serving")
 
@@ -116,21 +118,24 @@ class _Stream(StreamingResponse):
         self._content = content
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all pieces."""
+        """Send all pieces; an answer that cannot be finished is cut off, which its client can tell from an end."""
         try:
             await super().__call__(scope, receive, send)
+        except DsmError as error:
+            _log.warning("an answer was cut off: %s", type(error).__name__)
         finally:
             await self._content.aclose()
 
 
 async def _joined(first: bytes, content: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    yield first
+    if first:
+        yield first
     async for piece in content:
         yield piece
 
 
 async def _begun(content: AsyncGenerator[bytes, None], media_type: str) -> Response:
-    """Return an answer whose first piece is made: an error before it is still told by a status."""
+    """Return an answer whose first piece, which may be empty, is made: an error before it still has a status."""
     try:
         return _Stream(await anext(content), content, media_type)
     except BaseException:
@@ -149,7 +154,7 @@ async def transcribe(request: Request, server: Server) -> Response:
         return await _begun(_text_events(server, asked, stack), "text/event-stream")
     async with stack:
         return transcript_response(
-            await _transcript(server, asked),
+            await _transcript(request, server, asked),
             asked.format,
             granularities=asked.granularities,
             with_logprobs=asked.with_logprobs,
@@ -158,11 +163,13 @@ async def transcribe(request: Request, server: Server) -> Response:
         )
 
 
-async def _transcript(server: Server, asked: TranscriptionRequest) -> Transcript:
+async def _transcript(request: Request, server: Server, asked: TranscriptionRequest) -> Transcript:
     sessions: list[LiveHearing] = []
     async with contextlib.aclosing(_heard(server, asked)) as messages:
-        async for session, _ in messages:
+        async for session, message in messages:
             sessions[:] = [session]
+            if isinstance(message, Heard) and message.index % _FRAMES_PER_LOOK == 0 and await request.is_disconnected():
+                raise ClientDisconnect
     return sessions[0].transcript(None)
 
 
@@ -178,7 +185,9 @@ async def _text_events(
     async with stack, contextlib.aclosing(_heard(server, asked)) as messages:
         try:
             async for session, message in messages:
-                sessions[:] = [session]
+                if not sessions:
+                    sessions.append(session)
+                    yield b""  # the answer begins, so that it is noticed if the client leaves
                 if not isinstance(message, WordStarted | WordEnded):
                     continue
                 if isinstance(message, WordEnded):
@@ -189,7 +198,7 @@ async def _text_events(
                         event["logprobs"] = logprobs([message.word])
                     yield server_event(event)
         except DsmError as error:
-            if not deltas.text:
+            if not sessions:
                 raise
             yield server_event({"error": api_error(error).fields()})
             return

@@ -29,7 +29,7 @@ class WordDeltas:
 
     @property
     def in_word(self) -> bool:
-        """Tell whether a word has begun that has not ended."""
+        """True while a word has begun that has not ended."""
         return bool(self._open)
 
     def add(self, event: WordStarted | WordEnded) -> str:

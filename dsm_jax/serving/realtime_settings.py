@@ -45,7 +45,7 @@ class TurnDetection:
 
     @property
     def is_semantic(self) -> bool:
-        """Tell whether the model alone decides, but for long silences."""
+        """True where the model alone decides, but for long silences."""
         return self.type == "semantic_vad"
 
     @property

@@ -86,17 +86,19 @@ async def _begun(ticket: Ticket) -> AsyncIterator[Any]:
     """Return the messages of a session that has got its slot; those of a file wait for one.
 
     Raises:
-      FullError: no slot has become free in time.
+      FullError: no slot has become free in time, or the engine has failed.
     """
     if not ticket.queued:
         ticket.served.engine.start(ticket.session)
     messages = ticket.messages()
     try:
-        await asyncio.wait_for(anext(messages), QUEUE_S)
+        first = await asyncio.wait_for(anext(messages), QUEUE_S)
     except TimeoutError:
         ticket.end(1013, "full")
         ticket.server.metrics.refused.labels("queue").inc()
         raise FullError(f"no slot has become free in {QUEUE_S:.0f} s; try again later") from None
+    if isinstance(first, Ended):
+        raise FullError(first.reason)
     return messages
 
 
