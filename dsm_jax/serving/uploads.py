@@ -92,11 +92,13 @@ async def _begun(ticket: Ticket) -> AsyncIterator[Any]:
         ticket.served.engine.start(ticket.session)
     messages = ticket.messages()
     try:
-        await asyncio.wait_for(anext(messages), QUEUE_S)
+        first = await asyncio.wait_for(anext(messages), QUEUE_S)
     except TimeoutError:
         ticket.end(1013, "full")
         ticket.server.metrics.refused.labels("queue").inc()
         raise FullError(f"no slot has become free in {QUEUE_S:.0f} s; try again later") from None
+    if isinstance(first, Ended):  # the engine has failed meanwhile
+        raise FullError(first.reason)
     return messages
 
 
