@@ -346,8 +346,8 @@ def test_urgent_engines_go_first_on_a_shared_device():
 
 
 def test_beginning_anew_many_times_before_a_step_is_done_once():
-    engine = make(1)
-    session = Fake()
+    engine = make(1)[0]
+    session = Fake(1)
     begin(engine, session)
     for _ in range(1000):
         engine.restart(session)

@@ -158,10 +158,8 @@ async def speak_socket(socket: WebSocket, server: Server, served: Served) -> Non
         return
     seed = socket.query_params.get("seed", "")
     # A number that no generator takes would fail in the engine, and end it for everyone.
-    number = int(seed) if seed.isdecimal() and len(seed) < 20 else None
+    number = int(seed[:20]) if seed.isdecimal() else None
     if number is not None and number >= 2**63:
-        number = None
-    if seed.isdecimal() and number is None:
         await socket.send_denial_response(PlainTextResponse("the seed is too large; expected one below 2**63", 400))
         return
     packed = form.endswith("MessagePack")
