@@ -343,3 +343,12 @@ def test_urgent_engines_go_first_on_a_shared_device():
     for thread in threads:
         thread.join(10)
     assert order == ["first", "urgent", "later"]
+
+
+def test_beginning_anew_many_times_before_a_step_is_done_once():
+    engine = make(1)[0]
+    session = Fake(1)
+    begin(engine, session)
+    for _ in range(1000):
+        engine.restart(session)
+    assert len(engine._restarting) == 1

@@ -272,3 +272,24 @@ def test_a_sampled_session_is_as_transcribe_with_the_same_seed(bench, model, cli
     session.finish()
     bench.run()
     same(words(session), dsm_jax.transcribe(model, clips[0], options=options).words)
+
+
+def test_audio_that_was_heard_before_beginning_anew_does_not_wait(bench, clips):
+    session = bench.begin()
+    session.push(np.zeros(20 * FRAME, np.float32))
+    bench.run(0.1)
+    bench.engine.restart(session)
+    bench.run(0.1)
+    assert session.waiting < 0.5
+    bench.end(session)
+
+
+def test_many_markers_are_answered_without_looking_at_all_for_each(bench):
+    session = bench.begin()
+    for number in range(20_000):
+        session.mark(number)
+    session.push(np.zeros(0, np.float32))
+    bench.run(2.0)
+    assert [mark.id for mark in of(session, Marked)] == list(range(20_000))
+    assert not session._flushes
+    bench.end(session)

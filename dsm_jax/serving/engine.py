@@ -178,7 +178,7 @@ class Engine:
     def restart(self, session: Any) -> None:
         """Make the session's slot fresh at the next turn; the session is asked for its request again."""
         with self._changed:
-            if session in self._held:
+            if session in self._held and session not in self._restarting:
                 self._restarting.append(session)
                 self._wake()
 

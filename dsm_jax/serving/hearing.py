@@ -179,6 +179,7 @@ class LiveHearing(RecordingSession):
         self._service, self._clock, self._rate = service, service.clock, service.model.sample_rate
         self._inbox: deque[Any] = deque()
         self._arrived: deque[tuple[int, float]] = deque()  # samples received up to a time
+        self._gone = 0  # samples received that were taken before the client began anew
         self._fed_at = self._clock()
         self._fresh()
 
@@ -189,6 +190,7 @@ class LiveHearing(RecordingSession):
         self._index = 0  # of the client's audio, to be read next
         self._before = self.buffer.total  # samples of silence and prompt before the client's audio
         self._marks: deque[_Mark] = deque()
+        self._flushes = 0  # among the markers
         self._silence: deque[tuple[int, int]] = deque()  # samples of the stream that were added and are not read
         self._added = 0  # samples of silence that were added and read
         self._messages: list[Any] = []
@@ -198,6 +200,8 @@ class LiveHearing(RecordingSession):
 
     def push(self, pcm_T: np.ndarray) -> None:
         """Add samples: mono float32 at the model's rate."""
+        if not pcm_T.size:
+            return
         self.received += pcm_T.size
         self._inbox.append((pcm_T, self._clock()))
 
@@ -218,7 +222,7 @@ class LiveHearing(RecordingSession):
     def waiting(self) -> float:
         """Seconds of audio that were received and not taken by the slot; exact to a few frames."""
         taken = max(0, self._popped * self.buffer.frame_size - self._before)
-        return max(0, self.received - taken) / self._rate
+        return max(0, self.received - self._gone - taken) / self._rate
 
     # The engine's side.
 
@@ -226,6 +230,8 @@ class LiveHearing(RecordingSession):
         """Begin anew with a fresh model state; audio that was not transcribed is kept."""
         kept_T = self.buffer.pop_frames(self.buffer.ready)
         transcriber, utterance = self.transcriber, self._utterance
+        self._gone += max(0, self.buffer.samples - kept_T.size)
+        self._arrived.clear()
         self.buffer, self.reader = transcriber.buffer(utterance), transcriber.reader(utterance)
         self.events.clear()
         self._fresh()
@@ -240,13 +246,14 @@ class LiveHearing(RecordingSession):
     def _collect(self) -> None:
         """Move the inbox into the frame buffer."""
         # What comes behind a flush waits for it, so that its silence does not depend on how far ahead the client is.
-        while self._inbox and not self.buffer.ended and not any(mark.flush for mark in self._marks):
+        while self._inbox and not self.buffer.ended and not self._flushes:
             item, now = self._inbox.popleft()
             if item is None:
                 self.buffer.end()
             elif isinstance(item, _Mark):
                 due = -(-self.buffer.total // self.buffer.frame_size) + self._service.late
                 self._marks.append(dataclasses.replace(item, due=due))
+                self._flushes += item.flush
             else:
                 self.buffer.push(item)
                 self._arrived.append((self.buffer.samples, now))
@@ -265,7 +272,7 @@ class LiveHearing(RecordingSession):
         """Tell whether a marker waits, and no audio that would bring its answer has come for a while."""
         if not self._marks:
             return False
-        return any(mark.flush for mark in self._marks) or now >= self._fed_at + STARVED_S
+        return self._flushes > 0 or now >= self._fed_at + STARVED_S
 
     def take_input(self) -> Samples | None:
         """Pop the frames that are ready; of a starved slot, silence in which the text comes out."""
@@ -287,6 +294,7 @@ class LiveHearing(RecordingSession):
             self._tell_events()
             self._messages += [Marked(mark.id) for mark in self._marks]
             self._marks.clear()
+            self._flushes = 0
 
     def read_frame(self, token: int, probability: float, pauses: tuple[float, ...], samples_T: np.ndarray) -> None:
         """Turn the outputs of a frame into messages: the frame, its words, and the markers that it answers."""
@@ -306,7 +314,9 @@ class LiveHearing(RecordingSession):
         while self._marks and self._frame >= self._marks[0].due:
             if not flushed and self.reader.in_word and self._frame < self._marks[0].due + patience:
                 break
-            self._messages.append(Marked(self._marks.popleft().id))
+            mark = self._marks.popleft()
+            self._flushes -= mark.flush
+            self._messages.append(Marked(mark.id))
 
     def _is_added(self, first: int, last: int) -> bool:
         """Tell whether samples of the stream are all silence that the engine has added."""
@@ -320,8 +330,9 @@ class LiveHearing(RecordingSession):
             self._arrived.popleft()
         if self._arrived:
             self.latencies.append(self._clock() - self._arrived[0][1])
-        buffered = max(0, self.received - heard)
-        seconds = min(heard, self.received) / self._rate
+        received = self.received - self._gone
+        buffered = max(0, received - heard)
+        seconds = min(heard, received) / self._rate
         self._messages.append(Heard(self._index, pauses, buffered, seconds))
         self._index += 1
 

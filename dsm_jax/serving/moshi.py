@@ -156,6 +156,12 @@ async def speak_socket(socket: WebSocket, server: Server, served: Served) -> Non
     if form not in FORMATS:
         await socket.send_denial_response(PlainTextResponse(f"the format is {form!r}; expected one of {FORMATS}", 400))
         return
+    seed = socket.query_params.get("seed", "")
+    # A number that no generator takes would fail in the engine, and end it for everyone.
+    number = int(seed[:20]) if seed.isdecimal() else None
+    if number is not None and number >= 2**63:
+        await socket.send_denial_response(PlainTextResponse("the seed is too large; expected one below 2**63", 400))
+        return
     packed = form.endswith("MessagePack")
 
     def error(reason: str) -> bytes | None:
@@ -163,9 +169,8 @@ async def speak_socket(socket: WebSocket, server: Server, served: Served) -> Non
 
     await socket.accept()
     try:
-        voice, seed = socket.query_params.get("voice"), socket.query_params.get("seed", "")
+        voice = socket.query_params.get("voice")
         writer = OpusWriter(served.model.sample_rate) if form.startswith("OggOpus") else None
-        number = int(seed) if seed.isdecimal() else None
         session = await asyncio.to_thread(served.service.session, Outbox(), voice=voice or None, seed=number)
         async with server.session(served, session, "moshi") as ticket:
             if packed:

@@ -97,7 +97,7 @@ async def _begun(ticket: Ticket) -> AsyncIterator[Any]:
         ticket.end(1013, "full")
         ticket.server.metrics.refused.labels("queue").inc()
         raise FullError(f"no slot has become free in {QUEUE_S:.0f} s; try again later") from None
-    if isinstance(first, Ended):
+    if isinstance(first, Ended):  # the engine has failed meanwhile
         raise FullError(first.reason)
     return messages
 
