@@ -245,6 +245,7 @@ def test_posted_text_is_answered_with_a_wav_file(server, speaker):
     [
         (["one \U0001f600"], "which .* encodes as"),
         (['<break time="soon"/>'], "a break that cannot be read"),
+        (["a" * 40_000], "a piece of text has 40000 characters; send up to 32000 at a time"),
         (["one"] * 2_000, "this server takes up to 1024, of 4096, in one session"),
         ([pack("Voice", embeddings=[0.0] * 8, shape=[2, 2, 2])], r"the voice has the shape \[2, 2, 2\]"),
         ([pack("Audio", pcm=[0.0])], "the type is 'Audio'; expected one of Text, Voice, Eos"),
@@ -272,6 +273,30 @@ def test_an_unknown_voice_or_format_is_refused(server):
         asyncio.run(spoken(server.socket_url, [], "format=Wav"))
     assert refused.value.response.status_code == 400
     assert b"the format is 'Wav'; expected one of" in refused.value.response.body
+
+
+@pytest.mark.parametrize("seed", [str(2**63), "1" + 19 * "0", "1" + 5000 * "0"], ids=len)
+def test_a_seed_that_no_generator_takes_is_refused_and_the_server_lives(server, seed):
+    with pytest.raises(InvalidStatus) as refused:
+        asyncio.run(spoken(server.socket_url, ["one", pack("Eos")], f"format=PcmMessagePack&seed={seed}"))
+    assert refused.value.response.status_code in (400, 431)
+    _, code = asyncio.run(spoken(server.socket_url, ["one", pack("Eos")], f"format=PcmMessagePack&seed={2**63 - 1}"))
+    assert code == 1000
+
+
+@pytest.mark.parametrize(
+    "body,status",
+    [
+        (b'{"text": "one", "voice": "lucas", "x": "' + b"x" * 1_100_000 + b'"}', 413),
+        (b"[" * 200_000, 400),
+        (b"{}", 400),
+    ],
+)
+def test_a_posted_text_that_is_none_or_too_large_is_refused(server, body, status):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(server.url + TTS, body), timeout=60)
+    with refused.value as answer:
+        assert answer.code == status
 
 
 def test_an_end_without_text_ends_the_session(server):

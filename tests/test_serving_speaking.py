@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import dsm_jax
-from dsm_jax import csm
+from dsm_jax import csm, synthesis
 from dsm_jax.errors import ConfigError, SpeechError
 from dsm_jax.runtime.compile import compilations
 from dsm_jax.serving.engine import Engine
@@ -181,7 +181,7 @@ def test_a_turn_is_that_of_synthesize_with_its_voice_as_context(turn_service, vo
     run(engine)
     assert compilations() == before
     context = turn_service._contexts["carla"]
-    wanted = dsm_jax.synthesis.synthesize_each(turn_service.model, [csm.Request("hello there.", 0, context, TALK)])
+    wanted = synthesis.synthesize_each(turn_service.model, [csm.Request("hello there.", 0, context, TALK)])
     (_, speech) = next(iter(wanted))
     speech = speech.speech if isinstance(speech, dsm_jax.IncompleteSpeechError) else speech
     for session in sessions:

@@ -26,6 +26,7 @@ from dsm_jax.stt.transcriber import RecordingSession, Transcriber, Utterance
 
 STARVED_S = 0.3  # without audio, after which a slot with a marker is given silence
 PATIENCE_S = 1.0  # of audio after a marker is due, in which the last word before it may still end
+_MESSAGES = 10_000  # that may wait: empty ones and markers take memory too
 PROMPT_TOKENS = 64  # room for a text prompt
 BACKLOG_S = 0.040  # of a step for sessions that are behind: live sessions wait for it
 _LARGER_CHUNKS = (8, 4, 2)  # frames
@@ -220,7 +221,9 @@ class LiveHearing(RecordingSession):
 
     @property
     def waiting(self) -> float:
-        """Seconds of audio that were received and not taken by the slot; exact to a few frames."""
+        """Seconds of audio that were received and not taken by the slot; infinity if too many messages wait."""
+        if len(self._inbox) > _MESSAGES:
+            return math.inf
         taken = max(0, self._popped * self.buffer.frame_size - self._before)
         return max(0, self.received - self._gone - taken) / self._rate
 

@@ -21,13 +21,14 @@ from dsm_jax.serving.hearing import Heard, LiveHearing, Marked
 from dsm_jax.serving.opus import OpusReader, OpusWriter
 from dsm_jax.serving.outbox import Ended, Outbox, Started
 from dsm_jax.serving.server import OUTBOX, Served, Server, Ticket
-from dsm_jax.serving.sockets import ClosedError, admitted, close, converse, received, send
+from dsm_jax.serving.sockets import ClosedError, admitted, close, converse, received, send, send_last
 from dsm_jax.serving.speaking import LiveSpeech, LiveVoice, Said, Sound
 from dsm_jax.serving.uploads import TooLargeError, heard, sound_of, spoken, spooled
 from dsm_jax.stt.events import WordEnded, WordStarted
 
 FORMATS = ("Pcm", "PcmMessagePack", "OggOpus", "OggOpusMessagePack")
 NO_PAUSES = (0.0, 0.0, 0.0, 0.0)  # of a model without pause heads: clients read four numbers
+_TEXT_MB = 1.0  # of a body with a text
 LOUDEST = 0.99  # as moshi-server clips
 
 
@@ -90,7 +91,7 @@ async def transcribe_socket(socket: WebSocket, server: Server, served: Served) -
                 lambda reason: wire.encode(wire.Error(reason)),
             )
     except FullError as error:
-        await send(socket, wire.encode(wire.Error(str(error))))
+        await send_last(socket, wire.encode(wire.Error(str(error))))
         await close(socket, 1013, "no free channels")
 
 
@@ -173,10 +174,6 @@ async def speak_socket(socket: WebSocket, server: Server, served: Served) -> Non
         writer = OpusWriter(served.model.sample_rate) if form.startswith("OggOpus") else None
         session = await asyncio.to_thread(served.service.session, Outbox(), voice=voice or None, seed=number)
         async with server.session(served, session, "moshi") as ticket:
-            if packed:
-                await send(socket, wire.encode(wire.Ready()))
-            if writer is not None:
-                await send(socket, _pages(writer.header, packed))
             await converse(
                 socket,
                 ticket,
@@ -185,12 +182,10 @@ async def speak_socket(socket: WebSocket, server: Server, served: Served) -> Non
                 error,
             )
     except FullError as full:
-        if packed:
-            await send(socket, wire.encode(wire.Error(str(full))))
+        await send_last(socket, error(str(full)))
         await close(socket, 1013, "no free channels")
     except DsmError as refused:
-        if packed:
-            await send(socket, wire.encode(wire.Error(str(refused))))
+        await send_last(socket, error(str(refused)))
         await close(socket, 1008, str(refused))
 
 
@@ -229,6 +224,10 @@ def _voice_XC(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 async def _send_sound(
     socket: WebSocket, ticket: Ticket, packed: bool, writer: OpusWriter | None
 ) -> tuple[int, str | None]:
+    if packed:
+        await send(socket, wire.encode(wire.Ready()))
+    if writer is not None:
+        await send(socket, _pages(writer.header, packed))
     async for message in ticket.messages():
         match message:
             case Ended():
@@ -254,11 +253,14 @@ async def speak_file(request: Request, server: Server, served: Served) -> Respon
     if (refusal := _refused(request, server)) is not None:
         return refusal
     try:
-        body = json.loads(await request.body())
+        with await spooled(request.stream(), _TEXT_MB) as file:
+            body = json.load(file)
         text, voice = body["text"], body["voice"]
         if not isinstance(text, str) or not isinstance(voice, str):
             raise TypeError
-    except (ValueError, KeyError, TypeError):
+    except TooLargeError:
+        return PlainTextResponse(f"the body is larger than {_TEXT_MB:g} MB; send a shorter text", 413)
+    except (ValueError, KeyError, TypeError, RecursionError):
         return PlainTextResponse('the body is no JSON of the form {"text": TEXT, "voice": VOICE}', 400)
     try:
         session = await asyncio.to_thread(served.service.session, Outbox(), voice=voice or None, is_file=True)

@@ -96,7 +96,7 @@ def serve(config: ServerConfig, *, on_ready: Callable[[Server, str], None] = lam
       DsmError: a model cannot be loaded, or the address cannot be bound.
     """
     config.check_access()
-    # numpy gives the interpreter up within its calls, and the event loop would wait 5 ms for the engine to give it back.
+    # numpy gives the interpreter up within its calls; the event loop would wait 5 ms to have it back from the engine.
     sys.setswitchinterval(_SWITCH_S)
     listener = listening_socket(config.host, config.port)
     try:

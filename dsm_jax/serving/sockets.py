@@ -67,7 +67,7 @@ async def received(socket: WebSocket, server: Server, ticket: Ticket) -> AsyncIt
     config, session, loop = server.config, ticket.session, asyncio.get_running_loop()
     ends = loop.time() + config.max_session_s
     while True:
-        while getattr(session, "waiting", 0.0) > INBOX_S and not ticket.hurried:
+        while getattr(session, "waiting", 0.0) > INBOX_S and not ticket.hurried and loop.time() < ends:
             await asyncio.sleep(0.05)
         try:
             # No task for each message: with many streams that would be most of the event loop's work.
@@ -156,18 +156,18 @@ async def converse(
     except ClosedError as closed:
         code, reason = closed.code, closed.reason
         ticket.end(code, closed.kind)
-        await _tell_error(socket, error(reason) if reason is not None else None)
+        await send_last(socket, error(reason) if reason is not None else None)
     except WebSocketDisconnect:
         ticket.end(1005, "client")
     except DsmError as fault:
         code, reason = 1007, str(fault)
         ticket.end(code, "bad message")
-        await _tell_error(socket, error(reason))
+        await send_last(socket, error(reason))
     except Exception:
         _log.exception("session %s failed", ticket.id)
         code, reason = 1011, "the server has failed"
         ticket.end(code, "fault")
-        await _tell_error(socket, error(reason))
+        await send_last(socket, error(reason))
     finally:
         for task in (hearing, telling):
             task.cancel()
@@ -175,7 +175,8 @@ async def converse(
         await close(socket, code, reason)
 
 
-async def _tell_error(socket: WebSocket, message: str | bytes | None) -> None:
+async def send_last(socket: WebSocket, message: str | bytes | None) -> None:
+    """Send the message before a close to a client that may have left; None sends nothing."""
     if message is not None:
         with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError, ClosedError):
             await send(socket, message)

@@ -24,6 +24,7 @@ from dsm_jax.csm.options import CsmOptions
 from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
 from dsm_jax.errors import ConfigError, SpeechError
 from dsm_jax.models.family import csm_config
+from dsm_jax.options import check_sampling
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.runtime.steps import Leave
 from dsm_jax.serving.outbox import Outbox
@@ -36,6 +37,7 @@ from dsm_jax.tts.speech import Request, SynthesizeOptions
 from dsm_jax.tts.synthesizer import SpeechSession, Synthesizer
 
 LAG_S = 60.0  # of sound that waits for its listener, after which the session takes no more steps
+_LONGEST_TEXT = 32_000  # characters of one piece: more than any session takes, and short enough to be read at once
 TURN_CHARACTERS = 10_000  # of a turn of a conversation, before its tokens are counted
 NO_VOICE = "default"  # the name of the voice that a model chooses by itself
 _PUBLISHED_VOICE = "expresso/ex03-ex01_happy_001_channel1_334s.wav"  # of Kyutai's own examples
@@ -332,7 +334,9 @@ class ScriptService(SpeakingService):
         base = self.base(self.default_voice if voice is None else voice)
         for vectors in base.voices:
             self._check_length(vectors)
-        base = base if seed is None else dataclasses.replace(base, seed=seed)
+        if seed is not None:
+            check_sampling(temperature=None, seed=seed)  # in the engine it would fail for everyone
+            base = dataclasses.replace(base, seed=seed)
         return LiveSpeech(self, outbox, base, is_file=is_file)
 
     def with_voice(self, base: SpeechRequest, voice_XC: np.ndarray) -> SpeechRequest:
@@ -402,6 +406,8 @@ class LiveSpeech(SpeechSession, LiveVoice):
     def say(self, text: str) -> None:
         """Add text; see `LiveVoice.say`."""
         _check_characters(text)
+        if len(text) > _LONGEST_TEXT:
+            raise SpeechError(f"a piece of text has {len(text)} characters; send up to {_LONGEST_TEXT} at a time")
         entries = self._service.entries(text, MAIN if self._has_words else None)
         self._count += len(entries)
         self._tokens += sum(len(entry.tokens) for entry in entries)
@@ -598,15 +604,20 @@ class LiveTurn(ConversationSession, LiveVoice):
         self.first_sound: float | None = None
         self._service, self._context, self._options = service, context, options
         self._text: list[str] = []
+        self._length = 0  # characters of all pieces
         self._started = service.clock()
         self._sent = 0
 
     def say(self, text: str) -> None:
         """Add text; see `LiveVoice.say`."""
         _check_characters(text)
-        self._text.append(text)
-        if (length := sum(map(len, self._text))) > TURN_CHARACTERS:
-            raise SpeechError(f"the turn has {length} characters; this server takes up to {TURN_CHARACTERS}: cut it")
+        self._length += len(text)
+        if self._length > TURN_CHARACTERS:
+            raise SpeechError(
+                f"the turn has {self._length} characters; this server takes up to {TURN_CHARACTERS}: cut it"
+            )
+        if text.strip():
+            self._text.append(text)
 
     def finish(self) -> None:
         """End the text; see `LiveVoice.finish`."""
