@@ -93,11 +93,11 @@ def test_samples_are_read_in_every_layout(data):
 
 def test_the_quick_reader_reads_what_the_general_one_reads():
     data = bytearray(msgpack.packb({"type": "Audio", "pcm": PCM.tolist()}, use_single_float=True))
-    assert wire._plain_audio(bytes(data)) is not None
+    assert wire.plain_audio(bytes(data)) is not None
     mixed = msgpack.packb({"type": "Audio", "pcm": [*PCM[:-1].tolist(), 1]}, use_single_float=True)
-    assert wire._plain_audio(mixed) is None  # an integer among the numbers
+    assert wire.plain_audio(mixed) is None  # an integer among the numbers
     np.testing.assert_array_equal(decode(mixed, TO_TRANSCRIBE).pcm[:-1], PCM[:-1])
-    assert wire._plain_audio(bytes(data[:-1])) is None
+    assert wire.plain_audio(bytes(data[:-1])) is None
     np.testing.assert_array_equal(decode(audio([0, 1, -1, 0.5]), TO_TRANSCRIBE).pcm, [0, 1, -1, 0.5])
     assert decode(audio([]), TO_TRANSCRIBE).pcm.size == 0
 

@@ -37,9 +37,13 @@ class WordMessages:
 
     A word's start may be told before all of its text is known. The rest is a further `Word` then, as moshi-server has
     it.
+
+    Args:
+      details: tell the end of a word with all that is known of it, in place of a further `Word`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, details: bool = False) -> None:
+        self._details = details
         self._told: list[tuple[str, float]] = []  # words that have begun and not ended
 
     def started(self, event: WordStarted) -> list[wire.Outgoing]:
@@ -51,6 +55,8 @@ class WordMessages:
         """Return the messages for a word that has ended."""
         known = self._told.pop(0)[0] if self._told else ""
         word, messages = event.word, []
+        if self._details:
+            return [wire.EndWord(word.end, word.text, word.start, word.probability)]
         if word.text != known:
             rest = word.text.removeprefix(known)
             messages.append(wire.Word(rest, word.start))
@@ -115,7 +121,7 @@ async def _hear(socket: WebSocket, server: Server, ticket: Ticket, session: Live
 
 
 async def _tell(socket: WebSocket, ticket: Ticket, session: LiveHearing) -> tuple[int, str | None]:
-    words = WordMessages()
+    words = WordMessages(details=socket.query_params.get("details") == "1")
     async for message in ticket.messages():
         if isinstance(message, Ended):
             return message.code, message.reason

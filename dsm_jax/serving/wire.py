@@ -40,9 +40,19 @@ class Word:
 
 @dataclasses.dataclass(frozen=True)
 class EndWord:
-    """The last word has ended; `stop_time` is in seconds."""
+    """The first word that has begun and not ended has ended; `stop_time` is in seconds.
+
+    Attributes:
+      stop_time: end of the word.
+      text: all of the word, for a client that asked for details; the other messages have it otherwise.
+      start_time: start of the word, likewise.
+      probability: probability that the model gave the word, likewise.
+    """
 
     stop_time: float
+    text: str | None = None
+    start_time: float | None = None
+    probability: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +163,12 @@ def encode(message: Outgoing) -> bytes:
             fields = [("data", _packed(list(message.data)))]  # serde writes Vec<u8> as a list of numbers
         case _:
             values = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
-            fields = [(key, _packed(value)) for key, value in values.items()]
+            fields = [(key, _packed(value)) for key, value in values.items() if value is not None]
+    return packed_map(name, fields)
+
+
+def packed_map(name: str, fields: Sequence[tuple[str, bytes]]) -> bytes:
+    """Return the bytes of a message of a type, from its fields, whose values are packed."""
     head = bytes([0x80 | (1 + len(fields))]) + _packed("type") + _packed(name)
     return head + b"".join(_packed(key) + value for key, value in fields)
 
@@ -186,7 +201,7 @@ def decode(data: bytes, known: Sequence[str]) -> Incoming:
     Raises:
       WireError: the bytes are no message of these types.
     """
-    if (pcm_T := _plain_audio(data)) is not None and "Audio" in known:
+    if (pcm_T := plain_audio(data)) is not None and "Audio" in known:
         return Audio(_finite(pcm_T))
     unpacker = msgpack.Unpacker(raw=False, strict_map_key=True, max_buffer_size=len(data) or 1)
     unpacker.feed(data)
@@ -234,13 +249,19 @@ def _parts(value: Any) -> tuple[str, Any]:
     return name, fields
 
 
-def _plain_audio(data: bytes) -> np.ndarray | None:
-    """Read samples in the layout that most clients send, without looking at each; None for any other layout."""
+def plain_audio(data: bytes, *, exact: bool = False) -> np.ndarray | None:
+    """Read samples in the layout that most clients send, without looking at each; None for any other layout.
+
+    Args:
+      data: the bytes of a message.
+      exact: whether bytes after the samples are another layout.
+    """
     if not data.startswith(_AUDIO) or len(data) < len(_AUDIO) + 3 or data[len(_AUDIO)] != _ARRAY16:
         return None
     start = len(_AUDIO) + 3
     (count,) = struct.unpack_from(">H", data, start - 2)
-    if len(data) < start + count * _FLOAT32.itemsize:
+    end = start + count * _FLOAT32.itemsize
+    if len(data) < end or (exact and len(data) > end):
         return None
     elements = np.frombuffer(data, _FLOAT32, count, start)
     return elements["value"].astype(np.float32) if (elements["tag"] == _FLOAT32_TAG).all() else None

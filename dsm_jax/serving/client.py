@@ -1,0 +1,313 @@
+"""Clients of a server: live and whole recordings to text, text to speech, async and plain.
+
+The async ones are of `client_moshi`, and of `client_openai` for OpenAI's dialect. The plain ones here are the same
+sessions, whose event loop runs in a thread.
+
+>>> def words_of(url, recording):
+...     return [word.text for word in transcribe(url, recording).words]
+
+Shape letters: T samples.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from dsm_jax import audio
+from dsm_jax.serving.client_moshi import SAMPLE_RATE, AsyncSpeech, AsyncTranscription
+from dsm_jax.serving.client_session import Session
+from dsm_jax.speech import Speech as FinishedSpeech
+from dsm_jax.speech import SpokenWord
+from dsm_jax.stt.events import Event
+from dsm_jax.stt.transcript import Transcript
+
+__all__ = [
+    "AsyncSpeech",
+    "AsyncTranscription",
+    "Speech",
+    "Transcription",
+    "synthesize",
+    "synthesize_async",
+    "transcribe",
+    "transcribe_async",
+]
+
+_BLOCK_S = 1.0
+_NO_FRAMES = np.zeros((0, 0), np.int32)  # a server does not send the codes
+_T = TypeVar("_T")
+_Item = TypeVar("_Item")
+
+
+async def transcribe_async(
+    url: str,
+    recording: audio.Source,
+    *,
+    model: str | None = None,
+    api_key: str | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> Transcript:
+    """Transcribe a recording over a server; it waits for a slot if none is free.
+
+    Args:
+      url: address of the server, such as "http://127.0.0.1:8080".
+      recording: as for `audio.blocks`; it is read here, so the server need not have its file.
+      model: name of the model; None for the server's first.
+      api_key: key of the client; None for none.
+      on_event: called with each word and pause as it is found.
+
+    Returns:
+      The transcript, as `dsm_jax.transcribe` makes it.
+
+    Raises:
+      AudioError: the recording cannot be read.
+      ServerError: the server cannot be reached, refuses, or fails.
+    """
+    blocks = audio.blocks(recording, SAMPLE_RATE, _BLOCK_S)
+    block_T = await asyncio.to_thread(next, blocks)  # what cannot be read takes no slot
+    async with AsyncTranscription(url, model=model, api_key=api_key, wait=True) as session:
+
+        async def send(block_T: np.ndarray | None) -> None:
+            while block_T is not None:
+                await session.send(block_T)
+                block_T = await asyncio.to_thread(next, blocks, None)
+            await session.finish()
+
+        sending = asyncio.create_task(send(block_T))
+        try:
+            async for event in session:
+                if on_event is not None:
+                    on_event(event)
+                if sending.done():
+                    sending.result()
+            await sending
+        finally:
+            await _ended(sending)
+        found = session.transcript
+    name = str(recording) if isinstance(recording, str) or hasattr(recording, "__fspath__") else None
+    return Transcript(found.text, found.words, found.pauses, found.duration, audio=name, model=found.model)
+
+
+async def _ended(task: "asyncio.Task[None]") -> None:
+    """Cancel a task unless it has ended, and wait for its end."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # was told already, or follows from what was told
+
+
+async def synthesize_async(
+    url: str,
+    text: str,
+    *,
+    voice: str | None = None,
+    seed: int | None = None,
+    model: str | None = None,
+    api_key: str | None = None,
+) -> FinishedSpeech:
+    """Say a whole text over a server.
+
+    Args:
+      url: address of the server, such as "http://127.0.0.1:8080".
+      text: text.
+      voice: name of the voice; None for the server's default.
+      seed: seed of the sampling; None for the server's.
+      model: name of the model; None for the server's first.
+      api_key: key of the client; None for none.
+
+    Returns:
+      The speech, as `dsm_jax.synthesize` makes it, but clipped to 0.99 and without frames.
+
+    Raises:
+      ServerError: the server cannot be reached, refuses the text or the voice, or fails.
+    """
+    pieces: list[np.ndarray] = [np.zeros(0, np.float32)]
+    words: list[SpokenWord] = []
+    async with AsyncSpeech(url, voice=voice, seed=seed, model=model, api_key=api_key) as session:
+        await session.say(text)
+        await session.finish()
+        async for item in session:
+            if isinstance(item, SpokenWord):
+                words.append(item)
+            else:
+                pieces.append(item)
+    said = " ".join(word.text for word in words)
+    return FinishedSpeech(
+        np.concatenate(pieces), SAMPLE_RATE, tuple(words), _NO_FRAMES, session.model or "", True, said
+    )
+
+
+def transcribe(
+    url: str,
+    recording: audio.Source,
+    *,
+    model: str | None = None,
+    api_key: str | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> Transcript:
+    """Transcribe a recording over a server; as `transcribe_async`."""
+    with _Loop() as loop:
+        return loop.run(transcribe_async(url, recording, model=model, api_key=api_key, on_event=on_event))
+
+
+def synthesize(
+    url: str,
+    text: str,
+    *,
+    voice: str | None = None,
+    seed: int | None = None,
+    model: str | None = None,
+    api_key: str | None = None,
+) -> FinishedSpeech:
+    """Say a whole text over a server; as `synthesize_async`."""
+    with _Loop() as loop:
+        return loop.run(synthesize_async(url, text, voice=voice, seed=seed, model=model, api_key=api_key))
+
+
+class _Loop:
+    """An event loop in a thread, so that plain calls work where a loop runs already, as in a notebook."""
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="dsm_jax client", daemon=True)
+        self._thread.start()
+        return self
+
+    def run(self, call: Coroutine[Any, Any, _T]) -> _T:
+        """Wait for a call in the loop; Ctrl-C cancels it."""
+        future = asyncio.run_coroutine_threadsafe(call, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._settle(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _settle(self) -> None:
+        """Let what was cancelled end."""
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        if left:
+            await asyncio.wait(left, timeout=5.0)
+        await self._loop.shutdown_default_executor()
+
+
+class _Plain(Generic[_Item]):
+    """A session whose event loop runs in a thread."""
+
+    def __init__(self, session: Session[_Item]):
+        self._session = session
+        self._loop = _Loop()
+
+    @property
+    def model(self) -> str | None:
+        """Name of the model, once connected."""
+        return self._session.model
+
+    def __enter__(self) -> Self:
+        self._loop.__enter__()
+        try:
+            self._loop.run(self._session.__aenter__())
+        except BaseException:
+            self._loop.__exit__()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._loop.run(self._session.__aexit__(kind, error, trace))
+        finally:
+            self._loop.__exit__()
+
+    def __iter__(self) -> Iterator[_Item]:
+        items: AsyncIterator[_Item] = aiter(self._session)
+        while (found := self._loop.run(_next(items))) is not None:
+            yield found[0]
+
+
+async def _next(items: AsyncIterator[_Item]) -> tuple[_Item] | None:
+    try:
+        return (await anext(items),)
+    except StopAsyncIteration:
+        return None
+
+
+class Transcription(_Plain[Event]):
+    """Transcribe live audio: as `AsyncTranscription`, with plain calls.
+
+    Iterate in another thread than the one that sends, or after `finish`; `ready` returns what is there at any time.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        api_key: str | None = None,
+        wait: bool = False,
+        horizon: float = 2.0,
+        threshold: float = 0.5,
+    ):
+        self._async = AsyncTranscription(
+            url, model=model, api_key=api_key, wait=wait, horizon=horizon, threshold=threshold
+        )
+        super().__init__(self._async)
+
+    @property
+    def transcript(self) -> Transcript:
+        """Return the transcript so far."""
+        return self._async.transcript
+
+    def send(self, pcm: ArrayLike) -> None:
+        """Send samples; as `AsyncTranscription.send`."""
+        self._loop.run(self._async.send(pcm))
+
+    def mark(self, *, flush: bool = False) -> None:
+        """Wait until all audio sent so far is transcribed; as `AsyncTranscription.mark`."""
+        self._loop.run(self._async.mark(flush=flush))
+
+    def flush(self) -> None:
+        """Wait until all audio sent so far is transcribed, without more audio."""
+        self._loop.run(self._async.flush())
+
+    def finish(self) -> None:
+        """End the audio: the iteration ends after its last word."""
+        self._loop.run(self._async.finish())
+
+    def ready(self) -> list[Event]:
+        """Return the words and pauses that were found since they were last taken, without waiting."""
+        return self._loop.run(self._async.ready())
+
+
+class Speech(_Plain["np.ndarray | SpokenWord"]):
+    """Say text while it arrives: as `AsyncSpeech`, with plain calls."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        voice: str | None = None,
+        seed: int | None = None,
+        model: str | None = None,
+        api_key: str | None = None,
+    ):
+        self._async = AsyncSpeech(url, voice=voice, seed=seed, model=model, api_key=api_key)
+        super().__init__(self._async)
+
+    def say(self, text: str) -> None:
+        """Send text, of which every word is whole."""
+        self._loop.run(self._async.say(text))
+
+    def finish(self) -> None:
+        """End the text: the iteration ends with its sound."""
+        self._loop.run(self._async.finish())

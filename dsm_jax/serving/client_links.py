@@ -1,0 +1,269 @@
+"""Reach a server: addresses, keys, requests over HTTP and websockets, and a helpful sentence for each that fails."""
+
+import asyncio
+import contextlib
+import dataclasses
+import http.client
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
+from socket import SO_SNDBUF, SOL_SOCKET
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI, WebSocketException
+
+from dsm_jax.errors import ConfigError, ServerError
+
+OPEN_S = 10.0  # in which a connection is open
+ANSWER_S = 600.0  # in which an answer over HTTP goes on
+MESSAGE_BYTES = 16 << 20  # of a server
+# Of a connection: an answer to a server's ping stands behind all that it holds, and the server waits 20 s for it.
+_KERNEL_BUFFER = 256 << 10
+_PONG_S = 120.0  # that a server may take to answer a ping behind audio that it does not read yet
+_SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}
+_SECURE = "https"
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """The address of a server.
+
+    Attributes:
+      scheme: "http" or "https".
+      host: name or number, with its port.
+      prefix: path before those of the server, such as "/speech" behind a proxy; mostly empty.
+    """
+
+    scheme: str
+    host: str
+    prefix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.host}{self.prefix}"
+
+    def socket_url(self, path: str, query: Mapping[str, str | None]) -> str:
+        """Return the address of a websocket; query values that are None are left out."""
+        given = urlencode({key: value for key, value in query.items() if value is not None})
+        return f"ws{'s' if self.scheme == _SECURE else ''}://{self.host}{self.prefix}{path}{'?' * bool(given)}{given}"
+
+
+def address(url: str) -> Address:
+    """Read an address: with http, https, ws or wss, or a host and its port alone.
+
+    >>> str(address("127.0.0.1:8080")), str(address("wss://example.org/speech/"))
+    ('http://127.0.0.1:8080', 'https://example.org/speech')
+
+    Raises:
+      ConfigError: it is none.
+    """
+    parts = None
+    with contextlib.suppress(ValueError):
+        found = urlsplit(url if "://" in url else f"http://{url}")
+        if found.scheme in _SCHEMES and found.hostname and found.port != 0 and not found.query:
+            parts = found
+    if parts is None or "@" in parts.netloc:  # a name and a password are not used, and are not repeated
+        raise ConfigError("this is no address of a server; give one such as http://127.0.0.1:8080")
+    return Address(_SCHEMES[parts.scheme], parts.netloc, parts.path.rstrip("/"))
+
+
+def _headers(api_key: str | None) -> dict[str, str]:
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+        raise ConfigError("the API key has characters that a header cannot hold; check where it was copied from")
+    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+
+
+def refusal(server: Address, path: str, status: int, kind: str, body: bytes) -> ServerError:
+    """Return the error for an answer that is not the one that was asked for.
+
+    Args:
+      server: address of the server.
+      path: of the request.
+      status: of HTTP.
+      kind: content type of the answer.
+      body: of the answer.
+    """
+    said = _sentence(kind, body)
+    if status == 401:
+        return ServerError(f"{server} asks for a key, and the one given, or none, is not known there; give another")
+    if "html" in kind or status < 400:
+        what = "a web page" if "html" in kind else f"status {status}"
+        return ServerError(
+            f"{server}{path} answered with {what}, as no server of speech does; check the address and the port"
+        )
+    why = said or http.client.responses.get(status, "no reason was given")
+    if status == 403:
+        return ServerError(f"{server} refuses this client (403): {why}")
+    if status == 404 and not said.startswith("the "):
+        return ServerError(f"{server} has no {path} (404); check the address, or the kind of the server's models")
+    if status == 503:
+        return ServerError(f"{server} takes no more sessions now (503): {why}; try again later")
+    return ServerError(f"{server} refused the request ({status}): {why}")
+
+
+def _sentence(kind: str, body: bytes) -> str:
+    """Return the server's own reason; empty for none that a person can read."""
+    text = body[:2000].decode("utf-8", "replace").strip()
+    if "json" in kind:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            text = str(json.loads(body)["error"]["message"])
+    return "" if "html" in kind else text
+
+
+def unreachable(server: Address, error: BaseException) -> ServerError:
+    """Return the error for a connection that could not be made."""
+    if isinstance(error, TimeoutError):
+        return ServerError(f"{server} did not answer in {OPEN_S:.0f} s; check the address, or the network")
+    if isinstance(error, OSError):
+        why = error.strerror or str(error) or type(error).__name__
+        return ServerError(
+            f"{server} cannot be reached ({why}); start a server there with dsm-jax serve, or check the address"
+        )
+    return ServerError(f"{server} does not answer as a web server does ({error}); check the address and the port")
+
+
+# Websockets.
+
+
+@contextlib.asynccontextmanager
+async def socket(
+    server: Address,
+    path: str,
+    *,
+    query: Mapping[str, str | None],
+    api_key: str | None,
+    protocol: str | None = None,
+) -> AsyncIterator[ClientConnection]:
+    """Open a websocket while the block runs.
+
+    Raises:
+      ServerError: it cannot be opened, or the server closes it within the block.
+    """
+    opening = connect(
+        server.socket_url(path, query),
+        additional_headers=_headers(api_key),
+        compression=None,  # samples do not become shorter
+        max_size=MESSAGE_BYTES,
+        open_timeout=OPEN_S,
+        ping_timeout=_PONG_S,
+        subprotocols=None if protocol is None else [protocol],  # pyright: ignore[reportArgumentType]  a str
+        proxy=None,
+    )
+    opening.process_redirect = lambda exc: exc  # a key is sent to nobody else
+    try:
+        opened = await opening
+    except InvalidStatus as error:
+        answer = error.response
+        raise refusal(
+            server, path, answer.status_code, answer.headers.get("content-type", ""), bytes(answer.body or b"")
+        ) from None
+    except (OSError, TimeoutError, InvalidHandshake, InvalidURI, WebSocketException) as error:
+        raise unreachable(server, error) from None
+    opened.transport.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_SNDBUF, _KERNEL_BUFFER)
+    try:
+        yield opened
+    except ConnectionClosed as error:
+        raise closed(server, error) from None
+    finally:
+        await opened.close()
+
+
+def closed(server: Address, error: ConnectionClosed) -> ServerError:
+    """Return the error for a connection that ended midway."""
+    frame = error.rcvd
+    if frame is None:
+        return ServerError(f"the connection to {server} was lost midway; what was not received is lost: try again")
+    why = f": {frame.reason}" if frame.reason else ""
+    return ServerError(f"{server} closed the connection midway ({frame.code}{why})")
+
+
+# HTTP.
+
+
+@contextlib.contextmanager
+def answer(
+    server: Address,
+    method: str,
+    path: str,
+    *,
+    body: Any = None,
+    headers: Mapping[str, str] = {},
+    api_key: str | None = None,
+) -> Iterator[http.client.HTTPResponse]:
+    """Send a request, and read its answer while the block runs.
+
+    Raises:
+      ServerError: the server cannot be reached, refuses the request, or ends its answer midway.
+    """
+    secure = server.scheme == _SECURE
+    link = (http.client.HTTPSConnection if secure else http.client.HTTPConnection)(server.host, timeout=OPEN_S)
+    try:
+        try:
+            link.connect()
+            link.sock.settimeout(ANSWER_S)
+            # A refusal may come before the whole body was sent.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                link.request(method, server.prefix + path, body, {**headers, **_headers(api_key)})
+            found = link.getresponse()
+            kind = found.headers.get_content_type()
+            if found.status != 200 or "html" in kind:
+                raise refusal(server, path, found.status, kind, found.read(1 << 16))
+        except (OSError, http.client.HTTPException) as error:
+            raise unreachable(server, error) from None
+        try:
+            yield found
+        except (OSError, http.client.HTTPException):
+            raise ServerError(f"{server} ended its answer midway; try again") from None
+    finally:
+        link.close()
+
+
+def read_json(server: Address, path: str, *, api_key: str | None) -> Any:
+    """Return the JSON at a path of the server.
+
+    Raises:
+      ServerError: there is none.
+    """
+    with answer(server, "GET", path, api_key=api_key) as found:
+        return parsed(server, path, found.read())
+
+
+def parsed(server: Address, path: str, body: bytes) -> Any:
+    """Return the values of an answer in JSON.
+
+    Raises:
+      ServerError: it is no JSON.
+    """
+    try:
+        return json.loads(body)
+    except ValueError:
+        raise ServerError(f"{server}{path} did not answer in JSON; check the address and the port") from None
+
+
+async def find_path(server: Address, kind: str, model: str | None, *, api_key: str | None) -> tuple[str, str]:
+    """Return the path and the name of a model on a server.
+
+    Args:
+      server: address of the server.
+      kind: "stt" or "tts".
+      model: name of the model; None for the server's first.
+      api_key: key of the client.
+
+    Raises:
+      ServerError: the server has no such model.
+    """
+    rows = await asyncio.to_thread(read_json, server, "/api/modules_info", api_key=api_key)
+    found: dict[str, str] = {}
+    try:
+        for row in rows:
+            if ("lm" in row) == (kind == "stt"):
+                found.setdefault(str(row.get("lm", row.get("script"))), str(row["path"]))
+    except (TypeError, AttributeError, KeyError):
+        raise ServerError(f"{server} does not list its models as expected; it is another kind of server") from None
+    name = next(iter(found), None) if model is None else model
+    if name is None or name not in found:
+        does = "transcribes" if kind == "stt" else "speaks"
+        there = ", ".join(found) or "none"
+        asked = f"no model {name!r} that {does}" if name is not None else f"no model that {does}"
+        raise ServerError(f"{server} has {asked}; those there are: {there}")
+    return found[name], name

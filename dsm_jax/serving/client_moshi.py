@@ -1,0 +1,257 @@
+"""Clients of a server's live dialect, that of moshi-server: speech to text and text to speech over websockets.
+
+Shape letters: T samples.
+"""
+
+import asyncio
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from dsm_jax import audio
+from dsm_jax.errors import ConfigError, ServerError
+from dsm_jax.serving import wire
+from dsm_jax.serving.client_session import Session
+from dsm_jax.speech import SpokenWord
+from dsm_jax.stt.events import Event, Pause, Word, WordEnded, WordStarted
+from dsm_jax.stt.transcript import Transcript
+
+SAMPLE_RATE = 24_000  # Hz, of the dialect
+FRAME = 1_920  # samples
+HORIZONS = (0.5, 1.0, 2.0, 3.0)  # seconds, of a step's predictions
+_MESSAGE = 12 * FRAME  # samples of a message, of a recording that is sent faster than it was spoken
+
+
+class AsyncTranscription(Session[Event]):
+    """Transcribe live audio: send samples, and iterate over words and pauses as they are found.
+
+    >>> async def heard(url, recording):
+    ...     async with AsyncTranscription(url) as session:
+    ...         await session.send(recording)
+    ...         await session.finish()
+    ...         return [event.word.text async for event in session if isinstance(event, WordEnded)]
+
+    Args:
+      url: address of the server, such as "http://127.0.0.1:8080".
+      model: name of the model; None for the server's first.
+      api_key: key of the client; None for none.
+      wait: whether to wait for a slot, as recordings do; otherwise a full server refuses at once.
+      horizon: seconds of silence that a pause predicts: 0.5, 1, 2 or 3.
+      threshold: probability above which a pause is reported.
+
+    Raises:
+      ConfigError: no address, no such horizon, or a threshold that is no probability.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        api_key: str | None = None,
+        wait: bool = False,
+        horizon: float = 2.0,
+        threshold: float = 0.5,
+    ):
+        if horizon not in HORIZONS or not 0 <= threshold <= 1:
+            raise ConfigError(
+                f"a pause of {horizon} s with the threshold {threshold} was asked for; expected a horizon of "
+                f"{HORIZONS} s and a probability"
+            )
+        query = {"details": "1", "wait": "1" if wait else None}
+        super().__init__(url, "stt", query, model=model, api_key=api_key)
+        self._pauses = _Pauses(horizon, threshold)
+        self._samples = 0
+        self._words: list[Word] = []
+        self._found_pauses: list[Pause] = []
+        self._marks: dict[int, asyncio.Future[None]] = {}
+        self._next_mark = 0
+        self._last_mark: int | None = None
+
+    @property
+    def duration(self) -> float:
+        """Seconds of audio that were sent."""
+        return self._samples / SAMPLE_RATE
+
+    @property
+    def transcript(self) -> Transcript:
+        """Return the transcript so far."""
+        text = " ".join(word.text for word in self._words)
+        pauses = tuple(self._found_pauses)
+        return Transcript(text, tuple(self._words), pauses, self.duration, model=self.model)
+
+    async def send(self, pcm: ArrayLike) -> None:
+        """Send samples, and wait while the server has more than it wants.
+
+        Args:
+          pcm: float in [-1, 1] or int16 at 24 kHz, of shape [T] or [C, T], of any length.
+
+        Raises:
+          AudioError: samples of another kind, or ones that are not finite.
+          ServerError: the session has ended.
+        """
+        samples = np.asarray(pcm)
+        if not samples.size:
+            return
+        pcm_T = audio.read(samples, SAMPLE_RATE)
+        for first in range(0, pcm_T.size, _MESSAGE):
+            await self._send(wire.Audio(pcm_T[first : first + _MESSAGE]))
+        self._samples += pcm_T.size
+
+    async def mark(self, *, flush: bool = False) -> None:
+        """Wait until all audio sent so far is transcribed: its words can be taken without waiting then.
+
+        Args:
+          flush: do not wait for more audio; without, a server waits 0.3 s for it.
+
+        Raises:
+          ServerError: the session ends before.
+        """
+        await (await self._mark(flush=flush))
+
+    async def flush(self) -> None:
+        """Wait until all audio sent so far is transcribed, without more audio."""
+        await self.mark(flush=True)
+
+    async def finish(self) -> None:
+        """End the audio: the iteration ends after its last word."""
+        self._last_mark = self._next_mark
+        await self._mark(flush=True)
+
+    async def _mark(self, *, flush: bool) -> "asyncio.Future[None]":
+        number, self._next_mark = self._next_mark, self._next_mark + 1
+        self._marks[number] = answered = asyncio.get_running_loop().create_future()
+        answered.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may have no listener
+        if self._error is not None:
+            answered.set_exception(self._error)
+        else:
+            await self._send(wire.Marker(number, flush))
+        return answered
+
+    def _take(self, message: wire.Outgoing) -> None:
+        match message:
+            case wire.Word(text, start):
+                self._items.append(WordStarted(text, start))
+                self._add_pause(self._pauses.word_began())
+            case wire.EndWord(end, text, start, probability):
+                if text is None or start is None or probability is None:
+                    raise ServerError(f"{self.server} does not tell a word's details; it is another kind of server")
+                self._words.append(Word(text, start, end, probability))
+                self._items.append(WordEnded(self._words[-1]))
+            case wire.Step(_, prs, _):
+                self._add_pause(self._pauses.step(prs))
+            case wire.Marker(number):
+                if (answered := self._marks.pop(number, None)) is not None and not answered.done():
+                    answered.set_result(None)
+                self._ended = self._ended or number == self._last_mark
+            case wire.Error(reason):
+                raise self._refused(reason)
+
+    def _add_pause(self, pause: Pause | None) -> None:
+        if pause is None:
+            return
+        pause = Pause(min(pause.time, self.duration), pause.horizon, pause.probability)  # the last frame may be short
+        self._found_pauses.append(pause)
+        self._items.append(pause)
+
+    def _close(self, error: ServerError) -> None:
+        super()._close(error)
+        for answered in self._marks.values():
+            if not answered.done():
+                answered.set_exception(self._error or error)
+        self._marks.clear()
+
+
+class _Pauses:
+    """Find pauses in a model's predictions: one for each stretch without words, as `dsm_jax.transcribe` does.
+
+    Args:
+      horizon: seconds, one of `HORIZONS`.
+      threshold: probability above which there is a pause.
+    """
+
+    def __init__(self, horizon: float, threshold: float):
+        self._horizon, self._head, self._threshold = horizon, HORIZONS.index(horizon), threshold
+        self._frames, self._last, self._paused = 0, -math.inf, False
+
+    def step(self, prs: Sequence[float]) -> Pause | None:
+        """Return the pause that a frame begins, if any."""
+        self._frames += 1
+        self._last = prs[self._head] if len(prs) > self._head else -math.inf
+        return self._check()
+
+    def word_began(self) -> Pause | None:
+        """Return the pause that the last frame begins, now that a word came before it, if any."""
+        self._paused = False
+        return self._check()
+
+    def _check(self) -> Pause | None:
+        if self._paused or self._last <= self._threshold:
+            return None
+        self._paused = True
+        return Pause(self._frames * FRAME / SAMPLE_RATE, self._horizon, self._last)
+
+
+class AsyncSpeech(Session[np.ndarray | SpokenWord]):
+    """Say text while it arrives: iterate over the sound, float32 samples [T] at 24 kHz, and the words in it.
+
+    >>> async def said(url, text):
+    ...     async with AsyncSpeech(url, seed=1) as session:
+    ...         await session.say(text)
+    ...         await session.finish()
+    ...         return np.concatenate([pcm_T async for pcm_T in session if isinstance(pcm_T, np.ndarray)])
+
+    Args:
+      url: address of the server, such as "http://127.0.0.1:8080".
+      voice: name of the voice; None for the server's default.
+      seed: seed of the sampling; None for the server's.
+      model: name of the model; None for the server's first.
+      api_key: key of the client; None for none.
+
+    Raises:
+      ConfigError: no address, or a seed below 0.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        voice: str | None = None,
+        seed: int | None = None,
+        model: str | None = None,
+        api_key: str | None = None,
+    ):
+        if seed is not None and seed < 0:
+            raise ConfigError(f"the seed is {seed}; a server takes one from 0")
+        query = {"format": "PcmMessagePack", "voice": voice, "seed": None if seed is None else str(seed)}
+        super().__init__(url, "tts", query, model=model, api_key=api_key)
+        self._finished = False
+
+    async def say(self, text: str) -> None:
+        """Send text, of which every word is whole.
+
+        Raises:
+          ServerError: the session has ended.
+        """
+        await self._send(wire.Text(text))
+
+    async def finish(self) -> None:
+        """End the text: the iteration ends with its sound."""
+        self._finished = True
+        await self._send(wire.Eos())
+
+    def _take(self, message: wire.Outgoing) -> None:
+        match message:
+            case wire.Audio(pcm_T):
+                self._items.append(pcm_T)
+            case wire.Text(text, start, stop):
+                self._items.append(SpokenWord(text, start, stop))
+            case wire.Error(reason):
+                raise self._refused(reason)
+
+    def _close(self, error: ServerError) -> None:
+        if self._finished and self._socket is not None and self._socket.close_code in (1000, 1005):
+            self._ended = True
+        super()._close(error)
