@@ -12,7 +12,10 @@ from dsm_jax.errors import ConfigError, SpeechError
 from dsm_jax.runtime.compile import compilations
 from dsm_jax.serving.engine import Engine
 from dsm_jax.serving.outbox import Ended, Outbox, Started, put_all
-from dsm_jax.serving.speaking import LAG_S, LiveSpeech, LiveTurn, Said, ScriptService, Sound, TurnService, service_for
+from dsm_jax.serving.scripts import LiveSpeech, ScriptService
+from dsm_jax.serving.services import service_for
+from dsm_jax.serving.speaking import LAG_S, Said, Sound
+from dsm_jax.serving.turns import LiveTurn, TurnService
 from tests.helpers import csm_model, tts_model
 
 pytestmark = pytest.mark.slow

@@ -20,9 +20,10 @@ from dsm_jax.serving.encoding import pcm16, wav_header
 from dsm_jax.serving.hearing import Heard, LiveHearing, Marked
 from dsm_jax.serving.opus import OpusReader, OpusWriter
 from dsm_jax.serving.outbox import Ended, Outbox, Started
+from dsm_jax.serving.scripts import LiveSpeech
 from dsm_jax.serving.server import OUTBOX, Served, Server, Ticket
 from dsm_jax.serving.sockets import ClosedError, admitted, close, converse, received, send, send_last
-from dsm_jax.serving.speaking import LiveSpeech, LiveVoice, Said, Sound
+from dsm_jax.serving.speaking import LiveVoice, Said, Sound
 from dsm_jax.serving.uploads import TooLargeError, heard, sound_of, spoken, spooled
 from dsm_jax.stt.events import WordEnded, WordStarted
 

@@ -12,19 +12,17 @@ from typing import Any
 
 from starlette.requests import HTTPConnection
 
-from dsm_jax.checkpoints import Model, load
-from dsm_jax.csm.options import CsmOptions
-from dsm_jax.errors import ConfigError, FullError
+from dsm_jax.checkpoints import Model
+from dsm_jax.errors import FullError
 from dsm_jax.serving.access import Keys, allowed_origin
 from dsm_jax.serving.config import ServedModel, ServerConfig
 from dsm_jax.serving.engine import Device, Engine
 from dsm_jax.serving.hearing import Heard, HearingService
 from dsm_jax.serving.metrics import Metrics
 from dsm_jax.serving.outbox import Ended, Outbox, Posted, Started, put_all
-from dsm_jax.serving.speaking import Said, Sound, SpeakingService, service_for
+from dsm_jax.serving.services import load_settings, service_of
+from dsm_jax.serving.speaking import Said, Sound
 from dsm_jax.stt.events import WordEnded
-from dsm_jax.stt.options import TranscribeOptions
-from dsm_jax.tts.speech import SynthesizeOptions
 
 OUTBOX = 1_000  # messages to a listener, about 80 s of frames, after which a client reads too slowly
 INBOX_S = 60.0  # of audio that may wait, after which a client is not read: Kyutai's scripts end with 40 s of silence
@@ -96,9 +94,9 @@ class Server:
           DsmError: a model cannot be loaded or served as its settings say.
         """
         for settings in self.config.models:
-            model = (load_model or _load)(settings)
+            model = (load_model or load_settings)(settings)
             start = time.perf_counter()
-            service = _service(settings, model)
+            service = service_of(settings, model)
             hearing = settings.kind == "stt"
             name = self._free_name(model.name)
             engine = Engine(
@@ -315,31 +313,3 @@ def _line(kind: str, ticket: Ticket, *, event: str) -> None:
             "reason": ticket.reason,
         }
     _log.info(json.dumps(facts))
-
-
-def _load(settings: ServedModel) -> Model:
-    """Load a model as the settings say."""
-    return load(settings.model, dtype=settings.dtype, stt_only=settings.kind == "stt")
-
-
-def _service(settings: ServedModel, model: Model) -> HearingService | SpeakingService:
-    """Make and warm up a model's service."""
-    slots = settings.slots or (8 if model.devices[0].platform == "cpu" else 64)
-    if settings.kind == "stt":
-        if (asked := settings.asr_delay_in_tokens) is not None:
-            delay = model.config.stt.audio_delay_seconds * model.config.mimi.frame_rate
-            if not asked - 1 < delay <= asked + 1:
-                raise ConfigError(
-                    f"asr_delay_in_tokens is {asked}; the text of {model.name} is {delay:.1f} frames late: remove it"
-                )
-        return HearingService(model, slots, options=TranscribeOptions(temperature=settings.temperature))
-    asked = {
-        name: value
-        for name in ("temperature", "guidance_scale", "padding_between", "padding_bonus", "codebooks")
-        if (value := getattr(settings, name)) is not None
-    }
-    options = CsmOptions if model.config.model_type == "csm" else SynthesizeOptions
-    if unknown := sorted(asked.keys() - {field.name for field in dataclasses.fields(options)}):
-        raise ConfigError(f"{', '.join(unknown)} was set for {model.name}, which does not have it; remove it")
-    own, voice = options(**asked), settings.default_voice
-    return service_for(model, slots, options=own, folder=settings.voice_folder, default_voice=voice)

@@ -1,0 +1,194 @@
+"""Conversational speech models for clients: a turn is spoken once its text is whole.
+
+Shape letters: T samples.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsm_jax import audio
+from dsm_jax.checkpoints import Model
+from dsm_jax.csm.conversation import Request as TurnRequest
+from dsm_jax.csm.conversation import Segment
+from dsm_jax.csm.host import ConversationRequest, bucket
+from dsm_jax.csm.options import CsmOptions
+from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
+from dsm_jax.errors import ConfigError, SpeechError
+from dsm_jax.models.family import csm_config
+from dsm_jax.runtime.slots import Slots
+from dsm_jax.runtime.steps import Leave
+from dsm_jax.serving.outbox import Outbox
+from dsm_jax.serving.speaking import LAG_S, NO_VOICE, LiveVoice, Sound, SpeakingService, check_characters
+
+TURN_CHARACTERS = 10_000  # of a turn of a conversation, before its tokens are counted
+
+
+class TurnService(SpeakingService):
+    """A conversational speech model for clients.
+
+    A voice is a recording `NAME.wav` in a folder, with its words in `NAME.txt`: the context of each turn.
+
+    Args:
+      model: a conversational speech model.
+      slots: sessions at a time.
+      options: of the synthesis.
+      folder: of voices; None for none: the model chooses a voice by itself.
+      default_voice: name of the voice of clients that name none; None takes the first.
+      clock: seconds, monotonic.
+
+    Raises:
+      ConfigError: a recording without its words, or no voice of the default's name.
+      As `ConversationSynthesizer`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        slots: int,
+        *,
+        options: CsmOptions = CsmOptions(),
+        folder: Path | None = None,
+        default_voice: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.model, self.options, self.clock = model, options, clock
+        self.synthesizer = ConversationSynthesizer(model, slots, limit=1, behind=0, inserts=1)
+        self._contexts: dict[str, tuple[Segment, ...]] = _segments(folder) or {NO_VOICE: ()}
+        self.default_voice = next(iter(self._contexts)) if default_voice is None else default_voice
+        self._context(self.default_voice)
+        self._context_length = csm_config(model.config).backbone.context
+        # The other half is for the answer.
+        self.longest_prompt = self._context_length // 2
+        self._slots = self.synthesizer.slots_for(self._of_length(self.longest_prompt))
+        for segment in (segment for context in self._contexts.values() for segment in context):
+            self.synthesizer.positions_of(segment)  # encodes the recording, and compiles the codec for its length
+        self.step_seconds: dict[int, float] = {}
+        self._warm_up()
+
+    @property
+    def slots(self) -> Slots[Any]:
+        """The slots of the program."""
+        return self._slots
+
+    @property
+    def voices(self) -> Sequence[str]:
+        """The names of the voices that are known."""
+        return list(self._contexts)
+
+    def _context(self, voice: str) -> tuple[Segment, ...]:
+        """Return the turns that a voice is taken from."""
+        if voice not in self._contexts:
+            known = ", ".join(self._contexts)
+            raise SpeechError(f"the voice {voice!r} is unknown; {self.model.name} has {known}")
+        return self._contexts[voice]
+
+    def _of_length(self, length: int) -> ConversationRequest:
+        """Return a request with a prompt of so many positions."""
+        request = self.synthesizer.prepare(TurnRequest("a"), self.options)
+        prompt_MT = np.repeat(request.prompt_MT[:, :1], length, axis=1)
+        frames = min(self.options.max_frames, self._context_length - length)
+        return dataclasses.replace(request, prompt_MT=prompt_MT, max_frames=frames)
+
+    def _warm_up(self) -> None:
+        """Run a prompt of each size that is compiled, one at a time as sessions are admitted, and a step."""
+        sizes = {bucket(length, self._context_length) for length in range(1, self.longest_prompt + 1)}
+        for size in sorted(sizes):
+            session = ConversationSession(self.model, self._of_length(min(size, self.longest_prompt)))
+            self.slots.admit([session])
+            start = time.perf_counter()
+            self.slots.step()
+            self.step_seconds[1] = time.perf_counter() - start
+            self.slots.cancel(session)
+
+    def session(
+        self, outbox: Outbox, *, voice: str | None = None, seed: int | None = None, is_file: bool = False
+    ) -> "LiveTurn":
+        """Make a session.
+
+        Raises:
+          SpeechError: the voice is unknown.
+        """
+        context = self._context(self.default_voice if voice is None else voice)
+        options = self.options if seed is None else dataclasses.replace(self.options, seed=seed)
+        return LiveTurn(self, outbox, context, options, is_file=is_file)
+
+
+def _segments(folder: Path | None) -> dict[str, tuple[Segment, ...]]:
+    """Read the voices of a folder: recordings with their words."""
+    found: dict[str, tuple[Segment, ...]] = {}
+    for path in sorted(folder.iterdir()) if folder is not None else ():
+        if path.suffix not in audio.SUFFIXES:
+            continue
+        words = path.with_suffix(".txt")
+        if not words.is_file():
+            raise ConfigError(f"the voice {path} has no words; write what is said in it to {words.name} beside it")
+        found[path.stem] = (Segment(words.read_text(encoding="utf-8").strip(), 0, path),)
+    return found
+
+
+class LiveTurn(ConversationSession, LiveVoice):
+    """One client's turn of a conversation, spoken once its text is whole; the arguments are those of `LiveSpeech`."""
+
+    def __init__(
+        self,
+        service: TurnService,
+        outbox: Outbox,
+        context: tuple[Segment, ...],
+        options: CsmOptions,
+        *,
+        is_file: bool = False,
+    ):
+        super().__init__(service.model, None)
+        self.outbox, self.is_file, self.can_start = outbox, is_file, False
+        self.first_sound: float | None = None
+        self._service, self._context, self._options = service, context, options
+        self._text: list[str] = []
+        self._length = 0  # characters of all pieces
+        self._started = service.clock()
+        self._sent = 0
+
+    def say(self, text: str) -> None:
+        """Add text; see `LiveVoice.say`."""
+        check_characters(text)
+        self._length += len(text)
+        if self._length > TURN_CHARACTERS:
+            raise SpeechError(
+                f"the turn has {self._length} characters; this server takes up to {TURN_CHARACTERS}: cut it"
+            )
+        if text.strip():
+            self._text.append(text)
+
+    def finish(self) -> None:
+        """End the text; see `LiveVoice.finish`."""
+        request = TurnRequest(" ".join(self._text), 0, self._context)
+        prepared = self._service.synthesizer.prepare(request, self._options)
+        if (length := prepared.prompt_MT.shape[1]) > self._service.longest_prompt:
+            raise SpeechError(
+                f"the turn and its voice take {length} positions; this server takes up to "
+                f"{self._service.longest_prompt}: cut the text, or choose a shorter voice"
+            )
+        self._prepared, self.can_start = prepared, True
+
+    def due(self, now: float) -> float:
+        """Return the time at which a step can be taken."""
+        return math.inf if self._lags() else now
+
+    def _lags(self) -> bool:
+        return len(self.outbox) > LAG_S * self.model.config.mimi.frame_rate
+
+    def take_input(self) -> Leave | None:
+        """Let the slot take steps unless its listener lags."""
+        return None if self._lags() else super().take_input()
+
+    def take_messages(self) -> list[Any]:
+        """Return the sound that was made since the last call."""
+        size, pcm_T = self.model.config.mimi.frame_size, self.take_pcm()
+        if pcm_T.size and self.first_sound is None:
+            self.first_sound = self._service.clock() - self._started
+        return [Sound(pcm_T[at : at + size]) for at in range(0, pcm_T.size, size)]
