@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 
 import dsm_jax
 from dsm_jax import audio
-from dsm_jax.serving import client
 from dsm_jax.errors import ConfigError, ServerError, WireError
-from dsm_jax.serving import client_links, wire, wire_client
+from dsm_jax.serving import client, client_links, wire, wire_client
 from dsm_jax.serving.client_moshi import _Pauses
 from dsm_jax.stt.events import Pause, WordEnded
 from tests.helpers.serving import running, served
