@@ -16,12 +16,20 @@ from dsm_jax.errors import DsmError
 
 
 def _transcribe(args: argparse.Namespace) -> int:
+    if args.server:
+        from dsm_jax.cli import remote
+
+        return remote.transcribe(args)
     from dsm_jax.cli import transcribe
 
     return transcribe.run(args)
 
 
 def _speak(args: argparse.Namespace) -> int:
+    if args.server:
+        from dsm_jax.cli import remote
+
+        return remote.speak(args)
     from dsm_jax.cli import speak
 
     return speak.run(args)
@@ -33,13 +41,19 @@ def _serve(args: argparse.Namespace) -> int:
     return serve.run(args)
 
 
+def _bench_serve(args: argparse.Namespace) -> int:
+    from dsm_jax.cli import remote
+
+    return remote.bench_serve(args)
+
+
 def _other(args: argparse.Namespace) -> int:
     from dsm_jax.cli import commands
 
     return getattr(commands, args.command)(args)
 
 
-COMMANDS = {"transcribe": _transcribe, "speak": _speak, "serve": _serve}
+COMMANDS = {"transcribe": _transcribe, "speak": _speak, "serve": _serve, "bench_serve": _bench_serve}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 FORMATS = ("text", "json", "jsonl", "srt", "vtt", "tsv")
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # as we say it, and as JAX does
@@ -20,6 +21,30 @@ def cache_folder() -> Path:
     return base / "dsm_jax" / "compiled"
 
 
+class DefaultModel(str):
+    """The name of the model that a command takes where none is given: a server has its own."""
+
+    __slots__ = ()
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that leaves some first arguments to parsers of their own, beside positional arguments of any number.
+
+    Attributes:
+      branches: parsers, by the first argument that leads to each.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.branches: dict[str, argparse.ArgumentParser] = {}
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Parse arguments."""
+        if args and args[0] in self.branches:
+            return self.branches[args[0]].parse_known_args(args[1:], namespace)
+        return super().parse_known_args(args, namespace)
+
+
 class _Version(argparse.Action):
     """Look the version up only when it is asked for."""
 
@@ -32,36 +57,42 @@ class _Version(argparse.Action):
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser; the chosen command's name is in `command`."""
-    top = argparse.ArgumentParser(prog="dsm-jax", description="Kyutai's delayed streams models in JAX.")
+    top = _Parser(prog="dsm-jax", description="Kyutai's delayed streams models in JAX.")
     top.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    output = argparse.ArgumentParser(add_help=False)
+    output = _Parser(add_help=False)
     output.add_argument("--quiet", action="store_true", help="show errors alone: no bars, no warnings")
     output.add_argument("--verbose", action="store_true", help="show what is fetched, loaded and compiled")
-    device = argparse.ArgumentParser(add_help=False, parents=[output])
+    device = _Parser(add_help=False, parents=[output])
     group = device.add_argument_group("device")
     group.add_argument("--device", choices=PLATFORMS, help="default: the best that JAX finds")
     group.add_argument(
         "--cache-dir", type=Path, metavar="FOLDER", help=f"keep compiled programs here; default: {cache_folder()}"
     )
     group.add_argument("--no-cache", action="store_true", help="compile anew, keep nothing")
-    dtype = argparse.ArgumentParser(add_help=False)
+    dtype = _Parser(add_help=False)
     dtype.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         help="of the weights; default: bfloat16 on GPU and TPU, float32 on CPU; the codec is always float32",
     )
-    revision = argparse.ArgumentParser(add_help=False)
+    revision = _Parser(add_help=False)
     revision.add_argument("--revision", metavar="REF", help="branch, tag or commit of the model on the hub")
-    model = argparse.ArgumentParser(add_help=False, parents=[device, dtype, revision])
+    key = _Parser(add_help=False)
+    key.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="key for the server; default: DSM_JAX_API_KEY, if it is set"
+    )
+    server = _Parser(add_help=False, parents=[key])
+    server.add_argument("--server", metavar="URL", help="let a server do it, such as http://127.0.0.1:8080")
+    model = _Parser(add_help=False, parents=[device, dtype, revision])
     model.add_argument(
         "--model",
-        default="kyutai/stt-1b-en_fr",
+        default=DefaultModel("kyutai/stt-1b-en_fr"),
         help="a published name, a local folder in any supported layout, or digits, which came with the library "
         "(default: %(default)s)",
     )
 
-    p = commands.add_parser("transcribe", parents=[model], help="turn recordings into text with word times")
+    p = commands.add_parser("transcribe", parents=[model, server], help="turn recordings into text with word times")
     p.add_argument(
         "audio",
         nargs="*",
@@ -96,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.set_defaults(command="transcribe")
 
-    p = commands.add_parser("speak", parents=[device, dtype, revision], help="turn text into speech")
+    p = commands.add_parser("speak", parents=[device, dtype, revision, server], help="turn text into speech")
     p.add_argument(
         "text",
         help="the text, a file of it, - for standard input, or requests.jsonl: id, text and voice on each line, or for "
@@ -105,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("output", help="a wav, flac, ogg, opus or mp3 file, - to play or pipe it, or for requests a folder")
     p.add_argument(
         "--model",
-        default="kyutai/tts-1.6b-en_fr",
+        default=DefaultModel("kyutai/tts-1.6b-en_fr"),
         help="a published name, a local folder in any supported layout, or digits-tts, which came with the library "
         "(default: %(default)s)",
     )
@@ -279,7 +310,27 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--size", nargs="+", default=["stt-1b"], choices=("stt-1b", "stt-2.6b"), help="default: stt-1b")
     p.add_argument("--batch", nargs="+", type=_positive, default=[1, 8], metavar="N", help="default: 1 8")
     p.add_argument("--steps", type=_positive, default=20, help="timed steps (default: %(default)s)")
+    p.epilog = "dsm-jax bench serve --help: load a server with live streams"
     p.set_defaults(command="bench")
+    p.branches["serve"] = q = _Parser(
+        prog="dsm-jax bench serve", parents=[output, key], description="Load a server with streams in real time."
+    )
+    q.add_argument("--url", required=True, help="address of the server, such as http://127.0.0.1:8080")
+    q.add_argument("--streams", type=_positive, default=8, metavar="N", help="at once (default: %(default)s)")
+    q.add_argument("--seconds", type=float, default=20.0, metavar="S", help="of each stream (default: %(default)s)")
+    q.add_argument("--audio", metavar="FILE", help="what is sent, again and again; default: quiet noise")
+    q.add_argument("--tts", action="store_true", help="let the server speak, in place of transcribing")
+    q.add_argument("--model", metavar="NAME", help="of those that the server has; default: its first")
+    q.add_argument("--target-ms", type=float, default=80.0, metavar="MS", help="of a frame (default: %(default)s)")
+    q.add_argument(
+        "--percentile",
+        choices=("p50", "p95", "p99", "max"),
+        default="p95",
+        help="for the target (default: %(default)s)",
+    )
+    q.add_argument("--find", action="store_true", help="find the most streams, up to N, that hold the target")
+    q.add_argument("--json", action="store_true", help="print one line of JSON in place of the table")
+    q.set_defaults(command="bench_serve")
     return top
 
 

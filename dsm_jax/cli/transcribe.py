@@ -5,6 +5,7 @@ import glob
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     """Transcribe what the arguments name; return the exit code."""
     from dsm_jax.stt import Prompt, TranscribeOptions
 
-    names = _check(args)
+    names = check(args)
     outputs = output_files(names, args.output_dir, args.format)
     options = TranscribeOptions(
         prompt=Prompt(text=args.prompt_text, audio=args.prompt_audio, exclude_from_output=args.exclude_prompt),
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     return listen(args, model, options) if args.mic else transcribe_files(args, model, options, names, outputs)
 
 
-def _check(args: argparse.Namespace) -> list[str]:
+def check(args: argparse.Namespace) -> list[str]:
     """Return the recordings' names; refuse arguments that do not go together."""
     if args.mic and args.audio:
         raise UsageError("--mic takes the microphone, and recordings were given too; leave one of them out")
@@ -77,7 +78,7 @@ def transcribe_files(
             bars.name(item, Path(name).name)
 
         def found(index: int, event: "Event") -> None:
-            bars.print(_line({"audio": names[index]} | _event(event)))
+            bars.print(event_line(event, names[index]))
 
         results = transcribe_each(
             model,
@@ -104,7 +105,7 @@ def transcribe_files(
                         reason = f"{outputs[shown]} cannot be written ({error.strerror}); choose another folder"
                         terminal.refuse(reason)
                 elif as_lines:
-                    bars.print(_line(_end(done)))
+                    bars.print(end_line(done))
                 else:
                     bars.print(render(done, args, several=len(names) > 1))
                 shown += 1
@@ -114,39 +115,54 @@ def transcribe_files(
 def listen(args: argparse.Namespace, model: "Model", options: "TranscribeOptions") -> int:
     """Transcribe the microphone until Ctrl-C; print words as they end, then the transcript in its format."""
     from dsm_jax import microphone
-    from dsm_jax.stt import Pause, StreamingTranscriber, WordEnded
+    from dsm_jax.stt import StreamingTranscriber
 
-    transcriber = StreamingTranscriber(model, options=options)
-    words_only = args.format == "text"
-
-    def show(events: list["Event"]) -> None:
-        for event in events:
-            if args.format == "jsonl":
-                terminal.write(_line(_event(event)))
-            elif words_only and isinstance(event, WordEnded):
-                terminal.write(event.word.text + " ")
-            elif words_only and args.vad and isinstance(event, Pause):
-                terminal.write("[pause] ")
-
+    transcriber, shown = StreamingTranscriber(model, options=options), Shown(args)
     with microphone.Microphone(model.sample_rate, device=args.input_device) as source:
         terminal.say(f"listening to {source.name}; Ctrl-C ends", style="dim")
-        level = terminal.Level(quiet=args.quiet or (words_only and sys.stdout.isatty()))
+        level = terminal.Level(quiet=args.quiet or (args.format == "text" and sys.stdout.isatty()))
         try:
             for chunk_T in source.chunks():
                 level.show(chunk_T)
-                show(transcriber.feed(chunk_T))
+                shown.events(transcriber.feed(chunk_T))
         except KeyboardInterrupt:
             terminal.interrupt_was_handled()
         finally:
             level.clear()
-    show(transcriber.finish())
-    if words_only:
-        terminal.write("\n")
-    elif args.format == "jsonl":
-        terminal.write(_line(_end(transcriber.transcript)))
-    else:
-        terminal.write(render(transcriber.transcript, args, several=False))
+    shown.events(transcriber.finish())
+    shown.end(transcriber.transcript)
     return 0
+
+
+class Shown:
+    """Print what is heard live: words as they end, then the transcript in its format.
+
+    Args:
+      args: arguments of the command.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self._args = args
+
+    def events(self, events: "Sequence[Event]") -> None:
+        """Print words and pauses, where the format has them as they come."""
+        from dsm_jax.stt.events import Pause, WordEnded
+
+        for event in events:
+            if self._args.format == "jsonl":
+                terminal.write(_line(_event(event)))
+            elif self._args.format == "text" and isinstance(event, WordEnded):
+                terminal.write(event.word.text + " ")
+            elif self._args.format == "text" and self._args.vad and isinstance(event, Pause):
+                terminal.write("[pause] ")
+
+    def end(self, transcript: "Transcript") -> None:
+        """Print what comes after the last word."""
+        if self._args.format == "text":
+            terminal.write("\n")
+        else:
+            is_lines = self._args.format == "jsonl"
+            terminal.write(end_line(transcript) if is_lines else render(transcript, self._args, several=False))
 
 
 def expand(patterns: list[str]) -> list[str]:
@@ -196,7 +212,7 @@ def _line(values: dict[str, Any]) -> str:
 
 def _event(event: "Event") -> dict[str, Any]:
     """Return an event as plain values."""
-    from dsm_jax.stt import Pause, WordStarted
+    from dsm_jax.stt.events import Pause, WordStarted
     from dsm_jax.stt.transcript import pause_dict, word_dict
 
     if isinstance(event, WordStarted):
@@ -206,7 +222,12 @@ def _event(event: "Event") -> dict[str, Any]:
     return {"type": "word", **word_dict(event.word)}
 
 
-def _end(transcript: "Transcript") -> dict[str, Any]:
-    """Return the last line of a recording as plain values."""
+def event_line(event: "Event", name: str) -> str:
+    """Return the line of an event in a recording."""
+    return _line({"audio": name} | _event(event))
+
+
+def end_line(transcript: "Transcript") -> str:
+    """Return the last line of a recording."""
     about = {"audio": transcript.audio} if transcript.audio else {}
-    return {**about, "type": "end", "duration": round(transcript.duration, 3), "text": transcript.text}
+    return _line({**about, "type": "end", "duration": round(transcript.duration, 3), "text": transcript.text})
