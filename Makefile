@@ -9,7 +9,7 @@ SAY := @printf '==> %s\n'
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo serve-demo test test-fast test-page parity lint bench
+.PHONY: help demo serve-demo test test-fast test-page parity lint soak bench
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ lint: .venv/.dev ## ruff and pyright
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
+
+soak: .venv/.dev ## a server under load for some 25 minutes; fails where it breaks a promise
+	@$(BIN)/python -m tests.benchmarks.serving
 
 bench: .venv/.parity ## speed against the references on this machine, as JSON lines
 	@NO_TORCH_COMPILE=1 NO_CUDA_GRAPH=1 $(BIN)/python -m tests.benchmarks
