@@ -161,7 +161,8 @@ def test_a_posted_file_is_answered_with_the_words_of_transcribe(server, wanted):
         with urllib.request.urlopen(request, timeout=120) as answer:
             found = json.load(answer)
         assert words(found) == expected(transcript)
-        assert {message["type"] for message in found} == {"Word", "EndWord"}
+        fields = {message["type"]: set(message) for message in found}
+        assert fields == {"Word": {"type", "text", "start_time"}, "EndWord": {"type", "stop_time"}}
 
 
 @pytest.mark.parametrize("body,words", [(b"", "standard"), (b"not a recording", "the file object"), (b"RIFF", "file")])

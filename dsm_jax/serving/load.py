@@ -140,7 +140,7 @@ class Report:
 
 @dataclasses.dataclass
 class _Found:
-    """What the streams have measured so far, in seconds."""
+    """Collect what the streams have measured, in seconds."""
 
     frames: int = 0
     answered: int = 0

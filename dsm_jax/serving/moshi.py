@@ -147,7 +147,9 @@ async def transcribe_file(request: Request, server: Server, served: Served) -> R
     except FullError as error:
         return PlainTextResponse(str(error), 503, {"retry-after": "1"})
     kept = [answer for answer in told if isinstance(answer, wire.Word | wire.EndWord)]
-    return JSONResponse([{"type": type(answer).__name__, **vars(answer)} for answer in kept])
+    # The details of a word are for clients that ask for them.
+    fields = [{name: value for name, value in vars(answer).items() if value is not None} for answer in kept]
+    return JSONResponse([{"type": type(one).__name__, **each} for one, each in zip(kept, fields, strict=True)])
 
 
 def _refused(request: Request, server: Server) -> Response | None:
