@@ -29,7 +29,7 @@ from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.nn.linear import fan_in
-from dsm_jax.runtime.compile import compiled
+from dsm_jax.runtime.compile import compiled, plain
 from dsm_jax.runtime.steps import Leave
 from dsm_jax.stt import program as stt_program
 from dsm_jax.tts import host as tts_host
@@ -72,8 +72,8 @@ def lm_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, An
     graph, params = _random_lm(config, dtype)
     assert config.lm is not None
     tokens_BMT = jnp.zeros((batch, config.lm.n_q + 1, 1), jnp.int32)
-    step = compiled(_greedy_step, (graph,), donate=(1,))
-    return lambda state: step((params,), tokens_BMT, state), compiled(_lm_state, (graph,), batch)((params,))
+    step, networks = compiled(_greedy_step, (graph,), donate=(1,)), plain(params)
+    return lambda state: step(networks, tokens_BMT, state), compiled(_lm_state, (graph,), batch)(networks)
 
 
 def _greedy_step(lm: DelayedStreamsLM, tokens_BMT: jax.Array, state: Any) -> tuple[jax.Array, Any]:
@@ -95,8 +95,8 @@ def mimi_step(batch: int, way: str, config: MimiConfig = MimiConfig()) -> tuple[
         shape = batch, config.quantizer.n_q, 1
         frame = jax.random.randint(jax.random.key(2), shape, 0, config.quantizer.bins)
     step = compiled(_encode_step if way == "encode" else _decode_step, (graph,), donate=(1,))
-    half = mimi.encoder if way == "encode" else mimi.decoder
-    return lambda state: step((params,), frame, state), half.init_state(batch)
+    half, networks = mimi.encoder if way == "encode" else mimi.decoder, plain(params)
+    return lambda state: step(networks, frame, state), half.init_state(batch)
 
 
 def _encode_step(mimi: Mimi, pcm_BTC: jax.Array, state: Any) -> tuple[jax.Array, Any]:
@@ -114,7 +114,7 @@ def stt_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, A
     pcm_BTC = 0.1 * jax.random.normal(jax.random.key(1), (batch, config.mimi.frame_size, 1))
     settings, slot_B = stt_program.SttSettings(batch), np.arange(batch)
     inputs = stt_program.SttInputs(pcm_BTC, jnp.ones((batch,), jnp.int32))
-    graphs, params = (lm_def, mimi_def), (lm_params, mimi_params)
+    graphs, params = (lm_def, mimi_def), plain(lm_params, mimi_params)
     step = compiled(stt_program.step, graphs, settings, donate=(0,))
     state = compiled(stt_program.init_state, graphs, settings)(params)
     state = compiled(stt_program.insert, graphs, settings)(params, state, slot_B, state.request)

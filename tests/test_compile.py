@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsm_jax.runtime.compile import compilations, compiled
+from dsm_jax.runtime.compile import compilations, compiled, plain
 
 
 class Scale(nnx.Module):
@@ -36,6 +36,17 @@ def test_a_function_of_networks_becomes_one_of_parameters():
     assert run((params,), jnp.ones((2, 3)), jnp.ones((2, 3))).tolist() == [[3, 3, 3]] * 2
     other = jax.tree.map(lambda a: a + 1, params)
     assert run((other,), jnp.ones((2, 3)), jnp.ones((2, 3))).tolist() == [[4, 4, 4]] * 2
+
+
+def test_states_and_their_plain_arrays_are_the_same_parameters():
+    graph, params = network(6)
+    run, before = compiled(scaled, (graph,)), compilations()
+    networks = plain(params)
+    assert [type(part) for part in networks] == [dict]
+    assert plain(*networks)[0] is networks[0]
+    for given in ((params,), networks):
+        assert run(given, jnp.ones((1, 6)), jnp.ones((1, 6))).tolist() == [[3] * 6]
+    assert compilations() == before + 1
 
 
 def test_the_same_function_networks_and_settings_are_compiled_once():

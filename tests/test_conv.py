@@ -21,32 +21,34 @@ def noise(*shape: int) -> np.ndarray:
 
 
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=24, deadline=None)
 @given(
+    channels=st.sampled_from([(2, 3), (1, 3), (2, 1), (1, 1)]),
     kernel=st.integers(1, 5),
     stride=st.integers(1, 3),
     dilation=st.integers(1, 3),
     replicate=st.booleans(),
     steps=st.integers(1, 4),
 )
-def test_a_convolution_is_a_sum_over_the_past(kernel, stride, dilation, replicate, steps):
+def test_a_convolution_is_a_sum_over_the_past(channels, kernel, stride, dilation, replicate, steps):
     reach = (kernel - 1) * dilation
     stride = min(stride, reach + 1)  # a kernel shorter than its stride would skip input
-    conv = CausalConv1d(
-        2, 3, kernel=kernel, stride=stride, dilation=dilation, replicate=replicate, rngs=nnx.Rngs(kernel)
-    )
-    conv.bias_O[...] = jnp.array([1.0, 2.0, 3.0])
-    x_BTC = noise(2, steps * stride, 2)
+    channels_in, channels_out = channels
+    options = {"kernel": kernel, "stride": stride, "dilation": dilation, "replicate": replicate}
+    conv = CausalConv1d(channels_in, channels_out, **options, rngs=nnx.Rngs(kernel))
+    bias_D = np.arange(1.0, 1 + channels_out)
+    conv.bias_O[...] = jnp.array(bias_D)
+    x_BTC = noise(2, steps * stride, channels_in)
     y_BTD = np.array(conv(x_BTC))
-    first_BC = x_BTC[:, 0] if replicate else np.zeros((2, 2), np.float32)
+    first_BC = x_BTC[:, 0] if replicate else np.zeros((2, channels_in), np.float32)
     for t in range(steps):
         now = t * stride + stride - 1  # an output step comes with the last input step of its stride
-        wanted_BD = np.array([1.0, 2.0, 3.0])
+        wanted_BD = bias_D
         for k in range(kernel):
             at = now - reach + k * dilation
             wanted_BD = wanted_BD + (x_BTC[:, at] if at >= 0 else first_BC) @ np.array(conv.kernel_RCO[k])
         np.testing.assert_allclose(y_BTD[:, t], wanted_BD, rtol=1e-5, atol=1e-5)
-    assert y_BTD.shape == (2, steps, 3)
+    assert y_BTD.shape == (2, steps, channels_out)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 5])

@@ -16,7 +16,7 @@ from dsm_jax.csm.program import CsmOutputs, CsmRequest, CsmSettings, CsmState, i
 from dsm_jax.models.family import csm_config
 from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.nn.sampling import top_k_capacity
-from dsm_jax.runtime.compile import compiled
+from dsm_jax.runtime.compile import compiled, plain
 from dsm_jax.runtime.slots import grow
 from dsm_jax.runtime.steps import Leave, step_limits
 
@@ -93,11 +93,12 @@ class CsmProgram:
 
     def __init__(self, model: Model, settings: CsmSettings, *, limit: int | None = None, inserts: int | None = None):
         assert model.lm_def is not None
+        assert model.lm_params is not None
         self.slots, self.inserts = settings.slots, settings.slots if inserts is None else inserts
         self.limit = settings.steps if limit is None else limit
         self._context = csm_config(model.config).backbone.context
         self._graphs = model.lm_def, model.mimi_def
-        self._params: Any = model.lm_params, model.mimi_params
+        self._params = plain(model.lm_params, model.mimi_params)
         self._compile(settings)
 
     def _compile(self, settings: CsmSettings) -> None:

@@ -4,6 +4,7 @@ Shape letters: docs/axes.md; C is the channels in, O the channels out.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -24,8 +25,26 @@ class ConvState:
     started_B: jax.Array
 
 
+def _convolve_samples(x_BTC: jax.Array, kernel_RCO: jax.Array, dilation: int) -> jax.Array:
+    """Convolve from or to one channel as a sum over taps.
+
+    XLA's convolution takes 2 to 9 times as long on two CPU cores: 5.0 against 0.6 ms for 64 rows of a frame to 8
+    channels, 5.0 against 1.2 ms for 4 rows of 8 frames to Mimi's 64, 1.1 against 0.4 ms for 8 frames from 64.
+    """
+    taps, channels, _ = kernel_RCO.shape
+    steps = x_BTC.shape[1] - (taps - 1) * dilation
+    if channels == 1:
+        parts = [x_BTC[:, r * dilation :][:, :steps] * kernel_RCO[r] for r in range(taps)]
+    else:
+        x_BTR = x_BTC @ kernel_RCO[:, :, 0].T
+        parts = [x_BTR[:, r * dilation :][:, :steps, r : r + 1] for r in range(taps)]
+    return functools.reduce(jnp.add, parts)
+
+
 @full_precision
 def _convolve(x_BTC: jax.Array, kernel_RCO: jax.Array, stride: int = 1, dilation: int = 1) -> jax.Array:
+    if stride == 1 and 1 in kernel_RCO.shape[1:]:
+        return _convolve_samples(x_BTC, kernel_RCO, dilation)
     return jax.lax.conv_general_dilated(
         x_BTC,
         kernel_RCO,

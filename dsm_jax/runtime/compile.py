@@ -15,8 +15,20 @@ from flax import nnx
 
 from dsm_jax.process import check_process
 
+# Of a network: its state, or the same as nested dicts, see `plain`.
+Params = nnx.State | dict[str, Any]
+
 _log = logging.getLogger("dsm_jax")
 _compilations = 0
+
+
+def plain(*params: Params) -> tuple[dict[str, Any], ...]:
+    """Return networks' parameters as nested dicts of arrays, which JAX looks through in C++ at each call.
+
+    Whoever calls a compiled function often keeps them: a call with states takes 2 ms longer for the embedded `digits`
+    (4.0 in place of 1.8 ms, of a step of 13 ms with 8 slots on two CPU cores).
+    """
+    return tuple(part if isinstance(part, dict) else nnx.to_pure_dict(part) for part in params)
 
 
 def compilations() -> int:
@@ -35,7 +47,7 @@ class Compiled:
     ):
         self.name = f"{function.__module__}.{function.__qualname__}"
 
-        def traced(params: tuple[nnx.State, ...], *args: Any) -> Any:
+        def traced(params: tuple[dict[str, Any], ...], *args: Any) -> Any:
             # JAX traces a function once for each of its compilations.
             global _compilations
             _compilations += 1
@@ -46,12 +58,12 @@ class Compiled:
 
         self._jitted = jax.jit(traced, donate_argnums=tuple(1 + index for index in donate))
 
-    def __call__(self, params: tuple[nnx.State, ...], *args: Any) -> Any:
+    def __call__(self, params: tuple[Params, ...], *args: Any) -> Any:
         """Run the function; compile it first for shapes that are new."""
         check_process()
-        return self._jitted(params, *args)
+        return self._jitted(plain(*params), *args)
 
-    def compile(self, params: tuple[nnx.State, ...], *args: Any) -> jax.stages.Compiled:
+    def compile(self, params: tuple[Params, ...], *args: Any) -> jax.stages.Compiled:
         """Compile before the first call, for arrays or their shapes.
 
         Compile before allocating a state, so that the two memory peaks do not add up.
@@ -65,14 +77,14 @@ class Compiled:
         """
         check_process()
         before, start = _compilations, time.perf_counter()
-        program = self._jitted.lower(params, *args).compile()
+        program = self._jitted.lower(plain(*params), *args).compile()
         if _compilations != before:
             _log.info("compiled %s in %.1f s", self.name, time.perf_counter() - start)
         return program
 
-    def shapes(self, params: tuple[nnx.State, ...], *args: Any) -> Any:
+    def shapes(self, params: tuple[Params, ...], *args: Any) -> Any:
         """Return the shapes and dtypes of the function's results, without computing them."""
-        return jax.eval_shape(self._jitted, params, *args)
+        return jax.eval_shape(self._jitted, plain(*params), *args)
 
 
 @functools.lru_cache(maxsize=64)

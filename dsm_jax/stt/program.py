@@ -23,7 +23,7 @@ from dsm_jax.models.mimi import CodecState, Mimi
 from dsm_jax.models.streams import TokenRing
 from dsm_jax.nn.sampling import sample_or_greedy
 from dsm_jax.nn.transformer import TransformerState
-from dsm_jax.runtime.compile import compiled
+from dsm_jax.runtime.compile import compiled, plain
 from dsm_jax.runtime.slots import grow, write_rows
 from dsm_jax.streaming import reset_rows, select_rows
 
@@ -235,9 +235,10 @@ class SttProgram:
 
     def __init__(self, model: Model, slots: int, chunks: Sequence[int], *, max_top_k: int = 0, prompt_tokens: int = 0):
         assert model.lm_def is not None
+        assert model.lm_params is not None
         self.slots, self.inserts, self.chunks = slots, slots, tuple(chunks)
         self._graphs: tuple[nnx.GraphDef, nnx.GraphDef] = model.lm_def, model.mimi_def
-        self._params: Any = model.lm_params, model.mimi_params
+        self._params = plain(model.lm_params, model.mimi_params)
         self._frame_size = model.config.mimi.frame_size
         self._compile(SttSettings(slots, _rounded_up(prompt_tokens), max_top_k))
 

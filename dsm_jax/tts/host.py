@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from dsm_jax.checkpoints import Model
-from dsm_jax.runtime.compile import compiled
+from dsm_jax.runtime.compile import compiled, plain
 from dsm_jax.runtime.slots import grow
 from dsm_jax.runtime.steps import Leave, step_limits
 from dsm_jax.tts import voices
@@ -116,10 +116,11 @@ class TtsProgram:
 
     def __init__(self, model: Model, settings: TtsSettings, *, limit: int | None = None):
         assert model.lm_def is not None
+        assert model.lm_params is not None
         assert model.config.lm is not None
         self.slots, self.limit = settings.slots, settings.steps if limit is None else limit
         self._graphs: tuple[nnx.GraphDef, nnx.GraphDef] = model.lm_def, model.mimi_def
-        self._params: Any = model.lm_params, model.mimi_params
+        self._params = plain(model.lm_params, model.mimi_params)
         self._config = model.config.lm
         self._compile(settings)
 
