@@ -5,7 +5,6 @@ Shape letters: M streams (text first), T positions of a prompt, N requests of a 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
