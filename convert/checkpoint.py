@@ -10,7 +10,6 @@ import numpy as np
 from dsm_jax.configs import ModelConfig
 from dsm_jax.convert import pieces
 from dsm_jax.convert.pieces import Claim, Constant, Outgoing, Piece, Tensor
-from dsm_jax.convert.transforms import contiguous
 from dsm_jax.models.family import abstract_model, family_of
 from dsm_jax.models.parameters import ALWAYS_FLOAT32, AbstractNetwork, with_dtype
 from dsm_jax.tokenizers import Tokenizer, load_tokenizer
@@ -141,10 +140,10 @@ def from_tensors(
     def read(part: str, name: str) -> np.ndarray:
         wanted, blocks = stored[part][name], by_target[part, name]
         if len(blocks) == 1:
-            return contiguous(pieces.load(*blocks[0], tensors[part])).astype(wanted.dtype, copy=False)
+            return np.ascontiguousarray(pieces.load(*blocks[0], tensors[part])).astype(wanted.dtype, copy=False)
         whole = np.empty(wanted.shape, wanted.dtype)
         for item, names in blocks:
-            whole[item.at] = contiguous(pieces.load(item, names, tensors[part]))
+            whole[item.at] = pieces.load(item, names, tensors[part])
         return whole
 
     def place(wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:

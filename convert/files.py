@@ -9,7 +9,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dsm_jax.convert.pieces import DTYPES, Outgoing, Rows, Tensor
-from dsm_jax.convert.transforms import contiguous
 from dsm_jax.errors import CheckpointError
 from dsm_jax.files import read_text
 
@@ -138,7 +137,7 @@ def write_safetensors(path: Path, tensors: list[Outgoing]) -> Iterator[Outgoing]
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
-            array = contiguous(tensor.make())
+            array = np.ascontiguousarray(tensor.make())
             file.write(array.reshape(-1).view(np.uint8).data)
             yield tensor
 

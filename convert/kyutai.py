@@ -29,7 +29,6 @@ from dsm_jax.convert.transforms import (
     ALPHA,
     CODEBOOK,
     CONV,
-    LINEAR,
     POINTWISE,
     Transform,
     conv_transpose,
@@ -192,8 +191,8 @@ def mimi_table(config: MimiConfig) -> Table:
         ("rvq_first", "semantic", semantic),
         ("rvq_rest", "acoustic", config.quantizer.n_q - semantic),
     ):
-        table.append(piece(f"quantizer.{src}.input_proj.weight", f"quantizer.{dst}.input_proj.weight_DC", POINTWISE))
-        table.append(piece(f"quantizer.{src}.output_proj.weight", f"quantizer.{dst}.output_proj.weight_CD", POINTWISE))
+        table.append(piece(f"quantizer.{src}.input_proj.weight", f"quantizer.{dst}.input_proj.weight_CD", POINTWISE))
+        table.append(piece(f"quantizer.{src}.output_proj.weight", f"quantizer.{dst}.output_proj.weight_DC", POINTWISE))
         for q in range(books):
             book = f"quantizer.{src}.vq.layers.{q}._codebook"
             table += codebook(
@@ -231,14 +230,14 @@ def attention_pieces(config: TransformerConfig, src: str, dst: str) -> list[Piec
     """Make the pieces of self-attention."""
     width, kv_heads, groups = config.d_model, config.num_kv_heads, config.kv_repeat
     packed, out = _attention_spellings(src)
-    target = f"{dst}.in_proj.weight_DPKH"
-    pieces = [piece(out, f"{dst}.out_proj.weight_KGHD", linear((kv_heads, groups, config.head_dim), (width,)))]
+    target = f"{dst}.in_proj.weight_PKHD"
+    pieces = [piece(out, f"{dst}.out_proj.weight_DKGH", linear((width,), (kv_heads, groups, config.head_dim)))]
     if groups == 1:
-        return [piece(packed, target, linear((width,), (3, kv_heads, config.head_dim))), *pieces]
+        return [piece(packed, target, linear((3, kv_heads, config.head_dim), (width,))), *pieces]
     keys = kv_heads * config.head_dim
     ends = itertools.accumulate((width, keys, keys))
     for first, count, end, rows in zip((0, groups, groups + 1), (groups, 1, 1), ends, (width, keys, keys), strict=True):
-        at = (slice(None), slice(first, first + count))
+        at = (slice(first, first + count),)
         transform = heads(kv_heads, count, half_split=False)
         pieces.append(piece(packed, target, transform, rows=(end - rows, end), at=at))
     return pieces
@@ -249,9 +248,9 @@ def cross_attention_pieces(config: TransformerConfig, src: str, dst: str) -> lis
     width, shape = config.d_model, (config.num_heads, config.head_dim)
     packed, out = _attention_spellings(src)
     return [
-        piece(packed, f"{dst}.q_proj.weight_DKH", linear((width,), shape), rows=(0, width)),
-        piece(packed, f"{dst}.kv_proj.weight_DPKH", linear((width,), (2, *shape)), rows=(width, 3 * width)),
-        piece(out, f"{dst}.out_proj.weight_KHD", linear(shape, (width,))),
+        piece(packed, f"{dst}.q_proj.weight_KHD", linear(shape, (width,)), rows=(0, width)),
+        piece(packed, f"{dst}.kv_proj.weight_PKHD", linear((2, *shape), (width,)), rows=(width, 3 * width)),
+        piece(out, f"{dst}.out_proj.weight_DKH", linear((width,), shape)),
     ]
 
 
@@ -267,8 +266,8 @@ def transformer_pieces(config: TransformerConfig, src: str, dst: str) -> list[Pi
             pieces += cross_attention_pieces(config, f"{old}.cross_attention", f"{new}.cross_attention")
         pieces += norm_pieces(config.norm, f"{old}.norm2", f"{new}.norm2")
         if config.gating == "none":
-            pieces.append(piece(f"{old}.linear1.weight", f"{new}.feedforward.linear1.weight_DF", LINEAR))
-            pieces.append(piece(f"{old}.linear2.weight", f"{new}.feedforward.linear2.weight_FD", LINEAR))
+            pieces.append(piece(f"{old}.linear1.weight", f"{new}.feedforward.linear1.weight_FD"))
+            pieces.append(piece(f"{old}.linear2.weight", f"{new}.feedforward.linear2.weight_DF"))
         else:
             pieces += gating_pieces(config.d_model, config.dim_feedforward, f"{old}.gating", f"{new}.feedforward")
         if config.layer_scale is not None:
@@ -278,14 +277,14 @@ def transformer_pieces(config: TransformerConfig, src: str, dst: str) -> list[Pi
 
 def gate_up(width: int, feedforward: int) -> Transform:
     """Make the transform of a gated feed-forward's packed first matrix, for the config's `dim_feedforward`."""
-    return linear((width,), (2, gating_dim(width, feedforward)))
+    return linear((2, gating_dim(width, feedforward)), (width,))
 
 
 def gating_pieces(width: int, feedforward: int, src: str, dst: str) -> list[Piece]:
     """Make the pieces of a gated feed-forward, for the config's `dim_feedforward`."""
     return [
-        piece(f"{src}.linear_in.weight", f"{dst}.linear_in.weight_DPF", gate_up(width, feedforward)),
-        piece(f"{src}.linear_out.weight", f"{dst}.linear_out.weight_FD", LINEAR),
+        piece(f"{src}.linear_in.weight", f"{dst}.linear_in.weight_PFD", gate_up(width, feedforward)),
+        piece(f"{src}.linear_out.weight", f"{dst}.linear_out.weight_DF"),
     ]
 
 
@@ -293,10 +292,10 @@ def embedding_pieces(src: str, dst: str, *, rank: bool, demux: bool) -> list[Pie
     """Make the pieces of a token embedding."""
     pieces = [piece(f"{src}.weight", f"{dst}.table_LW")]
     if rank:
-        pieces.append(piece(f"{src}.low_rank.weight", f"{dst}.low_rank.weight_WD", LINEAR))
+        pieces.append(piece(f"{src}.low_rank.weight", f"{dst}.low_rank.weight_DW"))
     if demux:
-        pieces.append(piece(f"{src}.out1.weight", f"{dst}.first.weight_WD", LINEAR))
-        pieces.append(piece(f"{src}.out2.weight", f"{dst}.second.weight_WD", LINEAR))
+        pieces.append(piece(f"{src}.out1.weight", f"{dst}.first.weight_DW"))
+        pieces.append(piece(f"{src}.out2.weight", f"{dst}.second.weight_DW"))
     return pieces
 
 
@@ -313,18 +312,18 @@ def lm_table(config: LMConfig, *, unpacked: bool = False) -> Table:
     """
     pieces = [piece(f"emb.{q}.weight", "audio_emb.table_QLW", at=(q,)) for q in range(config.n_q)]
     pieces += embedding_pieces("text_emb", "text_emb", rank=False, demux=config.demux_second_stream)
-    pieces.append(piece("text_linear.weight", "text_linear.weight_DV", LINEAR))
+    pieces.append(piece("text_linear.weight", "text_linear.weight_VD"))
     if config.bias_proj:
         pieces.append(piece("text_linear.bias", "text_linear.bias_V"))
     pieces += transformer_pieces(config.transformer, "transformer", "transformer")
     pieces += norm_pieces(config.norm, "out_norm", "out_norm")
     for p in range(config.extra_heads_num_heads):
-        pieces.append(piece(f"extra_heads.{p}.weight", "extra_heads.weight_DAO", LINEAR, at=(slice(None), p)))
+        pieces.append(piece(f"extra_heads.{p}.weight", "extra_heads.weight_AOD", at=(p,)))
     for conditioner in config.conditioners:
         src = f"condition_provider.conditioners.{conditioner.name}"
         dst = f"conditioning.conditioners.{conditioner.name}"
         pieces.append(piece(f"{src}.learnt_padding", f"{dst}.learnt_padding_D", ALPHA))
-        pieces.append(piece(f"{src}.output_proj.weight", f"{dst}.output_proj.weight_WD", LINEAR))
+        pieces.append(piece(f"{src}.output_proj.weight", f"{dst}.output_proj.weight_DW"))
         if isinstance(conditioner, LutConditioner):
             pieces.append(piece(f"{src}.embed.weight", f"{dst}.table.table_LW"))
     return pieces + (_depformer_pieces(config, unpacked) if config.dep_q else [])
@@ -334,7 +333,7 @@ def _depformer_pieces(config: LMConfig, unpacked: bool) -> list[Piece]:
     rank, width = config.depformer.low_rank_embeddings is not None, config.depformer.dim
     shape = config.depformer.num_heads, width // config.depformer.num_heads
     sets = max(config.depformer_schedule) + 1
-    pieces = [piece(f"depformer_in.{s}.weight", f"depformer.inputs.{s}.weight_ED", LINEAR) for s in range(sets)]
+    pieces = [piece(f"depformer_in.{s}.weight", f"depformer.inputs.{s}.weight_DE") for s in range(sets)]
     for q in range(config.dep_q - 1):
         pieces += embedding_pieces(f"depformer_emb.{q}", f"depformer.audio_embs.{q}", rank=rank, demux=False)
     text = "depformer_text_emb", "depformer.text_emb"
@@ -345,8 +344,8 @@ def _depformer_pieces(config: LMConfig, unpacked: bool) -> list[Piece]:
         pieces += norm_pieces(config.norm, f"{old}.norm2", f"{new}.norm2")
         for s in range(sets):
             for packed, single, dst, transform, rows in (
-                ("in_proj_weight", "in_projs", f"{s}.weight_DPKH", linear((width,), (3, *shape)), 3 * width),
-                ("out_proj.weight", "out_projs", f"{s}.weight_KHD", linear(shape, (width,)), width),
+                ("in_proj_weight", "in_projs", f"{s}.weight_PKHD", linear((3, *shape), (width,)), 3 * width),
+                ("out_proj.weight", "out_projs", f"{s}.weight_DKH", linear((width,), shape), width),
             ):
                 target = f"{new}.{single}.{dst}"
                 if unpacked:
@@ -355,6 +354,4 @@ def _depformer_pieces(config: LMConfig, unpacked: bool) -> list[Piece]:
                     at = (s * rows, (s + 1) * rows)
                     pieces.append(piece(f"{old}.self_attn.{packed}", target, transform, rows=at))
             pieces += gating_pieces(width, config.depformer_feedforward, f"{old}.gating.{s}", f"{new}.gating.{s}")
-    return pieces + [
-        piece(f"linears.{q}.weight", f"depformer.linears.{q}.weight_DV", LINEAR) for q in range(config.dep_q)
-    ]
+    return pieces + [piece(f"linears.{q}.weight", f"depformer.linears.{q}.weight_VD") for q in range(config.dep_q)]

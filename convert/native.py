@@ -26,7 +26,7 @@ from dsm_jax.tokenizers import copy_tokenizer
 
 NAME = "orbax"
 CONFIG_NAME = "dsm_jax.json"
-FORMAT = 2  # 1 had packed matrices in place of axes for heads and parts, and a flat config
+FORMAT = 3  # 2 had inputs before outputs; 1 had packed matrices in place of axes for heads and parts
 GROUP_BYTES = 128 << 20
 
 

@@ -17,7 +17,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from dsm_jax.convert.transforms import IDENTITY, Transform, contiguous
+from dsm_jax.convert.transforms import IDENTITY, Transform
 from dsm_jax.errors import CheckpointError
 
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
@@ -136,7 +136,7 @@ def save(table: Table, parameters: Parameters, get: Callable[[str], np.ndarray])
                 return parts[0].make().astype(dtype, copy=False)
             whole = np.empty(shape, dtype)
             for part in parts:
-                whole[slice(*(part.rows or (0, None)))] = contiguous(part.make())
+                whole[slice(*(part.rows or (0, None)))] = part.make()
             return whole
 
         yield Outgoing(name, shape, dtype, make)

@@ -17,7 +17,7 @@ from dsm_jax.configs.json import from_dict, to_dict
 from dsm_jax.convert import csm_files, files, kyutai, kyutai_config, transformers_csm
 from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
 from dsm_jax.convert.pieces import Outgoing, Table, piece
-from dsm_jax.convert.transforms import LINEAR
+from dsm_jax.convert.transforms import STACKED
 from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models.family import csm_config
 
@@ -93,13 +93,13 @@ def table(config: CsmConfig) -> Table:
     """Make the table of both decoders; the head of codebook k + 1 is `audio_head[k]`."""
     return [
         *transformers_csm.audio_table(config, ("audio_embeddings.weight",)),
-        piece("audio_head", "depth_linears.weight_QDV"),
+        piece("audio_head", "depth_linears.weight_QVD", STACKED),
         *transformers_csm.decoder_layers(config.backbone, "backbone", "backbone", _LAYER),
         piece("backbone.norm.scale", "backbone_norm.alpha_D"),
-        piece("codebook0_head.weight", "first_linear.weight_DV", LINEAR),
+        piece("codebook0_head.weight", "first_linear.weight_VD"),
         *transformers_csm.decoder_layers(config.depth, "decoder", "depth", _LAYER),
         piece("decoder.norm.scale", "depth_norm.alpha_D"),
-        piece("projection.weight", "projection.weight_ED", LINEAR),
+        piece("projection.weight", "projection.weight_DE"),
         piece("text_embeddings.weight", "text_emb.table_LW"),
     ]
 

@@ -17,7 +17,7 @@ from dsm_jax.convert import csm_files, files
 from dsm_jax.convert import transformers_mimi as mimi
 from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
 from dsm_jax.convert.pieces import Outgoing, Piece, Table, piece
-from dsm_jax.convert.transforms import LINEAR
+from dsm_jax.convert.transforms import STACKED
 from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models.family import csm_config
 from dsm_jax.models.parameters import dtype_of
@@ -163,8 +163,8 @@ def decoder_layers(config: TransformerConfig, src: str, dst: str, names: LayerNa
             half_split=names.half_split,
         )
         for part, name in enumerate((gate, up)):
-            yield piece(f"{old}.{name}", f"{new}.feedforward.linear_in.weight_DPF", LINEAR, at=(slice(None), part))
-        yield piece(f"{old}.{down}", f"{new}.feedforward.linear_out.weight_FD", LINEAR)
+            yield piece(f"{old}.{name}", f"{new}.feedforward.linear_in.weight_PFD", at=(part,))
+        yield piece(f"{old}.{down}", f"{new}.feedforward.linear_out.weight_DF")
         for norm, name in zip(("norm1", "norm2"), names.norms, strict=True):
             yield piece(f"{old}.{name}", f"{new}.{norm}.alpha_D")
 
@@ -179,15 +179,15 @@ def audio_table(config: CsmConfig, spellings: tuple[str, ...]) -> Iterator[Piece
 def table(config: CsmConfig) -> Table:
     """Make the table of both decoders."""
     return [
-        piece("lm_head.weight", "first_linear.weight_DV", LINEAR),
+        piece("lm_head.weight", "first_linear.weight_VD"),
         piece("embed_text_tokens.weight", "text_emb.table_LW"),
         *decoder_layers(config.backbone, "backbone_model", "backbone", _LAYER),
         piece("backbone_model.norm.weight", "backbone_norm.alpha_D"),
         *audio_table(config, SHARED),
         *decoder_layers(config.depth, "depth_decoder.model", "depth", _LAYER),
         piece("depth_decoder.model.norm.weight", "depth_norm.alpha_D"),
-        piece("depth_decoder.model.inputs_embeds_projector.weight", "projection.weight_ED", LINEAR),
-        piece("depth_decoder.codebooks_head.weight", "depth_linears.weight_QDV"),
+        piece("depth_decoder.model.inputs_embeds_projector.weight", "projection.weight_DE"),
+        piece("depth_decoder.codebooks_head.weight", "depth_linears.weight_QVD", STACKED),
     ]
 
 

@@ -18,7 +18,7 @@ from dsm_jax.convert import files
 from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
 from dsm_jax.convert.kyutai import codebook, convolution, seanet_layers
 from dsm_jax.convert.pieces import Constant, Outgoing, Piece, Table, piece
-from dsm_jax.convert.transforms import CONV, LINEAR, POINTWISE, depthwise, heads, linear
+from dsm_jax.convert.transforms import CONV, POINTWISE, depthwise, heads, linear
 from dsm_jax.errors import ConfigError
 
 # Keys without effect on the model's outputs.
@@ -124,8 +124,8 @@ def table(config: MimiConfig, prefix: str = "") -> Table:
     semantic = config.quantizer.n_q_semantic
     for branch, books in (("semantic", semantic), ("acoustic", config.quantizer.n_q - semantic)):
         src, dst = f"{prefix}quantizer.{branch}_residual_vector_quantizer", f"quantizer.{branch}"
-        items.append(piece(f"{src}.input_proj.weight", f"{dst}.input_proj.weight_DC", POINTWISE))
-        items.append(piece(f"{src}.output_proj.weight", f"{dst}.output_proj.weight_CD", POINTWISE))
+        items.append(piece(f"{src}.input_proj.weight", f"{dst}.input_proj.weight_CD", POINTWISE))
+        items.append(piece(f"{src}.output_proj.weight", f"{dst}.output_proj.weight_DC", POINTWISE))
         for q in range(books):
             sums, usage, flag = ((f"{src}.layers.{q}.codebook.{x}",) for x in _CODEBOOK)
             items += codebook(sums, usage, flag, f"{dst}.codebooks.{q}.embedding_LC", config.quantizer.bins)
@@ -139,8 +139,8 @@ def _codec_layers(config: TransformerConfig, src: str, dst: str) -> Iterator[Pie
             yield piece(f"{old}.{name}.weight", f"{new}.{norm}.scale_D")
             yield piece(f"{old}.{name}.bias", f"{new}.{norm}.bias_D")
         yield from attention(config, f"{old}.self_attn", f"{new}.self_attn", "_proj.weight")
-        yield piece(f"{old}.mlp.fc1.weight", f"{new}.feedforward.linear1.weight_DF", LINEAR)
-        yield piece(f"{old}.mlp.fc2.weight", f"{new}.feedforward.linear2.weight_FD", LINEAR)
+        yield piece(f"{old}.mlp.fc1.weight", f"{new}.feedforward.linear1.weight_FD")
+        yield piece(f"{old}.mlp.fc2.weight", f"{new}.feedforward.linear2.weight_DF")
         yield piece(f"{old}.self_attn_layer_scale.scale", f"{new}.layer_scale_1_D")
         yield piece(f"{old}.mlp_layer_scale.scale", f"{new}.layer_scale_2_D")
 
@@ -164,10 +164,10 @@ def attention(
     kv_heads, groups = config.num_kv_heads, config.kv_repeat
     for name, first, parts, turned in (("q", 0, groups, True), ("k", groups, 1, True), ("v", groups + 1, 1, False)):
         transform = heads(kv_heads, parts, half_split=half_split and turned)
-        at = (slice(None), slice(first, first + parts))
-        yield piece(f"{src}.{name}{ending}", f"{dst}.in_proj.weight_DPKH", transform, at=at)
-    transform = linear((kv_heads, groups, config.head_dim), (config.d_model,))
-    yield piece(f"{src}.{out}{ending}", f"{dst}.out_proj.weight_KGHD", transform)
+        at = (slice(first, first + parts),)
+        yield piece(f"{src}.{name}{ending}", f"{dst}.in_proj.weight_PKHD", transform, at=at)
+    transform = linear((config.d_model,), (kv_heads, groups, config.head_dim))
+    yield piece(f"{src}.{out}{ending}", f"{dst}.out_proj.weight_DKGH", transform)
 
 
 def read_config(values: Mapping[str, Any], where: str) -> MimiConfig:

@@ -19,7 +19,6 @@ from dsm_jax.convert import transformers_mimi as mimi
 from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
 from dsm_jax.convert.kyutai import gate_up
 from dsm_jax.convert.pieces import Constant, Outgoing, Piece, Table, piece
-from dsm_jax.convert.transforms import LINEAR
 from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models.family import lm_config
 from dsm_jax.models.parameters import dtype_of
@@ -126,10 +125,10 @@ def table(config: LMConfig) -> Table:
         for norm, name in (("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm")):
             items.append(piece(f"{src}.{name}.weight", f"{dst}.{norm}.alpha_D"))
         items += mimi.attention(config.transformer, f"{src}.self_attn", f"{dst}.self_attn", "_proj.linear.weight")
-        items.append(piece(f"{src}.mlp.fc1.weight", f"{dst}.feedforward.linear_in.weight_DPF", first))
-        items.append(piece(f"{src}.mlp.fc2.weight", f"{dst}.feedforward.linear_out.weight_FD", LINEAR))
+        items.append(piece(f"{src}.mlp.fc1.weight", f"{dst}.feedforward.linear_in.weight_PFD", first))
+        items.append(piece(f"{src}.mlp.fc2.weight", f"{dst}.feedforward.linear_out.weight_DF"))
     items.append(piece("model.norm.weight", "out_norm.alpha_D"))
-    items.append(piece("lm_head.weight", "text_linear.weight_DV", LINEAR, rows=(0, config.text_card)))
+    items.append(piece("lm_head.weight", "text_linear.weight_VD", rows=(0, config.text_card)))
     start = (config.text_card, config.text_card + 1)
     why = "the initial token is never predicted"
     items.append(Constant(("lm_head.weight",), (1, config.dim), 0.0, why, rows=start))

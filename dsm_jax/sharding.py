@@ -190,7 +190,7 @@ class Sharding:
 def _by_name(tree: Any, make: Callable[[str, Any], Any]) -> Any:
     """Map (name, array) for every array of a tree: the last name on its path that ends in axis letters, or "".
 
-    The arrays of an int8 weight take the weight's letters in their own order: `values` has its outputs first.
+    The scale of an int8 weight has the letters of the weight's outputs, which come first.
     """
 
     def one(path: tuple, leaf: Any) -> Any:
@@ -198,10 +198,7 @@ def _by_name(tree: Any, make: Callable[[str, Any], Any]) -> Any:
         name = next((name for name in reversed(names) if letters_of(name)), "")
         if not isinstance(leaf, QuantizedArray):
             return make(name, leaf)
-        letters, outputs = letters_of(name), leaf.scale.ndim
-        inputs = len(letters) - outputs
-        values, scale = letters[inputs:] + letters[:inputs], letters[inputs:]
-        return QuantizedArray(make(values, leaf.values), make(scale, leaf.scale))
+        return QuantizedArray(make(name, leaf.values), make(letters_of(name)[: leaf.scale.ndim], leaf.scale))
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=lambda node: isinstance(node, QuantizedArray))
 

@@ -75,7 +75,7 @@ def test_attention_sees_its_window_and_query_heads_share_keys(chunk):
     for t in range(0, 20, chunk):
         y, cache = step(jnp.asarray(x_BTD[:, t : t + chunk]), cache, jnp.full((2,), t), None)
         ys.append(y)
-    parts_BTPKH = np.einsum("BTD,DPKH->BTPKH", x_BTD, np.array(attention.in_proj.weight[...]))
+    parts_BTPKH = np.einsum("BTD,PKHD->BTPKH", x_BTD, np.array(attention.in_proj.weight[...]))
     k_BTKH, v_BTKH = parts_BTPKH[:, :, 2], parts_BTPKH[:, :, 3]
     delta = np.arange(20)[:, None] - np.arange(20)
     seen = (delta >= 0) & (delta < config.context)
@@ -84,7 +84,7 @@ def test_attention_sees_its_window_and_query_heads_share_keys(chunk):
         for k in range(2)
         for g in range(2)
     ]
-    wanted = np.concatenate(heads, axis=2) @ np.array(attention.out_proj.weight[...]).reshape(16, 16)
+    wanted = np.concatenate(heads, axis=2) @ np.array(attention.out_proj.weight[...]).reshape(16, 16).T
     np.testing.assert_allclose(np.concatenate(ys, axis=1), wanted, atol=1e-5)
 
 
@@ -92,15 +92,15 @@ def test_attention_sees_its_window_and_query_heads_share_keys(chunk):
 def test_cross_attention_sees_all_of_its_source_from_every_step():
     cross = small.build(lambda rngs: CrossAttention(dataclasses.replace(CONFIG, kv_repeat=1), rngs=rngs))
     x_BTD, source_BXD = noise(2, 3, 16), noise(2, 7, 16) + 1
-    weights_DKH = np.array(cross.q_proj.weight[...]), *np.moveaxis(np.array(cross.kv_proj.weight[...]), 1, 0)
+    weights_KHD = np.array(cross.q_proj.weight[...]), *np.array(cross.kv_proj.weight[...])
     inputs = x_BTD, source_BXD, source_BXD
-    q, k, v = (np.einsum("BTD,DKH->BTKH", x, w_DKH) for x, w_DKH in zip(inputs, weights_DKH, strict=True))
+    q, k, v = (np.einsum("BTD,KHD->BTKH", x, w_KHD) for x, w_KHD in zip(inputs, weights_KHD, strict=True))
     heads = [
         np.stack([softmax_attention(q[b, :, n], k[b, :, n], v[b, :, n], np.ones((3, 7), bool)) for b in (0, 1)])
         for n in range(4)
     ]
     found = cross(jnp.asarray(x_BTD), *cross.keys_values(jnp.asarray(source_BXD)))
-    wanted = np.concatenate(heads, axis=2) @ np.array(cross.out_proj.weight[...]).reshape(16, 16)
+    wanted = np.concatenate(heads, axis=2) @ np.array(cross.out_proj.weight[...]).reshape(16, 16).T
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
@@ -109,8 +109,8 @@ def test_the_softmax_sums_in_float32():
     # 1000 equal weights times values of 1: a sum kept in bfloat16 stops growing at 256 of them.
     config = dataclasses.replace(CONFIG, context=1000, kv_repeat=1, positional_embedding="none")
     attention = small.build(lambda rngs: Attention(config, dtype=jnp.bfloat16, rngs=rngs))
-    attention.in_proj.weight[...] = jnp.zeros((16, 3, 4, 4)).at[:, 2].set(1 / 16)
-    attention.out_proj.weight[...] = jnp.eye(16).reshape(4, 1, 4, 16)
+    attention.in_proj.weight[...] = jnp.zeros((3, 4, 4, 16)).at[2].set(1 / 16)
+    attention.out_proj.weight[...] = jnp.eye(16).reshape(16, 4, 1, 4)
     cache = attention.init_cache(1)
     assert cache.k_BKSH.dtype == jnp.bfloat16
     cache = dataclasses.replace(cache, v_BKSH=jnp.ones_like(cache.v_BKSH))

@@ -104,4 +104,4 @@ def test_an_unknown_letter_and_a_missing_letter_are_caught():
         "position has 1 axes and 0 letters",
     ]
     linear = nnx.eval_shape(lambda: Linear({"D": 3}, {"Z": 2}, rngs=nnx.Rngs(0)))
-    assert axis_faults(nnx.state(linear)) == ["weight_DZ.value: Z is not in docs/axes.md"]
+    assert axis_faults(nnx.state(linear)) == ["weight_ZD.value: Z is not in docs/axes.md"]

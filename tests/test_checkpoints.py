@@ -85,21 +85,21 @@ def test_a_mesh_splits_projections_and_vocabularies_and_changes_no_value(folders
     model = checkpoints.load(folders[layout], sharding=over("model"))
     specs = {name: tuple(array.sharding.spec) for name, array in flatten(model.lm_params).items()}
     layer = "transformer.layers.0"
-    assert specs[f"{layer}.self_attn.in_proj.weight_DPKH"] == (None, None, "model", None)
-    assert specs[f"{layer}.self_attn.out_proj.weight_KGHD"] == ("model", None, None, None)
-    assert specs[f"{layer}.feedforward.linear_in.weight_DPF"] == (None, None, "model")
-    assert specs[f"{layer}.feedforward.linear_out.weight_FD"] == ("model", None)
-    assert specs["text_linear.weight_DV"] == (None, "model")
+    assert specs[f"{layer}.self_attn.in_proj.weight_PKHD"] == (None, "model", None, None)
+    assert specs[f"{layer}.self_attn.out_proj.weight_DKGH"] == (None, "model", None, None)
+    assert specs[f"{layer}.feedforward.linear_in.weight_PFD"] == (None, "model", None)
+    assert specs[f"{layer}.feedforward.linear_out.weight_DF"] == (None, "model")
+    assert specs["text_linear.weight_VD"] == ("model", None)
     assert specs["text_emb.table_LW"] == (None, None)
     assert all(array.sharding.is_fully_replicated for array in jax.tree.leaves(model.mimi_params))
-    assert len(flatten(model.lm_params)["text_linear.weight_DV"].sharding.device_set) == 2
+    assert len(flatten(model.lm_params)["text_linear.weight_VD"].sharding.device_set) == 2
     assert_same_weights(model, checkpoints.load(folders[layout]))
 
 
 def test_an_axis_that_does_not_divide_stays_whole(tmp_path):
     folder = make_checkpoint(tmp_path, "kyutai", lm=dataclasses.replace(small.STT, text_card=65, text_card_out=None))
     arrays = flatten(checkpoints.load(folder, sharding=over("model")).lm_params)
-    assert arrays["text_linear.weight_DV"].sharding.is_fully_replicated
+    assert arrays["text_linear.weight_VD"].sharding.is_fully_replicated
 
 
 def test_a_mesh_without_the_axis_keeps_everything_whole_and_rules_choose_another(folders):
@@ -107,9 +107,9 @@ def test_a_mesh_without_the_axis_keeps_everything_whole_and_rules_choose_another
     assert all(a.sharding.is_fully_replicated for a in jax.tree.leaves(whole.lm_params))
     rules = Sharding(over("data").mesh, (("L", "data"), ("H", "data")))
     arrays = flatten(checkpoints.load(folders["kyutai"], sharding=rules).lm_params)
-    packed = arrays["transformer.layers.1.self_attn.in_proj.weight_DPKH"]
-    assert tuple(packed.sharding.spec) == (None, None, None, "data")
-    assert arrays["text_linear.weight_DV"].sharding.is_fully_replicated
+    packed = arrays["transformer.layers.1.self_attn.in_proj.weight_PKHD"]
+    assert tuple(packed.sharding.spec) == (None, None, "data", None)
+    assert arrays["text_linear.weight_VD"].sharding.is_fully_replicated
 
 
 def test_a_saved_model_is_the_same_when_loaded(tmp_path):

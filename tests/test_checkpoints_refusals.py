@@ -147,7 +147,7 @@ def test_a_native_folder_of_another_format_is_refused(folders, tmp_path, format_
     folder = copy_of(folders["orbax"], tmp_path / "in")
     values = files.read_json(folder / native.CONFIG_NAME)
     files.write_json(folder / native.CONFIG_NAME, values | {"format": format_})
-    with pytest.raises(CheckpointError, match=f"dsm_jax.json is of format {format_}; this version reads 2; {remedy}"):
+    with pytest.raises(CheckpointError, match=f"dsm_jax.json is of format {format_}; this version reads 3; {remedy}"):
         checkpoints.load(folder)
 
 

@@ -46,7 +46,7 @@ def rounded(branch: ResidualQuantizer, x_BTD: np.ndarray) -> tuple[np.ndarray, n
     entries_QNC = np.stack(
         [np.asarray(b.embedding_LC[...])[c] for b, c in zip(branch.codebooks, codes_QN, strict=True)]
     )
-    x_NC = (x_BTD @ np.asarray(branch.input_proj.weight[...])).reshape(codes_QN.shape[1], -1)
+    x_NC = (x_BTD @ np.asarray(branch.input_proj.weight[...]).T).reshape(codes_QN.shape[1], -1)
     return x_NC - np.cumsum(entries_QNC, axis=0) + entries_QNC, codes_QN, entries_QNC
 
 
@@ -60,7 +60,7 @@ def test_vectors_are_the_entries_that_encoding_chooses(branch):
 @pytest.mark.slow
 def test_rows_that_are_limited_to_some_codebooks_decode_as_those_codes_do(branch):
     used_B, x_BTD = np.arange(B, dtype=np.int32), latents(0)
-    found_BTD = np.asarray(run(branch, x_BTD, used_B=used_B).vectors_BTC) @ np.asarray(branch.output_proj.weight[...])
+    found_BTD = np.asarray(run(branch, x_BTD, used_B=used_B).vectors_BTC) @ np.asarray(branch.output_proj.weight[...]).T
     codes_BQT = branch.encode(x_BTD, Q)
     assert not found_BTD[0].any(), "no codebook at all is silence"
     for row in range(1, B):
@@ -77,7 +77,7 @@ def test_gradients_are_straight_through(branch):
         return jnp.sum(quantize(nnx.merge(graph, params), x_BTD, averages, STAY, used_B, key).vectors_BTC * weight_BTC)
 
     def plain(params, x_BTD):
-        return jnp.sum((x_BTD @ nnx.merge(graph, params).input_proj.weight[...]) * weight_BTC)
+        return jnp.sum((x_BTD @ nnx.merge(graph, params).input_proj.weight[...].T) * weight_BTC)
 
     found, wanted = (jax.jit(jax.grad(f, argnums=(0, 1)))(params, x_BTD) for f in (through, plain))
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
@@ -111,7 +111,7 @@ def test_commitment_draws_latents_to_their_entries(branch):
 
     given_QNC, _, entries_QNC = rounded(branch, x_BTD)
     pull_NC = 2 * (given_QNC[0] - entries_QNC[0]) / given_QNC[0].size
-    wanted_BTD = (pull_NC @ np.asarray(branch.input_proj.weight[...]).T).reshape(x_BTD.shape)
+    wanted_BTD = (pull_NC @ np.asarray(branch.input_proj.weight[...])).reshape(x_BTD.shape)
     np.testing.assert_allclose(jax.jit(jax.grad(commitment))(x_BTD), wanted_BTD, atol=1e-6)
 
 
@@ -191,7 +191,7 @@ def test_averages_begin_at_the_entries_or_at_the_first_batch(branch):
 
 def test_perplexity_is_the_number_of_entries_in_effective_use(branch):
     book_VC = np.asarray(branch.codebooks[0].embedding_LC[...])
-    branch.input_proj.weight[...] = jnp.eye(CONFIG.input_dimension, CONFIG.dimension)
+    branch.input_proj.weight[...] = jnp.eye(CONFIG.dimension, CONFIG.input_dimension)
     for entries in (1, 2, 4):
         x_NC = np.tile(book_VC[:entries], (B * T // entries, 1))
         x_BTD = np.pad(x_NC, ((0, 0), (0, CONFIG.input_dimension - CONFIG.dimension))).reshape(B, T, -1)

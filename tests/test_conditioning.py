@@ -35,7 +35,7 @@ def conditioning() -> Conditioning:
 def parts(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     conditioner = conditioning().conditioners[name]
     table = None if conditioner.table is None else np.array(conditioner.table.table)
-    return table, np.array(conditioner.output_proj.weight[...]), np.array(conditioner.learnt_padding_D[...])
+    return table, np.array(conditioner.output_proj.weight[...]).T, np.array(conditioner.learnt_padding_D[...])
 
 
 @pytest.mark.slow

@@ -85,9 +85,9 @@ def test_a_depformer_in_the_current_spelling_is_the_same_model(tmp_path):
 def test_pause_heads_are_dropped_for_transformers_and_the_report_names_them(folders, tmp_path):
     report = convert(folders["heads"], tmp_path / "out", to="transformers")
     (left,) = report.dropped
-    assert (left.name, left.why) == ("extra_heads.weight_DAO", "transformers' model has no pause heads")
+    assert (left.name, left.why) == ("extra_heads.weight_AOD", "transformers' model has no pause heads")
     after = checkpoints.load(tmp_path / "out")
-    assert_same_weights(after, checkpoints.load(folders["heads"]), without="lm.extra_heads.weight_DAO")
+    assert_same_weights(after, checkpoints.load(folders["heads"]), without="lm.extra_heads.weight_AOD")
 
 
 def test_pause_heads_that_the_config_does_not_mention_are_found(folders, tmp_path):

@@ -10,7 +10,9 @@ from dsm_jax.convert import pieces, transforms
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.sampled_from(["conv", "transpose", "depthwise", "linear", "axes", "heads", "halves", "pointwise"]), st.data())
+@given(
+    st.sampled_from(["conv", "transpose", "depthwise", "stacked", "axes", "heads", "halves", "pointwise"]), st.data()
+)
 def test_every_transform_is_undone_exactly(kind, data):
     n = st.integers(1, 4)
     a, b, stride = data.draw(n), data.draw(n), data.draw(n)
@@ -18,10 +20,10 @@ def test_every_transform_is_undone_exactly(kind, data):
         "conv": (transforms.CONV, (a, b, stride)),
         "transpose": (transforms.conv_transpose(stride), (a, b, 2 * stride)),
         "depthwise": (transforms.depthwise(stride), (a, 1, 2 * stride)),
-        "axes": (transforms.linear((a, b), (stride, 2)), (stride * 2, a * b)),
+        "axes": (transforms.linear((stride, 2), (a, b)), (stride * 2, a * b)),
         "heads": (transforms.heads(a, stride, half_split=False), (a * stride * 2, b)),
         "halves": (transforms.heads(a, stride, half_split=True), (a * stride * 4, b)),
-        "linear": (transforms.LINEAR, (a, b)),
+        "stacked": (transforms.STACKED, (stride, a, b)),
         "pointwise": (transforms.POINTWISE, (a, b, 1)),
     }[kind]
     tensor = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
@@ -40,28 +42,19 @@ def test_a_transposed_convolution_has_the_tap_of_the_older_step_first():
 
 def test_rotation_by_halves_becomes_rotation_of_adjacent_pairs():
     w_D1 = np.arange(8.0)[:, None]  # two heads, [0, 1 | 2, 3] and [4, 5 | 6, 7]
-    assert transforms.heads(2, 1, half_split=True).load(w_D1)[0].tolist() == [[[0, 2, 1, 3], [4, 6, 5, 7]]]
+    assert transforms.heads(2, 1, half_split=True).load(w_D1)[..., 0].tolist() == [[[0, 2, 1, 3], [4, 6, 5, 7]]]
 
 
 def test_queries_that_share_a_key_become_parts_of_its_head():
     w_E1 = np.arange(8.0)[:, None]  # queries 0 and 1 of the first key/value head, 2 and 3 of the second; H is 2
-    w_1PKH = transforms.heads(2, 2, half_split=False).load(w_E1)
-    assert w_1PKH[0].tolist() == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+    w_PKH1 = transforms.heads(2, 2, half_split=False).load(w_E1)
+    assert w_PKH1[..., 0].tolist() == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
 
 def test_a_codebook_is_sums_over_counts_and_an_unused_entry_is_not_divided_by_zero():
     sums = np.array([[2.0, 4.0], [3.0, 3.0]], np.float32)
     loaded = transforms.CODEBOOK.load(sums, np.array([2.0, 0.0], np.float32))
     np.testing.assert_array_equal(loaded, np.array([[1.0, 2.0], sums[1] / np.float32(1e-5)], np.float32))
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 40))
-def test_contiguous_keeps_the_values(rows, columns):
-    matrix = np.arange(rows * columns).reshape(rows, columns).T
-    copy = transforms.contiguous(matrix)
-    np.testing.assert_array_equal(copy, matrix)
-    assert copy.flags.c_contiguous
 
 
 @pytest.mark.parametrize(

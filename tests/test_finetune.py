@@ -123,10 +123,10 @@ def test_training_changes_only_targets_and_the_written_model_is_merged(adapted, 
     output, model = adapted
     layer = "lm.transformer.layers.0"
     assert changed(model, checkpoint) == {
-        f"{layer}.self_attn.in_proj.weight_DPKH",
-        f"{layer}.self_attn.out_proj.weight_KGHD",
-        f"{layer}.feedforward.linear_in.weight_DPF",
-        f"{layer}.feedforward.linear_out.weight_FD",
+        f"{layer}.self_attn.in_proj.weight_PKHD",
+        f"{layer}.self_attn.out_proj.weight_DKGH",
+        f"{layer}.feedforward.linear_in.weight_PFD",
+        f"{layer}.feedforward.linear_out.weight_DF",
     }
     written = dsm_jax.load(output / "model")
     assert_same_weights(written, model)
@@ -174,7 +174,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(adapted, s
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(stopped, monkeypatch):
     def not_finite(lm, *_):
-        return jnp.nan * lm.transformer.layers[0].self_attn.in_proj.weight_DPKH[...].sum(), {}
+        return jnp.nan * lm.transformer.layers[0].self_attn.in_proj.weight_PKHD[...].sum(), {}
 
     config = stopped(2)
     monkeypatch.setattr("dsm_jax.training.finetune.stt_loss", not_finite)
@@ -264,7 +264,7 @@ def test_a_mesh_that_splits_the_parameters_keeps_them_split_and_changes_no_loss(
     split, split_losses = run("split", 1, 2)
     # float32: sums are in another order once each device has half of the inner width.
     np.testing.assert_allclose(split_losses, losses, rtol=1e-4)
-    name = "transformer.layers.0.feedforward.linear_in.weight_DPF"
+    name = "transformer.layers.0.feedforward.linear_in.weight_PFD"
     weight = flatten(split.lm_params)[name]
     assert weight.sharding.spec == PartitionSpec(None, None, "model")
     assert {shard.data.shape[2] for shard in weight.addressable_shards} == {weight.shape[2] // 2}

@@ -177,10 +177,10 @@ def test_adapters_teach_a_new_voice_in_the_layers_of_both_decoders(trained, adap
         for part in ("backbone", "depth")
         for layer in range(2)
         for weight in (
-            "self_attn.in_proj.weight_DPKH",
-            "self_attn.out_proj.weight_KGHD",
-            "feedforward.linear_in.weight_DPF",
-            "feedforward.linear_out.weight_FD",
+            "self_attn.in_proj.weight_PKHD",
+            "self_attn.out_proj.weight_DKGH",
+            "feedforward.linear_in.weight_PFD",
+            "feedforward.linear_out.weight_DF",
         )
     }
 

@@ -55,7 +55,7 @@ def test_a_low_rank_embedding_projects_the_rows_of_its_table(rank):
     embedding = small.build(lambda rngs: TokenEmbedding(9, 6, rank=rank, rngs=rngs))
     found = embedding(jnp.array([[4, -1, 0]]))
     rows = np.array(embedding.table_LW[...])[[4, 0, 0]]
-    rows = rows if embedding.low_rank is None else rows @ np.array(embedding.low_rank.weight[...])
+    rows = rows if embedding.low_rank is None else rows @ np.array(embedding.low_rank.weight[...]).T
     np.testing.assert_allclose(found[0], rows * [[1], [0], [1]], atol=1e-6)
     assert not np.any(found[0, 1])
 
@@ -67,9 +67,9 @@ def test_a_folded_token_is_embedded_as_two_tokens(first, second, absent, rank):
     embedding = demuxed(rank)
     token = -1 if absent else (second + 1) * 9 + first
     table = np.array(embedding.table_LW[...])
-    wanted = table[first] @ np.array(embedding.first.weight[...])
+    wanted = table[first] @ np.array(embedding.first.weight[...]).T
     if second >= 0:
-        wanted = wanted + table[second] @ np.array(embedding.second.weight[...])
+        wanted = wanted + table[second] @ np.array(embedding.second.weight[...]).T
     np.testing.assert_allclose(embedding(jnp.array([token]))[0], 0 * wanted if absent else wanted, atol=1e-6)
 
 
@@ -129,10 +129,10 @@ def test_every_stream_has_an_initial_token():
 def test_heads_score_in_float32():
     lm = stt()
     hidden_BTD = jax.random.normal(jax.random.key(0), (2, 3, 16))
-    wanted = np.array(hidden_BTD) @ np.array(lm.text_linear.weight[...]) + np.array(lm.text_linear.bias_V[...])
+    wanted = np.array(hidden_BTD) @ np.array(lm.text_linear.weight[...]).T + np.array(lm.text_linear.bias_V[...])
     np.testing.assert_allclose(lm.text_logits(hidden_BTD), wanted, atol=1e-5)
     probability_BTPO = lm.extra_probabilities(hidden_BTD)
-    score = np.stack([np.array(hidden_BTD) @ np.array(lm.extra_heads.weight[:, p]) for p in range(4)], axis=2)
+    score = np.stack([np.array(hidden_BTD) @ np.array(lm.extra_heads.weight[p]).T for p in range(4)], axis=2)
     np.testing.assert_allclose(probability_BTPO, np.exp(score) / np.exp(score).sum(-1, keepdims=True), atol=1e-6)
     low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), lm)
     assert low.text_logits(hidden_BTD.astype(jnp.bfloat16)).dtype == jnp.float32

@@ -34,6 +34,10 @@ def drawn(adapters: lora.Adapters) -> lora.Adapters:
     return jax.tree.map(lambda a: jnp.asarray(random.normal(size=a.shape), a.dtype), adapters)
 
 
+def _outputs_first(array: np.ndarray, inputs: int) -> np.ndarray:
+    return np.moveaxis(array, range(inputs), range(-inputs, 0))
+
+
 def codes() -> jax.Array:
     return jax.random.randint(jax.random.key(2), (2, 4, 9), 4, 12)
 
@@ -42,22 +46,22 @@ def test_adapters_have_the_targets_and_rank_of_the_config(network):
     adapters = lora.init(network[1], CONFIG, jax.random.key(0))
     layer = "transformer.layers.0"
     assert {name: (a.shape, b.shape) for name, (a, b) in adapters.items()} == {
-        f"{layer}.self_attn.in_proj.weight_DPKH": ((16, 3), (3, 3, 4, 4)),
-        f"{layer}.self_attn.out_proj.weight_KGHD": ((4, 1, 4, 3), (3, 16)),
-        f"{layer}.feedforward.linear_in.weight_DPF": ((16, 3), (3, 2, 44)),
-        f"{layer}.feedforward.linear_out.weight_FD": ((44, 3), (3, 16)),
+        f"{layer}.self_attn.in_proj.weight_PKHD": ((16, 3), (3, 3, 4, 4)),
+        f"{layer}.self_attn.out_proj.weight_DKGH": ((4, 1, 4, 3), (3, 16)),
+        f"{layer}.feedforward.linear_in.weight_PFD": ((16, 3), (3, 2, 44)),
+        f"{layer}.feedforward.linear_out.weight_DF": ((44, 3), (3, 16)),
     }
     assert all(np.std(a) > 0 and not np.any(b) for a, b in adapters.values())
     first, second = (
-        adapters[f"{layer}.self_attn.{name}"][0] for name in ("in_proj.weight_DPKH", "out_proj.weight_KGHD")
+        adapters[f"{layer}.self_attn.{name}"][0] for name in ("in_proj.weight_PKHD", "out_proj.weight_DKGH")
     )
     assert not np.array_equal(first.ravel(), second.ravel())
 
 
-@pytest.mark.parametrize("targets", [("out_proj",), (r"layers\.0\..*_KGHD$",)])
+@pytest.mark.parametrize("targets", [("out_proj",), (r"layers\.0\..*_DKGH$",)])
 def test_a_target_is_a_part_of_a_name_or_an_expression(network, targets):
     adapters = lora.init(network[1], LoraConfig(targets=targets), jax.random.key(0))
-    assert list(adapters) == ["transformer.layers.0.self_attn.out_proj.weight_KGHD"]
+    assert list(adapters) == ["transformer.layers.0.self_attn.out_proj.weight_DKGH"]
 
 
 def test_merging_untrained_adapters_changes_no_bit(network):
@@ -75,7 +79,7 @@ def test_merged_weights_are_the_weights_plus_the_scaled_products(network):
         expected = np.asarray(weight, np.float64)
         if name in adapters:
             a, b = (np.asarray(part, np.float64) for part in adapters[name])
-            expected = expected + 6.0 / 3 * np.tensordot(a, b, 1)
+            expected = expected + 6.0 / 3 * _outputs_first(np.tensordot(a, b, 1), a.ndim - 1)
         np.testing.assert_allclose(after[name], expected, rtol=1e-5, atol=1e-5)  # float32 against float64
 
 
@@ -84,7 +88,7 @@ def test_the_merged_head_equals_the_head_plus_its_adapters(network):
     graph, params = network
     config = LoraConfig(rank=2, alpha=3.0, targets=("text_linear",))
     adapters = drawn(lora.init(params, config, jax.random.key(0)))
-    (a, b) = adapters["text_linear.weight_DV"]
+    (a, b) = adapters["text_linear.weight_VD"]
     hidden = jax.random.normal(jax.random.key(3), (2, 5, STT.dim))
     apart = nnx.merge(graph, params).text_logits(hidden) + 1.5 * (hidden @ a) @ b
     together = nnx.merge(graph, lora.merge(params, adapters, config)).text_logits(hidden)
@@ -134,8 +138,8 @@ def test_a_target_that_matches_no_matrix_is_refused(network, target):
 
 def test_adapters_of_another_model_are_refused(network):
     adapters = lora.init(network[1], CONFIG, jax.random.key(0))
-    adapters["nosuch.weight_DE"] = adapters["transformer.layers.0.self_attn.in_proj.weight_DPKH"]
-    with pytest.raises(ConfigError, match=r"of parameters that the model does not have, nosuch\.weight_DE first"):
+    adapters["nosuch.weight_ED"] = adapters["transformer.layers.0.self_attn.in_proj.weight_PKHD"]
+    with pytest.raises(ConfigError, match=r"of parameters that the model does not have, nosuch\.weight_ED first"):
         lora.merge(network[1], adapters, CONFIG)
 
 

@@ -45,7 +45,7 @@ def test_each_codebook_quantises_the_residual_of_those_before_it(quantizer, late
     assert codes_BQT.dtype == np.int32
     assert codes_BQT.shape == (2, 4, 7)
     for branch, codes in ((quantizer.semantic, codes_BQT[:, :1]), (quantizer.acoustic, codes_BQT[:, 1:])):
-        rest_BTC = latents_BTD @ np.array(branch.input_proj.weight[...])
+        rest_BTC = latents_BTD @ np.array(branch.input_proj.weight[...]).T
         for q, book in enumerate(branch.codebooks):
             entries_VC = np.array(book.embedding_LC[...])
             distance_BTV = np.linalg.norm(rest_BTC[:, :, None] - entries_VC, axis=3)
@@ -66,7 +66,7 @@ def test_decoding_sums_the_entries_of_each_branch(quantizer, codebooks):
     for q in range(codebooks):
         branch, book = (quantizer.semantic, q) if q < 1 else (quantizer.acoustic, q - 1)
         entries_BTC = np.array(branch.codebooks[book].embedding_LC[...])[codes_BQT[:, q]]
-        wanted = wanted + entries_BTC @ np.array(branch.output_proj.weight[...])
+        wanted = wanted + entries_BTC @ np.array(branch.output_proj.weight[...]).T
     np.testing.assert_allclose(quantizer.decode(jnp.asarray(codes_BQT)), wanted, rtol=1e-5, atol=1e-5)
 
 

@@ -51,8 +51,8 @@ def split_transformer(sharding: Sharding, **changes: Any) -> tuple[nnx.GraphDef,
 
 
 def test_letters_of_returns_the_axis_letters_of_a_name():
-    assert [letters_of(name) for name in ("k_BKSH", "weight_DV", "position", "x_y_B1", "BT")] == [
-        *("BKSH", "DV", "", "B1", "BT"),
+    assert [letters_of(name) for name in ("k_BKSH", "weight_VD", "position", "x_y_B1", "BT")] == [
+        *("BKSH", "VD", "", "B1", "BT"),
     ]
 
 
@@ -74,10 +74,10 @@ def test_int8_weights_are_split_like_the_float_weights():
     _, params = split_transformer(sharding)
     places = sharding.places(quant.quantize(params, ["weight"]))
     layer = places["layers"][0]
-    assert layer["self_attn"]["in_proj"]["weight_DPKH"].get_value() == quant.QuantizedArray(
+    assert layer["self_attn"]["in_proj"]["weight_PKHD"].get_value() == quant.QuantizedArray(
         *(jax.NamedSharding(sharding.mesh, PartitionSpec(None, "model", *rest)) for rest in ((None, None), (None,)))
     )
-    assert layer["feedforward"]["linear_out"]["weight_FD"].get_value().values.spec == PartitionSpec(None, "model")
+    assert layer["feedforward"]["linear_out"]["weight_DF"].get_value().values.spec == PartitionSpec(None, "model")
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -259,9 +259,9 @@ def test_gradients_are_clipped_by_their_global_norm():
 
 def test_clipping_matches_optax_and_the_norm_does_not_depend_on_a_weights_axes():
     weight = small.build(lambda rngs: Linear({"D": 192}, {"P": 3, "K": 4, "H": 48}, rngs=rngs))
-    grads, plain = nnx.state(weight), {"w": weight.weight[...].reshape(192, 576)}
+    grads, plain = nnx.state(weight), {"w": weight.weight[...].reshape(576, 192)}
     assert float(jax.jit(norm)(grads)) == float(jax.jit(optax.tree.norm)(plain))
     for largest in (1e-3, 1e3):
         clipped, _ = jax.jit(clip_by_norm(largest).update)(grads, optax.EmptyState())
         wanted, _ = jax.jit(optax.clip_by_global_norm(largest).update)(plain, optax.EmptyState())
-        np.testing.assert_array_equal(jax.tree.leaves(clipped)[0].reshape(192, 576), wanted["w"])
+        np.testing.assert_array_equal(jax.tree.leaves(clipped)[0].reshape(576, 192), wanted["w"])

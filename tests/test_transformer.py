@@ -61,13 +61,13 @@ def test_feed_forwards_match_their_formulas():
     x_BTD = noise(2, 3, 6)
     plain = small.build(lambda rngs: FeedForward(6, 8, rngs=rngs))
     gated = small.build(lambda rngs: GatedFeedForward(6, 8, rngs=rngs))
-    inner = x_BTD @ np.array(plain.linear1.weight[...])
+    inner = x_BTD @ np.array(plain.linear1.weight[...]).T
     erf = np.array(jax.scipy.special.erf(inner / np.sqrt(2, dtype=np.float32)))
-    wanted = 0.5 * inner * (1 + erf) @ np.array(plain.linear2.weight[...])
+    wanted = 0.5 * inner * (1 + erf) @ np.array(plain.linear2.weight[...]).T
     np.testing.assert_allclose(plain(jnp.asarray(x_BTD)), wanted, atol=1e-5)
-    a, b = (x_BTD @ part for part in np.moveaxis(np.array(gated.linear_in.weight[...]), 1, 0))
+    a, b = (x_BTD @ part.T for part in np.array(gated.linear_in.weight[...]))
     np.testing.assert_allclose(
-        gated(jnp.asarray(x_BTD)), a / (1 + np.exp(-a)) * b @ np.array(gated.linear_out.weight[...]), atol=1e-5
+        gated(jnp.asarray(x_BTD)), a / (1 + np.exp(-a)) * b @ np.array(gated.linear_out.weight[...]).T, atol=1e-5
     )
 
 
@@ -79,7 +79,7 @@ def test_the_gated_inner_width_follows_the_reference(feedforward, inner):
         d_model=16, num_heads=2, num_layers=1, dim_feedforward=feedforward, context=4, gating="silu"
     )
     layer = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))).layers[0]
-    assert layer.feedforward.linear_in.weight.shape == (16, 2, inner)
+    assert layer.feedforward.linear_in.weight.shape == (2, inner, 16)
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def build(window: int) -> tuple[DelayedStreamsLM, Mimi]:
     transformer = dataclasses.replace(small.MIMI.transformer, context=window, num_layers=1)
     mimi_config = dataclasses.replace(small.MIMI, sample_rate=100, seanet=SEANET, transformer=transformer)
     lm = small.build(lambda rngs: DelayedStreamsLM(lm_config, rngs=rngs))
-    lm.text_linear.weight[...] = lm.text_linear.weight[...].at[:, np.array([NEW_WORD, PAD])].mul(3.0)
+    lm.text_linear.weight[...] = lm.text_linear.weight[...].at[np.array([NEW_WORD, PAD])].mul(3.0)
     mimi = small.build(lambda rngs: Mimi(mimi_config, rngs=rngs))
     last = mimi.decoder.seanet.layers[-1]
     last.kernel_RCO[...], last.bias_O[...] = 0.25 * last.kernel_RCO[...], 0.25 * last.bias_O[...]

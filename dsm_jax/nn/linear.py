@@ -1,6 +1,6 @@
 """The modules through which models multiply by weights and look up embeddings: `Linear` and `Embedding` above all.
 
-A parameter's name ends in the letters of its axes (docs/axes.md), inputs before outputs. Axes with a meaning of their
+A parameter's name ends in the letters of its axes (docs/axes.md), outputs before inputs. Axes with a meaning of their
 own, such as heads, are not flattened, so that a split over devices never cuts across queries, keys and values, or gate
 and up.
 """
@@ -23,13 +23,13 @@ def fan_in(parameter: nnx.Variable) -> int:
     """Count the inputs that one output of a weight sums over, or the rows of a table; 1 for vectors."""
     shape = parameter.get_value().shape
     inputs = parameter.get_metadata().get("inputs")
-    return math.prod(shape[:inputs] if inputs is not None else shape[-2:-1])
+    return math.prod(shape[-inputs:] if inputs is not None else shape[-2:-1])
 
 
 class Linear(nnx.Module):
     """A linear layer over the last axes of its input.
 
-    The parameters are `weight_<inputs><outputs>`, with the number of input axes in its variable's metadata, and
+    The parameters are `weight_<outputs><inputs>`, with the number of input axes in its variable's metadata, and
     `bias_<outputs>` if there is a bias. Weight and bias are cast to the input's dtype.
 
     Args:
@@ -53,8 +53,8 @@ class Linear(nnx.Module):
         self.sharding: Sharding | None = None  # written by `set_sharding`
         matrix = math.prod(inputs.values()), math.prod(outputs.values())
         drawn = (init or nnx.initializers.lecun_normal())(rngs.params(), matrix)
-        weight = drawn.reshape(*inputs.values(), *outputs.values())
-        setattr(self, f"weight_{self.inputs}{self.outputs}", nnx.Param(weight, inputs=len(inputs)))
+        weight = drawn.T.reshape(*outputs.values(), *inputs.values())
+        setattr(self, f"weight_{self.outputs}{self.inputs}", nnx.Param(weight, inputs=len(inputs)))
         self.bias = bias
         if bias:
             setattr(self, f"bias_{self.outputs}", nnx.Param(jnp.zeros(tuple(outputs.values()))))
@@ -62,7 +62,7 @@ class Linear(nnx.Module):
     @property
     def weight(self) -> nnx.Param:
         """The weight under one name for all axes."""
-        return getattr(self, f"weight_{self.inputs}{self.outputs}")
+        return getattr(self, f"weight_{self.outputs}{self.inputs}")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [..., *inputs] to [..., *outputs]."""
@@ -83,15 +83,16 @@ class LinearPerStream(nnx.Module):
 
     def __init__(self, streams: int, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         init = nnx.initializers.normal(inputs**-0.5)
-        self.weight_QDV = nnx.Param(init(rngs.params(), (streams, inputs, outputs)))
+        drawn = init(rngs.params(), (streams, inputs, outputs))
+        self.weight_QVD = nnx.Param(drawn.swapaxes(1, 2), inputs=1, stacked=1)
 
     def __call__(self, x_NQD: jax.Array) -> jax.Array:
         """Map [N, Q, D] to [N, Q, V], each stream by its own layer."""
-        return jnp.einsum("NQD,QDV->NQV", x_NQD, self.weight_QDV[...].astype(x_NQD.dtype))
+        return jnp.einsum("NQD,QVD->NQV", x_NQD, self.weight_QVD[...].astype(x_NQD.dtype))
 
     def of_stream(self, stream: jax.Array | int, x_ND: jax.Array) -> jax.Array:
         """Map [N, D] to [N, V] by the layer of one stream."""
-        return x_ND @ self.weight_QDV[stream].astype(x_ND.dtype)
+        return matmul(x_ND, self.weight_QVD[stream])
 
 
 class Embedding(nnx.Module):

@@ -18,6 +18,8 @@ from flax import nnx
 
 # All products of the layers of backbone, depformer and depth decoder: nearly all of the bytes that a step reads.
 LAYERS = (r"^(transformer|backbone|depth)\.layers\.", r"^depformer\.(inputs|layers|linears)\.")
+# Up to so many rows, float products on CPU have the weight as their left operand: docs/decisions/0005-float-weights.md.
+_FEW_ROWS = 32
 
 
 @jax.tree_util.register_dataclass
@@ -26,8 +28,7 @@ class QuantizedArray:
     """An int8 weight with one scale per output; a value is `values * scale`.
 
     Attributes:
-      values: int8 [*outputs, *inputs]: XLA's int8 product on CPU is up to 1.7 times slower for [*inputs, *outputs]. A
-        table of embeddings is [entries, width]: each entry is an output.
+      values: int8 [*outputs, *inputs]. A table of embeddings is [entries, width]: each entry is an output.
       scale: float32 [*outputs].
     """
 
@@ -54,11 +55,11 @@ Weight = jax.Array | QuantizedArray | PackedBfloat16
 
 
 def matmul(x: jax.Array, weight: Weight, *, inputs: int = 1, split: bool = False) -> jax.Array:
-    """Multiply the last axes of `x` with the first axes of a weight.
+    """Multiply the last axes of `x` with the last axes of a weight.
 
     Args:
       x: [..., *inputs], of any floating dtype; the product has the same.
-      weight: [*inputs, *outputs] as an array of any floating dtype, or a `QuantizedArray`.
+      weight: [*outputs, *inputs], an array of any floating dtype or a `QuantizedArray`.
       inputs: number of axes that are summed over.
       split: whether the weight is split over devices along one of its axes.
 
@@ -69,12 +70,30 @@ def matmul(x: jax.Array, weight: Weight, *, inputs: int = 1, split: bool = False
         return _int8_matmul(x, weight, inputs, split)
     if isinstance(weight, PackedBfloat16):
         weight = _widen(weight.bits)
-    weight, batch = weight.astype(x.dtype), x.shape[: x.ndim - inputs]
-    if split:  # XLA would gather a weight that is split by heads in order to reshape it to a matrix
-        return jax.lax.dot_general(x, weight, ((tuple(range(len(batch), x.ndim)), tuple(range(inputs))), ((), ())))
+    weight, batch, outputs = weight.astype(x.dtype), x.shape[: x.ndim - inputs], weight.shape[: weight.ndim - inputs]
+    if split:  # XLA would gather a weight that is split by heads to make a matrix, and copy one as the right operand
+        axes = tuple(range(len(outputs), weight.ndim)), tuple(range(len(batch), x.ndim))
+        y = jax.lax.dot_general(weight, x, (axes, ((), ())))
+        return jnp.moveaxis(y, tuple(range(len(outputs))), tuple(range(-len(outputs), 0)))
     # With a matrix as the weight, the gradient is a matrix too; with several axes XLA would transpose and copy it.
-    summed, outputs = math.prod(weight.shape[:inputs]), weight.shape[inputs:]
-    return (x.reshape(*batch, summed) @ weight.reshape(summed, math.prod(outputs))).reshape(*batch, *outputs)
+    summed = math.prod(weight.shape[len(outputs) :])
+    x_NC, weight_DC = x.reshape(-1, summed), weight.reshape(-1, summed)
+    if 1 < x_NC.shape[0] <= _FEW_ROWS:
+        y_ND = jax.lax.platform_dependent(x_NC, weight_DC, cpu=_weight_first, default=_rows_first)
+    else:
+        y_ND = _rows_first(x_NC, weight_DC)
+    return y_ND.reshape(*batch, *outputs)
+
+
+def _rows_first(x_NC: jax.Array, weight_DC: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(x_NC, weight_DC, (((1,), (1,)), ((), ())))
+
+
+def _weight_first(x_NC: jax.Array, weight_DC: jax.Array) -> jax.Array:
+    """Multiply with the weight as the left operand, as XLA on CPU packs the right one anew at every call."""
+    y_DN = jax.lax.dot_general(weight_DC, x_NC, (((1,), (1,)), ((), ())))
+    # Without the barrier XLA would fold the transposition into the product, which swaps its operands.
+    return jax.lax.optimization_barrier(y_DN).T
 
 
 def take(weight: Weight, index: Any) -> jax.Array:
@@ -125,12 +144,11 @@ def _int8_matmul(x: jax.Array, weight: QuantizedArray, inputs: int, split: bool)
 
 @functools.partial(jax.jit, static_argnames="inputs")
 def quantize_array(weight: jax.Array, *, inputs: int) -> QuantizedArray:
-    """Round a weight [*inputs, *outputs] to int8 with one scale per output."""
-    outputs_first = jnp.transpose(weight, (*range(inputs, weight.ndim), *range(inputs))).astype(jnp.float32)
-    summed = tuple(range(weight.ndim - inputs, weight.ndim))
-    scale = jnp.abs(outputs_first).max(summed, keepdims=True) / 127
+    """Round a weight [*outputs, *inputs] to int8 with one scale per output."""
+    weight, summed = weight.astype(jnp.float32), tuple(range(weight.ndim - inputs, weight.ndim))
+    scale = jnp.abs(weight).max(summed, keepdims=True) / 127
     scale = jnp.where(scale == 0, 1.0, scale)
-    values = jnp.round(outputs_first / scale).astype(jnp.int8)
+    values = jnp.round(weight / scale).astype(jnp.int8)
     return QuantizedArray(values, scale.reshape(scale.shape[: weight.ndim - inputs]))
 
 
@@ -140,7 +158,7 @@ def quantize(params: nnx.State, policy: Sequence[str] = LAYERS) -> nnx.State:
     Args:
       params: parameters of a module; the arrays are not changed.
       policy: regular expressions; a weight is quantised if any of them matches in its dotted path, such as
-        "transformer.layers.0.self_attn.in_proj.weight_DPKH".
+        "transformer.layers.0.self_attn.in_proj.weight_PKHD".
 
     Returns:
       Parameters for the same module, which computes in the same dtype as before.

@@ -1,7 +1,7 @@
 """Low-rank adapters: training changes small additions to some matrices, and leaves the matrices as they are.
 
-A matrix W [in, out] becomes W + scale * A @ B, where A is [in, rank], B is [rank, out] and scale is alpha / rank. B is
-zero before training, so that the adapters do not change the model at first. Inputs and outputs may be several axes
+A matrix W [out, in] becomes W + scale * (A @ B)^T, where A is [in, rank], B is [rank, out] and scale is alpha / rank. B
+is zero before training, so that the adapters do not change the model at first. Inputs and outputs may be several axes
 each, such as heads and their width. A parameter that stacks matrices, such as one embedding per stream, has adapters
 for each matrix; vectors, such as the scales of norms, are not adapted.
 
@@ -30,7 +30,7 @@ class LoraConfig:
       rank: rank of each addition.
       alpha: scale of each addition, times the rank.
       targets: regular expressions; a parameter is adapted if any of them matches in its dotted path, such as
-        "transformer.layers.0.self_attn.in_proj.weight_DPKH".
+        "transformer.layers.0.self_attn.in_proj.weight_PKHD".
     """
 
     rank: int = 16
@@ -86,10 +86,11 @@ def init(params: nnx.State, config: LoraConfig, key: jax.Array) -> Adapters:
 
 def _axes(variable: nnx.Variable) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return the sizes of a parameter's stacking axes, input axes and output axes."""
-    shape, inputs = variable.get_value().shape, variable.get_metadata().get("inputs")
-    if inputs is None:
+    shape, about = variable.get_value().shape, variable.get_metadata()
+    if (inputs := about.get("inputs")) is None:
         return shape[:-2], shape[-2:-1], shape[-1:]
-    return (), shape[:inputs], shape[inputs:]
+    stacked = about.get("stacked", 0)
+    return shape[:stacked], shape[-inputs:], shape[stacked:-inputs]
 
 
 def merge(params: nnx.State, adapters: Adapters, config: LoraConfig) -> nnx.State:
@@ -115,8 +116,11 @@ def merge(params: nnx.State, adapters: Adapters, config: LoraConfig) -> nnx.Stat
         weight = variable.get_value()
         a, b = (part.astype(jnp.float32) for part in adapters[name])
         stack = tuple(range(len(_axes(variable)[0])))
-        dimensions = ((a.ndim - 1,), (len(stack),)), (stack, stack)
-        added = jax.lax.dot_general(a, b, dimensions, precision="highest")
+        if "inputs" in variable.get_metadata():
+            dimensions = ((len(stack),), (a.ndim - 1,)), (stack, stack)
+            added = jax.lax.dot_general(b, a, dimensions, precision="highest")
+        else:  # a table's rows are its inputs and come first
+            added = jax.lax.dot_general(a, b, (((a.ndim - 1,), (len(stack),)), (stack, stack)), precision="highest")
         return variable.replace((weight.astype(jnp.float32) + config.scale * added).astype(weight.dtype))
 
     return nnx.from_flat_state([(path, adapted(name, variable)) for name, path, variable in flat])

@@ -77,7 +77,7 @@ def norm(tree: Any) -> jax.Array:
         if not isinstance(leaf, nnx.Variable):
             return leaf
         value, inputs = leaf.get_value(), leaf.get_metadata().get("inputs")
-        return value if inputs is None else value.reshape(math.prod(value.shape[:inputs]), -1)
+        return value if inputs is None else value.reshape(-1, math.prod(value.shape[-inputs:]))
 
     return optax.tree.norm(jax.tree.map(matrix, tree, is_leaf=lambda node: isinstance(node, nnx.Variable)))
 

@@ -64,8 +64,8 @@ def random_model(folder: Path, config: CsmConfig = CSM, seed: int = 7) -> checkp
     """Make a model with random weights that ends most turns by itself; writes its tokenizer to a folder."""
     lm = small.build(lambda rngs: CsmLM(config, rngs=rngs), seed)
     # Codes of 0 are likely, so that frames of zeros come up; and codes that the codec does not have are likelier still.
-    for weight in (lm.first_linear.weight_DV, lm.depth_linears.weight_QDV):
-        weight[...] = weight[...].at[..., 0].mul(6.0).at[..., MIMI.quantizer.bins :].mul(3.0)
+    for weight in (lm.first_linear.weight_VD, lm.depth_linears.weight_QVD):
+        weight[...] = weight[...].at[..., 0, :].mul(6.0).at[..., MIMI.quantizer.bins :, :].mul(3.0)
     lm_def, lm_params = nnx.split(lm)
     mimi_def, mimi_params = nnx.split(build_mimi(MIMI))
     tokenizer = load_tokenizer(make_tokenizer(folder / "tokenizer.json"))

@@ -108,10 +108,14 @@ def build(make: Callable[[nnx.Rngs], Module], seed: int = 0) -> Module:
     random = np.random.default_rng(seed)
 
     def draw(variable: nnx.Variable) -> nnx.Variable:
-        shape = variable.get_value().shape
+        shape, about = variable.get_value().shape, variable.get_metadata()
+        inputs, stacked = about.get("inputs", 0), about.get("stacked", 0)
+        if inputs:  # the input axes are drawn before the output axes, and stored after them
+            shape = shape[:stacked] + shape[-inputs:] + shape[stacked:-inputs]
         noise = random.normal(size=shape)
-        inputs = math.prod(shape[: variable.get_metadata().get("inputs", -1)])
-        value = noise / np.sqrt(inputs) if len(shape) > 1 else 1 + 0.3 * noise
+        summed = math.prod(shape[: stacked + inputs] if inputs else shape[:-1])
+        value = noise / np.sqrt(summed) if len(shape) > 1 else 1 + 0.3 * noise
+        value = np.moveaxis(value, range(stacked, stacked + inputs), range(-inputs, 0))
         return variable.replace(jnp.asarray(value.astype(np.float32)))
 
     return nnx.merge(graphdef, jax.tree.map(draw, state, is_leaf=lambda node: isinstance(node, nnx.Variable)))

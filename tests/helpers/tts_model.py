@@ -78,7 +78,7 @@ def make_checkpoint(folder: Path) -> Path:
 
 def _lm(config: LMConfig) -> DelayedStreamsLM:
     lm = small.build(lambda rngs: DelayedStreamsLM(config, rngs=rngs))
-    lm.text_linear.weight[...] = lm.text_linear.weight[...].at[:, np.array([NEW_WORD, PAD])].mul(3.0)
+    lm.text_linear.weight[...] = lm.text_linear.weight[...].at[np.array([NEW_WORD, PAD])].mul(3.0)
     # Large weights, so that earlier tokens decide the next one; greedy speech would be a single code otherwise.
     lm.audio_emb.table_QLW[...] = 10 * lm.audio_emb.table_QLW[...]
     lm.text_emb.table_LW[...] = 10 * lm.text_emb.table_LW[...]

@@ -41,7 +41,7 @@ def differences(model: dsm_jax.Model, pcm: np.ndarray, ours_QT: np.ndarray, thei
         branch, first = (
             (mimi.quantizer.semantic, 0) if ours_QT[0, t] != theirs_QT[0, t] else (mimi.quantizer.acoustic, 1)
         )
-        left_C = latents_TD[t] @ np.asarray(branch.input_proj.weight[...])
+        left_C = latents_TD[t] @ np.asarray(branch.input_proj.weight[...]).T
         length = np.linalg.norm(left_C)
         for q, book in enumerate(branch.codebooks, first):
             pair_2C = np.asarray(book.embedding_LC[...])[[ours_QT[q, t], theirs_QT[q, t]]]
@@ -96,7 +96,7 @@ def test_what_adapters_learnt_is_read_by_moshi(tmp_path):
     run = references.moshi_tokens(folder, codes_QT[:, : padded.size // 1920])
     frames = dsm_jax.transcribe(dsm_jax.load(folder), pcm, frames=True).frames
     np.testing.assert_array_equal(frames.text_tokens, run.tokens_T)
-    weights = (flatten(model.lm_params)["text_linear.weight_DV"] for model in (learnt, dsm_jax.load(folder)))
+    weights = (flatten(model.lm_params)["text_linear.weight_VD"] for model in (learnt, dsm_jax.load(folder)))
     np.testing.assert_array_equal(*weights)
 
 
