@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 import dsm_jax
 from dsm_jax import audio
@@ -266,7 +266,7 @@ def test_a_mesh_that_splits_the_parameters_keeps_them_split_and_changes_no_loss(
     np.testing.assert_allclose(split_losses, losses, rtol=1e-4)
     name = "transformer.layers.0.feedforward.linear_in.weight_PFD"
     weight = flatten(split.lm_params)[name]
-    assert weight.sharding.spec == PartitionSpec(None, None, "model")
+    assert tuple(weight.sharding.spec)[:2] == (None, "model")
     assert {shard.data.shape[2] for shard in weight.addressable_shards} == {weight.shape[2] // 2}
     np.testing.assert_allclose(weight, flatten(whole.lm_params)[name], atol=1e-3)
 
