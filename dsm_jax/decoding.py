@@ -58,6 +58,10 @@ def decode(file: BinaryIO, name: str, *, strict: bool = False) -> Iterator[tuple
             kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
             raise AudioError(f"{name} holds no audio ({kinds} alone); expected a recording. Check the file.")
         stream = container.streams.best("audio")
+        if stream is None or stream.codec_context is None:
+            raise AudioError(
+                f"{name} has a header that says neither codec nor sample rate; expected a recording. Fetch it again."
+            )
         stream.codec_context.options = {"err_detect": "crccheck+explode"}  # else a damaged flac is silent about it
         missing = _Missing(file, container, stream)
         seconds = 0.0

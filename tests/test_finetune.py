@@ -267,7 +267,7 @@ def test_a_mesh_that_splits_the_parameters_keeps_them_split_and_changes_no_loss(
     name = "transformer.layers.0.feedforward.linear_in.weight_PFD"
     weight = flatten(split.lm_params)[name]
     assert tuple(weight.sharding.spec)[:2] == (None, "model")
-    assert {shard.data.shape[2] for shard in weight.addressable_shards} == {weight.shape[2] // 2}
+    assert {shard.data.shape[1] for shard in weight.addressable_shards} == {weight.shape[1] // 2}
     np.testing.assert_allclose(weight, flatten(whole.lm_params)[name], atol=1e-3)
 
 
