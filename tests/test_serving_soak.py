@@ -1,10 +1,12 @@
 """The bounds of the soak: a figure that breaks one is a fault, and one that is missing too."""
 
 import asyncio
+import random
 
 import pytest
 
-from tests.benchmarks import serving
+from dsm_jax.serving import moshi, wire
+from tests.benchmarks import mutations, serving
 from tests.helpers.serving import running, served
 
 
@@ -39,3 +41,38 @@ def test_churn_counts_texts_that_differ_and_metrics_are_summed(monkeypatch):
         figures = asyncio.run(serving.churn(server.url, 0.1))
         assert figures["differ"] == figures["good"] > 0
         assert serving.faults("churn", figures)
+
+
+def test_mutated_messages_differ_and_come_from_their_seed():
+    data = mutations.SOCKETS["/api/asr-streaming"][0]
+    made = [mutations.mutated(data, random.Random(seed)) for seed in range(200)]
+    assert sum(message != data for message in made) > 190
+    assert made[7] == mutations.mutated(data, random.Random(7))
+    assert mutations.mutated(b"", random.Random(1)) is not None
+
+
+@pytest.mark.slow
+def test_mutated_messages_are_answered_and_faults_are_counted(monkeypatch):
+    models = served("stt", "digits", slots=serving.SLOTS), served("tts", "digits-tts", slots=serving.SLOTS)
+    with running(*models, page=False) as server:
+
+        async def good() -> str:
+            return await serving._good(server.url)
+
+        figures = asyncio.run(mutations.attack(server.url, 60, good))
+        assert serving.faults("mutations", {"used_slots": 0, "memory_mb": 0, **figures}) == []
+        assert figures["messages"] >= 60
+        assert figures["status_400"] + figures["good"] >= 2
+
+        def broken(data: bytes, kinds: object) -> wire.Init:
+            raise RuntimeError("planted")
+
+        monkeypatch.setattr(moshi.wire, "decode", broken)
+        texts = iter(["one", "two", *["one"] * 1_000])
+
+        async def changing() -> str:
+            return next(texts)
+
+        figures = asyncio.run(mutations.attack(server.url, 20, changing))
+        assert figures["faults"] >= 1
+        assert figures["differ"] == 1

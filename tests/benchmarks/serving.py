@@ -25,6 +25,7 @@ from websockets.exceptions import WebSocketException
 from dsm_jax import audio
 from dsm_jax.serving import client
 from dsm_jax.serving.load import Load, run
+from tests.benchmarks.mutations import attack
 
 SLOTS = 8
 CLIP = Path(__file__).resolve().parents[2] / "examples/audio/digits_jackson.flac"
@@ -32,6 +33,7 @@ CLIP = Path(__file__).resolve().parents[2] / "examples/audio/digits_jackson.flac
 BOUNDS: Mapping[str, Mapping[str, float]] = {
     "latency": {"p95_ms": 80, "p99_ms": 200, "errors": 0, "dropped": 0},
     "fairness": {"upload_s": 15, "live_p95_ms": 120, "unfairness": 0.25, "errors": 0},
+    "mutations": {"faults": 0, "unanswered": 0, "differ": 0, "used_slots": 0, "memory_mb": 150},
     "churn": {"differ": 0, "used_slots": 0, "failed": 0},
     "soak": {"memory_growth": 0.05, "compilations": 0, "differ": 0, "slowdown": 1.5},
     "speech": {"first_alone_ms": 300, "first_of_eight_ms": 600, "errors": 0},
@@ -149,6 +151,15 @@ async def churn(url: str, seconds: float) -> dict[str, float | None]:
     return {"good": good, "differ": differ, "failed": failed, "used_slots": used}
 
 
+async def mutations(url: str, pid: int, messages: int) -> dict[str, float | None]:
+    """Send mutated messages in every dialect beside a good client; measure the memory that stays."""
+    before = resident_mb(pid)
+    figures = await attack(url, messages, lambda: _good(url))
+    await asyncio.sleep(1.0)
+    figures["used_slots"] = metric(url, "dsm_slots_used")
+    return figures | {"memory_mb": resident_mb(pid) - before}
+
+
 async def soak(url: str, pid: int, seconds: float) -> dict[str, float | None]:
     """Keep all slots busy with uploads; compare memory and speed of the first fifth and of the end."""
     wanted, start, rounds = await _good(url), time.monotonic(), []
@@ -199,6 +210,7 @@ async def measure(url: str, pid: int, seconds: float) -> list[str]:
         "speech": lambda: speech(url),
         "latency": lambda: latency(url, min(20.0, seconds)),
         "fairness": lambda: fairness(url, 20.0),
+        "mutations": lambda: mutations(url, pid, 10_000 if seconds >= 60 else 500),
         "churn": lambda: churn(url, seconds),
         "soak": lambda: soak(url, pid, seconds),
     }
