@@ -1,6 +1,7 @@
 """Audio comes in as the same mono samples whatever its container, rate, channels or block length, or says why not."""
 
 import io
+import random
 import re
 import struct
 import subprocess
@@ -15,6 +16,7 @@ import soundfile
 
 from dsm_jax import audio
 from dsm_jax.errors import AudioError
+from tests.benchmarks.mutations import mutated
 
 DATA = Path(__file__).parent / "data"
 SPEECH = DATA / "librispeech-1272-128104-0000.flac"
@@ -235,6 +237,37 @@ def test_what_is_not_audio_is_refused(tmp_path, content, message):
     assert audio.duration(path) is None
     with pytest.raises(AudioError, match="the file object " + message.split("; ")[0]):
         audio.read(Pipe(content))
+
+
+def test_a_header_that_names_no_codec_is_refused():
+    flac = SPEECH.read_bytes()
+    with pytest.raises(AudioError, match=r"has a header that says neither codec nor sample rate; .* Fetch it again"):
+        audio.read(io.BytesIO(flac[:8] + b"\x22" + flac[8:]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["flac", "wav", "adts", "mp4", "webm"])
+def test_a_damaged_container_gives_sound_or_an_error_of_audio(kind):
+    codecs = {"flac": "flac", "wav": "pcm_s16le", "adts": "aac", "mp4": "aac", "webm": "libopus"}
+    whole, chance = io.BytesIO(), random.Random(0)
+    with av.open(whole, "w", format=kind) as container:
+        stream = container.add_stream(codecs[kind], rate=48_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(tone(0.5, 48_000)[None], format="fltp", layout="mono")
+        frame.sample_rate = 48_000
+        resampler = av.AudioResampler(format=stream.codec_context.format, layout="mono", rate=48_000)
+        for out in [*resampler.resample(frame), *resampler.resample(None), None]:
+            container.mux(stream.encode(out))
+    for opened in (io.BytesIO, Pipe):
+        read = 0
+        for _ in range(100):
+            try:
+                for block_T in audio.blocks(opened(mutated(whole.getvalue(), chance)), 24_000, 1.0):
+                    read += block_T.size
+                    if read > 100 * 24_000:
+                        break
+            except AudioError:
+                pass
+        assert read > 24_000
 
 
 def test_headerless_samples_are_refused(tmp_path):

@@ -55,7 +55,7 @@ SOCKETS: Mapping[str, tuple[bytes, ...]] = {
         _packed(type="Eos"),
     ),
     "/v1/realtime?intent=transcription": (
-        _event(type="session.update", session={"type": "transcription", "audio": {"input": {"format": {"rate": 16000}}}}),
+        _event(type="session.update", session={"audio": {"input": {"format": {"type": "audio/pcm", "rate": 16000}}}}),
         _event(type="input_audio_buffer.append", audio=base64.b64encode(bytes(960)).decode()),
         _event(type="input_audio_buffer.commit"),
         _event(type="input_audio_buffer.clear"),
