@@ -57,7 +57,7 @@ async def handshake(url: str, **settings) -> int:
 
 @pytest.fixture(scope="module")
 def guarded():
-    models = [served("stt", "digits", slots=2)]
+    models = [served("stt", "digits", slots=8)]  # a slot is free a moment after its client has gone
     settings = {"keys": (KEY, OTHER_KEY), "origins": ("https://listed.example",), "page": False}
     with running(*models, idle_s=0.6, max_session_s=2.0, **settings) as found:
         yield found
@@ -134,6 +134,44 @@ def test_a_session_has_a_longest_time(guarded):
     found, code = asyncio.run(chatter())
     assert found[-1] == {"type": "Error", "message": "a session lasts at most 2 s"}
     assert code == 1000
+
+
+def test_a_client_that_does_not_finish_its_request_is_closed_and_one_that_waits_is_not(monkeypatch, caplog):
+    monkeypatch.setattr(run.PatientProtocol, "patience_s", 0.5)
+    head = b"POST /api/asr-streaming HTTP/1.1\r\nHost: here\r\n"
+    with running(served("stt", "digits", slots=2), page=False) as server, contextlib.ExitStack() as stack:
+        address = server.url.removeprefix("http://").split(":")
+        halves = []
+        for data in (
+            b"",
+            head,
+            head + b"Content-Length: 10\r\n\r\nabc",
+            b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n" + head,
+        ):
+            half = stack.enter_context(sockets.create_connection((address[0], int(address[1])), 30))
+            half.sendall(data)
+            halves.append(half)
+
+        async def wait() -> dict:
+            async with connect(server.socket_url + ASR) as socket:
+                assert msgpack.unpackb(await socket.recv())["type"] == "Ready"
+                await asyncio.sleep(1.5)
+                await socket.send(pack("Marker", id=7))
+                while True:
+                    message = msgpack.unpackb(await asyncio.wait_for(socket.recv(), 30))
+                    if message["type"] == "Marker":
+                        return message
+
+        assert asyncio.run(wait())["id"] == 7
+        for half in halves:
+            while half.recv(4096):
+                pass
+        # A client that leaves in the middle of its recording is no fault.
+        leaving = sockets.create_connection((address[0], int(address[1])), 30)
+        leaving.sendall(head + b"Content-Length: 10\r\n\r\nabc")
+        leaving.close()
+        assert status(server.url + "/livez") == 200
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_a_client_that_does_not_read_is_closed_and_others_go_on(monkeypatch):

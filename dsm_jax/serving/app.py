@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -110,7 +110,10 @@ def _post(
     handler: Callable[[Request, Server, Served], Awaitable[Response]], server: Server, served: Served
 ) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
-        return await handler(request, server, served)
+        try:
+            return await handler(request, server, served)
+        except ClientDisconnect:
+            return Response(status_code=400)  # for nobody
 
     return endpoint
 

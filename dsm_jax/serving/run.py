@@ -12,6 +12,7 @@ from importlib import metadata
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dsm_jax.errors import ConfigError
 from dsm_jax.serving.app import make_app
@@ -124,6 +125,7 @@ def check(config: ServerConfig, write: Callable[[str], None]) -> int:
 async def _serve(server: Server, listener: socket.socket, on_ready: Callable[[Server, str], None]) -> int:
     settings = uvicorn.Config(
         make_app(server),
+        http=PatientProtocol,
         ws="websockets-sansio",
         ws_max_size=MESSAGE_BYTES,
         ws_ping_interval=_PING_S,
@@ -145,6 +147,42 @@ async def _serve(server: Server, listener: socket.socket, on_ready: Callable[[Se
         on_ready(server, f"http://{address}:{port}")
     await running
     return 1 if server.faulty else 0
+
+
+class PatientProtocol(H11Protocol):
+    """uvicorn's HTTP connection, closed where a client does not finish its request.
+
+    uvicorn itself waits for the rest of a request for ever, so that clients that send nothing could hold all of the
+    process's files.
+    """
+
+    patience_s = 30.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start to look at the client."""
+        super().connection_made(transport)
+        self._heard_at = self.loop.time()
+        self._looking = self.loop.call_later(self.patience_s, self._look)
+
+    def data_received(self, data: bytes) -> None:
+        """Note the time of the client's bytes."""
+        self._heard_at = self.loop.time()
+        super().data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Look no more."""
+        self._looking.cancel()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        if self.transport.get_protocol() is not self:
+            return  # a websocket now, which has limits of its own
+        cycle, left_s = self.cycle, self._heard_at + self.patience_s - self.loop.time()
+        waits = cycle is None or cycle.response_complete or cycle.more_body
+        if waits and left_s <= 0:
+            self.transport.close()
+            return
+        self._looking = self.loop.call_later(left_s if left_s > 0 else self.patience_s, self._look)
 
 
 class _Web(uvicorn.Server):
