@@ -15,7 +15,7 @@ from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models.mimi import CodecState, Mimi
-from dsm_jax.runtime.compile import compiled
+from dsm_jax.runtime.compile import compiled, plain
 
 CHUNK_FRAMES = 16
 
@@ -47,14 +47,14 @@ def encode(model: Model, source: audio.Source, *, codebooks: int | None = None) 
     codebooks = config.quantizer.n_q if codebooks is None else codebooks
     if not 1 <= codebooks <= config.quantizer.n_q:
         raise ConfigError(f"{codebooks} codebooks were asked for; {model.name} has 1 to {config.quantizer.n_q}")
-    step = compiled(_encode, (model.mimi_def,), codebooks, donate=(1,))
+    step, params = compiled(_encode, (model.mimi_def,), codebooks, donate=(1,)), plain(model.mimi_params)
     state = model.codec.encoder.init_state(1)
     held, columns = np.zeros(0, np.float32), []
     chunk = CHUNK_FRAMES * config.frame_size
 
     def take(samples: np.ndarray) -> None:
         nonlocal state
-        codes_BQT, state = step((model.mimi_params,), jnp.asarray(samples[None, :, None]), state)
+        codes_BQT, state = step(params, jnp.asarray(samples[None, :, None]), state)
         columns.append(codes_BQT[0])
 
     for block in audio.blocks(source, config.sample_rate):
@@ -89,7 +89,7 @@ def decode(model: Model, codes_QT: np.ndarray) -> np.ndarray:
         )
     if codes_QT.size and (codes_QT.min() < 0 or codes_QT.max() >= bins):
         raise ConfigError(f"codes go from {codes_QT.min()} to {codes_QT.max()}; {model.name} has 0 to {bins - 1}")
-    step = compiled(_decode, (model.mimi_def,), donate=(1,))
+    step, params = compiled(_decode, (model.mimi_def,), donate=(1,)), plain(model.mimi_params)
     decoder = model.codec.decoder
     if decoder is None:
         raise ConfigError(
@@ -101,7 +101,7 @@ def decode(model: Model, codes_QT: np.ndarray) -> np.ndarray:
     starts += [(t, 1) for t in range(whole, codes_QT.shape[1])]
     for start, frames in starts:
         codes_BQT = jnp.asarray(codes_QT[None, :, start : start + frames].astype(np.int32))
-        pcm_BTC, state = step((model.mimi_params,), codes_BQT, state)
+        pcm_BTC, state = step(params, codes_BQT, state)
         pieces.append(np.asarray(pcm_BTC[0, :, 0]))
     return np.concatenate(pieces)
 

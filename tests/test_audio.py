@@ -26,6 +26,18 @@ def tone(seconds: float, rate: int, hz: float = 440.0) -> np.ndarray:
     return (0.5 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
 
 
+def write_tone(file: str | io.BytesIO, codec: str, seconds: float, format: str | None = None) -> None:
+    """Write a tone, sampled at 48 kHz, to a container; its format is that of the file's name unless it is given."""
+    rate = 48_000
+    with av.open(file, "w", format=format) as container:
+        stream = container.add_stream(codec, rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(tone(seconds, rate)[None], format="fltp", layout="mono")
+        frame.sample_rate = rate
+        resampler = av.AudioResampler(format=stream.codec_context.format, layout="mono", rate=rate)
+        for out in [*resampler.resample(frame), *resampler.resample(None), None]:
+            container.mux(stream.encode(out))
+
+
 class Pipe(io.BytesIO):
     """Bytes that can be read once, as from another program."""
 
@@ -147,14 +159,7 @@ def test_joined_and_tagged_files_are_decoded_through_all_their_parts(tmp_path, c
     "name,codec", [("a.m4a", "aac"), ("a.mp4", "aac"), ("a.webm", "libopus"), ("a.aac", "aac"), ("a.mka", "libopus")]
 )
 def test_recordings_of_phones_and_meetings_are_read(tmp_path, name, codec):
-    rate = 48_000
-    with av.open(str(tmp_path / name), "w") as container:
-        stream = container.add_stream(codec, rate=rate, layout="mono")
-        frame = av.AudioFrame.from_ndarray(tone(3.0, rate)[None], format="fltp", layout="mono")
-        frame.sample_rate = rate
-        resampler = av.AudioResampler(format=stream.codec_context.format, layout="mono", rate=rate)
-        for out in [*resampler.resample(frame), *resampler.resample(None), None]:
-            container.mux(stream.encode(out))
+    write_tone(str(tmp_path / name), codec, 3.0)
     pcm = audio.read(tmp_path / name)
     assert 3.0 <= pcm.size / 24_000 < 3.1
     piped = audio.read(Pipe((tmp_path / name).read_bytes()))
@@ -250,13 +255,7 @@ def test_a_header_that_names_no_codec_is_refused():
 def test_a_damaged_container_gives_sound_or_an_error_of_audio(kind):
     codecs = {"flac": "flac", "wav": "pcm_s16le", "adts": "aac", "mp4": "aac", "webm": "libopus"}
     whole, chance = io.BytesIO(), random.Random(0)
-    with av.open(whole, "w", format=kind) as container:
-        stream = container.add_stream(codecs[kind], rate=48_000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(tone(0.5, 48_000)[None], format="fltp", layout="mono")
-        frame.sample_rate = 48_000
-        resampler = av.AudioResampler(format=stream.codec_context.format, layout="mono", rate=48_000)
-        for out in [*resampler.resample(frame), *resampler.resample(None), None]:
-            container.mux(stream.encode(out))
+    write_tone(whole, codecs[kind], 0.5, format=kind)
     for opened in (io.BytesIO, Pipe):
         read = 0
         for _ in range(100):

@@ -435,7 +435,7 @@ def test_a_session_that_the_server_ends_gets_its_last_words(server, monkeypatch)
 
     async def conversation(client: Client) -> None:
         await client.say(update(), append(pcm_T))
-        # What is still on its way to the server when it drains is lost, as at a close.
+        # Wait for all of the audio: a drain loses the part that is still on its way.
         while [ticket.session.received for ticket in server.server._tickets] != [pcm_T.size]:
             await asyncio.sleep(0.01)
         (ticket,) = server.server._tickets

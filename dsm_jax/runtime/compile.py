@@ -15,7 +15,7 @@ from flax import nnx
 
 from dsm_jax.process import check_process
 
-# Of a network: its state, or the same as nested dicts, see `plain`.
+# A network's parameters: its state, or nested dicts, see `plain`.
 Params = nnx.State | dict[str, Any]
 
 _log = logging.getLogger("dsm_jax")

@@ -116,11 +116,12 @@ def merge(params: nnx.State, adapters: Adapters, config: LoraConfig) -> nnx.Stat
         weight = variable.get_value()
         a, b = (part.astype(jnp.float32) for part in adapters[name])
         stack = tuple(range(len(_axes(variable)[0])))
+        factors = [(a, a.ndim - 1), (b, len(stack))]  # with the axis of the rank; a table's rows are its inputs
         if "inputs" in variable.get_metadata():
-            dimensions = ((len(stack),), (a.ndim - 1,)), (stack, stack)
-            added = jax.lax.dot_general(b, a, dimensions, precision="highest")
-        else:  # a table's rows are its inputs and come first
-            added = jax.lax.dot_general(a, b, (((a.ndim - 1,), (len(stack),)), (stack, stack)), precision="highest")
+            factors.reverse()
+        (left, left_rank), (right, right_rank) = factors
+        dimensions = ((left_rank,), (right_rank,)), (stack, stack)
+        added = jax.lax.dot_general(left, right, dimensions, precision="highest")
         return variable.replace((weight.astype(jnp.float32) + config.scale * added).astype(weight.dtype))
 
     return nnx.from_flat_state([(path, adapted(name, variable)) for name, path, variable in flat])

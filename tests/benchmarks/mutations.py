@@ -41,7 +41,7 @@ def _event(**event: Any) -> bytes:
     return json.dumps(event).encode()
 
 
-# By path, messages that a well-behaved client sends. A websocket's text messages are those that are JSON.
+# By path, messages that a well-behaved client sends; those of OpenAI's dialect are text.
 SOCKETS: Mapping[str, tuple[bytes, ...]] = {
     "/api/asr-streaming": (
         _packed(type="Audio", pcm=_SAMPLES),
