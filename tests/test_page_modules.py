@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from dsm_jax.serving import app, wire
+from dsm_jax.serving import app
+from dsm_jax.serving.moshi import wire
 from dsm_jax.stt import subtitles
 from dsm_jax.stt.events import Pause, Word
 from dsm_jax.stt.transcript import Transcript

@@ -1,70 +1,26 @@
 """The README's code blocks, run word for word: its model names resolve to a stored miniature in a hub cache."""
 
-import dataclasses
-import os
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import soundfile
 
-from dsm_jax import checkpoints
-from tests.helpers import csm_model, stt_model, tts_model
+from tests.helpers.desk import ROOT, blocks, make_desk
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(text: str, language: str) -> list[str]:
-    """Return the code blocks of one language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
     """Return a folder with the README's recordings, and an environment with its model in the hub's cache."""
-    desk = tmp_path_factory.mktemp("desk")
-    pcm = stt_model.recording()[:48_000]
-    soundfile.write(desk / "talk.mp3", pcm, 24_000)
-    soundfile.write(desk / "note.flac", pcm[10_000:], 24_000)
-    shutil.copytree(ROOT / "examples/audio", desk / "examples/audio")
-    shutil.copytree(ROOT / "examples/new_speaker/test", desk / "recordings")
-    shutil.copytree(ROOT / "examples/new_speaker/test", desk / "examples/new_speaker/test")
-    (desk / "finetune.json").write_text(*blocks(README, "json"))
-    _publish(desk, "stt-1b-en_fr", stt_model.CHECKPOINT)
-    (desk / "speaking").mkdir()
-    # Enough pieces for the tokenizer to have one for every byte, and so for any letter.
-    config = dataclasses.replace(tts_model.SPEAKERS, text_card=1000)
-    checkpoints.save(tts_model.random_model(desk / "speaking", config), desk / "speaking/model")
-    _publish(desk, "tts-1.6b-en_fr", desk / "speaking/model")
-    voice = Path("expresso/ex03-ex01_happy_001_channel1_334s.wav")
-    (desk / "voices" / voice.parent).mkdir(parents=True)
-    tts_model.write_voice(desk / f"voices/{voice}.0a1b2c3d@7.safetensors", tts_model.voice(0))
-    _publish(desk, "tts-voices", desk / "voices")
-    tts_model.write_requests(desk, {"id": "one", "text": "Good morning.", "voice": str(voice)})
-    (desk / "talking").mkdir()
-    checkpoints.save(csm_model.random_model(desk / "talking"), desk / "talking/model")
-    _publish(desk, "csm-1b", desk / "talking/model", "sesame")
-    environment = {
-        **os.environ,
-        "HF_HUB_CACHE": str(desk / "hub"),
-        "HF_HUB_OFFLINE": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
-    return desk, environment
-
-
-def _publish(desk: Path, name: str, folder: Path, organisation: str = "kyutai") -> None:
-    """Put a folder into the hub's cache."""
-    repository = desk / f"hub/models--{organisation}--{name}"
-    shutil.copytree(folder, repository / "snapshots/0123abc")
-    (repository / "refs").mkdir()
-    (repository / "refs/main").write_text("0123abc")
+    folder = tmp_path_factory.mktemp("desk")
+    environment = make_desk(folder)
+    (folder / "finetune.json").write_text(*blocks(README, "json"))
+    return folder, environment
 
 
 def test_python_blocks_run_in_order(desk):

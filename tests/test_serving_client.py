@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import doctest
-import http.server
 import socket
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +14,13 @@ from hypothesis import strategies as st
 import dsm_jax
 from dsm_jax import audio
 from dsm_jax.errors import ConfigError, ServerError, WireError
-from dsm_jax.serving import client, client_links, wire, wire_client
-from dsm_jax.serving.client_moshi import _Pauses
+from dsm_jax.serving import client
+from dsm_jax.serving.client import links
+from dsm_jax.serving.client import wire as wire_client
+from dsm_jax.serving.client.moshi_sessions import _Pauses
+from dsm_jax.serving.moshi import wire
 from dsm_jax.stt.events import Pause, WordEnded
-from tests.helpers.serving import running, served
+from tests.helpers.serving import answering, running, served
 
 pytestmark = pytest.mark.slow
 AUDIO = Path(__file__).resolve().parents[1] / "examples/audio"
@@ -102,9 +103,9 @@ def test_plain_sessions_give_the_same(server, clip, wanted):
 
 
 def test_the_examples_of_the_docstrings_run(server, clip, wanted):
-    from dsm_jax.serving import client_moshi
+    from dsm_jax.serving.client import moshi_sessions
 
-    for module in (client, client_links, client_moshi):
+    for module in (client, links, moshi_sessions):
         for test in doctest.DocTestFinder().find(module):
             if test.examples:
                 names: dict = {**vars(module)}
@@ -153,29 +154,6 @@ def test_what_is_no_address_is_refused_and_not_repeated(url):
     assert "secret" not in str(refused.value)
 
 
-@contextlib.contextmanager
-def answering(status: int, kind: str, body: bytes):
-    """Run a web server that gives one answer to everything."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(status)
-            self.send_header("content-type", kind)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
-        thread = threading.Thread(target=web.serve_forever, args=[0.01])
-        thread.start()
-        yield f"http://127.0.0.1:{web.server_port}"
-        web.shutdown()
-        thread.join()
-
-
 @pytest.mark.parametrize(
     "status,kind,body,words",
     [
@@ -200,7 +178,7 @@ def test_an_answer_that_is_no_servers_of_speech_is_told_in_a_sentence(status, ki
 @pytest.mark.parametrize("path", ["/api/asr-streaming", "/no"])
 def test_refused_handshakes_are_told_too(server, path):
     async def run():
-        async with client_links.socket(client_links.address(server.url), path, query={}, api_key=None) as opened:
+        async with links.socket(links.address(server.url), path, query={}, api_key=None) as opened:
             await opened.send(b"\xc1")
             while True:
                 await opened.recv()

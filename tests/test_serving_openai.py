@@ -17,8 +17,8 @@ import soundfile
 import dsm_jax
 from dsm_jax import audio
 from dsm_jax.serving.encoding import SoundEncoder, pcm16, wav_header
-from dsm_jax.serving.openai_errors import ApiError, api_error, parse_object
-from dsm_jax.serving.openai_formats import WordDeltas
+from dsm_jax.serving.openai.errors import ApiError, api_error, parse_object
+from dsm_jax.serving.openai.formats import WordDeltas
 from dsm_jax.serving.outbox import Ended
 from dsm_jax.stt.events import Word, WordEnded, WordStarted
 from dsm_jax.stt.options import Prompt, TranscribeOptions

@@ -20,10 +20,10 @@ from dsm_jax import audio
 from dsm_jax.serving import sockets
 from dsm_jax.serving.access import Keys
 from dsm_jax.serving.hearing import Heard
-from dsm_jax.serving.openai_errors import ApiError
-from dsm_jax.serving.realtime import PcmReader
-from dsm_jax.serving.realtime_settings import Settings, TurnDetection
-from dsm_jax.serving.realtime_turns import Items
+from dsm_jax.serving.openai.errors import ApiError
+from dsm_jax.serving.openai.realtime import PcmReader
+from dsm_jax.serving.openai.realtime_settings import Settings, TurnDetection
+from dsm_jax.serving.openai.realtime_turns import Items
 from dsm_jax.stt.events import Word, WordEnded, WordStarted
 from tests.helpers.serving import Running, running, served
 

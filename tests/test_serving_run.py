@@ -175,7 +175,7 @@ def test_a_client_that_does_not_finish_its_request_is_closed_and_one_that_waits_
 
 
 def test_a_client_that_does_not_read_is_closed_and_others_go_on(monkeypatch):
-    monkeypatch.setattr("dsm_jax.serving.moshi.OUTBOX", 30)
+    monkeypatch.setattr("dsm_jax.serving.moshi.routes.OUTBOX", 30)
     monkeypatch.setattr("dsm_jax.serving.sockets._SEND_S", 1.0)
     monkeypatch.setattr("dsm_jax.serving.run._KERNEL_BUFFER", 2048)
     monkeypatch.setattr("dsm_jax.serving.run._PING_S", 300.0)  # pings would find the client out too

@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from dsm_jax.serving import moshi, wire
+from dsm_jax.serving.moshi import routes as moshi
+from dsm_jax.serving.moshi import wire
 from tests.benchmarks import mutations, serving
 from tests.helpers.serving import running, served
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsm_jax.errors import WireError
-from dsm_jax.serving import wire
-from dsm_jax.serving.wire import TO_SPEAK, TO_TRANSCRIBE, decode, encode
+from dsm_jax.serving.moshi import wire
+from dsm_jax.serving.moshi.wire import TO_SPEAK, TO_TRANSCRIBE, decode, encode
 
 PCM = np.linspace(-1, 1, 1920, dtype=np.float32)
 

@@ -13,7 +13,9 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from dsm_jax.serving import moshi, openai, realtime
+from dsm_jax.serving.moshi import routes as moshi
+from dsm_jax.serving.openai import realtime
+from dsm_jax.serving.openai import routes as openai
 from dsm_jax.serving.server import Served, Server
 
 _PAGE_POLICY = (

@@ -15,9 +15,10 @@ import numpy as np
 
 from dsm_jax import audio
 from dsm_jax.errors import ConfigError, ServerError
-from dsm_jax.serving import client_links as links
-from dsm_jax.serving import wire, wire_client
-from dsm_jax.serving.client_moshi import FRAME, SAMPLE_RATE
+from dsm_jax.serving.client import links
+from dsm_jax.serving.client import wire as wire_client
+from dsm_jax.serving.client.moshi_sessions import FRAME, SAMPLE_RATE
+from dsm_jax.serving.moshi import wire
 
 FRAME_S = FRAME / SAMPLE_RATE
 BUSY_MS = 10.0  # of the generator's lag, beyond which its figures say little of the server

@@ -1,7 +1,8 @@
-"""A server for tests: in this process, on a free port of the loopback, with the embedded models."""
+"""Servers for tests, in this process on a free port of the loopback: ours with the embedded models, and a wrong one."""
 
 import contextlib
 import dataclasses
+import http.server
 import threading
 from collections.abc import Iterator
 
@@ -63,3 +64,31 @@ def running(*models: ServedModel, **settings) -> Iterator[Running]:
         assert not thread.is_alive()
     if faults:
         raise faults[0]
+
+
+@contextlib.contextmanager
+def answering(status: int, kind: str, body: bytes) -> Iterator[str]:
+    """Run a web server that gives one answer to everything."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            left = int(self.headers.get("content-length", 0))
+            while left > 0:
+                left -= len(self.rfile.read(min(left, 1 << 16)))
+            self.send_response(status)
+            self.send_header("content-type", kind)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
+        thread = threading.Thread(target=web.serve_forever, args=[0.01])
+        thread.start()
+        yield f"http://127.0.0.1:{web.server_port}"
+        web.shutdown()
+        thread.join()

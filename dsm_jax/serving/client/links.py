@@ -132,7 +132,6 @@ async def socket(
     *,
     query: Mapping[str, str | None],
     api_key: str | None,
-    protocol: str | None = None,
 ) -> AsyncIterator[ClientConnection]:
     """Open a websocket while the block runs.
 
@@ -146,7 +145,6 @@ async def socket(
         max_size=MESSAGE_BYTES,
         open_timeout=OPEN_S,
         ping_timeout=_PONG_S,
-        subprotocols=None if protocol is None else [protocol],  # pyright: ignore[reportArgumentType]  a str
         proxy=None,
     )
     opening.process_redirect = lambda exc: exc  # a key is sent to nobody else

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from dsm_jax.serving.hearing import Heard
-from dsm_jax.serving.openai_errors import ApiError
-from dsm_jax.serving.openai_formats import WordDeltas, logprobs, usage
-from dsm_jax.serving.realtime_settings import TurnDetection
+from dsm_jax.serving.openai.errors import ApiError
+from dsm_jax.serving.openai.formats import WordDeltas, logprobs, usage
+from dsm_jax.serving.openai.realtime_settings import TurnDetection
 from dsm_jax.stt.events import Word, WordEnded, WordStarted
 
 LIVE_S = 0.5  # of audio that waits, up to which the pause that the model hears is the client's present one

@@ -17,8 +17,8 @@ from starlette.types import Receive, Scope, Send
 from dsm_jax.errors import DsmError
 from dsm_jax.serving.encoding import CONTENT_TYPES, SoundEncoder
 from dsm_jax.serving.hearing import Heard, LiveHearing
-from dsm_jax.serving.openai_errors import ApiError, api_error, error_response, json_response, refusal, unknown_model
-from dsm_jax.serving.openai_formats import (
+from dsm_jax.serving.openai.errors import ApiError, api_error, error_response, json_response, refusal, unknown_model
+from dsm_jax.serving.openai.formats import (
     LAST_EVENT,
     WordDeltas,
     logprobs,
@@ -26,7 +26,7 @@ from dsm_jax.serving.openai_formats import (
     transcript_response,
     usage,
 )
-from dsm_jax.serving.openai_requests import SpeechRequest, TranscriptionRequest, speech_request, transcription_request
+from dsm_jax.serving.openai.requests import SpeechRequest, TranscriptionRequest, speech_request, transcription_request
 from dsm_jax.serving.outbox import Outbox
 from dsm_jax.serving.server import Served, Server
 from dsm_jax.serving.uploads import heard, sound_of, spoken

@@ -1,4 +1,4 @@
-"""Clients of a server's live dialect, that of moshi-server: speech to text and text to speech over websockets.
+"""Live sessions of moshi-server's dialect: speech to text and text to speech over websockets.
 
 Shape letters: T samples.
 """
@@ -6,14 +6,18 @@ Shape letters: T samples.
 import asyncio
 import math
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
+from websockets.asyncio.client import ClientConnection
 
 from dsm_jax import audio
-from dsm_jax.errors import ConfigError, ServerError
-from dsm_jax.serving import wire
-from dsm_jax.serving.client_session import Session
+from dsm_jax.errors import ConfigError, ServerError, WireError
+from dsm_jax.serving.client import links
+from dsm_jax.serving.client import wire as client_wire
+from dsm_jax.serving.client.session import Session
+from dsm_jax.serving.moshi import wire
 from dsm_jax.speech import SpokenWord
 from dsm_jax.stt.events import Event, Pause, Word, WordEnded, WordStarted
 from dsm_jax.stt.transcript import Transcript
@@ -22,9 +26,43 @@ SAMPLE_RATE = 24_000  # Hz, of the dialect
 FRAME = 1_920  # samples
 HORIZONS = (0.5, 1.0, 2.0, 3.0)  # seconds, of a step's predictions
 _MESSAGE = 12 * FRAME  # samples of a message, of a recording that is sent faster than it was spoken
+_Item = TypeVar("_Item")
 
 
-class AsyncTranscription(Session[Event]):
+class _MoshiSession(Session[wire.Outgoing, _Item], Generic[_Item]):
+    """A session whose messages are MessagePack; `kind` is "stt" or "tts"."""
+
+    kind: str
+
+    async def _path(self) -> str:
+        path, self.model = await links.find_path(self.server, self.kind, self.model, api_key=self._api_key)
+        return path
+
+    async def _begin(self, socket: ClientConnection, path: str) -> None:
+        first = self._decoded(await socket.recv())
+        if isinstance(first, wire.Error):
+            raise self._refused(first.message)
+        if not isinstance(first, wire.Ready):
+            raise ServerError(f"{self.server}{path} began with {type(first).__name__}; expected Ready")
+
+    async def _send(self, message: wire.Incoming) -> None:
+        await self._send_data(client_wire.encode(message))
+
+    def _decoded(self, data: str | bytes) -> wire.Outgoing:
+        if isinstance(data, str):
+            raise ServerError(f"{self.server} sent a text message; expected MessagePack: it is another kind of server")
+        try:
+            return client_wire.decode(data)
+        except WireError as error:
+            raise ServerError(f"{self.server} is another kind of server: {error}") from None
+
+    def _refused(self, reason: str) -> ServerError:
+        if reason == "no free channels":
+            return ServerError(f"{self.server} has no free slot; try again later, or wait for one with wait=True")
+        return ServerError(f"{self.server} ended the session: {reason}")
+
+
+class AsyncTranscription(_MoshiSession[Event]):
     """Transcribe live audio: send samples, and iterate over words and pauses as they are found.
 
     >>> async def heard(url, recording):
@@ -45,6 +83,8 @@ class AsyncTranscription(Session[Event]):
       ConfigError: no address, no such horizon, or a threshold that is no probability.
     """
 
+    kind = "stt"
+
     def __init__(
         self,
         url: str,
@@ -61,7 +101,7 @@ class AsyncTranscription(Session[Event]):
                 f"{HORIZONS} s and a probability"
             )
         query = {"details": "1", "wait": "1" if wait else None}
-        super().__init__(url, "stt", query, model=model, api_key=api_key)
+        super().__init__(url, query, model=model, api_key=api_key)
         self._pauses = _Pauses(horizon, threshold)
         self._samples = 0
         self._words: list[Word] = []
@@ -194,7 +234,7 @@ class _Pauses:
         return Pause(self._frames * FRAME / SAMPLE_RATE, self._horizon, self._last)
 
 
-class AsyncSpeech(Session[np.ndarray | SpokenWord]):
+class AsyncSpeech(_MoshiSession[np.ndarray | SpokenWord]):
     """Say text while it arrives: iterate over the sound, float32 samples [T] at 24 kHz, and the words in it.
 
     >>> async def said(url, text):
@@ -214,6 +254,8 @@ class AsyncSpeech(Session[np.ndarray | SpokenWord]):
       ConfigError: no address, or a seed below 0.
     """
 
+    kind = "tts"
+
     def __init__(
         self,
         url: str,
@@ -226,7 +268,7 @@ class AsyncSpeech(Session[np.ndarray | SpokenWord]):
         if seed is not None and seed < 0:
             raise ConfigError(f"the seed is {seed}; a server takes one from 0")
         query = {"format": "PcmMessagePack", "voice": voice, "seed": None if seed is None else str(seed)}
-        super().__init__(url, "tts", query, model=model, api_key=api_key)
+        super().__init__(url, query, model=model, api_key=api_key)
         self._finished = False
 
     async def say(self, text: str) -> None:

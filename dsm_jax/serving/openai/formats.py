@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.responses import PlainTextResponse, Response
 
-from dsm_jax.serving.openai_errors import json_bytes, json_response
+from dsm_jax.serving.openai.errors import json_bytes, json_response
 from dsm_jax.stt.events import Word, WordEnded, WordStarted
 from dsm_jax.stt.transcript import Segment, Transcript
 
@@ -113,9 +113,10 @@ def transcript_response(
             }
             if "word" in granularities:
                 content["words"] = [
-                    {"word": word.text, "start": round(word.start, 3), "end": round(word.end, 3)}
+                    {"word": word.text, "start": round(word.start, 3), "end": round(word.end, 3),
+                     "probability": round(word.probability, 4)}  # not OpenAI's, but other servers' too
                     for word in transcript.words
-                ]
+                ]  # fmt: skip
             if "segment" in granularities:
                 content["segments"] = _segments(transcript, temperature)
     return json_response(content | {"usage": usage(transcript.duration)})

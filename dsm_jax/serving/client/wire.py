@@ -11,7 +11,7 @@ import msgpack
 import numpy as np
 
 from dsm_jax.errors import WireError
-from dsm_jax.serving import wire
+from dsm_jax.serving.moshi import wire
 
 _REAL, _WHOLE, _TEXT = (float,), (int,), (str,)
 # The kinds of the fields of a server's messages; lists are read apart.

@@ -15,10 +15,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.websockets import WebSocket
 
 from dsm_jax.errors import AudioError, DsmError, FullError, SpeechError, WireError
-from dsm_jax.serving import wire
 from dsm_jax.serving.encoding import pcm16, wav_header
 from dsm_jax.serving.hearing import Heard, LiveHearing, Marked
-from dsm_jax.serving.opus import OpusReader, OpusWriter
+from dsm_jax.serving.moshi import wire
+from dsm_jax.serving.moshi.opus import OpusReader, OpusWriter
 from dsm_jax.serving.outbox import Ended, Outbox, Started
 from dsm_jax.serving.scripts import LiveSpeech
 from dsm_jax.serving.server import OUTBOX, Served, Server, Ticket

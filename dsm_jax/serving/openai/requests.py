@@ -13,7 +13,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from dsm_jax.serving.encoding import CONTENT_TYPES
-from dsm_jax.serving.openai_errors import ApiError, parse_object, unknown_model
+from dsm_jax.serving.openai.errors import ApiError, parse_object, unknown_model
 from dsm_jax.serving.server import Served, Server
 from dsm_jax.serving.uploads import TooLargeError
 from dsm_jax.stt.options import Prompt

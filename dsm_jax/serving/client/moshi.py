@@ -1,46 +1,24 @@
-"""Clients of a server: live and whole recordings to text, text to speech, async and plain.
-
-The async ones are of `client_moshi`, and of `client_openai` for OpenAI's dialect. The plain ones here are the same
-sessions, whose event loop runs in a thread.
-
->>> def words_of(url, recording):
-...     return [word.text for word in transcribe(url, recording).words]
+"""Clients of a server in moshi-server's dialect: live and whole recordings to text, text to speech, async and plain.
 
 Shape letters: T samples.
 """
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from dsm_jax import audio
-from dsm_jax.serving.client_moshi import SAMPLE_RATE, AsyncSpeech, AsyncTranscription
-from dsm_jax.serving.client_session import Session
+from dsm_jax.serving.client.moshi_sessions import SAMPLE_RATE, AsyncSpeech, AsyncTranscription
+from dsm_jax.serving.client.plain import Loop, PlainSession
 from dsm_jax.speech import Speech as FinishedSpeech
 from dsm_jax.speech import SpokenWord
 from dsm_jax.stt.events import Event
 from dsm_jax.stt.transcript import Transcript
 
-__all__ = [
-    "AsyncSpeech",
-    "AsyncTranscription",
-    "Speech",
-    "Transcription",
-    "synthesize",
-    "synthesize_async",
-    "transcribe",
-    "transcribe_async",
-]
-
 _BLOCK_S = 1.0
 _NO_FRAMES = np.zeros((0, 0), np.int32)  # a server does not send the codes
-_T = TypeVar("_T")
-_Item = TypeVar("_Item")
 
 
 async def transcribe_async(
@@ -150,7 +128,7 @@ def transcribe(
     on_event: Callable[[Event], None] | None = None,
 ) -> Transcript:
     """Transcribe a recording over a server; as `transcribe_async`."""
-    with _Loop() as loop:
+    with Loop() as loop:
         return loop.run(transcribe_async(url, recording, model=model, api_key=api_key, on_event=on_event))
 
 
@@ -164,85 +142,11 @@ def synthesize(
     api_key: str | None = None,
 ) -> FinishedSpeech:
     """Say a whole text over a server; as `synthesize_async`."""
-    with _Loop() as loop:
+    with Loop() as loop:
         return loop.run(synthesize_async(url, text, voice=voice, seed=seed, model=model, api_key=api_key))
 
 
-class _Loop:
-    """An event loop in a thread, so that plain calls work where a loop runs already, as in a notebook."""
-
-    def __enter__(self) -> Self:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="dsm_jax client", daemon=True)
-        self._thread.start()
-        return self
-
-    def run(self, call: Coroutine[Any, Any, _T]) -> _T:
-        """Wait for a call in the loop; Ctrl-C cancels it."""
-        future = asyncio.run_coroutine_threadsafe(call, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._settle(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    async def _settle(self) -> None:
-        """Let what was cancelled end."""
-        left = asyncio.all_tasks() - {asyncio.current_task()}
-        if left:
-            await asyncio.wait(left, timeout=5.0)
-        await self._loop.shutdown_default_executor()
-
-
-class _Plain(Generic[_Item]):
-    """A session whose event loop runs in a thread."""
-
-    def __init__(self, session: Session[_Item]):
-        self._session = session
-        self._loop = _Loop()
-
-    @property
-    def model(self) -> str | None:
-        """Name of the model, once connected."""
-        return self._session.model
-
-    def __enter__(self) -> Self:
-        self._loop.__enter__()
-        try:
-            self._loop.run(self._session.__aenter__())
-        except BaseException:
-            self._loop.__exit__()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self._loop.run(self._session.__aexit__(kind, error, trace))
-        finally:
-            self._loop.__exit__()
-
-    def __iter__(self) -> Iterator[_Item]:
-        items: AsyncIterator[_Item] = aiter(self._session)
-        while (found := self._loop.run(_next(items))) is not None:
-            yield found[0]
-
-
-async def _next(items: AsyncIterator[_Item]) -> tuple[_Item] | None:
-    try:
-        return (await anext(items),)
-    except StopAsyncIteration:
-        return None
-
-
-class Transcription(_Plain[Event]):
+class Transcription(PlainSession[Event]):
     """Transcribe live audio: as `AsyncTranscription`, with plain calls.
 
     Iterate in another thread than the one that sends, or after `finish`; `ready` returns what is there at any time.
@@ -284,12 +188,8 @@ class Transcription(_Plain[Event]):
         """End the audio: the iteration ends after its last word."""
         self._loop.run(self._async.finish())
 
-    def ready(self) -> list[Event]:
-        """Return the words and pauses that were found since they were last taken, without waiting."""
-        return self._loop.run(self._async.ready())
 
-
-class Speech(_Plain["np.ndarray | SpokenWord"]):
+class Speech(PlainSession["np.ndarray | SpokenWord"]):
     """Say text while it arrives: as `AsyncSpeech`, with plain calls."""
 
     def __init__(

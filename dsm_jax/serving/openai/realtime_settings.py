@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dsm_jax.serving.openai_errors import ApiError
+from dsm_jax.serving.openai.errors import ApiError
 
 RATES_HZ = (8_000, 48_000)
 NATIVE_RATE_HZ = 24_000  # of the dialect

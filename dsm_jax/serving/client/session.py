@@ -1,5 +1,6 @@
-"""A session over a websocket, read in the background: the ground of the clients of moshi-server's dialect."""
+"""A session over a websocket, read in the background: the ground of the live clients of every dialect."""
 
+import abc
 import asyncio
 import contextlib
 from collections import deque
@@ -10,20 +11,19 @@ from typing import Generic, Self, TypeVar
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
-from dsm_jax.errors import ConfigError, ServerError, WireError
-from dsm_jax.serving import client_links as links
-from dsm_jax.serving import wire, wire_client
+from dsm_jax.errors import ConfigError, ServerError
+from dsm_jax.serving.client import links
 
 READY_S = 60.0  # in which a server that is not full is ready; recordings may wait half of it for a slot
 _Item = TypeVar("_Item")
+_Message = TypeVar("_Message")
 
 
-class Session(Generic[_Item]):
-    """A websocket whose messages are read in the background.
+class Session(abc.ABC, Generic[_Message, _Item]):
+    """A websocket whose messages are read in the background, and turned into items.
 
     Args:
       url: address of the server.
-      kind: "stt" or "tts".
       query: of the websocket's address.
       model: name of the model; None for the server's first.
       api_key: key of the client; None for none.
@@ -32,9 +32,9 @@ class Session(Generic[_Item]):
       model: name of the model, once connected.
     """
 
-    def __init__(self, url: str, kind: str, query: dict[str, str | None], *, model: str | None, api_key: str | None):
+    def __init__(self, url: str, query: dict[str, str | None], *, model: str | None, api_key: str | None):
         self.server, self.model = links.address(url), model
-        self._kind, self._query, self._api_key = kind, query, api_key
+        self._query, self._api_key = query, api_key
         self._stack = contextlib.AsyncExitStack()
         self._socket: ClientConnection | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -44,20 +44,17 @@ class Session(Generic[_Item]):
         self._error: ServerError | None = None
 
     async def __aenter__(self) -> Self:
-        path, self.model = await links.find_path(self.server, self._kind, self.model, api_key=self._api_key)
+        path = await self._path()
         opening = links.socket(self.server, path, query=self._query, api_key=self._api_key)
         async with contextlib.AsyncExitStack() as stack:
             self._socket = socket = await stack.enter_async_context(opening)
             try:
-                first = self._decoded(await asyncio.wait_for(socket.recv(), READY_S))
+                async with asyncio.timeout(READY_S):
+                    await self._begin(socket, path)
             except TimeoutError:
                 raise ServerError(
                     f"{self.server}{path} said nothing for {READY_S:.0f} s; try again, or another server"
                 ) from None
-            if isinstance(first, wire.Error):
-                raise self._refused(first.message)
-            if not isinstance(first, wire.Ready):
-                raise ServerError(f"{self.server}{path} began with {type(first).__name__}; expected Ready")
             self._stack = stack.pop_all()
         self._reading = asyncio.create_task(self._read(socket))
         return self
@@ -96,11 +93,11 @@ class Session(Generic[_Item]):
         self._items.clear()
         return items
 
-    async def _send(self, message: wire.Incoming) -> None:
+    async def _send_data(self, data: str | bytes) -> None:
         if self._socket is None:
             raise ConfigError("the session is not open; use it in `async with`, or in `with` for the plain one")
         try:
-            await self._socket.send(wire_client.encode(message))
+            await self._socket.send(data)
         except ConnectionClosed:
             await self._wait_for_end()
             raise self._error or ServerError(f"{self.server} has ended the session; open another one") from None
@@ -127,22 +124,33 @@ class Session(Generic[_Item]):
         finally:
             self._changed.set()
 
-    def _decoded(self, data: str | bytes) -> wire.Outgoing:
-        if isinstance(data, str):
-            raise ServerError(f"{self.server} sent a text message; expected MessagePack: it is another kind of server")
-        try:
-            return wire_client.decode(data)
-        except WireError as error:
-            raise ServerError(f"{self.server} is another kind of server: {error}") from None
+    @abc.abstractmethod
+    async def _path(self) -> str:
+        """Return the path of the websocket."""
 
-    def _refused(self, reason: str) -> ServerError:
-        if reason == "no free channels":
-            return ServerError(f"{self.server} has no free slot; try again later, or wait for one with wait=True")
-        return ServerError(f"{self.server} ended the session: {reason}")
+    @abc.abstractmethod
+    async def _begin(self, socket: ClientConnection, path: str) -> None:
+        """Wait until the server is ready.
 
-    def _take(self, message: wire.Outgoing) -> None:
-        """Turn a message into items."""
-        raise NotImplementedError
+        Raises:
+          ServerError: it refuses the session, or is another kind of server.
+        """
+
+    @abc.abstractmethod
+    def _decoded(self, data: str | bytes) -> _Message:
+        """Read a message of the dialect.
+
+        Raises:
+          ServerError: it is none.
+        """
+
+    @abc.abstractmethod
+    def _take(self, message: _Message) -> None:
+        """Turn a message into items.
+
+        Raises:
+          ServerError: the message tells that the session has failed.
+        """
 
     def _close(self, error: ServerError) -> None:
         """Note how the connection ended: `error`, unless a reason or the end was told before."""

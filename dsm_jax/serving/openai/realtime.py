@@ -14,11 +14,11 @@ from starlette.websockets import WebSocket
 
 from dsm_jax.errors import DsmError, FullError
 from dsm_jax.serving.hearing import Heard, LiveHearing, Marked
-from dsm_jax.serving.openai_errors import ApiError, api_error, error_response, parse_object
-from dsm_jax.serving.openai_requests import check_language, find_model, read_options
+from dsm_jax.serving.openai.errors import ApiError, api_error, error_response, parse_object
+from dsm_jax.serving.openai.realtime_settings import Settings
+from dsm_jax.serving.openai.realtime_turns import Items
+from dsm_jax.serving.openai.requests import check_language, find_model, read_options
 from dsm_jax.serving.outbox import Ended, Outbox
-from dsm_jax.serving.realtime_settings import Settings
-from dsm_jax.serving.realtime_turns import Items
 from dsm_jax.serving.server import OUTBOX, Served, Server, Ticket
 from dsm_jax.serving.sockets import admitted, close, converse, received, send
 from dsm_jax.stt.events import WordEnded, WordStarted

@@ -1,0 +1,1 @@
+"""moshi-server's dialect: its messages, and its routes on our sessions."""

@@ -1,0 +1,1 @@
+"""OpenAI's dialect over HTTP and websockets, on our sessions."""
