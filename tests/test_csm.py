@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 import dsm_jax
-from dsm_jax import audio, csm, synthesis
+from dsm_jax import audio, checkpoints, csm, synthesis
 from dsm_jax.csm import CsmOptions, Request, Segment
 from dsm_jax.csm.batch import synthesize_each
 from dsm_jax.csm.conversation import samples
 from dsm_jax.csm.host import CsmProgram, bucket, room
 from dsm_jax.csm.program import CsmSettings
 from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
+from dsm_jax.nn import quant
 from dsm_jax.runtime.compile import compilations
 from dsm_jax.runtime.steps import Leave, step_limits
-from tests.helpers.csm_model import CSM, greedy_codes, random_model
+from tests.helpers.csm_model import CSM, greedy_codes, random_model, score_shortfall
 from tests.helpers.optimized import compile_optimized
 from tests.helpers.tts_model import FRAME, MIMI
 
@@ -78,6 +79,27 @@ def test_greedy_codes_are_those_of_the_teacher_forced_pass(model, alone):
         ended += complete
     assert 0 < ended < len(REQUESTS)  # turns that end by themselves, and turns that do not
     assert len({codes_QT.tobytes() for codes_QT, _, _ in alone}) == len(REQUESTS)
+
+
+def test_int8_weights_generate_the_codes_of_their_own_teacher_forced_pass(model, alone):
+    light = dataclasses.replace(model, lm_params=quant.quantize(model.lm_params))
+    synthesizer, found = ConversationSynthesizer(light, 1), spoken(light, REQUESTS[:4])
+    for index, request in enumerate(REQUESTS[:4]):
+        expected_QT = greedy_codes(light, synthesizer.prompt(request), GREEDY.max_frames)
+        np.testing.assert_array_equal(found[index][0], expected_QT)
+    assert any(found[index][0].tobytes() != alone[index][0].tobytes() for index in found)
+
+
+def test_in_bfloat16_every_code_is_the_likeliest_but_for_rounding(model, tmp_path):
+    checkpoints.save(random_model(tmp_path), tmp_path / "saved")
+    light = checkpoints.load(tmp_path / "saved", dtype="bfloat16")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(light.lm_params)} == {"bfloat16"}
+    synthesizer, found = ConversationSynthesizer(light, 1), spoken(light, REQUESTS[:4])
+    for index, request in enumerate(REQUESTS[:4]):
+        prompt_MT = synthesizer.prompt(request)
+        assert score_shortfall(light, prompt_MT, found[index][0]) < 0.02
+        other_QT = np.roll(found[index][0], 1, axis=0)  # codes of other codebooks
+        assert score_shortfall(light, prompt_MT, other_QT) > 0.2
 
 
 def test_samples_are_those_of_the_codec_over_the_codes(model, alone):

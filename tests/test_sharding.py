@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 import dsm_jax
+from dsm_jax import checkpoints, csm, synthesis
 from dsm_jax.configs import TransformerConfig
 from dsm_jax.errors import ConfigError
 from dsm_jax.nn import quant
@@ -19,7 +20,7 @@ from dsm_jax.nn.transformer import Transformer
 from dsm_jax.sharding import Sharding, letters_of, set_sharding
 from dsm_jax.streaming import KVCache
 from dsm_jax.tts import Request, SynthesizeOptions, synthesize_each
-from tests.helpers import small, stt_model, tts_model
+from tests.helpers import csm_model, small, stt_model, tts_model
 from tests.helpers.optimized import compile_optimized
 
 pytestmark = pytest.mark.slow
@@ -209,3 +210,19 @@ def test_speech_in_slots_on_two_devices_has_the_frames_of_one_device(tmp_path, a
         frames.append({index: speech.frames for index, speech in results})
     for index in range(len(requests)):
         np.testing.assert_array_equal(frames[1][index], frames[0][index])
+
+
+@pytest.mark.parametrize("axis", ["data", "model"])
+def test_conversations_in_slots_on_two_devices_have_the_codes_of_one_device(tmp_path, axis):
+    checkpoints.save(csm_model.random_model(tmp_path), tmp_path / "saved")
+    heard = csm.Segment("hi", 1, np.random.default_rng(0).normal(scale=0.1, size=1500).astype(np.float32))
+    requests = [csm.Request("hello there.", 0), csm.Request("no", 1, [heard]), csm.Request("what?", 0, [heard, heard])]
+    options = csm.CsmOptions(temperature=0.8, seed=3, max_frames=12)
+    found = []
+    for sharding in (None, over(axis)):
+        model = dsm_jax.load(tmp_path / "saved", sharding=sharding)
+        results = dict(synthesis.synthesize_each(model, requests, options=options, batch_size=2))
+        speeches = [results[index] for index in range(len(requests))]
+        found.append([getattr(speech, "speech", speech).frames for speech in speeches])
+    for on_one, on_two in zip(*found, strict=True):
+        np.testing.assert_array_equal(on_two, on_one)

@@ -155,12 +155,12 @@ def test_outputs_that_cannot_be_written_are_refused(tmp_path, monkeypatch, named
     monkeypatch.chdir(tmp_path)
     Path("taken").write_text("a file")
     with pytest.raises(SpeechError, match=message):
-        command.check_output([Job(Request(TEXT, options=OPTIONS), "id" if named else None)], output, save_frames=frames)
+        command.check_output(output, named=named, save_frames=frames)
 
 
 def test_outputs_that_can_be_written_are_accepted_and_folders_made(tmp_path):
     for output in ("-", str(tmp_path / "talk.wav"), str(tmp_path / "talk.FLAC"), str(tmp_path / "talk.ogg")):
-        command.check_output([Job(Request(TEXT, options=OPTIONS))], output, save_frames=False)
-    command.check_output([Job(Request(TEXT, options=OPTIONS), "id")], str(tmp_path / "new/folder"), save_frames=True)
+        command.check_output(output, named=False, save_frames=False)
+    command.check_output(str(tmp_path / "new/folder"), named=True, save_frames=True)
     assert (tmp_path / "new/folder").is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["new"]

@@ -29,10 +29,12 @@ class RequestForm(Protocol):
     Attributes:
       keys: keys of a row besides the options.
       needs: keys of which a row has exactly one.
+      usual: keys that most rows have, for a message.
     """
 
     keys: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]]
+    usual: ClassVar[str]
 
     @property
     def options(self) -> Any:
@@ -71,6 +73,7 @@ class Voices:
     options: SynthesizeOptions = SynthesizeOptions()
     keys: ClassVar[tuple[str, ...]] = ("id", "text", "turns", "voice", "voices")
     needs: ClassVar[tuple[str, ...]] = ("text", "turns")
+    usual: ClassVar[str] = "id, text and voice"
 
     def of_text(self, text: str) -> tts.Request:
         """Return the request of a text alone."""
@@ -109,6 +112,7 @@ class Turns:
     options: CsmOptions = CsmOptions()
     keys: ClassVar[tuple[str, ...]] = ("id", "text", "speaker", "context")
     needs: ClassVar[tuple[str, ...]] = ("text",)
+    usual: ClassVar[str] = "id, text, speaker and context"
 
     def of_text(self, text: str) -> csm.Request:
         """Return the request of a text alone."""
@@ -154,6 +158,30 @@ def read_context(path: str | os.PathLike[str]) -> list[Segment]:
     return turns
 
 
+def check_source(source: str) -> None:
+    """Refuse a file that cannot be read, before anything is done for it.
+
+    Args:
+      source: as for `read_jobs`.
+
+    Raises:
+      SpeechError: the file is not there, or is no text.
+    """
+    if _is_file(source):
+        _content(source)
+
+
+def holds_requests(source: str) -> bool:
+    """Return whether a source is a file of requests, each of which has a name."""
+    return _is_file(source) and source.endswith(".jsonl")
+
+
+def _is_file(source: str) -> bool:
+    looks_like_file = not any(c.isspace() for c in source) and Path(source).suffix in (".txt", ".jsonl")
+    # A text may be longer than a file's name can be: os.path says no where pathlib raises.
+    return source != "-" and (looks_like_file or os.path.isfile(source))
+
+
 def read_jobs(source: str, form: RequestForm) -> list[Job]:
     """Read the requests that a command names.
 
@@ -170,19 +198,16 @@ def read_jobs(source: str, form: RequestForm) -> list[Job]:
         if sys.stdin is None:
             raise SpeechError("standard input is closed; give a text, or a file of one")
         return [Job(form.of_text(_text(sys.stdin.buffer.read(), "standard input")))]
-    path = Path(source)
-    looks_like_file = not any(c.isspace() for c in source) and path.suffix in (".txt", ".jsonl")
-    # A text may be longer than a file's name can be: os.path says no where pathlib raises.
-    if not looks_like_file and not os.path.isfile(source):
+    if not _is_file(source):
         return [Job(form.of_text(source))]
-    if path.suffix != ".jsonl":
+    if not holds_requests(source):
         return [Job(form.of_text(_content(source)))]
-    jobs = [_job(line, where, path.parent, form) for where, line in _lines(source)]
+    jobs = [_job(line, where, Path(source).parent, form) for where, line in _lines(source)]
     names = [job.name for job in jobs]
     if twice := sorted({str(name) for name in names if names.count(name) > 1}):
         raise SpeechError(f"{source} has the id {twice[0]!r} more than once; it names files, so give each another")
     if not jobs:
-        raise SpeechError(f"{source} has no requests; write one JSON object a line: id, text and {form.keys[-2]}")
+        raise SpeechError(f"{source} has no requests; write one JSON object a line: {form.usual}")
     return jobs
 
 

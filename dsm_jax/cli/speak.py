@@ -17,10 +17,10 @@ from safetensors.numpy import save
 from dsm_jax import audio, files, microphone
 from dsm_jax.checkpoints import Model
 from dsm_jax.cli import terminal
-from dsm_jax.cli.requests import Job, RequestForm, Turns, Voices, read_context, read_jobs
+from dsm_jax.cli.requests import Job, RequestForm, Turns, Voices, check_source, holds_requests, read_context, read_jobs
 from dsm_jax.cli.setup import UsageError, load, set_up_jax
 from dsm_jax.convert.layouts import model_types
-from dsm_jax.csm import CsmOptions
+from dsm_jax.csm import CsmOptions, Segment
 from dsm_jax.errors import DsmError, SpeechError
 from dsm_jax.hub import HubOptions, find
 from dsm_jax.progress import ProgressCallback
@@ -42,9 +42,11 @@ FLAGS = tuple(
 def run(args: argparse.Namespace) -> int:
     """Say what the arguments name; return the exit code."""
     set_up_jax(args)
-    form = _form(args)
+    # All that needs no model comes before it, as it may have to be fetched.
+    check_source(args.text)
+    check_output(args.output, named=holds_requests(args.text), save_frames=args.save_frames)
+    form = _form(args, None if args.context is None else read_context(args.context))
     jobs = read_jobs(args.text, form)
-    check_output(jobs, args.output, save_frames=args.save_frames)
     model = load(args, stt_only=False)
     if isinstance(form.options, SynthesizeOptions):
         form.options.checked(model)
@@ -65,11 +67,11 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _form(args: argparse.Namespace) -> RequestForm:
+def _form(args: argparse.Namespace, context: Sequence[Segment] | None) -> RequestForm:
     """Return the form of the requests that the family of the model takes, with the options of the arguments."""
     conversational = model_types(find(args.model, HubOptions(revision=args.revision))) == ("csm",)
     kind = CsmOptions if conversational else SynthesizeOptions
-    other = {name for name, value in (("speaker", args.speaker), ("context", args.context)) if value is not None}
+    other = {name for name, value in (("speaker", args.speaker), ("context", context)) if value is not None}
     given = {name: value for name in FLAGS if (value := getattr(args, name, None)) is not None}
     strange = given.keys() - {field.name for field in dataclasses.fields(kind)}
     strange |= ({"voice"} if args.voice else set()) if conversational else other
@@ -80,19 +82,23 @@ def _form(args: argparse.Namespace) -> RequestForm:
     if conversational:
         if args.speaker is not None and args.speaker < 0:
             raise UsageError(f"--speaker is {args.speaker}; expected a number: 0, 1 and so on")
-        context = () if args.context is None else read_context(args.context)
-        return Turns(args.speaker or 0, context, CsmOptions(**given))
+        return Turns(args.speaker or 0, context or (), CsmOptions(**given))
     return Voices(args.voice, SynthesizeOptions(**given))
 
 
-def check_output(jobs: Sequence[Job], output: str, *, save_frames: bool) -> None:
+def check_output(output: str, *, named: bool, save_frames: bool) -> None:
     """Refuse an output that could not be written, before the work for it is done.
+
+    Args:
+      output: as the command names it.
+      named: whether the requests have names, and so go to files of a folder.
+      save_frames: whether codes are written beside the recordings.
 
     Raises:
       SpeechError: several requests for one file, a folder that cannot be made, or a suffix that is no sound.
     """
     path = Path(output)
-    if jobs[0].name is not None:
+    if named:
         if output == "-" or path.suffix.lower() in audio.SUFFIXES:
             raise SpeechError(f"requests are written to a folder, and {output} is none; name one")
         try:

@@ -101,3 +101,18 @@ def greedy_codes(model: checkpoints.Model, prompt_MT: np.ndarray, frames: int) -
         generated.append(codes_Q)
         tokens_MT = np.concatenate([tokens_MT, [[ZERO_TOKEN], *codes_Q[:, None]]], axis=1)
     return np.array(generated, np.int32).reshape(-1, codebooks).T
+
+
+def score_shortfall(model: checkpoints.Model, prompt_MT: np.ndarray, codes_QT: np.ndarray) -> float:
+    """Return how far generated codes [Q, T] are from the likeliest ones, by a teacher-forced pass over all of them.
+
+    Returns:
+      The largest difference between the highest score and a code's, as a share of the spread of the scores.
+    """
+    lm, bins, length = nnx.merge(model.lm_def, model.lm_params), model.config.mimi.quantizer.bins, prompt_MT.shape[1]
+    frames_MT = np.concatenate([np.full((1, codes_QT.shape[1]), ZERO_TOKEN), codes_QT])
+    hidden_TD = lm.hidden(np.concatenate([prompt_MT, frames_MT], axis=1)[None])[0, length - 1 : -1]
+    first_TV, depth_TQV = lm.first_logits(hidden_TD), lm.depth_logits(hidden_TD, codes_QT.T)
+    scores_TQV = np.concatenate([first_TV[:, None], depth_TQV], axis=1, dtype=np.float32)[..., :bins]
+    chosen_TQ = np.take_along_axis(scores_TQV, codes_QT.T[..., None], axis=-1)[..., 0]
+    return float(((scores_TQV.max(-1) - chosen_TQ) / np.ptp(scores_TQV, axis=-1)).max())
