@@ -13,7 +13,7 @@ from dsm_jax import csm, tts
 from dsm_jax.checkpoints import Model
 from dsm_jax.csm import CsmOptions, Segment
 from dsm_jax.csm import batch as csm_batch
-from dsm_jax.csm.conversation import requests_of as csm_requests
+from dsm_jax.csm.requests import requests_of as csm_requests
 from dsm_jax.errors import BatchError, ConfigError, DsmError, SpeechError
 from dsm_jax.progress import ProgressCallback
 from dsm_jax.speech import IncompleteSpeechError, Speech

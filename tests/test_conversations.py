@@ -21,7 +21,7 @@ from dsm_jax.csm.prompt import text_ids, turn_MT
 from dsm_jax.csm.synthesizer import ConversationSynthesizer
 from dsm_jax.errors import ConfigError, ModelKindError, TrainingError
 from dsm_jax.training.conversation_rows import CsmRows
-from dsm_jax.training.conversations import Conversation, Turn, read_conversations
+from dsm_jax.training.conversations import TrainingConversation, TrainingTurn, read_conversations
 from dsm_jax.training.finetune import FinetuneConfig
 from dsm_jax.training.losses.csm import CsmObjective
 from tests.helpers import csm_model, tts_model
@@ -77,10 +77,10 @@ def test_a_line_is_a_conversation_in_either_form(data):
         [message(FIRST), message(SECOND)],
     )
     turns = tuple(
-        Turn(turn["text"], turn["speaker"], data / turn["audio"], SAMPLES[Path(turn["audio"]).stem])
+        TrainingTurn(turn["text"], turn["speaker"], data / turn["audio"], SAMPLES[Path(turn["audio"]).stem])
         for turn in (FIRST, SECOND)
     )
-    assert read_conversations(path, RATE, check=lambda one: None) == [Conversation(turns)] * 3
+    assert read_conversations(path, RATE, check=lambda one: None) == [TrainingConversation(turns)] * 3
 
 
 def test_the_examples_of_the_documentation_are_read(model, data, tmp_path):
@@ -170,6 +170,10 @@ FAULTS = {
         r"turn 1: the speaker of 'Who is it\?' is -1; expected a number",
     ),
     "no audio": ({"turns": [{**FIRST, "audio": 7}]}, "the audio of turn 1 is 7; expected the path of a recording"),
+    "samples": (
+        {"turns": [{**FIRST, "audio": [0.5] * 900}]},
+        r"the audio of turn 1 is \[0.5(, 0.5)*, \.{3}\];",
+    ),
     "missing audio": ({"turns": [{**FIRST, "audio": "lost.wav"}]}, r"lost\.wav does not exist"),
     "no sound": ({"turns": [{**FIRST, "audio": "talk.jsonl"}]}, r"talk\.jsonl is not audio that can be decoded"),
     "a role that is a word": (

@@ -11,9 +11,9 @@ import dsm_jax
 from dsm_jax import audio, checkpoints, csm, synthesis
 from dsm_jax.csm import CsmOptions, Request, Segment
 from dsm_jax.csm.batch import synthesize_each
-from dsm_jax.csm.conversation import samples
 from dsm_jax.csm.host import CsmProgram, bucket, room
 from dsm_jax.csm.program import CsmSettings
+from dsm_jax.csm.requests import samples
 from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
 from dsm_jax.nn import quant
 from dsm_jax.runtime.compile import compilations

@@ -1,7 +1,7 @@
 """Conversational speech: turns in a voice that the model takes from the conversation before them."""
 
-from dsm_jax.csm.conversation import Recorded, Request, Segment
-from dsm_jax.csm.dialogue import Conversation
+from dsm_jax.csm.conversation import Conversation
 from dsm_jax.csm.options import CsmOptions
+from dsm_jax.csm.requests import Recorded, Request, Segment
 
 __all__ = ["Conversation", "CsmOptions", "Recorded", "Request", "Segment"]

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from dsm_jax.checkpoints import Model
-from dsm_jax.csm.conversation import Request
 from dsm_jax.csm.options import CsmOptions
+from dsm_jax.csm.requests import Request
 from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
 from dsm_jax.errors import DsmError
 from dsm_jax.options import check_batch_size, slots_for

@@ -1,212 +1,105 @@
-"""Conversations of a conversational speech model: their turns, and the published chat format.
+"""A conversation that goes on turn by turn, and forgets its oldest turns when it grows too long."""
 
-Shape letters: Q codebooks, T frames or samples.
-"""
+import logging
+from collections.abc import Sequence
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-
-from dsm_jax import audio as sound
+from dsm_jax.checkpoints import Model
 from dsm_jax.csm.options import CsmOptions
-from dsm_jax.errors import ConfigError, SpeechError
-from dsm_jax.options import check_one_each
-from dsm_jax.speaking import read_or_error
+from dsm_jax.csm.requests import Request, Segment
+from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
 from dsm_jax.speech import Speech
 
-_FORMAT = '{"role": "0", "content": [{"type": "text", "text": TEXT}, {"type": "audio", "path": FILE}]}'
-_AUDIO_KEYS = ("path", "audio", "array", "url")
+_log = logging.getLogger("dsm_jax")
 
 
-@dataclass(frozen=True, eq=False)  # arrays cannot be compared as one
-class Recorded:
-    """Samples at a rate of their own.
+class Conversation:
+    """A conversation between a model and others, whose turns are the context of the next one.
 
-    Attributes:
-      pcm: float in [-1, 1] or int16, [T] or [C, T].
-      sample_rate: Hz.
-    """
+    The program stays compiled, and a recording is encoded once, however many turns follow.
 
-    pcm: Any
-    sample_rate: int
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """A turn of a conversation that has been spoken: the context from which the model takes voices.
+    Args:
+      model: a conversational speech model, from `dsm_jax.load`.
+      turns: spoken turns to begin with, oldest first.
+      options: of the model's turns.
 
     Attributes:
-      text: the words of the recording, as exactly as they are known.
-      speaker: number of the speaker, from 0.
-      audio: the recording: a path, an open file, an array at the model's rate, or `Recorded` samples; a `Speech` of the
-        same model is taken as it is, without encoding it again.
+      turns: the turns so far, oldest first.
+      forgotten: number of turns that were left out, oldest first, so that the conversation fits the model's context.
+
+    Raises:
+      ModelKindError: the model is of another family.
     """
 
-    text: str
-    speaker: int = 0
-    audio: sound.Source | Recorded | Speech | None = None
+    def __init__(self, model: Model, turns: Sequence[Segment] = (), *, options: CsmOptions = CsmOptions()):
+        self._synthesizer = ConversationSynthesizer(model, 1)
+        self._options, self.turns, self.forgotten = options, [], 0
+        for turn in turns:
+            self.add(turn)
 
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """A text to say in a conversation, as the runtime reads it.
-
-    Attributes:
-      text: of the turn to speak.
-      speaker: number of its speaker, from 0.
-      context: the turns before it, oldest first.
-      options: of its synthesis; None takes those that are given for all requests.
-    """
-
-    text: str
-    speaker: int = 0
-    context: Sequence[Segment] = ()
-    options: CsmOptions | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.context, Segment):
-            raise SpeechError("the context is one Segment; give a list of them")
-        object.__setattr__(self, "context", tuple(self.context))
-        for segment in self.context:
-            if not isinstance(segment, Segment):
-                kind = f"{type(segment).__module__}.{type(segment).__name__}"
-                raise SpeechError(f"the context holds a {kind}; expected dsm_jax.csm.Segment(text, speaker, audio)")
-
-    @classmethod
-    def of_messages(cls, messages: Sequence[Mapping[str, Any]], options: CsmOptions | None = None) -> "Request":
-        """Make the request for a conversation in the published chat format.
-
-        Args:
-          messages: a message for each turn: its speaker's number as a string in `role`, and in `content` a list of one
-            text and one recording, as a `path`, an `audio` or an `array`; the last message has a text alone.
-          options: of the synthesis.
+    def add(self, turn: Segment) -> None:
+        """Add a turn that somebody has spoken.
 
         Raises:
-          SpeechError: the messages have another form.
+          AudioError: its recording cannot be read.
+          SpeechError: it has no text, no recording, or no number for its speaker.
         """
-        if not messages:
-            raise SpeechError(f"the conversation has no messages; expected one or more like {_FORMAT}")
-        turns = [segment_of(message, number) for number, message in enumerate(messages, 1)]
-        *context, last = turns
-        for number, turn in enumerate(context, 1):
-            if turn.audio is None:
-                raise SpeechError(f"message {number} has no audio; every message but the last one needs its recording")
-        if last.audio is not None:
-            raise SpeechError(
-                f"the last message, {last.text!r}, has audio; it is the one to speak: leave its audio out, or add a "
-                "message with the text to speak"
-            )
-        return cls(last.text, last.speaker, context, options)
+        self._synthesizer.positions_of(turn)
+        self.turns.append(turn)
 
+    def say(self, text: str, speaker: int = 0, *, options: CsmOptions | None = None) -> Speech:
+        """Speak the next turn and add it to the conversation.
 
-def segment_of(message: object, number: int) -> Segment:
-    """Read one message of the published chat format.
+        The oldest turns are left out, with a warning in the log, as many as it takes to leave room for `max_frames`, or
+        for half of the model's context if that is less. After an error the conversation is as it was.
 
-    Args:
-      message: as for `Request.of_messages`.
-      number: place of the message in its conversation, from 1, for errors.
+        Args:
+          text: of the turn.
+          speaker: number of its speaker.
+          options: of this turn; None takes the conversation's.
 
-    Raises:
-      SpeechError: the message has another form.
-    """
-    where = f"message {number}"
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        found = sorted(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
-        raise SpeechError(f"{where} has {found}; expected a message like {_FORMAT}")
-    role, content = message["role"], message["content"]
-    if not str(role).isdecimal():
-        raise SpeechError(f"{where} has the role {role!r}; expected the number of a speaker, such as '0'")
-    content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(content, Sequence) or not all(isinstance(part, Mapping) for part in content):
-        raise SpeechError(f"{where} has the content {content!r}; expected a list of objects, as in {_FORMAT}")
-    parts: dict[str, list[Any]] = {"text": [], "audio": []}
-    for part in content:
-        if (kind := part.get("type")) not in parts:
-            raise SpeechError(f"{where} has a part of type {kind!r}; expected 'text' or 'audio'")
-        parts[kind].append(part.get("text") if kind == "text" else _audio(part, where))
-    texts, recordings = parts["text"], parts["audio"]
-    if len(texts) != 1 or len(recordings) > 1 or not isinstance(texts[0], str):
-        raise SpeechError(
-            f"{where} has {len(texts)} texts and {len(recordings)} recordings; expected one text, and one recording "
-            "at most"
-        )
-    return Segment(texts[0], int(role), recordings[0] if recordings else None)
-
-
-def _audio(part: Mapping[str, Any], where: str) -> Any:
-    """Return the recording of a message."""
-    keys = [key for key in _AUDIO_KEYS if key in part]
-    if len(keys) != 1:
-        raise SpeechError(f"{where} has audio with {sorted(part)}; expected one of {', '.join(_AUDIO_KEYS[:3])}")
-    value = part[keys[0]]
-    if isinstance(value, str) and "://" in value:
-        raise SpeechError(f"{where} names the address {value}; download it, and give the file")
-    rate = part.get("sampling_rate")
-    if isinstance(value, Mapping):  # as data sets hold recordings
-        if not {"array", "sampling_rate"} <= value.keys():
-            raise SpeechError(f"{where} has audio with {sorted(value)}; expected array and sampling_rate")
-        value, rate = value["array"], value["sampling_rate"]
-    if isinstance(value, list | tuple):
+        Raises:
+          IncompleteSpeechError: the turn did not end in `max_frames`; it carries the part that was made.
+          SpeechError: the text alone is too long, or the model ended the turn before it said anything.
+        """
+        options = self._options if options is None else options
+        kept = self._kept(text, speaker, options)
+        synthesizer = self._synthesizer
+        prepared = synthesizer.prepare(Request(text, speaker, tuple(kept)), options)
+        session = ConversationSession(synthesizer.model, prepared)
+        slots = synthesizer.slots_for(prepared)
         try:
-            value = np.asarray(value, np.float32)
-        except (TypeError, ValueError):
-            raise SpeechError(f"{where} has audio that is a list of other things than numbers; give samples") from None
-    if rate is None:
-        return value
-    if not isinstance(rate, int | float) or isinstance(rate, bool):
-        raise SpeechError(f"{where} has audio with the sampling_rate {rate!r}; expected a number of Hz")
-    return Recorded(value, int(rate))
+            for done in slots.run([session]):
+                if done.error is not None:
+                    raise done.error
+        finally:  # after an interrupt too, the slot is free for the next turn
+            slots.cancel(session)
+        self._forget(len(self.turns) - len(kept))
+        speech = session.speech()
+        self.turns.append(Segment(text, speaker, speech))
+        return speech
 
+    def _kept(self, text: str, speaker: int, options: CsmOptions) -> list[Segment]:
+        """Return the turns without the oldest ones, as many as leave room for the answer."""
+        context = self._synthesizer.config.backbone.context
+        kept = list(self.turns)
+        while kept:
+            length = self._synthesizer.prompt(Request(text, speaker, tuple(kept))).shape[1]
+            if length + min(options.max_frames, context // 2) <= context:
+                break
+            kept.pop(0)
+        return kept
 
-def samples(recording: sound.Source | Recorded, sample_rate: int) -> np.ndarray:
-    """Read a recording as mono samples at a rate: float32 [T].
-
-    Raises:
-      AudioError: the recording cannot be read, or is empty.
-    """
-    if not isinstance(recording, Recorded):
-        return sound.read(recording, sample_rate)
-    pcm_T = sound.read(recording.pcm, recording.sample_rate)
-    return np.concatenate(list(sound.resampled([pcm_T], recording.sample_rate, sample_rate)))
-
-
-def requests_of(
-    texts: Sequence[Any],
-    speaker: int | Sequence[int] | None,
-    context: Sequence[Any] | None,
-    options: CsmOptions | Sequence[CsmOptions] | None,
-) -> list[Request | SpeechError]:
-    """Return the requests of several texts; of a text or a conversation that cannot be read, the error.
-
-    Args:
-      texts: strings, conversations in the chat format, and `Request`s.
-      speaker: one for all, or a list, one each; None is 0.
-      context: segments for all, or a list of lists, one each.
-      options: one for all, or a list, one each.
-
-    Raises:
-      ConfigError: not as many speakers, contexts or options as texts.
-    """
-    count = len(texts)
-    if context is not None and not isinstance(context, Segment):
-        context = list(context)
-    ragged = isinstance(context, list) and any(isinstance(one, list | tuple) for one in context)
-    speakers: list[Any] = list(speaker) if isinstance(speaker, list | tuple) else [speaker] * count
-    contexts: list[Any] = list(context or ()) if ragged else [context] * count
-    each = list(options) if isinstance(options, Sequence) else [options] * count
-    check_one_each(count, "texts", speakers=speakers, contexts=contexts, options=each)
-    return [read_or_error(_request, *one) for one in zip(texts, speakers, contexts, each, strict=True)]
-
-
-def _request(text: Any, speaker: int | None, context: Sequence[Segment] | None, options: CsmOptions | None) -> Request:
-    if isinstance(text, str):
-        return Request(text, 0 if speaker is None else speaker, () if context is None else context, options)
-    if speaker is not None or context is not None:
-        raise ConfigError("a speaker or a context was given beside a conversation that has its own; give them once")
-    if isinstance(text, Request):
-        return text if text.options is not None else Request(text.text, text.speaker, text.context, options)
-    if isinstance(text, Sequence):
-        return Request.of_messages(text, options)
-    raise SpeechError(f"the text is {type(text).__name__}; expected a str, a conversation, or several of these")
+    def _forget(self, count: int) -> None:
+        """Leave out the oldest turns, and say so."""
+        for turn in self.turns[:count]:
+            self._synthesizer.forget(turn)
+        self.turns = self.turns[count:]
+        self.forgotten += count
+        if count:
+            _log.warning(
+                "left out the oldest %d turns of the conversation, so that the answer fits the model's %d positions; "
+                "%d turns are left",
+                count,
+                self._synthesizer.config.backbone.context,
+                len(self.turns),
+            )

@@ -9,11 +9,11 @@ import numpy as np
 
 from dsm_jax import codec
 from dsm_jax.checkpoints import Model
-from dsm_jax.csm.conversation import Request, Segment, samples
 from dsm_jax.csm.host import ConversationRequest, CsmProgram, room
 from dsm_jax.csm.options import CsmOptions
 from dsm_jax.csm.program import CsmOutputs, CsmSettings
 from dsm_jax.csm.prompt import text_ids, turn_MT
+from dsm_jax.csm.requests import Request, Segment, samples
 from dsm_jax.errors import AudioError, ConfigError, DsmError, SpeechError
 from dsm_jax.models.family import csm_config, require
 from dsm_jax.process import check_process

@@ -14,10 +14,10 @@ import numpy as np
 
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
-from dsm_jax.csm.conversation import Request as TurnRequest
-from dsm_jax.csm.conversation import Segment
 from dsm_jax.csm.host import ConversationRequest, bucket
 from dsm_jax.csm.options import CsmOptions
+from dsm_jax.csm.requests import Request as TurnRequest
+from dsm_jax.csm.requests import Segment
 from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
 from dsm_jax.errors import ConfigError, SpeechError
 from dsm_jax.models.family import csm_config

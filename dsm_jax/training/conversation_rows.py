@@ -21,7 +21,7 @@ from dsm_jax.csm.prompt import text_ids, turn_MT
 from dsm_jax.errors import ConfigError, SpeechError, TrainingError
 from dsm_jax.models.family import csm_config, require
 from dsm_jax.models.streams import ZERO_TOKEN
-from dsm_jax.training.conversations import Conversation, Turn, read_conversations
+from dsm_jax.training.conversations import TrainingConversation, TrainingTurn, read_conversations
 from dsm_jax.training.encoding import ClipEncoder
 
 _log = logging.getLogger("dsm_jax")
@@ -53,11 +53,11 @@ class CsmRows:
         self.longest = context if positions is None else positions
         self.encoder = ClipEncoder(model, mesh, codebooks=self.config.n_q, batch_size=batch_size)
 
-    def read(self, source: Path, *, skip_bad: bool) -> list[Conversation]:
+    def read(self, source: Path, *, skip_bad: bool) -> list[TrainingConversation]:
         """Read and check conversations, as `read_conversations` does."""
         return read_conversations(source, self.model.sample_rate, check=self.check, skip_bad=skip_bad)
 
-    def check(self, conversation: Conversation) -> None:
+    def check(self, conversation: TrainingConversation) -> None:
         """Raise unless the model can learn a conversation.
 
         Raises:
@@ -76,7 +76,7 @@ class CsmRows:
                 f"end of each recording; a row has {self.longest}: {more}leave out turns, or cut it into several"
             )
 
-    def rows(self, conversations: Sequence[Conversation]) -> list[dict[str, Any]]:
+    def rows(self, conversations: Sequence[TrainingConversation]) -> list[dict[str, Any]]:
         """Make the rows of conversations, in order, for `batches` and `losses.csm.csm_loss`.
 
         Args:
@@ -110,8 +110,8 @@ class CsmRows:
             rows.append({"tokens_BMT": tokens_MT, "starts_BN": starts_N})
         return rows
 
-    def _ids(self, turn: Turn) -> list[int]:
+    def _ids(self, turn: TrainingTurn) -> list[int]:
         return text_ids(self.config, self.tokenizer, turn.text, turn.speaker)
 
-    def _frames(self, turn: Turn) -> int:
+    def _frames(self, turn: TrainingTurn) -> int:
         return -(-turn.samples // self.frame_size)

@@ -12,11 +12,12 @@ training starts.
 
 import dataclasses
 import functools
+import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsm_jax.csm.conversation import segment_of
+from dsm_jax.csm.requests import segment_of
 from dsm_jax.errors import TrainingError
 from dsm_jax.training.data import lines_of, parse_json, read_examples, samples_of
 
@@ -24,7 +25,7 @@ _FORMAT = '{"turns": [{"text": TEXT, "speaker": NUMBER, "audio": PATH}, ...]}'
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
+class TrainingTurn:
     """A turn of a conversation.
 
     Attributes:
@@ -41,19 +42,19 @@ class Turn:
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversation:
+class TrainingConversation:
     """A conversation to train on.
 
     Attributes:
       turns: the turns, oldest first.
     """
 
-    turns: tuple[Turn, ...]
+    turns: tuple[TrainingTurn, ...]
 
 
 def read_conversations(
-    source: Path, sample_rate: int, *, check: Callable[[Conversation], object], skip_bad: bool = False
-) -> list[Conversation]:
+    source: Path, sample_rate: int, *, check: Callable[[TrainingConversation], object], skip_bad: bool = False
+) -> list[TrainingConversation]:
     """Read a file of conversations.
 
     Args:
@@ -76,19 +77,21 @@ def read_conversations(
     return read_examples(readers, source, "conversations", skip_bad=skip_bad)
 
 
-def _read_line(line: bytes, folder: Path, sample_rate: int, check: Callable[[Conversation], object]) -> Conversation:
+def _read_line(
+    line: bytes, folder: Path, sample_rate: int, check: Callable[[TrainingConversation], object]
+) -> TrainingConversation:
     values = parse_json(line, _FORMAT, line=True)
     turns = values.get("turns") if isinstance(values, Mapping) else values
     if not isinstance(turns, list) or not turns:
         raise TrainingError(f"the turns are {turns!r}; expected a list of one or more: {_FORMAT}")
-    conversation = Conversation(
+    conversation = TrainingConversation(
         tuple(_read_turn(turn, number, folder, sample_rate) for number, turn in enumerate(turns, 1))
     )
     check(conversation)
     return conversation
 
 
-def _read_turn(turn: Any, number: int, folder: Path, sample_rate: int) -> Turn:
+def _read_turn(turn: Any, number: int, folder: Path, sample_rate: int) -> TrainingTurn:
     if isinstance(turn, Mapping) and "role" in turn:
         segment = segment_of(turn, number)
         text, speaker, named = segment.text, segment.speaker, segment.audio
@@ -102,5 +105,7 @@ def _read_turn(turn: Any, number: int, folder: Path, sample_rate: int) -> Turn:
             f"{_FORMAT}"
         )
     if not isinstance(named, str):
-        raise TrainingError(f"the audio of turn {number} is {named!r}; expected the path of a recording: {_FORMAT}")
-    return Turn(text, speaker, folder / named, samples_of(folder / named, sample_rate))
+        raise TrainingError(
+            f"the audio of turn {number} is {reprlib.repr(named)}; expected the path of a recording: {_FORMAT}"
+        )
+    return TrainingTurn(text, speaker, folder / named, samples_of(folder / named, sample_rate))
