@@ -15,7 +15,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -165,7 +165,7 @@ def _word(told: Mapping[str, Any], segments: list[tuple[float, float]]) -> Word:
 
 def synthesize_stream(
     url: str, text: str, *, model: str, voice: str, api_key: str | None = None
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """Say a whole text over a server, and yield its sound as it is made: float32 samples [T] at 24 kHz.
 
     Args:
@@ -218,7 +218,7 @@ async def synthesize_stream_async(
         while (pcm_T := await asyncio.to_thread(next, pieces, None)) is not None:
             yield pcm_T
     finally:
-        await asyncio.to_thread(pieces.close)  # pyright: ignore[reportAttributeAccessIssue]  it is a generator
+        await asyncio.to_thread(pieces.close)
 
 
 # Live audio.
@@ -280,8 +280,7 @@ class AsyncTranscription(Session[dict[str, Any], TurnDelta | TurnEnded]):
         turn_detection: Mapping[str, Any] | None = _SERVER_VAD,
         api_key: str | None = None,
     ):
-        super().__init__(url, {"intent": "transcription"}, model=model, api_key=api_key)
-        self.server = _address(url)
+        super().__init__(str(_address(url)), {"intent": "transcription"}, model=model, api_key=api_key)
         transcription = {"model": model, "language": language, "prompt": prompt}
         self._settings = {
             "format": {"type": "audio/pcm", "rate": SAMPLE_RATE},
