@@ -143,6 +143,11 @@ def duration(source: Source) -> float | None:
     return decoding.duration(source)
 
 
+def path_of(source: object) -> str | None:
+    """Return the path of a recording that is named by one; None for an open file and for samples."""
+    return str(source) if isinstance(source, str | os.PathLike) else None
+
+
 def is_source(value: object) -> TypeGuard[Source]:
     """Tell whether a value is one recording: a path, an open file or an array, and not several recordings."""
     return _is_file(value) or hasattr(value, "__array__")

@@ -124,7 +124,7 @@ def _listen(args: argparse.Namespace, client: Any) -> int:
     """Transcribe the microphone until Ctrl-C."""
     from dsm_jax import microphone
     from dsm_jax.cli.transcribe import Shown
-    from dsm_jax.serving.client.moshi_sessions import SAMPLE_RATE
+    from dsm_jax.serving.client.sound import SAMPLE_RATE
 
     shown = Shown(args)
     with (

@@ -173,7 +173,7 @@ def check_source(source: str) -> None:
 
 def holds_requests(source: str) -> bool:
     """Return whether a source is a file of requests, each of which has a name."""
-    return _is_file(source) and source.endswith(".jsonl")
+    return _is_file(source) and Path(source).suffix == ".jsonl"
 
 
 def _is_file(source: str) -> bool:

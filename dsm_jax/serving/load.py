@@ -17,7 +17,8 @@ from dsm_jax import audio
 from dsm_jax.errors import ConfigError, ServerError
 from dsm_jax.serving.client import links
 from dsm_jax.serving.client import wire as wire_client
-from dsm_jax.serving.client.moshi_sessions import FRAME, SAMPLE_RATE
+from dsm_jax.serving.client.moshi_sessions import FRAME
+from dsm_jax.serving.client.sound import SAMPLE_RATE
 from dsm_jax.serving.moshi import wire
 
 FRAME_S = FRAME / SAMPLE_RATE

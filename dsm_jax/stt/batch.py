@@ -1,7 +1,6 @@
 """Whole recordings, any number of them, of any length: clients of the slots that they share."""
 
 import functools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
@@ -56,7 +55,7 @@ def transcribe_each(
 
     slots: Slots[FileSession] = transcriber.slots
     for done in slots.run(session(index, source) for index, source in enumerate(sources)):
-        name = str(done.source) if isinstance(done.source, (str, os.PathLike)) else None
+        name = audio.path_of(done.source)
         yield done.index, done.transcript(name) if done.error is None else done.error
 
 

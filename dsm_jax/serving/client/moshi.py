@@ -4,21 +4,22 @@ Shape letters: T samples.
 """
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from dsm_jax import audio
-from dsm_jax.serving.client.moshi_sessions import SAMPLE_RATE, AsyncSpeech, AsyncTranscription
+from dsm_jax.serving.client.moshi_sessions import AsyncSpeech, AsyncTranscription
 from dsm_jax.serving.client.plain import Loop, PlainSession
+from dsm_jax.serving.client.sound import SAMPLE_RATE, joined_speech
 from dsm_jax.speech import Speech as FinishedSpeech
 from dsm_jax.speech import SpokenWord
 from dsm_jax.stt.events import Event
 from dsm_jax.stt.transcript import Transcript
 
 _BLOCK_S = 1.0
-_NO_FRAMES = np.zeros((0, 0), np.int32)  # a server does not send the codes
 
 
 async def transcribe_async(
@@ -66,8 +67,7 @@ async def transcribe_async(
         finally:
             await _ended(sending)
         found = session.transcript
-    name = str(recording) if isinstance(recording, str) or hasattr(recording, "__fspath__") else None
-    return Transcript(found.text, found.words, found.pauses, found.duration, audio=name, model=found.model)
+    return dataclasses.replace(found, audio=audio.path_of(recording))
 
 
 async def _ended(task: "asyncio.Task[None]") -> None:
@@ -103,7 +103,7 @@ async def synthesize_async(
     Raises:
       ServerError: the server cannot be reached, refuses the text or the voice, or fails.
     """
-    pieces: list[np.ndarray] = [np.zeros(0, np.float32)]
+    pieces: list[np.ndarray] = []
     words: list[SpokenWord] = []
     async with AsyncSpeech(url, voice=voice, seed=seed, model=model, api_key=api_key) as session:
         await session.say(text)
@@ -113,10 +113,7 @@ async def synthesize_async(
                 words.append(item)
             else:
                 pieces.append(item)
-    said = " ".join(word.text for word in words)
-    return FinishedSpeech(
-        np.concatenate(pieces), SAMPLE_RATE, tuple(words), _NO_FRAMES, session.model or "", True, said
-    )
+    return joined_speech(pieces, " ".join(word.text for word in words), session.model or "", words)
 
 
 def transcribe(

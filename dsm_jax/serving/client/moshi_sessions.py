@@ -12,17 +12,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 from websockets.asyncio.client import ClientConnection
 
-from dsm_jax import audio
 from dsm_jax.errors import ConfigError, ServerError, WireError
 from dsm_jax.serving.client import links
 from dsm_jax.serving.client import wire as client_wire
 from dsm_jax.serving.client.session import Session
+from dsm_jax.serving.client.sound import SAMPLE_RATE, live_samples
 from dsm_jax.serving.moshi import wire
 from dsm_jax.speech import SpokenWord
 from dsm_jax.stt.events import Event, Pause, Word, WordEnded, WordStarted
 from dsm_jax.stt.transcript import Transcript
 
-SAMPLE_RATE = 24_000  # Hz, of the dialect
 FRAME = 1_920  # samples
 HORIZONS = (0.5, 1.0, 2.0, 3.0)  # seconds, of a step's predictions
 _MESSAGE = 12 * FRAME  # samples of a message, of a recording that is sent faster than it was spoken
@@ -132,10 +131,7 @@ class AsyncTranscription(_MoshiSession[Event]):
           AudioError: samples of another kind, or ones that are not finite.
           ServerError: the session has ended.
         """
-        samples = np.asarray(pcm)
-        if not samples.size:
-            return
-        pcm_T = audio.read(samples, SAMPLE_RATE)
+        pcm_T = live_samples(pcm)
         for first in range(0, pcm_T.size, _MESSAGE):
             await self._send(wire.Audio(pcm_T[first : first + _MESSAGE]))
         self._samples += pcm_T.size

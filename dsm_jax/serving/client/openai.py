@@ -31,18 +31,17 @@ from dsm_jax.errors import AudioError, ServerError
 from dsm_jax.serving.client import links
 from dsm_jax.serving.client.plain import PlainSession
 from dsm_jax.serving.client.session import Session
+from dsm_jax.serving.client.sound import SAMPLE_RATE, joined_speech, live_samples
 from dsm_jax.speech import Speech
 from dsm_jax.stt.events import Word
 from dsm_jax.stt.transcript import Transcript
 
-SAMPLE_RATE = 24_000  # Hz, of the dialect's samples in both directions
 _PIECE = 1 << 16  # bytes that are sent or read at once
 _EVENT = SAMPLE_RATE  # samples of an event
 _UPLOAD = "/v1/audio/transcriptions"
 _SPEECH = "/v1/audio/speech"
 _REALTIME = "/v1/realtime"
 _SERVER_VAD: Mapping[str, Any] = MappingProxyType({"type": "server_vad"})
-_NO_FRAMES = np.zeros((0, 0), np.int32)  # a server does not send the codes
 # The dialect has no event for the end of the audio. But a commit right after another has nothing to commit, so that
 # the server answers it with this error, which stands behind all that came of the audio before.
 _EMPTY = "input_audio_buffer_commit_empty"
@@ -91,11 +90,12 @@ def transcribe(
         headers, body = _form(fields, file, suffix)
         with links.answer(server, "POST", _UPLOAD, body=body, headers=headers, api_key=api_key) as found:
             told = links.parsed(server, _UPLOAD, found.read())
-    name = str(recording) if isinstance(recording, str | os.PathLike) else None
     try:
         segments = [(float(part["start"]), float(part["avg_logprob"])) for part in told.get("segments") or ()]
         words = tuple(_word(word, segments) for word in told.get("words") or ())
-        return Transcript(str(told["text"]), words, (), float(told["duration"]), audio=name, model=model)
+        return Transcript(
+            str(told["text"]), words, (), float(told["duration"]), audio=audio.path_of(recording), model=model
+        )
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ServerError(
             f"{server}{_UPLOAD} did not answer with words and their times; it is another kind of server, "
@@ -200,8 +200,7 @@ def synthesize(url: str, text: str, *, model: str, voice: str, api_key: str | No
       The speech in 16 bits, without words and frames.
     """
     pieces = list(synthesize_stream(url, text, model=model, voice=voice, api_key=api_key))
-    pcm_T = np.concatenate([np.zeros(0, np.float32), *pieces])
-    return Speech(pcm_T, SAMPLE_RATE, (), _NO_FRAMES, model, True, text)
+    return joined_speech(pieces, text, model)
 
 
 async def synthesize_async(url: str, text: str, *, model: str, voice: str, api_key: str | None = None) -> Speech:
@@ -308,11 +307,7 @@ class AsyncTranscription(Session[dict[str, Any], TurnDelta | TurnEnded]):
           AudioError: samples of another kind, or ones that are not finite.
           ServerError: the session has ended.
         """
-        samples = np.asarray(pcm)
-        if not samples.size:
-            return
-        pcm_T = audio.read(samples, SAMPLE_RATE)
-        whole_T = np.clip(np.round(pcm_T * 32768), -32768, 32767).astype("<i2")
+        whole_T = np.clip(np.round(live_samples(pcm) * 32768), -32768, 32767).astype("<i2")
         for first in range(0, whole_T.size, _EVENT):
             data = base64.b64encode(whole_T[first : first + _EVENT].tobytes()).decode()
             await self._send("input_audio_buffer.append", audio=data)
