@@ -20,6 +20,7 @@ from dsm_jax.convert.checkpoint import Checkpoint
 from dsm_jax.convert.layouts import open_checkpoint
 from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.hub import DEFAULT, HubOptions, find
+from dsm_jax.malloc import return_freed
 from dsm_jax.models.family import abstract_model, family_of
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
@@ -165,6 +166,7 @@ def load(
             arrays[name] = array
         if progress is not None:
             progress(Progress(done, total))
+    return_freed()  # reading and converting free up to the size of a checkpoint
     _log.info("loaded %s, %.1f MB, from %s in %.1f s", opened.name, total / 1e6, path, time.perf_counter() - start)
     states = {
         part: network.unflatten({name: arrays[f"{part}.{name}"] for name in network.parameters})

@@ -1,6 +1,14 @@
-"""Settings of the C library's malloc for freed memory. Commands use them; the library leaves them to its caller."""
+"""Settings of the C library's malloc for freed memory.
+
+The library returns what loading and compiling have freed. Keeping freed memory is a choice for a whole process: only
+commands make it.
+"""
 
 import ctypes
+
+_PIECE_BYTES = 1 << 14, 1 << 24  # the pieces to set aside: smaller ones are not searched, larger ones serve as buffers
+_LONG_COMPILATION = 0.5  # seconds; shorter ones leave little behind
+_COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def return_freed() -> None:
@@ -30,3 +38,40 @@ def keep_freed() -> None:
     mallopt(arena_max, 1)
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, ctypes.c_int(2**31 - 1))
+
+
+def set_pieces_aside() -> None:
+    """Return freed memory to the system, and take its free pieces of 16 kB to 16 MB out of use for good.
+
+    For a process that keeps freed memory; does nothing outside glibc. XLA's compiler leaves tens of thousands of free
+    pieces. Each allocation of a step searches them while other threads wait for the lock: a step of the codec of
+    `digits` on two cores takes 250 ms in a process that compiled it, and 155 ms with the pieces set aside. Pieces that
+    are set aside hold address space, and no memory.
+    """
+    return_freed()
+    try:
+        libc = ctypes.CDLL(None)
+        allocate, free, end_of_heap, trim = libc.malloc, libc.free, libc.sbrk, libc.malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return
+    allocate.restype, allocate.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    free.argtypes = [ctypes.c_void_p]
+    end_of_heap.restype, end_of_heap.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
+    least, size = _PIECE_BYTES
+    while size >= least:
+        before, piece = end_of_heap(0), allocate(size - 16)  # and malloc's 16 bytes of its own
+        if end_of_heap(0) != before:  # no piece was left, and the heap has grown for this one
+            free(piece)
+            trim(0)
+            size //= 2
+
+
+def set_pieces_aside_after_compiling() -> None:
+    """Set pieces aside whenever JAX has compiled a program for over half a second."""
+    import jax.monitoring
+
+    def compiled(event: str, seconds: float, **_: str | int) -> None:
+        if event == _COMPILED and seconds > _LONG_COMPILATION:
+            set_pieces_aside()
+
+    jax.monitoring.register_event_duration_secs_listener(compiled)

@@ -5,6 +5,7 @@ Shape letters: B batch rows, T time steps, C channels in, D channels out, K taps
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,6 +50,41 @@ def test_a_convolution_is_a_sum_over_the_past(channels, kernel, stride, dilation
             wanted_BD = wanted_BD + (x_BTC[:, at] if at >= 0 else first_BC) @ np.array(conv.kernel_RCO[k])
         np.testing.assert_allclose(y_BTD[:, t], wanted_BD, rtol=1e-5, atol=1e-5)
     assert y_BTD.shape == (2, steps, channels_out)
+
+
+@pytest.mark.parametrize("channels", [(2, 3), (1, 3), (3, 1), (1, 1)])
+def test_the_gradient_of_a_convolution_is_the_gradient_of_a_sum_over_the_past(channels):
+    channels_in, channels_out = channels
+    conv = CausalConv1d(channels_in, channels_out, kernel=3, dilation=2, rngs=nnx.Rngs(0))
+    kernel_KCD, x_BTC, weight_BTD = conv.kernel_RCO[...], noise(2, 6, channels_in), noise(2, 6, channels_out)
+
+    def loss(kernel_KCD, x_BTC):
+        changed = nnx.clone(conv)
+        changed.kernel_RCO[...] = kernel_KCD
+        return jnp.sum(changed(x_BTC) * weight_BTD)
+
+    kernel_gradient, x_gradient = jax.grad(loss, argnums=(0, 1))(kernel_KCD, jnp.array(x_BTC))
+    padded = np.concatenate([np.zeros((2, 4, channels_in)), x_BTC], axis=1)
+    by_kernel = [np.einsum("btc,btd->cd", padded[:, 2 * k : 2 * k + 6], weight_BTD) for k in range(3)]
+    by_x = sum(
+        np.pad(weight_BTD @ np.array(kernel_KCD[k]).T, [(0, 0), (2 * k, 4 - 2 * k), (0, 0)])[:, 4:] for k in range(3)
+    )
+    np.testing.assert_allclose(kernel_gradient, np.stack(by_kernel), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(x_gradient, by_x, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_a_convolution_from_samples_keeps_no_array_for_each_tap():
+    conv = CausalConv1d(1, 64, kernel=7, rngs=nnx.Rngs(0))
+    x_BTC = jnp.array(noise(2, 24000, 1))
+
+    def loss(kernel_KCD):
+        changed = nnx.clone(conv)
+        changed.kernel_RCO[...] = kernel_KCD
+        return jnp.sum(nnx.elu(changed(x_BTC)) ** 2)
+
+    memory = jax.jit(jax.grad(loss)).lower(conv.kernel_RCO[...]).compile().memory_analysis()
+    output_bytes = 2 * 24000 * 64 * 4
+    assert memory.temp_size_in_bytes < 3 * output_bytes  # 8 times for the gradient of a sum over taps
 
 
 @pytest.mark.parametrize("stride", [1, 2, 5])

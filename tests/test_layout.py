@@ -14,7 +14,7 @@ import dsm_jax
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (
-    ("errors", "progress", "process", "files", "options", "configs"),
+    ("errors", "malloc", "progress", "process", "files", "options", "configs"),
     ("streaming", "decoding", "audio", "hub", "tokenizers"),
     ("nn", "sharding"),
     ("models",),
@@ -25,7 +25,7 @@ LEVELS = (
     ("stt", "tts", "csm"),
     ("synthesis",),
     ("benchmark", "evaluation", "serving", "training"),
-    ("malloc", "tasks", "cli", "__main__"),
+    ("tasks", "cli", "__main__"),
     ("dsm_jax",),
 )
 RANK = {part: rank for rank, parts in enumerate(LEVELS) for part in parts}

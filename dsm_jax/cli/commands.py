@@ -66,6 +66,7 @@ def train(args: argparse.Namespace) -> int:
     """Fine-tune a model as a config file describes."""
     malloc.keep_freed()
     set_up_jax(args)
+    malloc.set_pieces_aside_after_compiling()
     from dsm_jax import tasks
     from dsm_jax.training import loop
 

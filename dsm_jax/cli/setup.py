@@ -6,7 +6,6 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsm_jax import malloc
 from dsm_jax.cli import terminal
 from dsm_jax.cli.parser import PLATFORMS, cache_folder
 from dsm_jax.errors import DsmError
@@ -123,8 +122,6 @@ def load(args: argparse.Namespace, *, stt_only: bool) -> "Model":
     from dsm_jax import checkpoints
 
     with terminal.loading_bar(f"loading {args.model}", quiet=args.quiet) as progress:
-        model = checkpoints.load(
+        return checkpoints.load(
             args.model, dtype=args.dtype, stt_only=stt_only, revision=args.revision, progress=progress
         )
-    malloc.return_freed()  # reading and converting a checkpoint frees up to its size
-    return model

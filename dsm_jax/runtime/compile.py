@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dsm_jax.malloc import return_freed
 from dsm_jax.process import check_process
 
 # A network's parameters: its state, or nested dicts, see `plain`.
@@ -79,6 +80,7 @@ class Compiled:
         before, start = _compilations, time.perf_counter()
         program = self._jitted.lower(plain(*params), *args).compile()
         if _compilations != before:
+            return_freed()
             _log.info("compiled %s in %.1f s", self.name, time.perf_counter() - start)
         return program
 

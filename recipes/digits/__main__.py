@@ -49,6 +49,7 @@ def train(args: argparse.Namespace) -> None:
     malloc.keep_freed()  # before JAX starts
     import jax
 
+    malloc.set_pieces_aside_after_compiling()
     if args.device:
         jax.config.update("jax_platforms", PLATFORMS[args.device])
     jax.config.update("jax_compilation_cache_dir", str(cache_folder()))

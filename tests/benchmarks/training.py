@@ -96,6 +96,7 @@ class Training:
 def make(task: str, tiny: bool) -> Step:
     """Make the step of `task`, with initial weights and the malloc settings of `dsm-jax train`."""
     malloc.keep_freed()
+    malloc.set_pieces_aside_after_compiling()
     if task == "train_lm_step":
         case = TINY_LM if tiny else LmCase()
         return start(train_lm(case, DelayedStreamsLM(case.config, rngs=nnx.Rngs(0))))
