@@ -57,6 +57,10 @@ class FullError(DsmError):
     """A request that a server has no slot for."""
 
 
+class FaultError(DsmError):
+    """A fault of the library in the handling of one session, which a server survives; `__cause__` is the fault."""
+
+
 class ServerError(DsmError):
     """An answer of a server that refuses a request, or a server that cannot be reached."""
 

@@ -70,8 +70,8 @@ def set_pieces_aside_after_compiling() -> None:
     """Set pieces aside whenever JAX has compiled a program for over half a second."""
     import jax.monitoring
 
-    def compiled(event: str, seconds: float, **_: str | int) -> None:
-        if event == _COMPILED and seconds > _LONG_COMPILATION:
+    def compiled(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == _COMPILED and duration_secs > _LONG_COMPILATION:
             set_pieces_aside()
 
     jax.monitoring.register_event_duration_secs_listener(compiled)

@@ -246,6 +246,28 @@ def test_an_error_of_one_session_ends_it_alone():
     assert engine.used == 1
 
 
+@pytest.mark.parametrize("method", ["request", "take_input", "read"])
+def test_a_bug_in_one_sessions_handling_ends_it_alone_and_is_logged(caplog, method):
+    engine, _, _, _ = make(2)
+    bad, good = Fake(1, 2), Fake(5, 2)
+
+    def broken(*_):
+        raise KeyError("a name in the code")
+
+    setattr(bad, method, broken)
+    begin(engine, bad, good)
+    engine.turn()
+    engine.turn()
+    assert bad.got[-1] == Ended(1011, "the server has failed at this request; it serves others on")
+    assert good.numbers == [5, 6]
+    assert engine.used == 1
+    assert engine.alive()
+    assert "KeyError: 'a name in the code'" in caplog.text
+    begin(engine, third := Fake(9, 1))
+    engine.turn()
+    assert third.numbers == [9]
+
+
 def test_restarting_makes_the_slot_fresh_and_changes_no_other():
     engine, _, _, _ = make(2)
     again, other = Fake(10, 4), Fake(20, 4)

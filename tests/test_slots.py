@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsm_jax.errors import DsmError, StreamError
+from dsm_jax.errors import DsmError, FaultError, StreamError
 from dsm_jax.runtime.slots import Slots, grow, write_rows
 
 
@@ -28,6 +28,8 @@ class Count:
     chunks: int
     by_output: bool = False
     fails_at: int | None = None
+    refuses: Exception | None = None  # raised for its request
+    chokes_on: int | None = None  # the output that it cannot read
     sits_out: tuple[int, ...] = ()
     error: DsmError | None = None
     ended: bool = False
@@ -36,6 +38,8 @@ class Count:
     seen: list[int] = dataclasses.field(default_factory=list)
 
     def request(self) -> int:
+        if self.refuses is not None:
+            raise self.refuses
         return self.first
 
     def take_input(self) -> Part | None:
@@ -48,6 +52,8 @@ class Count:
         return Part(not self.by_output and self.taken == self.chunks)
 
     def read(self, outputs: np.ndarray, slot: int, part: Part) -> None:
+        if int(outputs[slot]) == self.chokes_on:
+            raise StreamError(f"output {self.chokes_on} cannot be read")
         self.seen.append(int(outputs[slot]))
         self.ended = len(self.seen) == self.chunks
 
@@ -128,6 +134,30 @@ def test_a_failing_session_does_not_stop_others():
     assert (good.error, good.seen) == (None, good.wanted)
     assert never.seen == []
     assert slots.free == [0, 1]
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_a_session_without_a_request_or_that_cannot_read_fails_alone(behind):
+    refused = [Count(n, 3, refuses=StreamError(f"{n} is no request")) for n in (10, 20, 30)]
+    choking, good = Count(40, 5, chokes_on=42), [Count(50, 4), Count(60, 2)]
+    slots = Slots(Counting(2), behind=behind)
+    done = list(slots.run([*refused, choking, *good]))
+    assert sorted(session.first for session in done) == [10, 20, 30, 40, 50, 60]
+    assert [str(session.error) for session in refused] == [f"{n} is no request" for n in (10, 20, 30)]
+    assert (choking.seen, str(choking.error)) == ([40, 41], "output 42 cannot be read")
+    assert all((session.error, session.seen) == (None, session.wanted) for session in good)
+    assert slots.free == [0, 1]
+
+
+def test_other_faults_end_the_run_unless_they_are_to_be_caught():
+    with pytest.raises(KeyError, match="a bug"):
+        list(Slots(Counting(1)).run([Count(10, 1, refuses=KeyError("a bug"))]))
+    slots, bad, good = Slots(Counting(1)), Count(10, 1, refuses=KeyError("a bug")), Count(20, 2)
+    slots.caught = Exception
+    assert list(slots.run([bad, good])) == [bad, good]
+    assert isinstance(bad.error, FaultError)
+    assert str(bad.error) == "a request has failed by a fault of ours: KeyError: 'a bug'"
+    assert good.seen == good.wanted
 
 
 @settings(deadline=None, max_examples=60)

@@ -21,6 +21,7 @@ Params = nnx.State | dict[str, Any]
 
 _log = logging.getLogger("dsm_jax")
 _compilations = 0
+_LARGE = 1 << 26  # bytes; less is not worth the 4 ms that returning freed memory takes
 
 
 def plain(*params: Params) -> tuple[dict[str, Any], ...]:
@@ -67,7 +68,9 @@ class Compiled:
     def compile(self, params: tuple[Params, ...], *args: Any) -> jax.stages.Compiled:
         """Compile before the first call, for arrays or their shapes.
 
-        Compile before allocating a state, so that the two memory peaks do not add up.
+        Compile before allocating a state, so that the two memory peaks do not add up. Freed memory is returned to the
+        system after a compilation, and before a large state takes the place of a former one: threads do not reuse each
+        other's freed memory.
 
         Args:
           params: parameters of the networks, or their shapes.
@@ -80,8 +83,9 @@ class Compiled:
         before, start = _compilations, time.perf_counter()
         program = self._jitted.lower(plain(*params), *args).compile()
         if _compilations != before:
-            return_freed()
             _log.info("compiled %s in %.1f s", self.name, time.perf_counter() - start)
+        if _compilations != before or sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(args)) > _LARGE:
+            return_freed()
         return program
 
     def shapes(self, params: tuple[Params, ...], *args: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 
-from dsm_jax.errors import DsmError
+from dsm_jax.errors import DsmError, FaultError
 
 
 class Part(Protocol):
@@ -40,7 +40,11 @@ class Session(Protocol):
     ended: bool
 
     def request(self) -> Any:
-        """Return the request for `insert`, a pytree of arrays without a slot axis."""
+        """Return the request for `insert`, a pytree of arrays without a slot axis.
+
+        Raises:
+          DsmError: there is no such request; the session fails with this error.
+        """
         ...
 
     def take_input(self) -> Any:
@@ -52,7 +56,11 @@ class Session(Protocol):
         ...
 
     def read(self, outputs: Any, slot: int, part: Any) -> None:
-        """Read the slot's outputs for the input `part` from a chunk's outputs, numpy arrays of all slots."""
+        """Read the slot's outputs for the input `part` from a chunk's outputs, numpy arrays of all slots.
+
+        Raises:
+          DsmError: the outputs make no sense; the session fails with this error.
+        """
         ...
 
 
@@ -107,10 +115,15 @@ class Slots(Generic[AnySession]):
       program: the program that the slots run.
       behind: number of chunks whose outputs may be unread after a step. With 1, the device computes the newest chunk
         while the host reads the chunk before it; with 0, a step reads its own outputs.
+
+    Attributes:
+      caught: the errors of a session that end this session alone; others are raised. One that is not a `DsmError`
+        becomes the cause of a `FaultError`.
     """
 
     def __init__(self, program: Program, *, behind: int = 1):
         self.program, self.behind = program, behind
+        self.caught: type[Exception] = DsmError
         self.sessions: list[AnySession | None] = [None] * program.slots
         self._unread: deque[_Dispatched[AnySession]] = deque()
         self._state: Any = program.init()
@@ -132,8 +145,11 @@ class Slots(Generic[AnySession]):
         """Replace the state by a function of it, for example to extend a request that is running."""
         self._state = change(self._state)
 
-    def admit(self, sessions: Sequence[AnySession]) -> None:
+    def admit(self, sessions: Sequence[AnySession]) -> list[AnySession]:
         """Put sessions into free slots while other slots run.
+
+        Returns:
+          The sessions that have failed; they have no slot.
 
         Raises:
           ValueError: there are more sessions than free slots.
@@ -141,13 +157,19 @@ class Slots(Generic[AnySession]):
         free = self.free
         if len(sessions) > len(free):
             raise ValueError(f"{len(sessions)} sessions for {len(free)} free slots; admit at most as many as are free")
-        taken = list(zip(free, sessions, strict=False))
+        requests, failed = [], []
+        for session in sessions:
+            try:
+                requests.append((session, session.request()))
+            except self.caught as error:
+                failed.append(self._failed(session, error))
+        taken = [(slot, *pair) for slot, pair in zip(free, requests, strict=False)]
         for first in range(0, len(taken), self.program.inserts):
-            some = taken[first : first + self.program.inserts]
-            requests = [session.request() for _, session in some]
-            self._state = self.program.insert(self._state, [slot for slot, _ in some], requests)
-        for slot, session in taken:
+            slots, _, some = zip(*taken[first : first + self.program.inserts], strict=True)
+            self._state = self.program.insert(self._state, slots, some)
+        for slot, session, _ in taken:
             self.sessions[slot] = session
+        return failed
 
     def cancel(self, session: AnySession) -> None:
         """Free the session's slot at once and drop its unread outputs."""
@@ -171,10 +193,8 @@ class Slots(Generic[AnySession]):
                 continue
             try:
                 parts[slot] = session.take_input()
-            except DsmError as error:
-                session.error = error
-                self.cancel(session)
-                done.append(session)
+            except self.caught as error:
+                done.append(self._failed(session, error))
                 continue
             if parts[slot] is not None:
                 taken.append((slot, session, parts[slot]))
@@ -204,12 +224,25 @@ class Slots(Generic[AnySession]):
         for slot, session, part in dispatched.parts:
             if session.ended:  # its end was read from an earlier chunk, after this chunk was dispatched
                 continue
-            session.read(outputs, slot, part)
+            try:
+                session.read(outputs, slot, part)
+            except self.caught as error:
+                done.append(self._failed(session, error))
+                continue
             if session.ended:
                 if self.sessions[slot] is session:
                     self.sessions[slot] = None
                 done.append(session)
         return done
+
+    def _failed(self, session: AnySession, error: Exception) -> AnySession:
+        if isinstance(error, DsmError):
+            session.error = error
+        else:
+            session.error = FaultError(f"a request has failed by a fault of ours: {type(error).__name__}: {error}")
+            session.error.__cause__ = error
+        self.cancel(session)
+        return session
 
     def run(self, sessions: Iterable[AnySession]) -> Iterator[AnySession]:
         """Run sessions to their ends, as many at a time as there are slots, and yield each when it ends or fails.
@@ -228,8 +261,8 @@ class Slots(Generic[AnySession]):
                 else:
                     yield upcoming
                 upcoming = next(waiting, None)
-            self.admit(admitted)
-            if not any(session is not None for session in self.sessions):
+            yield from self.admit(admitted)
+            if upcoming is None and not any(session is not None for session in self.sessions):
                 break
             yield from self.step(waiting=upcoming is not None)
         yield from self.drain()

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from dsm_jax.errors import FullError
+from dsm_jax.errors import DsmError, FaultError, FullError
 from dsm_jax.runtime.slots import Session, Slots
 from dsm_jax.serving.outbox import Ended, Outbox, Posted, Started
 
@@ -107,6 +107,7 @@ class Engine:
     ):
         self.name, self.total, self.min_step = name, slots.program.slots, min_step
         self.fault: BaseException | None = None
+        slots.caught = Exception  # a fault in one session's handling costs the others nothing
         self._slots, self._post, self._plan, self._hurry, self._clock = slots, post, plan, hurry, clock
         self._device, self._urgent = device or Device(), urgent
         self._reserve, self._queue_limit = reserve, 2 * self.total if queue is None else queue
@@ -284,9 +285,14 @@ class Engine:
         new: list[Any] = [session for session in dict.fromkeys([*again, *starting]) if session not in gone]
         restarting = [session for session in restarting if session not in again]
         if new:
-            self._device.run(lambda: self._slots.admit(new), urgent=self._urgent)
+            failed = self._device.run(lambda: self._slots.admit(new), urgent=self._urgent)
             # A session that is to begin anew before it has begun is told of both.
-            self._posted += [(session.outbox, [Started()]) for session in (*new, *restarting) if session not in gone]
+            self._posted += [
+                (session.outbox, [Started()])
+                for session in (*new, *restarting)
+                if session not in gone and session not in failed
+            ]
+            self._end(failed)
 
     def _step(self) -> None:
         start, running = self._clock(), [session for session in self._slots.sessions if session is not None]
@@ -295,10 +301,22 @@ class Engine:
         for session in running:
             if messages := session.take_messages():
                 self._posted.append((session.outbox, messages))
+        self._end(done)
+
+    def _end(self, done: Sequence[Any]) -> None:
+        """Tell the clients of sessions that have ended or failed, and give up their slots."""
         for session in done:
-            ended = Ended() if session.error is None else Ended(1007, str(session.error))
-            self._posted.append((session.outbox, [ended]))
+            self._posted.append((session.outbox, [self._ending(session.error)]))
         if done:
             with self._changed:
                 self._held.difference_update(done)
                 self._woken = self._woken or bool(self._queue)
+
+    def _ending(self, error: DsmError | None) -> Ended:
+        """Return the last message of a session; a fault of the library goes to the log, and not to the client."""
+        if error is None:
+            return Ended()
+        if not isinstance(error, FaultError):
+            return Ended(1007, str(error))
+        _log.error("a session of %s has failed", self.name, exc_info=error)
+        return Ended(1011, "the server has failed at this request; it serves others on")

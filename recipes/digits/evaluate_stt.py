@@ -1,4 +1,4 @@
-"""Print the figures of the model card of `digits`: word errors, words in noise, and quality of the codec."""
+"""Print the figures of the model card of `digits`: word errors and times, words in noise, quality of the codec."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from recipes.digits import augment
 from recipes.digits.data import MIMI, TEST_CLIPS, load_clips, load_sentences, plain_utterances
 from recipes.digits.metrics import mel_distance, si_sdr
 from recipes.digits.whisper import Recogniser, spell_numbers, whisper, words_of
+from recipes.digits.word_times import print_word_times
 
 RATE = MIMI.sample_rate
 UTTERANCES = 1200  # each of the 180 clips occurs forty times; in 300 utterances, one clip alone is half a percent
@@ -131,6 +132,7 @@ def evaluate_digits(name: str, data: Path, whisper_folder: Path | None) -> None:
     model = dsm_jax.load(name)
     utterances = plain_utterances(load_clips(data / "fsdd", TEST_CLIPS), UTTERANCES)
     print_word_errors(model, utterances)
+    print_word_times(model, data / "fsdd")
     print_errors_by_speaker(model, data / "fsdd")
     print_false_words(model)
     print_errors_of_new_speaker(model)
