@@ -22,6 +22,7 @@ from dsm_jax.csm.synthesizer import ConversationSynthesizer
 from dsm_jax.errors import ConfigError, ModelKindError, TrainingError
 from dsm_jax.training.conversation_rows import CsmRows
 from dsm_jax.training.conversations import TrainingConversation, TrainingTurn, read_conversations
+from dsm_jax.training.encoding import ClipEncoder
 from dsm_jax.training.finetune import FinetuneConfig
 from dsm_jax.training.losses.csm import CsmObjective
 from tests.helpers import csm_model, tts_model
@@ -118,6 +119,27 @@ def test_a_row_is_the_prompt_of_inference_with_the_last_recording(model, data):
     assert row["tokens_BMT"][0, row["starts_BN"]].tolist() == [CSM.begin_id] * 3
     assert row["starts_BN"].tolist() == starts
     assert short["starts_BN"].tolist() == [0, -1, -1]
+
+
+def test_recordings_are_padded_to_less_than_twice_their_lengths_and_keep_their_order(model, data, monkeypatch):
+    maker, padded, encode = rows_of(model), {}, ClipEncoder.encode
+
+    def spy(encoder, clips, length):
+        clips = list(clips)
+        padded[length] = [len(pcm_T) for pcm_T in clips]
+        return encode(encoder, clips, length)
+
+    monkeypatch.setattr(ClipEncoder, "encode", spy)
+    turns = [FIRST, SECOND, THIRD, FIRST]
+    rows = maker.rows(maker.read(write(data, *({"turns": [turn]} for turn in turns)), skip_bad=False))
+    assert sum(map(len, padded.values())) == len(turns)
+    assert len(padded) == 2
+    for length, samples in padded.items():
+        assert all(length / 2 < -(-n // maker.frame_size) * maker.frame_size <= length for n in samples)
+    for turn, row in zip(turns, rows, strict=True):
+        wanted_QT = codec.encode(model, data / turn["audio"], codebooks=CSM.n_q)
+        codes_QT = row["tokens_BMT"][1:, row["tokens_BMT"][1] >= 0]
+        np.testing.assert_array_equal(codes_QT[:, :-1], wanted_QT)
 
 
 def test_rows_have_the_positions_of_the_settings_and_longer_conversations_are_refused(model, data):

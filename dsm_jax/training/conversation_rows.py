@@ -88,16 +88,8 @@ class CsmRows:
         turns = [turn for conversation in conversations for turn in conversation.turns]
         hours = sum(turn.samples for turn in turns) / self.model.sample_rate / 3600
         _log.info("encoding %d conversations, %d turns, %.2f hours", len(conversations), len(turns), hours)
-        longest = max(self._frames(turn) for turn in turns)
-        clips = (audio.read(turn.audio, self.model.sample_rate, strict=True) for turn in turns)
-        codes_NQT = self.encoder.encode(clips, longest * self.frame_size)
-
-        each = iter(
-            [
-                turn_MT(self.config, self._ids(turn), codes_QT[:, : self._frames(turn)])
-                for turn, codes_QT in zip(turns, codes_NQT, strict=True)
-            ]
-        )
+        codes = self._encode(turns)
+        each = (turn_MT(self.config, self._ids(turn), codes_QT) for turn, codes_QT in zip(turns, codes, strict=True))
         written = [list(itertools.islice(each, len(conversation.turns))) for conversation in conversations]
         lengths = [[turn.shape[1] for turn in parts] for parts in written]
         length, most = self.positions or max(map(sum, lengths)), max(map(len, lengths))
@@ -109,6 +101,21 @@ class CsmRows:
             starts_N[: len(own)] = np.cumsum([0, *own[:-1]])
             rows.append({"tokens_BMT": tokens_MT, "starts_BN": starts_N})
         return rows
+
+    def _encode(self, turns: Sequence[TrainingTurn]) -> list[np.ndarray]:
+        """Encode recordings, those of similar lengths together, to codes [Q, T] in the order of the turns."""
+        frames = [self._frames(turn) for turn in turns]
+        together: dict[int, list[int]] = {}
+        for index, count in enumerate(frames):
+            together.setdefault(min(1 << (count - 1).bit_length(), max(frames)), []).append(index)
+        codes = {}
+        for padded, indices in together.items():
+            clips = (audio.read(turns[index].audio, self.model.sample_rate, strict=True) for index in indices)
+            codes_NQT = self.encoder.encode(clips, padded * self.frame_size)
+            codes.update(
+                (index, codes_QT[:, : frames[index]]) for index, codes_QT in zip(indices, codes_NQT, strict=True)
+            )
+        return [codes[index] for index in range(len(turns))]
 
     def _ids(self, turn: TrainingTurn) -> list[int]:
         return text_ids(self.config, self.tokenizer, turn.text, turn.speaker)
