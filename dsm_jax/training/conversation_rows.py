@@ -108,14 +108,11 @@ class CsmRows:
         together: dict[int, list[int]] = {}
         for index, count in enumerate(frames):
             together.setdefault(min(1 << (count - 1).bit_length(), max(frames)), []).append(index)
-        codes = {}
+        codes_of: dict[int, np.ndarray] = {}
         for padded, indices in together.items():
             clips = (audio.read(turns[index].audio, self.model.sample_rate, strict=True) for index in indices)
-            codes_NQT = self.encoder.encode(clips, padded * self.frame_size)
-            codes.update(
-                (index, codes_QT[:, : frames[index]]) for index, codes_QT in zip(indices, codes_NQT, strict=True)
-            )
-        return [codes[index] for index in range(len(turns))]
+            codes_of |= zip(indices, self.encoder.encode(clips, padded * self.frame_size), strict=True)
+        return [codes_of[index][:, :count] for index, count in enumerate(frames)]
 
     def _ids(self, turn: TrainingTurn) -> list[int]:
         return text_ids(self.config, self.tokenizer, turn.text, turn.speaker)
