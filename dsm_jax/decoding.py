@@ -29,6 +29,8 @@ _log = logging.getLogger("dsm_jax")
 _GUESSED = {"aac", "ac3", "amr", "eac3", "loas", "mpeg", "mpegts"}  # formats without a header that says their length
 _PIPE_OPTIONS = {"probesize": "4096", "analyzeduration": "1"}  # a pipe is heard as it arrives, not 5 s later
 _PIPE_BUFFER = 4096  # bytes
+# WAV's formats whose byte rate is exact: PCM, floats, A-law, u-law, and PCM or floats in the extensible form.
+_CONSTANT_RATE = (1, 3, 6, 7, 0xFFFE)
 _UNKNOWN_SIZE = 0x7FFF0000  # programs that write a WAV to a pipe leave a size this large or larger in its header
 _OGG_PAGE = 65_307  # bytes of the largest page
 _PADDING_FRAMES = 3  # of an mp3, at most, that are no sound
@@ -250,7 +252,7 @@ class _Missing:
             return
         position = file.tell()
         if kind == "wav":
-            self._expected = _wav_seconds(file)
+            self._expected, self._open_end = _wav_end(file)
         elif kind == "ogg":
             self._open_end = not _has_last_page(file)
         elif kind == "mp3":
@@ -277,20 +279,28 @@ class _Missing:
         return f"lacks its end, after {seconds:.1f} s: it was cut short" if self._open_end else None
 
 
-def _wav_seconds(file: BinaryIO) -> float | None:
-    """Return the length that a WAV's header says; None where it does not say."""
+def _wav_end(file: BinaryIO) -> tuple[float | None, bool]:
+    """Return the length that a WAV's header says, and whether the file ends before its compressed samples do.
+
+    The length is None where the header does not say, or where its byte rate is nominal, as that of ADPCM.
+    """
+    size_of_file = file.seek(0, os.SEEK_END)
     file.seek(12)
-    byte_rate = 0
+    format_tag = byte_rate = 0
     while len(header := file.read(8)) == 8:
         kind, size = struct.unpack("<4sI", header)
         if kind == b"fmt ":
             content = file.read(size + size % 2)
-            byte_rate = struct.unpack("<I", content[8:12])[0] if len(content) >= 12 else 0
+            format_tag, byte_rate = struct.unpack("<H6xI", content[:12]) if len(content) >= 12 else (0, 0)
         elif kind == b"data":
-            return size / byte_rate if byte_rate and 0 < size < _UNKNOWN_SIZE else None
+            if not 0 < size < _UNKNOWN_SIZE:
+                return None, False
+            if format_tag in _CONSTANT_RATE:
+                return (size / byte_rate if byte_rate else None), False
+            return None, file.tell() + size > size_of_file
         else:
             file.seek(size + size % 2, os.SEEK_CUR)
-    return None
+    return None, False
 
 
 def _has_last_page(file: BinaryIO) -> bool:

@@ -300,6 +300,25 @@ def test_samples_that_are_not_finite_are_refused_with_their_time(tmp_path, bad):
         audio.read(pcm.T)
 
 
+@pytest.mark.parametrize("subtype", ["IMA_ADPCM", "MS_ADPCM", "GSM610"])
+@pytest.mark.parametrize("byte_rate", [None, 16_000, 1_000])  # None: as written
+def test_compressed_wavs_are_whole_whatever_byte_rate_their_header_says(tmp_path, caplog, subtype, byte_rate):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(2.0, 24_000), 24_000, subtype=subtype)
+    content = bytearray(path.read_bytes())
+    if byte_rate is not None:
+        struct.pack_into("<I", content, content.index(b"fmt ") + 16, byte_rate)
+    path.write_bytes(content)
+    assert len(audio.read(path, 24_000, strict=True)) == pytest.approx(48_000, abs=1_100)  # the last block is full
+    assert caplog.text == ""
+    path.write_bytes(content[: len(content) * 3 // 4])
+    end = r"(lacks its end, after 1\.[45] s: it was cut short|is damaged from 1\.5 s on: 1 packets were left out)"
+    with pytest.raises(AudioError, match=rf"a\.wav {end}; fetch it again"):
+        audio.read(path, 24_000, strict=True)
+    assert len(audio.read(path, 24_000)) == pytest.approx(36_000, abs=1_500)
+    assert re.search(rf"a\.wav {end}; the rest is used", caplog.text)
+
+
 @pytest.mark.parametrize("container", ["wav", "flac", "ogg", "mp3"])
 def test_a_file_that_was_cut_short_gives_what_is_there_and_a_warning(tmp_path, caplog, container):
     whole, path = tmp_path / f"whole.{container}", tmp_path / f"cut.{container}"
