@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import dsm_jax
-from dsm_jax import audio, checkpoints, cli
+from dsm_jax import audio, checkpoints, cli, codec
 from dsm_jax.csm import CsmOptions, Request, Segment
 from dsm_jax.csm.batch import synthesize_each
 from tests.helpers import tts_model
@@ -66,6 +66,20 @@ def test_requests_with_contexts_are_written_with_their_frames(speak, desk, capsy
         assert (about["text"], about["words"]) == (expected[name].text, [])
     assert (tmp_path / "out" / "hot.wav").exists()
     assert not (tmp_path / "out" / "bad.wav").exists()
+
+
+def test_a_turn_that_many_rows_have_is_encoded_once(speak, desk, monkeypatch):
+    turn, encoded, encode = {"text": "hi", "speaker": 1, "audio": "hi.wav"}, [], codec.encode
+    rows = [{"id": str(n), "text": "no", "context": [turn] * n} for n in range(1, 4)]
+    rows.append({"id": "other", "text": "no", "context": [{**turn, "text": "ho"}]})
+
+    def spy(model, pcm_T, **options):
+        encoded.append(len(pcm_T))
+        return encode(model, pcm_T, **options)
+
+    monkeypatch.setattr(codec, "encode", spy)
+    speak(tts_model.write_requests(desk, *rows), "out")
+    assert encoded == [7 * FRAME] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Read the requests of `dsm-jax speak`: a text, a file of text, or a file with a JSON object a line."""
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -140,7 +141,13 @@ def _segment(turn: Any, where: str, folder: Path) -> Segment:
         raise SpeechError(f"{where} has a turn with {found}; expected an object of text, speaker and audio")
     if not isinstance(turn["text"], str) or not isinstance(turn["audio"], str):
         raise SpeechError(f"{where} has the turn {dict(turn)!r}; expected a text, and the path of its recording")
-    return Segment(turn["text"], _speaker(turn["speaker"], where), folder / turn["audio"])
+    return _shared_segment(turn["text"], _speaker(turn["speaker"], where), folder / turn["audio"])
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared_segment(text: str, speaker: int, audio: Path) -> Segment:
+    """Return one segment for equal turns of all rows: the recording of a segment is encoded once."""
+    return Segment(text, speaker, audio)
 
 
 def read_context(path: str | os.PathLike[str]) -> list[Segment]:
