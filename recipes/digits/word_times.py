@@ -1,10 +1,10 @@
 """Print how far the times of words are from the truth, in utterances with long pauses."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jiwer
 import numpy as np
 
 import dsm_jax
@@ -82,10 +82,16 @@ def live_words(model: dsm_jax.Model, pcm_T: np.ndarray) -> list[tuple[dsm_jax.Wo
 
 
 def matches(spans: Sequence[WordSpan], words: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield the positions of words that stand in the same order in both lists."""
-    texts = [span.text for span in spans]
-    for block in difflib.SequenceMatcher(a=texts, b=list(words), autojunk=False).get_matching_blocks():
-        yield from zip(range(block.a, block.a + block.size), range(block.b, block.b + block.size), strict=True)
+    """Yield the positions of equal words in an alignment with the fewest edits."""
+    if not words:
+        return
+    for chunk in jiwer.process_words(" ".join(span.text for span in spans), " ".join(words)).alignments[0]:
+        if chunk.type == "equal":
+            yield from zip(
+                range(chunk.ref_start_idx, chunk.ref_end_idx),
+                range(chunk.hyp_start_idx, chunk.hyp_end_idx),
+                strict=True,
+            )
 
 
 def deviations(model: dsm_jax.Model, utterances: Sequence[tuple[np.ndarray, list[WordSpan]]]) -> Deviations:
