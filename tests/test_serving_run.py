@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgpack
 import numpy as np
@@ -24,6 +25,7 @@ import dsm_jax
 from dsm_jax import audio
 from dsm_jax.serving import run
 from dsm_jax.serving.config import ServerConfig
+from dsm_jax.serving.server import Served
 from tests.helpers.serving import running, served
 
 pytestmark = pytest.mark.slow
@@ -385,3 +387,24 @@ def test_a_port_that_is_taken_is_refused():
         port = taken.getsockname()[1]
         with pytest.raises(dsm_jax.ConfigError, match=rf"127.0.0.1:{port} cannot be listened on \(Address already"):
             run.serve(ServerConfig(port=port))
+
+
+@pytest.mark.parametrize(
+    ("kind", "slots", "step", "sentence"),
+    [
+        ("stt", 8, {1: 0.063}, "m: 8 slots at 63 ms a step; keeps up"),
+        ("stt", 8, {1: 0.071}, "m: 8 slots at 71 ms a step; does not keep up with 80 ms a frame: use fewer"),
+        (
+            "stt",
+            1,
+            {1: 0.071, 4: 0.1},
+            "m: 1 slot at 71 ms a step; does not keep up with 80 ms a frame: use a smaller ",
+        ),
+        ("tts", 2, {4: 0.1}, "m: 2 slots at 100 ms for 4 steps; keeps up, 6.4 times real time in all"),
+    ],
+)
+def test_the_capacity_leaves_time_for_the_connections(kind, slots, step, sentence):
+    service, engine = SimpleNamespace(step_seconds=step), SimpleNamespace(total=slots)
+    model = Served(None, "m", kind, service, engine)
+    assert model.capacity().startswith(sentence)
+    assert model.keeps_up == ("; keeps up" in sentence)
