@@ -59,8 +59,8 @@ def set_pieces_aside() -> None:
     end_of_heap.restype, end_of_heap.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
     least, size = _PIECE_BYTES
     while size >= least:
-        before, piece = end_of_heap(0), allocate(size - 16)  # and malloc's 16 bytes of its own
-        if end_of_heap(0) != before:  # no piece was left, and the heap has grown for this one
+        end, piece = end_of_heap(0), allocate(size - 16)  # and malloc's 16 bytes of its own
+        if piece is None or piece > end or end_of_heap(0) != end:  # not a free piece of the heap: none is left
             free(piece)
             trim(0)
             size //= 2

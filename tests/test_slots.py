@@ -149,6 +149,14 @@ def test_a_session_without_a_request_or_that_cannot_read_fails_alone(behind):
     assert slots.free == [0, 1]
 
 
+def test_a_session_that_is_started_alone_raises_its_error():
+    slots = Slots(Counting(1))
+    with pytest.raises(StreamError, match="10 is no request"):
+        slots.start(Count(10, 3, refuses=StreamError("10 is no request")))
+    slots.start(one := Count(20, 1))
+    assert slots.sessions == [one]
+
+
 def test_other_faults_end_the_run_unless_they_are_to_be_caught():
     with pytest.raises(KeyError, match="a bug"):
         list(Slots(Counting(1)).run([Count(10, 1, refuses=KeyError("a bug"))]))

@@ -56,5 +56,5 @@ def synthesize_stream(model: Model, request: Request, *, options: CsmOptions = C
     synthesizer = ConversationSynthesizer(model, 1, limit=1, behind=0)
     session = ConversationSession(model, synthesizer.prepare(request, options))
     slots = synthesizer.slots_for(session.prepared)
-    slots.admit([session])
+    slots.start(session)
     yield from sound(slots, session)

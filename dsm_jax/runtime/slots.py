@@ -171,6 +171,17 @@ class Slots(Generic[AnySession]):
             self.sessions[slot] = session
         return failed
 
+    def start(self, session: AnySession) -> None:
+        """Put one session into a free slot.
+
+        Raises:
+          DsmError: the session has failed.
+          ValueError: no slot is free.
+        """
+        for failed in self.admit([session]):
+            assert failed.error is not None
+            raise failed.error
+
     def cancel(self, session: AnySession) -> None:
         """Free the session's slot at once and drop its unread outputs."""
         self.sessions = [None if held is session else held for held in self.sessions]

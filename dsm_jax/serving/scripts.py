@@ -156,7 +156,7 @@ class ScriptService(SpeakingService):
         session = self.session(Outbox())
         word = _sayable(self)
         session.say(word)
-        self.slots.admit([session])
+        self.slots.start(session)
         session.say(word)
         session.finish()
         seconds = []

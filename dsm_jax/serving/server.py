@@ -28,12 +28,10 @@ OUTBOX = 1_000  # messages to a listener, about 80 s of frames, after which a cl
 INBOX_S = 60.0  # of audio that may wait, after which a client is not read: Kyutai's scripts end with 40 s of silence
 QUEUE_S = 30.0  # that a recording waits for a slot
 FRAME_S = 0.080  # between live frames, within which a step must be over
-
-_log = logging.getLogger("dsm_jax.serving")
-
-
 # The most of a frame's time that a step may take: with 71 of 80 ms, stt-1b in one slot lags behind one stream.
 _STEPS_SHARE = 0.8
+
+_log = logging.getLogger("dsm_jax.serving")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -100,7 +100,7 @@ class TurnService(SpeakingService):
         sizes = {bucket(length, self._context_length) for length in range(1, self.longest_prompt + 1)}
         for size in sorted(sizes):
             session = ConversationSession(self.model, self._of_length(min(size, self.longest_prompt)))
-            self.slots.admit([session])
+            self.slots.start(session)
             start = time.perf_counter()
             self.slots.step()
             self.step_seconds[1] = time.perf_counter() - start

@@ -89,7 +89,7 @@ class StreamingSynthesizer:
             request = Request((), self._voices)
             prepared = synthesizer.prepare(request, self._options, entries=entries, complete=complete)
             self._session = SpeechSession(synthesizer.model, prepared)
-            synthesizer.slots_for(prepared).admit([self._session])
+            synthesizer.slots_for(prepared).start(self._session)
         elif not self._session.ended:
             more = dataclasses.replace(self._session.prepared, entries=entries, complete=complete)
             synthesizer.extend(self._session, more)
