@@ -33,6 +33,12 @@ def server():
         yield found
 
 
+@pytest.fixture(autouse=True)
+def idle(server):
+    """Begin each test with all slots free."""
+    server.wait_until_idle()
+
+
 @pytest.fixture(scope="module")
 def clip():
     return audio.read(RECORDING)

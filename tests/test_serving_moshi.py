@@ -40,6 +40,12 @@ def server():
         yield found
 
 
+@pytest.fixture(autouse=True)
+def idle(server):
+    """Begin each test with all slots free."""
+    server.wait_until_idle()
+
+
 @pytest.fixture(scope="module")
 def clips():
     return [audio.read(AUDIO / f"{name}.flac") for name in ("digits_jackson", "digits_lucas")]

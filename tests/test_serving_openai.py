@@ -40,6 +40,12 @@ def server():
         yield found
 
 
+@pytest.fixture(autouse=True)
+def idle(server):
+    """Begin each test with all slots free."""
+    server.wait_until_idle()
+
+
 @pytest.fixture(scope="module")
 def client(server):
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:

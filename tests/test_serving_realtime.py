@@ -47,6 +47,12 @@ def server():
         yield found
 
 
+@pytest.fixture(autouse=True)
+def idle(server):
+    """Begin each test with all slots free."""
+    server.wait_until_idle()
+
+
 def samples(name: str, rate: int = RATE) -> np.ndarray:
     """Return a recording as 16-bit samples."""
     return np.rint(np.clip(audio.read(AUDIO / f"{name}.flac", rate), -1, 1) * 32767).astype(np.int16)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import http.server
 import threading
+import time
 from collections.abc import Iterator
 
 from dsm_jax.serving import run
@@ -27,6 +28,13 @@ class Running:
     def socket_url(self) -> str:
         """Address of websockets."""
         return f"ws://{self.address}"
+
+    def wait_until_idle(self) -> None:
+        """Wait until no session holds a slot: it is free some milliseconds after its client has closed."""
+        deadline = time.monotonic() + 20
+        while any(model.engine.used for model in self.server.models):
+            assert time.monotonic() < deadline, "sessions of clients that have left hold slots"
+            time.sleep(0.005)
 
 
 def served(kind: str, model: str, **settings) -> ServedModel:
