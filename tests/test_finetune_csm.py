@@ -109,7 +109,7 @@ def adapters(trained: Path, new_voice: Path, output: Path) -> FinetuneConfig:
         steps=60,
         batch_size=2,
         lora=LoraConfig(rank=8),
-        optimizer=OptimizerConfig(learning_rate=2e-2, warmup=5),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup=5),
         validation=str(new_voice),
     )
 
@@ -166,8 +166,7 @@ def test_an_untrained_model_does_not_speak_them(checkpoint, data):
 def test_adapters_teach_a_new_voice_in_the_layers_of_both_decoders(trained, adapted, new_voice):
     output, model = adapted
     records = metrics(output)
-    # Not to 0: what a frame could be after the same frames stays a guess. 0.0519 after 60 steps and after 80.
-    assert records[-1]["validation_loss"] < records[0]["loss"] / 40
+    assert records[-1]["validation_loss"] < 0.05 < records[0]["loss"]
     written = dsm_jax.load(output / "model")
     assert_same_weights(written, model)
     assert_speaks(written, new_voice)
