@@ -51,7 +51,7 @@ def set_pieces_aside() -> None:
     return_freed()
     try:
         libc = ctypes.CDLL(None)
-        allocate, free, end_of_heap, trim = libc.malloc, libc.free, libc.sbrk, libc.malloc_trim
+        allocate, free, end_of_heap = libc.malloc, libc.free, libc.sbrk
     except (AttributeError, OSError, TypeError):
         return
     allocate.restype, allocate.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -62,7 +62,7 @@ def set_pieces_aside() -> None:
         end, piece = end_of_heap(0), allocate(size - 16)  # and malloc's 16 bytes of its own
         if piece is None or piece > end or end_of_heap(0) != end:  # not a free piece of the heap: none is left
             free(piece)
-            trim(0)
+            return_freed()
             size //= 2
 
 

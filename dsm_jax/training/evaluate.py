@@ -1,7 +1,8 @@
 """Evaluate transcription: word error rate, and errors of word times."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -55,13 +56,20 @@ def word_errors(reference: Sequence[WordSpan], transcript: Transcript) -> WerSta
     if not expected:
         return WerStats(inserted=len(found))
     result = jiwer.process_words(" ".join(expected), " ".join(found))
-    errors = [
-        transcript.words[chunk.hyp_start_idx + i].start - reference[chunk.ref_start_idx + i].start
-        for chunk in result.alignments[0]
-        if chunk.type == "equal"
-        for i in range(chunk.ref_end_idx - chunk.ref_start_idx)
-    ]
+    errors = [transcript.words[j].start - reference[i].start for i, j in correct_words(result)]
     return WerStats(len(expected), result.substitutions, result.insertions, result.deletions, tuple(errors))
+
+
+def correct_words(result: Any) -> Iterator[tuple[int, int]]:
+    """Yield the positions of each correct word in the reference and in the transcript.
+
+    Args:
+      result: of `jiwer.process_words` for one reference.
+    """
+    for chunk in result.alignments[0]:
+        if chunk.type == "equal":
+            reference = range(chunk.ref_start_idx, chunk.ref_end_idx)
+            yield from zip(reference, range(chunk.hyp_start_idx, chunk.hyp_end_idx), strict=True)
 
 
 def total_word_errors(pairs: Iterable[tuple[Sequence[WordSpan], Transcript]]) -> WerStats:

@@ -1,6 +1,5 @@
 """Print the figures of the model card of `digits`: word errors and times, words in noise, quality of the codec."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from recipes.digits import augment
 from recipes.digits.data import MIMI, TEST_CLIPS, load_clips, load_sentences, plain_utterances
 from recipes.digits.metrics import mel_distance, si_sdr
 from recipes.digits.whisper import Recogniser, spell_numbers, whisper, words_of
-from recipes.digits.word_times import print_word_times
+from recipes.digits.word_times import live_words, print_word_times, times
 
 RATE = MIMI.sample_rate
 UTTERANCES = 1200  # each of the 180 clips occurs forty times; in 300 utterances, one clip alone is half a percent
@@ -29,24 +28,12 @@ def print_word_errors(model: dsm_jax.Model, utterances: Utterances) -> None:
     """Print word errors of utterances as recorded and with noise, and compare streaming with offline."""
     print(f"as recorded, {len(utterances)} utterances: {evaluate(model, utterances)}")
     offline = dsm_jax.transcribe(model, [pcm_T for pcm_T, _ in utterances[:40]])
-    streamed = [stream_words(model, pcm_T) for pcm_T, _ in utterances[:40]]
+    streamed = [[word for word, _ in live_words(model, pcm_T, chunk=0.037)] for pcm_T, _ in utterances[:40]]
     same = sum(times(whole.words) == times(words) for whole, words in zip(offline, streamed, strict=True))
     print(f"streamed in chunks of 37 ms: {same} of {len(streamed)} utterances give the same words and times")
     for db in (30, 20, 10, 5):
         mixed = [(add_noise(i, pcm_T, db), words) for i, (pcm_T, words) in enumerate(utterances[:NOISY])]
         print(f"with noise {db} dB below: {evaluate(model, mixed)}")
-
-
-def stream_words(model: dsm_jax.Model, pcm_T: np.ndarray) -> list[dsm_jax.Word]:
-    """Transcribe a recording that arrives in small chunks."""
-    size = RATE * 37 // 1000
-    chunks = (pcm_T[i : i + size] for i in range(0, len(pcm_T), size))
-    return [event.word for event in dsm_jax.transcribe_stream(model, chunks) if isinstance(event, dsm_jax.WordEnded)]
-
-
-def times(words: Sequence[dsm_jax.Word]) -> list[tuple[str, float, float]]:
-    """Drop the words' probabilities, whose last digits depend on the shapes of batches."""
-    return [(word.text, word.start, word.end) for word in words]
 
 
 def add_noise(seed: int, pcm_T: np.ndarray, db: float) -> np.ndarray:

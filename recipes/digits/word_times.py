@@ -1,7 +1,7 @@
 """Print how far the times of words are from the truth, in utterances with long pauses."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jiwer
@@ -9,6 +9,7 @@ import numpy as np
 
 import dsm_jax
 from dsm_jax.training.data import WordSpan
+from dsm_jax.training.evaluate import correct_words
 from recipes.digits import augment
 from recipes.digits.data import CLIP_RATE, MIMI, TEST_CLIPS, load_clips
 from recipes.digits.utterances import Clip
@@ -66,13 +67,17 @@ def with_pauses(random: np.random.Generator, clips: Sequence[Clip]) -> tuple[np.
     return augment.resample(pcm_T, CLIP_RATE, RATE), spans
 
 
-def live_words(model: dsm_jax.Model, pcm_T: np.ndarray) -> list[tuple[dsm_jax.Word, float]]:
-    """Transcribe a stream; return its words, and the seconds that had been sent when each was told to have ended."""
+def live_words(model: dsm_jax.Model, pcm_T: np.ndarray, *, chunk: float) -> list[tuple[dsm_jax.Word, float]]:
+    """Transcribe a recording that arrives in chunks of so many seconds.
+
+    Returns:
+      The words, and the seconds that had been sent when the stream told that the word has ended.
+    """
     sent = 0.0
 
     def chunks() -> Iterator[np.ndarray]:
         nonlocal sent
-        size = round(CHUNK * RATE)
+        size = round(chunk * RATE)
         for i in range(0, len(pcm_T), size):
             sent = min(i + size, len(pcm_T)) / RATE
             yield pcm_T[i : i + size]
@@ -81,17 +86,15 @@ def live_words(model: dsm_jax.Model, pcm_T: np.ndarray) -> list[tuple[dsm_jax.Wo
     return [(event.word, sent) for event in events if isinstance(event, dsm_jax.WordEnded)]
 
 
-def matches(spans: Sequence[WordSpan], words: Sequence[str]) -> Iterator[tuple[int, int]]:
+def times(words: Iterable[dsm_jax.Word]) -> list[tuple[str, float, float]]:
+    """Drop the words' probabilities, whose last digits depend on the shapes of batches."""
+    return [(word.text, word.start, word.end) for word in words]
+
+
+def matches(spans: Sequence[WordSpan], words: Iterable[dsm_jax.Word]) -> Iterator[tuple[int, int]]:
     """Yield the positions of equal words in an alignment with the fewest edits."""
-    if not words:
-        return
-    for chunk in jiwer.process_words(" ".join(span.text for span in spans), " ".join(words)).alignments[0]:
-        if chunk.type == "equal":
-            yield from zip(
-                range(chunk.ref_start_idx, chunk.ref_end_idx),
-                range(chunk.hyp_start_idx, chunk.hyp_end_idx),
-                strict=True,
-            )
+    result = jiwer.process_words(" ".join(span.text for span in spans), " ".join(word.text.lower() for word in words))
+    return correct_words(result)
 
 
 def deviations(model: dsm_jax.Model, utterances: Sequence[tuple[np.ndarray, list[WordSpan]]]) -> Deviations:
@@ -99,12 +102,12 @@ def deviations(model: dsm_jax.Model, utterances: Sequence[tuple[np.ndarray, list
     whole = dsm_jax.transcribe(model, [pcm_T for pcm_T, _ in utterances])
     starts, ends, late, same = [], [], [], 0
     for (pcm_T, spans), transcript in zip(utterances, whole, strict=True):
-        live = live_words(model, pcm_T)
-        same += [(w.text, w.start, w.end) for w in transcript.words] == [(w.text, w.start, w.end) for w, _ in live]
-        for i, j in matches(spans, [word.text.lower() for word in transcript.words]):
+        live = live_words(model, pcm_T, chunk=CHUNK)
+        same += times(transcript.words) == times(word for word, _ in live)
+        for i, j in matches(spans, transcript.words):
             starts.append(transcript.words[j].start - spans[i].start)
             ends.append(transcript.words[j].end - spans[i].end)
-        for i, j in matches(spans, [word.text.lower() for word, _ in live]):
+        for i, j in matches(spans, (word for word, _ in live)):
             late.append(live[j][1] - spans[i].end)
     words = sum(len(spans) for _, spans in utterances)
     return Deviations(np.array(starts), np.array(ends), np.array(late), same, len(utterances), words)
