@@ -51,3 +51,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list) -> None:
     """Put the files that take longest first, then other slow tests."""
     items.sort(key=lambda item: (item.path.name not in LONGEST, item.get_closest_marker("slow") is None))
+
+
+@pytest.fixture
+def idle(server) -> None:
+    """Begin a test with all slots of its module's server free."""
+    server.wait_until_idle()

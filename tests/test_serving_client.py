@@ -22,7 +22,7 @@ from dsm_jax.serving.moshi import wire
 from dsm_jax.stt.events import Pause, WordEnded
 from tests.helpers.serving import answering, running, served
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("idle")]
 AUDIO = Path(__file__).resolve().parents[1] / "examples/audio"
 RECORDING = AUDIO / "digits_jackson.flac"
 
@@ -31,12 +31,6 @@ RECORDING = AUDIO / "digits_jackson.flac"
 def server():
     with running(served("stt", "digits"), served("tts", "digits-tts", slots=2), page=False) as found:
         yield found
-
-
-@pytest.fixture(autouse=True)
-def idle(server):
-    """Begin each test with all slots free."""
-    server.wait_until_idle()
 
 
 @pytest.fixture(scope="module")

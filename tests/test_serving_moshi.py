@@ -26,7 +26,7 @@ from dsm_jax import audio
 from dsm_jax.runtime.compile import compilations
 from tests.helpers.serving import running, served
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("idle")]
 AUDIO = Path(__file__).resolve().parents[1] / "examples/audio"
 FRAME = 1920
 ASR, TTS = "/api/asr-streaming", "/api/tts_streaming"
@@ -38,12 +38,6 @@ def server():
     models = served("stt", "digits", slots=SLOTS), served("tts", "digits-tts", slots=2)
     with running(*models, idle_s=20.0, page=False) as found:
         yield found
-
-
-@pytest.fixture(autouse=True)
-def idle(server):
-    """Begin each test with all slots free."""
-    server.wait_until_idle()
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from dsm_jax.stt.events import Word, WordEnded, WordStarted
 from dsm_jax.stt.options import Prompt, TranscribeOptions
 from tests.helpers.serving import Running, running, served
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("idle")]
 
 AUDIO = Path(__file__).resolve().parents[1] / "examples/audio"
 RECORDING = AUDIO / "digits_jackson.flac"
@@ -38,12 +38,6 @@ def server():
     models = served("stt", "digits"), served("tts", "digits-tts")
     with running(*models, page=False, aliases=ALIASES, max_upload_mb=2.0) as found:
         yield found
-
-
-@pytest.fixture(autouse=True)
-def idle(server):
-    """Begin each test with all slots free."""
-    server.wait_until_idle()
 
 
 @pytest.fixture(scope="module")

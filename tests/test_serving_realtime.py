@@ -27,7 +27,7 @@ from dsm_jax.serving.openai.realtime_turns import Items
 from dsm_jax.stt.events import Word, WordEnded, WordStarted
 from tests.helpers.serving import Running, running, served
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("idle")]
 
 AUDIO = Path(__file__).resolve().parents[1] / "examples/audio"
 RATE = 24_000
@@ -45,12 +45,6 @@ NAMES = (
 def server():
     with running(served("stt", "digits"), page=False, aliases={"gpt-4o-transcribe": "digits"}) as found:
         yield found
-
-
-@pytest.fixture(autouse=True)
-def idle(server):
-    """Begin each test with all slots free."""
-    server.wait_until_idle()
 
 
 def samples(name: str, rate: int = RATE) -> np.ndarray:
