@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from starlette.requests import HTTPConnection
@@ -86,7 +86,8 @@ class Server:
         self.config, self.version, self.keys = config, version, Keys(config.keys)
         self.metrics = Metrics(version)
         self.models: list[Served] = []
-        self.ready = self.draining = self.faulty = False
+        self.ready = self.faulty = False
+        self._draining, self._guests = asyncio.Event(), 0
         self.loop: asyncio.AbstractEventLoop | None = None
         self._device, self._tickets = Device(), set[Ticket]()
         self.end: Callable[[], None] = lambda: None
@@ -146,15 +147,33 @@ class Server:
 
     async def drain(self, seconds: float) -> None:
         """Take no more sessions, let those that run end for some seconds, then end them with their last words."""
-        self.draining = True
+        self._draining.set()
         deadline = time.monotonic() + seconds
-        while self._tickets and time.monotonic() < deadline:
+        while (self._tickets or self._guests) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         for ticket in list(self._tickets):
             ticket.hurry()
         last = time.monotonic() + 5.0
         while self._tickets and time.monotonic() < last:
             await asyncio.sleep(0.02)
+
+    @property
+    def draining(self) -> bool:
+        """Tell whether the server is ending, and takes no more sessions."""
+        return self._draining.is_set()
+
+    async def until_draining(self) -> None:
+        """Wait until the server takes no more sessions, because it is ending."""
+        await self._draining.wait()
+
+    @contextlib.contextmanager
+    def guest(self) -> Iterator[None]:
+        """Count a client that has connected and has no session yet, so that the server ends after it."""
+        self._guests += 1
+        try:
+            yield
+        finally:
+            self._guests -= 1
 
     def _post(self, posted: Posted) -> None:
         loop = self.loop
@@ -231,6 +250,7 @@ class Ticket:
       id: for the log.
       code: close code that the session ended with; None while it runs.
       reason: word for the reason of the end, for logs and metrics, such as "client", "finished", "idle" or "drain".
+      is_whole: whether the client waits for all of a recording or text, of which a part would be a wrong answer.
     """
 
     def __init__(self, server: Server, served: Served, session: Any, dialect: str, *, queued: bool):
@@ -239,16 +259,28 @@ class Ticket:
         self.code: int | None = None
         self.reason = "client"
         self.frames = self.words = 0
-        self.hurried = False
+        self.hurried = self.is_whole = False
+        self._begun = queued  # a session from the queue begins by itself
         self.reading: asyncio.Timeout | None = None  # of the wait for the client's next message
         metrics = server.metrics
         # Looked up once: a label is searched for under a lock.
         self._audio, self._words = metrics.audio.labels(served.name), metrics.words.labels(served.name)
         self._latency = metrics.latency.labels(served.name)
 
+    def start(self) -> None:
+        """Put the session into its slot, unless it has begun."""
+        if not self._begun:
+            self._begun = True
+            self.served.engine.start(self.session)
+
     def hurry(self) -> None:
-        """Ask the session to end: what was heard is transcribed, and no more is taken."""
+        """Ask the session to end: what was heard is transcribed, and no more is taken.
+
+        Whole recordings and texts are given up.
+        """
         self.reason, self.hurried = "drain", True
+        if self.is_whole:
+            self.session.outbox.put([Ended(1013, "the server is shutting down; send the request again, or to another")])
         if self.reading is not None:
             self.reading.reschedule(asyncio.get_running_loop().time())
 

@@ -144,6 +144,7 @@ async def converse(
                 # What was received is still transcribed or spoken; a session without any text just ends.
                 with contextlib.suppress(DsmError):
                     ticket.session.finish()
+                    ticket.start()  # a turn of a conversation begins once its text is whole
                     ticket.served.engine.wake()
                     await asyncio.wait({telling}, timeout=LAST_WORDS_S)
                 raise fault

@@ -17,6 +17,7 @@ from dsm_jax.serving.speaking import LiveVoice, Sound
 from dsm_jax.stt.transcriber import Utterance
 
 _BLOCK_S = 1.0
+_NO_FAULT_OF_CLIENT = (1011, 1013)  # codes of an engine that has failed, and of a server that is ending
 _IN_MEMORY = 1 << 20  # bytes of an upload, beyond which it lies on the disk
 
 
@@ -59,7 +60,7 @@ async def heard(
 
     Raises:
       AudioError: the recording cannot be read.
-      FullError: no slot has become free in time, or the engine has failed.
+      FullError: no slot has become free in time, the engine has failed, or the server is ending.
     """
     rate = served.model.sample_rate
     blocks = audio.blocks(file, rate, _BLOCK_S)
@@ -71,7 +72,7 @@ async def heard(
         try:
             async for message in messages:
                 if isinstance(message, Ended):
-                    if message.code == 1011:
+                    if message.code in _NO_FAULT_OF_CLIENT:
                         raise FullError(message.reason)
                     break
                 yield session, message
@@ -86,10 +87,10 @@ async def _begun(ticket: Ticket) -> AsyncIterator[Any]:
     """Return the messages of a session that has got its slot; those of a file wait for one.
 
     Raises:
-      FullError: no slot has become free in time, or the engine has failed.
+      FullError: no slot has become free in time, the engine has failed, or the server is ending.
     """
-    if not ticket.queued:
-        ticket.served.engine.start(ticket.session)
+    ticket.is_whole = True
+    ticket.start()
     messages = ticket.messages()
     try:
         first = await asyncio.wait_for(anext(messages), QUEUE_S)
@@ -97,7 +98,7 @@ async def _begun(ticket: Ticket) -> AsyncIterator[Any]:
         ticket.end(1013, "full")
         ticket.server.metrics.refused.labels("queue").inc()
         raise FullError(f"no slot has become free in {QUEUE_S:.0f} s; try again later") from None
-    if isinstance(first, Ended):  # the engine has failed meanwhile
+    if isinstance(first, Ended):  # the engine has failed meanwhile, or the server is ending
         raise FullError(first.reason)
     return messages
 
@@ -128,13 +129,13 @@ async def spoken(server: Server, served: Served, session: LiveVoice, dialect: st
     """Yield the messages of a session whose text is whole: `Sound` and `Said`.
 
     Raises:
-      FullError: no slot has become free in time, or the engine has failed.
+      FullError: no slot has become free in time, the engine has failed, or the server is ending.
       SpeechError: the text was not said to its end.
     """
     async with server.session(served, session, dialect) as ticket:
         async for message in await _begun(ticket):
             if isinstance(message, Ended):
-                if message.code == 1011:
+                if message.code in _NO_FAULT_OF_CLIENT:
                     raise FullError(message.reason)
                 if message.reason is not None:
                     raise SpeechError(message.reason)

@@ -5,12 +5,13 @@ differences are listed in docs/serving.md.
 """
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.websockets import WebSocket
 
@@ -25,6 +26,7 @@ from dsm_jax.serving.server import OUTBOX, Served, Server, Ticket
 from dsm_jax.serving.sockets import ClosedError, admitted, close, converse, received, send, send_last
 from dsm_jax.serving.speaking import LiveVoice, Said, Sound
 from dsm_jax.serving.uploads import TooLargeError, heard, sound_of, spoken, spooled
+from dsm_jax.serving.waiting import client_leaves, unless
 from dsm_jax.stt.events import WordEnded, WordStarted
 
 FORMATS = ("Pcm", "PcmMessagePack", "OggOpus", "OggOpusMessagePack")
@@ -88,8 +90,7 @@ async def transcribe_socket(socket: WebSocket, server: Server, served: Served) -
     session = LiveHearing(served.service, Outbox(OUTBOX), is_file=socket.query_params.get("wait") == "1")
     try:
         async with server.session(served, session, "moshi") as ticket:
-            if not ticket.queued:
-                served.engine.start(session)
+            ticket.start()
             await converse(
                 socket,
                 ticket,
@@ -135,11 +136,11 @@ async def transcribe_file(request: Request, server: Server, served: Served) -> R
     """Transcribe a recording in the body; answer with its words as moshi-server does."""
     if (refusal := _refused(request, server)) is not None:
         return refusal
-    words, told = WordMessages(), []
     try:
         with await spooled(request.stream(), server.config.max_upload_mb) as file:
-            async for session, message in heard(server, served, file, "moshi"):
-                told += heard_messages(session, words, message)
+            told = await unless(_file_messages(server, served, file), client_leaves(request))
+    except ClientDisconnect:
+        return Response()  # for nobody
     except TooLargeError as error:
         return PlainTextResponse(str(error), 413)
     except AudioError as error:
@@ -150,6 +151,14 @@ async def transcribe_file(request: Request, server: Server, served: Served) -> R
     # The details of a word are for clients that ask for them.
     fields = [{name: value for name, value in vars(answer).items() if value is not None} for answer in kept]
     return JSONResponse([{"type": type(one).__name__, **each} for one, each in zip(kept, fields, strict=True)])
+
+
+async def _file_messages(server: Server, served: Served, file: IO[bytes]) -> list[wire.Outgoing]:
+    words, told = WordMessages(), list[wire.Outgoing]()
+    async with contextlib.aclosing(heard(server, served, file, "moshi")) as messages:
+        async for session, message in messages:
+            told += heard_messages(session, words, message)
+    return told
 
 
 def _refused(request: Request, server: Server) -> Response | None:
@@ -199,7 +208,7 @@ async def speak_socket(socket: WebSocket, server: Server, served: Served) -> Non
 
 
 async def _read_text(socket: WebSocket, server: Server, ticket: Ticket, session: LiveVoice) -> None:
-    ended = has_begun = False
+    ended = False
     async for data in received(socket, server, ticket):
         message = wire.Text(data) if isinstance(data, str) else wire.Eos() if data == b"\0" else None
         if message is None:
@@ -212,12 +221,11 @@ async def _read_text(socket: WebSocket, server: Server, ticket: Ticket, session:
                 session.use_voice(_voice_XC(values, shape))
             case wire.Eos() if not ended:
                 ended = True
-                if not has_begun and not session.can_start and isinstance(session, LiveSpeech):
+                if not session.can_start and isinstance(session, LiveSpeech):
                     raise ClosedError(1000, None, "finished")  # nothing was to be said
                 session.finish()
-        if session.can_start and not has_begun:
-            has_begun = True
-            ticket.served.engine.start(session)
+        if session.can_start:
+            ticket.start()
         ticket.served.engine.wake()
 
 
@@ -272,19 +280,27 @@ async def speak_file(request: Request, server: Server, served: Served) -> Respon
     except (ValueError, KeyError, TypeError, RecursionError):
         return PlainTextResponse('the body is no JSON of the form {"text": TEXT, "voice": VOICE}', 400)
     try:
-        session = await asyncio.to_thread(served.service.session, Outbox(), voice=voice or None, is_file=True)
-        session.say(text)
-        session.finish()
+        session = await asyncio.to_thread(_whole_speech, served, text, voice or None)
     except DsmError as error:
         return PlainTextResponse(str(error), 400)
     sound = sound_of(spoken(server, served, session, "moshi"))
     try:
-        first_T = await anext(sound, np.zeros(0, np.float32))
+        first_T = await unless(anext(sound, np.zeros(0, np.float32)), client_leaves(request))
+    except ClientDisconnect:
+        return Response()  # for nobody
     except FullError as error:
         return PlainTextResponse(str(error), 503, {"retry-after": "1"})
     except SpeechError as error:
         return PlainTextResponse(str(error), 400)
     return StreamingResponse(_wav(first_T, sound, served.model.sample_rate), media_type="audio/wav")
+
+
+def _whole_speech(served: Served, text: str, voice: str | None) -> LiveVoice:
+    """Make the session of a whole text, off the event loop: a voice may have to be fetched, and a text be long."""
+    session = served.service.session(Outbox(), voice=voice, is_file=True)
+    session.say(text)
+    session.finish()
+    return session
 
 
 async def _wav(first_T: np.ndarray, sound: AsyncIterator[np.ndarray], rate: int) -> AsyncIterator[bytes]:

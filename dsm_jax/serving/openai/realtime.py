@@ -5,7 +5,7 @@ import binascii
 import json
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import soxr
@@ -20,7 +20,8 @@ from dsm_jax.serving.openai.realtime_turns import Items
 from dsm_jax.serving.openai.requests import check_language, find_model, read_options
 from dsm_jax.serving.outbox import Ended, Outbox
 from dsm_jax.serving.server import OUTBOX, Served, Server, Ticket
-from dsm_jax.serving.sockets import admitted, close, converse, received, send
+from dsm_jax.serving.sockets import ClosedError, admitted, close, converse, received, send, send_last
+from dsm_jax.serving.waiting import unless
 from dsm_jax.stt.events import WordEnded, WordStarted
 from dsm_jax.stt.transcriber import Utterance
 
@@ -89,13 +90,14 @@ class _Session:
     async def run(self) -> None:
         """Run the session to its end."""
         await self._send([self._told("session.created", flat=False)])
-        try:
-            first = await asyncio.wait_for(self._first(), self._server.config.idle_s)
-        except TimeoutError:
-            reason = f"nothing was received for {self._server.config.idle_s:.0f} s"
-            await send(self._socket, error_event(ApiError(reason, code="idle")))
-            await close(self._socket, 1000, reason)
-            return
+        with self._server.guest():
+            try:
+                idle = asyncio.wait_for(self._first(), self._server.config.idle_s)
+                first = await unless(idle, self._server_ends())
+            except TimeoutError:
+                return await self._end(1000, "idle", f"nothing was received for {self._server.config.idle_s:.0f} s")
+            except ClosedError as closed:
+                return await self._end(closed.code, closed.kind, str(closed))
         if first is None:
             return
         self._hearing = hearing = LiveHearing(self._served.service, Outbox(OUTBOX), self._utterance)
@@ -103,7 +105,7 @@ class _Session:
         self._use_settings(items)
         try:
             async with self._server.session(self._served, hearing, "realtime") as ticket:
-                ticket.served.engine.start(hearing)
+                ticket.start()
                 await converse(
                     self._socket,
                     ticket,
@@ -114,6 +116,15 @@ class _Session:
         except FullError as error:
             await send(self._socket, error_event(api_error(error)))
             await close(self._socket, 1013, "no free channels")
+
+    async def _end(self, code: int, kind: str, reason: str) -> None:
+        """Tell the client why the socket closes, and close it."""
+        await send_last(self._socket, error_event(ApiError(reason, code=kind)))
+        await close(self._socket, code, reason)
+
+    async def _server_ends(self) -> NoReturn:
+        await self._server.until_draining()
+        raise ClosedError(1001, "the server is shutting down", "drain")
 
     async def _first(self) -> str | bytes | None:
         """Return the first message that is no update of the session, or "" after an update; None if the client left."""

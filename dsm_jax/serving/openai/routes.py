@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from dsm_jax.errors import DsmError
 from dsm_jax.serving.encoding import CONTENT_TYPES, SoundEncoder
-from dsm_jax.serving.hearing import Heard, LiveHearing
+from dsm_jax.serving.hearing import LiveHearing
 from dsm_jax.serving.openai.errors import ApiError, api_error, error_response, json_response, refusal, unknown_model
 from dsm_jax.serving.openai.formats import (
     LAST_EVENT,
@@ -30,12 +30,11 @@ from dsm_jax.serving.openai.requests import SpeechRequest, TranscriptionRequest,
 from dsm_jax.serving.outbox import Outbox
 from dsm_jax.serving.server import Served, Server
 from dsm_jax.serving.uploads import heard, sound_of, spoken
+from dsm_jax.serving.waiting import client_leaves, unless
 from dsm_jax.stt.events import WordEnded, WordStarted
 from dsm_jax.stt.transcript import Transcript
 
 Handler = Callable[[Request, Server], Awaitable[Response]]
-
-_FRAMES_PER_LOOK = 12  # about a second of audio, after which it is seen whether the client still waits
 
 _log = logging.getLogger("dsm_jax.serving")
 
@@ -134,10 +133,10 @@ async def _joined(first: bytes, content: AsyncGenerator[bytes, None]) -> AsyncGe
         yield piece
 
 
-async def _begun(content: AsyncGenerator[bytes, None], media_type: str) -> Response:
+async def _begun(request: Request, content: AsyncGenerator[bytes, None], media_type: str) -> Response:
     """Return an answer whose first piece, which may be empty, is made: an error before it still has a status."""
     try:
-        return _Stream(await anext(content), content, media_type)
+        return _Stream(await unless(anext(content), client_leaves(request)), content, media_type)
     except BaseException:
         await content.aclose()
         raise
@@ -151,10 +150,10 @@ async def transcribe(request: Request, server: Server) -> Response:
     stack = contextlib.AsyncExitStack()
     asked = await stack.enter_async_context(transcription_request(request, server))
     if asked.stream:
-        return await _begun(_text_events(server, asked, stack), "text/event-stream")
+        return await _begun(request, _text_events(server, asked, stack), "text/event-stream")
     async with stack:
         return transcript_response(
-            await _transcript(request, server, asked),
+            await unless(_transcript(server, asked), client_leaves(request)),
             asked.format,
             granularities=asked.granularities,
             with_logprobs=asked.with_logprobs,
@@ -163,13 +162,11 @@ async def transcribe(request: Request, server: Server) -> Response:
         )
 
 
-async def _transcript(request: Request, server: Server, asked: TranscriptionRequest) -> Transcript:
+async def _transcript(server: Server, asked: TranscriptionRequest) -> Transcript:
     sessions: list[LiveHearing] = []
     async with contextlib.aclosing(_heard(server, asked)) as messages:
-        async for session, message in messages:
+        async for session, _ in messages:
             sessions[:] = [session]
-            if isinstance(message, Heard) and message.index % _FRAMES_PER_LOOK == 0 and await request.is_disconnected():
-                raise ClientDisconnect
     return sessions[0].transcript(None)
 
 
@@ -218,8 +215,8 @@ async def speak(request: Request, server: Server) -> Response:
     asked = await speech_request(request, server)
     speech = await asyncio.to_thread(_Speech, server, asked)  # a voice may have to be fetched
     if asked.as_events:
-        return await _begun(speech.events(), "text/event-stream")
-    return await _begun(speech.pieces(), CONTENT_TYPES[asked.format])
+        return await _begun(request, speech.events(), "text/event-stream")
+    return await _begun(request, speech.pieces(), CONTENT_TYPES[asked.format])
 
 
 class _Speech:

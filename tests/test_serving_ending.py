@@ -1,0 +1,154 @@
+"""Sessions of each kind whose server ends, or whose client leaves."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+from dsm_jax import audio, checkpoints
+from dsm_jax.serving.encoding import pcm16, wav_header
+from tests.helpers import csm_model
+from tests.helpers.serving import running, served
+
+pytestmark = pytest.mark.slow
+AUDIO = Path(__file__).resolve().parents[1] / "examples/audio"
+ENDING = "the server is shutting down"
+RATE = 24_000
+TRANSCRIBE = "/api/asr-streaming"
+
+
+def recording(seconds: float) -> bytes:
+    """Return a recording of digits, as long as asked, as a WAV file without a length."""
+    clip_T = audio.read(AUDIO / "digits_jackson.flac")
+    return wav_header(RATE) + pcm16(np.resize(clip_T, int(seconds * RATE)))
+
+
+async def until_closed(socket) -> list[str | bytes]:
+    found = []
+    with contextlib.suppress(ConnectionClosed):
+        while True:
+            found.append(await asyncio.wait_for(socket.recv(), 30))
+    return found
+
+
+def post(url: str, body: bytes) -> tuple[int, str]:
+    """Return the status and the answer to a body."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body, method="POST"), timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory):
+    """End a server at once while clients of three kinds are connected; return what each was told."""
+    folder = tmp_path_factory.mktemp("csm")
+    checkpoints.save(csm_model.random_model(folder), folder / "model")
+    with running(served("stt", "digits"), served("tts", str(folder / "model")), page=False) as found:
+        hearing, speaking = found.server.models
+
+        async def all_clients():
+            async with (
+                connect(f"{found.socket_url}/v1/realtime?intent=transcription") as silent,
+                connect(f"{found.socket_url}{speaking.settings.path}?format=PcmMessagePack") as unfinished,
+            ):
+                await silent.recv()
+                await unfinished.recv()
+                await unfinished.send(msgpack.packb({"type": "Text", "text": "abc def"}))
+                upload = asyncio.ensure_future(asyncio.to_thread(post, found.url + TRANSCRIBE, recording(1200)))
+                while not hearing.engine.used:
+                    await asyncio.sleep(0.01)
+                start = time.monotonic()
+                asyncio.run_coroutine_threadsafe(found.server.drain(0.0), found.server.loop)
+                told = await asyncio.gather(until_closed(silent), until_closed(unfinished), upload)
+                return *told, (silent.close_code, unfinished.close_code), time.monotonic() - start
+
+        yield asyncio.run(all_clients())
+
+
+def test_a_client_without_a_session_is_told_that_the_server_ends(endings):
+    silent, _, _, codes, _ = endings
+    assert json.loads(silent[-1])["error"]["message"] == ENDING
+    assert codes[0] == 1001
+
+
+def test_a_turn_whose_text_has_not_ended_is_spoken_before_the_server_ends(endings):
+    _, unfinished, _, codes, _ = endings
+    messages = [msgpack.unpackb(message) for message in unfinished]
+    assert "Audio" in {message["type"] for message in messages}
+    assert messages[-1] == {"type": "Error", "message": ENDING}
+    assert codes[1] == 1001
+
+
+def test_a_recording_that_is_not_done_is_refused_whole(endings):
+    _, _, (code, answer), _, seconds = endings
+    assert (code, answer) == (503, f"{ENDING}; send the request again, or to another")
+    assert seconds < 8
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(served("stt", "digits", slots=1), served("tts", "digits-tts", slots=1), page=False) as found:
+        yield found
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def asking(found, path: str, kind: str, body: bytes):
+    """Send a request and leave without an answer at the end of the block."""
+    connection = http.client.HTTPConnection(found.address)
+    connection.request("POST", path, body, {"content-type": kind})
+    try:
+        yield
+    finally:
+        connection.close()
+
+
+def form(recording: bytes, **fields: str) -> tuple[str, bytes]:
+    """Return the content type and the body of a form with a file."""
+    head = "--b\r\nContent-Disposition: form-data; name="
+    parts = [f'{head}"{name}"\r\n\r\n{value}\r\n' for name, value in fields.items()]
+    file = f'{head}"file"; filename="a.wav"\r\n\r\n'
+    return "multipart/form-data; boundary=b", "".join([*parts, file]).encode() + recording + b"\r\n--b--\r\n"
+
+
+WORDS = " ".join(["seven"] * 200)
+SPEECH = {"model": "digits-tts", "input": WORDS, "voice": "jackson"}
+REQUESTS = {
+    "moshi, recording": ("stt", TRANSCRIBE, "audio/wav", recording(1200)),
+    "OpenAI, recording": ("stt", "/v1/audio/transcriptions", *form(recording(1200), model="digits")),
+    "OpenAI, events": ("stt", "/v1/audio/transcriptions", *form(recording(1200), model="digits", stream="true")),
+    "moshi, text": ("tts", "/api/tts_streaming", "text/json", json.dumps({"text": WORDS, "voice": ""}).encode()),
+    "OpenAI, text": ("tts", "/v1/audio/speech", "application/json", json.dumps(SPEECH).encode()),
+}
+
+
+@pytest.mark.parametrize(("kind", "path", "content_type", "body"), REQUESTS.values(), ids=REQUESTS.keys())
+@pytest.mark.usefixtures("idle")
+def test_a_client_that_leaves_gives_up_its_slot_or_its_place_in_the_queue(server, kind, path, content_type, body):
+    engine = server.server.find(kind).engine
+    with asking(server, path, content_type, body):
+        wait_for(lambda: engine.used == 1)
+        with asking(server, path, content_type, body):
+            wait_for(lambda: engine.queued == 1)
+        wait_for(lambda: engine.queued == 0)
+        assert engine.used == 1, "the first request ended before the second was given up: make it longer"
+    wait_for(lambda: engine.used == 0)
