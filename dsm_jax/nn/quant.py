@@ -19,7 +19,7 @@ from flax import nnx
 # All products of the layers of backbone, depformer and depth decoder: nearly all of the bytes that a step reads.
 LAYERS = (r"^(transformer|backbone|depth)\.layers\.", r"^depformer\.(inputs|layers|linears)\.")
 # Up to so many rows, float products on CPU have the weight as their left operand: docs/decisions/0005-float-weights.md.
-_FEW_ROWS = 32
+_FEW_ROWS = 64
 
 
 @jax.tree_util.register_dataclass
