@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow  # the models compile for seconds
 ROOM = 40
 KEY = jax.random.key(0)
 EVERY_FRAME = CsmObjective(depth_share=1.0)
-LAST_TURN = dataclasses.replace(EVERY_FRAME, context=False)
+LAST_TURN = dataclasses.replace(EVERY_FRAME, mask_context=True)
 
 
 def conversation(seed: int, *frames: int) -> tuple[np.ndarray, np.ndarray]:

@@ -221,7 +221,7 @@ def test_the_whole_model_trains_in_bfloat16_with_accumulation(checkpoint, data, 
         positions=48,
         accumulate=2,
         compute_dtype="bfloat16",
-        csm=CsmObjective(context=False),
+        csm=CsmObjective(mask_context=True),
     )
     model = finetune(config)
     before, after = arrays_of(dsm_jax.load(checkpoint)), arrays_of(model)

@@ -159,7 +159,7 @@ def test_transformers_learns_context_turns_whatever_their_labels_and_ours_can_le
     last_BT = frames_of(batch) & (np.arange(batch["tokens_BMT"].shape[2]) >= batch["starts_BN"].max(1)[:, None])
     assert last_BT.sum(1).tolist() == [talk[-1][2] + 1 for talk in TALKS]
     wanted = transformers_csm_losses(folder, batch["tokens_BMT"], labels_of(batch, last_BT))
-    found = losses(model, batch, CsmObjective(depth_share=1.0, context=False))
+    found = losses(model, batch, CsmObjective(depth_share=1.0, mask_context=True))
     assert found == pytest.approx(wanted, rel=EXACT)
     assert abs(found[0] / losses(model, batch)[0] - 1) > 100 * EXACT
 

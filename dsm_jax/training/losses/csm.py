@@ -32,14 +32,14 @@ class CsmObjective:
       depth: weight of the depth decoder's loss.
       depth_share: share of a row's frames that the depth decoder learns, besides the frames that end a recording; drawn
         anew in every step.
-      context: whether the turns before the last one of a row count too, as they do in transformers, whatever its labels
+      mask_context: whether the last turn of a row counts alone. In transformers all turns count, whatever its labels
         are.
     """
 
     backbone: float = 1.0
     depth: float = 1.0
     depth_share: float = 1 / 16
-    context: bool = True
+    mask_context: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.depth_share <= 1:
@@ -73,7 +73,7 @@ def csm_loss(
     frames_BT = codes_BTQ[..., 0] >= 0
     ends_BT = frames_BT & ~jnp.pad(frames_BT[:, 1:], ((0, 0), (0, 1)))
     counted_BT = frames_BT
-    if not objective.context:
+    if objective.mask_context:
         counted_BT &= jnp.arange(1, tokens_BMT.shape[2]) >= starts_BN.max(1)[:, None]
     hidden_BTD = lm.hidden(tokens_BMT)[:, :-1]
     backbone = mean_cross_entropy(lm.first_logits(hidden_BTD), codes_BTQ[..., 0], counted_BT)
