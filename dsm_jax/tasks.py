@@ -11,7 +11,7 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.configs.json import from_dict
 from dsm_jax.errors import ConfigError
 
-# Name of a task -> its config class, and the function that runs it: (config, *, resume) -> the trained model.
+# Name of a task -> its config class, and the function that runs it: (config, *, resume, progress) -> the trained model.
 Tasks = Mapping[str, tuple[type, Callable[..., Model]]]
 PATHS = ("data", "output", "validation")  # fields with paths relative to the file's folder
 

@@ -21,6 +21,7 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.configs.json import from_dict, to_dict
 from dsm_jax.errors import CheckpointError, ConfigError, TrainingError
 from dsm_jax.models.parameters import flatten
+from dsm_jax.progress import Progress
 from dsm_jax.stt.events import Word
 from dsm_jax.stt.transcript import Transcript
 from dsm_jax.training.data import read_recordings
@@ -166,8 +167,9 @@ def stopped(adapted, settings, tmp_path):
 
 
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(adapted, stopped):
-    config = stopped(2)
-    assert_same_weights(finetune(config, resume=True), adapted[1])
+    config, reports = stopped(2), []
+    assert_same_weights(finetune(config, resume=True, progress=reports.append), adapted[1])
+    assert reports == [Progress(step, 4) for step in (2, 3, 4)]
     ours, theirs = ([{**row, "seconds_per_step": 0} for row in metrics(o)] for o in (Path(config.output), adapted[0]))
     assert ours == theirs
 

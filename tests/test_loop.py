@@ -12,7 +12,7 @@ import pytest
 
 from dsm_jax.errors import ConfigError, TrainingError
 from dsm_jax.progress import Progress
-from dsm_jax.training.loop import Run, RunConfig, reporting
+from dsm_jax.training.loop import Run, RunConfig
 from dsm_jax.training.step import TrainState
 from tests.helpers.small_run import CONFIG, STEP, assert_same, checkpoints, data, evaluate, metrics, start, stopped
 
@@ -126,13 +126,9 @@ def test_each_record_is_logged_and_nothing_is_printed(tmp_path, capsys, caplog):
 @pytest.mark.slow
 def test_every_step_is_reported_with_those_before_a_resumption(tmp_path):
     reports: list[Progress] = []
-    with reporting(reports.append):
-        run = stopped(tmp_path, 5)
+    stopped(tmp_path, 5, reports.append)
     assert reports == [Progress(step, 10) for step in range(6)]
     del reports[:]
-    with reporting(reports.append):
-        state = run.train(STEP, run.restore(start()), data(4))
+    run = Run(tmp_path, CONFIG, reports.append)
+    run.train(STEP, run.restore(start()), data(4))
     assert reports == [Progress(step, 10) for step in range(4, 11)]
-    run.train(STEP, state, iter(()))
-    assert reports[-1] == Progress(10, 10)
-    assert len(reports) == 7, "nothing is reported outside the block"

@@ -11,6 +11,7 @@ import rich.console
 from dsm_jax import cli, tasks
 from dsm_jax.cli import terminal
 from dsm_jax.errors import ConfigError
+from dsm_jax.progress import ProgressCallback
 from dsm_jax.tasks import library_tasks, read_config
 from dsm_jax.training.finetune import FinetuneConfig, finetune
 from dsm_jax.training.loop import Run
@@ -72,10 +73,10 @@ def test_the_command_line_prints_an_error_in_one_line(tmp_path, capsys):
 def train(tmp_path, monkeypatch, capsys):
     """Return a function that runs `dsm-jax train` on a regression of ten steps, and returns standard error."""
 
-    def regression(config: FinetuneConfig, *, resume: bool) -> str:
+    def regression(config: FinetuneConfig, *, resume: bool, progress: ProgressCallback) -> str:
         logging.getLogger("dsm_jax").info("compiled a step")
         logging.getLogger("dsm_jax").warning("a recording is short")
-        Run(tmp_path / "digits", CONFIG).train(STEP, start(), data())
+        Run(tmp_path / "digits", CONFIG, progress).train(STEP, start(), data())
         return "the model"
 
     monkeypatch.setattr(tasks, "library_tasks", lambda: {"finetune": (FinetuneConfig, regression)})

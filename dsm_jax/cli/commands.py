@@ -68,11 +68,10 @@ def train(args: argparse.Namespace) -> int:
     set_up_jax(args)
     malloc.set_pieces_aside_after_compiling()
     from dsm_jax import tasks
-    from dsm_jax.training import loop
 
     config, run = tasks.read_config(args.config, tasks.library_tasks())
-    with terminal.training_bar(quiet=args.quiet) as progress, loop.reporting(progress):
-        model = run(config, resume=args.resume)
+    with terminal.training_bar(quiet=args.quiet) as progress:
+        model = run(config, resume=args.resume, progress=progress)
     if not args.quiet:
         terminal.note(f"trained: {model!r}")
     return 0

@@ -25,6 +25,7 @@ from dsm_jax.errors import CheckpointError, ConfigError, TrainingError
 from dsm_jax.models.family import FAMILIES
 from dsm_jax.models.parameters import read_dtype
 from dsm_jax.nn.precision import set_compute_dtype
+from dsm_jax.progress import ProgressCallback
 from dsm_jax.sharding import Sharding
 from dsm_jax.training import lora
 from dsm_jax.training.conversation_rows import CsmRows
@@ -169,7 +170,13 @@ TASKS: Mapping[str, _Task] = {
 }
 
 
-def finetune(config: FinetuneConfig, *, resume: bool = False, mesh: Mesh | None = None) -> Model:
+def finetune(
+    config: FinetuneConfig,
+    *,
+    resume: bool = False,
+    mesh: Mesh | None = None,
+    progress: ProgressCallback | None = None,
+) -> Model:
     """Fine-tune a model and write it, in its family's layout and float32, to `model` in the run's folder.
 
     Args:
@@ -177,6 +184,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, mesh: Mesh | None 
       resume: whether to continue from the run's last checkpoint.
       mesh: devices, with an axis "data" that splits each batch, an axis "model" that splits the parameters, or both.
         None uses as many of the available devices as can split a batch equally.
+      progress: called after each step with the number of steps, those before a resumption included.
 
     Returns:
       The model that was written, in float32, with adapters merged.
@@ -187,7 +195,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, mesh: Mesh | None 
       TrainingError: the data cannot be trained on, a loss is not finite, a checkpoint or the model cannot be written,
         there is no run to resume, or a run would be overwritten.
     """
-    run = Run(Path(config.output), config.run)
+    run = Run(Path(config.output), config.run, progress)
     _check_output(run, resume)
     dtype = read_dtype(config.compute_dtype)
     mesh = _mesh(config, mesh)

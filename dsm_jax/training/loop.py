@@ -4,7 +4,6 @@ A run's folder holds `metrics.jsonl` (one object per logged step), `checkpoints/
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import io
 import json
@@ -27,7 +26,6 @@ from dsm_jax.training.step import Loss, Metrics, OptimizerConfig, TrainState, in
 StepFunction = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 Record = Mapping[str, Any]  # metrics of a logged step; None replaces NaN and infinity, which JSON lacks
 _log = logging.getLogger("dsm_jax.training")
-_reporting: contextvars.ContextVar[ProgressCallback | None] = contextvars.ContextVar("reporting", default=None)
 _COLOURS = 64  # in the plot's palette: the file is less than a third as large as with all colours of antialiasing
 
 
@@ -53,13 +51,14 @@ class Run:
     Args:
       folder: the run's folder; made if it does not exist.
       config: settings of the run.
+      progress: called after each step with the number of steps, those before a resumption included.
 
     Raises:
       TrainingError: the folder cannot be made.
     """
 
-    def __init__(self, folder: Path, config: RunConfig):
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: RunConfig, progress: ProgressCallback | None = None):
+        self.folder, self.config, self._progress = folder, config, progress
         self._checkpoints = (folder / "checkpoints").absolute()
         self._metrics = folder / "metrics.jsonl"
         try:
@@ -161,7 +160,7 @@ class Run:
         *,
         evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     ) -> TrainState:
-        """Train to the last step; log each record, and call the callback of `reporting` after each step.
+        """Train to the last step; log each record, and report each step.
 
         Args:
           step: train step, from `make_step`.
@@ -185,12 +184,11 @@ class Run:
         records = self._read_records(first)
         pending: list[Metrics] = []
         began = time.perf_counter()
-        report = _reporting.get() or _ignore
-        report(Progress(first, last))
+        self._report(first)
         for number in range(first + 1, last + 1):
             state, metrics = step(state, self._next(data, number))
             pending.append(metrics)
-            report(Progress(number, last))
+            self._report(number)
             saves = number % self.config.save_every == 0 or number == last
             if number % self.config.log_every and not saves:
                 continue
@@ -209,6 +207,10 @@ class Run:
         with _writing(picture):
             draw_curve(records, picture)
         return state
+
+    def _report(self, step: int) -> None:
+        if self._progress is not None:
+            self._progress(Progress(step, self.config.steps))
 
     def _next(self, data: Iterator[Any], number: int) -> Any:
         try:
@@ -251,24 +253,6 @@ class Run:
     def _append(self, record: Record) -> None:
         with _writing(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-
-
-@contextlib.contextmanager
-def reporting(progress: ProgressCallback) -> Iterator[None]:
-    """Report the steps of the trainings in the block, whichever function starts them.
-
-    Args:
-      progress: called after each step with the number of steps, those before a resumption included.
-    """
-    token = _reporting.set(progress)
-    try:
-        yield
-    finally:
-        _reporting.reset(token)
-
-
-def _ignore(progress: Progress) -> None:
-    """Take a progress that nobody asked for."""
 
 
 def fit(

@@ -53,15 +53,9 @@ def train(args: argparse.Namespace) -> None:
     if args.device:
         jax.config.update("jax_platforms", PLATFORMS[args.device])
     jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
-    from dsm_jax.training import loop
-
     config, run = tasks.read_config(config_path(args.config), tasks_of_recipe())
-    with (
-        terminal.messages(quiet=False, verbose=False),
-        terminal.training_bar(quiet=False) as progress,
-        loop.reporting(progress),
-    ):
-        model = run(config, resume=args.resume)
+    with terminal.messages(quiet=False, verbose=False), terminal.training_bar(quiet=False) as progress:
+        model = run(config, resume=args.resume, progress=progress)
     terminal.note(f"trained: {model!r}")
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from dsm_jax import checkpoints
 from dsm_jax.configs import LMConfig, MimiConfig, ModelConfig, QuantizerConfig, SamplingDefaults, SttConfig
 from dsm_jax.models.mimi import Mimi
+from dsm_jax.progress import ProgressCallback
 from dsm_jax.stt.words import Timing
 from dsm_jax.tokenizers import load_tokenizer
 from dsm_jax.training.alignment import text_stream
@@ -110,12 +111,15 @@ def lm_config(quantizer: QuantizerConfig, text_card: int, context: int) -> LMCon
     )
 
 
-def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.Model:
+def train_digits(
+    config: DigitsConfig, *, resume: bool = False, progress: ProgressCallback | None = None
+) -> checkpoints.Model:
     """Train both networks and write the model, in Kyutai's layout, to `output/digits`.
 
     Args:
       config: settings of the recipe.
       resume: whether to continue each stage from its last checkpoint.
+      progress: called after each step of a stage with the number of its steps.
 
     Returns:
       The model, loaded from its folder.
@@ -148,9 +152,9 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
         (30, "codec_truncated", config.codec_truncated),
     )
     for draw, name, stage in stages:
-        run = Run(output / name, stage.run)
+        run = Run(output / name, stage.run, progress)
         trainee = train_codec(stage, run, trainee, *rows(stage, draw), seed=seed, resume=resume, fresh=draw == 0)
-    run = Run(output / "decoder", config.decoder.run)
+    run = Run(output / "decoder", config.decoder.run, progress)
     trained = train_decoder(config.decoder, run, trainee.mimi, *rows(config.decoder, 20), seed=seed, resume=resume)
     mimi_def, _ = nnx.split(nnx.eval_shape(lambda: Mimi(sizes, rngs=nnx.Rngs(0))))
     # The language model learns the codes of the codec as released, after rounding.
@@ -181,7 +185,7 @@ def train_digits(config: DigitsConfig, *, resume: bool = False) -> checkpoints.M
 
     trained = train_lm(
         config.lm,
-        Run(output / "lm", config.lm.run),
+        Run(output / "lm", config.lm.run, progress),
         lm,
         loss(config.lm.objective),
         loss(config.lm.objective.without_dropout()),

@@ -27,6 +27,7 @@ from dsm_jax.configs import (
 )
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.streams import ZERO_TOKEN
+from dsm_jax.progress import ProgressCallback
 from dsm_jax.stt.words import Timing
 from dsm_jax.tokenizers import load_tokenizer
 from dsm_jax.training.alignment import speaker_prefixes, text_stream
@@ -139,12 +140,15 @@ def one_hot_loss(objective: TtsObjective, speakers: int) -> LmLoss:
     return loss
 
 
-def train_digits_tts(config: DigitsTtsConfig, *, resume: bool = False) -> checkpoints.Model:
+def train_digits_tts(
+    config: DigitsTtsConfig, *, resume: bool = False, progress: ProgressCallback | None = None
+) -> checkpoints.Model:
     """Train the language model and write it, with codec and voices and in Kyutai's layout, to `output/digits-tts`.
 
     Args:
       config: settings of the recipe.
       resume: whether to continue from the last checkpoint.
+      progress: called after each step with the number of steps.
 
     Returns:
       The model, loaded from its folder.
@@ -184,7 +188,7 @@ def train_digits_tts(config: DigitsTtsConfig, *, resume: bool = False) -> checkp
 
     trained = train_lm(
         stage,
-        Run(output / "lm", stage.run),
+        Run(output / "lm", stage.run, progress),
         lm,
         one_hot_loss(stage.objective, len(speakers)),
         one_hot_loss(stage.objective.without_dropout(), len(speakers)),

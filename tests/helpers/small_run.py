@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dsm_jax.errors import TrainingError
+from dsm_jax.progress import ProgressCallback
 from dsm_jax.training.data import batches
 from dsm_jax.training.loop import Run, RunConfig
 from dsm_jax.training.step import OptimizerConfig, TrainState, init, make_step
@@ -81,8 +82,8 @@ def assert_same(a: TrainState, b: TrainState):
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def stopped(folder: Path, steps: int) -> Run:
+def stopped(folder: Path, steps: int, progress: ProgressCallback | None = None) -> Run:
     """Run with data that ends early."""
     with pytest.raises(TrainingError, match=f"the data ended before step {steps + 1} of 10; give more, or fewer steps"):
-        Run(folder, CONFIG).train(STEP, start(), itertools.islice(data(), steps), evaluate=evaluate)
+        Run(folder, CONFIG, progress).train(STEP, start(), itertools.islice(data(), steps), evaluate=evaluate)
     return Run(folder, CONFIG)
