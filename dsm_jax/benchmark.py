@@ -33,8 +33,8 @@ from dsm_jax.runtime.compile import compiled, plain
 from dsm_jax.runtime.steps import Leave
 from dsm_jax.stt import program as stt_program
 from dsm_jax.tts import host as tts_host
-from dsm_jax.tts import program as tts_program
 from dsm_jax.tts.script import Entry
+from dsm_jax.tts.state import TtsSettings
 from dsm_jax.tts.words import WordMachine
 
 SIZES = {"stt-1b": presets.STT_1B, "stt-2.6b": presets.STT_2_6B}
@@ -154,7 +154,7 @@ def tts_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, A
         max_steps=30_000,
     )
     delay_steps = int(tts.audio_delay * config.mimi.frame_rate)
-    settings = tts_program.TtsSettings(slots=batch, machine=machine, delay_steps=delay_steps, steps=1)
+    settings = TtsSettings(slots=batch, machine=machine, delay_steps=delay_steps, steps=1)
     model = Model(config, lm_def, lm_params, mimi_def, mimi_params, None, "random")
     program = tts_host.TtsProgram(model, request.fitted(settings))
     state = program.init()

@@ -19,6 +19,7 @@ from dsm_jax.runtime.compile import compiled
 from dsm_jax.sharding import RULES, letters_of
 from dsm_jax.stt import program as stt_program
 from dsm_jax.tts import program as tts_program
+from dsm_jax.tts.state import TtsSettings
 from dsm_jax.tts.words import WordMachine
 from tests.helpers import csm_model, small
 
@@ -77,7 +78,7 @@ def test_names_of_the_programs_states_end_in_axis_letters():
 
     stt = state(stt_program, small.STT, stt_program.SttSettings(3, 64))
     machine = WordMachine(small.TTS.text_card + 1)
-    settings = tts_program.TtsSettings(slots=3, machine=machine, delay_steps=2, guided=True, prefix_frames=64)
+    settings = TtsSettings(slots=3, machine=machine, delay_steps=2, guided=True, prefix_frames=64)
     tts = state(tts_program, small.TTS, settings)
     conditions = dataclasses.replace(tts, conditions=None)  # tuples of keys and values, whose letters the layers know
     csm = state(csm_program, csm_model.CSM, csm_program.CsmSettings(slots=3, positions=64), CsmLM)

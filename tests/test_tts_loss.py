@@ -21,8 +21,8 @@ from dsm_jax.training.losses.tts import TtsObjective, decisions, sampled_steps, 
 from dsm_jax.training.step import OptimizerConfig, init, make_step
 from dsm_jax.tts import voices
 from dsm_jax.tts.host import SpeechRequest
-from dsm_jax.tts.program import TtsSettings
 from dsm_jax.tts.script import MAIN, entries_of
+from dsm_jax.tts.state import TtsSettings
 from dsm_jax.tts.words import WordMachine
 from tests.helpers import checkpoint_maker, speaking, tts_model
 from tests.helpers.tokenizer_maker import make_tokenizer

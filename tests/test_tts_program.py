@@ -23,8 +23,8 @@ from dsm_jax.runtime.compile import compilations
 from dsm_jax.runtime.steps import Leave, step_limits
 from dsm_jax.tts import program
 from dsm_jax.tts.host import SpeechRequest
-from dsm_jax.tts.program import TtsSettings
 from dsm_jax.tts.script import NEW_WORD, PAD, Entry
+from dsm_jax.tts.state import TtsSettings
 from dsm_jax.tts.words import WordMachine
 from tests.helpers import small
 from tests.helpers.optimized import compile_optimized

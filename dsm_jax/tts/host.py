@@ -16,18 +16,9 @@ from dsm_jax.runtime.compile import compiled, plain
 from dsm_jax.runtime.slots import grow
 from dsm_jax.runtime.steps import Leave, step_limits
 from dsm_jax.tts import voices
-from dsm_jax.tts.program import (
-    ConditionValues,
-    StepOutputs,
-    TtsRequest,
-    TtsSettings,
-    TtsState,
-    extend,
-    init_state,
-    insert,
-    step,
-)
+from dsm_jax.tts.program import extend, init_state, insert, step
 from dsm_jax.tts.script import Entry, Script, capacity, pack
+from dsm_jax.tts.state import ConditionValues, StepOutputs, TtsRequest, TtsSettings, TtsState
 
 _PREFIX_STEP = 64  # the room for prefixes grows by so many frames, so that few sizes are ever compiled
 
@@ -125,7 +116,7 @@ class TtsProgram:
         self._compile(settings)
 
     def _compile(self, settings: TtsSettings) -> None:
-        """Compiles before any state is allocated, so that the two peaks of memory do not add up."""
+        """Compile the program before any state is allocated, so that the two peaks of memory do not add up."""
         self.settings = settings
         self._init, self._insert, self._extend, self._step = (
             compiled(function, self._graphs, settings, donate)

@@ -240,7 +240,7 @@ def pack(
     *,
     room: tuple[int, int] | None = None,
 ) -> Script:
-    """Packs entries into arrays.
+    """Pack entries into arrays.
 
     Args:
       rows: the entries that are known of each row; a row may have none.

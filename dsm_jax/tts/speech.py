@@ -12,8 +12,8 @@ from dsm_jax.errors import CheckpointError, ConfigError, DsmError, SpeechError
 from dsm_jax.models.family import require
 from dsm_jax.options import check_sampling
 from dsm_jax.speech import SpokenWord
-from dsm_jax.tts.program import TtsSettings
 from dsm_jax.tts.script import Entry
+from dsm_jax.tts.state import TtsSettings
 from dsm_jax.tts.voices import Voice
 from dsm_jax.tts.words import WordMachine
 

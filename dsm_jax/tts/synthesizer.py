@@ -18,9 +18,9 @@ from dsm_jax.speaking import SpeakingSession
 from dsm_jax.speech import IncompleteSpeechError, Speech
 from dsm_jax.tts import voices
 from dsm_jax.tts.host import SpeechRequest, TtsProgram
-from dsm_jax.tts.program import StepOutputs
 from dsm_jax.tts.script import Entry, entries_of
 from dsm_jax.tts.speech import Request, SynthesizeOptions, settings_of, words_at
+from dsm_jax.tts.state import StepOutputs
 
 CUT_FRAMES = 2  # of a recording to go on from, at its end: the codec has not seen what follows them
 

@@ -195,7 +195,7 @@ def _index(conditioner: LutConditioner, guidance: float | None) -> int | None:
 
 
 def _slots(given: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lays the voices of a request end to end in its slots, [S * X, C], and marks the slots that are filled."""
+    """Lay the voices of a request end to end in its slots, [S * X, C], and mark the slots that are filled."""
     if not 1 <= len(given) <= SLOTS:
         raise SpeechError(f"a request has {len(given)} voices; this model needs 1 to {SLOTS}: give a voice")
     lengths = sorted({len(voice) for voice in given})

@@ -176,7 +176,7 @@ def ready_B(machine: WordMachine, script: Script, state: WordState) -> jax.Array
 
 
 def _must_pad_B(state: WordState) -> jax.Array:
-    """Rows in which no word may begin: one is being fed, or a pause lasts."""
+    """Tell in which rows no word may begin: one is being fed, or a pause lasts."""
     return (state.token_B < state.token_end_B) | (state.forced_B > 0)
 
 

@@ -16,7 +16,7 @@ from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.runtime.steps import Leave
 from dsm_jax.tts.host import SpeechRequest, TtsProgram
-from dsm_jax.tts.program import StepOutputs, TtsSettings, TtsState
+from dsm_jax.tts.state import StepOutputs, TtsSettings, TtsState
 
 _ENDLESS = 500  # steps
 

@@ -20,8 +20,8 @@ from dsm_jax.models.mimi import Mimi
 from dsm_jax.nn.sampling import sample, top_k_capacity
 from dsm_jax.tts import voices
 from dsm_jax.tts.host import SpeechRequest
-from dsm_jax.tts.program import TtsSettings
 from dsm_jax.tts.script import Entry, entries_of
+from dsm_jax.tts.state import TtsSettings
 from dsm_jax.tts.words import WordMachine
 from tests.helpers.speaking import Loop, Said
 from tests.parity import references
