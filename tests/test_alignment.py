@@ -40,7 +40,7 @@ def spoken(*words: tuple[str, float]) -> list[WordSpan]:
 
 @st.composite
 def apart(draw) -> list[WordSpan]:
-    """Words with room for a boundary and all pieces before the next one, and 2 frames at least."""
+    """Draw words with room for a boundary and all pieces before the next one, and 2 frames at least."""
     words, at = [], draw(st.floats(0, 2))
     for text in draw(st.lists(st.sampled_from(WORDS), max_size=8)):
         words.append(WordSpan(text, at, at + 0.1))

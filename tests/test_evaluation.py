@@ -37,7 +37,7 @@ def pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def distance(a: list[str], b: list[str]) -> int:
-    """Levenshtein's, by the textbook."""
+    """Return Levenshtein's distance, by the textbook."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         before, row[0] = row[0], i
@@ -59,7 +59,7 @@ def evaluation(*rows: FileResult, **changes) -> Evaluation:
 
 @pytest.fixture
 def transcribed(monkeypatch):
-    """Stands in for the transcription: what each recording says, by its name; counts what it was asked for."""
+    """Stand in for the transcription: what each recording says, by its name; count what it was asked for."""
     transcripts: dict[str, object] = {}
     asked: list[str] = []
 

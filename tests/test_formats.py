@@ -148,7 +148,7 @@ def test_how_long_a_cue_shows():
 
 
 def check_cues(words: list[Word]) -> None:
-    """Fails unless the cues of these words keep every promise of `formats`."""
+    """Fail unless the cues of these words keep every promise of `formats`."""
     made = cues(words)
     texts = [" ".join(word.text.split()) for word in words]
     assert [line for cue in made for line in " ".join(cue.lines).split()] == " ".join(texts).split()

@@ -31,6 +31,7 @@ LEVELS = (
 RANK = {part: rank for rank, parts in enumerate(LEVELS) for part in parts}
 OUTSIDE = ("tests", "examples", "recipes")  # what the library never imports
 CLAUSES = ("what", "whatever", "how", "which", "whichever", "where", "whether", "when", "who", "whose", "why")
+THIRD = re.compile(r"[A-Z][a-z]+[a-rt-z]s")  # "Reads", "Words": a verb of the third person, or a noun
 RESOLVERS = ("import_module", "resolve_name")  # functions that import what a text names
 
 
@@ -65,7 +66,7 @@ def imports(path: Path, *, running: bool = False) -> Iterator[tuple[int, str]]:
 
 
 def part_of(dotted: str) -> str:
-    """Names the ranked part that `dsm_jax.part.rest` belongs to; the package itself for its public names."""
+    """Name the ranked part that `dsm_jax.part.rest` belongs to; the package itself for its public names."""
     second = dotted.partition(".")[2].partition(".")[0]
     return second if second in RANK else "dsm_jax"
 
@@ -88,7 +89,7 @@ def layering_faults(root: Path) -> list[str]:
 
 
 def ghost_faults(root: Path) -> list[str]:
-    """Ranks of parts that do not exist."""
+    """Return ranks of parts that do not exist."""
     there = {path.stem for path in (root / "dsm_jax").iterdir()} | {"convert", "dsm_jax"}
     return [f"{part} has a rank and does not exist; take it out of LEVELS" for part in sorted(RANK.keys() - there)]
 
@@ -101,7 +102,7 @@ def module_of(place: Path) -> str:
 
 
 def circle_faults(root: Path) -> list[str]:
-    """Modules that import each other, imports inside functions included.
+    """Return modules that import each other, imports inside functions included.
 
     That a module's own packages are imported before it does not count: a package counts where a name is taken from it.
     """
@@ -129,15 +130,26 @@ def naming_faults(root: Path) -> list[str]:
 
 
 def prose_faults(root: Path) -> list[str]:
-    """Docstrings that open with a clause in place of a verb and its object, or a noun."""
+    """Return docstrings that open with a clause in place of a verb and its object, or a noun.
+
+    A function's docstring opens with a verb in the imperative. A property's may be a noun, and so may a test's, whose
+    docstring adds to its name.
+    """
     faults = []
     for path in sources(root, "dsm_jax", "convert", "recipes", "examples", "tests"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 first = (ast.get_docstring(node) or "").split(maxsplit=1)[:1]
-                if first and first[0].rstrip(",").lower() in CLAUSES:
+                if first and (first[0].rstrip(",").lower() in CLAUSES or (_acts(node) and THIRD.fullmatch(first[0]))):
                     faults.append(f"{path.relative_to(root)}: a docstring opens with {first[0]}; begin with a verb")
     return faults
+
+
+def _acts(node: ast.AST) -> bool:
+    """Tell whether a docstring belongs to a function that is neither a property, nor a fixture, nor a test."""
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("test_"):
+        return False
+    return not any("property" in (said := ast.unparse(one)) or "fixture" in said for one in node.decorator_list)
 
 
 def citation_faults(root: Path) -> list[str]:
@@ -278,8 +290,14 @@ def test_an_unknown_name_is_an_ordinary_error():
 
 def test_a_docstring_that_opens_with_a_clause_is_found(tmp_path):
     plant(tmp_path, "dsm_jax/a.py", '"""Read."""\n\n\nclass A:\n    """What is read."""\n')
-    plant(tmp_path, "dsm_jax/b.py", '"""Tell what is read."""\n')
-    assert prose_faults(tmp_path) == ["dsm_jax/a.py: a docstring opens with What; begin with a verb"]
+    plant(tmp_path, "dsm_jax/b.py", '"""Tell what is read."""\n\n\ndef _read():\n    """Reads a file."""\n')
+    plant(
+        tmp_path, "dsm_jax/c.py", 'class C:\n    @property\n    def seconds(self):\n        """Seconds of sound."""\n'
+    )
+    assert sorted(prose_faults(tmp_path)) == [
+        "dsm_jax/a.py: a docstring opens with What; begin with a verb",
+        "dsm_jax/b.py: a docstring opens with Reads; begin with a verb",
+    ]
 
 
 def test_a_test_that_a_page_names_in_vain_is_found(tmp_path):

@@ -115,7 +115,7 @@ def test_cancelling_speech_at_random_changes_no_other(speaker):
 
 
 def same_as_alone(found, alone) -> None:
-    """Tokens, text and times are equal; of probabilities only sums in another order may tell batches apart."""
+    """Assert equal tokens, text and times; of probabilities only sums in another order may tell batches apart."""
     assert found.frames == alone.frames or found.frames.text_tokens == alone.frames.text_tokens
     assert found.text == alone.text
     assert [(word.text, word.start, word.end) for word in found.words] == [

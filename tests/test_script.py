@@ -14,13 +14,13 @@ from tests.helpers.tokenizer_maker import make_tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
-    """Letters and a few whole words; no digits, brackets or apostrophes."""
+    """Return a tokenizer of letters and a few whole words; no digits, brackets or apostrophes."""
     return load_tokenizer(make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "t.model", 80))
 
 
 @pytest.fixture(scope="module")
 def read(tokenizer):
-    """Entries at 12.5 steps a second, of a model that knows two speakers unless told."""
+    """Return entries at 12.5 steps a second, of a model that knows two speakers unless told."""
 
     def entries(*turns: str, multi_speaker: bool = True, padding_between: int = 0) -> list[Entry]:
         return entries_of(

@@ -26,7 +26,7 @@ MACHINES = tuple(rules.machine for rules in RULES)
 
 @st.composite
 def scripts(draw) -> tuple[list[list[int]], list[int], int]:
-    """Draws words as tokens, the steps at which they are to start, some of them too early, and the end."""
+    """Draw words as tokens, the steps at which they are to start, some of them too early, and the end."""
     tokens = st.lists(st.integers(PAD + 1, CARD - 2), min_size=1, max_size=5)
     script = draw(st.lists(tokens, max_size=8))
     starts = sorted(draw(st.lists(st.integers(0, 50), min_size=len(script), max_size=len(script))))

@@ -258,7 +258,7 @@ def test_progress_counts_the_seconds_there_are(model, speech):
 
 @pytest.fixture(scope="module")
 def say(model):
-    """Says pieces of text live; a function, as a failing example is shown with all of a fixture's value."""
+    """Say pieces of text live; a function, as a failing example is shown with all of a fixture's value."""
     return lambda pieces: np.concatenate(
         list(dsm_jax.synthesize_stream(model, pieces, voice=VOICE, options=GREEDY))
     ).tobytes()

@@ -30,7 +30,7 @@ class WerStats:
 
     @property
     def word_error_rate(self) -> float:
-        """Edits per reference word; the number of inserted words if there are no reference words."""
+        """Return the edits per reference word; the number of inserted words if there are no reference words."""
         return (self.substituted + self.inserted + self.deleted) / max(self.words, 1)
 
     @property

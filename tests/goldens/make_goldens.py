@@ -225,7 +225,7 @@ def _language_model(config: dict[str, Any]) -> LMModel:
 
 
 def _tokens(random: np.random.Generator, config: dict[str, Any]) -> torch.Tensor:
-    """Tokens [2, K, STEPS], one in ten of them -1."""
+    """Draw tokens [2, K, STEPS], one in ten of them -1."""
     cards = np.array([config["text_card"]] + [config["card"]] * config["n_q"])
     codes_BKT = random.integers(0, cards[:, None], size=(2, len(cards), STEPS))
     return torch.from_numpy(np.where(random.random(codes_BKT.shape) < 0.1, -1, codes_BKT))

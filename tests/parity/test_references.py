@@ -155,7 +155,7 @@ def test_no_parameter_of_the_language_model_is_idle():
 
 
 def idle_parameters(model: torch.nn.Module, answer: Callable[[], list[torch.Tensor]]) -> set[str]:
-    """Names of the tensors that can change without changing the answer."""
+    """Return names of the tensors that can change without changing the answer."""
     idle = set()
     with references.inference():
         before = answer()

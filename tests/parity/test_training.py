@@ -31,7 +31,7 @@ NEARLY_CANCELS, ITS_ROUNDING = "mimi.encoder.model.0.conv.conv.weight", 1e-3
 
 
 def published(table: pieces.Table, values: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Parameters of this library, or their gradients, as a file of the reference has them."""
+    """Return parameters of this library, or their gradients, as a file of the reference has them."""
     return {tensor.name: np.array(tensor.make()) for tensor in pieces.save(table, values, lambda name: values[name])}
 
 

@@ -46,7 +46,7 @@ def moshi_pad(pcm_S: np.ndarray, stt_config: dict[str, Any]) -> np.ndarray:
 
 
 def moshi_codes(folder: Path, pcm_S: np.ndarray, streaming: bool = False) -> np.ndarray:
-    """Codes [Q, T], int32: of the whole clip (padded to full frames), or frame by frame (a partial one dropped)."""
+    """Return codes [Q, T], int32: of the whole clip, padded to full frames, or by frames, a partial one dropped."""
     mimi = load_mimi(folder)
     pcm = _batch(pcm_S)
     with inference():
@@ -95,7 +95,7 @@ def moshi_tokens(folder: Path, codes_QT: np.ndarray) -> TextRun:
 
 
 def rusty_codes(folder: Path, pcm_S: np.ndarray) -> np.ndarray:
-    """Codes [Q, T], int32, of the whole clip by the Rust codec, which reads the published shape only."""
+    """Return codes [Q, T], int32, of the whole clip by the Rust codec, which reads the published shape only."""
     tokenizer = rustymimi.Tokenizer(str(_mimi_path(folder)))
     return tokenizer.encode(pcm_S[None, None])[0].astype(np.int32)
 

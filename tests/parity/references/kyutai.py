@@ -99,7 +99,7 @@ def make_mimi(path: Path, *, published: bool = False, seed: int = SEED, spelling
 
 
 def make_weight_normed_mimi(source: Path, target: Path) -> Path:
-    """Rewrites a Mimi weight file with every SEANet convolution split into `weight_g` and `weight_v`.
+    """Rewrite a Mimi weight file with every SEANet convolution split into `weight_g` and `weight_v`.
 
     Training stores them so, and the Rust loader still reads it: weight = g v / |v|, the norm over all axes but the
     first, which for a transposed convolution counts input channels.
@@ -136,7 +136,7 @@ def stt_config(size: Size, *, extra_heads: bool = False) -> dict[str, Any]:
 
 
 def mimi_config(published: bool) -> dict[str, Any]:
-    """Mimi's configuration as `moshi.models.loaders.get_mimi` takes it."""
+    """Return Mimi's configuration as `moshi.models.loaders.get_mimi` takes it."""
     config = dict(loaders._mimi_config)
     if not published:
         config |= {part: config[part] | changes for part, changes in _SMALL_MIMI.items()}

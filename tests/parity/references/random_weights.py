@@ -79,7 +79,7 @@ def random_mimi(config: dict[str, Any], num_codebooks: int, seed: int) -> MimiMo
 def random_lm(
     shapes: dict[str, tuple[int, ...]], num_audio_codebooks: int, seed: int, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Weights for the language model whose parameters have these names and shapes.
+    """Return weights for the language model whose parameters have these names and shapes.
 
     The rows of the text head that belong to tokens 0 (a word begins) and 3 (padding) are longer than the others, so
     that each of the two wins about one frame in four, as neither would among thousands of equal rows.
@@ -99,7 +99,7 @@ def random_lm(
     tensors = {}
     for name, shape in shapes.items():
         # A tensor's draw depends on its name only, so that pause heads can be added without changing the rest.
-        generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         tensors[name] = _lm_tensor(name, torch.randn(shape, generator=generator), num_audio_codebooks).to(dtype)
     return tensors
 

@@ -14,7 +14,7 @@ _WORD, _END, _PADDING = 0, 2, 3
 def moshi_timestamped(
     tokens_T: Sequence[int], tokenizer_path: Path, offset_seconds: float
 ) -> list[tuple[str, float, float]]:
-    """Words of a token stream, in the order in which they were said.
+    """Return words of a token stream, in the order in which they were said.
 
     A word lies strictly between two tokens 0; what comes before the first is dropped. When several words share one
     segment, each but the last gets as many frames as it has pieces.

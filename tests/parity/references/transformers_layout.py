@@ -103,7 +103,7 @@ def make_transformers_mimi(kyutai_folder: Path, folder: Path) -> Path:
 
 
 def transformers_codes(folder: Path, pcm_S: np.ndarray) -> np.ndarray:
-    """Codes [Q, T], int32, of the whole clip, by the codec inside a `-trfs` folder."""
+    """Return codes [Q, T], int32, of the whole clip, by the codec inside a `-trfs` folder."""
     with inference():
         return _stt(folder).codec_model.encode(_batch(pcm_S)).audio_codes[0].numpy().astype(np.int32)
 
