@@ -2,7 +2,8 @@
 
 Each recording needs a JSON file of the same name with the words and their times, as for `examples/finetune.py`. Without
 arguments, the example trains `digits-tts` on the synthetic voice of `examples/new_speaker`. `digits` transcribes the
-speech.
+speech, and also the speaker's own recordings after the codec: speech that imitates the voice perfectly would have as
+many errors as these (docs/decisions/0024-errors-of-a-new-voice.md).
 
 The voices of `digits-tts` are one-hot vectors, so a new speaker has no embedding. The example draws a random unit
 vector, which is neither a voice of the model nor a blend of voices. For a published model, give the speaker's embedding
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import dsm_jax
-from dsm_jax.training.data import WordSpan
+from dsm_jax.training.data import WordSpan, read_recordings
 from dsm_jax.training.evaluate import WerStats, total_word_errors
 from dsm_jax.training.finetune import FinetuneConfig, finetune
 from dsm_jax.training.loop import RunConfig
@@ -35,9 +36,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="digits-tts")
     parser.add_argument("--voice", type=Path, help="safetensors file of the new voice; without it, a random vector")
     parser.add_argument("--output", type=Path, default=Path("out/new_voice"), help="checkpoints, curve and model")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-4)
-    parser.add_argument("--rank", type=int, default=16, help="rank of the adapters; 0 trains the whole model")
+    parser.add_argument("--steps", type=int, default=210)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--rank", type=int, default=32, help="rank of the adapters; 0 trains the whole model")
     parser.add_argument("--sentences", type=int, default=100, help="utterances to count errors on")
     parser.add_argument("--resume", action="store_true")
     return parser.parse_args()
@@ -69,10 +70,19 @@ def errors(model: dsm_jax.Model, voice: Path, count: int) -> WerStats:
     return total_word_errors(zip(spoken, transcripts, strict=True))
 
 
+def errors_of_recordings(model: dsm_jax.Model, folder: Path) -> WerStats:
+    """Count the errors in transcripts of recordings that went through the model's codec."""
+    recordings = read_recordings(folder, model.sample_rate)
+    decoded = [dsm_jax.decode(model, dsm_jax.encode(model, recording.audio)) for recording in recordings]
+    transcripts = dsm_jax.transcribe(dsm_jax.load("digits"), decoded)
+    return total_word_errors(zip([recording.words for recording in recordings], transcripts, strict=True))
+
+
 def main() -> None:
     args = arguments()
     model = dsm_jax.load(args.model)
     voice = args.voice or draw_voice(args.output.with_name(f"{args.output.name}-voice"), model)
+    print(f"the speaker's recordings, after the codec: {errors_of_recordings(model, args.validation)}")
     print(f"before: {errors(model, voice, args.sentences)}")
     config = FinetuneConfig(
         data=str(args.data),

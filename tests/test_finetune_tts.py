@@ -269,7 +269,8 @@ def test_the_example_learns_a_voice_and_counts_errors(checkpoint, data, tmp_path
     flat = [str(part) for pair in arguments.items() for part in pair]
     monkeypatch.setattr(sys, "argv", ["finetune_tts.py", str(data), *flat])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
-    before, after, _ = capsys.readouterr().out.splitlines()
+    recorded, before, after, _ = capsys.readouterr().out.splitlines()
+    assert recorded.startswith("the speaker's recordings, after the codec: word error rate ")
     assert before.startswith("before: word error rate ")
     assert after == before.replace("before", "after"), "the same three texts, each transcribed as one word"
     assert (tmp_path / "run/model/voices/ann.safetensors").is_file()
