@@ -21,7 +21,7 @@ QUIET_CORES = 0.1  # a measurement is disturbed if other programs use more cores
 def about(threads: int) -> Row:
     """Collect the part that all rows of a run share: device, threads, date and versions of packages."""
     return {
-        "device": cpu_name(),
+        "device": cpu_name(_cpuinfo()),
         "threads": threads,
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
@@ -40,13 +40,21 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def cpu_name() -> str:
-    """Return the processor's name."""
+def _cpuinfo() -> str:
     try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return Path("/proc/cpuinfo").read_text()
     except OSError:
-        names = []
-    return names[0].strip() if names else platform.processor() or platform.machine()
+        return ""
+
+
+def cpu_name(cpuinfo: str) -> str:
+    """Return the processor's name, and its widest vector instructions where Linux' description of it tells them."""
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    wide = {"avx512f": "AVX-512", "avx2": "AVX2"}
+    known = (title for flag, title in wide.items() if re.search(rf"^flags\s*:.*\b{flag}\b", cpuinfo, re.MULTILINE))
+    vectors = next(known, None)
+    return name if vectors is None else f"{name} with {vectors}"
 
 
 def slug(device: str) -> str:
