@@ -85,6 +85,14 @@ def test_checkpoints_are_made_only_for_tasks_that_read_them():
     assert runner.checkpoints_needed(["train_lm_step", "transcribe_45s"], ["ours"])
 
 
+def test_a_processor_is_named_with_its_widest_vectors_as_they_decide_which_products_are_fast():
+    head = "processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu "
+    assert rows.cpu_name(head + "avx avx2 avx512f avx512bw") == "AMD EPYC with AVX-512"
+    assert rows.cpu_name(head + "avx avx2") == "AMD EPYC with AVX2"
+    assert rows.cpu_name(head + "avx") == "AMD EPYC"
+    assert rows.cpu_name("")
+
+
 def test_a_device_becomes_part_of_a_file_name():
     assert rows.slug("AMD EPYC 9B14 (96-Core)") == "amd-epyc-9b14-96-core"
 

@@ -91,6 +91,21 @@ def test_conversations_run_as_the_page_says(desk, talk):
         assert soundfile.info(folder / f"{name}.wav").duration > 0
 
 
+def test_conversations_are_trained_on_as_the_page_says(desk, talk):
+    folder, _ = desk
+    text = page("training.md")
+    for name in "abc":
+        shutil.copy(folder / "first.wav", folder / f"{name}.wav")
+    lines = blocks(text, "jsonl")
+    assert len(lines) == 2
+    (folder / "talks.jsonl").write_text("".join(lines))
+    (settings,) = blocks(text, "json")
+    assert '"steps": 500' in settings
+    (folder / "talks.json").write_text(settings.replace('"steps": 500', '"steps": 2'))
+    run(desk, "dsm-jax", "train", "talks.json")
+    assert (folder / "learnt/model/config.json").is_file()
+
+
 def _is_ours(block: str) -> bool:
     """Return whether an example is of this library, and needs no package that the tests do not install."""
     return not block.startswith("# transformers") and "silentcipher" not in block

@@ -356,6 +356,11 @@ def test_a_second_sigterm_ends_the_server_at_once():
         (["--stt", "digits-tts"], "digits-tts is a text-to-speech model; to transcribe, load"),
         (["--tts", "digits"], "digits is a speech-to-text model; to speak, load"),
         (["--slots", "5000", "--stt", "digits"], "digits has 5000 slots; expected 1 to 4096"),
+        (
+            ["--slots", "2", "--tts", "digits-tts"],
+            "--slots 2 is for a model that --stt names, and none is named; name it",
+        ),
+        (["--voice-folder", "v", "--stt", "digits"], "or set voice_folder in the model's part of the --config file"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_is_served(arguments, words):

@@ -76,6 +76,12 @@ def parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16"),
         help="of the weights; default: bfloat16 on GPU and TPU, float32 on CPU; the codec is always float32",
     )
+    stored = _Parser(add_help=False)
+    stored.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the language model's weights; default: as they are stored; the codec is always float32",
+    )
     revision = _Parser(add_help=False)
     revision.add_argument("--revision", metavar="REF", help="branch, tag or commit of the model on the hub")
     key = _Parser(add_help=False)
@@ -220,7 +226,7 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(command="codec_decode")
 
     p = commands.add_parser(
-        "convert", parents=[device, dtype], help="rewrite a checkpoint in another layout; --verbose: by tensor"
+        "convert", parents=[device, stored], help="rewrite a checkpoint in another layout; --verbose: by tensor"
     )
     p.add_argument("source", help="a published name or a local folder, in any supported layout")
     p.add_argument("destination", type=Path, help="a folder that does not exist yet")

@@ -61,8 +61,26 @@ def settings(args: argparse.Namespace) -> "ServerConfig":
     if named := _models(args):
         changes["models"] = named
     elif not config.models:
-        changes["models"] = _default_models(args)
+        changes["models"] = named = _default_models(args)
+    _check_used(args, {model.kind for model in named})
     return dataclasses.replace(config, **changes)
+
+
+def _check_used(args: argparse.Namespace, kinds: set[str]) -> None:
+    """Refuse options of models of which the arguments name none: a file has its own settings of its models."""
+    options = (
+        ("--slots", args.slots, {"stt"}),
+        ("--tts-slots", args.tts_slots, {"tts"}),
+        ("--voice-folder", args.voice_folder, {"tts"}),
+        ("--dtype", args.dtype, {"stt", "tts"}),
+    )
+    for option, value, wanted in options:
+        if value is not None and not wanted & kinds:
+            names = " or ".join(f"--{kind}" for kind in sorted(wanted))
+            raise UsageError(
+                f"{option} {value} is for a model that {names} names, and none is named; name it, or set "
+                f"{option[2:].removeprefix('tts-').replace('-', '_')} in the model's part of the --config file"
+            )
 
 
 def _models(args: argparse.Namespace) -> tuple["ServedModel", ...]:

@@ -25,7 +25,11 @@ from dsm_jax.errors import DsmError, TrainingError
 Example = TypeVar("Example")
 
 _log = logging.getLogger("dsm_jax")
-SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+# Of the recordings in a folder; a list of recordings may name files of any format.
+SUFFIXES = (
+    *(".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".mp4", ".webm", ".wma", ".aiff", ".caf", ".mka"),
+    *(".mkv", ".mov", ".3gp"),
+)
 LISTED = 5  # faults that an error lists
 # `transcribe` appends a second of silence to a recording, and may time a last word into that silence.
 SLACK_S = 1.0

@@ -14,6 +14,7 @@ from tests.helpers import csm_model, stt_model, tts_model
 
 ROOT = Path(__file__).resolve().parents[2]
 VOICE = Path("expresso/ex03-ex01_happy_001_channel1_334s.wav")
+OTHER_VOICE = Path("expresso/ex03-ex02_narration_001_channel1_674s.wav")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -36,7 +37,8 @@ def make_desk(desk: Path) -> dict[str, str]:
     checkpoints.save(tts_model.random_model(desk / "speaking", config), desk / "speaking/model")
     _publish(desk, "tts-1.6b-en_fr", desk / "speaking/model")
     (desk / "hub-voices" / VOICE.parent).mkdir(parents=True)
-    tts_model.write_voice(desk / f"hub-voices/{VOICE}.0a1b2c3d@7.safetensors", tts_model.voice(0))
+    for seed, voice in enumerate((VOICE, OTHER_VOICE)):
+        tts_model.write_voice(desk / f"hub-voices/{voice}.0a1b2c3d@7.safetensors", tts_model.voice(seed))
     _publish(desk, "tts-voices", desk / "hub-voices")
     tts_model.write_requests(desk, {"id": "one", "text": "Good morning.", "voice": str(VOICE)})
     (desk / "talking").mkdir()
