@@ -82,7 +82,7 @@ def synthesize(
         speaker conditioning, a recording to go on from.
       speaker: for conversational speech, number of the speaker, from 0; for several texts, one for all or a list.
       context: for conversational speech, the turns before the text, oldest first, from which the model takes the
-        voices; for several texts, one context for all or a list of them. Ask those whose voice it is.
+        voices; for several texts, one context for all or a list of them. Get the consent of the speakers.
       options: of the synthesis, `SynthesizeOptions` or `CsmOptions`; for several texts, one for all or a list.
       batch_size: at most how many texts at a time. Each gives what it gives alone.
       watermark: maps the samples [T] of a speech and their rate in Hz to marked samples [T]; None marks nothing.

@@ -15,15 +15,15 @@ import pytest
 from jax.sharding import Mesh
 
 from dsm_jax import audio, codec
-from dsm_jax.configs.json import from_dict
 from dsm_jax.csm import Request, Segment
 from dsm_jax.csm.prompt import text_ids, turn_MT
 from dsm_jax.csm.synthesizer import ConversationSynthesizer
 from dsm_jax.errors import ConfigError, ModelKindError, TrainingError
+from dsm_jax.tasks import library_tasks, read_config
 from dsm_jax.training.conversation_rows import CsmRows
 from dsm_jax.training.conversations import TrainingConversation, TrainingTurn, read_conversations
 from dsm_jax.training.encoding import ClipEncoder
-from dsm_jax.training.finetune import FinetuneConfig
+from dsm_jax.training.finetune import finetune
 from dsm_jax.training.losses.csm import CsmObjective
 from tests.helpers import csm_model, tts_model
 from tests.helpers.csm_model import CSM
@@ -92,7 +92,9 @@ def test_the_examples_of_the_documentation_are_read(model, data, tmp_path):
     talks = rows_of(model).read(write(tmp_path, lines), skip_bad=False)
     assert [[turn.text for turn in talk.turns] for talk in talks] == [["Who is it?", "Me again."], *[["Come in."]] * 2]
     (settings,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
-    config = from_dict(FinetuneConfig, json.loads(settings), "training.md")
+    (tmp_path / "settings.json").write_text(settings)
+    config, run = read_config(tmp_path / "settings.json", library_tasks())
+    assert run is finetune
     assert (config.positions, config.csm) == (1024, CsmObjective()), "the weights and the share are the defaults"
 
 

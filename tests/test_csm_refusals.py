@@ -103,11 +103,22 @@ def test_a_watermark_that_does_not_fit_one_speech_costs_only_that(model):
 
 def test_stereo_and_other_rates_are_taken_as_everywhere(model, tmp_path):
     stereo, fast = tmp_path / "stereo.wav", tmp_path / "fast.wav"
-    dsm_jax.audio.write(stereo, np.stack([PCM, PCM]), model.sample_rate)
-    dsm_jax.audio.write(fast, np.repeat(PCM, 2), 2 * model.sample_rate)
+    channels, doubled = np.stack([PCM, PCM[::-1]]), np.repeat(PCM, 2)
+    dsm_jax.audio.write(stereo, channels, model.sample_rate)
+    dsm_jax.audio.write(fast, doubled, 2 * model.sample_rate)
     synthesizer = csm.synthesizer.ConversationSynthesizer(model, 1)
-    for recording in (stereo, fast, np.stack([PCM, PCM]), Recorded(np.repeat(PCM, 2), 2 * model.sample_rate)):
-        assert synthesizer.positions_of(Segment("b", 0, recording)).shape[1] == len("[0]b") + 2 + 5 + 1
+
+    def positions(recording) -> np.ndarray:
+        return synthesizer.positions_of(Segment("b", 0, recording))
+
+    plain = positions(channels.mean(0))
+    assert plain.shape[1] == len("[0]b") + 2 + 5 + 1
+    np.testing.assert_array_equal(positions(channels), plain)
+    np.testing.assert_array_equal(positions(stereo), positions(dsm_jax.audio.read(stereo, model.sample_rate)))
+    resampled = np.concatenate([*dsm_jax.audio.resampled([doubled], 2 * model.sample_rate, model.sample_rate)])
+    np.testing.assert_array_equal(positions(Recorded(doubled, 2 * model.sample_rate)), positions(resampled))
+    np.testing.assert_array_equal(positions(fast), positions(dsm_jax.audio.read(fast, model.sample_rate)))
+    assert not np.array_equal(positions(channels), positions(PCM)), "one channel alone is another recording"
 
 
 def part(**audio) -> dict:

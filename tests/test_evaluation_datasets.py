@@ -31,7 +31,7 @@ def test_a_folder_has_a_transcript_beside_each_recording(tmp_path):
     ]
     assert found.failures == (
         Failure("d.mp3", "there is no d.json or d.txt next to it; write one"),
-        Failure("lost.json", "there is no recording of this name next to it; add one (.wav, .flac, .mp3, .ogg, .opus)"),
+        Failure("lost.json", "there is no recording of this name next to it; add one, such as lost.wav or lost.m4a"),
     )
 
 

@@ -125,7 +125,8 @@ def _folder(folder: Path) -> Iterator[Sample | Failure]:
     stems = {path.stem for path in recordings}
     for path in sorted(folder.glob("*.json")):
         if path.stem not in stems:
-            yield Failure(path.name, f"there is no recording of this name next to it; add one ({', '.join(SUFFIXES)})")
+            expected = f"{path.stem}.wav or {path.stem}.m4a"
+            yield Failure(path.name, f"there is no recording of this name next to it; add one, such as {expected}")
 
 
 def _manifest(path: Path) -> Iterator[Sample | Failure]:

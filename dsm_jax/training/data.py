@@ -217,7 +217,8 @@ def _bytes_of(path: Path, expected: str) -> bytes:
 
 def _read_entry(entry: _Entry, source: Path, sample_rate: int, check: Callable[[str], object] | None) -> Recording:
     if entry.transcript is None and entry.audio is None:
-        raise TrainingError(f"there is no recording of this name next to it; add one ({', '.join(SUFFIXES)})")
+        stem = Path(entry.place).stem
+        raise TrainingError(f"there is no recording of this name next to it; add one, such as {stem}.wav or {stem}.m4a")
     if entry.transcript is None:
         raise TrainingError(f"there is no {Path(entry.place).stem}.json next to it; write one: {_FORMAT}")
     text = entry.transcript if isinstance(entry.transcript, bytes) else _bytes_of(entry.transcript, _EXPECTED)
