@@ -100,7 +100,7 @@ def test_a_parameter_without_a_known_scale_is_refused():
     with pytest.raises(
         ValueError, match=r"found the parameter adapter\.0\.weight, expected one of a model of the family"
     ):
-        random_lm({"adapter.0.weight": (4, 4)}, 8, 0, torch.float32)
+        random_lm({"adapter.0.weight": (4, 4)}, 8, torch.float32)
 
 
 # What the models say.

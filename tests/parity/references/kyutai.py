@@ -70,7 +70,7 @@ def make_kyutai_stt(
         folder: Created if it is missing; files of the same names are replaced.
         size: "small" runs anywhere; the others have the published shapes (2 and 6 GB in bfloat16, twice that in
             float32, all of it in memory while it is written).
-        seed: Of the weights.
+        seed: Of the codec's weights; the language model's depend on their names alone.
         extra_heads: Adds the four pause heads of the `-candle` twin, and their two config keys.
         spelling: Names of the packed attention weights: as published, or as today's `state_dict` gives them.
         dtype: Of the language model; the codec is always float32, as published.
@@ -80,7 +80,7 @@ def make_kyutai_stt(
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = stt_config(size, extra_heads=extra_heads)
-    weights = random_lm(lm_shapes(config), config["n_q"], seed, dtype)
+    weights = random_lm(lm_shapes(config), config["n_q"], dtype)
     save_file(_respell(weights, spelling), folder / "model.safetensors")
     make_mimi(folder / config["mimi_name"], published=size != "small", seed=seed, spelling=spelling)
     if size == "small":

@@ -77,7 +77,7 @@ def random_mimi(config: dict[str, Any], num_codebooks: int, seed: int) -> MimiMo
 
 
 def random_lm(
-    shapes: dict[str, tuple[int, ...]], num_audio_codebooks: int, seed: int, dtype: torch.dtype
+    shapes: dict[str, tuple[int, ...]], num_audio_codebooks: int, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Return weights for the language model whose parameters have these names and shapes.
 
@@ -87,7 +87,6 @@ def random_lm(
     Args:
         shapes: Shape of each parameter, under the names of `moshi.models.LMModel.state_dict`.
         num_audio_codebooks: Audio streams whose embeddings are added up.
-        seed: Of every random draw.
         dtype: To which every tensor is rounded.
 
     Returns:
@@ -99,7 +98,7 @@ def random_lm(
     tensors = {}
     for name, shape in shapes.items():
         # A tensor's draw depends on its name only, so that pause heads can be added without changing the rest.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         tensors[name] = _lm_tensor(name, torch.randn(shape, generator=generator), num_audio_codebooks).to(dtype)
     return tensors
 

@@ -106,7 +106,7 @@ def make_kyutai_tts(folder: Path, *, kind: Kind = "speakers", seed: int = 0) -> 
     config = tts_config(kind)
     # A copy, as the package adds keys of its own to the conditioners that it is given.
     shapes = lm_shapes(copy.deepcopy(config))
-    save_file(random_lm(shapes, config["n_q"], seed, torch.float32), folder / config["moshi_name"])
+    save_file(random_lm(shapes, config["n_q"], torch.float32), folder / config["moshi_name"])
     make_mimi(folder / config["mimi_name"], seed=seed)
     (folder / MIMI_CONFIG_NAME).write_text(json.dumps(mimi_config(published=False), indent=1))
     make_tokenizer(folder / config["tokenizer_name"], config["text_card"])
