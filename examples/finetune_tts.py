@@ -8,9 +8,14 @@ many errors as these (docs/decisions/0024-errors-of-a-new-voice.md).
 The voices of `digits-tts` are one-hot vectors, so a new speaker has no embedding. The example draws a random unit
 vector, which is neither a voice of the model nor a blend of voices. For a published model, give the speaker's embedding
 with --voice.
+
+A few recordings make a model forget how its other words sound. So the model says the words of the recordings in its own
+voices first, and is trained on that speech too: as many rows of it as of the new voice.
 """
 
 import argparse
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +27,7 @@ from dsm_jax.training.finetune import FinetuneConfig, finetune
 from dsm_jax.training.loop import RunConfig
 from dsm_jax.training.lora import LoraConfig
 from dsm_jax.training.step import OptimizerConfig
-from dsm_jax.tts import Request, Speech, read_voice, synthesize_each, voices_of
+from dsm_jax.tts import Request, Speech, SpokenWord, read_voice, synthesize_each, voices_of
 from dsm_jax.tts.voices import write_voices
 
 DATA = Path(__file__).parent / "new_speaker"
@@ -36,10 +41,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="digits-tts")
     parser.add_argument("--voice", type=Path, help="safetensors file of the new voice; without it, a random vector")
     parser.add_argument("--output", type=Path, default=Path("out/new_voice"), help="checkpoints, curve and model")
-    parser.add_argument("--steps", type=int, default=210)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--rank", type=int, default=32, help="rank of the adapters; 0 trains the whole model")
     parser.add_argument("--sentences", type=int, default=100, help="utterances to count errors on")
+    parser.add_argument("--no-rehearsal", action="store_true", help="train on the new voice alone")
     parser.add_argument("--resume", action="store_true")
     return parser.parse_args()
 
@@ -54,19 +60,52 @@ def draw_voice(folder: Path, model: dsm_jax.Model) -> Path:
     return folder / "new_speaker.safetensors"
 
 
+def say(model: dsm_jax.Model, requests: list[Request]) -> list[Speech]:
+    speeches: dict[int, Speech] = {}
+    for number, result in synthesize_each(model, requests, batch_size=20):
+        if not isinstance(result, Speech):
+            raise result
+        speeches[number] = result
+    return [speeches[number] for number in range(len(requests))]
+
+
+def rehearsed(model: dsm_jax.Model, data: Path, voice: Path, folder: Path) -> Path:
+    """List recordings of a new voice, and speech of the model with the same words in each of its own voices."""
+    recordings, own = read_recordings(data, model.sample_rate), voices_of(model)
+    listing = folder / "recordings.jsonl"
+    if not own or listing.exists():
+        return listing if own else data
+    folder.mkdir(parents=True)
+    requests = [
+        Request(" ".join(word.text for word in recording.words), (name,), seed=seed)
+        for seed, recording in enumerate(recordings)
+        for name in own
+    ]
+    lines = []
+    for number, (request, speech) in enumerate(zip(requests, say(model, requests), strict=True)):
+        path = folder / f"{number}.wav"
+        speech.save(path)
+        lines.append(_line(path, speech.words, own[str(request.voices[0])]))
+    # As many rows of the new voice as of all others.
+    lines += [_line(recording.audio, recording.words, voice) for recording in recordings] * len(own)
+    listing.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return listing
+
+
+def _line(audio: Path, words: Sequence[WordSpan | SpokenWord], voice: Path) -> dict[str, object]:
+    times = [{"text": word.text, "start": word.start, "end": word.end} for word in words]
+    return {"audio": str(Path(audio).absolute()), "words": times, "voice": str(voice.absolute())}
+
+
 def errors(model: dsm_jax.Model, voice: Path, count: int) -> WerStats:
     """Synthesise random digits in a voice, and count the errors in transcripts of the speech."""
     requests = []
     for seed in range(count):
         random = np.random.default_rng(seed)
         requests.append(Request(" ".join(random.choice(WORDS, random.integers(3, 10))), (voice,), seed=seed))
-    speeches: dict[int, Speech] = {}
-    for number, result in synthesize_each(model, requests, batch_size=20):
-        if not isinstance(result, Speech):
-            raise result
-        speeches[number] = result
-    transcripts = dsm_jax.transcribe(dsm_jax.load("digits"), [speeches[number].pcm for number in range(count)])
-    spoken = [[WordSpan(w.text, w.start, w.end) for w in speeches[number].words] for number in range(count)]
+    speeches = say(model, requests)
+    transcripts = dsm_jax.transcribe(dsm_jax.load("digits"), [speech.pcm for speech in speeches])
+    spoken = [[WordSpan(w.text, w.start, w.end) for w in speech.words] for speech in speeches]
     return total_word_errors(zip(spoken, transcripts, strict=True))
 
 
@@ -84,8 +123,9 @@ def main() -> None:
     voice = args.voice or draw_voice(args.output.with_name(f"{args.output.name}-voice"), model)
     print(f"the speaker's recordings, after the codec: {errors_of_recordings(model, args.validation)}")
     print(f"before: {errors(model, voice, args.sentences)}")
+    speech = args.output.with_name(f"{args.output.name}-rehearsal")
     config = FinetuneConfig(
-        data=str(args.data),
+        data=str(args.data if args.no_rehearsal else rehearsed(model, args.data, voice, speech)),
         validation=str(args.validation),
         output=str(args.output),
         model=args.model,

@@ -6,6 +6,7 @@ Shape letters: M streams (text first), Q codebooks, T frames, N rows.
 import dataclasses
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -250,16 +251,19 @@ def test_the_example_learns_a_voice_and_counts_errors(checkpoint, data, tmp_path
         for number, request in enumerate(requests):
             assert voices.read_voice(request.voices[0], model).shape == (2, tts_model.WIDTH)
             words = tuple(SpokenWord(text, 0.1, 0.2) for text in request.text.split())
-            yield number, Speech(np.zeros(10, np.float32), RATE, words, np.zeros((3, 1), np.int32), model.name)
+            yield number, Speech(np.zeros(RATE, np.float32), RATE, words, np.zeros((3, 1), np.int32), model.name)
 
     def transcripts(model, recordings):
         return [Transcript("one", (Word("one", 0.1, 0.2, 1.0),), (), 1.0, None, None, "digits") for _ in recordings]
 
+    with_voice = shutil.copytree(checkpoint, tmp_path / "with_voice")
+    (with_voice / "voices").mkdir()
+    tts_model.write_voice(with_voice / "voices/bea.safetensors", tts_model.voice(1))
     monkeypatch.setattr("dsm_jax.tts.synthesize_each", speeches)
     monkeypatch.setattr(dsm_jax, "transcribe", transcripts)
     arguments = {
         "--validation": data,
-        "--model": checkpoint,
+        "--model": with_voice,
         "--voice": data / "ann.safetensors",
         "--output": tmp_path / "run",
         "--steps": 2,
@@ -273,4 +277,8 @@ def test_the_example_learns_a_voice_and_counts_errors(checkpoint, data, tmp_path
     assert recorded.startswith("the speaker's recordings, after the codec: word error rate ")
     assert before.startswith("before: word error rate ")
     assert after == before.replace("before", "after"), "the same three texts, each transcribed as one word"
-    assert (tmp_path / "run/model/voices/ann.safetensors").is_file()
+    assert {path.stem for path in (tmp_path / "run/model/voices").iterdir()} == {"ann", "bea"}
+    lines = [json.loads(line) for line in (tmp_path / "run-rehearsal/recordings.jsonl").read_text().splitlines()]
+    assert [Path(line["voice"]).stem for line in lines] == ["bea", "ann"]
+    (rehearsed, recorded) = ([word["text"] for word in line["words"]] for line in lines)
+    assert rehearsed == recorded
