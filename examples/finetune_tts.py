@@ -71,11 +71,13 @@ def say(model: dsm_jax.Model, requests: list[Request]) -> list[Speech]:
 
 def rehearsed(model: dsm_jax.Model, data: Path, voice: Path, folder: Path) -> Path:
     """List recordings of a new voice, and speech of the model with the same words in each of its own voices."""
-    recordings, own = read_recordings(data, model.sample_rate), voices_of(model)
-    listing = folder / "recordings.jsonl"
-    if not own or listing.exists():
-        return listing if own else data
-    folder.mkdir(parents=True)
+    own, listing = voices_of(model), folder / "recordings.jsonl"
+    if not own:
+        return data
+    if listing.exists():
+        return listing
+    folder.mkdir(parents=True, exist_ok=True)
+    recordings = read_recordings(data, model.sample_rate)
     requests = [
         Request(" ".join(word.text for word in recording.words), (name,), seed=seed)
         for seed, recording in enumerate(recordings)
@@ -104,17 +106,20 @@ def errors(model: dsm_jax.Model, voice: Path, count: int) -> WerStats:
         random = np.random.default_rng(seed)
         requests.append(Request(" ".join(random.choice(WORDS, random.integers(3, 10))), (voice,), seed=seed))
     speeches = say(model, requests)
-    transcripts = dsm_jax.transcribe(dsm_jax.load("digits"), [speech.pcm for speech in speeches])
     spoken = [[WordSpan(w.text, w.start, w.end) for w in speech.words] for speech in speeches]
-    return total_word_errors(zip(spoken, transcripts, strict=True))
+    return heard([speech.pcm for speech in speeches], spoken)
 
 
 def errors_of_recordings(model: dsm_jax.Model, folder: Path) -> WerStats:
     """Count the errors in transcripts of recordings that went through the model's codec."""
     recordings = read_recordings(folder, model.sample_rate)
     decoded = [dsm_jax.decode(model, dsm_jax.encode(model, recording.audio)) for recording in recordings]
-    transcripts = dsm_jax.transcribe(dsm_jax.load("digits"), decoded)
-    return total_word_errors(zip([recording.words for recording in recordings], transcripts, strict=True))
+    return heard(decoded, [recording.words for recording in recordings])
+
+
+def heard(pcm: Sequence[np.ndarray], words: Sequence[Sequence[WordSpan]]) -> WerStats:
+    """Count the errors in the transcripts of `digits`."""
+    return total_word_errors(zip(words, dsm_jax.transcribe(dsm_jax.load("digits"), pcm), strict=True))
 
 
 def main() -> None:

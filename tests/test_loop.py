@@ -130,5 +130,8 @@ def test_every_step_is_reported_with_those_before_a_resumption(tmp_path):
     assert reports == [Progress(step, 10) for step in range(6)]
     del reports[:]
     run = Run(tmp_path, CONFIG, reports.append)
-    run.train(STEP, run.restore(start()), data(4))
+    state = run.train(STEP, run.restore(start()), data(4))
     assert reports == [Progress(step, 10) for step in range(4, 11)]
+    Run(tmp_path, CONFIG).train(STEP, state, iter(()))
+    assert reports[-1] == Progress(10, 10)
+    assert len(reports) == 7, "a run without a callback reports to nobody"

@@ -16,9 +16,12 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from dsm_jax import audio, checkpoints
+from dsm_jax.serving.config import ServerConfig
 from dsm_jax.serving.encoding import pcm16, wav_header
+from dsm_jax.serving.server import Server
+from tests.benchmarks.mutations import form
 from tests.helpers import csm_model
-from tests.helpers.serving import running, served
+from tests.helpers.serving import running, served, wait_for
 
 pytestmark = pytest.mark.slow
 AUDIO = Path(__file__).resolve().parents[1] / "examples/audio"
@@ -98,17 +101,24 @@ def test_a_recording_that_is_not_done_is_refused_whole(endings):
     assert seconds < 8
 
 
+def test_a_server_without_sessions_ends_after_its_guests():
+    async def scene() -> bool:
+        server = Server(ServerConfig(), "0")
+        with server.guest():
+            draining = asyncio.ensure_future(server.drain(0.0))
+            await server.until_draining()
+            await asyncio.sleep(0.1)
+            ended_early = draining.done()
+        await asyncio.wait_for(draining, 2.0)
+        return ended_early
+
+    assert not asyncio.run(scene())
+
+
 @pytest.fixture(scope="module")
 def server():
     with running(served("stt", "digits", slots=1), served("tts", "digits-tts", slots=1), page=False) as found:
         yield found
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @contextlib.contextmanager
@@ -122,20 +132,16 @@ def asking(found, path: str, kind: str, body: bytes):
         connection.close()
 
 
-def form(recording: bytes, **fields: str) -> tuple[str, bytes]:
-    """Return the content type and the body of a form with a file."""
-    head = "--b\r\nContent-Disposition: form-data; name="
-    parts = [f'{head}"{name}"\r\n\r\n{value}\r\n' for name, value in fields.items()]
-    file = f'{head}"file"; filename="a.wav"\r\n\r\n'
-    return "multipart/form-data; boundary=b", "".join([*parts, file]).encode() + recording + b"\r\n--b--\r\n"
-
-
 WORDS = " ".join(["seven"] * 200)
 SPEECH = {"model": "digits-tts", "input": WORDS, "voice": "jackson"}
 REQUESTS = {
     "moshi, recording": ("stt", TRANSCRIBE, "audio/wav", recording(1200)),
-    "OpenAI, recording": ("stt", "/v1/audio/transcriptions", *form(recording(1200), model="digits")),
-    "OpenAI, events": ("stt", "/v1/audio/transcriptions", *form(recording(1200), model="digits", stream="true")),
+    "OpenAI, recording": ("stt", "/v1/audio/transcriptions", *form({"model": "digits"}, recording(1200))),
+    "OpenAI, events": (
+        "stt",
+        "/v1/audio/transcriptions",
+        *form({"model": "digits", "stream": "true"}, recording(1200)),
+    ),
     "moshi, text": ("tts", "/api/tts_streaming", "text/json", json.dumps({"text": WORDS, "voice": ""}).encode()),
     "OpenAI, text": ("tts", "/v1/audio/speech", "application/json", json.dumps(SPEECH).encode()),
 }

@@ -70,18 +70,8 @@ def parser() -> argparse.ArgumentParser:
         "--cache-dir", type=Path, metavar="FOLDER", help=f"keep compiled programs here; default: {cache_folder()}"
     )
     group.add_argument("--no-cache", action="store_true", help="compile anew, keep nothing")
-    dtype = _Parser(add_help=False)
-    dtype.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of the weights; default: bfloat16 on GPU and TPU, float32 on CPU; the codec is always float32",
-    )
-    stored = _Parser(add_help=False)
-    stored.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of the language model's weights; default: as they are stored; the codec is always float32",
-    )
+    dtype = _dtype("of the weights; default: bfloat16 on GPU and TPU, float32 on CPU")
+    stored = _dtype("of the language model's weights; default: as they are stored")
     revision = _Parser(add_help=False)
     revision.add_argument("--revision", metavar="REF", help="branch, tag or commit of the model on the hub")
     key = _Parser(add_help=False)
@@ -338,6 +328,13 @@ def parser() -> argparse.ArgumentParser:
     q.add_argument("--json", action="store_true", help="print one line of JSON in place of the table")
     q.set_defaults(command="bench_serve")
     return top
+
+
+def _dtype(of_what: str) -> _Parser:
+    """Make the option --dtype, to be shared by commands."""
+    parser = _Parser(add_help=False)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=f"{of_what}; the codec is always float32")
+    return parser
 
 
 def _positive(text: str) -> int:

@@ -69,17 +69,17 @@ def settings(args: argparse.Namespace) -> "ServerConfig":
 def _check_used(args: argparse.Namespace, kinds: set[str]) -> None:
     """Refuse options of models of which the arguments name none: a file has its own settings of its models."""
     options = (
-        ("--slots", args.slots, {"stt"}),
-        ("--tts-slots", args.tts_slots, {"tts"}),
-        ("--voice-folder", args.voice_folder, {"tts"}),
-        ("--dtype", args.dtype, {"stt", "tts"}),
+        ("--slots", "slots", args.slots, ("stt",)),
+        ("--tts-slots", "slots", args.tts_slots, ("tts",)),
+        ("--voice-folder", "voice_folder", args.voice_folder, ("tts",)),
+        ("--dtype", "dtype", args.dtype, ("stt", "tts")),
     )
-    for option, value, wanted in options:
-        if value is not None and not wanted & kinds:
-            names = " or ".join(f"--{kind}" for kind in sorted(wanted))
+    for option, setting, value, wanted in options:
+        if value is not None and kinds.isdisjoint(wanted):
+            names = " or ".join(f"--{kind}" for kind in wanted)
             raise UsageError(
-                f"{option} {value} is for a model that {names} names, and none is named; name it, or set "
-                f"{option[2:].removeprefix('tts-').replace('-', '_')} in the model's part of the --config file"
+                f"{option} {value} is for a model that {names} names, and none is named; name it, or set {setting} in "
+                "the model's part of the --config file"
             )
 
 

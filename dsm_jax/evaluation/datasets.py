@@ -14,7 +14,7 @@ from pathlib import Path
 from dsm_jax.audio import Source
 from dsm_jax.errors import DsmError, EvaluationError
 from dsm_jax.evaluation import hub_datasets
-from dsm_jax.training.data import SUFFIXES
+from dsm_jax.training.data import SUFFIXES, no_recording
 
 _FORMAT = '{"audio": PATH, "text": TEXT}'
 
@@ -125,8 +125,7 @@ def _folder(folder: Path) -> Iterator[Sample | Failure]:
     stems = {path.stem for path in recordings}
     for path in sorted(folder.glob("*.json")):
         if path.stem not in stems:
-            expected = f"{path.stem}.wav or {path.stem}.m4a"
-            yield Failure(path.name, f"there is no recording of this name next to it; add one, such as {expected}")
+            yield Failure(path.name, no_recording(path))
 
 
 def _manifest(path: Path) -> Iterator[Sample | Failure]:

@@ -148,13 +148,14 @@ class Server:
     async def drain(self, seconds: float) -> None:
         """Take no more sessions, let those that run end for some seconds, then end them with their last words."""
         self._draining.set()
-        deadline = time.monotonic() + seconds
-        while (self._tickets or self._guests) and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+        await self._until_empty(seconds)
         for ticket in list(self._tickets):
             ticket.hurry()
-        last = time.monotonic() + 5.0
-        while self._tickets and time.monotonic() < last:
+        await self._until_empty(5.0)
+
+    async def _until_empty(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while (self._tickets or self._guests) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 
     @property

@@ -25,11 +25,8 @@ from dsm_jax.errors import DsmError, TrainingError
 Example = TypeVar("Example")
 
 _log = logging.getLogger("dsm_jax")
-# Of the recordings in a folder; a list of recordings may name files of any format.
-SUFFIXES = (
-    *(".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".mp4", ".webm", ".wma", ".aiff", ".caf", ".mka"),
-    *(".mkv", ".mov", ".3gp"),
-)
+_FORMATS = "wav flac mp3 ogg opus m4a aac mp4 webm wma aiff caf mka mkv mov 3gp"
+SUFFIXES = frozenset(f".{name}" for name in _FORMATS.split())  # tell recordings from other files of a folder
 LISTED = 5  # faults that an error lists
 # `transcribe` appends a second of silence to a recording, and may time a last word into that silence.
 SLACK_S = 1.0
@@ -208,6 +205,12 @@ def _folder_entries(folder: Path) -> Iterator[_Entry]:
             yield _Entry(path.name, None, None)
 
 
+def no_recording(transcript: Path) -> str:
+    """Return the sentence on a transcript in a folder without its recording."""
+    stem = transcript.stem
+    return f"there is no recording of this name next to it; add one, such as {stem}.wav or {stem}.m4a"
+
+
 def _bytes_of(path: Path, expected: str) -> bytes:
     try:
         return path.read_bytes()
@@ -217,8 +220,7 @@ def _bytes_of(path: Path, expected: str) -> bytes:
 
 def _read_entry(entry: _Entry, source: Path, sample_rate: int, check: Callable[[str], object] | None) -> Recording:
     if entry.transcript is None and entry.audio is None:
-        stem = Path(entry.place).stem
-        raise TrainingError(f"there is no recording of this name next to it; add one, such as {stem}.wav or {stem}.m4a")
+        raise TrainingError(no_recording(Path(entry.place)))
     if entry.transcript is None:
         raise TrainingError(f"there is no {Path(entry.place).stem}.json next to it; write one: {_FORMAT}")
     text = entry.transcript if isinstance(entry.transcript, bytes) else _bytes_of(entry.transcript, _EXPECTED)

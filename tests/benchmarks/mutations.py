@@ -31,10 +31,12 @@ def _packed(**message: Any) -> bytes:
     return msgpack.packb(message, use_single_float=True)
 
 
-def _form(fields: Mapping[str, str]) -> bytes:
+def form(fields: Mapping[str, str], recording: bytes = _AUDIO) -> tuple[str, bytes]:
+    """Return the content type and the body of a form with a recording."""
     parts = [f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n' for k, v in fields.items()]
     file = f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="a.flac"\r\n\r\n'
-    return "".join(parts).encode() + file.encode() + _AUDIO + f"\r\n--{_BOUNDARY}--\r\n".encode()
+    body = "".join(parts).encode() + file.encode() + recording + f"\r\n--{_BOUNDARY}--\r\n".encode()
+    return f"multipart/form-data; boundary={_BOUNDARY}", body
 
 
 def _event(**event: Any) -> bytes:
@@ -68,10 +70,7 @@ POSTS: Mapping[str, tuple[str, bytes]] = {
         "application/json",
         _event(model="digits-tts", input="one", voice="jackson", response_format="wav", speed=1.0),
     ),
-    "/v1/audio/transcriptions": (
-        f"multipart/form-data; boundary={_BOUNDARY}",
-        _form({"model": "digits", "response_format": "verbose_json", "temperature": "0"}),
-    ),
+    "/v1/audio/transcriptions": form({"model": "digits", "response_format": "verbose_json", "temperature": "0"}),
 }
 
 

@@ -5,11 +5,19 @@ import dataclasses
 import http.server
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from dsm_jax.serving import run
 from dsm_jax.serving.config import ServedModel, ServerConfig, default_path
 from dsm_jax.serving.server import Server
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds, 20 s at most."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "20 s have passed: do sessions of clients that have left hold slots?"
+        time.sleep(0.005)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +39,7 @@ class Running:
 
     def wait_until_idle(self) -> None:
         """Wait until no session holds a slot: it is free some milliseconds after its client has closed."""
-        deadline = time.monotonic() + 20
-        while any(model.engine.used for model in self.server.models):
-            assert time.monotonic() < deadline, "sessions of clients that have left hold slots"
-            time.sleep(0.005)
+        wait_for(lambda: not any(model.engine.used for model in self.server.models))
 
 
 def served(kind: str, model: str, **settings) -> ServedModel:
