@@ -16,7 +16,7 @@ import soundfile
 import soxr
 from numpy.typing import ArrayLike
 
-from dsm_jax import decoding, files
+from dsm_jax import files
 from dsm_jax.errors import AudioError
 
 
@@ -140,6 +140,8 @@ def duration(source: Source) -> float | None:
     """
     if not isinstance(source, str | os.PathLike) or not Path(source).is_file():
         return None
+    from dsm_jax import decoding  # late: FFmpeg's libraries take 17 MB, and samples in memory need no decoder
+
     return decoding.duration(source)
 
 
@@ -212,6 +214,8 @@ def _channels(pcm: object, name: str, rate: int) -> np.ndarray:
 
 def _decoded(source: File, sample_rate: int, name: str, strict: bool) -> Iterator[np.ndarray]:
     """Yield mono pieces of a file at `sample_rate`, of whatever lengths decoder and resampler give."""
+    from dsm_jax import decoding  # late, as in `duration`
+
     with decoding.opened(source, name) as file:
         pieces = _finite(decoding.decode(file, name, strict=strict), name)
         # A joined file may change its rate or its channels.
