@@ -5,7 +5,6 @@ reserved ones; the tokenizer of the published repository has names for them.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from dsm_jax.configs import CsmConfig, MimiConfig
 from dsm_jax.convert import files
 from dsm_jax.errors import CheckpointError
 from dsm_jax.files import read_text
+from dsm_jax.tokenizers import copy_tokenizer
 
 TOKENIZER = "tokenizer.json"
 _SETTINGS = "tokenizer_config.json"
@@ -121,10 +121,7 @@ def copy(source: Path | None, folder: Path, name: str) -> None:
     Raises:
       CheckpointError: there is no `tokenizer.json`.
     """
-    source = _checked(source, name)
-    shutil.copyfile(source, folder / TOKENIZER)
-    if (settings := source.with_name(_SETTINGS)).is_file():
-        shutil.copyfile(settings, folder / _SETTINGS)
+    copy_tokenizer(_checked(source, name), folder, TOKENIZER)
 
 
 def _checked(source: Path | None, name: str) -> Path:

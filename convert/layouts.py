@@ -42,14 +42,11 @@ def layout_names() -> list[str]:
 
 
 def layout_for(checkpoint: Checkpoint, name: str) -> Layout:
-    """Return the module that writes a checkpoint in the layout of that name.
+    """Return the module that writes a checkpoint in the layout of that name, one of `layout_names`.
 
     Raises:
-      CheckpointError: the name is unknown.
       ConfigError: the layout does not support the checkpoint's family.
     """
-    if name not in (names := layout_names()):
-        raise CheckpointError(f"the layout {name!r} is unknown; choose one of {', '.join(names)}")
     family = family_of(checkpoint.config)
     if name == native.NAME:
         return cast(Layout, native)

@@ -8,7 +8,6 @@ Source: transformers 5.23, models/kyutai_speech_to_text.
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from dsm_jax.convert.pieces import Constant, Outgoing, Piece, Table, piece
 from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models.family import lm_config
 from dsm_jax.models.parameters import dtype_of
+from dsm_jax.tokenizers import copy_tokenizer
 
 NAME = mimi.NAME
 CODEC_PREFIX = "codec_model."
@@ -104,9 +104,8 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
         raise CheckpointError(f"{checkpoint.name} names no tokenizer, which transformers' processor needs; add it")
     if source.suffix != ".json":
         tokenizer.to_json(source, folder)
-        return
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(source.with_name(name), folder / name)
+    else:
+        copy_tokenizer(source, folder, "tokenizer.json")
 
 
 def table(config: LMConfig) -> Table:

@@ -14,8 +14,11 @@ if TYPE_CHECKING:  # What an editor and a type checker see; _MODULE_OF is what r
         CheckpointError,
         ConfigError,
         DsmError,
+        EvaluationError,
+        ForkError,
         ModelKindError,
         PromptError,
+        ServerError,
         SpeechError,
         StreamError,
         TrainingError,
@@ -59,6 +62,8 @@ __all__ = [
     "Dialogue",
     "DsmError",
     "Evaluation",
+    "EvaluationError",
+    "ForkError",
     "IncompleteSpeechError",
     "Model",
     "ModelKindError",
@@ -67,6 +72,7 @@ __all__ = [
     "Prompt",
     "PromptError",
     "Segment",
+    "ServerError",
     "Speech",
     "SpeechError",
     "SpokenWord",
@@ -104,6 +110,8 @@ _MODULE_OF = {
     "Dialogue": "dsm_jax.tts",
     "DsmError": "dsm_jax.errors",
     "Evaluation": "dsm_jax.evaluation",
+    "EvaluationError": "dsm_jax.errors",
+    "ForkError": "dsm_jax.errors",
     "IncompleteSpeechError": "dsm_jax.tts",
     "Model": "dsm_jax.checkpoints",
     "ModelKindError": "dsm_jax.errors",
@@ -112,6 +120,7 @@ _MODULE_OF = {
     "Prompt": "dsm_jax.stt",
     "PromptError": "dsm_jax.errors",
     "Segment": "dsm_jax.stt",
+    "ServerError": "dsm_jax.errors",
     "Speech": "dsm_jax.tts",
     "SpeechError": "dsm_jax.errors",
     "SpokenWord": "dsm_jax.tts",
@@ -139,6 +148,8 @@ _MODULE_OF = {
     "transcribe": "dsm_jax.stt",
     "transcribe_stream": "dsm_jax.stt",
 }
+# The modules whose other names users need, as in dsm_jax.tts.blend.
+_MODULES = ("audio", "codec", "configs", "csm", "errors", "evaluation", "serving", "stt", "training", "tts")
 
 
 def __getattr__(name: str) -> object:
@@ -147,7 +158,10 @@ def __getattr__(name: str) -> object:
 
         value = metadata.version("dsm_jax")
     elif name in _MODULE_OF:
-        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        module = importlib.import_module(_MODULE_OF[name])
+        value = globals().get(name, getattr(module, name))  # the package `convert`, which can be called, is there now
+    elif name in _MODULES:
+        value = importlib.import_module(f"dsm_jax.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -155,4 +169,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})
+    return sorted({*globals(), *__all__, *_MODULES, "__version__"})

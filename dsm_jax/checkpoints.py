@@ -21,6 +21,7 @@ from dsm_jax.convert.layouts import open_checkpoint
 from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.hub import DEFAULT, HubOptions, find
 from dsm_jax.malloc import return_freed
+from dsm_jax.models.csm import CsmLM
 from dsm_jax.models.family import abstract_model, family_of
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
@@ -39,7 +40,7 @@ _TABLES = ("audio_emb.table_QLW", "text_emb.table_LW")
 class Model:
     """A loaded model: the structure of its networks, their parameters, and its tokenizer.
 
-    A codec alone has no language model (`lm_def`, `lm_params`, `tokenizer` and `lm` are None), and `config.lm` is None.
+    A codec alone has no language model: `lm_def`, `lm_params`, `tokenizer` and `lm` are None.
     """
 
     config: ModelConfig
@@ -51,7 +52,7 @@ class Model:
     name: str
 
     @functools.cached_property
-    def lm(self) -> DelayedStreamsLM | None:
+    def lm(self) -> DelayedStreamsLM | CsmLM | None:
         """The language model as a Flax module that holds the parameters; None for a codec."""
         return None if self.lm_def is None else nnx.merge(self.lm_def, self.lm_params)
 
@@ -218,10 +219,10 @@ def save(model: Model, destination: str | Path) -> None:
       destination: a folder that does not exist yet.
 
     Raises:
-      CheckpointError: it exists, or cannot be written, or the model was loaded with `stt_only`.
+      CheckpointError: the folder exists or cannot be written, or the weights are quantised.
+      ConfigError: the model was loaded with `stt_only`.
     """
-    if model.codec.decoder is None:
-        raise CheckpointError(f"{model.name} was loaded with stt_only=True; load it without to save it")
+    model.codec.require_decoder(model.name)
     lm, mimi = flatten(model.lm_params or nnx.State({})), flatten(model.mimi_params)
     arrays = {f"lm.{name}": array for name, array in lm.items()} | {f"mimi.{name}": a for name, a in mimi.items()}
     if any(not isinstance(array, jax.Array) for array in arrays.values()):

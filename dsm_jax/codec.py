@@ -90,12 +90,7 @@ def decode(model: Model, codes_QT: np.ndarray) -> np.ndarray:
     if codes_QT.size and (codes_QT.min() < 0 or codes_QT.max() >= bins):
         raise ConfigError(f"codes go from {codes_QT.min()} to {codes_QT.max()}; {model.name} has 0 to {bins - 1}")
     step, params = compiled(_decode, (model.mimi_def,), donate=(1,)), plain(model.mimi_params)
-    decoder = model.codec.decoder
-    if decoder is None:
-        raise ConfigError(
-            f"{model.name} was loaded with stt_only=True, so without its codec's decoder; load it without"
-        )
-    state = decoder.init_state(1)
+    state = model.codec.require_decoder(model.name).init_state(1)
     pieces, whole = [np.zeros(0, np.float32)], codes_QT.shape[1] // CHUNK_FRAMES * CHUNK_FRAMES
     starts = [(t, CHUNK_FRAMES) for t in range(0, whole, CHUNK_FRAMES)]
     starts += [(t, 1) for t in range(whole, codes_QT.shape[1])]

@@ -15,6 +15,7 @@ from dsm_jax.csm import CsmOptions, Segment
 from dsm_jax.csm import batch as csm_batch
 from dsm_jax.csm.requests import requests_of as csm_requests
 from dsm_jax.errors import BatchError, ConfigError, DsmError, SpeechError
+from dsm_jax.models.family import require
 from dsm_jax.progress import ProgressCallback
 from dsm_jax.speech import IncompleteSpeechError, Speech
 from dsm_jax.tts import Dialogue, SynthesizeOptions
@@ -202,7 +203,15 @@ def synthesize_stream(
 
 
 def _is_conversational(model: Model) -> bool:
-    return model.config.model_type == "csm"
+    """Tell a conversational speech model from a text-to-speech model.
+
+    Raises:
+      ModelKindError: the model is neither.
+    """
+    if model.config.model_type == "csm":
+        return True
+    require(model, "tts")
+    return False
 
 
 def _is_one(text: object) -> bool:

@@ -97,9 +97,15 @@ def load_tokenizer(path: Path, *, expected_size: int | None = None) -> Tokenizer
     return tokenizer
 
 
-def copy_tokenizer(path: Path, folder: Path) -> None:
-    """Copy a tokenizer, and the settings beside a `tokenizer.json` that say which token ends a text."""
-    shutil.copyfile(path, folder / path.name)
+def copy_tokenizer(path: Path, folder: Path, name: str | None = None) -> None:
+    """Copy a tokenizer, and the settings beside a `tokenizer.json`, if any, that say which token ends a text.
+
+    Args:
+      path: the tokenizer.
+      folder: an existing folder.
+      name: name of the copy; by default that of the tokenizer.
+    """
+    shutil.copyfile(path, folder / (name or path.name))
     settings = path.with_name("tokenizer_config.json")
     if path.suffix == ".json" and settings.is_file():
         shutil.copyfile(settings, folder / settings.name)

@@ -31,6 +31,7 @@ from tests.helpers import small
 
 PUBLISHED = Path(__file__).parent / "published"
 LM = to_dict(small.STT)
+WIDE = {"d_model": 16, "num_heads": 4, "num_layers": 1, "dim_feedforward": 9, "context": 1}
 WHOLE = ModelConfig(
     model_type="tts",
     lm=small.TTS,
@@ -179,6 +180,8 @@ def test_unknown_keys_and_wrong_types_are_refused(kind, values, message):
         (LMConfig, LM | {"delays": [0, 1]}, "2 delays for 1 text and 3 audio streams; give 4"),
         (LMConfig, LM | {"delays": [0, 0, -1, 0]}, "the delays are (0, 0, -1, 0); none can be negative"),
         (LMConfig, LM | {"dep_q": 4}, "dep_q is 4 of n_q 3; generate at most n_q"),
+        (TransformerConfig, WIDE | {"input_dimension": 8}, "input_dimension is 8; a transformer has no projection of"),
+        (TransformerConfig, WIDE | {"output_dimensions": [16, 16]}, "output_dimensions is (16, 16); a transformer has"),
         (LMConfig, LM | {"norm_emb": True}, "norm_emb is true; no published model normalises its embeddings"),
         (
             LMConfig,

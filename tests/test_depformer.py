@@ -92,3 +92,12 @@ def test_depformer_settings_that_no_published_model_has_are_refused(key, value, 
     config = read_lm(flat_lm(small.TTS) | {key: value}, "config.json")
     with pytest.raises(ConfigError, match=f"{key} is {value!r}; every published depformer has {published!r}"):
         Depformer(config, rngs=nnx.Rngs(0))
+
+
+def test_a_depformer_that_does_not_see_a_whole_frame_is_refused():
+    def config(context: int):
+        return dataclasses.replace(small.TTS, depformer=dataclasses.replace(small.TTS.depformer, context=context))
+
+    small.build(lambda rngs: Depformer(config(small.TTS.dep_q), rngs=rngs))
+    with pytest.raises(ConfigError, match="depformer_context is 3; the depformer attends to all of a frame's 4 codebo"):
+        Depformer(config(3), rngs=nnx.Rngs(0))

@@ -134,6 +134,14 @@ def test_a_model_of_the_family_passes_and_without_its_tokenizer_does_not():
             dataclasses.replace(CONFIGS["tts"], lm=small.STT),
             "model_type is 'tts' and dep_q 0; such a model generates au",
         ),
+        (
+            dataclasses.replace(CONFIGS["tts"], lm=dataclasses.replace(small.TTS, existing_text_padding_id=2)),
+            "existing_text_padding_id is 2; text-to-speech models have 3, as in the reference",
+        ),
+        (
+            dataclasses.replace(CONFIGS["tts"], lm=dataclasses.replace(small.TTS, existing_text_end_padding_id=1)),
+            "existing_text_end_padding_id is 1; text-to-speech models have 0, as in the reference",
+        ),
     ],
 )
 def test_a_config_that_does_not_fit_its_family_is_refused(config, message):

@@ -271,6 +271,13 @@ def test_every_public_name_resolves_and_is_listed(name):
     assert name in dir(dsm_jax)
 
 
+@pytest.mark.parametrize("name", [*dsm_jax._MODULES, "convert.layouts"])
+def test_a_module_with_names_for_users_needs_no_import_of_its_own(name):
+    code = f"import dsm_jax; dsm_jax.convert; import dsm_jax.convert.layouts; print(dsm_jax.{name}.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"dsm_jax.{name}\n"
+
+
 def test_type_checkers_see_the_names_that_run():
     seen = {
         name.rpartition(".")[2]: name.rpartition(".")[0]

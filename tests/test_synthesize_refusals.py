@@ -48,6 +48,13 @@ def test_a_model_that_only_listens_is_refused():
     )
 
 
+def test_the_kind_of_the_model_comes_before_arguments_of_another_kind():
+    listener = dsm_jax.load("digits")
+    for sound in (dsm_jax.synthesize, lambda *args, **more: next(dsm_jax.synthesize_stream(*args, **more))):
+        with pytest.raises(CheckpointError, match=r"^digits is a speech-to-text model; to speak, load a text-to-"):
+            sound(listener, "good", speaker=0)
+
+
 def test_a_codec_alone_is_refused(model):
     config = ModelConfig(model_type="mimi", mimi=model.config.mimi)
     alone = dataclasses.replace(model, config=config, lm_def=None, lm_params=None, tokenizer=None, name="some-codec")
@@ -56,7 +63,11 @@ def test_a_codec_alone_is_refused(model):
 
 def test_a_model_without_its_decoder_is_refused(checkpoint):
     deaf = dsm_jax.load(checkpoint, stt_only=True)
-    refused_alike(deaf, ConfigError, "^speaker was loaded with stt_only=True; load it without to speak$")
+    refused_alike(
+        deaf,
+        ConfigError,
+        "^speaker has no decoder of sound: it was loaded with stt_only=True, or made with decoder=False. Load or make",
+    )
 
 
 def test_a_model_without_a_tokenizer_is_refused(model):

@@ -6,7 +6,7 @@ import pytest
 
 from dsm_jax.convert import tokenizer as rewriting
 from dsm_jax.errors import CheckpointError
-from dsm_jax.tokenizers import load_tokenizer
+from dsm_jax.tokenizers import copy_tokenizer, load_tokenizer
 from tests.helpers.tokenizer_maker import make_tokenizer
 
 TEXTS = (
@@ -132,3 +132,11 @@ def test_eos_is_what_the_settings_beside_a_tokenizer_say(tmp_path):
     assert load_tokenizer(tmp_path / "tokenizer.json").eos_id == 3
     settings.write_text('{"eos_token": "nowhere"}')
     assert load_tokenizer(tmp_path / "tokenizer.json").eos_id == -1
+
+
+def test_a_tokenizer_without_settings_beside_it_is_copied_alone(tmp_path):
+    rewriting.to_json(make_tokenizer(tmp_path / "t.model", 64), tmp_path)
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "tokenizer_config.json").unlink(missing_ok=True)
+    copy_tokenizer(tmp_path / "tokenizer.json", tmp_path / "alone", "other.json")
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["other.json"]

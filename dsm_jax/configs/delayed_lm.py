@@ -9,7 +9,10 @@ from dsm_jax.configs.tts import Conditioner, Fuser
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DepformerConfig:
-    """The small transformer over the codebooks of a frame. In Kyutai's files each field has the prefix `depformer_`."""
+    """The small transformer over the codebooks of a frame. In Kyutai's files each field has the prefix `depformer_`.
+
+    `causal` has no effect, as in the reference: a codebook depends on those before it alone.
+    """
 
     dim: int = 1024
     num_heads: int = 16

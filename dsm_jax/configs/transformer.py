@@ -59,7 +59,7 @@ class TransformerConfig:
     cross_attention: bool = False
     rope_scaling: RopeScaling | None = None
     gated_width: int | None = None  # inner width of a gated feed-forward; None derives it from dim_feedforward
-    # In Mimi's file only; both are the model width.
+    # In Mimi's file only: its widths are the model's, and the axes of its input in the reference have no effect here.
     input_dimension: int | None = None
     output_dimensions: tuple[int, ...] | None = None
     conv_layout: bool = True
@@ -78,6 +78,12 @@ class TransformerConfig:
             f"width {self.d_model}, {self.num_heads} heads and kv_repeat {self.kv_repeat} do not divide",
             "the width must be a multiple of the heads, the heads a multiple of kv_repeat",
         )
+        for name, width in (("input_dimension", self.input_dimension), ("output_dimensions", self.output_dimensions)):
+            require(
+                width in (None, self.d_model, (self.d_model,)),
+                f"{name} is {width!r}",
+                f"a transformer has no projection of its own; give the width {self.d_model}, or leave it out",
+            )
 
     @property
     def head_dim(self) -> int:

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsm_jax.errors import ConfigError
 from dsm_jax.models.csm import CsmLM
 from dsm_jax.models.mimi import CodecState, Mimi
 from dsm_jax.models.streams import ZERO_TOKEN
@@ -119,8 +118,7 @@ def init_state(lm: CsmLM, mimi: Mimi, settings: CsmSettings) -> CsmState:
     Raises:
       ConfigError: the codec has no decoder.
     """
-    if mimi.decoder is None:
-        raise ConfigError("the codec was made without its decoder; make it, or load it, with one to speak")
+    mimi.require_decoder()
     slots = settings.slots
 
     def zeros(dtype: Any, *shape: int) -> jax.Array:

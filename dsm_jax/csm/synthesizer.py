@@ -14,7 +14,7 @@ from dsm_jax.csm.options import CsmOptions
 from dsm_jax.csm.program import CsmOutputs, CsmSettings
 from dsm_jax.csm.prompt import text_ids, turn_MT
 from dsm_jax.csm.requests import Request, Segment, samples
-from dsm_jax.errors import AudioError, ConfigError, DsmError, SpeechError
+from dsm_jax.errors import AudioError, DsmError, SpeechError
 from dsm_jax.models.family import csm_config, require
 from dsm_jax.process import check_process
 from dsm_jax.runtime.slots import Slots
@@ -44,8 +44,7 @@ class ConversationSynthesizer:
         check_process()
         require(model, "csm")
         assert model.tokenizer is not None
-        if model.codec.decoder is None:
-            raise ConfigError(f"{model.name} was loaded with stt_only=True; load it without to speak")
+        model.codec.require_decoder(model.name)
         self.model, self.config, self.tokenizer = model, csm_config(model.config), model.tokenizer
         self._count, self._limit, self._behind, self._inserts = slots, limit, behind, inserts
         self._slots: Slots[ConversationSession] | None = None

@@ -89,6 +89,11 @@ class Depformer(nnx.Module):
         for name, (found, value) in (settings | {"bias_proj": (config.bias_proj, False)}).items():
             if found != value:
                 raise ConfigError(f"{name} is {found!r}; every published depformer has {value!r}")
+        if (context := config.depformer.context) is not None and context < config.dep_q:
+            raise ConfigError(
+                f"depformer_context is {context}; the depformer attends to all of a frame's {config.dep_q} codebooks: "
+                f"give {config.dep_q} or leave it out"
+            )
         width, rank = config.depformer.dim, config.depformer.low_rank_embeddings
         self.config = config
         sets = max(config.depformer_schedule) + 1

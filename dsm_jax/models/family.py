@@ -126,6 +126,15 @@ def _generates_audio(config: ModelConfig) -> None:
         raise ConfigError(f"model_type is {config.model_type!r} and dep_q 0; such a model generates audio: 1 or more")
 
 
+def _speaks(config: ModelConfig) -> None:
+    _generates_audio(config)
+    lm = lm_config(config)
+    # Fixed in the reference's text-to-speech (moshi/models/tts.py:TokenIds), and so in `tts.script`.
+    for name, value in (("existing_text_padding_id", 3), ("existing_text_end_padding_id", 0)):
+        if (found := getattr(lm, name)) != value:
+            raise ConfigError(f"{name} is {found}; text-to-speech models have {value}, as in the reference")
+
+
 _KYUTAI = "dsm_jax.convert.kyutai"
 _SPEECH_TO_SPEECH = "a speech-to-speech model, which this library loads and does not run"
 
@@ -160,7 +169,7 @@ FAMILIES: Mapping[str, Family] = {
             task="speak",
             example="kyutai/tts-1.6b-en_fr",
             parts={"lm": LMConfig, "tts": TtsConfig},
-            check=_generates_audio,
+            check=_speaks,
             language_model=_delayed_lm,
             vocabulary=_text_card,
             layouts={"kyutai": _KYUTAI},

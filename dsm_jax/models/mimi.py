@@ -181,7 +181,7 @@ class Mimi(nnx.Module):
         """
         if codes_BQT.shape[1] > self.config.quantizer.n_q:
             raise ConfigError(f"{codes_BQT.shape[1]} codebooks were given; give at most {self.config.quantizer.n_q}")
-        return self._decoder().step(self.quantizer.decode(codes_BQT), state, lengths_B)
+        return self.require_decoder().step(self.quantizer.decode(codes_BQT), state, lengths_B)
 
     def latents(self, x_BTC: jax.Array) -> jax.Array:
         """Compute the continuous latents [B, T, D] of a whole clip, before quantisation; pads the end with zeros."""
@@ -194,11 +194,22 @@ class Mimi(nnx.Module):
 
     def decode(self, codes_BQT: jax.Array) -> jax.Array:
         """Decode a whole clip to samples [B, T * 1920, C], not clipped."""
-        return self.decode_step(codes_BQT, self._decoder().init_state(codes_BQT.shape[0]))[0]
+        return self.decode_step(codes_BQT, self.require_decoder().init_state(codes_BQT.shape[0]))[0]
 
-    def _decoder(self) -> MimiDecoder:
+    def require_decoder(self, owner: str = "this codec") -> MimiDecoder:
+        """Return the decoder.
+
+        Args:
+          owner: name of the model, for the message.
+
+        Raises:
+          ConfigError: the codec was made without its decoder.
+        """
         if self.decoder is None:
-            raise ConfigError("this codec was made without its decoder; make it, or load it, with decoder=True")
+            raise ConfigError(
+                f"{owner} has no decoder of sound: it was loaded with stt_only=True, or made with decoder=False. "
+                "Load or make it without"
+            )
         return self.decoder
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from dsm_jax.errors import CheckpointError
+from dsm_jax.nn.quant import PackedBfloat16, QuantizedArray
 from dsm_jax.sharding import Sharding, set_sharding
 
 # Float32 in models of any dtype, as in the reference: it is computed once per stream.
@@ -92,6 +93,14 @@ def with_dtype(part: str, parameters: Mapping[str, Any], dtype: np.dtype) -> dic
 
 
 def dtype_of(parameters: Mapping[str, Any]) -> str:
-    """Return the dtype's name of a network's first parameter outside conditioning; "float32" if there is none."""
-    dtypes = (np.dtype(p.dtype).name for name, p in parameters.items() if not name.startswith(ALWAYS_FLOAT32))
+    """Return the name of the dtype of a network's parameters, by the first one.
+
+    Conditioning, which is always float32, and weights stored in another form (`nn.quant`) do not count; "float32" if
+    there is no other parameter.
+    """
+    dtypes = (
+        np.dtype(parameter.dtype).name
+        for name, parameter in parameters.items()
+        if not name.startswith(ALWAYS_FLOAT32) and not isinstance(parameter, PackedBfloat16 | QuantizedArray)
+    )
     return next(dtypes, "float32")

@@ -40,8 +40,7 @@ def init_state(lm: DelayedStreamsLM, mimi: Mimi, settings: TtsSettings) -> TtsSt
     Raises:
       ConfigError: the codec has no decoder, or fewer codebooks than the model generates.
     """
-    if mimi.decoder is None:
-        raise ConfigError("the codec was made without its decoder; make it, or load it, with one to speak")
+    mimi.require_decoder()
     config, slots, rows = lm.config, settings.slots, settings.slots * settings.halves
     if not 1 <= config.dep_q <= mimi.config.quantizer.n_q:
         raise ConfigError(f"the model generates {config.dep_q} codebooks; its codec has {mimi.config.quantizer.n_q}")

@@ -9,7 +9,7 @@ import numpy as np
 
 from dsm_jax import audio, codec
 from dsm_jax.checkpoints import Model
-from dsm_jax.errors import ConfigError, DsmError, SpeechError
+from dsm_jax.errors import DsmError, SpeechError
 from dsm_jax.nn.sampling import top_k_capacity
 from dsm_jax.process import check_process
 from dsm_jax.runtime.slots import Slots
@@ -53,8 +53,7 @@ class Synthesizer:
         each = [one.checked(model) for one in options]
         assert model.config.lm is not None
         assert model.tokenizer is not None
-        if model.codec.decoder is None:
-            raise ConfigError(f"{model.name} was loaded with stt_only=True; load it without to speak")
+        model.codec.require_decoder(model.name)
         self.model, self.lm, self.tokenizer = model, model.config.lm, model.tokenizer
         self.distilled = bool(voices.guidance_values(self.lm))
         self._count, self._limit, self._behind = slots, limit, behind
