@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # What an editor and a type checker see; _MODULE_OF is what runs.
+    from dsm_jax.audio import Recorded
     from dsm_jax.checkpoints import Model, load, save
     from dsm_jax.codec import decode, encode
     from dsm_jax.convert import convert
@@ -71,6 +72,7 @@ __all__ = [
     "Progress",
     "Prompt",
     "PromptError",
+    "Recorded",
     "Segment",
     "ServerError",
     "Speech",
@@ -119,6 +121,7 @@ _MODULE_OF = {
     "Progress": "dsm_jax.progress",
     "Prompt": "dsm_jax.stt",
     "PromptError": "dsm_jax.errors",
+    "Recorded": "dsm_jax.audio",
     "Segment": "dsm_jax.stt",
     "ServerError": "dsm_jax.errors",
     "Speech": "dsm_jax.tts",

@@ -3,11 +3,12 @@
 Dimension key: C channels, T samples.
 """
 
+import dataclasses
 import io
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeGuard
 
@@ -26,8 +27,22 @@ class SupportsArray(Protocol):
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray: ...
 
 
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays cannot be compared as one
+class Recorded:
+    """Samples with a rate of their own.
+
+    Attributes:
+      pcm: float in [-1, 1] or int16, [T] or [C, T].
+      sample_rate: Hz.
+    """
+
+    pcm: Any
+    sample_rate: int
+
+
 File = str | os.PathLike[str] | BinaryIO
-Source = File | SupportsArray
+# A mapping is a recording of the library `datasets`, with its `array` and its `sampling_rate`.
+Source = File | SupportsArray | Recorded | Mapping[str, Any]
 
 MIN_RATE_HZ, MAX_RATE_HZ = 1_000, 768_000
 MAX_CHANNELS = 8  # of an array: beyond that, [samples, channels] was meant
@@ -57,8 +72,9 @@ def blocks(
 
     Args:
       source: a path to whatever FFmpeg decodes: wav, flac, mp3, ogg, opus, m4a, mp4, webm, aac, wma and others; "-" for
-        standard input; a binary file, read from its start; or an array at `sample_rate`, float in [-1, 1] or int16, of
-        shape [T] or [C, T]. A pipe is decoded as it arrives.
+        standard input; a binary file, read from its start; an array at `sample_rate`, float in [-1, 1] or int16, of
+        shape [T] or [C, T]; `Recorded`, an array with another rate; or {"array": ..., "sampling_rate": ...}, as data
+        sets on the Hugging Face hub hold recordings. A pipe is decoded as it arrives.
       sample_rate: sample rate of the blocks, Hz.
       block_seconds: length of every block but the last, which may be shorter.
       strict: refuse a file that was cut short or is damaged, in place of the warning.
@@ -74,11 +90,16 @@ def blocks(
     _check_rate(sample_rate, "sample_rate")
     if not 0 < block_seconds < math.inf:
         raise ValueError(f"block_seconds is {block_seconds}; expected a positive number of seconds.")
+    if isinstance(source, Mapping):
+        source = _recorded(source)
     name = _name(source)
     if _is_file(source):
         pieces = _decoded(source, sample_rate, name, strict)
     else:
-        pieces = _mono([_channels(source, name, sample_rate)], sample_rate)
+        taken = source if isinstance(source, Recorded) else Recorded(source, sample_rate)
+        rate = taken.sample_rate
+        _check_rate(rate, f"the sample rate of {name}")
+        pieces = resampled(_mono([_channels(taken.pcm, name, rate)], rate), rate, sample_rate)
     return _cut(pieces, max(1, round(block_seconds * sample_rate)), name)
 
 
@@ -151,31 +172,40 @@ def path_of(source: object) -> str | None:
 
 
 def is_source(value: object) -> TypeGuard[Source]:
-    """Tell whether a value is one recording: a path, an open file or an array, and not several recordings."""
-    return _is_file(value) or hasattr(value, "__array__")
+    """Tell whether a value is one recording, and not several."""
+    return _is_file(value) or isinstance(value, Recorded | Mapping) or hasattr(value, "__array__")
 
 
 def _is_file(source: object) -> TypeGuard[File]:
     return isinstance(source, str | os.PathLike) or hasattr(source, "read")
 
 
-def _name(source: Source) -> str:
+def _recorded(source: Mapping[str, Any]) -> Recorded:
+    try:
+        return Recorded(source["array"], source["sampling_rate"])
+    except KeyError:
+        raise AudioError(
+            f"audio was given as a mapping of {sorted(map(str, source))}; expected array and sampling_rate. Add them."
+        ) from None
+
+
+def _name(source: object) -> str:
     """Return the source's name for error messages."""
     if isinstance(source, str | os.PathLike):
         return "standard input" if source == "-" else os.fspath(source)
-    if hasattr(source, "__array__"):
+    if isinstance(source, Recorded) or hasattr(source, "__array__"):
         return "the array"
     if hasattr(source, "read") and not isinstance(source, io.TextIOBase):
         name = getattr(source, "name", None)
         return name if isinstance(name, str) else "the file object"
     raise AudioError(
         f"audio was given as {type(source).__name__}; "
-        "expected a path, '-', a file opened in binary mode, or an array. Pass one of these."
+        "expected a path, '-', a file opened in binary mode, an array, or Recorded samples. Pass one of these."
     )
 
 
-def _check_rate(rate: int, name: str) -> None:
-    if not MIN_RATE_HZ <= rate <= MAX_RATE_HZ:
+def _check_rate(rate: Any, name: str) -> None:
+    if not isinstance(rate, int | float | np.number) or not MIN_RATE_HZ <= rate <= MAX_RATE_HZ:
         raise AudioError(
             f"{name} is {rate} Hz; expected {MIN_RATE_HZ} to {MAX_RATE_HZ} Hz. Check the header, or the argument."
         )

@@ -104,6 +104,31 @@ def test_paths_files_pipes_and_standard_input_read_alike(monkeypatch):
     np.testing.assert_array_equal(audio.read("-"), whole)
 
 
+@pytest.mark.parametrize("kind", [audio.Recorded, lambda pcm, rate: {"array": pcm, "sampling_rate": rate}])
+def test_samples_with_a_rate_of_their_own_are_as_their_file(kind, tmp_path):
+    pcm_CT = np.stack([tone(0.5, 16_000, 440), tone(0.5, 16_000, 220)])
+    soundfile.write(tmp_path / "a.wav", pcm_CT.T, 16_000, subtype="FLOAT")
+    recording = kind(pcm_CT, 16_000)
+    assert audio.is_source(recording)
+    np.testing.assert_array_equal(audio.read(recording), audio.read(tmp_path / "a.wav"))
+    np.testing.assert_array_equal(audio.read(kind(pcm_CT.tolist(), 16_000)), audio.read(tmp_path / "a.wav"))
+    assert len(audio.read(recording)) == 12_000
+
+
+@pytest.mark.parametrize(
+    ("recording", "message"),
+    [
+        ({"path": "a.wav"}, r"audio was given as a mapping of \['path'\]; expected array and sampling_rate. Add them"),
+        (audio.Recorded(np.ones(9), 12), "the sample rate of the array is 12 Hz; expected 1000 to 768000 Hz"),
+        (audio.Recorded(np.ones(9), "16k"), "the sample rate of the array is 16k Hz; expected 1000 to 768000 Hz"),
+        (audio.Recorded("a.wav", 16_000), "the array has dtype <U5; expected float"),
+    ],
+)
+def test_samples_without_a_true_rate_are_refused(recording, message):
+    with pytest.raises(AudioError, match=message):
+        audio.read(recording)
+
+
 def test_arrays_are_taken_at_the_given_rate():
     pcm = tone(1.0, 16_000)
     np.testing.assert_array_equal(audio.read(pcm, 16_000), pcm)
@@ -366,7 +391,10 @@ def test_sample_rates_out_of_range_are_refused(tmp_path, rate):
         (np.zeros((9, 2)), r"the array has shape \(9, 2\); expected \[samples\], or .*at most 8 channels\. Transpose"),
         (np.zeros(()), r"the array has shape \(\)"),
         (np.full(9, 1e300), r"the array holds NaN or infinity at 0\.000 s"),
-        ([0.0, 0.0], r"audio was given as list; expected a path, '-', a file opened in binary mode, or an array"),
+        (
+            [0.0, 0.0],
+            r"audio was given as list; expected a path, '-', a file opened in binary mode, an array, or Recorded",
+        ),
         (io.StringIO("text"), r"audio was given as StringIO"),
     ],
 )

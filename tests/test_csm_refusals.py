@@ -8,7 +8,7 @@ import pytest
 
 import dsm_jax
 from dsm_jax import csm
-from dsm_jax.csm import CsmOptions, Recorded, Request, Segment
+from dsm_jax.csm import CsmOptions, Request, Segment
 from dsm_jax.csm.batch import synthesize_each
 from dsm_jax.errors import AudioError, BatchError, ConfigError, ModelKindError, SpeechError
 from tests.helpers import tts_model
@@ -116,7 +116,7 @@ def test_stereo_and_other_rates_are_taken_as_everywhere(model, tmp_path):
     np.testing.assert_array_equal(positions(channels), plain)
     np.testing.assert_array_equal(positions(stereo), positions(dsm_jax.audio.read(stereo, model.sample_rate)))
     resampled = np.concatenate([*dsm_jax.audio.resampled([doubled], 2 * model.sample_rate, model.sample_rate)])
-    np.testing.assert_array_equal(positions(Recorded(doubled, 2 * model.sample_rate)), positions(resampled))
+    np.testing.assert_array_equal(positions(dsm_jax.Recorded(doubled, 2 * model.sample_rate)), positions(resampled))
     np.testing.assert_array_equal(positions(fast), positions(dsm_jax.audio.read(fast, model.sample_rate)))
     assert not np.array_equal(positions(channels), positions(PCM)), "one channel alone is another recording"
 

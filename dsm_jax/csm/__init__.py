@@ -2,6 +2,6 @@
 
 from dsm_jax.csm.conversation import Conversation
 from dsm_jax.csm.options import CsmOptions
-from dsm_jax.csm.requests import Recorded, Request, Segment
+from dsm_jax.csm.requests import Request, Segment
 
-__all__ = ["Conversation", "CsmOptions", "Recorded", "Request", "Segment"]
+__all__ = ["Conversation", "CsmOptions", "Request", "Segment"]

@@ -118,7 +118,7 @@ def init_state(lm: CsmLM, mimi: Mimi, settings: CsmSettings) -> CsmState:
     Raises:
       ConfigError: the codec has no decoder.
     """
-    mimi.require_decoder()
+    decoder = mimi.require_decoder()
     slots = settings.slots
 
     def zeros(dtype: Any, *shape: int) -> jax.Array:
@@ -137,7 +137,7 @@ def init_state(lm: CsmLM, mimi: Mimi, settings: CsmSettings) -> CsmState:
         hidden_BD=zeros(lm.dtype, lm.config.backbone.d_model),
         frames_B=zeros(jnp.int32),
         complete_B=zeros(jnp.bool),
-        codec=mimi.decoder.init_state(slots),
+        codec=decoder.init_state(slots),
         request=request,
     )
 
@@ -184,7 +184,7 @@ def insert(
         hidden_BD=state.hidden_BD.at[slot_N].set(last_ND),
         frames_B=jnp.where(filled_B, 0, state.frames_B),
         complete_B=state.complete_B & ~filled_B,
-        codec=reset_rows(state.codec, filled_B, mimi.decoder.init_state(settings.slots)),
+        codec=reset_rows(state.codec, filled_B, mimi.require_decoder().init_state(settings.slots)),
         request=write_rows(state.request, slot_N, requests),
     )
 

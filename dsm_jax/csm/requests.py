@@ -21,32 +21,19 @@ _AUDIO_KEYS = ("path", "audio", "array", "url")
 
 
 @dataclass(frozen=True, eq=False)  # arrays cannot be compared as one
-class Recorded:
-    """Samples at a rate of their own.
-
-    Attributes:
-      pcm: float in [-1, 1] or int16, [T] or [C, T].
-      sample_rate: Hz.
-    """
-
-    pcm: Any
-    sample_rate: int
-
-
-@dataclass(frozen=True, eq=False)
 class Segment:
     """A turn of a conversation that has been spoken: the context from which the model takes voices.
 
     Attributes:
       text: the words of the recording, as exactly as they are known.
       speaker: number of the speaker, from 0.
-      audio: the recording: a path, an open file, an array at the model's rate, or `Recorded` samples; a `Speech` of the
-        same model is taken as it is, without encoding it again.
+      audio: the recording: a path, an open file, an array at the model's rate, or `dsm_jax.Recorded` samples; a
+        `Speech` of the same model is taken as it is, without encoding it again.
     """
 
     text: str
     speaker: int = 0
-    audio: sound.Source | Recorded | Speech | None = None
+    audio: sound.Source | Speech | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,19 +144,7 @@ def _audio(part: Mapping[str, Any], where: str) -> Any:
         return value
     if not isinstance(rate, int | float) or isinstance(rate, bool):
         raise SpeechError(f"{where} has audio with the sampling_rate {rate!r}; expected a number of Hz")
-    return Recorded(value, int(rate))
-
-
-def samples(recording: sound.Source | Recorded, sample_rate: int) -> np.ndarray:
-    """Read a recording as mono samples at a rate: float32 [T].
-
-    Raises:
-      AudioError: the recording cannot be read, or is empty.
-    """
-    if not isinstance(recording, Recorded):
-        return sound.read(recording, sample_rate)
-    pcm_T = sound.read(recording.pcm, recording.sample_rate)
-    return np.concatenate(list(sound.resampled([pcm_T], recording.sample_rate, sample_rate)))
+    return sound.Recorded(value, int(rate))
 
 
 def requests_of(

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dsm_jax import codec
+from dsm_jax import audio, codec
 from dsm_jax.checkpoints import Model
 from dsm_jax.csm.host import ConversationRequest, CsmProgram, room
 from dsm_jax.csm.options import CsmOptions
 from dsm_jax.csm.program import CsmOutputs, CsmSettings
 from dsm_jax.csm.prompt import text_ids, turn_MT
-from dsm_jax.csm.requests import Request, Segment, samples
+from dsm_jax.csm.requests import Request, Segment
 from dsm_jax.errors import AudioError, DsmError, SpeechError
 from dsm_jax.models.family import csm_config, require
 from dsm_jax.process import check_process
@@ -77,12 +77,12 @@ class ConversationSynthesizer:
             if recording.sample_rate != self.model.sample_rate:
                 raise SpeechError(
                     f"the speech of {segment.text!r} has {recording.sample_rate} Hz; {self.model.name} takes "
-                    f"{self.model.sample_rate} Hz: give it as Recorded(pcm, sample_rate)"
+                    f"{self.model.sample_rate} Hz: give it as dsm_jax.Recorded(pcm, sample_rate)"
                 )
             recording = recording.pcm
         assert recording is not None
         try:
-            pcm_T = samples(recording, self.model.sample_rate)
+            pcm_T = audio.read(recording, self.model.sample_rate)
         except AudioError as error:
             raise AudioError(f"the context's turn {segment.text!r}: {error}") from None
         return codec.encode(self.model, pcm_T, codebooks=self.config.n_q)

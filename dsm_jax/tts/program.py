@@ -40,7 +40,7 @@ def init_state(lm: DelayedStreamsLM, mimi: Mimi, settings: TtsSettings) -> TtsSt
     Raises:
       ConfigError: the codec has no decoder, or fewer codebooks than the model generates.
     """
-    mimi.require_decoder()
+    decoder = mimi.require_decoder()
     config, slots, rows = lm.config, settings.slots, settings.slots * settings.halves
     if not 1 <= config.dep_q <= mimi.config.quantizer.n_q:
         raise ConfigError(f"the model generates {config.dep_q} codebooks; its codec has {mimi.config.quantizer.n_q}")
@@ -79,7 +79,7 @@ def init_state(lm: DelayedStreamsLM, mimi: Mimi, settings: TtsSettings) -> TtsSt
         lm.init_state(rows),
         words.init_state(request.max_padding_B, request.initial_padding_B),
         TokenRing.empty(config, slots),
-        mimi.decoder.init_state(slots),
+        decoder.init_state(slots),
         _no_conditions(lm, rows, settings.voice_steps),
         request,
     )
