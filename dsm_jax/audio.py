@@ -121,8 +121,9 @@ def write(path: str | os.PathLike[str], pcm: ArrayLike, sample_rate: int) -> Non
       sample_rate: of `pcm`, Hz.
 
     Raises:
-      AudioError: the suffix is another one, the folder does not exist, the place cannot be written, or `pcm` is empty,
-        not finite, or of another dtype or shape. What was at `path` before is then still there.
+      AudioError: the suffix is another one, the folder does not exist, the place cannot be written, the format or the
+        library does not have the rate, or `pcm` is empty, not finite, or of another dtype or shape. What was at `path`
+        before is then still there.
     """
     path = Path(path)
     if path.suffix.lower() not in _WRITABLE:

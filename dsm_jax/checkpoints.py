@@ -132,6 +132,7 @@ def load(
     Raises:
       CheckpointError: nothing of that name, a layout that is not known, or weights that are not those of the config.
       ConfigError: a config that the library does not understand, or a device that is not there.
+      ForkError: the process was forked from one that uses JAX.
     """
     check_process()
     place = _placement(device, sharding)

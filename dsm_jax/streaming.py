@@ -2,8 +2,9 @@
 
 Every streaming module has `init_state(batch_size) -> State` and `step(x, state, lengths_B=None) -> (y, state)`.
 Calling the module is one `step` over the whole clip from the fresh state; there is no second, offline implementation. A
-state is a frozen, registered dataclass whose leaves have the batch as their first axis and keep their shapes and
-dtypes. Modules hold parameters only.
+state is a pytree, of frozen and registered dataclasses or tuples of these, whose leaves have the batch as their first
+axis and keep their shapes and dtypes. Modules hold parameters only. `nn.attention` alone differs: its `step` also takes
+the position, which the transformer keeps for all of its layers.
 
 Rows are independent streams. A chunk may be ragged: row b takes the first `lengths_B[b]` of its T steps, and its state
 afterwards is the state after those steps. The outputs of steps that a row does not take are finite and meaningless. A

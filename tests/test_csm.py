@@ -13,7 +13,6 @@ from dsm_jax.csm import CsmOptions, Request, Segment
 from dsm_jax.csm.batch import synthesize_each
 from dsm_jax.csm.host import CsmProgram, bucket, room
 from dsm_jax.csm.program import CsmSettings
-from dsm_jax.csm.requests import samples
 from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
 from dsm_jax.nn import quant
 from dsm_jax.runtime.compile import compilations
@@ -280,7 +279,7 @@ def test_published_chat_format_is_a_conversation(model, alone, tmp_path):
     as_published = [{"role": "1", "content": [*messages()[0]["content"][:1], {"type": "audio", "path": HI.audio}]}]
     for first in (from_file, as_published, messages(array=twice, sampling_rate=2 * model.sample_rate)[:1]):
         read = Request.of_messages([*first, messages()[1]])
-        pcm_T = samples(read.context[0].audio, model.sample_rate)
+        pcm_T = audio.read(read.context[0].audio, model.sample_rate)
         assert (read.context[0].text, read.text, read.speaker) == ("hi", TEXTS[1], 1)
         assert pcm_T.size == HI.audio.size
     batch = dict(synthesize_each(model, [Request.of_messages(messages())], options=GREEDY))

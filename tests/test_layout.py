@@ -265,6 +265,19 @@ def test_importing_the_package_imports_nothing_heavy():
     assert {name for name in added.split() if name.split(".")[0] not in sys.stdlib_module_names} == {"dsm_jax"}
 
 
+def test_the_pages_have_the_ranks_of_this_test():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", page, re.MULTILINE)
+    ranks = {name: int(rank) for rank, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert ranks == {name: rank for name, rank in RANK.items() if name not in ("__main__", "dsm_jax")}
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    floors = [re.findall(r"`(\w+)`", names) for names in re.findall(r"^\| \d+ \| (.*?) \|", page, re.MULTILINE)]
+    assert {name for floor in floors for name in floor} == ranks.keys()
+    highest = [max(RANK[name] for name in floor) for floor in floors]
+    lowest = [min(RANK[name] for name in floor) for floor in floors]
+    assert all(high < low for high, low in zip(highest, lowest[1:], strict=False))
+
+
 @pytest.mark.parametrize("name", [*dsm_jax.__all__, "__version__"])
 def test_every_public_name_resolves_and_is_listed(name):
     assert getattr(dsm_jax, name) is not None

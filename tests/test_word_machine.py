@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsm_jax.errors import ConfigError, SpeechError
+from dsm_jax.errors import ConfigError
 from dsm_jax.tts import words
 from dsm_jax.tts.script import Entry, Script, pack
 from dsm_jax.tts.words import WordMachine, WordState
@@ -259,7 +259,7 @@ def test_a_script_that_may_go_on_has_no_end():
 
 
 def test_a_negative_number_of_words_is_refused():
-    with pytest.raises(SpeechError, match=r"^second_stream_ahead is -1, and must be 0 or more: give another number$"):
+    with pytest.raises(ConfigError, match=r"^second_stream_ahead is -1, and must be 0 or more: give another number$"):
         WordMachine(CARD, -1)
 
 

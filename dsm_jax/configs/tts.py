@@ -98,6 +98,9 @@ class TtsConfig:
 class SamplingDefaults:
     """A checkpoint's defaults of sampling (`lm_gen_config`); None for settings that it leaves out.
 
+    Speech-to-text takes `temp_text` and `top_k_text` from it, and text-to-speech `temp` for audio and text, as the
+    references do. The library reads the others from a file and writes them, and does not use them.
+
     Attributes:
       temp: temperature of the audio tokens; 0 is greedy.
       temp_text: temperature of the text tokens; 0 is greedy.

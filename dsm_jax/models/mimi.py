@@ -149,13 +149,14 @@ class Mimi(nnx.Module):
         """Encode a chunk of audio.
 
         Args:
-          x_BTC: samples at 24 kHz in [-1, 1]; T is a positive multiple of 1920.
+          x_BTC: samples in [-1, 1] at the config's `sample_rate`; T is a positive multiple of its `frame_size`: 24 kHz
+            and 1920 in the published codec.
           state: from `encoder.init_state`, or from the previous call.
-          lengths_B: int32, samples that each row takes, a multiple of 1920; None means all.
+          lengths_B: int32, samples that each row takes, a multiple of `frame_size`; None means all.
           codebooks: number of codebooks to compute, at least 1; None means all.
 
         Returns:
-          codes: int32 [B, codebooks, T / 1920] in [0, 2048), coarsest first.
+          codes: int32 [B, codebooks, T / frame_size], from 0 to below the quantizer's `bins`, coarsest first.
           The state to pass next time.
 
         Raises:
@@ -193,7 +194,7 @@ class Mimi(nnx.Module):
         return self.encode_step(pad_to_frames(x_BTC, self.config.frame_size), state, codebooks=codebooks)[0]
 
     def decode(self, codes_BQT: jax.Array) -> jax.Array:
-        """Decode a whole clip to samples [B, T * 1920, C], not clipped."""
+        """Decode a whole clip to samples [B, T * frame_size, C], not clipped."""
         return self.decode_step(codes_BQT, self.require_decoder().init_state(codes_BQT.shape[0]))[0]
 
     def require_decoder(self, owner: str = "this codec") -> MimiDecoder:

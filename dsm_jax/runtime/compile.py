@@ -1,4 +1,4 @@
-"""Compile pure functions over networks; all of the library's jitted programs are made here.
+"""Compile pure functions over networks: every program with which the library listens, speaks and encodes.
 
 A function takes networks, then arrays, then settings. The compiled function takes the networks' parameters in place of
 the networks. Graph definitions and settings are closed over, as JAX hashes static arguments at every call.

@@ -116,7 +116,8 @@ def transcribe(
       AudioError: the one recording cannot be read, or an audio prompt.
       BatchError: some of several cannot; it carries the transcripts of the others.
       ModelKindError: the model does not transcribe.
-      ConfigError: not as many options as recordings.
+      CheckpointError: the model has no tokenizer, or pause heads of another number than the published ones.
+      ConfigError: not as many options as recordings, or `batch_size` is less than 1.
       PromptError: the model cannot follow the prompt.
     """
     several = not audio.is_source(recordings)

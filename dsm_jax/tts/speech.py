@@ -81,6 +81,7 @@ class SynthesizeOptions:
         """Return these options, which fit the model.
 
         Raises:
+          CheckpointError: the model speaks in two streams of audio, which is not supported.
           ConfigError: more codebooks than the model generates.
           ModelKindError: the model does not speak.
         """

@@ -22,7 +22,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dsm_jax.errors import ConfigError, SpeechError
+from dsm_jax.errors import ConfigError
 from dsm_jax.tts.script import NEW_WORD, PAD, ZERO, Script
 
 
@@ -35,8 +35,7 @@ class WordMachine:
       second_stream_ahead: how many words the model reads ahead; 0 for a model that does not.
 
     Raises:
-      SpeechError: a number of words is negative.
-      ConfigError: two tokens in one would not fit into an int32.
+      ConfigError: a number of words is negative, or two tokens in one would not fit into an int32.
     """
 
     card: int
@@ -44,7 +43,7 @@ class WordMachine:
 
     def __post_init__(self) -> None:
         if self.second_stream_ahead < 0:
-            raise SpeechError(
+            raise ConfigError(
                 f"second_stream_ahead is {self.second_stream_ahead}, and must be 0 or more: give another number"
             )
         if self.second_stream_ahead and self.card**2 > 2**31:
