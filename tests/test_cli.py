@@ -219,7 +219,7 @@ def test_programs_are_cached_unless_the_cache_is_off(tmp_path):
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "home")}
     subprocess.run(command, env=env, check=True, capture_output=True)
     assert any((tmp_path / "home/dsm_jax/compiled").iterdir())
-    subprocess.run([*command, "--cache-dir", str(tmp_path / "mine")], env=env, check=True, capture_output=True)
+    subprocess.run([*command, "--compile-cache", str(tmp_path / "mine")], env=env, check=True, capture_output=True)
     assert any((tmp_path / "mine").iterdir())
     shutil.rmtree(tmp_path / "home")
     subprocess.run([*command, "--no-cache"], env=env, check=True, capture_output=True)
@@ -301,7 +301,7 @@ def test_one_interrupt_ends_the_command():
 @pytest.mark.slow
 def test_damaged_entries_of_the_compile_cache_are_replaced(tmp_path):
     command = [sys.executable, "-m", "dsm_jax", "codec", "encode", CLIP, str(tmp_path / "c.safetensors")]
-    command += ["--model", str(stt_model.CHECKPOINT), "--cache-dir", str(tmp_path / "cache")]
+    command += ["--model", str(stt_model.CHECKPOINT), "--compile-cache", str(tmp_path / "cache")]
     subprocess.run(command, check=True, capture_output=True)
     entries = list((tmp_path / "cache").glob("*-cache"))
     assert entries

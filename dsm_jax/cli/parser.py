@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     group = device.add_argument_group("device")
     group.add_argument("--device", choices=PLATFORMS, help="default: the best that JAX finds")
     group.add_argument(
-        "--cache-dir", type=Path, metavar="FOLDER", help=f"keep compiled programs here; default: {cache_folder()}"
+        "--compile-cache", type=Path, metavar="FOLDER", help=f"keep compiled programs here; default: {cache_folder()}"
     )
     group.add_argument("--no-cache", action="store_true", help="compile anew, keep nothing")
     dtype = _dtype("of the weights; default: bfloat16 on GPU and TPU, float32 on CPU")

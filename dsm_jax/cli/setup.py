@@ -44,7 +44,7 @@ def set_up_jax(args: argparse.Namespace) -> None:
         asked = f"--device {args.device}" if args.device else "a device"
         raise UsageError(f"{asked} is not available here ({reason}); try --device cpu") from None
     if not args.no_cache:
-        folder = Path(args.cache_dir or cache_folder())
+        folder = Path(args.compile_cache or cache_folder())
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         # With a limit, JAX locks the cache, so that commands that run at once cannot damage its entries.
