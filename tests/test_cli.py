@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -296,6 +297,39 @@ def test_one_interrupt_ends_the_command():
     running.send_signal(signal.SIGINT)
     assert running.wait(timeout=20) == 130
     running.communicate()
+
+
+LONG_CALLS = {
+    "a library that takes minutes": "say('started'); hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)",
+    "a callback that drops errors": "gc.callbacks.append(lambda *_: (say('started'), time.sleep(60))); gc.collect()",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", LONG_CALLS.values(), ids=LONG_CALLS)
+def test_an_interrupt_ends_the_command_though_python_raises_nothing(call):
+    script = "import functools, gc, hashlib, time\nfrom dsm_jax.cli import terminal\n"
+    script += f"say = functools.partial(print, flush=True)\nwith terminal.ended_by_one_interrupt():\n    {call}"
+    command, pipe = [sys.executable, "-c", script], subprocess.PIPE
+    running = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+    running.stdout.readline()
+    time.sleep(0.5)  # until the call has begun
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=20)
+    assert (running.returncode, err) == (130, "")
+
+
+@pytest.mark.slow
+def test_an_interrupted_compilation_does_not_crash(tmp_path):
+    command = [sys.executable, "-m", "dsm_jax", "transcribe", CLIP, "--model", "digits", "--verbose"]
+    command += ["--compile-cache", str(tmp_path)]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "loaded" not in running.stderr.readline():
+        pass
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=20)
+    assert running.returncode == 130
+    assert "Traceback" not in err
 
 
 @pytest.mark.slow

@@ -63,6 +63,17 @@ def main(argv: list[str] | None = None) -> int:
         return _run(args)
 
 
+def command() -> None:
+    """Run the command line as this process, and end the process.
+
+    After a Ctrl-C it ends without Python's own end: XLA's threads may still compile, and would use what is gone.
+    """
+    code = main()
+    if code == terminal.INTERRUPTED:
+        os._exit(code)
+    sys.exit(code)
+
+
 def _run(args: argparse.Namespace) -> int:
     """Run the chosen command; return the exit code."""
     try:

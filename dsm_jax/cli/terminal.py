@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
@@ -78,24 +79,54 @@ _ending: threading.Timer | None = None
 
 @contextlib.contextmanager
 def ended_by_one_interrupt() -> Iterator[None]:
-    """Make one Ctrl-C enough: where Python drops the exception it raises, the process ends a second later."""
+    """Make one Ctrl-C enough: where nothing comes of it, the process ends a second later.
+
+    Python raises an exception, and may drop it, in a callback of the garbage collector for example. It raises none
+    while a library runs, such as XLA's compiler for seconds, but writes the signal's number to a pipe even then.
+    """
+    raised = -math.inf
 
     def interrupt(*_: object) -> None:
         global _ending
+        nonlocal raised
+        raised = time.monotonic()
         _ending = threading.Timer(_GRACE_S, os._exit, [INTERRUPTED])
         _ending.daemon = True
         _ending.start()
         raise KeyboardInterrupt
 
+    def watch() -> None:
+        while number := os.read(reading, 1):
+            came = time.monotonic()
+            # A server takes signals over, and this handler has no part in its end.
+            if number[0] != signal.SIGINT or signal.getsignal(signal.SIGINT) is not interrupt:
+                continue
+            time.sleep(_GRACE_S)
+            if raised < came - _GRACE_S and signal.getsignal(signal.SIGINT) is interrupt:
+                os._exit(INTERRUPTED)
+        os.close(reading)
+
+    def unraisable(dropped: "sys.UnraisableHookArgs") -> None:
+        if dropped.exc_type is not KeyboardInterrupt:
+            hook(dropped)
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, interrupt)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    threading.Thread(target=watch, daemon=True).start()
+    pipe_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    before, hook = signal.signal(signal.SIGINT, interrupt), sys.unraisablehook
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
         interrupt_was_handled()
+        sys.unraisablehook = hook
         signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(pipe_before)
+        os.close(writing)
 
 
 def interrupt_was_handled() -> None:
