@@ -192,6 +192,20 @@ def test_a_turn_is_that_of_synthesize_with_its_voice_as_context(turn_service, vo
         np.testing.assert_allclose(sound(session), speech.pcm, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", ["script_service", "turn_service"])
+def test_the_wait_for_a_slot_is_no_part_of_the_time_to_the_first_sound(request, monkeypatch, name):
+    service, now = request.getfixturevalue(name), [0.0]
+    monkeypatch.setattr(service, "clock", lambda: now[0])
+    engine, session = engine_of(service), service.session(Outbox())
+    session.say(TEXT)
+    session.finish()
+    now[0] = 100.0  # no slot was free so long
+    begin(engine, session)
+    run(engine)
+    assert session.first_sound == 0.0
+    assert sound(session).size
+
+
 def test_a_turn_that_does_not_fit_is_refused(turn_service):
     session = turn_service.session(Outbox())
     session.say("a " * (turn_service.longest_prompt // 2 + 10))

@@ -21,7 +21,7 @@ from dsm_jax.options import check_sampling
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.runtime.steps import Leave
 from dsm_jax.serving.outbox import Outbox
-from dsm_jax.serving.speaking import LAG_S, NO_VOICE, LiveVoice, Said, Sound, SpeakingService, check_characters
+from dsm_jax.serving.speaking import NO_VOICE, LiveVoice, Said, SpeakingService, check_characters
 from dsm_jax.tts import voices
 from dsm_jax.tts.host import SpeechRequest
 from dsm_jax.tts.live import STEPS
@@ -224,7 +224,7 @@ def _sayable(service: ScriptService) -> str:
     raise ConfigError(f"{service.model.name} can spell no common word; take a tokenizer of the model's language")
 
 
-class LiveSpeech(SpeechSession, LiveVoice):
+class LiveSpeech(LiveVoice, SpeechSession):
     """One client's text, spoken while it arrives.
 
     The event loop calls `say`, `use_voice` and `finish`; all else is the engine's.
@@ -237,17 +237,13 @@ class LiveSpeech(SpeechSession, LiveVoice):
     """
 
     def __init__(self, service: ScriptService, outbox: Outbox, base: SpeechRequest, *, is_file: bool = False):
-        super().__init__(service.model, base)
-        self.outbox, self.is_file, self.can_start = outbox, is_file, False
-        self.first_sound: float | None = None
+        super().__init__(service, outbox, base, is_file=is_file)
         self._service, self._base = service, base
         self._inbox: deque[Entry | None] = deque()  # None ends the text
         self._entries: list[Entry] = []
         self._count = self._tokens = 0  # of all entries that were added
         self._has_words = False
         self._told = 0  # entries that were returned as `Said`
-        self._sounds: list[np.ndarray] = []
-        self._started = service.clock()
 
     def use_voice(self, voice_XC: np.ndarray) -> None:
         """Speak with vectors of the client's own; they count before the first word.
@@ -295,31 +291,17 @@ class LiveSpeech(SpeechSession, LiveVoice):
     def request(self) -> SpeechRequest:
         """Return the request with the text so far."""
         self._prepared, self._prefix_left = self._collect(), self._base.prefix_QT.shape[1]
-        self._started = self._service.clock()
-        return self.prepared
+        return super().request()
 
     def due(self, now: float) -> float:
         """Return the time at which a step can be taken."""
-        if self._lags():
-            return math.inf
-        return now if self._inbox or not self.waits else math.inf
-
-    def _lags(self) -> bool:
-        return len(self.outbox) > LAG_S * self.model.config.mimi.frame_rate
+        return super().due(now) if self._inbox or not self.waits else math.inf
 
     def take_input(self) -> Leave | None:
         """Give new text to the slot; let the slot take steps unless it waits for text or its listener lags."""
         if self._inbox:
             self._service.synthesizer.extend(self, self._collect())
-        return None if self._lags() else super().take_input()
-
-    def add_pcm(self, pcm_T: np.ndarray) -> None:
-        """Take samples that were made; they are not kept for a whole speech."""
-        if pcm_T.size and self.first_sound is None:
-            self.first_sound = self._service.clock() - self._started
-        self._samples += pcm_T.size
-        size = self.model.config.mimi.frame_size
-        self._sounds += [pcm_T[at : at + size] for at in range(0, pcm_T.size, size)]
+        return super().take_input()
 
     def take_messages(self) -> list[Any]:
         """Return the words that have ended, and the sound that was made, since the last call."""
@@ -327,8 +309,7 @@ class LiveSpeech(SpeechSession, LiveVoice):
         whole = begun if self.ended else begun - 1
         said = [self._said(index) for index in range(self._told, max(self._told, whole))]
         self._told = max(self._told, whole)
-        sounds, self._sounds = self._sounds, []
-        return [*said, *map(Sound, sounds)]
+        return [*said, *super().take_messages()]
 
     def _said(self, index: int) -> Said:
         entry, rate = self._entries[index], self.model.config.mimi.frame_rate

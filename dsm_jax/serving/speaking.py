@@ -4,8 +4,9 @@ Shape letters: T samples.
 """
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import SpeechError
 from dsm_jax.runtime.slots import Slots
+from dsm_jax.runtime.steps import Leave
 from dsm_jax.serving.outbox import Outbox
 from dsm_jax.speaking import SpeakingSession
 
@@ -37,19 +39,29 @@ class Said:
 
 
 class LiveVoice(SpeakingSession[Any], ABC):
-    """One client's text and its sound, whatever the family of the model.
+    """One client's text and its sound, whatever the family of the model; the family's own session is the next base.
+
+    The event loop calls `say` and `finish`; all else is the engine's.
+
+    Args:
+      service: of the model.
+      outbox: messages to the client: `Sound` and `Said`.
+      prepared: the request, of which the text may be still to come; None while there is none.
+      is_file: whether the session may wait for a slot.
 
     Attributes:
-      outbox: messages to the client: `Sound` and `Said`.
-      is_file: whether the session may wait for a slot.
+      outbox, is_file: as above.
       can_start: whether there is enough text to take the slot.
       first_sound: seconds from the start in a slot to the first sound; None before.
     """
 
-    outbox: Outbox
-    is_file: bool
-    can_start: bool
-    first_sound: float | None
+    def __init__(self, service: "SpeakingService", outbox: Outbox, prepared: Any, *, is_file: bool = False):
+        super().__init__(service.model, prepared)
+        self.outbox, self.is_file, self.can_start = outbox, is_file, False
+        self.first_sound: float | None = None
+        self._clock = service.clock
+        self._started: float  # set once the session has a slot
+        self._sounds: list[Sound] = []
 
     @abstractmethod
     def say(self, text: str) -> None:
@@ -67,13 +79,34 @@ class LiveVoice(SpeakingSession[Any], ABC):
           SpeechError: the text cannot be said.
         """
 
-    @abstractmethod
+    def request(self) -> Any:
+        """Return the request as the program puts it into a slot: the session begins now, however long it waited."""
+        self._started = self._clock()
+        return super().request()
+
+    def _lags(self) -> bool:
+        return len(self.outbox) > LAG_S * self.model.config.mimi.frame_rate
+
     def due(self, now: float) -> float:
         """Return the time at which a step can be taken."""
+        return math.inf if self._lags() else now
 
-    @abstractmethod
+    def take_input(self) -> Leave | None:
+        """Let the slot take steps unless it waits for text or its listener lags."""
+        return None if self._lags() else super().take_input()
+
+    def add_pcm(self, pcm_T: np.ndarray) -> None:
+        """Take samples that were made; they are not kept for a whole speech."""
+        if pcm_T.size and self.first_sound is None:
+            self.first_sound = self._clock() - self._started
+        self._samples += pcm_T.size
+        size = self.model.config.mimi.frame_size
+        self._sounds += [Sound(pcm_T[at : at + size]) for at in range(0, pcm_T.size, size)]
+
     def take_messages(self) -> list[Any]:
         """Return the messages to the client since the last call."""
+        sounds, self._sounds = self._sounds, []
+        return list(sounds)
 
 
 class SpeakingService(ABC):
@@ -83,11 +116,13 @@ class SpeakingService(ABC):
       model: the model.
       default_voice: name of the voice of clients that name none.
       step_seconds: measured duration of a call, by its steps.
+      clock: seconds, monotonic.
     """
 
     model: Model
     default_voice: str
     step_seconds: dict[int, float]
+    clock: Callable[[], float]
 
     @property
     @abstractmethod

@@ -4,7 +4,6 @@ Shape letters: T samples.
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,9 +21,8 @@ from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
 from dsm_jax.errors import ConfigError, SpeechError
 from dsm_jax.models.family import csm_config
 from dsm_jax.runtime.slots import Slots
-from dsm_jax.runtime.steps import Leave
 from dsm_jax.serving.outbox import Outbox
-from dsm_jax.serving.speaking import LAG_S, NO_VOICE, LiveVoice, Sound, SpeakingService, check_characters
+from dsm_jax.serving.speaking import NO_VOICE, LiveVoice, SpeakingService, check_characters
 
 TURN_CHARACTERS = 10_000  # of a turn of a conversation, before its tokens are counted
 
@@ -132,8 +130,16 @@ def _segments(folder: Path | None) -> dict[str, tuple[Segment, ...]]:
     return found
 
 
-class LiveTurn(ConversationSession, LiveVoice):
-    """One client's turn of a conversation, spoken once its text is whole; the arguments are those of `LiveSpeech`."""
+class LiveTurn(LiveVoice, ConversationSession):
+    """One client's turn of a conversation, spoken once its text is whole.
+
+    Args:
+      service: of the model.
+      outbox: messages to the client.
+      context: turns that the voice is taken from.
+      options: of the synthesis.
+      is_file: whether the session may wait for a slot.
+    """
 
     def __init__(
         self,
@@ -144,14 +150,10 @@ class LiveTurn(ConversationSession, LiveVoice):
         *,
         is_file: bool = False,
     ):
-        super().__init__(service.model, None)
-        self.outbox, self.is_file, self.can_start = outbox, is_file, False
-        self.first_sound: float | None = None
+        super().__init__(service, outbox, None, is_file=is_file)
         self._service, self._context, self._options = service, context, options
         self._text: list[str] = []
         self._length = 0  # characters of all pieces
-        self._started = service.clock()
-        self._sent = 0
 
     def say(self, text: str) -> None:
         """Add text; see `LiveVoice.say`."""
@@ -174,21 +176,3 @@ class LiveTurn(ConversationSession, LiveVoice):
                 f"{self._service.longest_prompt}: cut the text, or choose a shorter voice"
             )
         self._prepared, self.can_start = prepared, True
-
-    def due(self, now: float) -> float:
-        """Return the time at which a step can be taken."""
-        return math.inf if self._lags() else now
-
-    def _lags(self) -> bool:
-        return len(self.outbox) > LAG_S * self.model.config.mimi.frame_rate
-
-    def take_input(self) -> Leave | None:
-        """Let the slot take steps unless its listener lags."""
-        return None if self._lags() else super().take_input()
-
-    def take_messages(self) -> list[Any]:
-        """Return the sound that was made since the last call."""
-        size, pcm_T = self.model.config.mimi.frame_size, self.take_pcm()
-        if pcm_T.size and self.first_sound is None:
-            self.first_sound = self._service.clock() - self._started
-        return [Sound(pcm_T[at : at + size]) for at in range(0, pcm_T.size, size)]
