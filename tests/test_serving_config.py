@@ -110,7 +110,7 @@ def test_our_form_is_read_and_the_environment_is_filled_in(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "old,new,words",
     [
-        ("path =", "paths =", r"modules.asr: unknown keys \['paths'\]; known are type, path"),
+        ("path =", "paths =", r"modules.asr: unknown keys \['paths'\]; of moshi-server's, type, path"),
         ("cfg_coef", "cfg", r"modules.tts_py: unknown keys \['cfg'\]"),
         ("instance_name", "instance", r"unknown keys \['instance'\]; of moshi-server's"),
         ('"BatchedAsr"', '"Mimi"', "modules.asr: the type is 'Mimi'; this server has BatchedAsr"),
@@ -121,6 +121,11 @@ def test_our_form_is_read_and_the_environment_is_filled_in(tmp_path, monkeypatch
         ),
         ("conditioning_learnt_padding = true", "log_frequency_s = 10", "would log what clients say"),
         ("$HOME/logs", "$NOT_SET_ANYWHERE/logs", r"names \$NOT_SET_ANYWHERE, which the environment has not"),
+        (
+            "no_text = true",
+            "no_text = false",
+            "cfg_is_no_text is False, which would guide the choice of text",
+        ),
         ("batch_size = 64", "batch_size = 0", "has 0 slots; expected 1 to 4096"),
         ('path = "/api/tts', 'path = "api/tts', "expected one that begins with /"),
         ('path = "/api/tts_streaming"', 'path = "/api/asr-streaming"', "two models have the path /api/asr-streaming"),

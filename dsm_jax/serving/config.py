@@ -8,7 +8,7 @@ import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,16 +25,18 @@ _KINDS: Mapping[str, Literal["stt", "tts"]] = {
     "Tts": "tts",
 }
 _FILES = ("lm_model_file", "text_tokenizer_file", "audio_tokenizer_file")
-# Settings of moshi-server without a meaning here: its page, its logs, and what the checkpoint says.
-_TOP = ("static_dir", "log_dir", "instance_name", "authorized_ids", "modules")
+# Keys of moshi-server. Those that are ignored are of its page and its logs, or say what the checkpoint says: the form
+# of the model, the first token of a speaker, and the conditions of speech to text, of which published models have none.
+_TOP = ("authorized_ids", "modules")
+_TOP_IGNORED = ("static_dir", "log_dir", "instance_name")
 _MODULE = (
-    "type", "path", "batch_size", "temperature", "asr_delay_in_tokens", "conditioning_delay", "log_frequency_s",
-    "conditioning_learnt_padding", "text_bos_token", "model", "py", *_FILES,
+    "type", "path", "batch_size", "temperature", "asr_delay_in_tokens", "log_frequency_s", "py", *_FILES,
 )  # fmt: skip
+_MODULE_IGNORED = ("model", "text_bos_token", "conditioning_delay", "conditioning_learnt_padding")
 _PY = (
-    "log_folder", "voice_folder", "default_voice", "cfg_coef", "cfg_is_no_text", "padding_between", "padding_bonus",
-    "n_q", "temp",
+    "voice_folder", "default_voice", "cfg_coef", "cfg_is_no_text", "padding_between", "padding_bonus", "n_q", "temp",
 )  # fmt: skip
+_PY_IGNORED = ("log_folder",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,8 +231,7 @@ def _expanded(value: Any) -> Any:
 
 def _of_moshi(values: Mapping[str, Any], path: Path) -> ServerConfig:
     """Read moshi-server's form."""
-    if unknown := sorted(values.keys() - set(_TOP)):
-        raise ConfigError(f"{path}: unknown keys {unknown}; of moshi-server's, {', '.join(_TOP)} are known")
+    _check_keys(values, (*_TOP, *_TOP_IGNORED), str(path))
     models = tuple(_module(table, f"{path}: modules.{name}", path.parent) for name, table in values["modules"].items())
     return ServerConfig(models=models, keys=tuple(values.get("authorized_ids", ())))
 
@@ -241,11 +242,16 @@ def _module(table: Mapping[str, Any], where: str, folder: Path) -> ServedModel:
     if kind is None:
         raise ConfigError(f"{where}: the type is {table.get('type')!r}; this server has {', '.join(_KINDS)}")
     py = table.get("py", {})
-    for keys, known in ((table, _MODULE), (py, _PY)):
-        if unknown := sorted(keys.keys() - set(known)):
-            raise ConfigError(f"{where}: unknown keys {unknown}; known are {', '.join(known)}")
+    _check_keys(table, (*_MODULE, *_MODULE_IGNORED), where)
+    _check_keys(py, (*_PY, *_PY_IGNORED), where)
     if table.get("log_frequency_s"):
         raise ConfigError(f"{where}: log_frequency_s would log what clients say; this server does not: remove it")
+    # moshi-server takes the key and does not look at it: its guidance leaves the text out too.
+    if (no_text := py.get("cfg_is_no_text", True)) is not True:
+        raise ConfigError(
+            f"{where}: cfg_is_no_text is {no_text!r}, which would guide the choice of text too; neither this server "
+            "nor moshi-server does: remove it, or set it to true"
+        )
     return ServedModel(
         kind=kind,
         model=_repository(table, where),
@@ -260,6 +266,11 @@ def _module(table: Mapping[str, Any], where: str, folder: Path) -> ServedModel:
         padding_bonus=py.get("padding_bonus"),
         codebooks=py.get("n_q"),
     )
+
+
+def _check_keys(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    if unknown := sorted(table.keys() - set(known)):
+        raise ConfigError(f"{where}: unknown keys {unknown}; of moshi-server's, {', '.join(known)} are known")
 
 
 def _folder(value: str | None, base: Path) -> Path | None:
