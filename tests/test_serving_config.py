@@ -50,6 +50,7 @@ port = 9000
 keys = ["$SECRET"]
 origins = ["https://listed.example"]
 max_session_s = 60
+log_format = "json"
 
 [server.aliases]
 whisper-1 = "digits"
@@ -98,6 +99,7 @@ def test_our_form_is_read_and_the_environment_is_filled_in(tmp_path, monkeypatch
     config = read_config(written(tmp_path, OURS))
     assert (config.host, config.port, config.keys) == ("0.0.0.0", 9000, ("from the environment",))
     assert (config.origins, config.max_session_s) == (("https://listed.example",), 60.0)
+    assert config.log_format == "json"
     assert config.aliases == {"whisper-1": "digits"}
     assert [(m.kind, m.model, m.path, m.slots) for m in config.models] == [
         ("stt", "digits", "/api/asr-streaming", 3),
@@ -147,7 +149,8 @@ def test_a_setting_that_moshi_server_has_not_is_refused_by_name(tmp_path, old, n
         ("[server]", "[serve]\n[server]", r"unknown tables \['serve'\]; expected \[server\] and \[models.NAME\]"),
         ('["$SECRET"]', '[""]', "a key is empty"),
         ("max_session_s = 60", "max_session_s = -1", "max_session_s is -1.0; expected a number from 0"),
-        ("max_session_s = 60", 'log_format = "xml"', "log_format is 'xml'"),
+        ('log_format = "json"', 'log_format = "xml"', "log_format is 'xml'; expected 'text' or 'json'"),
+        ('voice_folder = "voices"', "voice_folder = 3", "models.speaker: voice_folder is 3; expected .*Path"),
         ("[server]", "server]", "is not a configuration file"),
     ],
 )

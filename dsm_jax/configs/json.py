@@ -8,7 +8,8 @@ import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from dsm_jax.errors import ConfigError
 
@@ -19,7 +20,8 @@ def from_dict(kind: type[Config], values: Mapping[str, Any], where: str, *, like
     """Build a config from decoded JSON.
 
     Args:
-      kind: a config class: a dataclass whose fields are numbers, strings, tuples, mappings and further configs.
+      kind: a config class: a dataclass whose fields are numbers, strings, literals, paths, tuples, mappings and
+        further configs.
       values: values by field name; a nested config is a mapping or an instance. A mapping for a field with several
         config classes names its class in the key `type`.
       where: name of the values' source, for the error.
@@ -61,6 +63,8 @@ def _read_value(kind: Any, value: Any, where: str, like: Any) -> Any:
         return from_dict(config, value, where, like=like)
     for option in options:
         origin: Any = typing.get_origin(option) or option
+        if origin is Literal and isinstance(value, str) and value in typing.get_args(option):
+            return value
         if origin is tuple and isinstance(value, (list, tuple)):
             return tuple(_read_value(typing.get_args(option)[0], v, where, None) for v in value)
         if origin is Mapping and isinstance(value, Mapping):
@@ -69,9 +73,12 @@ def _read_value(kind: Any, value: Any, where: str, like: Any) -> Any:
             }
         if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
+        if origin is Path and isinstance(value, str):
+            return Path(value)
         if isinstance(origin, type) and isinstance(value, origin) and isinstance(value, bool) == (origin is bool):
             return value
-    raise ConfigError(f"{where} is {value!r}; expected {getattr(kind, '__name__', kind)}")
+    expected = " or ".join(map(repr, typing.get_args(kind))) if typing.get_origin(kind) is Literal else None
+    raise ConfigError(f"{where} is {value!r}; expected {expected or getattr(kind, '__name__', kind)}")
 
 
 def _of_type(configs: Sequence[Any], value: Any, where: str) -> Any:

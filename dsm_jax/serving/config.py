@@ -190,29 +190,8 @@ def read_config(path: Path) -> ServerConfig:
 
 
 def _model(table: Mapping[str, Any], where: str, folder: Path) -> ServedModel:
-    values = dict(table)
-    kind = values.pop("kind")
-    voice_folder = values.pop("voice_folder", None)
-    plain = from_dict(_Plain, values, where)
-    found = None if voice_folder is None else folder / str(voice_folder)
-    return ServedModel(kind=kind, voice_folder=found, **dataclasses.asdict(plain))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plain:
-    """The fields of `ServedModel` that JSON's types hold."""
-
-    model: str
-    path: str
-    slots: int | None = None
-    dtype: str | None = None
-    temperature: float | None = None
-    asr_delay_in_tokens: int | None = None
-    default_voice: str | None = None
-    guidance_scale: float | None = None
-    padding_between: int | None = None
-    padding_bonus: float | None = None
-    codebooks: int | None = None
+    model = from_dict(ServedModel, table, where)
+    return model if model.voice_folder is None else dataclasses.replace(model, voice_folder=folder / model.voice_folder)
 
 
 def _expanded(value: Any) -> Any:
