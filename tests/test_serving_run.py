@@ -90,6 +90,21 @@ def test_without_a_right_key_nobody_is_let_in(guarded):
         assert (refused.value.code, refused.value.read()) == (401, b"")
 
 
+@pytest.mark.parametrize("path", [ASR, "/api/modules_info", "/v1/models"])
+@pytest.mark.parametrize(("headers", "code", "reason"), [({}, 401, "key"), ({"origin": "null"}, 403, "origin")])
+def test_each_client_that_is_not_let_in_is_counted(guarded, path, headers, code, reason):
+    def count() -> float:
+        return guarded.server.metrics.registry.get_sample_value("dsm_refused_total", {"reason": reason}) or 0.0
+
+    before = count()
+    request = urllib.request.Request(guarded.url + path, b"audio" if path == ASR else None, headers)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=30)
+    with refused.value:
+        assert refused.value.code == code
+    assert count() == before + 1
+
+
 def test_health_needs_no_key(guarded):
     assert status(guarded.url + "/livez") == status(guarded.url + "/readyz") == 200
 

@@ -1,5 +1,6 @@
-"""Decide who may use the server: keys, and the origins of web pages."""
+"""Tell who may use the server: keys, and the origins of web pages."""
 
+import dataclasses
 import hashlib
 import hmac
 from collections.abc import Sequence
@@ -8,6 +9,21 @@ from urllib.parse import urlsplit
 from starlette.requests import HTTPConnection
 
 _BROWSER_KEY = "openai-insecure-api-key."  # before the key in a browser's list of websocket protocols
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A client that is not let in; each dialect shapes its answer.
+
+    Attributes:
+      status: of HTTP.
+      reason: word for it, for metrics: "origin", "key", "draining" or "not ready".
+      sentence: for the client.
+    """
+
+    status: int
+    reason: str
+    sentence: str
 
 
 class Keys:

@@ -60,9 +60,8 @@ def make_app(server: Server) -> Starlette:
 
     def answer(path: str, content: Callable[[Request], Response], *, guarded: bool) -> None:
         async def endpoint(request: Request) -> Response:
-            if guarded and not server.keys.allow(request):
-                return Response(status_code=401)
-            return content(request)
+            refusal = server.refusal(request) if guarded else None
+            return content(request) if refusal is None else moshi.refusal_response(refusal)
 
         routes.append(Route(path, endpoint, methods=["GET"]))
 

@@ -14,7 +14,7 @@ from starlette.requests import HTTPConnection
 
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import FullError
-from dsm_jax.serving.access import Keys, allowed_origin
+from dsm_jax.serving.access import Keys, Refusal, allowed_origin
 from dsm_jax.serving.config import ServedModel, ServerConfig
 from dsm_jax.serving.engine import Device, Engine
 from dsm_jax.serving.hearing import Heard, HearingService
@@ -202,9 +202,28 @@ class Server:
 
     # Requests.
 
-    def allows_origin(self, connection: HTTPConnection) -> bool:
-        """Tell whether a web page may connect."""
-        return allowed_origin(connection, self.config.origins)
+    def refusal(self, connection: HTTPConnection, *, begins: bool = False) -> Refusal | None:
+        """Return why a client is not let in, and count it; None for one that is.
+
+        Args:
+          connection: of the client.
+          begins: whether a session begins with the connection, as with a websocket.
+        """
+        if not allowed_origin(connection, self.config.origins):
+            return self._refused(403, "origin", "pages of this origin may not connect")
+        if not self.keys.allow(connection):
+            return self._refused(401, "key", "the API key is missing or wrong; send it as Authorization: Bearer KEY")
+        return self._not_accepting() if begins else None
+
+    def _not_accepting(self) -> Refusal | None:
+        if self.accepting:
+            return None
+        reason = "draining" if self.draining else "not ready"
+        return self._refused(503, reason, "the server takes no more sessions; try another one, or later")
+
+    def _refused(self, status: int, reason: str, sentence: str) -> Refusal:
+        self.metrics.refused.labels(reason).inc()
+        return Refusal(status, reason, sentence)
 
     def find(self, kind: str, name: str | None = None) -> Served | None:
         """Return the model of a kind that a client names, by its name or an alias; None takes the first."""
@@ -221,9 +240,8 @@ class Server:
         Raises:
           FullError: there is none.
         """
-        if not self.accepting:
-            self.metrics.refused.labels("draining" if self.draining else "not ready").inc()
-            raise FullError("the server takes no more sessions; try another one, or later")
+        if (refused := self._not_accepting()) is not None:
+            raise FullError(refused.sentence)
         try:
             holds = served.engine.hold(session)
         except FullError:

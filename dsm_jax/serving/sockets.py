@@ -9,10 +9,11 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from starlette.responses import PlainTextResponse
+from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from dsm_jax.errors import DsmError
+from dsm_jax.serving.access import Refusal
 from dsm_jax.serving.server import INBOX_S, Server, Ticket
 
 LAST_WORDS_S = 4.0  # that a session has for its last words when the server drains
@@ -34,28 +35,18 @@ class ClosedError(Exception):
         self.code, self.reason, self.kind = code, reason, kind
 
 
-async def refuse(socket: WebSocket, status: int, reason: str) -> None:
-    """Answer a handshake with an HTTP status."""
-    headers = {"retry-after": "1"} if status == 503 else None
-    await socket.send_denial_response(PlainTextResponse(reason, status, headers))
+async def admitted(server: Server, socket: WebSocket, answer: Callable[[Refusal], Response]) -> bool:
+    """Check key, origin and readiness before the handshake; refuse the socket otherwise.
 
-
-async def admitted(
-    server: Server, socket: WebSocket, refuse: Callable[[WebSocket, int, str], Awaitable[None]] = refuse
-) -> bool:
-    """Check key, origin and readiness before the handshake; refuse the socket otherwise."""
-    if not server.allows_origin(socket):
-        server.metrics.refused.labels("origin").inc()
-        await refuse(socket, 403, "pages of this origin may not connect")
-    elif not server.keys.allow(socket):
-        server.metrics.refused.labels("key").inc()
-        await refuse(socket, 401, "")
-    elif not server.accepting:
-        server.metrics.refused.labels("draining" if server.draining else "not ready").inc()
-        await refuse(socket, 503, "the server takes no more sessions; try another one, or later")
-    else:
-        return True
-    return False
+    Args:
+      server: server.
+      socket: not accepted.
+      answer: makes the dialect's answer to a client that is not let in.
+    """
+    refused = server.refusal(socket, begins=True)
+    if refused is not None:
+        await socket.send_denial_response(answer(refused))
+    return refused is None
 
 
 async def received(socket: WebSocket, server: Server, ticket: Ticket) -> AsyncIterator[str | bytes]:

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.websockets import WebSocket
 
 from dsm_jax.errors import AudioError, DsmError, FullError, SpeechError, WireError
+from dsm_jax.serving.access import Refusal
 from dsm_jax.serving.encoding import pcm16, wav_header
 from dsm_jax.serving.hearing import Heard, LiveHearing, Marked
 from dsm_jax.serving.moshi import wire
@@ -84,7 +85,7 @@ def heard_messages(session: LiveHearing, words: WordMessages, message: Any) -> l
 
 async def transcribe_socket(socket: WebSocket, server: Server, served: Served) -> None:
     """Transcribe a live stream."""
-    if not await admitted(server, socket):
+    if not await admitted(server, socket, refusal_response):
         return
     await socket.accept()
     session = LiveHearing(served.service, Outbox(OUTBOX), is_file=socket.query_params.get("wait") == "1")
@@ -134,8 +135,8 @@ async def _tell(socket: WebSocket, ticket: Ticket, session: LiveHearing) -> tupl
 
 async def transcribe_file(request: Request, server: Server, served: Served) -> Response:
     """Transcribe a recording in the body; answer with its words as moshi-server does."""
-    if (refusal := _refused(request, server)) is not None:
-        return refusal
+    if (refusal := server.refusal(request)) is not None:
+        return refusal_response(refusal)
     try:
         with await spooled(request.stream(), server.config.max_upload_mb) as file:
             told = await unless(_file_messages(server, served, file), client_leaves(request))
@@ -161,15 +162,15 @@ async def _file_messages(server: Server, served: Served, file: IO[bytes]) -> lis
     return told
 
 
-def _refused(request: Request, server: Server) -> Response | None:
-    if not server.allows_origin(request):
-        return PlainTextResponse("pages of this origin may not connect", 403)
-    return None if server.keys.allow(request) else Response(status_code=401)
+def refusal_response(refusal: Refusal) -> Response:
+    """Return the answer to a client that is not let in; to one without a key it is empty, as moshi-server's is."""
+    headers = {"retry-after": "1"} if refusal.status == 503 else None
+    return PlainTextResponse("" if refusal.reason == "key" else refusal.sentence, refusal.status, headers)
 
 
 async def speak_socket(socket: WebSocket, server: Server, served: Served) -> None:
     """Speak text as it arrives."""
-    if not await admitted(server, socket):
+    if not await admitted(server, socket, refusal_response):
         return
     form = socket.query_params.get("format", "OggOpus")
     if form not in FORMATS:
@@ -267,8 +268,8 @@ def _pages(pages: bytes, packed: bool) -> bytes:
 
 async def speak_file(request: Request, server: Server, served: Served) -> Response:
     """Speak a whole text; answer with a wav file as it is made."""
-    if (refusal := _refused(request, server)) is not None:
-        return refusal
+    if (refusal := server.refusal(request)) is not None:
+        return refusal_response(refusal)
     try:
         with await spooled(request.stream(), _TEXT_MB) as file:
             body = json.load(file)

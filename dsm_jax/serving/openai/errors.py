@@ -3,11 +3,10 @@
 import json
 from typing import Any
 
-from starlette.requests import HTTPConnection
 from starlette.responses import Response
 
 from dsm_jax.errors import AudioError, DsmError, FullError, PromptError, SpeechError
-from dsm_jax.serving.server import Server
+from dsm_jax.serving.access import Refusal
 from dsm_jax.serving.uploads import TooLargeError
 
 # The error's type by its status; others are errors of the request.
@@ -38,6 +37,12 @@ def unknown_model(name: str, known: list[str], param: str = "model") -> ApiError
     """Make the error for a model that is not served."""
     there = f"it has {', '.join(known)}" if known else "it has none of this kind"
     return ApiError(f"the model {name!r} is not served here; {there}", status=404, param=param, code="model_not_found")
+
+
+def refusal_error(refusal: Refusal) -> ApiError:
+    """Return the error for a client that is not let in."""
+    code = {"origin": "origin_not_allowed", "key": "invalid_api_key"}.get(refusal.reason, "server_full")
+    return ApiError(refusal.sentence, status=refusal.status, code=code)
 
 
 def api_error(error: Exception) -> ApiError:
@@ -89,18 +94,3 @@ def parse_object(data: str | bytes, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ApiError(f"{what} is JSON and no object; send a JSON object", code="invalid_json")
     return value
-
-
-def refusal(server: Server, connection: HTTPConnection) -> ApiError | None:
-    """Return the error for a client that may not use the server."""
-    if not server.allows_origin(connection):
-        server.metrics.refused.labels("origin").inc()
-        return ApiError("pages of this origin may not connect", status=403, code="origin_not_allowed")
-    if not server.keys.allow(connection):
-        server.metrics.refused.labels("key").inc()
-        return ApiError(
-            "the API key is missing or wrong; send it as Authorization: Bearer KEY",
-            status=401,
-            code="invalid_api_key",
-        )
-    return None

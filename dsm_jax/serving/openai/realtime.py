@@ -14,7 +14,7 @@ from starlette.websockets import WebSocket
 
 from dsm_jax.errors import DsmError, FullError
 from dsm_jax.serving.hearing import Heard, LiveHearing, Marked
-from dsm_jax.serving.openai.errors import ApiError, api_error, error_response, parse_object
+from dsm_jax.serving.openai.errors import ApiError, api_error, error_response, parse_object, refusal_error
 from dsm_jax.serving.openai.realtime_settings import Settings
 from dsm_jax.serving.openai.realtime_turns import Items
 from dsm_jax.serving.openai.requests import check_language, find_model, read_options
@@ -45,7 +45,7 @@ def routes(server: Server) -> list[BaseRoute]:
 
 async def transcribe_socket(socket: WebSocket, server: Server) -> None:
     """Transcribe a live stream in turns."""
-    if not await admitted(server, socket, _refuse):
+    if not await admitted(server, socket, lambda refusal: error_response(refusal_error(refusal))):
         return
     try:
         if (intent := socket.query_params.get("intent", "transcription")) != "transcription":
@@ -63,13 +63,6 @@ async def transcribe_socket(socket: WebSocket, server: Server) -> None:
         return
     await socket.accept(PROTOCOL if PROTOCOL in socket.scope["subprotocols"] else None)
     await _Session(socket, server, first).run()
-
-
-async def _refuse(socket: WebSocket, status: int, reason: str) -> None:
-    """Answer a handshake in the dialect's shape."""
-    code = {401: "invalid_api_key", 403: "origin_not_allowed", 503: "server_full"}[status]
-    reason = reason or "the API key is missing or wrong; send it as Authorization: Bearer KEY"
-    await socket.send_denial_response(error_response(ApiError(reason, status=status, code=code)))
 
 
 class _Session:

@@ -17,7 +17,14 @@ from starlette.types import Receive, Scope, Send
 from dsm_jax.errors import DsmError
 from dsm_jax.serving.encoding import CONTENT_TYPES, SoundEncoder
 from dsm_jax.serving.hearing import LiveHearing
-from dsm_jax.serving.openai.errors import ApiError, api_error, error_response, json_response, refusal, unknown_model
+from dsm_jax.serving.openai.errors import (
+    ApiError,
+    api_error,
+    error_response,
+    json_response,
+    refusal_error,
+    unknown_model,
+)
 from dsm_jax.serving.openai.formats import (
     LAST_EVENT,
     WordDeltas,
@@ -90,8 +97,8 @@ class _Endpoint:
         await response(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response:
-        if (refused := refusal(self._server, request)) is not None:
-            raise refused
+        if (refusal := self._server.refusal(request)) is not None:
+            raise refusal_error(refusal)
         if not self._handlers:
             raise ApiError(f"there is no {request.url.path}", status=404, code="not_found")
         handler = self._handlers.get("GET" if request.method == "HEAD" else request.method)
