@@ -13,10 +13,11 @@ from dsm_jax.runtime.compile import compilations
 from dsm_jax.serving.engine import Engine
 from dsm_jax.serving.outbox import Ended, Outbox, Started, put_all
 from dsm_jax.serving.scripts import LiveSpeech, ScriptService
-from dsm_jax.serving.services import service_for
+from dsm_jax.serving.services import service_of
 from dsm_jax.serving.speaking import LAG_S, Said, Sound
 from dsm_jax.serving.turns import LiveTurn, TurnService
 from tests.helpers import csm_model, tts_model
+from tests.helpers.serving import served
 
 pytestmark = pytest.mark.slow
 TALK = csm.CsmOptions(temperature=0.0, max_frames=16)
@@ -221,6 +222,11 @@ def test_a_voice_without_its_words_is_refused(talker, tmp_path):
         TurnService(talker, 1, folder=tmp_path)
 
 
-def test_the_family_of_a_model_decides_on_its_service(script_service, talker, voices):
-    assert isinstance(service_for(script_service.model, 1, folder=voices).session(Outbox()), LiveSpeech)
-    assert isinstance(service_for(talker, 1).session(Outbox()), LiveTurn)
+def test_the_family_of_a_model_decides_on_its_service_and_on_its_settings(script_service, talker, voices):
+    def session(model, **settings):
+        return service_of(served("tts", "a model", slots=1, **settings), model).session(Outbox())
+
+    assert isinstance(session(script_service.model, voice_folder=voices), LiveSpeech)
+    assert isinstance(session(talker), LiveTurn)
+    with pytest.raises(ConfigError, match=r"padding_between was set for .*, which does not have it; remove it"):
+        session(talker, padding_between=1)

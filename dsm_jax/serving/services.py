@@ -1,7 +1,7 @@
 """Load the models that a configuration names, and make their services."""
 
 import dataclasses
-from pathlib import Path
+from typing import Any, TypeVar
 
 from dsm_jax.checkpoints import Model, load
 from dsm_jax.csm.options import CsmOptions
@@ -14,6 +14,8 @@ from dsm_jax.serving.turns import TurnService
 from dsm_jax.stt.options import TranscribeOptions
 from dsm_jax.tts.speech import SynthesizeOptions
 
+Options = TypeVar("Options", CsmOptions, SynthesizeOptions)
+
 
 def load_settings(settings: ServedModel) -> Model:
     """Load a model as the settings say."""
@@ -21,7 +23,12 @@ def load_settings(settings: ServedModel) -> Model:
 
 
 def service_of(settings: ServedModel, model: Model) -> HearingService | SpeakingService:
-    """Make and warm up a model's service."""
+    """Make and warm up a model's service, by its kind and its family.
+
+    Raises:
+      ConfigError: settings that the model's family does not have.
+      As the services.
+    """
     slots = settings.slots or (8 if model.devices[0].platform == "cpu" else 64)
     if settings.kind == "stt":
         if (asked := settings.asr_delay_in_tokens) is not None:
@@ -31,40 +38,19 @@ def service_of(settings: ServedModel, model: Model) -> HearingService | Speaking
                     f"asr_delay_in_tokens is {asked}; the text of {model.name} is {delay:.1f} frames late: remove it"
                 )
         return HearingService(model, slots, options=TranscribeOptions(temperature=settings.temperature))
+    voices: dict[str, Any] = {"folder": settings.voice_folder, "default_voice": settings.default_voice}
+    if model.config.model_type == "csm":
+        return TurnService(model, slots, options=_asked_of(CsmOptions, settings, model), **voices)
+    return ScriptService(model, slots, options=_asked_of(SynthesizeOptions, settings, model), **voices)
+
+
+def _asked_of(options: type[Options], settings: ServedModel, model: Model) -> Options:
+    """Return a family's options as the settings ask for them; others are the family's defaults."""
     asked = {
         name: value
         for name in ("temperature", "guidance_scale", "padding_between", "padding_bonus", "codebooks")
         if (value := getattr(settings, name)) is not None
     }
-    options = CsmOptions if model.config.model_type == "csm" else SynthesizeOptions
     if unknown := sorted(asked.keys() - {field.name for field in dataclasses.fields(options)}):
         raise ConfigError(f"{', '.join(unknown)} was set for {model.name}, which does not have it; remove it")
-    own, voice = options(**asked), settings.default_voice
-    return service_for(model, slots, options=own, folder=settings.voice_folder, default_voice=voice)
-
-
-def service_for(
-    model: Model,
-    slots: int,
-    *,
-    options: SynthesizeOptions | CsmOptions | None = None,
-    folder: Path | None = None,
-    default_voice: str | None = None,
-) -> SpeakingService:
-    """Make the service of a model that speaks, by its family.
-
-    Args:
-      model: a text-to-speech or a conversational speech model.
-      slots: sessions at a time.
-      options: of the synthesis; None takes the family's defaults.
-      folder: of more voices; None for none.
-      default_voice: name of the voice of clients that name none; None takes the first.
-
-    Raises:
-      As `ScriptService` and `TurnService`.
-    """
-    if model.config.model_type == "csm":
-        own = options if isinstance(options, CsmOptions) else CsmOptions()
-        return TurnService(model, slots, options=own, folder=folder, default_voice=default_voice)
-    spoken = options if isinstance(options, SynthesizeOptions) else SynthesizeOptions()
-    return ScriptService(model, slots, options=spoken, folder=folder, default_voice=default_voice)
+    return options(**asked)
