@@ -5,6 +5,8 @@ All times are seconds from the start of the audio; all probabilities are in [0, 
 
 from dataclasses import dataclass
 
+PAUSE_HORIZONS = (0.5, 1.0, 2.0, 3.0)  # seconds of silence, of which each has a head of its own in the model
+
 
 @dataclass(frozen=True)
 class Word:

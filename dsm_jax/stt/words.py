@@ -20,11 +20,10 @@ import math
 import numpy as np
 
 from dsm_jax.errors import ConfigError
-from dsm_jax.stt.events import Event, Pause, Word, WordEnded, WordStarted
+from dsm_jax.stt.events import PAUSE_HORIZONS, Event, Pause, Word, WordEnded, WordStarted
 from dsm_jax.stt.levels import SILENCE_S, SoundLevels
 from dsm_jax.tokenizers import SPACE, Tokenizer
 
-PAUSE_HORIZONS = (0.5, 1.0, 2.0, 3.0)  # seconds, one per extra head
 COMPLETE_FRAMES = 3  # without a piece, after which a word's text is taken to be complete
 LONGEST_TAIL_S = 1.0  # of a word's sound after its last piece, where no silence is found
 UNFINISHED = "\ufffd"  # stands for a character of which some bytes are still to come

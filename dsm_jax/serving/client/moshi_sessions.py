@@ -19,11 +19,10 @@ from dsm_jax.serving.client.session import Session
 from dsm_jax.serving.client.sound import SAMPLE_RATE, live_samples
 from dsm_jax.serving.moshi import wire
 from dsm_jax.speech import SpokenWord
-from dsm_jax.stt.events import Event, Pause, Word, WordEnded, WordStarted
+from dsm_jax.stt.events import PAUSE_HORIZONS, Event, Pause, Word, WordEnded, WordStarted
 from dsm_jax.stt.transcript import Transcript
 
 FRAME = 1_920  # samples
-HORIZONS = (0.5, 1.0, 2.0, 3.0)  # seconds, of a step's predictions
 _MESSAGE = 12 * FRAME  # samples of a message, of a recording that is sent faster than it was spoken
 _Item = TypeVar("_Item")
 
@@ -94,10 +93,10 @@ class AsyncTranscription(_MoshiSession[Event]):
         horizon: float = 2.0,
         threshold: float = 0.5,
     ):
-        if horizon not in HORIZONS or not 0 <= threshold <= 1:
+        if horizon not in PAUSE_HORIZONS or not 0 <= threshold <= 1:
             raise ConfigError(
                 f"a pause of {horizon} s with the threshold {threshold} was asked for; expected a horizon of "
-                f"{HORIZONS} s and a probability"
+                f"{PAUSE_HORIZONS} s and a probability"
             )
         query = {"details": "1", "wait": "1" if wait else None}
         super().__init__(url, query, model=model, api_key=api_key)
@@ -204,12 +203,12 @@ class _Pauses:
     """Find pauses in a model's predictions: one for each stretch without words, as `dsm_jax.transcribe` does.
 
     Args:
-      horizon: seconds, one of `HORIZONS`.
+      horizon: seconds, one of `PAUSE_HORIZONS`.
       threshold: probability above which there is a pause.
     """
 
     def __init__(self, horizon: float, threshold: float):
-        self._horizon, self._head, self._threshold = horizon, HORIZONS.index(horizon), threshold
+        self._horizon, self._head, self._threshold = horizon, PAUSE_HORIZONS.index(horizon), threshold
         self._frames, self._last, self._paused = 0, -math.inf, False
 
     def step(self, prs: Sequence[float]) -> Pause | None:

@@ -39,6 +39,13 @@ def unknown_model(name: str, known: list[str], param: str = "model") -> ApiError
     return ApiError(f"the model {name!r} is not served here; {there}", status=404, param=param, code="model_not_found")
 
 
+def invalid_value(param: str, value: object, expected: str) -> ApiError:
+    """Make the error for a value that is not supported; one that is long is cut in the message."""
+    shown = repr(value)
+    shown = shown if len(shown) <= 100 else f"{shown[:97]}..."
+    return ApiError(f"{param} is {shown}; expected {expected}", param=param, code="invalid_value")
+
+
 def refusal_error(refusal: Refusal) -> ApiError:
     """Return the error for a client that is not let in."""
     code = {"origin": "origin_not_allowed", "key": "invalid_api_key"}.get(refusal.reason, "server_full")

@@ -8,15 +8,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dsm_jax.serving.openai.errors import ApiError
+from dsm_jax.serving.openai.errors import invalid_value
+from dsm_jax.stt.events import PAUSE_HORIZONS
 
 RATES_HZ = (8_000, 48_000)
 NATIVE_RATE_HZ = 24_000  # of the dialect
 WITH_LOGPROBS = "item.input_audio_transcription.logprobs"
 # Seconds of silence after which a turn ends though the model does not predict its end, as OpenAI documents them.
 _PATIENCE_S = {"low": 8.0, "medium": 4.0, "auto": 4.0, "high": 2.0}
-# Which of the model's predictions ends a turn: silence over the next 0.5, 1, 2 or 3 s.
-_HEADS_S = (0.5, 1.0, 2.0, 3.0)
+# Which of the model's predictions of silence ends a turn, by its place in PAUSE_HORIZONS.
 _EAGER_HEADS = {"low": 3, "medium": 2, "auto": 2, "high": 1}
 _FLAT = {
     "input_audio_transcription": "transcription",
@@ -58,7 +58,7 @@ class TurnDetection:
         """The pause head that ends a turn."""
         if self.is_semantic:
             return _EAGER_HEADS[self.eagerness]
-        return next((i for i, seconds in enumerate(_HEADS_S) if self.silence_duration_ms <= seconds * 1000), 3)
+        return next((i for i, seconds in enumerate(PAUSE_HORIZONS) if self.silence_duration_ms <= seconds * 1000), 3)
 
     @property
     def pause_probability(self) -> float:
@@ -102,7 +102,7 @@ class Settings:
         """
         given = _object(session, "session")
         if (kind := given.get("type", "transcription")) != "transcription":
-            raise _bad("session.type", kind, "'transcription': this server does not converse")
+            raise invalid_value("session.type", kind, "'transcription': this server does not converse")
         where, changes = "session", {}
         if "audio" in given:
             where = "session.audio.input"
@@ -110,7 +110,7 @@ class Settings:
         else:
             given_input = {new: given[old] for old, new in _FLAT.items() if old in given}
             if (format := given.get("input_audio_format", "pcm16")) != "pcm16":
-                raise _bad("session.input_audio_format", format, "'pcm16'")
+                raise invalid_value("session.input_audio_format", format, "'pcm16'")
         if given_input.get("format") is not None:
             changes["rate"] = _rate(given_input["format"], f"{where}.format")
         if given_input.get("transcription") is not None:
@@ -164,10 +164,10 @@ class Settings:
 def _rate(format: object, where: str) -> int:
     given = _object(format, where)
     if (kind := given.get("type", "audio/pcm")) != "audio/pcm":
-        raise _bad(f"{where}.type", kind, "'audio/pcm'")
+        raise invalid_value(f"{where}.type", kind, "'audio/pcm'")
     rate = given.get("rate", NATIVE_RATE_HZ)
     if not _is_whole(rate) or not RATES_HZ[0] <= rate <= RATES_HZ[1]:
-        raise _bad(f"{where}.rate", rate, f"a rate from {RATES_HZ[0]} to {RATES_HZ[1]} Hz")
+        raise invalid_value(f"{where}.rate", rate, f"a rate from {RATES_HZ[0]} to {RATES_HZ[1]} Hz")
     return rate
 
 
@@ -177,7 +177,7 @@ def _transcription(transcription: object, where: str) -> dict[str, Any]:
     for name in ("model", "language", "prompt"):
         if (value := given.get(name)) is not None:
             if not isinstance(value, str):
-                raise _bad(f"{where}.{name}", value, "a string")
+                raise invalid_value(f"{where}.{name}", value, "a string")
             changes[name] = value.strip() if name == "prompt" else value or None
     return changes
 
@@ -188,41 +188,35 @@ def _turns(turns: object, where: str) -> TurnDetection | None:
     given = _object(turns, where)
     type = given.get("type", "server_vad")
     if type not in ("server_vad", "semantic_vad"):
-        raise _bad(f"{where}.type", type, "'server_vad', 'semantic_vad', or null in place of the object")
+        raise invalid_value(f"{where}.type", type, "'server_vad', 'semantic_vad', or null in place of the object")
     changes: dict[str, Any] = {}
     if (threshold := given.get("threshold")) is not None:
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
-            raise _bad(f"{where}.threshold", threshold, "a probability from 0 to 1")
+            raise invalid_value(f"{where}.threshold", threshold, "a probability from 0 to 1")
         changes["threshold"] = float(threshold)
     for name, longest in (("prefix_padding_ms", 10_000), ("silence_duration_ms", 60_000)):
         if (value := given.get(name)) is not None:
             if not _is_whole(value) or not 0 <= value <= longest:
-                raise _bad(f"{where}.{name}", value, f"milliseconds from 0 to {longest}")
+                raise invalid_value(f"{where}.{name}", value, f"milliseconds from 0 to {longest}")
             changes[name] = value
     if (eagerness := given.get("eagerness")) is not None:
         if eagerness not in list(_PATIENCE_S):
-            raise _bad(f"{where}.eagerness", eagerness, f"one of {', '.join(_PATIENCE_S)}")
+            raise invalid_value(f"{where}.eagerness", eagerness, f"one of {', '.join(_PATIENCE_S)}")
         changes["eagerness"] = eagerness
     return TurnDetection(type=type, **changes)
 
 
 def _include(include: object) -> bool:
     if not isinstance(include, list) or any(value != WITH_LOGPROBS for value in include):
-        raise _bad("session.include", include, f"a list of {WITH_LOGPROBS!r} or of nothing")
+        raise invalid_value("session.include", include, f"a list of {WITH_LOGPROBS!r} or of nothing")
     return bool(include)
 
 
 def _object(value: object, where: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise _bad(where, value, "an object")
+        raise invalid_value(where, value, "an object")
     return value
 
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _bad(param: str, value: object, expected: str) -> ApiError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 100 else f"{shown[:97]}..."
-    return ApiError(f"{param} is {shown}; expected {expected}", param=param, code="invalid_value")

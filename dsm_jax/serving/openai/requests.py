@@ -13,7 +13,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from dsm_jax.serving.encoding import CONTENT_TYPES
-from dsm_jax.serving.openai.errors import ApiError, parse_object, unknown_model
+from dsm_jax.serving.openai.errors import ApiError, invalid_value, parse_object, unknown_model
 from dsm_jax.serving.server import Served, Server
 from dsm_jax.serving.uploads import TooLargeError
 from dsm_jax.stt.options import Prompt
@@ -155,11 +155,11 @@ async def _transcription(form: FormData, server: Server) -> TranscriptionRequest
     format = texts.get("response_format") or "json"
     if format not in TRANSCRIPT_FORMATS:
         more = "; this model does not tell speakers apart" if format == "diarized_json" else ""
-        raise _bad("response_format", format, f"one of {', '.join(TRANSCRIPT_FORMATS)}{more}")
+        raise invalid_value("response_format", format, f"one of {', '.join(TRANSCRIPT_FORMATS)}{more}")
     granularities = _granularities(form, format)
     stream = _stream(texts.get("stream", "false"))
     if stream and format not in ("json", "text"):
-        raise _bad("stream", "true", f"false with the response_format {format}; json and text can be streamed")
+        raise invalid_value("stream", "true", f"false with the response_format {format}; json and text can be streamed")
     with_logprobs = _include(form, format)
     given = texts.get("languages[]") if texts.get("language") is None else texts.get("language")
     language = check_language(given or None, served, "language")
@@ -199,9 +199,9 @@ def check_language(language: str | None, served: Served, param: str) -> str | No
         return known[0] if len(known) == 1 else None
     code = _LANGUAGE.fullmatch(language)
     if code is None:
-        raise _bad(param, language, "a code of ISO 639 such as en")
+        raise invalid_value(param, language, "a code of ISO 639 such as en")
     if known and code[1] not in known:
-        raise _bad(param, language, f"one of {', '.join(known)}, the languages of {served.name}")
+        raise invalid_value(param, language, f"one of {', '.join(known)}, the languages of {served.name}")
     return language
 
 
@@ -209,7 +209,7 @@ def _granularities(form: FormData, format: str) -> tuple[str, ...]:
     asked = _list(form, "timestamp_granularities")
     for value in asked:
         if value not in GRANULARITIES:
-            raise _bad("timestamp_granularities", value, "word or segment")
+            raise invalid_value("timestamp_granularities", value, "word or segment")
     if asked and format != "verbose_json":
         raise ApiError(
             f"timestamp_granularities are given with the response_format {format}; set it to verbose_json",
@@ -223,9 +223,9 @@ def _include(form: FormData, format: str) -> bool:
     asked = _list(form, "include")
     for value in asked:
         if value != "logprobs":
-            raise _bad("include", value, "logprobs")
+            raise invalid_value("include", value, "logprobs")
     if asked and format != "json":
-        raise _bad("include", "logprobs", f"nothing with the response_format {format}; set it to json")
+        raise invalid_value("include", "logprobs", f"nothing with the response_format {format}; set it to json")
     return bool(asked)
 
 
@@ -236,7 +236,7 @@ def _list(form: FormData, name: str) -> list[str]:
 
 def _stream(value: str) -> bool:
     if value.lower() not in ("true", "false", "1", "0", ""):
-        raise _bad("stream", value, "true or false")
+        raise invalid_value("stream", value, "true or false")
     return value.lower() in ("true", "1")
 
 
@@ -248,7 +248,7 @@ def _temperature(value: str | None) -> float | None:
     except ValueError:
         number = math.nan
     if not 0 <= number <= 1:
-        raise _bad("temperature", value, "a number from 0 to 1")
+        raise invalid_value("temperature", value, "a number from 0 to 1")
     return number
 
 
@@ -277,17 +277,17 @@ async def speech_request(request: Request, server: Server) -> SpeechRequest:
         )
     format = given.get("response_format", "mp3")
     if format not in list(CONTENT_TYPES):  # a list, as the value may be of any type
-        raise _bad("response_format", format, f"one of {', '.join(CONTENT_TYPES)}")
+        raise invalid_value("response_format", format, f"one of {', '.join(CONTENT_TYPES)}")
     stream_format = given.get("stream_format", "audio")
     if stream_format not in ("audio", "sse"):
-        raise _bad("stream_format", stream_format, "audio or sse")
+        raise invalid_value("stream_format", stream_format, "audio or sse")
     _check_speed(given.get("speed", 1.0))
     return SpeechRequest(served, text, _voice(given.get("voice"), server, served), format, stream_format == "sse")
 
 
 def _check_speed(speed: object) -> None:
     if isinstance(speed, bool) or not isinstance(speed, int | float) or not SPEEDS[0] <= speed <= SPEEDS[1]:
-        raise _bad("speed", speed, f"a number from {SPEEDS[0]} to {SPEEDS[1]:g}")
+        raise invalid_value("speed", speed, f"a number from {SPEEDS[0]} to {SPEEDS[1]:g}")
     if speed != 1:
         raise ApiError(
             f"speed is {speed}, and this model speaks at its own speed, 1; pauses between words are longer with "
@@ -307,15 +307,5 @@ def _voice(voice: object, server: Server, served: Served) -> str:
     name = server.config.aliases.get(name, name)
     if not served.service.knows(name):
         known = ", ".join(served.service.voices) or "none"
-        raise _bad("voice", name, f"one of {served.name}'s: {known}")
+        raise invalid_value("voice", name, f"one of {served.name}'s: {known}")
     return name
-
-
-def _bad(param: str, value: object, expected: str) -> ApiError:
-    return ApiError(f"{param} is {_shown(value)}; expected {expected}", param=param, code="invalid_value")
-
-
-def _shown(value: object) -> str:
-    """Return a value for a message, cut if it is long."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
