@@ -17,6 +17,7 @@ from dsm_jax.serving.engine import Engine
 from dsm_jax.serving.hearing import STARVED_S, Heard, HearingService, LiveHearing, Marked
 from dsm_jax.serving.outbox import Ended, Outbox, Started, put_all
 from dsm_jax.stt import Prompt, TranscribeOptions, WordEnded, WordStarted
+from dsm_jax.stt.transcriber import RecordingSession
 
 pytestmark = pytest.mark.slow
 AUDIO = Path(__file__).resolve().parents[1] / "examples/audio"
@@ -263,6 +264,15 @@ def test_a_prompt_is_followed_and_one_that_is_too_long_is_refused(bench, model, 
     assert len(heard) == math.ceil(clips[0].size / FRAME)  # the prompt's frames are not the client's
     with pytest.raises(PromptError, match=r"the prompt has .* tokens; this server takes up to 64: shorten it"):
         bench.service.read(TranscribeOptions(prompt=Prompt(text="seven " * 40)))
+
+
+def test_a_warm_up_that_fails_is_an_error(model, monkeypatch):
+    def request(session):
+        raise PromptError("no room")
+
+    monkeypatch.setattr(RecordingSession, "request", request)
+    with pytest.raises(PromptError, match="no room"):
+        HearingService(model, 1)
 
 
 def test_a_sampled_session_is_as_transcribe_with_the_same_seed(bench, model, clips):

@@ -1,1 +1,1 @@
-"""Servers of models: the wire formats of their clients."""
+"""Serve models: slots that clients' sessions share, the dialects of moshi-server and of OpenAI, and clients of both."""

@@ -18,7 +18,6 @@ import numpy as np
 
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import PromptError
-from dsm_jax.nn.sampling import top_k_capacity
 from dsm_jax.serving.outbox import Outbox
 from dsm_jax.stt.options import TranscribeOptions
 from dsm_jax.stt.program import Samples
@@ -78,6 +77,7 @@ class HearingService:
       step_seconds: measured duration of a step, by frames of its chunk.
 
     Raises:
+      DsmError: a session of the warm-up has failed.
       As `Transcriber`.
     """
 
@@ -94,7 +94,6 @@ class HearingService:
         self.transcriber = Transcriber(model, slots, (1,), [options, sampled], prompt_tokens=prompt, behind=0)
         self.model, self.options, self.clock = model, options, clock
         self.slots = self.transcriber.slots
-        self._max_top_k = top_k_capacity(0, sampled.sampling(model.config)[1])
         # The last text of a marker's audio comes so many frames after it.
         self.late = math.ceil(model.config.stt.audio_delay_seconds * model.config.mimi.frame_rate) + 1
         self.step_seconds: dict[int, float] = {}
@@ -122,7 +121,11 @@ class HearingService:
         self.plan(())
 
     def _time(self, frames: int) -> None:
-        """Measure a step of all slots with chunks of so many frames."""
+        """Measure a step of all slots with chunks of so many frames.
+
+        Raises:
+          DsmError: a session has failed.
+        """
         slots, size = self.slots, self.model.config.mimi.frame_size
         silence_T = np.zeros(2 * frames * size, np.float32)
         self.transcriber.chunk = frames
@@ -137,6 +140,8 @@ class HearingService:
             seconds.append(time.perf_counter() - start)
         for session in sessions:
             slots.cancel(session)
+            if session.error is not None:  # its slot was idle, so that the time says nothing
+                raise session.error
         self.step_seconds[frames] = min(seconds[1:])
 
     def read(self, options: TranscribeOptions) -> Utterance:
