@@ -24,7 +24,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 import dsm_jax
 from dsm_jax import audio
 from dsm_jax.runtime.compile import compilations
-from tests.helpers.serving import running, served
+from tests.helpers.serving import running, served, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("idle")]
 AUDIO = Path(__file__).resolve().parents[1] / "examples/audio"
@@ -165,13 +165,23 @@ def test_a_posted_file_is_answered_with_the_words_of_transcribe(server, wanted):
         assert fields == {"Word": {"type", "text", "start_time"}, "EndWord": {"type", "stop_time"}}
 
 
-@pytest.mark.parametrize("body,words", [(b"", "standard"), (b"not a recording", "the file object"), (b"RIFF", "file")])
+@pytest.mark.parametrize(
+    "body,words",
+    [
+        (b"", "is empty (0 bytes); expected audio"),
+        (
+            b"not a recording",
+            "is not audio that can be decoded: its first bytes are b'not a record'; expected a recording",
+        ),
+        (b"RIFF", "is not audio that can be decoded: its first bytes are b'RIFF'; expected a recording"),
+    ],
+)
 def test_a_posted_file_that_is_none_is_refused_with_the_reason(server, body, words):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(urllib.request.Request(server.url + ASR, body, method="POST"), timeout=60)
     with refused.value as answer:
         assert answer.code == 400
-        assert len(answer.read()) > 20
+        assert words in answer.read().decode()
     assert server.server.models[0].engine.used == 0
 
 
@@ -379,7 +389,7 @@ def test_noise_costs_only_the_session_that_sends_it(server, caplog, messages):
 
 def test_after_all_noise_words_are_as_before(server, clips, wanted):
     assert words(asyncio.run(transcribed(server.socket_url, clips[0]))) == expected(wanted[0])
-    assert server.server.models[0].engine.used <= 1
+    wait_for(lambda: server.server.models[0].engine.used == 0)
 
 
 def test_modules_and_builds_are_listed_as_moshi_lists_them(server):

@@ -120,7 +120,7 @@ def test_verbose_json_has_the_words_and_segments_that_were_asked_for(client, exp
     assert segments_alone.language == "en"
 
 
-def test_deltas_join_to_the_text_and_come_before_the_end_of_the_recording(server, client, expected):
+def test_deltas_of_each_word_join_to_the_text(server, client, expected):
     events = list(transcribe(client, stream=True))
     deltas = [event.delta for event in events if event.type == "transcript.text.delta"]
     assert len(deltas) == 9
