@@ -174,7 +174,8 @@ def path_of(source: object) -> str | None:
 
 def is_source(value: object) -> TypeGuard[Source]:
     """Tell whether a value is one recording, and not several."""
-    return _is_file(value) or isinstance(value, Recorded | Mapping) or hasattr(value, "__array__")
+    # Bytes are none, but nor are they several: the error says so once.
+    return _is_file(value) or isinstance(value, Recorded | Mapping | bytes) or hasattr(value, "__array__")
 
 
 def _is_file(source: object) -> TypeGuard[File]:
@@ -198,7 +199,10 @@ def _name(source: object) -> str:
         return "the array"
     if hasattr(source, "read") and not isinstance(source, io.TextIOBase):
         name = getattr(source, "name", None)
-        return name if isinstance(name, str) else "the file object"
+        name = name if isinstance(name, str) else "the file object"
+        if getattr(source, "closed", False):
+            raise AudioError(f"{name} is closed; expected an open file. Read it before it is closed, or give its path.")
+        return name
     raise AudioError(
         f"audio was given as {type(source).__name__}; "
         "expected a path, '-', a file opened in binary mode, an array, or Recorded samples. Pass one of these."
@@ -226,6 +230,7 @@ def _check_finite(pcm_CT: np.ndarray, name: str, rate: int, first: int = 0) -> N
 def _channels(pcm: object, name: str, rate: int) -> np.ndarray:
     """Check an array of samples and return it as float32 [C, T]."""
     array = np.asarray(pcm)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if not (np.issubdtype(array.dtype, np.floating) or array.dtype == np.int16):
         raise AudioError(f"{name} has dtype {array.dtype}; expected float in [-1, 1], or int16. Convert it first.")
     if array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[0] > MAX_CHANNELS):

@@ -15,6 +15,7 @@ from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models.mimi import CodecState, Mimi
+from dsm_jax.options import whole_number
 from dsm_jax.runtime.compile import compiled, plain
 
 CHUNK_FRAMES = 16
@@ -44,7 +45,7 @@ def encode(model: Model, source: audio.Source, *, codebooks: int | None = None) 
       ConfigError: the codec has fewer codebooks.
     """
     config = model.config.mimi
-    codebooks = config.quantizer.n_q if codebooks is None else codebooks
+    codebooks = config.quantizer.n_q if codebooks is None else whole_number("codebooks", codebooks)
     if not 1 <= codebooks <= config.quantizer.n_q:
         raise ConfigError(f"{codebooks} codebooks were asked for; {model.name} has 1 to {config.quantizer.n_q}")
     step, params = compiled(_encode, (model.mimi_def,), codebooks, donate=(1,)), plain(model.mimi_params)

@@ -44,6 +44,9 @@ class UnsayableError(SpeechError):
         super().__init__(message)
         self.before = before
 
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.before)
+
 
 class ForkError(DsmError):
     """A use of JAX in a process that was forked from one that uses JAX."""
@@ -85,3 +88,6 @@ class BatchError(DsmError):
         reasons = "; ".join(str(errors[index]) for index in sorted(errors))
         super().__init__(f"{len(errors)} of {len(results)} inputs failed, the others are in `.results`: {reasons}")
         self.results, self.errors = results, errors
+
+    def __reduce__(self) -> tuple:  # by default an exception is made anew from its message alone
+        return type(self), (self.results, self.errors)

@@ -29,7 +29,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with target.open("wb") as file:
             yield file
         return
-    beside = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.part")
+    start = os.fsdecode(os.fsencode(target.name)[:200])  # a name may have 255 bytes
+    beside = target.with_name(f".{start}.{secrets.token_hex(4)}.part")
     try:
         with beside.open("xb") as file:
             if target.exists():

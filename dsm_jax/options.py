@@ -1,7 +1,10 @@
 """Check the options and the batches that transcription and synthesis share."""
 
+import dataclasses
 import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 from dsm_jax.errors import ConfigError
 
@@ -19,6 +22,37 @@ def check_sampling(*, temperature: float | None, seed: int, **top_k: int | None)
             raise ConfigError(f"{name} is {value}; expected 0, which keeps all tokens, or more")
     if not -(2**63) <= seed < 2**63:
         raise ConfigError(f"the seed is {seed}; expected a number of 64 bits")
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Return a whole number as Python's integer.
+
+    Raises:
+      ConfigError: the value is another kind of number, or none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{name} is {value!r}; expected a whole number") from None
+
+
+def check_whole_numbers(options: Any) -> None:
+    """Check the fields of a frozen dataclass that are whole numbers, and make Python's integers of numpy's.
+
+    Args:
+      options: an instance of the dataclass. A `seed` may have 64 bits, the other fields have less than 32.
+
+    Raises:
+      ConfigError: a field is no whole number, or is too large.
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.type not in (int, int | None) or value is None:
+            continue
+        whole = whole_number(field.name, value)
+        if field.name != "seed" and abs(whole) >= 2**31:
+            raise ConfigError(f"{field.name} is {whole}; expected a number of less than 32 bits")
+        object.__setattr__(options, field.name, whole)
 
 
 def check_batch_size(batch_size: int) -> None:

@@ -21,7 +21,7 @@ class SpokenWord:
     end: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays cannot be compared as one
 class Speech:
     """Speech, with the times of its words.
 
@@ -78,3 +78,6 @@ class IncompleteSpeechError(SpeechError):
     def __init__(self, message: str, speech: Speech):
         super().__init__(message)
         self.speech = speech
+
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.speech)

@@ -26,6 +26,12 @@ def tone(seconds: float, rate: int, hz: float = 440.0) -> np.ndarray:
     return (0.5 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
 
 
+def closed() -> io.BytesIO:
+    file = io.BytesIO(b"RIFF")
+    file.close()
+    return file
+
+
 def write_tone(file: str | io.BytesIO, codec: str, seconds: float, format: str | None = None) -> None:
     """Write a tone, sampled at 48 kHz, to a container; its format is that of the file's name unless it is given."""
     rate = 48_000
@@ -133,7 +139,9 @@ def test_arrays_are_taken_at_the_given_rate():
     pcm = tone(1.0, 16_000)
     np.testing.assert_array_equal(audio.read(pcm, 16_000), pcm)
     np.testing.assert_array_equal(audio.read(np.stack([pcm, 0.5 * pcm])), 0.75 * pcm)
-    np.testing.assert_array_equal(audio.read(np.array([-32768, 16384], np.int16)), np.array([-1.0, 0.5], np.float32))
+    for order in "<>":
+        pcm_T = np.array([-32768, 16384], f"{order}i2")
+        np.testing.assert_array_equal(audio.read(pcm_T), np.array([-1.0, 0.5], np.float32))
     copy = audio.read(pcm)
     copy[:] = 0
     assert pcm.any()
@@ -396,6 +404,8 @@ def test_sample_rates_out_of_range_are_refused(tmp_path, rate):
             r"audio was given as list; expected a path, '-', a file opened in binary mode, an array, or Recorded",
         ),
         (io.StringIO("text"), r"audio was given as StringIO"),
+        (b"a.wav", r"audio was given as bytes; expected a path"),
+        (closed(), r"the file object is closed; expected an open file"),
     ],
 )
 def test_arrays_that_are_not_audio_are_refused(pcm, message):

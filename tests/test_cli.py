@@ -370,6 +370,9 @@ def test_results_without_a_place_are_refused_before_the_work(capsys, tmp_path):
         code, _, err = run(capsys, *command)
         assert code == 2
         assert f"there is no folder {nowhere}" in err
+    code, _, err = run(capsys, "convert", stt_model.CHECKPOINT, tmp_path / "made", "--report", tmp_path, "--no-cache")
+    assert code == 2
+    assert f"{tmp_path} is a folder; name a file in it" in err
     assert not (tmp_path / "made").exists()
 
 

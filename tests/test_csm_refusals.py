@@ -288,3 +288,18 @@ def test_a_turn_that_does_not_end_carries_the_part_that_was_made(model):
         match=r"^the turn did not end in the \d+ frames that 5\d\d positions of prompt leave of",
     ):
         dsm_jax.synthesize(model, "hello", context=context, options=CsmOptions(temperature=0.0))
+
+
+def test_a_conversation_refuses_what_is_no_turn_and_options_of_another_kind(model):
+    conversation = csm.Conversation(model, options=GREEDY)
+    with pytest.raises(SpeechError, match=r"^a turn is str; expected dsm_jax.csm.Segment\(text, speaker, audio\)$"):
+        conversation.add("hello")
+    with pytest.raises(ConfigError, match=r"^options are SynthesizeOptions; expected CsmOptions$"):
+        conversation.say("hello", options=dsm_jax.SynthesizeOptions())
+    assert conversation.turns == []
+
+
+def test_a_number_of_codebooks_that_is_not_whole_is_refused_and_the_next_call_works(model):
+    with pytest.raises(ConfigError, match=r"^codebooks is 2\.0; expected a whole number$"):
+        dsm_jax.encode(model, PCM, codebooks=2.0)
+    np.testing.assert_array_equal(dsm_jax.encode(model, PCM, codebooks=np.int64(2)), dsm_jax.encode(model, PCM)[:2])

@@ -53,3 +53,10 @@ def test_text_of_other_encodings_is_written_and_a_byte_order_mark_read_over(tmp_
     assert files.read_text(tmp_path / "a.txt") == "name ?"
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftext")
     assert files.read_text(tmp_path / "b.txt") == "text"
+
+
+@pytest.mark.parametrize("name", ["字" * 80 + ".wav", "n" * 251 + ".wav", "é" * 125 + ".txt"])
+def test_names_as_long_as_the_system_allows_are_written(tmp_path, name):
+    with files.replacing(tmp_path / name) as file:
+        file.write(b"whole")
+    assert (tmp_path / name).read_bytes() == b"whole"

@@ -62,7 +62,8 @@ def word_columns(speech) -> np.ndarray:
 def assert_same(found, expected) -> None:
     np.testing.assert_array_equal(found.frames, expected.frames)
     np.testing.assert_allclose(found.pcm, expected.pcm, rtol=0, atol=ROUNDING)
-    assert dataclasses.replace(found, pcm=expected.pcm, frames=expected.frames) == expected
+    arrays = {"pcm": None, "frames": None}
+    assert vars(found) | arrays == vars(expected) | arrays
 
 
 def recording(frames: int) -> np.ndarray:
@@ -127,7 +128,7 @@ def test_two_speakers_take_turns(model):
 
 def test_a_dialogue_is_its_turns_by_voice(model):
     turns = [Turn("good morning", VOICE), Turn("thank you", OTHER_VOICE), Turn("the", OTHER_VOICE), Turn("fox", VOICE)]
-    said = dsm_jax.synthesize(model, Dialogue(turns), options=GREEDY)
+    said = dsm_jax.synthesize(model, Dialogue(iter(turns)), options=GREEDY)
     whole = Request(("good morning", "thank you the", "fox"), (VOICE, OTHER_VOICE))
     assert_same(said, dsm_jax.synthesize(model, whole, options=GREEDY))
     alone = dsm_jax.synthesize(model, Dialogue([Turn("good"), Turn("morning")]), voice=VOICE, options=GREEDY)

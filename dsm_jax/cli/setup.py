@@ -25,10 +25,12 @@ def check_folder_of(path: Path) -> None:
     """Refuse an output that could not be written, before the work for it is done.
 
     Raises:
-      UsageError: its folder does not exist.
+      UsageError: its folder does not exist, or it is a folder itself.
     """
     if not path.parent.is_dir():
         raise UsageError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file in it")
 
 
 def set_up_jax(args: argparse.Namespace) -> None:

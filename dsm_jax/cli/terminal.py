@@ -42,13 +42,13 @@ def messages(*, quiet: bool, verbose: bool) -> Iterator[None]:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     log = logging.getLogger("dsm_jax")
-    before = log.handlers, log.level
-    log.handlers = [_Handler()]
+    before = log.handlers, log.level, log.propagate
+    log.handlers, log.propagate = [_Handler()], False  # orbax gives the root logger a handler too
     log.setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
     try:
         yield
     finally:
-        log.handlers = before[0]
+        log.handlers, log.propagate = before[0], before[2]
         log.setLevel(before[1])
 
 

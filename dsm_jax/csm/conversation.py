@@ -7,6 +7,7 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.csm.options import CsmOptions
 from dsm_jax.csm.requests import Request, Segment
 from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
+from dsm_jax.errors import ConfigError, SpeechError
 from dsm_jax.speech import Speech
 
 _log = logging.getLogger("dsm_jax")
@@ -43,6 +44,8 @@ class Conversation:
           AudioError: its recording cannot be read.
           SpeechError: it has no text, no recording, or no number for its speaker.
         """
+        if not isinstance(turn, Segment):
+            raise SpeechError(f"a turn is {type(turn).__name__}; expected dsm_jax.csm.Segment(text, speaker, audio)")
         self._synthesizer.positions_of(turn)
         self.turns.append(turn)
 
@@ -58,10 +61,13 @@ class Conversation:
           options: of this turn; None takes the conversation's.
 
         Raises:
+          ConfigError: options of another kind of model.
           IncompleteSpeechError: the turn did not end in `max_frames`; it carries the part that was made.
           SpeechError: the text alone is too long, or the model ended the turn before it said anything.
         """
         options = self._options if options is None else options
+        if not isinstance(options, CsmOptions):
+            raise ConfigError(f"options are {type(options).__name__}; expected CsmOptions")
         kept = self._kept(text, speaker, options)
         synthesizer = self._synthesizer
         prepared = synthesizer.prepare(Request(text, speaker, tuple(kept)), options)

@@ -14,7 +14,7 @@ from dsm_jax.csm.options import CsmOptions
 from dsm_jax.csm.program import CsmOutputs, CsmRequest, CsmSettings, CsmState, init_state, insert, step
 from dsm_jax.models.family import csm_config
 from dsm_jax.models.streams import ZERO_TOKEN
-from dsm_jax.nn.sampling import top_k_capacity
+from dsm_jax.nn.sampling import key_of, top_k_capacity
 from dsm_jax.runtime.compile import compiled, plain
 from dsm_jax.runtime.slots import grow
 from dsm_jax.runtime.steps import Leave, step_limits
@@ -59,7 +59,7 @@ class ConversationRequest:
         options = self.options
         depth_temperature, depth_top_k = options.depth_sampling
         return CsmRequest(
-            key_B2=np.asarray(jax.random.PRNGKey(options.seed))[None],
+            key_B2=key_of(options.seed)[None],
             temperature_B=np.array([options.temperature], np.float32),
             top_k_B=np.array([options.top_k], np.int32),
             depth_temperature_B=np.array([depth_temperature], np.float32),

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from dsm_jax.errors import ConfigError
-from dsm_jax.options import check_sampling
+from dsm_jax.options import check_sampling, check_whole_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class CsmOptions:
     max_frames: int = 1125
 
     def __post_init__(self) -> None:
+        check_whole_numbers(self)
         check_sampling(temperature=self.temperature, top_k=self.top_k, depth_top_k=self.depth_top_k, seed=self.seed)
         if self.depth_temperature is not None and not 0 <= self.depth_temperature < math.inf:
             raise ConfigError(

@@ -3,6 +3,7 @@
 Shape letters: Q codebooks, T frames or samples.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,7 +143,7 @@ def _audio(part: Mapping[str, Any], where: str) -> Any:
             raise SpeechError(f"{where} has audio that is a list of other things than numbers; give samples") from None
     if rate is None:
         return value
-    if not isinstance(rate, int | float) or isinstance(rate, bool):
+    if not isinstance(rate, int | float | np.number) or not math.isfinite(rate):
         raise SpeechError(f"{where} has audio with the sampling_rate {rate!r}; expected a number of Hz")
     return sound.Recorded(value, int(rate))
 

@@ -8,6 +8,15 @@ here the lower ids are kept, torch.topk leaves it open.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+
+def key_of(seed: int) -> np.ndarray:
+    """Return the PRNG key of a seed of 64 bits, uint32 [2].
+
+    It is that of `jax.random.PRNGKey`, which without 64-bit types leaves out the upper half of the seed.
+    """
+    return np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
 
 
 def sample(

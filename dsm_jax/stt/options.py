@@ -6,7 +6,7 @@ from typing import Literal
 from dsm_jax.audio import Source
 from dsm_jax.configs import ModelConfig
 from dsm_jax.errors import ConfigError
-from dsm_jax.options import check_sampling
+from dsm_jax.options import check_sampling, check_whole_numbers
 from dsm_jax.stt.words import VadOptions
 
 
@@ -53,6 +53,7 @@ class TranscribeOptions:
     word_times: Literal["sound", "reference"] = "sound"
 
     def __post_init__(self) -> None:
+        check_whole_numbers(self)
         check_sampling(temperature=self.temperature, top_k=self.top_k, seed=self.seed)
         if self.word_times not in ("sound", "reference"):
             raise ConfigError(f"word_times is {self.word_times!r}; expected 'sound' or 'reference'")

@@ -7,14 +7,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import CheckpointError, DsmError
 from dsm_jax.models.family import require
-from dsm_jax.nn.sampling import top_k_capacity
+from dsm_jax.nn.sampling import key_of, top_k_capacity
 from dsm_jax.process import check_process
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.stt.events import PAUSE_HORIZONS, Event, Pause, WordEnded
@@ -112,7 +111,7 @@ class Transcriber:
         prompt = options.prompt
         prompt_T = None if prompt.audio is None else audio.read(prompt.audio, self.model.config.mimi.sample_rate)
         lead = lead_in(prompt.text, prompt_T, self.model.config, self.lm, self.tokenizer)
-        key_2 = np.asarray(jax.random.PRNGKey(options.seed))
+        key_2 = key_of(options.seed)
         request = SttRequest(
             key_2, np.float32(temperature), np.int32(top_k), np.array(lead.ids, np.int32) + 1, np.int32(lead.deadline)
         )

@@ -7,11 +7,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
 from dsm_jax.checkpoints import Model
+from dsm_jax.nn.sampling import key_of
 from dsm_jax.runtime.compile import compiled, plain
 from dsm_jax.runtime.slots import grow
 from dsm_jax.runtime.steps import Leave, step_limits
@@ -77,7 +77,7 @@ class SpeechRequest:
 
         room = settings.prefix_frames - self.prefix_QT.shape[1]
         return TtsRequest(
-            key_B2=np.asarray(jax.random.PRNGKey(self.seed))[None],
+            key_B2=key_of(self.seed)[None],
             temperature_B=one(self.temperature, np.float32),
             top_k_text_B=one(self.top_k_text, np.int32),
             top_k_audio_B=one(self.top_k_audio, np.int32),

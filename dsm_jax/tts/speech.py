@@ -10,7 +10,7 @@ from typing import Literal
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import CheckpointError, ConfigError, DsmError, SpeechError
 from dsm_jax.models.family import require
-from dsm_jax.options import check_sampling
+from dsm_jax.options import check_sampling, check_whole_numbers
 from dsm_jax.speech import SpokenWord
 from dsm_jax.tts.script import Entry
 from dsm_jax.tts.state import TtsSettings
@@ -58,6 +58,7 @@ class SynthesizeOptions:
     on_unsayable: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
+        check_whole_numbers(self)
         check_sampling(temperature=self.temperature, top_k=self.top_k, top_k_text=self.top_k_text, seed=self.seed)
         least = {
             "guidance_scale": 1,
@@ -158,6 +159,7 @@ class Dialogue:
     turns: Sequence[Turn]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "turns", tuple(self.turns))
         if not self.turns or not all(isinstance(turn, Turn) for turn in self.turns):
             kinds = sorted({type(turn).__name__ for turn in self.turns}) or "nothing"
             raise SpeechError(f"a dialogue was made of {kinds}; expected one or more Turn(text, voice)")
