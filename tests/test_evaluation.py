@@ -214,7 +214,7 @@ def test_figures_of_a_run(transcribed):
     assert found.files[0].normalized_hypothesis.split() == ["one", "two"]
     assert found.skipped == ("empty", "marked")
     assert (found.audio_seconds, found.processing_seconds) == (6.0, 0.75)
-    assert (found.real_time_factor, found.inverse_real_time_factor) == (8.0, 0.125)
+    assert (found.real_time_factor, found.speed) == (0.125, 8.0)
     assert found.latency is None
     assert found.intervals is not None
     assert [f.id for f in found.worst(9)] == ["b"]
@@ -383,6 +383,16 @@ def test_what_is_no_result_is_refused(tmp_path, text):
         results.load(tmp_path / "b.json")
 
 
+def test_the_figures_of_a_file_come_from_its_rows(tmp_path):
+    # A file of an earlier version holds the speed as `real_time_factor`.
+    found = evaluation(row("a", "one two", "one"))
+    values = found.to_dict()
+    former = {"real_time_factor": values.pop("speed"), "inverse_real_time_factor": values["real_time_factor"]}
+    (tmp_path / "former.json").write_text(json.dumps(values | former), encoding="utf-8")
+    read = results.load(tmp_path / "former.json")
+    assert (read.real_time_factor, read.speed) == (found.real_time_factor, found.speed) == (0.25, 4.0)
+
+
 def test_the_table_and_the_summary_have_every_figure():
     found = evaluation(row("a", "one two", "one"), row("long name", "x", "x y", latencies=(0.5,)), skipped=("c",))
     assert found.table().splitlines() == [
@@ -393,12 +403,13 @@ def test_the_table_and_the_summary_have_every_figure():
     summary = dataclasses.replace(found, intervals=metrics.intervals(found.errors, resamples=9, seed=0)).summary()
     assert "1 recording without words in the reference left out\n" in summary
     assert (
-        "corpus WER      66.67 %  95 %: 50.00 to 100.00 %; of 3 words: 0 substituted, 1 inserted, 1 deleted" in summary
+        "corpus WER         66.67 %  95 %: 50.00 to 100.00 %; of 3 words: 0 substituted, 1 inserted, 1 deleted"
+        in summary
     )
-    assert "speed              4.00  seconds of audio per second of processing" in summary
-    assert "0.2500  seconds of processing per second of audio" in summary
+    assert "speed                 4.00  seconds of audio per second of processing" in summary
+    assert "real-time factor    0.2500  seconds of processing per second of audio" in summary
     assert (
-        "start latency    0.50 s  after a word began: median of 1 words, 0.50 s at 95 %; 1 reported after the audio"
+        "start latency       0.50 s  after a word began: median of 1 words, 0.50 s at 95 %; 1 reported after the audio"
         in summary
     )
 

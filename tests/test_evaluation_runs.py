@@ -135,7 +135,8 @@ def test_the_command_evaluates_a_folder_and_goes_on_where_it_stopped(capsys, tmp
     assert [row["id"] for row in values["files"]] == ["digits_jackson.flac", "digits_lucas.flac", "wrong.flac"]
     assert values["files"][2]["wer"] >= 1.0, "a reference of other words is noticed"
     assert values["failed"][0]["id"] == "broken.wav"
-    assert values["real_time_factor"] == pytest.approx(1 / values["inverse_real_time_factor"])
+    assert values["real_time_factor"] == pytest.approx(values["processing_seconds"] / values["audio_seconds"])
+    assert values["speed"] == pytest.approx(1 / values["real_time_factor"])
     assert plot.stat().st_size > 3000
 
     # Fixed and continued: recordings that were transcribed are not transcribed again.

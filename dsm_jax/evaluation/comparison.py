@@ -66,8 +66,8 @@ class Comparison:
         for name, label in (("corpus_wer", "corpus WER"), ("mean_wer", "mean WER"), ("cer", "mean CER")):
             before, after = getattr(a, name), getattr(b, name)
             rows.append((label, percent(before), percent(after), _signed(after - before)))
-        speeds = f"{a.real_time_factor:.2f}", f"{b.real_time_factor:.2f}"
-        rows.append(("speed", *speeds, f"{b.real_time_factor / a.real_time_factor:.2f} times"))
+        speeds = f"{a.speed:.2f}", f"{b.speed:.2f}"
+        rows.append(("speed", *speeds, f"{b.speed / a.speed:.2f} times"))
         lines = [
             f"{plural(len(self.changes), 'recording')} in both, {self.left_out} in one only",
             aligned(rows, "<>>>"),

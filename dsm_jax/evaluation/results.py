@@ -143,13 +143,13 @@ class Evaluation:
 
     @property
     def real_time_factor(self) -> float:
-        """Seconds of audio per second of processing, as the published script counts it: high is fast."""
-        return self.audio_seconds / self.processing_seconds
-
-    @property
-    def inverse_real_time_factor(self) -> float:
         """Seconds of processing per second of audio: low is fast."""
         return self.processing_seconds / self.audio_seconds
+
+    @property
+    def speed(self) -> float:
+        """Seconds of audio per second of processing, the inverse of the real-time factor: high is fast."""
+        return self.audio_seconds / self.processing_seconds
 
     @property
     def latency(self) -> Latency | None:
@@ -183,8 +183,8 @@ class Evaluation:
             ("corpus WER", percent(self.corpus_wer), f"{ranges[0]}of {words} words: {edits}"),
             ("mean WER", percent(self.mean_wer), f"{ranges[1]}of {plural(len(errors), 'recording')}"),
             ("mean CER", percent(self.cer), ranges[2].rstrip("; ")),
-            ("speed", f"{self.real_time_factor:.2f}", "seconds of audio per second of processing"),
-            ("", f"{self.inverse_real_time_factor:.4f}", "seconds of processing per second of audio"),
+            ("speed", f"{self.speed:.2f}", "seconds of audio per second of processing"),
+            ("real-time factor", f"{self.real_time_factor:.4f}", "seconds of processing per second of audio"),
         ]
         if late := self.latency:
             spread = (
@@ -204,7 +204,7 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Turn the evaluation into values that `json` can write: figures first, then a row for each recording."""
         figures = ("corpus_wer", "mean_wer", "cer")
-        speed = ("audio_seconds", "processing_seconds", "real_time_factor", "inverse_real_time_factor")
+        speed = ("audio_seconds", "processing_seconds", "real_time_factor", "speed")
         edits = ("words", "substituted", "inserted", "deleted")
         return {
             "model": self.model,
