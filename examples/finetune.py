@@ -8,8 +8,6 @@ import argparse
 from pathlib import Path
 
 import dsm_jax
-from dsm_jax.training.data import read_recordings
-from dsm_jax.training.evaluate import WerStats, total_word_errors
 from dsm_jax.training.finetune import FinetuneConfig, finetune
 from dsm_jax.training.loop import RunConfig
 from dsm_jax.training.lora import LoraConfig
@@ -31,16 +29,10 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def errors(model: dsm_jax.Model, folder: Path) -> WerStats:
-    recordings = read_recordings(folder, model.sample_rate)
-    transcripts = dsm_jax.transcribe(model, [recording.audio for recording in recordings])
-    return total_word_errors(zip([recording.words for recording in recordings], transcripts, strict=True))
-
-
 def main() -> None:
     args = arguments()
-    before = errors(dsm_jax.load(args.model), args.test)
-    print(f"before: {before}")
+    before = dsm_jax.evaluate(dsm_jax.load(args.model), args.test, normalizer="basic")
+    print(f"before: {before.summary()}")
     config = FinetuneConfig(
         data=str(args.data),
         output=str(args.output),
@@ -50,7 +42,8 @@ def main() -> None:
         lora=LoraConfig(rank=args.rank) if args.rank else None,
     )
     model = finetune(config, resume=args.resume)
-    print(f"after: {errors(model, args.test)}")
+    after = dsm_jax.evaluate(model, args.test, normalizer="basic")
+    print(f"after: {after.summary()}")
     print(f"dsm-jax transcribe --model {args.output / 'model'} RECORDING uses it from now on")
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 import dsm_jax
+from dsm_jax.evaluation import Evaluation, Sample
 from dsm_jax.training.data import WordSpan, read_recordings
-from dsm_jax.training.evaluate import WerStats, total_word_errors
 from dsm_jax.training.finetune import FinetuneConfig, finetune
 from dsm_jax.training.loop import RunConfig
 from dsm_jax.training.lora import LoraConfig
@@ -99,35 +99,33 @@ def _line(audio: Path, words: Sequence[WordSpan | SpokenWord], voice: Path) -> d
     return {"audio": str(Path(audio).absolute()), "words": times, "voice": str(voice.absolute())}
 
 
-def errors(model: dsm_jax.Model, voice: Path, count: int) -> WerStats:
+def errors(model: dsm_jax.Model, voice: Path, count: int) -> Evaluation:
     """Synthesise random digits in a voice, and count the errors in transcripts of the speech."""
-    requests = []
-    for seed in range(count):
-        random = np.random.default_rng(seed)
-        requests.append(Request(" ".join(random.choice(WORDS, random.integers(3, 10))), (voice,), seed=seed))
-    speeches = say(model, requests)
-    spoken = [[WordSpan(w.text, w.start, w.end) for w in speech.words] for speech in speeches]
-    return heard([speech.pcm for speech in speeches], spoken)
+    randoms = [np.random.default_rng(seed) for seed in range(count)]
+    texts = [" ".join(random.choice(WORDS, random.integers(3, 10))) for random in randoms]
+    speeches = say(model, [Request(text, (voice,), seed=seed) for seed, text in enumerate(texts)])
+    return heard(texts, [speech.pcm for speech in speeches])
 
 
-def errors_of_recordings(model: dsm_jax.Model, folder: Path) -> WerStats:
+def errors_of_recordings(model: dsm_jax.Model, folder: Path) -> Evaluation:
     """Count the errors in transcripts of recordings that went through the model's codec."""
     recordings = read_recordings(folder, model.sample_rate)
     decoded = [dsm_jax.decode(model, dsm_jax.encode(model, recording.audio)) for recording in recordings]
-    return heard(decoded, [recording.words for recording in recordings])
+    return heard([" ".join(word.text for word in recording.words) for recording in recordings], decoded)
 
 
-def heard(pcm: Sequence[np.ndarray], words: Sequence[Sequence[WordSpan]]) -> WerStats:
+def heard(texts: Sequence[str], pcm: Sequence[np.ndarray]) -> Evaluation:
     """Count the errors in the transcripts of `digits`."""
-    return total_word_errors(zip(words, dsm_jax.transcribe(dsm_jax.load("digits"), pcm), strict=True))
+    samples = [Sample(str(number), *pair) for number, pair in enumerate(zip(texts, pcm, strict=True))]
+    return dsm_jax.evaluate(dsm_jax.load("digits"), samples, normalizer="basic")
 
 
 def main() -> None:
     args = arguments()
     model = dsm_jax.load(args.model)
     voice = args.voice or draw_voice(args.output.with_name(f"{args.output.name}-voice"), model)
-    print(f"the speaker's recordings, after the codec: {errors_of_recordings(model, args.validation)}")
-    print(f"before: {errors(model, voice, args.sentences)}")
+    print(f"the speaker's recordings, after the codec: {errors_of_recordings(model, args.validation).summary()}")
+    print(f"before: {errors(model, voice, args.sentences).summary()}")
     speech = args.output.with_name(f"{args.output.name}-rehearsal")
     config = FinetuneConfig(
         data=str(args.data if args.no_rehearsal else rehearsed(model, args.data, voice, speech)),
@@ -141,8 +139,8 @@ def main() -> None:
         lora=LoraConfig(rank=args.rank) if args.rank else None,
     )
     tuned = finetune(config, resume=args.resume)
-    print(f"after: {errors(tuned, voice, args.sentences)}")
-    print(f"dsm-jax speak 'one two three' --model {args.output / 'model'} --speaker {voice.stem} said.wav uses it")
+    print(f"after: {errors(tuned, voice, args.sentences).summary()}")
+    print(f"dsm-jax speak 'one two three' --model {args.output / 'model'} --voice {voice.stem} said.wav uses it")
 
 
 if __name__ == "__main__":

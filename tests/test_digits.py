@@ -10,8 +10,9 @@ import pytest
 import dsm_jax
 from dsm_jax import audio, cli
 from dsm_jax.checkpoints import Model
+from dsm_jax.evaluation.metrics import corpus_wer
 from dsm_jax.training.data import WordSpan
-from dsm_jax.training.evaluate import total_word_errors
+from recipes.digits.word_errors import word_errors
 
 pytestmark = pytest.mark.slow
 
@@ -42,10 +43,10 @@ def test_digits_are_transcribed_with_their_times():
     paths = RECORDINGS + STRINGS
     heard = dsm_jax.transcribe(model(), paths)
     truth = [[WordSpan(word["text"], word["start"], word["end"]) for word in said(path)] for path in paths]
-    figures = total_word_errors(zip(truth, heard, strict=True))
-    assert figures.words == 15 + 54
-    assert figures.word_error_rate <= 0.08  # of so few words; the model card has the rate
-    assert figures.start_error <= 0.08
+    figures = word_errors(zip(truth, heard, strict=True))
+    assert sum(one.words for one in figures.errors) == 15 + 54
+    assert corpus_wer(figures.errors) <= 0.08  # of so few words; the model card has the rate
+    assert np.median(np.abs(figures.start_errors)) <= 0.08
     assert np.abs(figures.start_errors).max() <= 0.3
 
 

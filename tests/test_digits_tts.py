@@ -8,9 +8,10 @@ import pytest
 
 import dsm_jax
 from dsm_jax.errors import CheckpointError, SpeechError
+from dsm_jax.evaluation.metrics import corpus_wer
 from dsm_jax.training.data import WordSpan
-from dsm_jax.training.evaluate import total_word_errors
 from dsm_jax.tts import Request, Speech, blend, read_voice, synthesize_each, voices_of
+from recipes.digits.word_errors import word_errors
 
 pytestmark = pytest.mark.slow
 
@@ -41,10 +42,10 @@ def test_its_speech_is_transcribed_as_its_text():
     assert len(said()) == len(VOICES) * len(TEXTS)
     heard = dsm_jax.transcribe(dsm_jax.load("digits"), [speech.pcm for speech in said()], batch_size=12)
     words = [[WordSpan(word.text, word.start, word.end) for word in speech.words] for speech in said()]
-    figures = total_word_errors(zip(words, heard, strict=True))
-    assert figures.words == 10 * len(VOICES)
-    assert figures.word_error_rate <= 0.08  # of so few words; the model card has the rate
-    assert figures.start_error <= 0.12
+    figures = word_errors(zip(words, heard, strict=True))
+    assert sum(one.words for one in figures.errors) == 10 * len(VOICES)
+    assert corpus_wer(figures.errors) <= 0.08  # of so few words; the model card has the rate
+    assert np.median(np.abs(figures.start_errors)) <= 0.12
 
 
 def test_live_speech_is_the_same():

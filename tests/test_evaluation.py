@@ -200,6 +200,12 @@ def test_there_is_no_interval_of_one_recording_or_without_resamples():
     assert metrics.paired_interval(errors[:1], errors[:1], resamples=10, seed=0) is None
 
 
+def test_correct_words_are_found_in_both_texts():
+    found = metrics.correct_words(["one", "two", "three", "four"], ["one", "three", "three", "four", "five"])
+    assert list(found) == [(0, 0), (2, 2), (3, 3)]
+    assert list(metrics.correct_words(["one"], [])) == list(metrics.correct_words([], ["one"])) == []
+
+
 # Runs
 
 

@@ -20,10 +20,10 @@ from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.configs.json import from_dict, to_dict
 from dsm_jax.errors import CheckpointError, ConfigError, TrainingError
+from dsm_jax.evaluation import transcription
+from dsm_jax.evaluation.transcription import TimedTranscript
 from dsm_jax.models.parameters import flatten
 from dsm_jax.progress import Progress
-from dsm_jax.stt.events import Word
-from dsm_jax.stt.transcript import Transcript
 from dsm_jax.training.data import read_recordings
 from dsm_jax.training.finetune import FinetuneConfig, finetune
 from dsm_jax.training.loop import RunConfig
@@ -317,11 +317,17 @@ def test_the_example_learns_from_a_folder_and_counts_errors(checkpoint, data, st
     arguments = {"--test": data, "--model": checkpoint, "--output": output, "--steps": 4, "--rank": 4}
     flat = [str(part) for pair in arguments.items() for part in pair]
     monkeypatch.setattr(sys, "argv", ["finetune.py", str(data), *flat, "--resume"])
-    heard = Transcript("on", (Word("on", 0.1, 0.3, 1.0),), (), 1.0)
-    monkeypatch.setattr(dsm_jax, "transcribe", lambda model, recordings: [heard] * len(recordings))
+
+    def transcribe(model, samples, options, *, batch_size):
+        yield from ((index, TimedTranscript("On.", 1.0, 0.1)) for index in range(len(samples)))
+
+    monkeypatch.setattr(transcription, "transcribe", transcribe)
     runpy.run_path(str(EXAMPLE), run_name="__main__")
-    before, after, _ = capsys.readouterr().out.splitlines()
-    # "on a", "we on he" and "a on", each transcribed as "on"
-    assert before.startswith("before: word error rate 57.14 % of 7 words (0 substituted, 0 inserted, 4 deleted)")
-    assert after == before.replace("before", "after")
+    before, after = (part.splitlines() for part in capsys.readouterr().out.split("after: "))
+    assert before[0].startswith("before: ")
+    # "on a", "we on he" and "a on", each transcribed as "On."
+    assert before[1].startswith("corpus WER")
+    assert " 57.14 % " in before[1]
+    assert before[1].endswith("of 7 words: 0 substituted, 0 inserted, 4 deleted")
+    assert after[1] == before[1]
     assert (output / "model/config.json").is_file()

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 import dsm_jax
 from dsm_jax import audio, checkpoints, codec
 from dsm_jax.errors import CheckpointError, TrainingError
-from dsm_jax.stt.events import Word
-from dsm_jax.stt.transcript import Transcript
+from dsm_jax.evaluation import transcription
+from dsm_jax.evaluation.transcription import TimedTranscript
 from dsm_jax.training.alignment import script_stream
 from dsm_jax.training.data import Recording, WordSpan, read_recordings
 from dsm_jax.training.finetune import FinetuneConfig, finetune
@@ -253,14 +253,14 @@ def test_the_example_learns_a_voice_and_counts_errors(checkpoint, data, tmp_path
             words = tuple(SpokenWord(text, 0.1, 0.2) for text in request.text.split())
             yield number, Speech(np.zeros(RATE, np.float32), RATE, words, np.zeros((3, 1), np.int32), model.name)
 
-    def transcripts(model, recordings):
-        return [Transcript("one", (Word("one", 0.1, 0.2, 1.0),), (), 1.0, None, None, "digits") for _ in recordings]
+    def transcribe(model, samples, options, *, batch_size):
+        yield from ((index, TimedTranscript("one", 1.0, 0.1)) for index in range(len(samples)))
 
     with_voice = shutil.copytree(checkpoint, tmp_path / "with_voice")
     (with_voice / "voices").mkdir()
     tts_model.write_voice(with_voice / "voices/bea.safetensors", tts_model.voice(1))
     monkeypatch.setattr("dsm_jax.tts.synthesize_each", speeches)
-    monkeypatch.setattr(dsm_jax, "transcribe", transcripts)
+    monkeypatch.setattr(transcription, "transcribe", transcribe)
     arguments = {
         "--validation": data,
         "--model": with_voice,
@@ -273,10 +273,11 @@ def test_the_example_learns_a_voice_and_counts_errors(checkpoint, data, tmp_path
     flat = [str(part) for pair in arguments.items() for part in pair]
     monkeypatch.setattr(sys, "argv", ["finetune_tts.py", str(data), *flat])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
-    recorded, before, after, _ = capsys.readouterr().out.splitlines()
-    assert recorded.startswith("the speaker's recordings, after the codec: word error rate ")
-    assert before.startswith("before: word error rate ")
-    assert after == before.replace("before", "after"), "the same three texts, each transcribed as one word"
+    out = capsys.readouterr().out
+    assert out.startswith("the speaker's recordings, after the codec: digits on samples, normalizer basic\ncorpus WER ")
+    before, after = (part.splitlines()[1] for part in out.split("before: ")[1].split("after: "))
+    assert before.startswith("corpus WER ")
+    assert after == before, "the same three texts, each transcribed as one word"
     assert {path.stem for path in (tmp_path / "run/model/voices").iterdir()} == {"ann", "bea"}
     lines = [json.loads(line) for line in (tmp_path / "run-rehearsal/recordings.jsonl").read_text().splitlines()]
     assert [Path(line["voice"]).stem for line in lines] == ["bea", "ann"]

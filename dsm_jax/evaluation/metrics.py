@@ -7,7 +7,7 @@ Shape letters: B resamples, N recordings.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -76,6 +76,24 @@ def score(reference: str, transcript: str) -> Errors:
     words = result.hits + result.substitutions + result.deletions
     edits = (result.substitutions, result.insertions, result.deletions)
     return Errors(words, *edits, wer=float(result.wer), cer=float(jiwer.cer(reference, transcript)))
+
+
+def correct_words(reference: Sequence[str], transcript: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Yield the positions of each correct word in the reference and in the transcript.
+
+    Args:
+      reference: words of the right transcript, normalized, without spaces inside.
+      transcript: words of the model's transcript, likewise.
+
+    Raises:
+      EvaluationError: jiwer is not installed.
+    """
+    with needed():
+        import jiwer
+    for chunk in jiwer.process_words(" ".join(reference), " ".join(transcript)).alignments[0]:
+        if chunk.type == "equal":
+            places = range(chunk.ref_start_idx, chunk.ref_end_idx)
+            yield from zip(places, range(chunk.hyp_start_idx, chunk.hyp_end_idx), strict=True)
 
 
 def corpus_wer(errors: Sequence[Errors]) -> float:

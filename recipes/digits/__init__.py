@@ -1,1 +1,1 @@
-"""Train and evaluates the embedded models `digits` and `digits-tts`. Run `python -m recipes.digits --help`."""
+"""Train and evaluate the embedded models `digits` and `digits-tts`. Run `python -m recipes.digits --help`."""

@@ -7,12 +7,13 @@ import numpy as np
 
 import dsm_jax
 from dsm_jax import audio, codec
+from dsm_jax.evaluation.metrics import corpus_wer
 from dsm_jax.training.data import WordSpan, read_recordings
-from dsm_jax.training.evaluate import evaluate, total_word_errors
 from recipes.digits import augment
 from recipes.digits.data import MIMI, TEST_CLIPS, load_clips, load_sentences, plain_utterances
 from recipes.digits.metrics import mel_distance, si_sdr
 from recipes.digits.whisper import Recogniser, spell_numbers, whisper, words_of
+from recipes.digits.word_errors import evaluate, word_errors
 from recipes.digits.word_times import live_words, print_word_times, times
 
 RATE = MIMI.sample_rate
@@ -87,8 +88,8 @@ def print_codec_quality(model: dsm_jax.Model, data: Path, recognise: Recogniser 
         if recognise:
             for kind, clips in (("original", [s.pcm_T for s in sentences]), ("decoded", decoded)):
                 pairs = zip(sentences, clips, strict=True)
-                stats = total_word_errors((words_of(sentence.text), recognise(clip_T)) for sentence, clip_T in pairs)
-                print(f"  whisper on the {kind}: word error rate {100 * stats.word_error_rate:.1f} %")
+                found = word_errors((words_of(sentence.text), recognise(clip_T)) for sentence, clip_T in pairs)
+                print(f"  whisper on the {kind}: word error rate {100 * corpus_wer(found.errors):.1f} %")
 
 
 def print_errors_of_decoded(model: dsm_jax.Model, utterances: Utterances, recognise: Recogniser | None) -> None:
@@ -97,8 +98,8 @@ def print_errors_of_decoded(model: dsm_jax.Model, utterances: Utterances, recogn
     for kind, clips in (("as recorded", utterances), ("decoded", decoded)):
         print(f"{len(clips)} utterances {kind}: {evaluate(model, clips)}")
         if recognise:
-            stats = total_word_errors((words, spell_numbers(recognise(pcm_T))) for pcm_T, words in clips)
-            print(f"  whisper: word error rate {100 * stats.word_error_rate:.1f} %")
+            found = word_errors((words, spell_numbers(recognise(pcm_T))) for pcm_T, words in clips)
+            print(f"  whisper: word error rate {100 * corpus_wer(found.errors):.1f} %")
 
 
 def print_errors_of_new_speaker(model: dsm_jax.Model) -> None:

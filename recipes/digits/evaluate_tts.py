@@ -7,12 +7,14 @@ import numpy as np
 
 import dsm_jax
 from dsm_jax.training.data import WordSpan
-from dsm_jax.training.evaluate import WerStats, word_errors
 from dsm_jax.tts import Request, Speech, SynthesizeOptions, synthesize_each, voices_of
 from recipes.digits.data import WORDS
 from recipes.digits.whisper import spell_numbers, whisper
+from recipes.digits.word_errors import word_errors
 
 UTTERANCES, CONVERSATIONS = 200, 60
+
+Heard = tuple[list[WordSpan], dsm_jax.Transcript]
 
 
 def requests_of(count: int, voices: list[str], *, turns: int = 1) -> list[Request]:
@@ -36,10 +38,10 @@ def synthesize(model: dsm_jax.Model, requests: list[Request], options: Synthesiz
     return [speeches[index] for index in range(len(requests))]
 
 
-def errors_of(speeches: list[Speech], transcribe: Callable[[np.ndarray], dsm_jax.Transcript]) -> list[WerStats]:
-    """Count the errors in transcripts of speech, with word starts compared to the speech's own times."""
+def heard(speeches: list[Speech], transcribe: Callable[[np.ndarray], dsm_jax.Transcript]) -> list[Heard]:
+    """Transcribe speech, and return the speech's own words and the transcript of each."""
     return [
-        word_errors([WordSpan(word.text, word.start, word.end) for word in speech.words], transcribe(speech.pcm))
+        ([WordSpan(word.text, word.start, word.end) for word in speech.words], transcribe(speech.pcm))
         for speech in speeches
     ]
 
@@ -60,15 +62,15 @@ def evaluate_digits_tts(name: str, whisper_folder: Path | None) -> None:
     requests = requests_of(UTTERANCES, voices)
     speeches = synthesize(model, requests, SynthesizeOptions())
     print(f"{len(speeches)} utterances, {sum(speech.duration for speech in speeches):.0f} s of speech")
-    errors = errors_of(speeches, transcribe)
-    print(f"transcribed by digits: {sum(errors, WerStats())}")
+    pairs = heard(speeches, transcribe)
+    print(f"transcribed by digits: {word_errors(pairs)}")
     for place, voice in enumerate(voices):
-        print(f"  {voice}: {sum(errors[place :: len(voices)], WerStats())}")
+        print(f"  {voice}: {word_errors(pairs[place :: len(voices)])}")
     unguided = synthesize(model, requests, SynthesizeOptions(guidance_scale=1.0))
-    print(f"without guidance: {sum(errors_of(unguided, transcribe), WerStats())}")
+    print(f"without guidance: {word_errors(heard(unguided, transcribe))}")
     turns = synthesize(model, requests_of(CONVERSATIONS, voices, turns=3), SynthesizeOptions())
-    print(f"{CONVERSATIONS} conversations of three turns: {sum(errors_of(turns, transcribe), WerStats())}")
+    print(f"{CONVERSATIONS} conversations of three turns: {word_errors(heard(turns, transcribe))}")
     if whisper_folder:
         recognise = whisper(whisper_folder)
-        errors = errors_of(speeches, lambda pcm_T: spell_numbers(recognise(pcm_T)))
-        print(f"transcribed by whisper: {sum(errors, WerStats())}")
+        pairs = heard(speeches, lambda pcm_T: spell_numbers(recognise(pcm_T)))
+        print(f"transcribed by whisper: {word_errors(pairs)}")

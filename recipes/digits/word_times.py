@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import jiwer
 import numpy as np
 
 import dsm_jax
+from dsm_jax.evaluation.metrics import correct_words
 from dsm_jax.training.data import WordSpan
-from dsm_jax.training.evaluate import correct_words
 from recipes.digits import augment
 from recipes.digits.data import CLIP_RATE, MIMI, TEST_CLIPS, load_clips
 from recipes.digits.utterances import Clip
@@ -93,8 +92,7 @@ def times(words: Iterable[dsm_jax.Word]) -> list[tuple[str, float, float]]:
 
 def matches(spans: Sequence[WordSpan], words: Iterable[dsm_jax.Word]) -> Iterator[tuple[int, int]]:
     """Yield the positions of equal words in an alignment with the fewest edits."""
-    result = jiwer.process_words(" ".join(span.text for span in spans), " ".join(word.text.lower() for word in words))
-    return correct_words(result)
+    return correct_words([span.text for span in spans], [word.text.lower() for word in words])
 
 
 def deviations(model: dsm_jax.Model, utterances: Sequence[tuple[np.ndarray, list[WordSpan]]]) -> Deviations:
