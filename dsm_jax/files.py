@@ -1,11 +1,12 @@
-"""Write files so that a failure leaves nothing new: beside their place first, then renamed."""
+"""Write files so that a failure leaves nothing new (beside their place, then renamed); read text and JSON Lines."""
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -55,3 +56,35 @@ def read_text(path: str | os.PathLike[str]) -> str:
       UnicodeDecodeError: it is not UTF-8.
     """
     return Path(path).read_text(encoding="utf-8-sig")
+
+
+def json_lines(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the number, from 1, and the bytes of each line of a JSON Lines file that is not blank.
+
+    Args:
+      content: the whole file. Lines end at line feeds and carriage returns alone: texts in JSON may hold other ends of
+        lines as they are.
+    """
+    for number, line in enumerate(content.splitlines(), 1):
+        if line.strip():
+            yield number, line
+
+
+def parse_json(text: bytes, expected: str, *, line: bool) -> Any:
+    """Parse JSON in UTF-8, with a byte order mark or without.
+
+    Args:
+      text: JSON of a file, or of a line of a file.
+      expected: noun phrase for the expected form, for the error.
+      line: whether the text is one line, whose file and number the caller adds to the error.
+
+    Raises:
+      ValueError: the text is no JSON in UTF-8; in one sentence.
+    """
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"this is not text in UTF-8 ({error.reason}); save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        where = f"column {error.colno}" if line else f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"this is no JSON ({error.msg} at {where}); expected {expected}") from None

@@ -76,6 +76,15 @@ def test_a_bad_line_of_a_manifest_costs_only_itself(tmp_path, line, reason):
         raise EvaluationError(failure.reason)
 
 
+def test_a_transcript_that_is_no_json_is_told_with_its_line(tmp_path):
+    for name in ("a.wav", "b.wav"):
+        (tmp_path / name).touch()
+    (tmp_path / "a.json").write_text('{"text": "one"}')
+    (tmp_path / "b.json").write_text('{"text":\n  two}')
+    (failure,) = datasets.read(tmp_path).failures
+    assert failure.reason.startswith("b.json: this is no JSON (Expecting value at line 2, column 3); expected {")
+
+
 def test_two_recordings_of_one_name_have_ids_of_their_own(tmp_path):
     path = tmp_path / "list.jsonl"
     path.write_text('{"audio": "a.wav", "text": "one"}\n' * 2)

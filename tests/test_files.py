@@ -1,4 +1,4 @@
-"""Files are replaced as a whole or not at all."""
+"""Files are replaced as a whole or not at all; JSON Lines are read line by line."""
 
 import os
 
@@ -60,3 +60,25 @@ def test_names_as_long_as_the_system_allows_are_written(tmp_path, name):
     with files.replacing(tmp_path / name) as file:
         file.write(b"whole")
     assert (tmp_path / name).read_bytes() == b"whole"
+
+
+def test_lines_end_where_json_cannot_go_on():
+    content = '{"a": "one\u2028two\u0085"}\r\n\n  \n[1]\n2'.encode()
+    assert [(number, files.parse_json(line, "x", line=True)) for number, line in files.json_lines(content)] == [
+        (1, {"a": "one\u2028two\u0085"}),
+        (4, [1]),
+        (5, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (b"[1,\n 2", False, r"^this is no JSON \(.* at line 2, column 3\); expected a list$"),
+        (b"[1", True, r"^this is no JSON \(.* at column 3\); expected a list$"),
+        (b'"\xe9"', True, r"^this is not text in UTF-8 \(.*\); save it as UTF-8$"),
+    ],
+)
+def test_what_is_no_json_is_told_with_its_place(text, line, message):
+    with pytest.raises(ValueError, match=message):
+        files.parse_json(text, "a list", line=line)

@@ -82,7 +82,7 @@ def test_a_byte_order_mark_is_read_over(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", r"requests\.jsonl:2 is not JSON \(.*\); write one object a line$"),
+        ("{", r"requests\.jsonl:2: this is no JSON \(.* at column 2\); expected one object a line$"),
         ([1], r"requests\.jsonl:2 has list; a request has an id, and text or turns"),
         ({"id": "x"}, r"requests\.jsonl:2 has \['id'\]; a request has an id, and text or turns"),
         ({"turns": ["x"]}, r"requests\.jsonl:2 has \['turns'\]; a request has an id"),

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from dsm_jax import csm, tts
+from dsm_jax import csm, files, tts
 from dsm_jax.csm import CsmOptions, Segment
 from dsm_jax.errors import ConfigError, SpeechError
 from dsm_jax.tts import Dialogue, SynthesizeOptions, Turn
@@ -175,7 +174,7 @@ def check_source(source: str) -> None:
       SpeechError: the file is not there, or is no text.
     """
     if _is_file(source):
-        _content(source)
+        _text(_content(source), source)
 
 
 def holds_requests(source: str) -> bool:
@@ -208,7 +207,7 @@ def read_jobs(source: str, form: RequestForm) -> list[Job]:
     if not _is_file(source):
         return [Job(form.of_text(source))]
     if not holds_requests(source):
-        return [Job(form.of_text(_content(source)))]
+        return [Job(form.of_text(_text(_content(source), source)))]
     jobs = [_job(line, where, Path(source).parent, form) for where, line in _lines(source)]
     names = [job.name for job in jobs]
     if twice := sorted({str(name) for name in names if names.count(name) > 1}):
@@ -218,19 +217,17 @@ def read_jobs(source: str, form: RequestForm) -> list[Job]:
     return jobs
 
 
-def _content(source: str) -> str:
-    """Read a file of text."""
+def _content(source: str) -> bytes:
     try:
-        return _text(Path(source).read_bytes(), source)
+        return Path(source).read_bytes()
     except OSError as error:
         raise SpeechError(f"{source} cannot be read ({error.strerror}); give a text, or a file of one") from None
 
 
-def _lines(source: str) -> Iterator[tuple[str, str]]:
+def _lines(source: str) -> Iterator[tuple[str, bytes]]:
     """Yield the file and number of each line that is not blank, for errors, and the line."""
-    for number, line in enumerate(_content(source).split("\n"), 1):  # JSON may hold other ends of lines as they are
-        if line.strip():
-            yield f"{source}:{number}", line
+    for number, line in files.json_lines(_content(source)):
+        yield f"{source}:{number}", line
 
 
 def _text(content: bytes, where: str) -> str:
@@ -241,14 +238,14 @@ def _text(content: bytes, where: str) -> str:
         raise SpeechError(f"{where} cannot be read (it is not UTF-8 text); give a text, or a file of one") from None
 
 
-def _object(line: str, where: str) -> Any:
+def _object(line: bytes, where: str) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise SpeechError(f"{where} is not JSON ({error}); write one object a line") from None
+        return files.parse_json(line, "one object a line", line=True)
+    except ValueError as error:
+        raise SpeechError(f"{where}: {error}") from None
 
 
-def _job(line: str, where: str, folder: Path, form: RequestForm) -> Job:
+def _job(line: bytes, where: str, folder: Path, form: RequestForm) -> Job:
     """Read one line of a file of requests."""
     row = _object(line, where)
     known = {field.name: field.type for field in dataclasses.fields(form.options)}

@@ -7,10 +7,10 @@ manifests for training can be evaluated on.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from dsm_jax import files
 from dsm_jax.audio import Source
 from dsm_jax.errors import DsmError, EvaluationError
 from dsm_jax.evaluation import hub_datasets
@@ -116,9 +116,11 @@ def _folder(folder: Path) -> Iterator[Sample | Failure]:
             yield Failure(path.name, f"there is no {path.stem}.json or {path.stem}.txt next to it; write one")
             continue
         try:
-            text = _text(_bytes(transcript))
+            content = _bytes(transcript)
             if transcript.suffix == ".json":
-                text = _reference(_object(text, '{"text": TEXT}'))
+                text = _reference(_object(content, '{"text": TEXT}', line=False))
+            else:
+                text = _text(content)
             yield Sample(path.name, text, path)
         except DsmError as error:
             yield Failure(path.name, f"{transcript.name}: {error}")
@@ -129,11 +131,9 @@ def _folder(folder: Path) -> Iterator[Sample | Failure]:
 
 
 def _manifest(path: Path) -> Iterator[Sample | Failure]:
-    for number, line in enumerate(_bytes(path).splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in files.json_lines(_bytes(path)):
         try:
-            values = _object(_text(line), _FORMAT)
+            values = _object(line, _FORMAT, line=True)
             recording, name = values.get("audio"), values.get("id", values.get("audio"))
             if not isinstance(recording, str):
                 raise EvaluationError(f"the key 'audio' is {recording!r}; expected the path of a recording: {_FORMAT}")
@@ -158,13 +158,13 @@ def _text(written: bytes) -> str:
         raise EvaluationError(f"this is not text in UTF-8 ({error.reason}); save it as UTF-8") from None
 
 
-def _object(text: str, expected: str) -> dict[str, object]:
+def _object(content: bytes, expected: str, *, line: bool) -> dict[str, object]:
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise EvaluationError(f"this is no JSON ({error.msg} at column {error.colno}); expected {expected}") from None
+        values = files.parse_json(content, expected, line=line)
+    except ValueError as error:
+        raise EvaluationError(str(error)) from None
     if not isinstance(values, dict):
-        raise EvaluationError(f"this is {text.strip()[:40]!r}; expected {expected}")
+        raise EvaluationError(f"this is {_text(content).strip()[:40]!r}; expected {expected}")
     return values
 
 

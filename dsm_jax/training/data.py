@@ -13,13 +13,12 @@ All data is checked, and every recording decoded to its end, before training sta
 
 import dataclasses
 import functools
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
-from dsm_jax import audio
+from dsm_jax import audio, files
 from dsm_jax.errors import DsmError, TrainingError
 
 Example = TypeVar("Example")
@@ -153,29 +152,20 @@ def lines_of(source: Path, expected: str) -> Iterator[tuple[str, bytes]]:
     Raises:
       TrainingError: the file cannot be read.
     """
-    for number, line in enumerate(_bytes_of(source, expected).splitlines(), 1):
-        if line.strip():
-            yield f"{source.name} line {number}", line
+    for number, line in files.json_lines(_bytes_of(source, expected)):
+        yield f"{source.name} line {number}", line
 
 
 def parse_json(text: bytes, form: str, *, line: bool) -> Any:
-    """Parse JSON.
-
-    Args:
-      text: JSON in UTF-8.
-      form: the expected form, for errors.
-      line: whether the text is one line of a file, whose number the caller adds to errors.
+    """Parse JSON, see `dsm_jax.files.parse_json`.
 
     Raises:
       TrainingError: the text is no JSON in UTF-8.
     """
     try:
-        return json.loads(text.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise TrainingError(f"this is not text in UTF-8 ({error.reason}); expected {form}") from None
-    except json.JSONDecodeError as error:
-        where = f"column {error.colno}" if line else f"line {error.lineno}, column {error.colno}"
-        raise TrainingError(f"this is no JSON ({error.msg} at {where}); expected {form}") from None
+        return files.parse_json(text, form, line=line)
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
 
 
 def samples_of(path: Path, sample_rate: int) -> int:
