@@ -61,7 +61,7 @@ def read_conversations(
       source: a JSON Lines file.
       sample_rate: sample rate of the training audio, Hz.
       check: called with each conversation; raises a DsmError for one that the model cannot learn.
-      skip_bad: leave out faulty conversations, with a line on standard error for each, instead of raising.
+      skip_bad: leave out faulty conversations, with a logged warning for each, instead of raising.
 
     Returns:
       The conversations, in the order of the file.

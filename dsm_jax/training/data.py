@@ -94,7 +94,7 @@ def read_recordings(
       source: a JSON Lines file, or a folder.
       sample_rate: sample rate of the training audio, Hz.
       check: called with the text of each word; raises a DsmError for a word that the model cannot learn.
-      skip_bad: leave out faulty recordings, with a line on standard error for each, instead of raising.
+      skip_bad: leave out faulty recordings, with a logged warning for each, instead of raising.
 
     Returns:
       The recordings, in the order of the file, or of the names in the folder.
@@ -119,7 +119,7 @@ def read_examples(
       readers: pairs of an example's place, for errors, and the function that reads the example.
       source: the data set, for errors.
       noun: word for several examples, for errors.
-      skip_bad: leave out faulty examples, with a line on standard error for each, instead of raising.
+      skip_bad: leave out faulty examples, with a logged warning for each, instead of raising.
 
     Raises:
       TrainingError: all examples are faulty, or any is and `skip_bad` is false.
