@@ -200,7 +200,16 @@ def test_a_full_disk_at_the_end_keeps_the_last_checkpoint(adapted, stopped, monk
     assert_same_weights(dsm_jax.load(Path(config.output) / "model"), adapted[1])
 
 
-def test_the_whole_model_trains_in_bfloat16_with_accumulation_on_a_given_mesh(settings, checkpoint, tmp_path):
+def test_the_whole_model_trains_in_bfloat16_with_accumulation_on_a_given_mesh(
+    settings, checkpoint, tmp_path, monkeypatch
+):
+    seen = set()
+
+    def watched(lm, *others):
+        seen.update(p.dtype.name for p in jax.tree.leaves(nnx.state(lm)))
+        return stt_loss(lm, *others)
+
+    monkeypatch.setattr("dsm_jax.training.finetune.stt_loss", watched)
     config = dataclasses.replace(
         settings,
         output=str(tmp_path / "run"),
@@ -210,9 +219,15 @@ def test_the_whole_model_trains_in_bfloat16_with_accumulation_on_a_given_mesh(se
         batch_size=4,
         accumulate=2,
         compute_dtype="bfloat16",
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup=1),
+        optimizer=OptimizerConfig(learning_rate=1e-5, warmup=1),
     )
     model = finetune(config, mesh=Mesh(jax.devices()[:2], ("data",)))
+    assert seen == {"bfloat16"}
+    name = "transformer.layers.0.feedforward.linear_in.weight_PFD"
+    before, after = (np.asarray(flatten(one.lm_params)[name]) for one in (dsm_jax.load(checkpoint), model))
+    moved, step = np.abs(after - before), np.abs(before) * 2**-9
+    assert (moved[step > 1e-4] < step[step > 1e-4]).all(), "less than half of what is between two bfloat16 numbers"
+    assert (moved[step > 1e-4] > 0).mean() > 0.9
     assert changed(model, checkpoint) == {name for name in arrays_of(model) if name.startswith("lm.")}
     assert_same_weights(dsm_jax.load(tmp_path / "run/model"), model)
     assert {p.dtype.name for p in jax.tree.leaves(model.lm_params)} == {"float32"}

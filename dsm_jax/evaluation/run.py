@@ -81,7 +81,6 @@ def evaluate(
     done = _finished(journal)
     waiting = [sample for sample in samples if sample.id not in done]
     failures = list(dataset.failures)
-    seconds = sum(done[sample.id].duration for sample in samples if sample.id in done)
     if waiting:
         if streaming:
             results = transcription.transcribe_live(model, waiting, options)
@@ -92,7 +91,7 @@ def evaluate(
             if isinstance(timed, DsmError):
                 failures.append(Failure(sample.id, str(timed)))
             else:
-                done[sample.id], seconds = timed, seconds + timed.duration
+                done[sample.id] = timed
                 if journal is not None:
                     journal.append(result(sample, timed).to_dict())
             if progress is not None:

@@ -17,7 +17,7 @@ from flax import nnx
 from dsm_jax.errors import ConfigError
 
 Metrics = dict[str, jax.Array]
-# (params, frozen, aux, batch, key) -> loss, (aux after the step, metrics)
+# (params, frozen, aux, batch, key) -> float32 loss, (aux after the step, metrics)
 Loss = Callable[[Any, Any, Any, Any, jax.Array], tuple[jax.Array, tuple[Any, Metrics]]]
 
 
@@ -126,7 +126,6 @@ def make_step(
     optimizer: optax.GradientTransformation,
     *,
     accumulate: int = 1,
-    compute_dtype: Any = None,
     place: Callable[[TrainState], TrainState] | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Make a jitted step; the step donates its state.
@@ -138,8 +137,6 @@ def make_step(
       optimizer: from `OptimizerConfig.build`, or any optax optimizer.
       accumulate: number of parts of a batch along its first axis. Gradients are averaged over the parts, which equals
         the gradient of the whole batch if the loss is a mean over rows.
-      compute_dtype: dtype that `params` are cast to for the loss; the update stays in float32. The other arguments of
-        the loss are not cast.
       place: constrains the shardings of the next state, such as `Sharding.constrain`; None leaves them to the compiler.
 
     Returns:
@@ -152,13 +149,7 @@ def make_step(
     if accumulate < 1:
         raise ConfigError(f"a batch is to be cut into {accumulate} parts; give 1 or more")
 
-    def cast_loss(params: Any, frozen: Any, aux: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Any]:
-        if compute_dtype is not None:
-            params = jax.tree.map(lambda p: p.astype(compute_dtype), params)
-        value, rest = loss(params, frozen, aux, batch, key)
-        return value.astype(jnp.float32), rest
-
-    gradient = jax.value_and_grad(cast_loss, has_aux=True)
+    gradient = jax.value_and_grad(loss, has_aux=True)
 
     def parts_of(a: jax.Array) -> jax.Array:
         if a.shape[0] % accumulate:
