@@ -1,6 +1,6 @@
 """Training of codebooks by moving averages against numpy: chosen entries, gradients, and updates of entries.
 
-Shape letters: B batch rows, T frames, N vectors, D latent width, C codebook width, V entries, Q codebooks of a branch.
+Shape letters: B batch rows, T frames, N vectors, D latent width, C codebook width, L entries, Q codebooks of a branch.
 """
 
 import functools
@@ -97,7 +97,7 @@ def test_commitment_is_the_mean_squared_distance_to_the_entries_in_use(branch):
 def test_the_commitment_of_a_batch_without_codebooks_is_zero(branch):
     found = run(branch, latents(0), used_B=np.zeros(B, np.int32))
     assert float(found.commitment) == 0
-    np.testing.assert_allclose(found.entries_QVC, [book.embedding_LC[...] for book in branch.codebooks], rtol=1e-6)
+    np.testing.assert_allclose(found.entries_QLC, [book.embedding_LC[...] for book in branch.codebooks], rtol=1e-6)
 
 
 def test_commitment_draws_latents_to_their_entries(branch):
@@ -119,7 +119,7 @@ def test_commitment_draws_latents_to_their_entries(branch):
 def test_entries_are_moving_averages_of_the_vectors_that_were_rounded_to_them(branch):
     used_B = np.array([3, 1, 2, 3], np.int32)
     averages = init_averages(branch, fresh=False)
-    usage_QV, sum_QVC = (np.asarray(a, np.float64) for a in (averages.usage_QV, averages.sum_QVC))
+    usage_QL, sum_QLC = (np.asarray(a, np.float64) for a in (averages.usage_QL, averages.sum_QLC))
     for step in range(4):
         x_BTD = latents(step)
         given_QNC, codes_QN, _ = rounded(branch, x_BTD)
@@ -127,15 +127,15 @@ def test_entries_are_moving_averages_of_the_vectors_that_were_rounded_to_them(br
             in_use_N = np.repeat(used_B, T) > q
             for v in range(CONFIG.bins):
                 mine_NC = given_QNC[q][in_use_N & (codes_QN[q] == v)]
-                usage_QV[q, v] = 0.9 * usage_QV[q, v] + 0.1 * len(mine_NC)
-                sum_QVC[q, v] = 0.9 * sum_QVC[q, v] + 0.1 * mine_NC.sum(0)
+                usage_QL[q, v] = 0.9 * usage_QL[q, v] + 0.1 * len(mine_NC)
+                sum_QLC[q, v] = 0.9 * sum_QLC[q, v] + 0.1 * mine_NC.sum(0)
         found = run(branch, x_BTD, averages, used_B=used_B, seed=step)
         averages = found.averages
-        np.testing.assert_allclose(averages.usage_QV, usage_QV, rtol=1e-5)
-        np.testing.assert_allclose(averages.sum_QVC, sum_QVC, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(found.entries_QVC, sum_QVC / usage_QV[..., None], rtol=1e-4, atol=1e-5)
-        for book, entries_VC in zip(branch.codebooks, found.entries_QVC, strict=True):
-            book.embedding_LC[...] = entries_VC
+        np.testing.assert_allclose(averages.usage_QL, usage_QL, rtol=1e-5)
+        np.testing.assert_allclose(averages.sum_QLC, sum_QLC, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.entries_QLC, sum_QLC / usage_QL[..., None], rtol=1e-4, atol=1e-5)
+        for book, entries_LC in zip(branch.codebooks, found.entries_QLC, strict=True):
+            book.embedding_LC[...] = entries_LC
 
 
 def test_rows_that_do_not_use_a_codebook_do_not_move_it(branch):
@@ -143,46 +143,46 @@ def test_rows_that_do_not_use_a_codebook_do_not_move_it(branch):
     x_BTD = latents(0)
     other_BTD = np.concatenate([x_BTD[:3], latents(9, rows=1)])
     one, two = (run(branch, x, used_B=used_B) for x in (x_BTD, other_BTD))
-    np.testing.assert_array_equal(one.entries_QVC, two.entries_QVC)
-    np.testing.assert_array_equal(one.averages.sum_QVC, two.averages.sum_QVC)
+    np.testing.assert_array_equal(one.entries_QLC, two.entries_QLC)
+    np.testing.assert_array_equal(one.averages.sum_QLC, two.averages.sum_QLC)
     alone = run(branch, x_BTD, used_B=np.array([3, 0, 0, 0], np.int32))
-    np.testing.assert_allclose(one.entries_QVC[2], alone.entries_QVC[2], atol=1e-6)
-    assert not np.allclose(one.entries_QVC[1], alone.entries_QVC[1], atol=1e-3)
+    np.testing.assert_allclose(one.entries_QLC[2], alone.entries_QLC[2], atol=1e-6)
+    assert not np.allclose(one.entries_QLC[1], alone.entries_QLC[1], atol=1e-3)
 
 
 @pytest.mark.slow
 def test_a_dead_entry_is_reset_to_a_vector_of_the_batch_and_other_entries_are_kept(branch):
-    dead_QV = np.random.default_rng(0).random((Q, CONFIG.bins)) < 0.5
+    dead_QL = np.random.default_rng(0).random((Q, CONFIG.bins)) < 0.5
     averages = init_averages(branch, fresh=False)
-    usage_QV = jnp.where(dead_QV, 1e-6, 1.0)
-    averages = Averages(usage_QV, averages.sum_QVC * usage_QV[..., None])
+    usage_QL = jnp.where(dead_QL, 1e-6, 1.0)
+    averages = Averages(usage_QL, averages.sum_QLC * usage_QL[..., None])
     x_BTD = latents(0)
     given_QNC, codes_QN, _ = rounded(branch, x_BTD)
     rule = CodebookRule(decay=0.9, dead=0.05)
     found, stayed = run(branch, x_BTD, averages, rule), run(branch, x_BTD, averages)
     for q in range(Q):
-        chosen_V = np.isin(np.arange(CONFIG.bins), codes_QN[q])
-        replaced_V = dead_QV[q] & ~chosen_V  # one choice lifts an entry by 0.1
-        assert 0 < replaced_V.sum() < CONFIG.bins
-        distance_VN = np.abs(np.asarray(found.entries_QVC[q])[:, None] - given_QNC[q]).max(2)
-        np.testing.assert_array_equal(distance_VN.min(1)[replaced_V] < 1e-5, True)
-        assert len(set(distance_VN.argmin(1)[replaced_V].tolist())) > 1, "not all at the same vector"
-        np.testing.assert_array_equal(found.entries_QVC[q][~replaced_V], stayed.entries_QVC[q][~replaced_V])
-        assert (found.averages.usage_QV[q] > rule.dead).all(), "it has time to be chosen"
+        chosen_L = np.isin(np.arange(CONFIG.bins), codes_QN[q])
+        replaced_L = dead_QL[q] & ~chosen_L  # one choice lifts an entry by 0.1
+        assert 0 < replaced_L.sum() < CONFIG.bins
+        distance_LN = np.abs(np.asarray(found.entries_QLC[q])[:, None] - given_QNC[q]).max(2)
+        np.testing.assert_array_equal(distance_LN.min(1)[replaced_L] < 1e-5, True)
+        assert len(set(distance_LN.argmin(1)[replaced_L].tolist())) > 1, "not all at the same vector"
+        np.testing.assert_array_equal(found.entries_QLC[q][~replaced_L], stayed.entries_QLC[q][~replaced_L])
+        assert (found.averages.usage_QL[q] > rule.dead).all(), "it has time to be chosen"
     other = run(branch, x_BTD, averages, rule, seed=1)
-    assert not np.array_equal(other.entries_QVC, found.entries_QVC), "the key chooses"
+    assert not np.array_equal(other.entries_QLC, found.entries_QLC), "the key chooses"
 
 
 @pytest.mark.slow
 def test_averages_begin_at_the_entries_or_at_the_first_batch(branch):
     averages = init_averages(branch, fresh=False)
     for q, book in enumerate(branch.codebooks):
-        np.testing.assert_array_equal(averages.sum_QVC[q] / averages.usage_QV[q][:, None], book.embedding_LC[...])
+        np.testing.assert_array_equal(averages.sum_QLC[q] / averages.usage_QL[q][:, None], book.embedding_LC[...])
     x_BTD = latents(0)
     given_QNC, codes_QN, _ = rounded(branch, x_BTD)
     found = run(branch, x_BTD, init_averages(branch, fresh=True), CodebookRule())
     for q in range(Q):
-        for v, entry_C in enumerate(np.asarray(found.entries_QVC[q])):
+        for v, entry_C in enumerate(np.asarray(found.entries_QLC[q])):
             mine_NC = given_QNC[q][codes_QN[q] == v]
             distances = np.abs(given_QNC[q] - entry_C).max(1)
             mean = np.abs(mine_NC.mean(0) - entry_C).max() if len(mine_NC) else np.inf
@@ -190,10 +190,10 @@ def test_averages_begin_at_the_entries_or_at_the_first_batch(branch):
 
 
 def test_perplexity_is_the_number_of_entries_in_effective_use(branch):
-    book_VC = np.asarray(branch.codebooks[0].embedding_LC[...])
+    book_LC = np.asarray(branch.codebooks[0].embedding_LC[...])
     branch.input_proj.weight[...] = jnp.eye(CONFIG.dimension, CONFIG.input_dimension)
     for entries in (1, 2, 4):
-        x_NC = np.tile(book_VC[:entries], (B * T // entries, 1))
+        x_NC = np.tile(book_LC[:entries], (B * T // entries, 1))
         x_BTD = np.pad(x_NC, ((0, 0), (0, CONFIG.input_dimension - CONFIG.dimension))).reshape(B, T, -1)
         assert float(run(branch, x_BTD).perplexity_Q[0]) == pytest.approx(entries, rel=1e-4)
 
@@ -201,7 +201,7 @@ def test_perplexity_is_the_number_of_entries_in_effective_use(branch):
 def test_entries_are_put_into_their_branches():
     quantizer = small.build(lambda rngs: SplitQuantizer(CONFIG, rngs=rngs))
     shape = (CONFIG.bins, CONFIG.dimension)
-    semantic_QVC, acoustic_QVC = jnp.full((1, *shape), 7.0), jnp.arange(3.0)[:, None, None] * jnp.ones(shape)
-    set_entries(quantizer, semantic_QVC, acoustic_QVC)
+    semantic_QLC, acoustic_QLC = jnp.full((1, *shape), 7.0), jnp.arange(3.0)[:, None, None] * jnp.ones(shape)
+    set_entries(quantizer, semantic_QLC, acoustic_QLC)
     assert [float(book.embedding_LC[0, 0]) for book in quantizer.semantic.codebooks] == [7.0]
     assert [float(book.embedding_LC[-1, -1]) for book in quantizer.acoustic.codebooks] == [0.0, 1.0, 2.0]

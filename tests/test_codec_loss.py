@@ -2,7 +2,7 @@
 
 Every test runs the same compiled step: compiling it is what takes the time here.
 
-Shape letters: B batch rows, T samples, N frames, C codebook width, L labels, Q codebooks, V entries.
+Shape letters: B batch rows, T samples, N frames, C codebook width, L entries, Q codebooks, V labels.
 """
 
 import dataclasses
@@ -108,8 +108,8 @@ def test_entries_are_those_of_the_averages_step_after_step(fresh):
             (state.aux.acoustic, quantizer.acoustic),
         ):
             for q, book in enumerate(branch.codebooks):
-                wanted_VC = np.asarray(averages.sum_QVC[q]) / np.asarray(averages.usage_QV[q])[:, None]
-                np.testing.assert_allclose(book.embedding_LC[...], wanted_VC, rtol=1e-6)
+                wanted_LC = np.asarray(averages.sum_QLC[q]) / np.asarray(averages.usage_QL[q])[:, None]
+                np.testing.assert_allclose(book.embedding_LC[...], wanted_LC, rtol=1e-6)
 
 
 def test_unknown_labels_do_not_count():
@@ -123,15 +123,15 @@ def test_unknown_labels_do_not_count():
         codes_BN = branch.encode(trainee.mimi.encoder(given["pcm_BT"][..., None]), 1)[:, 0]
         return trainee.head(branch.codebooks[0].embedding_LC[...][codes_BN])
 
-    logits_BNL = np.asarray(head(start().params, start().aux))[:, look:]
-    score_BNL = logits_BNL - np.log(np.exp(logits_BNL).sum(-1, keepdims=True))
+    logits_BNV = np.asarray(head(start().params, start().aux))[:, look:]
+    score_BNV = logits_BNV - np.log(np.exp(logits_BNV).sum(-1, keepdims=True))
     target_BN = given["labels_BN"][:, : FRAMES - look]  # predicted that many frames later
     known = [(b, n) for b in range(ROWS) for n in range(FRAMES - look) if target_BN[b, n] >= 0]
     assert 0 < len(known) < target_BN.size
     _, metrics = STEP(start(), given)
-    wanted = -np.mean([score_BNL[b, n, target_BN[b, n]] for b, n in known])
+    wanted = -np.mean([score_BNV[b, n, target_BN[b, n]] for b, n in known])
     assert float(metrics["semantic"]) == pytest.approx(wanted, rel=1e-4)
-    right = np.mean([score_BNL[b, n].argmax() == target_BN[b, n] for b, n in known])
+    right = np.mean([score_BNV[b, n].argmax() == target_BN[b, n] for b, n in known])
     assert float(metrics["label_accuracy"]) == pytest.approx(right)
 
 
@@ -154,9 +154,9 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
 def rows_that_use(dropout: float, step: int) -> list[list[float]]:
     """Count the rows that use each codebook, semantic and acoustic."""
     state, decay = dataclasses.replace(start(), step=jnp.int32(step)), OBJECTIVE.codebooks.decay
-    before = [np.asarray(a.usage_QV).sum(1) for a in (state.aux.semantic, state.aux.acoustic)]
+    before = [np.asarray(a.usage_QL).sum(1) for a in (state.aux.semantic, state.aux.acoustic)]
     state, _ = STEP(state, batch(dropout=dropout))
-    after = [np.asarray(a.usage_QV).sum(1) for a in (state.aux.semantic, state.aux.acoustic)]
+    after = [np.asarray(a.usage_QL).sum(1) for a in (state.aux.semantic, state.aux.acoustic)]
     each = [(b - decay * a) / (1 - decay) / FRAMES for a, b in zip(before, after, strict=True)]
     return [np.round(e, 2).tolist() for e in each]
 

@@ -1,6 +1,6 @@
 """Quantisation against a search in numpy. test_goldens.py compares its codes with the reference's.
 
-Shape letters: B batch rows, T frames, N vectors, D latent width, C codebook width, V entries, Q codebooks.
+Shape letters: B batch rows, T frames, N vectors, D latent width, C codebook width, L entries, Q codebooks.
 """
 
 import jax.numpy as jnp
@@ -29,8 +29,8 @@ def latents_BTD() -> np.ndarray:
 def test_nearest_returns_the_entry_at_the_least_distance():
     book = Codebook(32, 4, rngs=nnx.Rngs(0))
     x_NC = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
-    distance_NV = np.linalg.norm(x_NC[:, None] - np.array(book.embedding_LC[...]), axis=2)
-    np.testing.assert_array_equal(book.nearest(jnp.asarray(x_NC)), distance_NV.argmin(1))
+    distance_NL = np.linalg.norm(x_NC[:, None] - np.array(book.embedding_LC[...]), axis=2)
+    np.testing.assert_array_equal(book.nearest(jnp.asarray(x_NC)), distance_NL.argmin(1))
 
 
 def test_of_equally_distant_entries_the_first_is_nearest():
@@ -47,10 +47,10 @@ def test_each_codebook_quantises_the_residual_of_those_before_it(quantizer, late
     for branch, codes in ((quantizer.semantic, codes_BQT[:, :1]), (quantizer.acoustic, codes_BQT[:, 1:])):
         rest_BTC = latents_BTD @ np.array(branch.input_proj.weight[...]).T
         for q, book in enumerate(branch.codebooks):
-            entries_VC = np.array(book.embedding_LC[...])
-            distance_BTV = np.linalg.norm(rest_BTC[:, :, None] - entries_VC, axis=3)
-            np.testing.assert_array_equal(codes[:, q], distance_BTV.argmin(2))
-            rest_BTC = rest_BTC - entries_VC[codes[:, q]]
+            entries_LC = np.array(book.embedding_LC[...])
+            distance_BTL = np.linalg.norm(rest_BTC[:, :, None] - entries_LC, axis=3)
+            np.testing.assert_array_equal(codes[:, q], distance_BTL.argmin(2))
+            rest_BTC = rest_BTC - entries_LC[codes[:, q]]
 
 
 @pytest.mark.parametrize("codebooks", [1, 2, 3])

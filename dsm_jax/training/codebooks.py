@@ -1,6 +1,6 @@
 """Train codebooks by moving averages: each entry is the mean of the vectors that were recently rounded to it.
 
-Shape letters: B batch rows, T frames, N = B * T, D latent width, C codebook width, V codebook entries, Q codebooks of
+Shape letters: B batch rows, T frames, N = B * T, D latent width, C codebook width, L codebook entries, Q codebooks of
 a branch.
 Source: van den Oord et al. 2017, appendix A.1 (moving averages); Zeghidour et al. 2021 (residual codebooks, their
 dropout, replacement of dead entries); Moshi (Défossez et al. 2024), section 3.3 (the two branches). The decay, the
@@ -22,8 +22,8 @@ from dsm_jax.nn.rvq import ResidualQuantizer, SplitQuantizer
 class Averages:
     """Moving averages of every codebook of one branch; an entry is sum / usage."""
 
-    usage_QV: jax.Array
-    sum_QVC: jax.Array
+    usage_QL: jax.Array
+    sum_QLC: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,14 +43,14 @@ class Quantized:
     commitment: jax.Array  # mean squared distance to the entries, over the codebooks in use
     perplexity_Q: jax.Array  # effective number of entries in use
     averages: Averages
-    entries_QVC: jax.Array  # for the next step
+    entries_QLC: jax.Array  # for the next step
 
 
 def init_averages(branch: ResidualQuantizer, *, fresh: bool) -> Averages:
     """Start averages at the branch's entries or, if `fresh`, at vectors of the first batch."""
-    entries_QVC = jnp.stack([book.embedding_LC[...] for book in branch.codebooks])
+    entries_QLC = jnp.stack([book.embedding_LC[...] for book in branch.codebooks])
     usage = 0.0 if fresh else 1.0
-    return Averages(jnp.full(entries_QVC.shape[:2], usage), usage * entries_QVC)
+    return Averages(jnp.full(entries_QLC.shape[:2], usage), usage * entries_QLC)
 
 
 @full_precision
@@ -87,13 +87,13 @@ def quantize(
         in_use_N1 = (q < used_N)[:, None].astype(x_NC.dtype)
         distance += jnp.sum(in_use_N1 * (residual_NC - entry_NC) ** 2) / x_NC.shape[1]
         weight += in_use_N1.sum()
-        one_hot_NV = jax.nn.one_hot(index_N, book.embedding_LC.shape[0]) * in_use_N1
-        moved = _move(averages.usage_QV[q], averages.sum_QVC[q], one_hot_NV, seen_NC, rule, book_key)
+        one_hot_NL = jax.nn.one_hot(index_N, book.embedding_LC.shape[0]) * in_use_N1
+        moved = _move(averages.usage_QL[q], averages.sum_QLC[q], one_hot_NL, seen_NC, rule, book_key)
         usage.append(moved[0])
         sums.append(moved[1])
         entries.append(moved[2])
-        share_V = one_hot_NV.sum(0) / jnp.maximum(one_hot_NV.sum(), 1)
-        perplexity.append(jnp.exp(-jnp.sum(share_V * jnp.log(share_V + 1e-10))))
+        share_L = one_hot_NL.sum(0) / jnp.maximum(one_hot_NL.sum(), 1)
+        perplexity.append(jnp.exp(-jnp.sum(share_L * jnp.log(share_L + 1e-10))))
         total_NC += in_use_N1 * entry_NC
         residual_NC = residual_NC - entry_NC
     vectors_NC = x_NC + jax.lax.stop_gradient(total_NC - x_NC)
@@ -107,21 +107,21 @@ def quantize(
 
 
 def _move(
-    usage_V: jax.Array, sum_VC: jax.Array, one_hot_NV: jax.Array, x_NC: jax.Array, rule: CodebookRule, key: jax.Array
+    usage_L: jax.Array, sum_LC: jax.Array, one_hot_NL: jax.Array, x_NC: jax.Array, rule: CodebookRule, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Update the averages of one codebook; return usage, sum and entries after the update."""
-    usage_V = rule.decay * usage_V + (1 - rule.decay) * one_hot_NV.sum(0)
-    sum_VC = rule.decay * sum_VC + (1 - rule.decay) * (one_hot_NV.T @ x_NC)
-    dead_V = usage_V < rule.dead
-    fresh_VC = x_NC[jax.random.randint(key, usage_V.shape, 0, x_NC.shape[0])]
+    usage_L = rule.decay * usage_L + (1 - rule.decay) * one_hot_NL.sum(0)
+    sum_LC = rule.decay * sum_LC + (1 - rule.decay) * (one_hot_NL.T @ x_NC)
+    dead_L = usage_L < rule.dead
+    fresh_LC = x_NC[jax.random.randint(key, usage_L.shape, 0, x_NC.shape[0])]
     # A reset entry starts well above the threshold, so that it has time to attract vectors.
-    usage_V = jnp.where(dead_V, 10 * rule.dead, usage_V)
-    sum_VC = jnp.where(dead_V[:, None], fresh_VC * 10 * rule.dead, sum_VC)
-    return usage_V, sum_VC, sum_VC / usage_V[:, None]
+    usage_L = jnp.where(dead_L, 10 * rule.dead, usage_L)
+    sum_LC = jnp.where(dead_L[:, None], fresh_LC * 10 * rule.dead, sum_LC)
+    return usage_L, sum_LC, sum_LC / usage_L[:, None]
 
 
-def set_entries(quantizer: SplitQuantizer, semantic_QVC: jax.Array, acoustic_QVC: jax.Array) -> None:
+def set_entries(quantizer: SplitQuantizer, semantic_QLC: jax.Array, acoustic_QLC: jax.Array) -> None:
     """Write the entries of both branches."""
-    for branch, entries_QVC in ((quantizer.semantic, semantic_QVC), (quantizer.acoustic, acoustic_QVC)):
-        for book, entries_VC in zip(branch.codebooks, entries_QVC, strict=True):
-            book.embedding_LC = nnx.Param(entries_VC)
+    for branch, entries_QLC in ((quantizer.semantic, semantic_QLC), (quantizer.acoustic, acoustic_QLC)):
+        for book, entries_LC in zip(branch.codebooks, entries_QLC, strict=True):
+            book.embedding_LC = nnx.Param(entries_LC)

@@ -32,7 +32,7 @@ class SpeechRequest:
       complete: whether no more will come.
       voices: the vectors [steps, width] of each voice.
       condition_guidance: guidance as a condition, for models with distilled guidance; None for others.
-      prefix_QT: int32 codes to go on from; P may be 0.
+      prefix_QT: int32 codes to go on from; T may be 0.
       seed: of the sampling.
       others: fields of `TtsRequest` of the same names without their shape letter.
     """

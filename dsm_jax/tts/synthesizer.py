@@ -136,13 +136,13 @@ class Synthesizer:
         )
 
     def _prefix(self, voice: voices.Voice) -> np.ndarray:
-        """Encode a recording to go on from, without its last frames: codes [Q, P]."""
+        """Encode a recording to go on from, without its last frames: codes [Q, T]."""
         recording = audio.read(voice, self.model.sample_rate)
-        codes_QP = codec.encode(self.model, recording, codebooks=self.lm.n_q)[:, :-CUT_FRAMES]
-        if not codes_QP.shape[1]:
+        codes_QT = codec.encode(self.model, recording, codebooks=self.lm.n_q)[:, :-CUT_FRAMES]
+        if not codes_QT.shape[1]:
             seconds = recording.size / self.model.sample_rate
             raise SpeechError(f"the recording to go on from is {seconds:.2f} s long; give some seconds")
-        return codes_QP
+        return codes_QT
 
     def slots_for(self, *requests: SpeechRequest) -> "Slots[SpeechSession]":
         """Return the slots, which the first call makes, with room for these requests from the start."""

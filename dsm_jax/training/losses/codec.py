@@ -5,8 +5,8 @@ ones, straight-through gradients, codebook dropout. Ours: the semantic codebook 
 WavLM), which a small causal head predicts from it a few frames late; spectral and waveform distances in place of the
 adversarial losses; the sizes.
 
-Shape letters: B batch rows, T samples, N frames, D latent width, C codebook width, L labels, Q codebooks, F frequency
-bins, W samples of a window, H samples of a hop.
+Shape letters: B batch rows, T samples, N frames, D latent width, C codebook width, L codebook entries, Q codebooks,
+V labels, F frequency bins, W samples of a window, H samples of a hop.
 """
 
 import dataclasses
@@ -174,13 +174,13 @@ def codec_loss(
     decoded_BND = quantizer.semantic.output_proj(semantic.vectors_BTC)
     decoded_BND = decoded_BND + quantizer.acoustic.output_proj(acoustic.vectors_BTC)
 
-    logits_BNL = trainee.head(semantic.vectors_BTC)[:, objective.look_ahead :]
+    logits_BNV = trainee.head(semantic.vectors_BTC)[:, objective.look_ahead :]
     target_BN = labels_BN[:, : frames - objective.look_ahead]
     known_BN = target_BN >= 0
-    each_BN = optax.softmax_cross_entropy_with_integer_labels(logits_BNL, jnp.maximum(target_BN, 0))
+    each_BN = optax.softmax_cross_entropy_with_integer_labels(logits_BNV, jnp.maximum(target_BN, 0))
     known = jnp.maximum(known_BN.sum(), 1).astype(jnp.float32)
     semantic_loss = jnp.sum(jnp.where(known_BN, each_BN, 0.0)) / known
-    right = jnp.sum((logits_BNL.argmax(-1) == target_BN) & known_BN).astype(jnp.float32) / known
+    right = jnp.sum((logits_BNV.argmax(-1) == target_BN) & known_BN).astype(jnp.float32) / known
 
     window = min(objective.decoded_frames, frames)
     first_B = jax.random.randint(crop_key, (rows,), 0, frames - window + 1)
@@ -193,7 +193,7 @@ def codec_loss(
     commitment = semantic.commitment + acoustic.commitment
     loss = spectral + objective.waveform * waveform + objective.commitment * commitment
     loss += objective.semantic * semantic_loss
-    set_entries(quantizer, semantic.entries_QVC, acoustic.entries_QVC)
+    set_entries(quantizer, semantic.entries_QLC, acoustic.entries_QLC)
     after = CodecAux(nnx.state(trainee, is_codebook), semantic.averages, acoustic.averages)
     metrics = {
         "spectral": spectral,
