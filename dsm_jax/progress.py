@@ -9,7 +9,8 @@ class Progress:
     """The progress of one item of the work.
 
     Attributes:
-      done: seconds of audio that were read or made, bytes that were loaded, or steps of a training.
+      done: seconds of audio that were read or made, bytes that were loaded, steps of a training, or recordings of
+        an evaluation.
       total: value of `done` at the end; None where it is not known.
       item: place of the item in a batch.
     """
