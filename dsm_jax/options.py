@@ -15,8 +15,7 @@ def check_sampling(*, temperature: float | None, seed: int, **top_k: int | None)
     Raises:
       ConfigError: a temperature or a top-k that is below 0 or no number, or a seed of more than 64 bits.
     """
-    if temperature is not None and not 0 <= temperature < math.inf:
-        raise ConfigError(f"temperature is {temperature}; expected a number from 0, which is greedy")
+    check_temperature("temperature", temperature)
     for name, value in top_k.items():
         if value is not None and value < 0:
             raise ConfigError(f"{name} is {value}; expected 0, which keeps all tokens, or more")
@@ -53,6 +52,16 @@ def check_whole_numbers(options: Any) -> None:
         if field.name != "seed" and abs(whole) >= 2**31:
             raise ConfigError(f"{field.name} is {whole}; expected a number of less than 32 bits")
         object.__setattr__(options, field.name, whole)
+
+
+def check_temperature(name: str, temperature: float | None) -> None:
+    """Check the temperature of a sampling; None passes.
+
+    Raises:
+      ConfigError: it is below 0 or no number.
+    """
+    if temperature is not None and not 0 <= temperature < math.inf:
+        raise ConfigError(f"{name} is {temperature}; expected a number from 0, which is greedy")
 
 
 def check_batch_size(batch_size: int) -> None:

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 import dsm_jax
 from dsm_jax import audio, codec
 from dsm_jax.errors import AudioError, BatchError, ConfigError, SpeechError
+from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.tts import Dialogue, IncompleteSpeechError, Request, SynthesizeOptions, Turn, synthesize_each
-from dsm_jax.tts.script import MAIN, OTHER, ZERO
+from dsm_jax.tts.script import MAIN, OTHER
 from dsm_jax.tts.synthesizer import Synthesizer
 from tests.helpers import tts_model
 from tests.helpers.tts_model import CODEBOOKS, DELAY_STEPS, FRAME, LAST_DELAY
@@ -51,7 +52,7 @@ def speech(model):
 def first_tokens(speech) -> np.ndarray:
     """Return the text that was fed, without that of the words ahead."""
     text_F = speech.frames[0]
-    return np.where(text_F == ZERO, ZERO, text_F % (tts_model.SPEAKERS.text_card + 1))
+    return np.where(text_F == ZERO_TOKEN, ZERO_TOKEN, text_F % (tts_model.SPEAKERS.text_card + 1))
 
 
 def word_columns(speech) -> np.ndarray:
@@ -83,7 +84,7 @@ def test_frames_and_samples_are_as_long_as_promised(model, speech):
     streams, frames = speech.frames.shape
     assert streams == 1 + CODEBOOKS
     assert frames == word_columns(speech)[-1] + DELAY_STEPS + GREEDY.final_padding - LAST_DELAY
-    assert (speech.frames[1:, :DELAY_STEPS] == ZERO).all()
+    assert (speech.frames[1:, :DELAY_STEPS] == ZERO_TOKEN).all()
     assert (speech.frames[1:, DELAY_STEPS:] >= 0).all()
     assert len(np.unique(speech.frames[1:])) > 6, "a constant output would prove nothing"
     assert speech.pcm.shape == ((frames - DELAY_STEPS) * FRAME,)
@@ -306,7 +307,7 @@ def test_a_recording_is_continued_and_not_repeated(prefix_model):
     after = 8
     said = dsm_jax.synthesize(prefix_model, TEXT, voice=recording(10))
     np.testing.assert_array_equal(said.frames[1:, DELAY_STEPS : DELAY_STEPS + after], heard_QP)
-    assert (said.frames[0, :after] == ZERO).all()
+    assert (said.frames[0, :after] == ZERO_TOKEN).all()
     assert [word.text for word in said.words] == TEXT.split()
     assert said.words[0].start == SynthesizeOptions().initial_padding / FRAME_RATE
     np.testing.assert_allclose([w.start for w in said.words], (word_columns(said)[:-1] - after) / FRAME_RATE)

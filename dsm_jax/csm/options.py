@@ -1,10 +1,9 @@
 """Options of conversational speech."""
 
-import math
 from dataclasses import dataclass
 
 from dsm_jax.errors import ConfigError
-from dsm_jax.options import check_sampling, check_whole_numbers
+from dsm_jax.options import check_sampling, check_temperature, check_whole_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +33,7 @@ class CsmOptions:
     def __post_init__(self) -> None:
         check_whole_numbers(self)
         check_sampling(temperature=self.temperature, top_k=self.top_k, depth_top_k=self.depth_top_k, seed=self.seed)
-        if self.depth_temperature is not None and not 0 <= self.depth_temperature < math.inf:
-            raise ConfigError(
-                f"depth_temperature is {self.depth_temperature}; expected a number from 0, which is greedy"
-            )
+        check_temperature("depth_temperature", self.depth_temperature)
         if self.max_frames < 1:
             raise ConfigError(f"max_frames is {self.max_frames}; expected 1 or more")
 

@@ -17,10 +17,11 @@ import numpy as np
 
 from dsm_jax.configs import LMConfig
 from dsm_jax.errors import TrainingError
+from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.stt.words import Timing
 from dsm_jax.tokenizers import Tokenizer
 from dsm_jax.training.data import WordSpan
-from dsm_jax.tts.script import MAIN, NEW_WORD, OTHER, PAD, ZERO
+from dsm_jax.tts.script import MAIN, NEW_WORD, OTHER, PAD
 from dsm_jax.tts.words import WordMachine
 
 
@@ -105,7 +106,7 @@ def script_stream(
     Returns:
       Tokens, int32 [frames]; in models with a second text stream, two tokens folded into one integer.
     """
-    first_T, second_T = np.full(frames, PAD, np.int32), np.full(frames, ZERO, np.int32)
+    first_T, second_T = np.full(frames, PAD, np.int32), np.full(frames, ZERO_TOKEN, np.int32)
     free, ahead = 0, machine.second_stream_ahead
     marks: dict[int, int] = {}
     for number, (tokens, start) in enumerate(zip(words, starts, strict=True)):

@@ -346,10 +346,9 @@ class _Trained:
 def _check_output(run: Run, resume: bool) -> None:
     if (run.folder / "model").exists():
         raise TrainingError(f"{run.folder}/model exists, so this run is done; choose another output, or move it away")
-    step = run.latest()
-    if step is None and resume:
-        raise TrainingError(f"{run.folder} holds no checkpoint to resume from; start without --resume")
-    if step is not None and not resume:
+    if resume:
+        run.resumed_step()
+    elif (step := run.latest()) is not None:
         raise TrainingError(
             f"{run.folder} holds a run that is at step {step}; continue with --resume, or choose another output"
         )

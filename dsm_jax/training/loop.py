@@ -113,6 +113,17 @@ class Run:
         saved = self.latest()
         return f"the last one is of step {saved}" if saved is not None else "there is none before it"
 
+    def resumed_step(self) -> int:
+        """Return the step of the last checkpoint, which a resumed run continues from.
+
+        Raises:
+          TrainingError: there is no checkpoint.
+        """
+        step = self.latest()
+        if step is None:
+            raise TrainingError(f"{self.folder} holds no checkpoint to resume from; start without --resume")
+        return step
+
     def restore(self, like: TrainState) -> TrainState:
         """Read the last checkpoint.
 
@@ -124,9 +135,7 @@ class Run:
         """
         import orbax.checkpoint as ocp
 
-        step = self.latest()
-        if step is None:
-            raise TrainingError(f"{self.folder} holds no checkpoint to resume from; start without --resume")
+        step = self.resumed_step()
         folder = self._checkpoints / str(step)
         target = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None)),

@@ -9,7 +9,7 @@ the recording's codes, delayed by the model's audio delay; for a model without s
 a prefix, the beginning of another part by the same speaker.
 
 Shape letters: B rows that are encoded together, N rows, M streams (text first), Q audio streams, T samples or frames,
-C audio channels, P frames of a prefix.
+C audio channels.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ from dsm_jax.training.encoding import ClipEncoder
 from dsm_jax.tts import voices
 from dsm_jax.tts.script import entries_of
 from dsm_jax.tts.speech import SynthesizeOptions, settings_of
+from dsm_jax.tts.synthesizer import CUT_FRAMES
 
 LONGEST_WORD_S = 2
 
@@ -317,15 +318,15 @@ class TtsRows:
         return codes_MT
 
     def _prefix(self, number: int, parts: Sequence["_Part"], codes_NQT: np.ndarray) -> np.ndarray:
-        """Take the codes [Q, P] of the next part in the data by the same speaker."""
+        """Take the codes [Q, T] of the next part in the data by the same speaker."""
         if self.has_speakers:
             return codes_NQT[number, :, :0]
         speaker = parts[number].speaker
         for other in (*range(number + 1, len(parts)), *range(number)):
             frames = parts[other].frames
-            # As in inference, without the last two frames, which were encoded without the audio after them.
-            if parts[other].speaker == speaker and frames > 2:
-                return codes_NQT[other, :, : min(self.prefix_frames, frames - 2)]
+            # As in inference, without the last frames, which were encoded without the audio after them.
+            if parts[other].speaker == speaker and frames > CUT_FRAMES:
+                return codes_NQT[other, :, : min(self.prefix_frames, frames - CUT_FRAMES)]
         raise TrainingError(
             f"it is all there is of the speaker {speaker!r}, and {self.model.name} is given another recording of the "
             "speaker as a prefix; add one"

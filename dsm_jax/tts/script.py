@@ -23,7 +23,6 @@ NEW_WORD = 0  # a word begins
 MAIN = 1  # before the first word of a turn of the first speaker
 OTHER = 2  # and of the second
 PAD = 3  # nothing happens
-ZERO = -1  # no token at all: embedded as zeros
 
 _log = logging.getLogger("dsm_jax")
 

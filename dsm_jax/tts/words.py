@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from dsm_jax.errors import ConfigError
-from dsm_jax.tts.script import NEW_WORD, PAD, ZERO, Script
+from dsm_jax.models.streams import ZERO_TOKEN
+from dsm_jax.tts.script import NEW_WORD, PAD, Script
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,7 @@ def process(
 
     fed_B, token_B = _next(script, token_B, token_end_B, PAD, ~mark_B | bool(machine.second_stream_ahead))
     if machine.second_stream_ahead:
-        second_B, ahead_B = _next(script, ahead_B, ahead_end_B, ZERO, ~mark_B)
+        second_B, ahead_B = _next(script, ahead_B, ahead_end_B, ZERO_TOKEN, ~mark_B)
         fed_B = (jnp.where(mark_B, NEW_WORD, second_B) + 1) * machine.card + fed_B
     else:
         fed_B = jnp.where(mark_B, NEW_WORD, fed_B)

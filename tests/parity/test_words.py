@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moshi.models import tts
 
+from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.tokenizers import load_tokenizer
-from dsm_jax.tts.script import MAIN, NEW_WORD, OTHER, PAD, ZERO, entries_of
+from dsm_jax.tts.script import MAIN, NEW_WORD, OTHER, PAD, entries_of
 from tests.helpers import word_scripts
 from tests.helpers.tokenizer_maker import make_tokenizer
 
@@ -76,4 +77,4 @@ def test_entries_are_moshis(tokenizer_file, turns, multi_speaker, padding_betwee
 
 def test_the_tokens_of_the_machine_are_moshis():
     theirs = [TOKENS.new_word, TOKENS.pad, TOKENS.main, TOKENS.other, TOKENS.zero]
-    assert theirs == [NEW_WORD, PAD, MAIN, OTHER, ZERO]
+    assert theirs == [NEW_WORD, PAD, MAIN, OTHER, ZERO_TOKEN]
