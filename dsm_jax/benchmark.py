@@ -2,7 +2,7 @@
 
 The times exclude compilation. States are donated as in use, and every step waits for the device.
 
-Shape letters: B batch rows, T samples, C audio channels, M streams, Q codebooks.
+Shape letters: B batch rows, T samples, C audio channels, M streams.
 """
 
 import datetime
@@ -17,29 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsm_jax.checkpoints import Model
-from dsm_jax.configs import MimiConfig, ModelConfig, TensorConditioner, presets
-from dsm_jax.csm import host as csm_host
-from dsm_jax.csm.options import CsmOptions
-from dsm_jax.csm.program import CsmSettings
+from dsm_jax import codec
+from dsm_jax.configs import MimiConfig, ModelConfig, presets
 from dsm_jax.errors import ConfigError
-from dsm_jax.models.csm import CsmLM
-from dsm_jax.models.family import csm_config
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
-from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.nn.linear import fan_in
 from dsm_jax.runtime.compile import compiled, plain
-from dsm_jax.runtime.steps import Leave
 from dsm_jax.stt import program as stt_program
-from dsm_jax.tts import host as tts_host
-from dsm_jax.tts.script import Entry
-from dsm_jax.tts.state import TtsSettings
-from dsm_jax.tts.words import WordMachine
 
 SIZES = {"stt-1b": presets.STT_1B, "stt-2.6b": presets.STT_2_6B}
 FRAME_S = 0.08
-VOICE_STEPS = 125  # length of the published voices: 10 s
 Step = Callable[[Any], tuple[Any, Any]]  # state to (output, state)
 
 
@@ -89,22 +77,15 @@ def mimi_step(batch: int, way: str, config: MimiConfig = MimiConfig()) -> tuple[
     """Make the step of one frame through the codec, "encode" or "decode"."""
     graph, params = random_params(lambda: Mimi(config, rngs=nnx.Rngs(0)), jnp.float32)
     mimi = nnx.merge(graph, params)
+    books, bins = config.quantizer.n_q, config.quantizer.bins
     if way == "encode":
-        frame = 0.1 * jax.random.normal(jax.random.key(1), (batch, config.frame_size, 1))
+        half, frame = mimi.encoder, 0.1 * jax.random.normal(jax.random.key(1), (batch, config.frame_size, 1))
+        step = compiled(codec.encode_step, (graph,), books, donate=(1,))
     else:
-        shape = batch, config.quantizer.n_q, 1
-        frame = jax.random.randint(jax.random.key(2), shape, 0, config.quantizer.bins)
-    step = compiled(_encode_step if way == "encode" else _decode_step, (graph,), donate=(1,))
-    half, networks = mimi.encoder if way == "encode" else mimi.decoder, plain(params)
+        half, frame = mimi.decoder, jax.random.randint(jax.random.key(2), (batch, books, 1), 0, bins)
+        step = compiled(codec.decode_step, (graph,), donate=(1,))
+    networks = plain(params)
     return lambda state: step(networks, frame, state), half.init_state(batch)
-
-
-def _encode_step(mimi: Mimi, pcm_BTC: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-    return mimi.encode_step(pcm_BTC, state)
-
-
-def _decode_step(mimi: Mimi, codes_BQT: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-    return mimi.decode_step(codes_BQT, state)
 
 
 def stt_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, Any]:
@@ -119,84 +100,6 @@ def stt_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, A
     state = compiled(stt_program.init_state, graphs, settings)(params)
     state = compiled(stt_program.insert, graphs, settings)(params, state, slot_B, state.request)
     return lambda state: step(params, state, inputs), state
-
-
-def tts_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, Any]:
-    """Make the step of one frame of text to speech, for a text that does not end.
-
-    A step runs the language model, word machine, sampling and codec. The first steps, before the audio begins, run
-    neither depformer nor codec.
-    """
-    lm_def, lm_params = _random_lm(config, dtype)
-    mimi_def, mimi_params = random_params(lambda: Mimi(config.mimi, rngs=nnx.Rngs(0)), jnp.float32)
-    lm_config, tts = config.lm, config.tts
-    assert lm_config is not None
-    assert tts is not None
-    speaker = lm_config.conditioner("speaker_wavs")
-    assert isinstance(speaker, TensorConditioner)
-    machine = WordMachine(lm_config.text_card + 1, tts.second_stream_ahead)
-    request = tts_host.SpeechRequest(
-        entries=[Entry((4, 5), "word", 0)] * 1000,
-        complete=True,
-        voices=[np.random.default_rng(0).standard_normal((VOICE_STEPS, speaker.dim), np.float32)],
-        condition_guidance=2.0,
-        prefix_QT=np.zeros((lm_config.n_q, 0), np.int32),
-        seed=0,
-        temperature=0.6,
-        top_k_text=25,
-        top_k_audio=250,
-        guidance=1.0,
-        padding_bonus=0.0,
-        codebooks=lm_config.dep_q,
-        max_padding=8,
-        initial_padding=2,
-        final_padding=4,
-        max_steps=30_000,
-    )
-    delay_steps = int(tts.audio_delay * config.mimi.frame_rate)
-    settings = TtsSettings(slots=batch, machine=machine, delay_steps=delay_steps, steps=1)
-    model = Model(config, lm_def, lm_params, mimi_def, mimi_params, None, "random")
-    program = tts_host.TtsProgram(model, request.fitted(settings))
-    state = program.init()
-    for slot in range(batch):
-        state = program.insert(state, [slot], [request])
-    everyone = [Leave()] * batch
-    return lambda state: program.step(state, everyone, waiting=False), state
-
-
-def csm_program(
-    config: ModelConfig, batch: int, dtype: jnp.dtype, *, prompt: int, frames: int
-) -> tuple[csm_host.CsmProgram, list[csm_host.ConversationRequest]]:
-    """Make the program of a conversational speech model, and a request of `prompt` tokens of text for each slot."""
-    csm = csm_config(config)
-    lm_def, lm_params = random_params(lambda: CsmLM(csm, dtype=dtype, rngs=nnx.Rngs(0)), dtype)
-    mimi_def, mimi_params = random_params(lambda: Mimi(config.mimi, rngs=nnx.Rngs(0)), jnp.float32)
-    model = Model(config, lm_def, lm_params, mimi_def, mimi_params, None, "random")
-    tokens_MT = np.full((1 + csm.n_q, prompt), ZERO_TOKEN, np.int32)
-    tokens_MT[0] = np.arange(prompt) % csm.text_card
-    options = CsmOptions(temperature=0.0, max_frames=frames)
-    request = csm_host.ConversationRequest(text="", prompt_MT=tokens_MT, options=options, max_frames=frames)
-    settings = request.fitted(CsmSettings(slots=batch, positions=1, steps=1), csm.backbone.context)
-    return csm_host.CsmProgram(model, settings), [request] * batch
-
-
-def csm_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, Any]:
-    """Make the step of one frame of conversational speech after a prompt of 64, with its samples."""
-    program, requests = csm_program(config, batch, dtype, prompt=64, frames=1000)
-    state = program.insert(program.init(), range(batch), requests)
-    everyone = [Leave()] * batch
-    return lambda state: program.step(state, everyone, waiting=False), state
-
-
-def csm_prefill(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, Any]:
-    """Make the prefill of prompts of 64 tokens; its output is the state's last hidden states."""
-    program, requests = csm_program(config, batch, dtype, prompt=64, frames=100)
-
-    def step(state: Any) -> tuple[jax.Array, Any]:
-        state = program.insert(state, range(batch), requests)
-        return state.hidden_BD + 0, state
-
-    return step, program.init()
 
 
 def time_steps(step: Step, state: Any, steps: int) -> list[float]:

@@ -21,11 +21,13 @@ from dsm_jax.runtime.compile import compiled, plain
 CHUNK_FRAMES = 16
 
 
-def _encode(mimi: Mimi, pcm_BTC: jax.Array, state: CodecState, codebooks: int) -> tuple[jax.Array, CodecState]:
+def encode_step(mimi: Mimi, pcm_BTC: jax.Array, state: CodecState, codebooks: int) -> tuple[jax.Array, CodecState]:
+    """Encode a chunk of whole frames, as `Mimi.encode_step`: a function to compile."""
     return mimi.encode_step(pcm_BTC, state, codebooks=codebooks)
 
 
-def _decode(mimi: Mimi, codes_BQT: jax.Array, state: CodecState) -> tuple[jax.Array, CodecState]:
+def decode_step(mimi: Mimi, codes_BQT: jax.Array, state: CodecState) -> tuple[jax.Array, CodecState]:
+    """Decode a chunk of frames, as `Mimi.decode_step`: a function to compile."""
     return mimi.decode_step(codes_BQT, state)
 
 
@@ -48,7 +50,7 @@ def encode(model: Model, source: audio.Source, *, codebooks: int | None = None) 
     codebooks = config.quantizer.n_q if codebooks is None else whole_number("codebooks", codebooks)
     if not 1 <= codebooks <= config.quantizer.n_q:
         raise ConfigError(f"{codebooks} codebooks were asked for; {model.name} has 1 to {config.quantizer.n_q}")
-    step, params = compiled(_encode, (model.mimi_def,), codebooks, donate=(1,)), plain(model.mimi_params)
+    step, params = compiled(encode_step, (model.mimi_def,), codebooks, donate=(1,)), plain(model.mimi_params)
     state = model.codec.encoder.init_state(1)
     held, columns = np.zeros(0, np.float32), []
     chunk = CHUNK_FRAMES * config.frame_size
@@ -90,7 +92,7 @@ def decode(model: Model, codes_QT: np.ndarray) -> np.ndarray:
         )
     if codes_QT.size and (codes_QT.min() < 0 or codes_QT.max() >= bins):
         raise ConfigError(f"codes go from {codes_QT.min()} to {codes_QT.max()}; {model.name} has 0 to {bins - 1}")
-    step, params = compiled(_decode, (model.mimi_def,), donate=(1,)), plain(model.mimi_params)
+    step, params = compiled(decode_step, (model.mimi_def,), donate=(1,)), plain(model.mimi_params)
     state = model.codec.require_decoder(model.name).init_state(1)
     pieces, whole = [np.zeros(0, np.float32)], codes_QT.shape[1] // CHUNK_FRAMES * CHUNK_FRAMES
     starts = [(t, CHUNK_FRAMES) for t in range(0, whole, CHUNK_FRAMES)]

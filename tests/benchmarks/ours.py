@@ -16,6 +16,7 @@ import dsm_jax
 from dsm_jax import benchmark
 from dsm_jax.configs import MimiConfig, ModelConfig, TtsConfig, presets
 from dsm_jax.models.mimi import Mimi
+from tests.benchmarks import speech_steps
 from tests.benchmarks.worker import Step
 from tests.helpers import csm_model, small, tts_model
 
@@ -44,11 +45,11 @@ def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
         config = ModelConfig(model_type="stt", lm=small.STT) if tiny else presets.STT_1B
         return _threaded(*benchmark.lm_step(config, int(task.removeprefix("lm_step_b")), jnp.dtype("float32")))
     if task.startswith("tts_"):
-        return _threaded(*benchmark.tts_step(*speech_case(task, tiny), jnp.dtype("float32")))
+        return _threaded(*speech_steps.tts_step(*speech_case(task, tiny)))
     if task.startswith("csm_"):
-        make_step = benchmark.csm_step if "frame" in task else benchmark.csm_prefill
+        make_step = speech_steps.csm_step if "frame" in task else speech_steps.csm_prefill
         config = TINY_CSM if tiny else presets.CSM_1B
-        return _threaded(*make_step(config, int(task.partition("_b")[2]), jnp.dtype("float32")))
+        return _threaded(*make_step(config, int(task.partition("_b")[2])))
     return _threaded(*benchmark.mimi_step(1, task.split("_")[1]))
 
 

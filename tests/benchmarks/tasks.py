@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 
 OURS = "ours"
+VOICE_STEPS = 125  # length of the published voices: 10 s
 PACKAGES = {OURS: "jax", "moshi": "moshi", "transformers": "transformers", "rustymimi": "rustymimi"}
 
 
