@@ -13,13 +13,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsm_jax.checkpoints import Model
 from dsm_jax.models.mimi import Mimi
-from dsm_jax.runtime.compile import compiled
+from dsm_jax.runtime.compile import compiled, plain
 
 
-def encoder(mimi_def: nnx.GraphDef, codebooks: int) -> Callable[[nnx.State, jax.Array], jax.Array]:
-    """Compile the encoding of whole clips: a codec's parameters and samples [B, T, C] to codes [B, Q, frames]."""
-    encode = compiled(_encode, (mimi_def,), codebooks)
-    return lambda params, pcm_BTC: encode((params,), pcm_BTC)
+def encoder(mimi_def: nnx.GraphDef, params: nnx.State, codebooks: int) -> Callable[[jax.Array], jax.Array]:
+    """Compile the encoding of whole clips by a codec: samples [B, T, C] to codes [B, Q, frames]."""
+    encode, networks = compiled(_encode, (mimi_def,), codebooks), plain(params)
+    return lambda pcm_BTC: encode(networks, pcm_BTC)
 
 
 def _encode(mimi: Mimi, pcm_BTC: jax.Array, codebooks: int) -> jax.Array:
@@ -37,7 +37,7 @@ class ClipEncoder:
     def __init__(self, model: Model, mesh: Mesh, *, codebooks: int, batch_size: int):
         shares = mesh.shape.get("data", 1)
         self.batch_size, self._split = -(-batch_size // shares) * shares, rows_place(mesh)
-        self._params, self._encode = model.mimi_params, encoder(model.mimi_def, codebooks)
+        self._encode = encoder(model.mimi_def, model.mimi_params, codebooks)
 
     def encode(self, clips: Iterable[np.ndarray], length: int) -> np.ndarray:
         """Encode clips of at most `length` samples to codes [N, Q, T]."""
@@ -45,7 +45,7 @@ class ClipEncoder:
         while batch := list(itertools.islice(clips, self.batch_size)):
             count += len(batch)
             pcm_BTC = pad_to(np.stack([pad_to(pcm_T, length) for pcm_T in batch]), self.batch_size)[..., None]
-            codes.append(self._encode(self._params, jax.device_put(pcm_BTC, self._split)))
+            codes.append(self._encode(jax.device_put(pcm_BTC, self._split)))
             if len(codes) > 1:  # reads back one batch late: the device encodes while the host reads recordings
                 codes[-2] = np.asarray(codes[-2])
         return np.concatenate([np.asarray(codes_BQT) for codes_BQT in codes])[:count]

@@ -52,8 +52,7 @@ class LmStage:
 
 def encode_utterances(mimi: Mimi, rows: Any, count: int) -> tuple[np.ndarray, list[list[WordSpan]]]:
     """Encode the first `count` rows, given as (samples, words), to codes, int16 [count, Q, T], and words."""
-    graph, params = nnx.split(mimi)
-    encode = encoder(graph, mimi.config.quantizer.n_q)
+    encode = encoder(*nnx.split(mimi), mimi.config.quantizer.n_q)
 
     def draw(start: int) -> tuple[np.ndarray, list[list[WordSpan]]]:
         drawn = [rows[i] for i in range(start, start + _ENCODE_BATCH)]
@@ -67,7 +66,7 @@ def encode_utterances(mimi: Mimi, rows: Any, count: int) -> tuple[np.ndarray, li
             # Only one batch is drawn ahead, as the samples are many times the size of the codes.
             if after < count:
                 ahead = pool.submit(draw, after)
-            codes.append(np.asarray(encode(params, jnp.asarray(pcm_BT[..., None]))).astype(np.int16))
+            codes.append(np.asarray(encode(jnp.asarray(pcm_BT[..., None]))).astype(np.int16))
             spans += words
     return np.concatenate(codes)[:count], spans[:count]
 
