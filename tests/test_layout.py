@@ -153,9 +153,12 @@ def _acts(node: ast.AST) -> bool:
 
 
 def citation_faults(root: Path) -> list[str]:
-    """Return the tests that a page names and that do not exist."""
+    """Return the tests and the files that a page names and that do not exist."""
     faults = []
     for page in [*root.glob("*.md"), *(root / "docs").rglob("*.md"), *(root / "recipes").rglob("*.md")]:
+        named = re.findall(r"`((?:dsm_jax|convert|tests|docs|examples)/[\w/.-]+)[`:]", page.read_text(encoding="utf-8"))
+        missing = [place for place in named if not (root / place).exists()]
+        faults += [f"{page.relative_to(root)}: there is no {place}; name what exists" for place in missing]
         for place, name in re.findall(r"`((?:tests|recipes)/[\w/.]+\.py)::(\w+)", page.read_text(encoding="utf-8")):
             file = root / place
             if not file.is_file() or f"def {name}(" not in file.read_text(encoding="utf-8"):
@@ -322,7 +325,12 @@ def test_a_docstring_that_opens_with_a_clause_is_found(tmp_path):
 
 def test_a_test_that_a_page_names_in_vain_is_found(tmp_path):
     plant(tmp_path, "tests/test_a.py", "def test_there():\n    pass\n")
-    plant(tmp_path, "docs/page.md", "`tests/test_a.py::test_there` and `tests/test_a.py::test_gone`")
+    plant(
+        tmp_path,
+        "docs/page.md",
+        "`tests/test_a.py::test_there`, `tests/test_a.py::test_gone`, `dsm_jax/nn`, `docs/page.md`",
+    )
     assert citation_faults(tmp_path) == [
-        "docs/page.md: there is no test tests/test_a.py::test_gone; name one that exists"
+        "docs/page.md: there is no dsm_jax/nn; name what exists",
+        "docs/page.md: there is no test tests/test_a.py::test_gone; name one that exists",
     ]
