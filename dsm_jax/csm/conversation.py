@@ -16,7 +16,8 @@ _log = logging.getLogger("dsm_jax")
 class Conversation:
     """A conversation between a model and others, whose turns are the context of the next one.
 
-    The program stays compiled, and a recording is encoded once, however many turns follow.
+    The program stays compiled, and a recording is encoded once, however many turns follow. A conversation takes one
+    turn at a time: threads that share it have to wait for each other; a model may be shared.
 
     Args:
       model: a conversational speech model, from `dsm_jax.load`.

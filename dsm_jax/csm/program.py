@@ -167,7 +167,6 @@ def insert(
     Returns:
       The next state; the other slots are as they were.
     """
-    assert mimi.decoder is not None
     rows, _, room = tokens_NMT.shape
 
     def run(
