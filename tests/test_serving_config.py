@@ -2,6 +2,9 @@
 
 import pytest
 
+from dsm_jax.cli import serve
+from dsm_jax.cli.parser import parser
+from dsm_jax.cli.setup import UsageError
 from dsm_jax.errors import ConfigError
 from dsm_jax.serving.config import ServedModel, ServerConfig, is_loopback, read_config
 
@@ -175,3 +178,37 @@ def test_a_host_that_others_reach_needs_keys():
 )  # fmt: skip
 def test_loopback_is_this_machine_alone(host, loopback):
     assert is_loopback(host) == loopback
+
+
+def settings(*arguments):
+    return serve.settings(parser().parse_args(["serve", *map(str, arguments)]))
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 84008])
+def test_a_port_that_there_is_not_is_refused(port):
+    with pytest.raises(ConfigError, match=f"the port is {port}; expected a number from 0, .*, to 65535"):
+        settings("--port", port)
+
+
+def test_ports_from_0_to_65535_are_taken():
+    assert [settings("--port", port).port for port in (0, 65535)] == [0, 65535]
+
+
+def test_keys_are_the_lines_of_a_file_and_the_parts_of_the_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv(serve.KEYS, "first, second,")
+    path = tmp_path / "keys"
+    path.write_bytes(b"\xef\xbb\xbfthird\r\n\n  fourth \n")
+    assert settings("--api-key-file", path).keys == ("first", "second", "third", "fourth")
+
+
+@pytest.mark.parametrize("line", ["# alice", "correct horse battery", "one\ttwo"])
+def test_a_key_with_white_space_is_refused_and_not_printed(tmp_path, monkeypatch, line):
+    path = tmp_path / "keys"
+    path.write_text(f"good\n{line}\n")
+    with pytest.raises(UsageError, match=r"keys:2 has white space in it, which no key may have") as refused:
+        settings("--api-key-file", path)
+    assert line not in str(refused.value)
+    monkeypatch.setenv(serve.KEYS, f"good,{line}")
+    with pytest.raises(UsageError, match="a key of DSM_JAX_API_KEYS has white space in it") as refused:
+        settings()
+    assert line not in str(refused.value)

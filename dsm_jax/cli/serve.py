@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsm_jax import files
 from dsm_jax.cli import terminal
 from dsm_jax.cli.setup import UsageError, set_up_jax
 
@@ -113,17 +114,22 @@ def _default_models(args: argparse.Namespace) -> tuple["ServedModel", ...]:
 
 def _keys(args: argparse.Namespace) -> list[str]:
     """Return the keys of a file and of the environment."""
-    keys = [key for key in os.environ.get(KEYS, "").split(",") if key.strip()]
+    keys = [(f"a key of {KEYS}", key) for key in os.environ.get(KEYS, "").split(",")]
     if args.api_key_file is not None:
         keys += _lines(args.api_key_file)
-    return [key.strip() for key in keys]
+    keys = [(where, key.strip()) for where, key in keys if key.strip()]
+    for where, key in keys:
+        if len(key.split()) > 1:  # a comment, or words that would each be a key; the key itself is not printed
+            raise UsageError(f"{where} has white space in it, which no key may have; give keys alone, each in one word")
+    return [key for _, key in keys]
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[tuple[str, str]]:
+    """Return the place and the text of each line of a file of keys."""
     try:
-        lines = path.read_text(encoding="utf-8").split()
+        lines = files.read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the keys in {path} cannot be read ({error}); give a text file, one key a line") from None
-    if not lines:
+    if not any(line.strip() for line in lines):
         raise UsageError(f"{path} holds no key; write one a line")
-    return lines
+    return [(f"{path}:{number}", line) for number, line in enumerate(lines, 1)]

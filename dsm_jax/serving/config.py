@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from dsm_jax import files
 from dsm_jax.configs.json import from_dict
 from dsm_jax.errors import ConfigError
 
@@ -118,6 +119,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if self.log_format not in ("text", "json"):
             raise ConfigError(f"log_format is {self.log_format!r}; expected 'text' or 'json'")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"the port is {self.port}; expected a number from 0, which takes a free one, to 65535")
         if any(not key.strip() for key in self.keys):
             raise ConfigError("a key is empty; give keys of some length, or none")
         for name in ("max_session_s", "max_upload_mb", "drain_s", "idle_s", "min_step_ms"):
