@@ -164,6 +164,37 @@ def test_a_setting_that_we_have_not_is_refused_by_name(tmp_path, monkeypatch, ol
         read_config(written(tmp_path, OURS.replace(old, new, 1)))
 
 
+@pytest.mark.parametrize(
+    "text,words",
+    [
+        ("models = 5", "models is 5; expected a table of settings"),
+        ("models = []", r"models is \[\]; expected a table of settings"),
+        ("[models]\na = 5", "models.a is 5; expected a table of settings"),
+        ("server = 5", "server is 5; expected a table of settings"),
+        ('[models.a]\nkind = ["stt"]\nmodel = "digits"', r"models.a: kind is \['stt'\]; expected 'stt' or 'tts'"),
+        ("modules = 5", "modules is 5; expected a table of settings"),
+        ("[modules]\na = 5", "modules.a is 5; expected a table of settings"),
+        ('[modules.a]\ntype = ["Py"]', r"modules.a: the type is \['Py'\]; this server has"),
+        ('[modules.a]\ntype = "Py"\npy = 5', "modules.a.py is 5; expected a table of settings"),
+        ('[modules.a]\ntype = "Py"\nlm_model_file = 5', "modules.a: lm_model_file is 5; expected the path of a file"),
+        ('[modules.a]\ntype = "Py"\nlm_model_file = "a/b"\npath = 5', "modules.a: path is 5; expected str"),
+        ('[modules.a]\ntype = "Py"\nlm_model_file = "a/b"\npy.voice_folder = 5', "modules.a: voice_folder is 5"),
+        ("authorized_ids = 5\n[modules]", "keys is 5; expected tuple"),
+        ("[server]\nport = " + "9" * 5000, "is not a configuration file"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_in_a_sentence(tmp_path, text, words):
+    with pytest.raises(ConfigError, match=words):
+        read_config(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("text", [STT, OURS])
+def test_a_byte_order_mark_changes_nothing(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("SECRET", "s")
+    plain = read_config(written(tmp_path, text))
+    assert read_config(written(tmp_path, "\ufeff" + text)) == plain
+
+
 def test_a_host_that_others_reach_needs_keys():
     with pytest.raises(ConfigError, match=r"would listen on 0.0.0.0 without keys; give --api-key-file FILE"):
         ServerConfig(host="0.0.0.0").check_access()

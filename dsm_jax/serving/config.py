@@ -168,8 +168,8 @@ def read_config(path: Path) -> ServerConfig:
       ConfigError: the file cannot be read, or holds an unknown key or a value that the server does not support.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(files.read_text(path))
+    except (OSError, ValueError, RecursionError) as error:  # besides errors of TOML, numbers and depths beyond Python's
         raise ConfigError(f"{path} is not a configuration file ({error}); give a TOML file") from None
     values = _expanded(values)
     if "modules" in values:
@@ -178,18 +178,30 @@ def read_config(path: Path) -> ServerConfig:
         raise ConfigError(f"{path}: unknown tables {unknown}; expected [server] and [models.NAME]")
     counts = {"stt": 0, "tts": 0}
     models = []
-    for name, table in values.get("models", {}).items():
+    for name, table in _tables(values, "models", path).items():
         where = f"{path}: models.{name}"
         kind = table.get("kind")
-        if kind not in counts:
+        if not isinstance(kind, str) or kind not in counts:
             raise ConfigError(f"{where}: kind is {kind!r}; expected 'stt' or 'tts'")
         table = {"path": default_path(kind, counts[kind]), **table}
         counts[kind] += 1
         models.append(_model(table, where, path.parent))
-    server = dict(values.get("server", {}))
+    server = _table(values.get("server", {}), f"{path}: server")
     if "models" in server:
         raise ConfigError(f"{path}: server: unknown keys ['models']; write a table [models.NAME] for each")
     return dataclasses.replace(from_dict(ServerConfig, server, f"{path}: server"), models=tuple(models))
+
+
+def _tables(values: Mapping[str, Any], name: str, path: Path) -> dict[str, dict[str, Any]]:
+    """Return the tables of a table: `[name.NAME]` for each NAME."""
+    tables = _table(values.get(name, {}), f"{path}: {name}")
+    return {key: _table(table, f"{path}: {name}.{key}") for key, table in tables.items()}
+
+
+def _table(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} is {value!r}; expected a table of settings")
+    return value
 
 
 def _model(table: Mapping[str, Any], where: str, folder: Path) -> ServedModel:
@@ -214,16 +226,19 @@ def _expanded(value: Any) -> Any:
 def _of_moshi(values: Mapping[str, Any], path: Path) -> ServerConfig:
     """Read moshi-server's form."""
     _check_keys(values, (*_TOP, *_TOP_IGNORED), str(path))
-    models = tuple(_module(table, f"{path}: modules.{name}", path.parent) for name, table in values["modules"].items())
-    return ServerConfig(models=models, keys=tuple(values.get("authorized_ids", ())))
+    tables = _tables(values, "modules", path)
+    models = tuple(_module(table, f"{path}: modules.{name}", path.parent) for name, table in tables.items())
+    config = from_dict(ServerConfig, {"keys": values.get("authorized_ids", ())}, str(path))
+    return dataclasses.replace(config, models=models)
 
 
 def _module(table: Mapping[str, Any], where: str, folder: Path) -> ServedModel:
     """Read a module of moshi-server's form."""
-    kind = _KINDS.get(table.get("type", ""))
+    named = table.get("type")
+    kind = _KINDS.get(named) if isinstance(named, str) else None
     if kind is None:
-        raise ConfigError(f"{where}: the type is {table.get('type')!r}; this server has {', '.join(_KINDS)}")
-    py = table.get("py", {})
+        raise ConfigError(f"{where}: the type is {named!r}; this server has {', '.join(_KINDS)}")
+    py = _table(table.get("py", {}), f"{where}.py")
     _check_keys(table, (*_MODULE, *_MODULE_IGNORED), where)
     _check_keys(py, (*_PY, *_PY_IGNORED), where)
     if table.get("log_frequency_s"):
@@ -234,20 +249,21 @@ def _module(table: Mapping[str, Any], where: str, folder: Path) -> ServedModel:
             f"{where}: cfg_is_no_text is {no_text!r}, which would guide the choice of text too; neither this server "
             "nor moshi-server does: remove it, or set it to true"
         )
-    return ServedModel(
-        kind=kind,
-        model=_repository(table, where),
-        slots=table.get("batch_size"),
-        path=table.get("path", default_path(kind, 0)),
-        temperature=table.get("temperature", py.get("temp")),
-        asr_delay_in_tokens=table.get("asr_delay_in_tokens"),
-        voice_folder=_folder(py.get("voice_folder"), folder),
-        default_voice=py.get("default_voice"),
-        guidance_scale=py.get("cfg_coef"),
-        padding_between=py.get("padding_between"),
-        padding_bonus=py.get("padding_bonus"),
-        codebooks=py.get("n_q"),
-    )
+    settings = {
+        "kind": kind,
+        "model": _repository(table, where),
+        "slots": table.get("batch_size"),
+        "path": table.get("path", default_path(kind, 0)),
+        "temperature": table.get("temperature", py.get("temp")),
+        "asr_delay_in_tokens": table.get("asr_delay_in_tokens"),
+        "voice_folder": _folder(py.get("voice_folder"), folder),
+        "default_voice": py.get("default_voice"),
+        "guidance_scale": py.get("cfg_coef"),
+        "padding_between": py.get("padding_between"),
+        "padding_bonus": py.get("padding_bonus"),
+        "codebooks": py.get("n_q"),
+    }
+    return from_dict(ServedModel, {name: value for name, value in settings.items() if value is not None}, where)
 
 
 def _check_keys(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
@@ -255,9 +271,11 @@ def _check_keys(table: Mapping[str, Any], known: Sequence[str], where: str) -> N
         raise ConfigError(f"{where}: unknown keys {unknown}; of moshi-server's, {', '.join(known)} are known")
 
 
-def _folder(value: str | None, base: Path) -> Path | None:
+def _folder(value: Any, base: Path) -> Any:
     """Return the folder of voices; those of the hub are fetched by name, so that they need no folder."""
-    return None if value is None or value.startswith("hf-snapshot://") else base / value
+    if not isinstance(value, str):
+        return value  # refused with the other values of a wrong kind
+    return None if value.startswith("hf-snapshot://") else base / value
 
 
 def _repository(table: Mapping[str, Any], where: str) -> str:
@@ -265,6 +283,8 @@ def _repository(table: Mapping[str, Any], where: str) -> str:
     places = {}
     for key in _FILES:
         if (value := table.get(key)) is not None:
+            if not isinstance(value, str):
+                raise ConfigError(f"{where}: {key} is {value!r}; expected the path of a file")
             found = _HUB.fullmatch(value)
             places[key] = found[1] if found else str(Path(value).parent)
     if not places:
