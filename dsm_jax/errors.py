@@ -25,6 +25,10 @@ class StreamError(DsmError):
     """A chunk or a state that does not fit the stream it was given to."""
 
 
+class TextError(DsmError, ValueError):
+    """A text with half of a character in it, which no encoding can write."""
+
+
 class PromptError(DsmError, ValueError):
     """A prompt that the model cannot follow."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsm_jax import files
-from dsm_jax.errors import CheckpointError
+from dsm_jax.errors import CheckpointError, TextError
 
 SPACE = "▁"  # what pieces write for a space
 
@@ -31,7 +31,18 @@ class Tokenizer:
     _silent: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text: no markers are added, and none are made of a marker's name in the text."""
+        """Return the ids of a text: no markers are added, and none are made of a marker's name in the text.
+
+        Raises:
+          TextError: the text has half of a surrogate pair in it, as JSON and arguments that are not UTF-8 can have.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # sentencepiece and tokenizers raise each their own
+            raise TextError(
+                f"the text has half of a character at {error.start}, the last of "
+                f"{text[max(0, error.start - 20) : error.start + 1]!r}; give whole characters, in UTF-8"
+            ) from None
         return self._encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -187,6 +187,10 @@ FAULTS = {
         {"turns": [FIRST, {**FIRST, "text": " "}]},
         "turn 2: the text of a turn is ' '; expected some words",
     ),
+    "half a character": (
+        {"turns": [{**FIRST, "text": "a \ud800"}]},
+        "turn 1: the turn cannot be said: the text has half",
+    ),
     "a name": ({"turns": [{**FIRST, "speaker": "Ann"}]}, "the speaker 'Ann'; expected words and a number from 0"),
     "true": ({"turns": [{**FIRST, "speaker": True}]}, "the speaker True; expected words and a number from 0"),
     "negative": (

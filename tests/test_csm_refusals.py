@@ -30,6 +30,7 @@ def model(tmp_path_factory):
     [
         (lambda: Request(""), SpeechError, "^the text of a turn is ''; expected some words$"),
         (lambda: Request(" \n"), SpeechError, "^the text of a turn is ' .n'; expected some words$"),
+        (lambda: Request("a \ud800"), SpeechError, "^the turn cannot be said: the text has half of a character at 5"),
         (lambda: Request("a", "0"), SpeechError, "^the speaker of 'a' is '0'; expected a number: 0, 1 and so on$"),
         (lambda: Request("a", -1), SpeechError, "^the speaker of 'a' is -1; expected a number"),
         (lambda: Request("a", True), SpeechError, "^the speaker of 'a' is True; expected a number"),

@@ -322,6 +322,7 @@ def test_samples_of_another_rate_are_resampled(server):
         ('{"type": "input_audio_buffer.append"}', "audio", "invalid_value", "audio is no base64"),
         ('{"type": "input_audio_buffer.append", "audio": "?"}', "audio", "invalid_value", "audio is no base64"),
         ('{"type": "input_audio_buffer.append", "audio": "AAAA"}', "audio", "invalid_value", "audio has 3 bytes"),
+        (json.dumps(update(prompt="one \ud800")), "prompt", "invalid_value", "the text has half of a character at 4"),
         ('{"type": "session.update"}', "session", "invalid_value", "session is None; expected an object"),
     ],
 )  # fmt: skip
@@ -337,6 +338,22 @@ def test_an_event_that_cannot_be_used_is_an_error_and_the_session_lives(server, 
         assert (await client.hear())["type"] == "input_audio_buffer.cleared"
 
     talk(server, conversation)
+
+
+def test_a_fault_of_ours_before_the_session_has_begun_ends_it_with_1011_and_is_logged(server, monkeypatch, caplog):
+    def broken(*_):
+        raise RuntimeError("planted")
+
+    async def conversation(client: Client) -> None:
+        monkeypatch.setattr(Settings, "updated", broken)
+        await client.say(update())
+        assert (await client.hear())["error"]["message"] == "the server has failed"
+        with pytest.raises(websockets.ConnectionClosed):
+            await client.hear()
+        assert client.socket.close_code == 1011
+
+    talk(server, conversation)
+    assert "planted" in caplog.text
 
 
 def test_a_model_that_is_not_there_is_an_error_and_the_session_lives(server):

@@ -172,7 +172,9 @@ def test_an_audio_prompt_precedes_the_recording_and_is_cut_in_frames(model):
     np.testing.assert_allclose([w.start for w in prompted.words][-len(late) :], [w.start - shift for w in late])
 
 
-@pytest.mark.parametrize(("text", "message"), [("  ", "has no words"), ("語", "cannot spell")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("  ", "has no words"), ("語", "cannot spell"), ("one \udcff", "half of a")]
+)
 def test_a_prompt_that_cannot_be_followed_is_refused_with_the_reason(model, text, message):
     with pytest.raises(PromptError, match=message):
         dsm_jax.transcribe(model, stt_model.recording(), options=TranscribeOptions(prompt=Prompt(text=text)))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dsm_jax.convert import tokenizer as rewriting
-from dsm_jax.errors import CheckpointError
+from dsm_jax.errors import CheckpointError, TextError
 from dsm_jax.tokenizers import copy_tokenizer, load_tokenizer
 from tests.helpers.tokenizer_maker import make_tokenizer
 
@@ -36,6 +36,12 @@ def twins(request, tmp_path_factory) -> tuple:
 def test_a_rewritten_tokenizer_encodes_alike(twins):
     for text in TEXTS:
         assert len({tuple(t.encode(text)) for t in twins}) == 1, text
+
+
+def test_half_of_a_character_is_refused_by_every_kind_of_tokenizer(twins):
+    for tokenizer in twins:
+        with pytest.raises(TextError, match=r"half of a character at 4, the last of 'one \\ud800'; give whole"):
+            tokenizer.encode("one \ud800 two")
 
 
 def test_a_rewritten_tokenizer_decodes_alike(twins):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dsm_jax.configs import CsmConfig
-from dsm_jax.errors import SpeechError
+from dsm_jax.errors import SpeechError, TextError
 from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.tokenizers import Tokenizer
 
@@ -29,14 +29,17 @@ def text_ids(config: CsmConfig, tokenizer: Tokenizer, text: str, speaker: int) -
       speaker: number of the speaker, from 0.
 
     Raises:
-      SpeechError: there is no text, the speaker is no such number, or the tokenizer makes a marker of a part of the
-        text.
+      SpeechError: there is no text, it has half of a character in it, the speaker is no such number, or the tokenizer
+        makes a marker of a part of the text.
     """
     if not isinstance(text, str) or not text.strip():
         raise SpeechError(f"the text of a turn is {text!r}; expected some words")
     if isinstance(speaker, bool) or not isinstance(speaker, int | np.integer) or speaker < 0:
         raise SpeechError(f"the speaker of {text!r} is {speaker!r}; expected a number: 0, 1 and so on")
-    ids = tokenizer.encode(f"[{speaker}]{text}")
+    try:
+        ids = tokenizer.encode(f"[{speaker}]{text}")
+    except TextError as error:
+        raise SpeechError(f"the turn cannot be said: {error}") from None
     markers = {config.begin_id, config.end_id, config.audio_id, config.audio_end_id}
     if markers & set(ids):
         raise SpeechError(f"the tokenizer makes a marker of a part of {text!r}; leave that part out")

@@ -14,7 +14,7 @@ from collections import deque
 import numpy as np
 
 from dsm_jax.configs import LMConfig, ModelConfig
-from dsm_jax.errors import PromptError
+from dsm_jax.errors import PromptError, TextError
 from dsm_jax.stt.levels import SoundLevels
 from dsm_jax.stt.words import Timing, VadOptions, WordReader
 from dsm_jax.tokenizers import Tokenizer
@@ -88,7 +88,10 @@ def prompt_tokens(text: str | None, tokenizer: Tokenizer, lm: LMConfig) -> tuple
     """
     if text is None:
         return ()
-    ids = tokenizer.encode(text)
+    try:
+        ids = tokenizer.encode(text)
+    except TextError as error:
+        raise PromptError(f"the prompt cannot be followed: {error}") from None
     if not ids:
         raise PromptError("the text prompt has no words; give some, or leave it out")
     if unknown := sum(i <= lm.existing_text_padding_id for i in ids):

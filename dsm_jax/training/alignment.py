@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from dsm_jax.configs import LMConfig
-from dsm_jax.errors import TrainingError
+from dsm_jax.errors import TextError, TrainingError
 from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.stt.words import Timing
 from dsm_jax.tokenizers import Tokenizer
@@ -31,7 +31,10 @@ def tokens_of(word: str, tokenizer: Tokenizer, config: LMConfig) -> list[int]:
     Raises:
       TrainingError: the tokenizer cannot spell the word.
     """
-    tokens = tokenizer.encode(word)
+    try:
+        tokens = tokenizer.encode(word)
+    except TextError:
+        tokens = []
     # The tokenizer's unknown token has the id of the boundary token.
     if not tokens or min(tokens) <= config.existing_text_padding_id:
         raise TrainingError(

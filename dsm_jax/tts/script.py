@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsm_jax.errors import SpeechError, UnsayableError
+from dsm_jax.errors import SpeechError, TextError, UnsayableError
 from dsm_jax.tokenizers import Tokenizer
 
 NEW_WORD = 0  # a word begins
@@ -182,11 +182,13 @@ def _seconds(tag: str, turn: int) -> float:
 
 def _encode(tokenizer: Tokenizer, word: str, turn: int) -> list[int]:
     """Return the tokens of a word; none for one that normalises to nothing, such as a zero-width space."""
-    # Halves of surrogate pairs, which wrongly encoded arguments and JSON can hold, make tokenizers raise.
-    broken = any("\ud800" <= letter <= "\udfff" for letter in word)
-    if not broken and not any(letter.isprintable() for letter in word):
-        return []
-    tokens = [] if broken else tokenizer.encode(word)
+    try:
+        tokens = tokenizer.encode(word)
+    except TextError:
+        tokens = []
+    else:
+        if not any(letter.isprintable() for letter in word):
+            return []
     # The first ids are the machine's own, whatever pieces the tokenizer keeps there.
     if not tokens or not all(token > PAD and tokenizer.has_text(token) for token in tokens):
         raise SpeechError(

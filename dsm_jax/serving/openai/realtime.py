@@ -3,6 +3,7 @@
 import asyncio
 import binascii
 import json
+import logging
 import os
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 import soxr
 from starlette.routing import BaseRoute, WebSocketRoute
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from dsm_jax.errors import DsmError, FullError
 from dsm_jax.serving.hearing import Heard, LiveHearing, Marked
@@ -32,6 +33,7 @@ _UPDATES = {
     "transcription_session.update": "transcription_session.updated",
 }
 _KNOWN = (*_UPDATES, "input_audio_buffer.append", "input_audio_buffer.commit", "input_audio_buffer.clear")
+_log = logging.getLogger("dsm_jax.serving")
 
 
 def routes(server: Server) -> list[BaseRoute]:
@@ -91,6 +93,11 @@ class _Session:
                 return await self._end(1000, "idle", f"nothing was received for {self._server.config.idle_s:.0f} s")
             except ClosedError as closed:
                 return await self._end(closed.code, closed.kind, str(closed))
+            except WebSocketDisconnect:
+                return
+            except Exception:
+                _log.exception("session %s failed", self._id)
+                return await self._end(1011, "fault", "the server has failed")
         if first is None:
             return
         self._hearing = hearing = LiveHearing(self._served.service, Outbox(OUTBOX), self._utterance)
@@ -112,7 +119,7 @@ class _Session:
 
     async def _end(self, code: int, kind: str, reason: str) -> None:
         """Tell the client why the socket closes, and close it."""
-        await send_last(self._socket, error_event(ApiError(reason, code=kind)))
+        await send_last(self._socket, error_event(ApiError(reason, status=500 if code == 1011 else 400, code=kind)))
         await close(self._socket, code, reason)
 
     async def _server_ends(self) -> NoReturn:
