@@ -72,6 +72,18 @@ class ServerError(DsmError):
     """An answer of a server that refuses a request, or a server that cannot be reached."""
 
 
+class ServerFullError(ServerError):
+    """A server that has no room for a session now, and may have some later.
+
+    Attributes:
+      retry_after_s: seconds after which the server asks to be tried again; None if it does not say.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None):
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class TrainingError(DsmError):
     """Training that cannot continue, or data that cannot be trained on. Earlier checkpoints remain."""
 

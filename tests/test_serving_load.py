@@ -12,8 +12,9 @@ import soundfile
 import dsm_jax
 from dsm_jax import audio
 from dsm_jax.cli import main
-from dsm_jax.errors import ConfigError, ServerError
+from dsm_jax.errors import ConfigError, ServerError, ServerFullError
 from dsm_jax.serving import load
+from dsm_jax.serving.client import moshi
 from dsm_jax.serving.load import Load, Report, Tail
 from tests.helpers.serving import running, served
 
@@ -114,6 +115,38 @@ def test_transcribe_over_a_server_prints_what_the_local_command_prints(server, c
         local, remote = ((code, sorted(out.splitlines()), err) for code, out, err in (local, remote))
     assert remote == local
     assert remote[0] == 0
+
+
+def test_transcribe_waits_for_a_server_that_is_full_and_loses_no_recording(capsys, wanted):
+    names = RECORDINGS * 4
+    with running(served("stt", "digits", slots=1), page=False) as found:
+        full = found.server.metrics.registry.get_sample_value
+        code, out, err = told(capsys, "transcribe", "--server", found.url, "--batch-size", "100", *names)
+        assert full("dsm_refused_total", {"reason": "full"}) > 0
+    assert (code, err) == (0, "")
+    assert [out.count(transcript.text) for transcript in wanted] == [4, 4]
+
+
+def test_a_full_server_is_tried_again_after_as_long_as_it_says_and_not_beyond_the_patience(monkeypatch):
+    slept, answers = [], [ServerFullError("full", 3.0), ServerFullError("full"), ServerFullError("full")]
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    async def call() -> None:
+        raise answers.pop(0)
+
+    monkeypatch.setattr(moshi.asyncio, "sleep", sleep)
+    with pytest.raises(ServerFullError):
+        asyncio.run(moshi._patiently(call, 0.0))
+    assert slept == []
+    with pytest.raises(IndexError):  # after the last of the answers
+        asyncio.run(moshi._patiently(call, 3600.0))
+    assert 0.25 <= slept[0] < slept[1] * 2 <= 1.5
+    answers.append(ServerFullError("full", 3.0))
+    with pytest.raises(IndexError):
+        asyncio.run(moshi._patiently(call, 3600.0))
+    assert slept[2] == 3.0
 
 
 def test_transcribe_writes_a_file_each_and_goes_on_after_one_that_fails(server, capsys, tmp_path, wanted):

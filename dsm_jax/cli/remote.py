@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -91,8 +92,14 @@ async def _transcribe_files(args: argparse.Namespace, client: Any, names: list[s
 
         async with room:
             try:
+                # Until Ctrl-C: how long others use the server is not known, and no recording of a list may be lost.
                 return await client.transcribe_async(
-                    args.server, name, model=_model(args), api_key=key, on_event=found if as_lines else None
+                    args.server,
+                    name,
+                    model=_model(args),
+                    api_key=key,
+                    on_event=found if as_lines else None,
+                    patience_s=math.inf,
                 )
             except DsmError as error:
                 return error

@@ -13,7 +13,7 @@ from urllib.parse import urlencode, urlsplit
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI, WebSocketException
 
-from dsm_jax.errors import ConfigError, ServerError
+from dsm_jax.errors import ConfigError, ServerError, ServerFullError
 
 OPEN_S = 10.0  # in which a connection is open
 ANSWER_S = 600.0  # in which an answer over HTTP goes on
@@ -73,16 +73,17 @@ def _headers(api_key: str | None) -> dict[str, str]:
     return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
 
-def refusal(server: Address, path: str, status: int, kind: str, body: bytes) -> ServerError:
+def refusal(server: Address, path: str, status: int, headers: Mapping[str, str], body: bytes) -> ServerError:
     """Return the error for an answer that is not the one that was asked for.
 
     Args:
       server: address of the server.
       path: of the request.
       status: of HTTP.
-      kind: content type of the answer.
+      headers: of the answer; names in any case.
       body: of the answer.
     """
+    kind = headers.get("content-type", "")
     said = _sentence(kind, body)
     if status == 401:
         return ServerError(f"{server} asks for a key, and the one given, or none, is not known there; give another")
@@ -97,7 +98,11 @@ def refusal(server: Address, path: str, status: int, kind: str, body: bytes) -> 
     if status == 404 and not said.startswith("the "):
         return ServerError(f"{server} has no {path} (404); check the address, or the kind of the server's models")
     if status == 503:
-        return ServerError(f"{server} takes no more sessions now (503): {why}; try again later")
+        after = headers.get("retry-after", "")  # or a date, for which nobody waits
+        return ServerFullError(
+            f"{server} takes no more sessions now (503): {why}; try again later",
+            float(after) if after.isdecimal() else None,
+        )
     return ServerError(f"{server} refused the request ({status}): {why}")
 
 
@@ -152,9 +157,7 @@ async def socket(
         opened = await opening
     except InvalidStatus as error:
         answer = error.response
-        raise refusal(
-            server, path, answer.status_code, answer.headers.get("content-type", ""), bytes(answer.body or b"")
-        ) from None
+        raise refusal(server, path, answer.status_code, answer.headers, bytes(answer.body or b"")) from None
     except (OSError, TimeoutError, InvalidHandshake, InvalidURI, WebSocketException) as error:
         raise unreachable(server, error) from None
     opened.transport.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_SNDBUF, _KERNEL_BUFFER)
@@ -203,9 +206,8 @@ def answer(
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 link.request(method, server.prefix + path, body, {**headers, **_headers(api_key)})
             found = link.getresponse()
-            kind = found.headers.get_content_type()
-            if found.status != 200 or "html" in kind:
-                raise refusal(server, path, found.status, kind, found.read(1 << 16))
+            if found.status != 200 or "html" in found.headers.get_content_type():
+                raise refusal(server, path, found.status, found.headers, found.read(1 << 16))
         except (OSError, http.client.HTTPException) as error:
             raise unreachable(server, error) from None
         try:

@@ -4,13 +4,18 @@ Shape letters: T samples.
 """
 
 import asyncio
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from dsm_jax import audio
+from dsm_jax.errors import ServerFullError
 from dsm_jax.serving.client.moshi_sessions import AsyncSpeech, AsyncTranscription
 from dsm_jax.serving.client.plain import Loop, PlainSession
 from dsm_jax.serving.client.sound import SAMPLE_RATE, joined_speech
@@ -20,6 +25,9 @@ from dsm_jax.stt.events import Event
 from dsm_jax.stt.transcript import Transcript
 
 _BLOCK_S = 1.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0  # before a full server is tried again
+_T = TypeVar("_T")
+_log = logging.getLogger("dsm_jax.serving")
 
 
 async def transcribe_async(
@@ -29,6 +37,7 @@ async def transcribe_async(
     model: str | None = None,
     api_key: str | None = None,
     on_event: Callable[[Event], None] | None = None,
+    patience_s: float = 0.0,
 ) -> Transcript:
     """Transcribe a recording over a server; it waits for a slot if none is free.
 
@@ -38,17 +47,23 @@ async def transcribe_async(
       model: name of the model; None for the server's first.
       api_key: key of the client; None for none.
       on_event: called with each word and pause as it is found.
+      patience_s: seconds in which a server that has no room in its queue either is tried again.
 
     Returns:
       The transcript, as `dsm_jax.transcribe` makes it.
 
     Raises:
       AudioError: the recording cannot be read.
+      ServerFullError: the server has no room in all that time.
       ServerError: the server cannot be reached, refuses, or fails.
     """
     blocks = audio.blocks(recording, SAMPLE_RATE, _BLOCK_S)
     block_T = await asyncio.to_thread(next, blocks)  # what cannot be read takes no slot
-    async with AsyncTranscription(url, model=model, api_key=api_key, wait=True) as session:
+    async with contextlib.AsyncExitStack() as stack:
+        session = await _patiently(
+            lambda: stack.enter_async_context(AsyncTranscription(url, model=model, api_key=api_key, wait=True)),
+            patience_s,
+        )
 
         async def send(block_T: np.ndarray | None) -> None:
             while block_T is not None:
@@ -68,6 +83,23 @@ async def transcribe_async(
             await _ended(sending)
         found = session.transcript
     return dataclasses.replace(found, audio=audio.path_of(recording))
+
+
+async def _patiently(call: Callable[[], Awaitable[_T]], patience_s: float) -> _T:
+    """Return what a call returns, which is made again while the server is full and there is time."""
+    ends = asyncio.get_running_loop().time() + patience_s
+    longest_s = _FIRST_PAUSE_S
+    while True:
+        try:
+            return await call()
+        except ServerFullError as full:
+            # At random: clients that were refused at once would come back at once.
+            pause_s = random.uniform(0.5, 1.0) * longest_s if full.retry_after_s is None else full.retry_after_s
+            longest_s = min(1.5 * longest_s, _LONGEST_PAUSE_S)
+            if asyncio.get_running_loop().time() + pause_s > ends:
+                raise
+            _log.info("%s (again in %.1f s)", full, pause_s)
+            await asyncio.sleep(pause_s)
 
 
 async def _ended(task: "asyncio.Task[None]") -> None:
@@ -123,10 +155,12 @@ def transcribe(
     model: str | None = None,
     api_key: str | None = None,
     on_event: Callable[[Event], None] | None = None,
+    patience_s: float = 0.0,
 ) -> Transcript:
     """Transcribe a recording over a server; as `transcribe_async`."""
+    call = transcribe_async(url, recording, model=model, api_key=api_key, on_event=on_event, patience_s=patience_s)
     with Loop() as loop:
-        return loop.run(transcribe_async(url, recording, model=model, api_key=api_key, on_event=on_event))
+        return loop.run(call)
 
 
 def synthesize(

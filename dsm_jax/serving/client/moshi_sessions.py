@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from websockets.asyncio.client import ClientConnection
 
-from dsm_jax.errors import ConfigError, ServerError, WireError
+from dsm_jax.errors import ConfigError, ServerError, ServerFullError, WireError
 from dsm_jax.serving.client import links
 from dsm_jax.serving.client import wire as client_wire
 from dsm_jax.serving.client.session import Session
@@ -56,7 +56,9 @@ class _MoshiSession(Session[wire.Outgoing, _Item], Generic[_Item]):
 
     def _refused(self, reason: str) -> ServerError:
         if reason == "no free channels":
-            return ServerError(f"{self.server} has no free slot; try again later, or wait for one with wait=True")
+            return ServerFullError(f"{self.server} has no free slot; try again later, or wait for one with wait=True")
+        if reason.startswith("no free channels"):  # and the queue is full
+            return ServerFullError(f"{self.server} takes no recordings now: {reason}")
         return ServerError(f"{self.server} ended the session: {reason}")
 
 

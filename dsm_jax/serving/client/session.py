@@ -11,10 +11,10 @@ from typing import Generic, Self, TypeVar
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
-from dsm_jax.errors import ConfigError, ServerError
+from dsm_jax.errors import ConfigError, ServerError, ServerFullError
 from dsm_jax.serving.client import links
 
-READY_S = 60.0  # in which a server that is not full is ready; recordings may wait half of it for a slot
+READY_S = 60.0  # in which a server that is not full is ready; also the longest wait of a recording in its queue
 _Item = TypeVar("_Item")
 _Message = TypeVar("_Message")
 
@@ -52,7 +52,8 @@ class Session(abc.ABC, Generic[_Message, _Item]):
                 async with asyncio.timeout(READY_S):
                     await self._begin(socket, path)
             except TimeoutError:
-                raise ServerError(
+                kind = ServerFullError if self._query.get("wait") else ServerError  # in a queue, silence is of no fault
+                raise kind(
                     f"{self.server}{path} said nothing for {READY_S:.0f} s; try again, or another server"
                 ) from None
             self._stack = stack.pop_all()
