@@ -12,6 +12,11 @@ from dsm_jax import audio
 from dsm_jax.errors import SpeechError
 
 
+def no_words(turns: int) -> SpeechError:
+    """Return the error for a script of so many turns without a word."""
+    return SpeechError(f"the text ({turns} turns) has no word in it, and at least one is needed: give a text to say")
+
+
 @dataclass(frozen=True)
 class SpokenWord:
     """A word of the text, its start in the audio in seconds, and its end: the next word's start, or the end."""

@@ -36,13 +36,7 @@ class Tokenizer:
         Raises:
           TextError: the text has half of a surrogate pair in it, as JSON and arguments that are not UTF-8 can have.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # sentencepiece and tokenizers raise each their own
-            raise TextError(
-                f"the text has half of a character at {error.start}, the last of "
-                f"{text[max(0, error.start - 20) : error.start + 1]!r}; give whole characters, in UTF-8"
-            ) from None
+        check_characters(text)  # sentencepiece and tokenizers raise each their own
         return self._encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -77,6 +71,21 @@ class Tokenizer:
             raise CheckpointError(
                 f"ids {wrong} are not in the vocabulary of {self.size} pieces; use the model's own ids"
             )
+
+
+def check_characters(text: str) -> None:
+    """Refuse a text that no encoding can write.
+
+    Raises:
+      TextError: the text has half of a surrogate pair in it, as JSON and arguments that are not UTF-8 can have.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"the text has half of a character at {error.start}, the last of "
+            f"{text[max(0, error.start - 20) : error.start + 1]!r}; give whole characters, in UTF-8"
+        ) from None
 
 
 def load_tokenizer(path: Path, *, expected_size: int | None = None) -> Tokenizer:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import dsm_jax
 from dsm_jax import audio
-from dsm_jax.errors import ConfigError, ServerError, WireError
+from dsm_jax.errors import ConfigError, ServerError, SpeechError, TextError, WireError
 from dsm_jax.serving import client
 from dsm_jax.serving.client import links
 from dsm_jax.serving.client import wire as wire_client
@@ -147,7 +147,19 @@ def test_nobody_at_the_address_is_said():
     fails(lambda: transcribe(f"127.0.0.1:{port}"), "cannot be reached (Connection refused)", "dsm-jax serve")
 
 
-@pytest.mark.parametrize("url", ["ftp://a", "http://", "http://user:secret@host", "http://a:b"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://a",
+        "http://",
+        "http://user:secret@host",
+        "http://a:b",
+        "http://exa mple",
+        "http://host/a b",
+        "http://a..b",
+        "http://\udcff",
+    ],
+)
 def test_what_is_no_address_is_refused_and_not_repeated(url):
     with pytest.raises(ConfigError, match="this is no address of a server") as refused:
         client.AsyncTranscription(url)
@@ -207,7 +219,20 @@ def test_a_full_server_and_unknown_models_and_voices_are_named(server):
     fails(
         lambda: client.synthesize(server.url, "one", voice="nobody"), "ended the session: the voice 'nobody' is unknown"
     )
+    with pytest.raises(TextError, match=r"half of a character at 4, the last of 'one \\udcff'"):
+        client.synthesize(server.url, "one \udcff")
+    with pytest.raises(TextError, match="half of a character at 0"):
+        client.synthesize(server.url, "one", voice="\udcff")
     fails(lambda: client.synthesize(server.url, "one \U0001f600"), "ended the session:", "encodes as")
+
+
+@pytest.mark.parametrize("text", ["", " ", '<break time="0.5s"/>'])
+def test_a_text_without_words_is_refused_as_by_the_library(server, text):
+    with pytest.raises(SpeechError) as here:
+        dsm_jax.synthesize(dsm_jax.load("digits-tts"), text)
+    with pytest.raises(SpeechError) as there:
+        client.synthesize(server.url, text)
+    assert str(there.value) == str(here.value)
 
 
 # The wire.

@@ -13,7 +13,7 @@ import websockets.asyncio.server
 
 import dsm_jax
 from dsm_jax import audio
-from dsm_jax.errors import AudioError, ConfigError, ServerError
+from dsm_jax.errors import AudioError, ConfigError, ServerError, TextError
 from dsm_jax.serving import client
 from dsm_jax.serving.client import openai
 from tests.helpers.serving import answering, running, served
@@ -311,3 +311,8 @@ def test_the_example_of_the_docstring_runs(server, clip, wanted):
     test.globs = names
     assert doctest.DocTestRunner().run(test, clear_globs=False).failed == 0
     assert " ".join(asyncio.run(names["heard"](server.url, clip))) == wanted.text
+
+
+def test_half_of_a_character_in_an_option_is_told_before_anything_is_sent():
+    with pytest.raises(TextError, match="half of a character at 4"):
+        openai.transcribe("127.0.0.1:1", np.zeros(1920, np.float32), model="digits", prompt="one \udcff")

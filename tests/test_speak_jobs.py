@@ -104,6 +104,7 @@ def test_a_byte_order_mark_is_read_over(tmp_path):
         ({"id": "x", "text": "a", "seed": "b"}, "2 has seed = 'b'; expected a number"),
         ({"id": "x", "text": "a", "top_k": 2.5}, r"2 has top_k = 2\.5; expected a number"),
         ({"id": "x", "text": "a", "temperature": -1}, "2: temperature is -1; expected a number from 0"),
+        ({"id": "\ud800", "text": "a"}, "2 has an id that cannot name files: the text has half of a character at 0"),
         ({"id": "", "turns": ["a"]}, "2 has the id ''; it names files, so give a text without slashes"),
         ({"id": "..", "turns": ["a"]}, r"2 has the id '\.\.'; it names files"),
         ({"id": "a\0b", "turns": ["a"]}, r"2 has the id 'a\\x00b'; it names files"),

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Protocol
 
 from dsm_jax import csm, files, tts
 from dsm_jax.csm import CsmOptions, Segment
-from dsm_jax.errors import ConfigError, SpeechError
+from dsm_jax.errors import ConfigError, SpeechError, TextError
+from dsm_jax.tokenizers import check_characters
 from dsm_jax.tts import Dialogue, SynthesizeOptions, Turn
 from dsm_jax.tts.voices import Voice
 
@@ -259,6 +260,10 @@ def _job(line: bytes, where: str, folder: Path, form: RequestForm) -> Job:
     name = row["id"]
     if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
         raise SpeechError(f"{where} has the id {name!r}; it names files, so give a text without slashes")
+    try:
+        check_characters(name)
+    except TextError as error:
+        raise SpeechError(f"{where} has an id that cannot name files: {error}") from None
     own = {key: _option(row[key], key, str(kind), where) for key, kind in known.items() if key in row}
     try:
         options = dataclasses.replace(form.options, **own)

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from dsm_jax.errors import SpeechError, TextError, UnsayableError
+from dsm_jax.speech import no_words
 from dsm_jax.tokenizers import Tokenizer
 
 NEW_WORD = 0  # a word begins
@@ -89,9 +90,7 @@ def entries_of(
         skip_unsayable=skip_unsayable,
     )
     if not any(entry.tokens for entry in entries):
-        raise SpeechError(
-            f"the text ({len(turns)} turns) has no word in it, and at least one is needed: give a text to say"
-        )
+        raise no_words(len(turns))
     return entries
 
 

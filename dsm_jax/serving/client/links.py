@@ -14,6 +14,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI, WebSocketException
 
 from dsm_jax.errors import ConfigError, ServerError, ServerFullError
+from dsm_jax.tokenizers import check_characters
 
 OPEN_S = 10.0  # in which a connection is open
 ANSWER_S = 600.0  # in which an answer over HTTP goes on
@@ -43,7 +44,13 @@ class Address:
         return f"{self.scheme}://{self.host}{self.prefix}"
 
     def socket_url(self, path: str, query: Mapping[str, str | None]) -> str:
-        """Return the address of a websocket; query values that are None are left out."""
+        """Return the address of a websocket; query values that are None are left out.
+
+        Raises:
+          TextError: a value has half of a character in it.
+        """
+        for value in query.values():
+            check_characters(value or "")
         given = urlencode({key: value for key, value in query.items() if value is not None})
         return f"ws{'s' if self.scheme == _SECURE else ''}://{self.host}{self.prefix}{path}{'?' * bool(given)}{given}"
 
@@ -60,7 +67,9 @@ def address(url: str) -> Address:
     parts = None
     with contextlib.suppress(ValueError):
         found = urlsplit(url if "://" in url else f"http://{url}")
-        if found.scheme in _SCHEMES and found.hostname and found.port != 0 and not found.query:
+        (found.hostname or "").encode("idna")  # as the connection will, which raises for parts that no name can have
+        is_one_word = url.isprintable() and not any(letter.isspace() for letter in url) and found.path.isascii()
+        if found.scheme in _SCHEMES and found.hostname and found.port != 0 and not found.query and is_one_word:
             parts = found
     if parts is None or "@" in parts.netloc:  # a name and a password are not used, and are not repeated
         raise ConfigError("this is no address of a server; give one such as http://127.0.0.1:8080")

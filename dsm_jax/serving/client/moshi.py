@@ -20,7 +20,7 @@ from dsm_jax.serving.client.moshi_sessions import AsyncSpeech, AsyncTranscriptio
 from dsm_jax.serving.client.plain import Loop, PlainSession
 from dsm_jax.serving.client.sound import SAMPLE_RATE, joined_speech
 from dsm_jax.speech import Speech as FinishedSpeech
-from dsm_jax.speech import SpokenWord
+from dsm_jax.speech import SpokenWord, no_words
 from dsm_jax.stt.events import Event
 from dsm_jax.stt.transcript import Transcript
 
@@ -134,6 +134,8 @@ async def synthesize_async(
 
     Raises:
       ServerError: the server cannot be reached, refuses the text or the voice, or fails.
+      SpeechError: the text has no word.
+      TextError: the text has half of a character in it.
     """
     pieces: list[np.ndarray] = []
     words: list[SpokenWord] = []
@@ -145,6 +147,8 @@ async def synthesize_async(
                 words.append(item)
             else:
                 pieces.append(item)
+    if not pieces:  # a session over which no word was sent ends well
+        raise no_words(1)
     return joined_speech(pieces, " ".join(word.text for word in words), session.model or "", words)
 
 

@@ -21,6 +21,7 @@ from dsm_jax.serving.moshi import wire
 from dsm_jax.speech import SpokenWord
 from dsm_jax.stt.events import PAUSE_HORIZONS, Event, Pause, Word, WordEnded, WordStarted
 from dsm_jax.stt.transcript import Transcript
+from dsm_jax.tokenizers import check_characters
 
 FRAME = 1_920  # samples
 _MESSAGE = 12 * FRAME  # samples of a message, of a recording that is sent faster than it was spoken
@@ -273,7 +274,9 @@ class AsyncSpeech(_MoshiSession[np.ndarray | SpokenWord]):
 
         Raises:
           ServerError: the session has ended.
+          TextError: the text has half of a character in it.
         """
+        check_characters(text)
         await self._send(wire.Text(text))
 
     async def finish(self) -> None:

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -35,6 +35,7 @@ from dsm_jax.serving.client.sound import SAMPLE_RATE, joined_speech, live_sample
 from dsm_jax.speech import Speech
 from dsm_jax.stt.events import Word
 from dsm_jax.stt.transcript import Transcript
+from dsm_jax.tokenizers import check_characters
 
 _PIECE = 1 << 16  # bytes that are sent or read at once
 _EVENT = SAMPLE_RATE  # samples of an event
@@ -78,6 +79,7 @@ def transcribe(
 
     Raises:
       AudioError: the recording cannot be read.
+      TextError: an option has half of a character in it.
       ServerError: the server cannot be reached, refuses, or does not answer in the dialect.
     """
     server = _address(url)
@@ -128,9 +130,11 @@ def _opened(recording: audio.Source, stack: contextlib.ExitStack) -> tuple[Binar
     return written, ".wav"
 
 
-def _form(fields: Iterable[tuple[str, str]], file: BinaryIO, suffix: str) -> tuple[dict[str, str], Iterator[bytes]]:
+def _form(fields: Sequence[tuple[str, str]], file: BinaryIO, suffix: str) -> tuple[dict[str, str], Iterator[bytes]]:
     """Return the headers and the body of a form with one file, whose own name is not told."""
     boundary = secrets.token_hex(16)
+    for _, text in fields:
+        check_characters(text)
     parts = [
         f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n' for name, text in fields
     ]
