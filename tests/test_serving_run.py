@@ -117,6 +117,46 @@ def test_pages_of_other_origins_may_not_connect(guarded):
     assert asyncio.run(handshake(url, origin=guarded.url)) == 101
 
 
+REBOUND = {"host": "evil.example:8080", "origin": "http://evil.example:8080"}  # a page whose name points here now
+
+
+@pytest.fixture(scope="module")
+def keyless():
+    with running(served("stt", "digits"), page=False, origins=("https://listed.example",)) as found:
+        yield found
+
+
+def test_a_page_whose_name_points_to_a_server_without_keys_may_not_connect(keyless):
+    for path, words in ((ASR, b"the Host header names"), ("/v1/models", b'"code":"host_not_allowed"')):
+        request = urllib.request.Request(keyless.url + path, b"audio" if path == ASR else None, REBOUND)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=30)
+        with refused.value:
+            assert refused.value.code == 403
+            assert words in refused.value.read()
+    with sockets.create_connection(keyless.address.rsplit(":", 1)) as raw:
+        lines = (f"GET {ASR} HTTP/1.1", "Host: evil.example", "Upgrade: websocket", "Connection: Upgrade")
+        key = ("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13", "", "")
+        raw.sendall("\r\n".join((*lines, *key)).encode())
+        assert raw.recv(100).startswith(b"HTTP/1.1 403")
+
+
+@pytest.mark.parametrize(
+    ("host", "code"),
+    [("localhost", 200), ("LOCALHOST:80", 200), ("127.0.0.1:1", 200), ("[::1]:8080", 200), ("listed.example", 200),
+     ("listed.example:81", 403), ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403), ("192.168.0.1", 403),
+     ("[::1", 403)],
+)  # fmt: skip
+def test_a_server_without_keys_is_reached_by_names_of_this_machine_and_of_listed_origins(keyless, host, code):
+    assert status(keyless.url + "/v1/models", host=host) == code
+
+
+def test_health_is_told_by_any_name_and_a_key_lets_in_by_any_name(keyless, guarded):
+    for path in ("/livez", "/readyz"):
+        assert status(keyless.url + path, host="evil.example") == 200
+    assert status(guarded.url + "/api/modules_info", host="speech.example", kyutai_api_key=KEY) == 200
+
+
 def closing(url: str, *messages: bytes) -> tuple[list[dict], int | None]:
     async def listen():
         async with connect(url) as socket:

@@ -289,7 +289,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--no-auth", action="store_true", help="let everyone in, whatever the host")
     p.add_argument(
-        "--origin", action="append", default=[], metavar="URL", help="a web origin that may connect; repeatable"
+        "--origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a web origin that may connect, or the address of a proxy before a server without keys; repeatable",
     )
     p.add_argument("--max-session", dest="max_session_s", type=float, metavar="S", help="(default: 14400)")
     p.add_argument("--max-upload", dest="max_upload_mb", type=float, metavar="MB", help="(default: 256)")

@@ -1,4 +1,4 @@
-"""Tell who may use the server: keys, and the origins of web pages."""
+"""Tell who may use the server: keys, the origins of web pages, and the host that a client means to reach."""
 
 import dataclasses
 import hashlib
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection
+
+from dsm_jax.serving.config import ServerConfig, is_loopback
 
 _BROWSER_KEY = "openai-insecure-api-key."  # before the key in a browser's list of websocket protocols
 
@@ -17,7 +19,7 @@ class Refusal:
 
     Attributes:
       status: of HTTP.
-      reason: word for it, for metrics: "origin", "key", "draining" or "not ready".
+      reason: word for it, for metrics: "host", "origin", "key", "draining" or "not ready".
       sentence: for the client.
     """
 
@@ -74,3 +76,22 @@ def allowed_origin(connection: HTTPConnection, origins: Sequence[str]) -> bool:
     if origin is None or origin in origins:
         return True
     return urlsplit(origin).netloc.lower() == connection.headers.get("host", "").lower()
+
+
+def allowed_host(connection: HTTPConnection, config: ServerConfig) -> bool:
+    """Tell whether a connection means this server by its Host header, where the header is all that protects the server.
+
+    A page may have its own name point to the loopback after it was loaded (DNS rebinding). To the browser the server is
+    of the page's own origin then, and the Host header alone tells the page's name. A server with keys needs no such
+    rule, as the page has no key, and neither does one that listens for other machines, under names not known here.
+    A proxy may hand the name on that its clients use: that of a listed origin.
+    """
+    if config.keys or not is_loopback(config.host):
+        return True
+    host = connection.headers.get("host", "").lower()
+    if host in [urlsplit(origin).netloc.lower() for origin in config.origins]:
+        return True
+    try:
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
+    except ValueError:
+        return False

@@ -87,7 +87,8 @@ class ServerConfig:
       host, port: where to listen.
       keys: keys of clients; empty for none.
       no_auth: let clients in without a key though the host is not loopback.
-      origins: web origins that may connect besides the server's own.
+      origins: web origins that may connect besides the server's own; without keys on the loopback, their hosts are also
+        the only names besides the loopback's by which the server may be reached.
       max_session_s: seconds after which a session is ended.
       max_upload_mb: size of an uploaded recording, in 10^6 bytes.
       min_step_ms: milliseconds from one step's start to the next; more gathers more frames into one step.

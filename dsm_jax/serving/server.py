@@ -14,7 +14,7 @@ from starlette.requests import HTTPConnection
 
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import FullError
-from dsm_jax.serving.access import Keys, Refusal, allowed_origin
+from dsm_jax.serving.access import Keys, Refusal, allowed_host, allowed_origin
 from dsm_jax.serving.config import ServedModel, ServerConfig
 from dsm_jax.serving.engine import Device, Engine
 from dsm_jax.serving.hearing import Heard, HearingService
@@ -209,6 +209,14 @@ class Server:
           connection: of the client.
           begins: whether a session begins with the connection, as with a websocket.
         """
+        if not allowed_host(connection, self.config):
+            return self._refused(
+                403,
+                "host",
+                "the Host header names another host than this machine, for which alone the server listens without "
+                "keys; behind a proxy, start it with --origin and the address that the proxy's clients use, or with "
+                "keys",
+            )
         if not allowed_origin(connection, self.config.origins):
             return self._refused(403, "origin", "pages of this origin may not connect")
         if not self.keys.allow(connection):

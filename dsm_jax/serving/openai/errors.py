@@ -48,7 +48,9 @@ def invalid_value(param: str, value: object, expected: str) -> ApiError:
 
 def refusal_error(refusal: Refusal) -> ApiError:
     """Return the error for a client that is not let in."""
-    code = {"origin": "origin_not_allowed", "key": "invalid_api_key"}.get(refusal.reason, "server_full")
+    code = {"host": "host_not_allowed", "origin": "origin_not_allowed", "key": "invalid_api_key"}.get(
+        refusal.reason, "server_full"
+    )
     return ApiError(refusal.sentence, status=refusal.status, code=code)
 
 
