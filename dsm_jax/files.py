@@ -1,4 +1,4 @@
-"""Write files so that a failure leaves nothing new (beside their place, then renamed); read text and JSON Lines."""
+"""Write files so that a failure leaves nothing new: beside their place, then renamed. Read text, JSON and JSON Lines."""
 
 import json
 import os
@@ -82,9 +82,27 @@ def parse_json(text: bytes, expected: str, *, line: bool) -> Any:
       ValueError: the text is no JSON in UTF-8; in one sentence.
     """
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        return decode_json(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"this is not text in UTF-8 ({error.reason}); save it as UTF-8") from None
     except json.JSONDecodeError as error:
         where = f"column {error.colno}" if line else f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"this is no JSON ({error.msg} at {where}); expected {expected}") from None
+
+
+def decode_json(text: str | bytes) -> Any:
+    """Return the values of JSON.
+
+    Raises:
+      UnicodeDecodeError: bytes that are not UTF-8.
+      json.JSONDecodeError: no JSON, or JSON beyond what Python reads: nested too deeply, or with a number of thousands
+        of digits. All of these are ValueErrors.
+    """
+    try:
+        return json.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise
+    except RecursionError:
+        raise json.JSONDecodeError("it is nested too deeply", "", 0) from None
+    except ValueError:
+        raise json.JSONDecodeError("a number has too many digits", "", 0) from None

@@ -1,7 +1,6 @@
 """Find a model: a local path, a model inside the package, or a name on the hub, fetched on first use."""
 
 import dataclasses
-import json
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsm_jax.errors import CheckpointError
-from dsm_jax.files import read_text
+from dsm_jax.files import decode_json, read_text
 
 _log = logging.getLogger("dsm_jax")
 DEFAULT = "kyutai/stt-1b-en_fr"
@@ -107,7 +106,7 @@ def _in_another_layout(config_path: Path) -> list[str]:
     to another layout.
     """
     try:
-        values = json.loads(read_text(config_path))
+        values = decode_json(read_text(config_path))
     except (OSError, ValueError):  # no config.json, or one that is refused when the folder is opened
         return []
     return ["model.safetensors"] if isinstance(values, dict) and values.get("transformers_weights") else []

@@ -1,7 +1,6 @@
 """Read the JSON file of a training command, which holds the name of a task and the fields of the task's config."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def read_config(path: Path, tasks: Tasks) -> tuple[Any, Callable[..., Model]]:
       ConfigError: the file cannot be read, names no known task, or has fields that the task's config lacks.
     """
     try:
-        values = json.loads(files.read_text(path))
+        values = files.decode_json(files.read_text(path))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give a JSON file") from None
     except ValueError as error:

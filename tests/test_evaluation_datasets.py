@@ -52,6 +52,7 @@ def test_a_manifest_has_a_line_for_each_recording(tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
+        (b"[" * 100_000, r"^this is no JSON \(it is nested too deeply at column 1\); expected"),
         (b"nothing", r"^this is no JSON \(.* at column 1\); expected \{\"audio\": PATH, \"text\": TEXT\}$"),
         (b"[1]", r"^this is '\[1\]'; expected \{"),
         (b'{"text": "a"}', r"^the key 'audio' is None; expected the path of a recording"),

@@ -1,5 +1,6 @@
 """Files are replaced as a whole or not at all; JSON Lines are read line by line."""
 
+import json
 import os
 
 import pytest
@@ -82,3 +83,11 @@ def test_lines_end_where_json_cannot_go_on():
 def test_what_is_no_json_is_told_with_its_place(text, line, message):
     with pytest.raises(ValueError, match=message):
         files.parse_json(text, "a list", line=line)
+
+
+def test_json_beyond_what_python_reads_is_an_error_of_json():
+    assert files.decode_json(b'{"a": [1]}') == {"a": [1]}
+    for text, words in (("[" * 100_000, "nested too deeply"), ("9" * 5000, "too many digits"), ("{", "Expecting")):
+        for given in (text, text.encode()):
+            with pytest.raises(json.JSONDecodeError, match=words):
+                files.decode_json(given)

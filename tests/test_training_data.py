@@ -96,6 +96,8 @@ FAULTS = {
     "no text": (row({**HELLO, "text": " "}), "word 1 is .*, without text; expected"),
     "a word that is none": (row("hello"), "word 1 is 'hello', without text"),
     "out of order": (row(WORLD, HELLO), r"word 2, 'hello', starts at 0\.25 s, before the one ahead of it \(0\.6 s\)"),
+    "deep JSON": ("[" * 100_000, r"this is no JSON \(it is nested too deeply at column 1\)"),
+    "a long number": ('{"audio": ' + "9" * 5000, r"this is no JSON \(a number has too many digits at column 1\)"),
     "no JSON": ('{"audio": "talks/good.wav", ', r"this is no JSON \(.* at column 29\)"),
     "no object": ("[1, 2]", "the key 'audio' is None; expected the path of a recording"),
     "no audio": ({"words": [HELLO]}, "the key 'audio' is None; expected the path of a recording"),

@@ -77,7 +77,7 @@ class Journal:
 
 def _parsed(path: Path, number: int, line: bytes) -> dict[str, object]:
     try:
-        values = json.loads(line)
+        values = files.decode_json(line)
     except ValueError as error:
         raise EvaluationError(f"{path} line {number} is no JSON ({error}); delete the line, or start again") from None
     if not isinstance(values, dict):

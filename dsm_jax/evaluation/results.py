@@ -14,6 +14,7 @@ from dsm_jax.evaluation.files import replaced
 from dsm_jax.evaluation.metrics import Errors, Interval, Intervals
 from dsm_jax.evaluation.tables import aligned, percent, plural
 from dsm_jax.evaluation.transcription import TimedTranscript
+from dsm_jax.files import decode_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +239,7 @@ def load(path: str | Path) -> Evaluation:
       EvaluationError: the file cannot be read, or holds something else.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = decode_json(Path(path).read_text(encoding="utf-8"))
         return Evaluation(
             model=values["model"],
             source=values["source"],

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import http.client
-import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from socket import SO_SNDBUF, SOL_SOCKET
 from typing import Any
@@ -13,6 +12,7 @@ from urllib.parse import urlencode, urlsplit
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI, WebSocketException
 
+from dsm_jax import files
 from dsm_jax.errors import ConfigError, ServerError, ServerFullError
 from dsm_jax.tokenizers import check_characters
 
@@ -120,7 +120,7 @@ def _sentence(kind: str, body: bytes) -> str:
     text = body[:2000].decode("utf-8", "replace").strip()
     if "json" in kind:
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            text = str(json.loads(body)["error"]["message"])
+            text = str(files.decode_json(body)["error"]["message"])
     return "" if "html" in kind else text
 
 
@@ -244,7 +244,7 @@ def parsed(server: Address, path: str, body: bytes) -> Any:
       ServerError: it is no JSON.
     """
     try:
-        return json.loads(body)
+        return files.decode_json(body)
     except ValueError:
         raise ServerError(f"{server}{path} did not answer in JSON; check the address and the port") from None
 

@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
-from dsm_jax import audio
+from dsm_jax import audio, files
 from dsm_jax.errors import AudioError, ServerError
 from dsm_jax.serving.client import links
 from dsm_jax.serving.client.plain import PlainSession
@@ -341,7 +341,7 @@ class AsyncTranscription(Session[dict[str, Any], TurnDelta | TurnEnded]):
 
     def _decoded(self, data: str | bytes) -> dict[str, Any]:
         try:
-            event = json.loads(data)
+            event = files.decode_json(data)
             if isinstance(event["type"], str):
                 return event
         except (ValueError, TypeError, KeyError):
