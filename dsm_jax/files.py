@@ -1,4 +1,4 @@
-"""Write files so that a failure leaves nothing new: beside their place, then renamed. Read text, JSON and JSON Lines."""
+"""Write files so that a failure leaves nothing new: beside their place, then renamed. Read text and JSON."""
 
 import json
 import os

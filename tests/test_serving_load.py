@@ -180,6 +180,12 @@ def test_what_a_server_does_not_take_is_refused_by_name(capsys, options, words):
     assert words in " ".join(err.split())
 
 
+def test_pauses_of_a_model_that_predicts_none_are_refused(server, capsys):
+    code, out, err = told(capsys, "transcribe", "--server", server.url, "--vad", RECORDINGS[0])
+    assert (code, out) == (1, "")
+    assert "digits has no pause heads" in " ".join(err.split())
+
+
 def test_speak_over_a_server_writes_the_speech_of_the_library(server, capsys, tmp_path):
     path = tmp_path / "a.wav"
     code, _, err = told(capsys, "speak", "--server", server.url, "nine", str(path), "--voice", "lucas", "--seed", "4")

@@ -286,7 +286,7 @@ def test_an_unknown_voice_or_format_is_refused(server):
     assert b"the format is 'Wav'; expected one of" in refused.value.response.body
 
 
-@pytest.mark.parametrize("seed", [str(2**63), "1" + 19 * "0", "1" + 5000 * "0"], ids=len)
+@pytest.mark.parametrize("seed", ["-1", "one", str(2**63), "1" + 19 * "0", "1" + 5000 * "0"], ids=len)
 def test_a_seed_that_no_generator_takes_is_refused_and_the_server_lives(server, seed):
     with pytest.raises(InvalidStatus) as refused:
         asyncio.run(spoken(server.socket_url, ["one", pack("Eos")], f"format=PcmMessagePack&seed={seed}"))

@@ -132,3 +132,9 @@ def test_requests_of_another_form_are_refused(speak, capsys, tmp_path, row, mess
 def test_flags_of_conversations_are_refused_for_text_to_speech(speak, capsys):
     assert speak("z", "a.wav", "--model", "digits-tts", "--speaker", "0") == 2
     assert "digits-tts is a text-to-speech model, which has no --speaker; leave that out" in capsys.readouterr().err
+
+
+def test_a_third_voice_is_refused(speak, capsys):
+    voices = [word for name in ("lucas", "theo", "george") for word in ("--voice", name)]
+    assert speak("one", "a.wav", "--model", "digits-tts", *voices) == 2
+    assert "--voice was given 3 times; the models know two speakers" in capsys.readouterr().err

@@ -83,6 +83,8 @@ def test_a_byte_order_mark_is_read_over(tmp_path):
     ("row", "message"),
     [
         ("{", r"requests\.jsonl:2: this is no JSON \(.* at column 2\); expected one object a line$"),
+        ("[" * 100_000, r"requests\.jsonl:2: this is no JSON \(it is nested too deeply.*\); expected one object"),
+        ('{"id": ' + "9" * 5000, r"requests\.jsonl:2: this is no JSON \(a number has too many digits.*\); expec"),
         ([1], r"requests\.jsonl:2 has list; a request has an id, and text or turns"),
         ({"id": "x"}, r"requests\.jsonl:2 has \['id'\]; a request has an id, and text or turns"),
         ({"turns": ["x"]}, r"requests\.jsonl:2 has \['turns'\]; a request has an id"),
@@ -96,6 +98,8 @@ def test_a_byte_order_mark_is_read_over(tmp_path):
         ({"id": "x", "turns": "a"}, "2 has the turns 'a'; expected a list"),
         ({"id": "x", "text": 3}, r"2 has the turns \[3\]; expected a list of texts"),
         ({"id": "x", "turns": ["a"], "voices": [None]}, r"2 has the voices \[None\]; expected a text, or a list"),
+        ({"id": "x", "text": "a", "voice": "b", "voices": ["c"]}, "2 has voice and voices; give one of them"),
+        ({"id": "x", "text": "a", "voices": ["b", "c", "d"]}, "2 has 3 voices; the models know two speakers"),
         ({"id": "x", "turns": ["a"], "voices": "b"}, "2 has the voices 'b'; expected a text"),
         (
             {"id": "x", "turns": [{"text": "a", "to": "b"}]},
@@ -113,7 +117,9 @@ def test_a_byte_order_mark_is_read_over(tmp_path):
     ],
 )
 def test_a_line_that_is_no_request_is_refused(tmp_path, row, message):
-    path = tts_model.write_requests(tmp_path, {"id": "first", "turns": ["a"]}, row if row == "{" else json.dumps(row))
+    path = tts_model.write_requests(
+        tmp_path, {"id": "first", "turns": ["a"]}, row if isinstance(row, str) else json.dumps(row)
+    )
     with pytest.raises(SpeechError, match=message):
         read_jobs(str(path), Voices())
 

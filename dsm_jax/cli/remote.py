@@ -100,6 +100,7 @@ async def _transcribe_files(args: argparse.Namespace, client: Any, names: list[s
                     api_key=key,
                     on_event=found if as_lines else None,
                     patience_s=math.inf,
+                    needs_pauses=args.vad,
                 )
             except DsmError as error:
                 return error
@@ -135,7 +136,7 @@ def _listen(args: argparse.Namespace, client: Any) -> int:
 
     shown = Shown(args)
     with (
-        client.Transcription(args.server, model=_model(args), api_key=api_key(args)) as session,
+        client.Transcription(args.server, model=_model(args), api_key=api_key(args), needs_pauses=args.vad) as session,
         microphone.Microphone(SAMPLE_RATE, device=args.input_device) as source,
     ):
         terminal.say(f"listening to {source.name}; Ctrl-C ends", style="dim")

@@ -82,10 +82,14 @@ class Voices:
 
     def of_row(self, row: Mapping[str, Any], where: str, folder: Path, options: SynthesizeOptions) -> tts.Request:
         """Return the request of a row; see `RequestForm`."""
+        if "voice" in row and "voices" in row:
+            raise SpeechError(f"{where} has voice and voices; give one of them")
         given = [row["voice"]] if "voice" in row else row.get("voices", list(self.voices))
         turns = [row["text"]] if "text" in row else row["turns"]
         if not isinstance(given, list) or not all(isinstance(voice, str | os.PathLike) for voice in given):
             raise SpeechError(f"{where} has the voices {given!r}; expected a text, or a list of texts")
+        if len(given) > 2:
+            raise SpeechError(f"{where} has {len(given)} voices; the models know two speakers, so give two at most")
         if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
             if wrong := [turn for turn in turns if set(turn) - {"text", "voice"} or "text" not in turn]:
                 raise SpeechError(f"{where} has the turn {wrong[0]!r}; expected an object of text and voice")

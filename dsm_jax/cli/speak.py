@@ -83,6 +83,10 @@ def _form(args: argparse.Namespace, context: Sequence[Segment] | None) -> Reques
         if args.speaker is not None and args.speaker < 0:
             raise UsageError(f"--speaker is {args.speaker}; expected a number: 0, 1 and so on")
         return Turns(args.speaker or 0, context or (), CsmOptions(**given))
+    if len(args.voice) > 2:
+        raise UsageError(
+            f"--voice was given {len(args.voice)} times; the models know two speakers, so give it twice at most"
+        )
     return Voices(args.voice, SynthesizeOptions(**given))
 
 

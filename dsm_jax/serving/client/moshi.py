@@ -38,6 +38,7 @@ async def transcribe_async(
     api_key: str | None = None,
     on_event: Callable[[Event], None] | None = None,
     patience_s: float = 0.0,
+    needs_pauses: bool = False,
 ) -> Transcript:
     """Transcribe a recording over a server; it waits for a slot if none is free.
 
@@ -48,6 +49,7 @@ async def transcribe_async(
       api_key: key of the client; None for none.
       on_event: called with each word and pause as it is found.
       patience_s: seconds in which a server that has no room in its queue either is tried again.
+      needs_pauses: refuse a model that predicts no pauses.
 
     Returns:
       The transcript, as `dsm_jax.transcribe` makes it.
@@ -61,7 +63,9 @@ async def transcribe_async(
     block_T = await asyncio.to_thread(next, blocks)  # what cannot be read takes no slot
     async with contextlib.AsyncExitStack() as stack:
         session = await _patiently(
-            lambda: stack.enter_async_context(AsyncTranscription(url, model=model, api_key=api_key, wait=True)),
+            lambda: stack.enter_async_context(
+                AsyncTranscription(url, model=model, api_key=api_key, wait=True, needs_pauses=needs_pauses)
+            ),
             patience_s,
         )
 
@@ -160,9 +164,18 @@ def transcribe(
     api_key: str | None = None,
     on_event: Callable[[Event], None] | None = None,
     patience_s: float = 0.0,
+    needs_pauses: bool = False,
 ) -> Transcript:
     """Transcribe a recording over a server; as `transcribe_async`."""
-    call = transcribe_async(url, recording, model=model, api_key=api_key, on_event=on_event, patience_s=patience_s)
+    call = transcribe_async(
+        url,
+        recording,
+        model=model,
+        api_key=api_key,
+        on_event=on_event,
+        patience_s=patience_s,
+        needs_pauses=needs_pauses,
+    )
     with Loop() as loop:
         return loop.run(call)
 
@@ -196,9 +209,16 @@ class Transcription(PlainSession[Event]):
         wait: bool = False,
         horizon: float = 2.0,
         threshold: float = 0.5,
+        needs_pauses: bool = False,
     ):
         self._async = AsyncTranscription(
-            url, model=model, api_key=api_key, wait=wait, horizon=horizon, threshold=threshold
+            url,
+            model=model,
+            api_key=api_key,
+            wait=wait,
+            horizon=horizon,
+            threshold=threshold,
+            needs_pauses=needs_pauses,
         )
         super().__init__(self._async)
 

@@ -79,6 +79,7 @@ class AsyncTranscription(_MoshiSession[Event]):
       wait: whether to wait for a slot, as recordings do; otherwise a full server refuses at once.
       horizon: seconds of silence that a pause predicts: 0.5, 1, 2 or 3.
       threshold: probability above which a pause is reported.
+      needs_pauses: refuse a model that predicts no pauses.
 
     Raises:
       ConfigError: no address, no such horizon, or a threshold that is no probability.
@@ -95,13 +96,14 @@ class AsyncTranscription(_MoshiSession[Event]):
         wait: bool = False,
         horizon: float = 2.0,
         threshold: float = 0.5,
+        needs_pauses: bool = False,
     ):
         if horizon not in PAUSE_HORIZONS or not 0 <= threshold <= 1:
             raise ConfigError(
                 f"a pause of {horizon} s with the threshold {threshold} was asked for; expected a horizon of "
                 f"{PAUSE_HORIZONS} s and a probability"
             )
-        query = {"details": "1", "wait": "1" if wait else None}
+        query = {"details": "1", "wait": "1" if wait else None, "pauses": "1" if needs_pauses else None}
         super().__init__(url, query, model=model, api_key=api_key)
         self._pauses = _Pauses(horizon, threshold)
         self._samples = 0

@@ -83,11 +83,21 @@ def heard_messages(session: LiveHearing, words: WordMessages, message: Any) -> l
     return []
 
 
+def has_pause_heads(served: Served) -> bool:
+    """Tell whether a model predicts pauses."""
+    lm = served.model.config.lm
+    return bool(lm and lm.extra_heads_num_heads)
+
+
 async def transcribe_socket(socket: WebSocket, server: Server, served: Served) -> None:
     """Transcribe a live stream."""
     if not await admitted(server, socket, refusal_response):
         return
     await socket.accept()
+    if socket.query_params.get("pauses") == "1" and not has_pause_heads(served):
+        reason = f"{served.name} has no pause heads, which predict pauses; choose a model that has them, or do without"
+        await send_last(socket, wire.encode(wire.Error(reason)))
+        return await close(socket, 1008, reason)
     session = LiveHearing(served.service, Outbox(OUTBOX), is_file=socket.query_params.get("wait") == "1")
     try:
         async with server.session(served, session, "moshi") as ticket:
@@ -177,10 +187,11 @@ async def speak_socket(socket: WebSocket, server: Server, served: Served) -> Non
         await socket.send_denial_response(PlainTextResponse(f"the format is {form!r}; expected one of {FORMATS}", 400))
         return
     seed = socket.query_params.get("seed", "")
-    # A number that no generator takes would fail in the engine, and end it for everyone.
     number = int(seed[:20]) if seed.isdecimal() else None
-    if number is not None and number >= 2**63:
-        await socket.send_denial_response(PlainTextResponse("the seed is too large; expected one below 2**63", 400))
+    # A number that no generator takes would fail in the engine, and end it for everyone.
+    if (seed and number is None) or (number is not None and number >= 2**63):
+        said = f"the seed is {seed[:40]!r}; expected a whole number from 0, below 2**63"
+        await socket.send_denial_response(PlainTextResponse(said, 400))
         return
     packed = form.endswith("MessagePack")
 
