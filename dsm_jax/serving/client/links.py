@@ -82,7 +82,9 @@ def _headers(api_key: str | None) -> dict[str, str]:
     return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
 
-def refusal(server: Address, path: str, status: int, headers: Mapping[str, str], body: bytes) -> ServerError:
+def refusal(
+    server: Address, path: str, status: int, headers: Mapping[str, str] | http.client.HTTPMessage, body: bytes
+) -> ServerError:
     """Return the error for an answer that is not the one that was asked for.
 
     Args:
