@@ -55,10 +55,30 @@ def test_only_the_transcription_is_timed(monkeypatch, clock):
     for index, timed in transcription.transcribe(device, samples, TranscribeOptions(), batch_size=2):
         found.append((index, getattr(timed, "processing", None)))
         clock.now += 100.0  # what is done with a result
-    assert found == [(0, 1.0), (1, None), (2, 2.0)]
+    # Two share each of the first two seconds, as there are two slots; what the failed one had, the last one takes.
+    assert found == [(0, 0.5), (1, None), (2, 2.5)]
     warm_up, opened = calls
     assert [len(silence_T) for silence_T in warm_up] == [100, 100], "as many slots as there will be"
     assert opened == [b"\x00", b"\x01", b"\x02"], "opened when their turn comes"
+
+
+def test_recordings_that_run_together_share_the_time_so_that_a_part_of_them_has_a_speed(monkeypatch, clock):
+    def transcribe_each(model, sources, options, *, batch_size):
+        opened = [sources[0], sources[1]]
+        if len(sources) < 3:  # the warm-up
+            return
+        clock.now += 0.5
+        yield 0, Transcript("x", (), (), 8.0)
+        yield 1, Transcript("x", (), (), 8.0)  # ends in the same step
+        opened.append(sources[2])
+        clock.now += 0.5
+        yield 2, Transcript("x", (), (), 8.0)
+
+    monkeypatch.setattr(transcription, "transcribe_each", transcribe_each)
+    device = types.SimpleNamespace(sample_rate=100)
+    samples = [Sample(str(i), "x", i.to_bytes) for i in range(3)]
+    results = transcription.transcribe(device, samples, TranscribeOptions(), batch_size=2)
+    assert [timed.processing for _, timed in results] == [0.25, 0.25, 0.5]
 
 
 def test_latency_is_the_audio_fed_beyond_the_word(monkeypatch, clock):

@@ -22,8 +22,8 @@ class TimedTranscript:
     Attributes:
       text: the transcript.
       duration: length of the recording, seconds.
-      processing: seconds from the end of the recording that was finished before this one, or from the start, to the
-        end of this one; recordings of a batch overlap, and the sum over recordings is the time that all took.
+      processing: the recording's share of the time, in seconds: recordings that run together share it equally, so that
+        sums over any recordings can be compared, and the sum over all is the time that all took.
       start_latencies: for each word, seconds of audio that had been fed, beyond the word's start, when its start was
         reported; only of live transcription, and only of words reported before the audio ended.
       end_latencies: the same for the ends of words.
@@ -38,17 +38,59 @@ class TimedTranscript:
     flushed: int = 0
 
 
-class _Opened(Sequence[audio.Source]):
-    """Recordings that are opened as their slots become free."""
+class _Shares:
+    """Share time equally among the recordings that run, as their number changes.
 
-    def __init__(self, samples: Sequence[Sample]):
-        self._samples = samples
+    Args:
+      slots: how many run at a time; those that were opened ahead take no share.
+    """
+
+    def __init__(self, slots: int):
+        self._slots = slots
+        self._open: dict[int, float] = {}  # in the order of their slots
+        self._left = 0.0  # of before the first recording, and of those that failed: for those that run next
+        self._since = time.perf_counter()
+
+    def resume(self) -> None:
+        """Leave out the time that has passed since the last call."""
+        self._since = time.perf_counter()
+
+    def begin(self, index: int) -> None:
+        """Let a recording run from now on, or once a slot is free."""
+        self._share()
+        self._open[index] = 0.0
+
+    def end(self, index: int, *, failed: bool) -> float:
+        """Return the share of a recording that has ended; if it failed, others take the share."""
+        self._share()
+        seconds = self._open.pop(index)
+        if failed:
+            self._left += seconds
+        return seconds
+
+    def _share(self) -> None:
+        now = time.perf_counter()
+        self._left += now - self._since
+        self._since = now
+        if running := list(self._open)[: self._slots]:
+            part, self._left = self._left / len(running), 0.0
+            for index in running:
+                self._open[index] += part
+
+
+class _Opened(Sequence[audio.Source]):
+    """Recordings that are opened as their slots become free, and share the time from then on."""
+
+    def __init__(self, samples: Sequence[Sample], shares: _Shares):
+        self._samples, self._shares = samples, shares
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index):
-        return self._samples[index].open()
+        sample = self._samples[index]
+        self._shares.begin(index)
+        return sample.open()
 
 
 def transcribe(
@@ -59,20 +101,15 @@ def transcribe(
     count = min(batch_size, len(samples))
     for _ in transcribe_each(model, [silence] * count, options=options, batch_size=batch_size):
         pass
-    results = transcribe_each(model, _Opened(samples), options=options, batch_size=batch_size)
-    passed = 0.0  # since the last recording that could be transcribed
-    while True:
-        start = time.perf_counter()
-        result = next(results, None)
-        passed += time.perf_counter() - start
-        if result is None:
-            return
-        index, transcript = result
+    shares = _Shares(count)
+    results = transcribe_each(model, _Opened(samples, shares), options=options, batch_size=batch_size)
+    for index, transcript in results:
+        seconds = shares.end(index, failed=isinstance(transcript, DsmError))
         if isinstance(transcript, DsmError):
             yield index, transcript
         else:
-            yield index, TimedTranscript(transcript.text, transcript.duration, passed)
-            passed = 0.0
+            yield index, TimedTranscript(transcript.text, transcript.duration, seconds)
+        shares.resume()
 
 
 def transcribe_live(
