@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -281,6 +282,19 @@ def test_a_stopped_run_leaves_its_rows_and_the_next_one_goes_on(transcribed, tmp
     assert found.processing_seconds == 1.0, "the time of the stopped run counts too"
 
 
+def test_names_and_texts_that_are_not_utf_8_are_written_and_read_back(transcribed, tmp_path):
+    transcripts, asked = transcribed
+    name, other = os.fsdecode(b"caf\xe9.wav"), "café.wav"
+    transcripts.update({name: "caf\udce9", other: "é"})
+    data = samples(**{name: "caf\udce9 one", other: "é"})
+    found = evaluate(MODEL, data, normalizer="none", resume=tmp_path / "rows")
+    again = evaluate(MODEL, data, normalizer="none", resume=tmp_path / "rows")
+    assert asked == [other, name], "the rows are found again by their names"
+    found.save(tmp_path / "results.json")
+    assert results.load(tmp_path / "results.json") == again == found
+    assert "café" in (tmp_path / "results.json").read_text(encoding="utf-8")
+
+
 def test_rows_are_scored_anew_with_the_texts_of_today(transcribed, tmp_path):
     transcripts, asked = transcribed
     transcripts["a"] = "One!"
@@ -431,7 +445,7 @@ def test_the_worst_are_printed_with_both_texts():
 @pytest.mark.parametrize("name", ["wer.png", "wer.svg", "wer.pdf"])
 def test_the_plot_is_drawn(tmp_path, name):
     rows = [row(str(i), *pair) for i, pair in enumerate(pairs(50))]
-    report.plot(evaluation(*rows, source="$odd_name$"), tmp_path / name)
+    report.plot(evaluation(*rows, source="$odd_name$ caf\udce9"), tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).stat().st_size > 3000
     if name == "wer.png":

@@ -4,7 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from dsm_jax import files
 from dsm_jax.errors import EvaluationError
@@ -22,6 +22,14 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
             yield file
     except OSError as error:
         raise EvaluationError(f"{path} cannot be written ({error.strerror}); give another place") from None
+
+
+def encoded(values: Any, *, indent: int | None = None) -> bytes:
+    """Write values as JSON in UTF-8; what UTF-8 lacks, such as parts of file names in other encodings, is escaped.
+
+    `json` reads the escapes back, so that such a name still names the same recording.
+    """
+    return json.dumps(values, indent=indent, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 class Journal:
@@ -70,7 +78,7 @@ class Journal:
         """
         try:
             with self.path.open("ab") as file:
-                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                file.write(encoded(row))
         except OSError as error:
             raise EvaluationError(f"{self.path} cannot be written ({error.strerror}); give another place") from None
 

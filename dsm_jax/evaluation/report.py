@@ -51,6 +51,7 @@ def plot(evaluation: Evaluation, path: str | Path) -> None:
     histogram.hist(rates, bins=np.linspace(0, max(10.0, rates[0]), 21).tolist())
     histogram.set(xlabel="WER, %", ylabel="recordings")
     title = f"{evaluation.model} on {evaluation.source}: corpus WER {percent(evaluation.corpus_wer)}"
-    figure.suptitle(title, parse_math=False)
+    # Matplotlib refuses what UTF-8 lacks, such as parts of file names in other encodings.
+    figure.suptitle(title.encode(errors="replace").decode(), parse_math=False)
     with replaced(path) as file:
         figure.savefig(file, format=path.suffix[1:].lower(), dpi=110)

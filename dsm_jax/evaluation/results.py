@@ -10,7 +10,7 @@ import numpy as np
 from dsm_jax.errors import EvaluationError
 from dsm_jax.evaluation import metrics
 from dsm_jax.evaluation.datasets import Failure
-from dsm_jax.evaluation.files import replaced
+from dsm_jax.evaluation.files import encoded, replaced
 from dsm_jax.evaluation.metrics import Errors, Interval, Intervals
 from dsm_jax.evaluation.tables import aligned, percent, plural
 from dsm_jax.evaluation.transcription import TimedTranscript
@@ -229,7 +229,7 @@ class Evaluation:
           EvaluationError: the file cannot be written.
         """
         with replaced(Path(path)) as file:
-            file.write((json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
+            file.write(encoded(self.to_dict(), indent=2))
 
 
 def load(path: str | Path) -> Evaluation:
