@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from dsm_jax.convert.pieces import DTYPES, Outgoing, Rows, Tensor
 from dsm_jax.errors import CheckpointError
-from dsm_jax.files import read_text
+from dsm_jax.files import decode_json, read_text
 
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
@@ -171,7 +171,7 @@ def read_json(path: Path) -> dict:
       CheckpointError: the file is missing, unreadable, or does not hold an object.
     """
     try:
-        value = json.loads(read_text(path))
+        value = decode_json(read_text(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
     if not isinstance(value, dict):

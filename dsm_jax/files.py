@@ -79,7 +79,7 @@ def parse_json(text: bytes, expected: str, *, line: bool) -> Any:
       line: whether the text is one line, whose file and number the caller adds to the error.
 
     Raises:
-      ValueError: the text is no JSON in UTF-8; in one sentence.
+      ValueError: the text is no JSON in UTF-8, or beyond the limits of Python's reader; in one sentence.
     """
     try:
         return decode_json(text.decode("utf-8-sig"))

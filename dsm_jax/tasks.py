@@ -37,13 +37,13 @@ def read_config(path: Path, tasks: Tasks) -> tuple[Any, Callable[..., Model]]:
       ConfigError: the file cannot be read, names no known task, or has fields that the task's config lacks.
     """
     try:
-        values = files.decode_json(files.read_text(path))
+        values = files.parse_json(path.read_bytes(), '{"task": TASK, ...}', line=False)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give a JSON file") from None
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); fix it") from None
-    if not isinstance(values, dict) or values.get("task") not in tasks:
-        found = values.get("task") if isinstance(values, dict) else values
+        raise ConfigError(f"{path}: {error}") from None
+    found = values.get("task") if isinstance(values, dict) else values
+    if not isinstance(found, str) or found not in tasks:
         raise ConfigError(f"{path}: the task is {found!r}; choose one of {sorted(tasks)}")
     kind, run = tasks[values.pop("task")]
     config = from_dict(kind, values, str(path), like=kind)

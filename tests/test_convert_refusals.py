@@ -39,6 +39,13 @@ def test_settings_that_transformers_cannot_express_are_refused(folders, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "1" * 5_000], ids=["cut", "deep", "long"])
+def test_a_config_that_cannot_be_parsed_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read as JSON \(.*\); fetch it again$"):
+        files.read_json(tmp_path / "config.json")
+
+
 @pytest.mark.parametrize("width", [16, 24, 64, 2048])
 @pytest.mark.parametrize("ffn_dim", [2, 10, 22, 128, 11264])
 def test_any_inner_width_has_a_hidden_scale(width, ffn_dim):

@@ -77,6 +77,12 @@ def test_lines_end_where_json_cannot_go_on():
     [
         (b"[1,\n 2", False, r"^this is no JSON \(.* at line 2, column 3\); expected a list$"),
         (b"[1", True, r"^this is no JSON \(.* at column 3\); expected a list$"),
+        (b"[" * 100_000, True, r"^this is no JSON \(it is nested too deeply at .*\); expected a list$"),
+        (
+            b"[" + b"1" * 5_000 + b"]",
+            True,
+            r"^this is no JSON \(a number has too many digits at .*\); expected a list$",
+        ),
         (b'"\xe9"', True, r"^this is not text in UTF-8 \(.*\); save it as UTF-8$"),
     ],
 )

@@ -43,7 +43,17 @@ def test_a_config_given_in_part_takes_the_defaults_of_the_task(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", r"train.json is not JSON \(.*\); fix it"),
+        ("{", r"train.json: this is no JSON \(.* at line 1, column 2\); expected \{\"task\": TASK, ...\}$"),
+        ("[" * 100_000, r"train.json: this is no JSON \(it is nested too deeply at "),
+        (
+            '{"task": ' + "1" * 5_000 + "}",
+            r"train.json: this is no JSON \(a number has too many digits at ",
+        ),
+        ('{"task": ["finetune"]}', r"train.json: the task is \['finetune'\]; choose one of"),
+        (
+            f'{{"task": "finetune", "data": "a", "output": "b", "run": {{"steps": 3}}, "seconds": {10**400}}}',
+            r"seconds is too large",
+        ),
         ("[]", r"train.json: the task is \[\]; choose one of \['finetune'\]"),
         ('{"data": "a"}', r"the task is None; choose one of"),
         ('{"task": "cook"}', r"the task is 'cook'; choose one of"),

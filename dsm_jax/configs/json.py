@@ -72,7 +72,10 @@ def _read_value(kind: Any, value: Any, where: str, like: Any) -> Any:
                 key: _read_value(typing.get_args(option)[1], v, f"{where}: {key}", None) for key, v in value.items()
             }
         if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                raise ConfigError(f"{where} is too large a number; expected float") from None
         if origin is Path and isinstance(value, str):
             return Path(value)
         if isinstance(origin, type) and isinstance(value, origin) and isinstance(value, bool) == (origin is bool):

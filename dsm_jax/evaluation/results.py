@@ -1,7 +1,6 @@
 """Hold the results of an evaluation: a row for each recording, and the figures of all together."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
