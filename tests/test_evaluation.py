@@ -15,6 +15,7 @@ import pytest
 from matplotlib import image
 
 from dsm_jax import cli
+from dsm_jax.audio import Recorded
 from dsm_jax.errors import AudioError, ConfigError, EvaluationError
 from dsm_jax.evaluation import command, comparison, metrics, normalizers, report, results, transcription
 from dsm_jax.evaluation.datasets import Failure, Sample
@@ -22,8 +23,9 @@ from dsm_jax.evaluation.metrics import Errors
 from dsm_jax.evaluation.results import Evaluation, FileResult
 from dsm_jax.evaluation.run import evaluate
 from dsm_jax.evaluation.transcription import TimedTranscript
+from dsm_jax.stt.options import Prompt
 
-MODEL = types.SimpleNamespace(name="a model")
+MODEL = types.SimpleNamespace(name="a model", dtype="float32")
 WORDS = ("one", "two", "three", "four", "fort", "for", "l'été", "x")
 
 
@@ -310,22 +312,83 @@ def test_rows_of_another_run_are_refused(transcribed, tmp_path):
     transcripts["a"] = "one"
     path = tmp_path / "rows"
     evaluate(MODEL, samples(a="one"), resume=path)
-    other = types.SimpleNamespace(name="another")
+    other = types.SimpleNamespace(name="another", dtype="float32")
     with pytest.raises(
         EvaluationError, match=r"rows of another run, whose model was 'a model' and not 'another'; give a"
     ):
         evaluate(other, samples(a="one"), resume=path)
     with pytest.raises(EvaluationError, match="whose options was "):
         evaluate(MODEL, samples(a="one"), resume=path, options=transcription.TranscribeOptions(seed=1))
+    other = types.SimpleNamespace(name="a model", dtype="bfloat16")
+    with pytest.raises(EvaluationError, match="rows of another run, whose dtype was 'float32' and not 'bfloat16'; "):
+        evaluate(other, samples(a="one"), resume=path)
     path.write_text("my only copy, without an end of line")
     with pytest.raises(EvaluationError, match=r"rows has no whole line of results; delete it, or give another file$"):
         evaluate(MODEL, samples(a="one"), resume=path)
     assert path.read_text() == "my only copy, without an end of line"
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(EvaluationError, match=r"line 1 is no JSON \(.*\); delete the line, or start again$"):
+        evaluate(MODEL, samples(a="one"), resume=path)
     path.write_text("nonsense\n")
     with pytest.raises(EvaluationError, match=r"line 1 is no JSON \(.*\); delete the line, or start again$"):
         evaluate(MODEL, samples(a="one"), resume=path)
     with pytest.raises(EvaluationError, match=r"cannot be read or written \(Is a directory\); give another place$"):
         evaluate(MODEL, samples(a="one"), resume=tmp_path)
+
+
+@pytest.mark.parametrize("wrap", [lambda pcm: pcm, lambda pcm: Recorded(pcm, 400), lambda pcm: {"array": pcm}])
+def test_rows_with_another_prompt_of_as_many_samples_are_refused(transcribed, tmp_path, wrap):
+    transcripts, asked = transcribed
+    transcripts["a"] = "one"
+    pcm_T = np.zeros(5_000, np.float32)
+
+    def run():
+        prompt = Prompt(text="one", audio=wrap(pcm_T))
+        options = transcription.TranscribeOptions(prompt=prompt)
+        evaluate(MODEL, samples(a="one"), resume=tmp_path / "rows", options=options)
+
+    run()
+    run()
+    assert asked == ["a"]
+    pcm_T[2_500] = 0.5  # which `repr` leaves out
+    with pytest.raises(EvaluationError, match="whose options was "):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id": 5}, "id is 5; expected str"),
+        ({"hypothesis": ["one"]}, r"hypothesis is \['one'\]; expected str"),
+        ({"duration": "2"}, "duration is '2'; expected float"),
+        ({"end_latencies": None}, "end_latencies is None; expected list"),
+        ({"start_latencies": ["x"]}, "start_latencies is 'x'; expected float"),
+        ({"flushed": True}, "flushed is True; expected int"),
+    ],
+)
+def test_rows_of_a_wrong_type_are_refused_at_the_start(transcribed, tmp_path, changes, message):
+    transcripts, asked = transcribed
+    transcripts["a"] = "one"
+    found = evaluate(MODEL, samples(a="one"), resume=tmp_path / "rows")
+    first, one = (tmp_path / "rows").read_text().splitlines()
+    (tmp_path / "rows").write_text(f"{first}\n{json.dumps(json.loads(one) | changes)}\n")
+    with pytest.raises(
+        EvaluationError, match=rf"rows line 2 is no row of results \({message}\); delete the line, or g"
+    ):
+        evaluate(MODEL, samples(a="one"), resume=tmp_path / "rows")
+    assert asked == ["a"]
+    values = found.to_dict()
+    values["files"][0] |= changes
+    (tmp_path / "results.json").write_text(json.dumps(values))
+    with pytest.raises(EvaluationError, match=rf"is no result of an evaluation \(TypeError: {message}\); give what"):
+        results.load(tmp_path / "results.json")
+
+
+def test_a_sample_whose_id_or_reference_is_no_string_is_refused():
+    with pytest.raises(EvaluationError, match=r"^the id of a sample is 5; expected a string$"):
+        Sample(5, "one", "a.wav")
+    with pytest.raises(EvaluationError, match=r"^the reference of a sample is None; expected a string$"):
+        Sample("a", None, "a.wav")
 
 
 def test_a_missing_library_is_an_error_of_one_sentence(monkeypatch):
@@ -392,7 +455,7 @@ def test_results_that_fail_while_they_are_written_leave_the_old_ones(tmp_path):
         evaluation(row("a", "one", "two")).save(tmp_path / "nosuch/results.json")
 
 
-@pytest.mark.parametrize("text", ["nothing", "[]", "{}", '{"files": 1}'])
+@pytest.mark.parametrize("text", ["nothing", "[]", "{}", '{"files": 1}', "[" * 100_000, "1" * 5_000])
 def test_what_is_no_result_is_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(

@@ -173,6 +173,9 @@ def test_names_are_resolved_as_the_published_script_does(hub, name, place):
 def test_rows_of_the_hub_keep_their_ids_where_these_are_names(hub):
     hub.columns = {"audio": [{"bytes": None, "path": p} for p in "xy"], "transcript": ["t", "u"], "id": ["i", "j"]}
     assert [(s.id, s.reference, s.open()) for s in datasets.read("a/b").samples] == [("i", "t", "x"), ("j", "u", "y")]
+    hub.columns["transcript"] = ["t", None]
+    assert datasets.read("a/b").failures == (datasets.Failure("j", "it has no text"),)
+    hub.columns["transcript"] = ["t", "u"]
     hub.columns["id"] = ["i", "i"]
     assert [s.id for s in datasets.read("a/b").samples] == ["0", "1"]
 

@@ -27,11 +27,19 @@ class Sample:
       id: names it; no other sample of the data set has the same.
       reference: the right transcript.
       audio: a recording, as `transcribe` takes it, or a function that opens it when its turn comes.
+
+    Raises:
+      EvaluationError: the id or the reference is no string.
     """
 
     id: str
     reference: str
     audio: Source | Callable[[], Source]
+
+    def __post_init__(self) -> None:
+        for name in ("id", "reference"):
+            if not isinstance(found := getattr(self, name), str):
+                raise EvaluationError(f"the {name} of a sample is {found!r}; expected a string")
 
     def open(self) -> Source:
         """Open the recording."""
@@ -78,7 +86,10 @@ def read(source: str | Path) -> Dataset:
     elif path.is_file():
         found = list(_manifest(path))
     elif place := hub_datasets.find(str(source)):
-        found = [Sample(one.id, one.text, one.open) for one in hub_datasets.fetch(place)]
+        found = [
+            Sample(one.id, one.text, one.open) if isinstance(one.text, str) else Failure(one.id, "it has no text")
+            for one in hub_datasets.fetch(place)
+        ]
     else:
         raise EvaluationError(
             f"{source} is no folder, no file, and no data set; give one of them, ORGANISATION/NAME on the hub, or one "

@@ -240,9 +240,9 @@ def load(path: str | Path) -> Evaluation:
     try:
         values = decode_json(Path(path).read_text(encoding="utf-8"))
         return Evaluation(
-            model=values["model"],
-            source=values["source"],
-            normalizer=values["normalizer"],
+            model=typed(values, "model", str),
+            source=typed(values, "source", str),
+            normalizer=typed(values, "normalizer", str),
             streaming=values["streaming"],
             files=tuple(_row(row) for row in values["files"]),
             skipped=tuple(values["skipped"]),
@@ -251,19 +251,20 @@ def load(path: str | Path) -> Evaluation:
         )
     except OSError as error:
         raise EvaluationError(f"{path} cannot be read ({error.strerror}); give what --output wrote") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EvaluationError(
             f"{path} is no result of an evaluation ({type(error).__name__}: {error}); give what --output wrote"
         ) from None
 
 
 def _row(values: dict[str, Any]) -> FileResult:
+    kinds = {field.name: int if field.type is int else float for field in dataclasses.fields(Errors)}
     return FileResult(
-        id=values["id"],
-        reference=values["reference"],
-        normalized_reference=values["normalized_reference"],
-        normalized_hypothesis=values["normalized_hypothesis"],
-        errors=Errors(**{field.name: values[field.name] for field in dataclasses.fields(Errors)}),
+        id=typed(values, "id", str),
+        reference=typed(values, "reference", str),
+        normalized_reference=typed(values, "normalized_reference", str),
+        normalized_hypothesis=typed(values, "normalized_hypothesis", str),
+        errors=Errors(**{name: typed(values, name, kind) for name, kind in kinds.items()}),
         transcript=timed_from(values),
     )
 
@@ -273,11 +274,30 @@ def timed_from(values: dict[str, Any]) -> TimedTranscript:
 
     Raises:
       KeyError: a value is missing.
+      TypeError: a value is of another type.
     """
-    starts, ends = (tuple(values[name]) for name in ("start_latencies", "end_latencies"))
+    lists = {name: typed(values, name, list) for name in ("start_latencies", "end_latencies")}
+    starts, ends = (tuple(_of(one, name, float) for one in listed) for name, listed in lists.items())
+    duration, processing = (typed(values, name, float) for name in ("duration", "processing"))
     return TimedTranscript(
-        values["hypothesis"], values["duration"], values["processing"], starts, ends, values["flushed"]
+        typed(values, "hypothesis", str), duration, processing, starts, ends, typed(values, "flushed", int)
     )
+
+
+def typed(values: dict[str, Any], name: str, kind: type) -> Any:
+    """Return a value of a row; whole numbers are numbers of the type float too.
+
+    Raises:
+      KeyError: the value is missing.
+      TypeError: the value is of another type.
+    """
+    return _of(values[name], name, kind)
+
+
+def _of(value: Any, name: str, kind: type) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float if kind is float else kind):
+        raise TypeError(f"{name} is {value!r}; expected {kind.__name__}")
+    return value
 
 
 def _edits(errors: Errors) -> str:

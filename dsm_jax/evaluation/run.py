@@ -1,14 +1,19 @@
 """Evaluate a model: transcribe a data set, normalize, score, and go on where a run was stopped."""
 
-from collections.abc import Sequence
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import ConfigError, DsmError, EvaluationError
 from dsm_jax.evaluation import datasets, metrics, normalizers, transcription
 from dsm_jax.evaluation.datasets import Dataset, Failure, Sample
 from dsm_jax.evaluation.files import Journal
-from dsm_jax.evaluation.results import Evaluation, FileResult, timed_from
+from dsm_jax.evaluation.results import Evaluation, FileResult, timed_from, typed
 from dsm_jax.evaluation.transcription import TimedTranscript, TranscribeOptions
 from dsm_jax.progress import Progress, ProgressCallback
 
@@ -40,7 +45,7 @@ def evaluate(
       options: how to transcribe; None for the defaults.
       limit: evaluate only so many recordings, the first ones.
       resume: a file that a row is written to as each recording ends. Where it exists, recordings that are in it are
-        not transcribed again; it must be of the same model, data and options.
+        not transcribed again; it must be of the same model, dtype, data and options.
       bootstrap: resamples of recordings for the intervals; 0 for none.
       seed: seed of the resampling.
       progress: called with the recordings that have ended.
@@ -76,7 +81,13 @@ def evaluate(
         errors = metrics.score(reference, hypothesis)
         return FileResult(sample.id, sample.reference, reference, hypothesis, errors, timed)
 
-    run = {"model": model.name, "source": dataset.name, "streaming": streaming, "options": repr(options)}
+    run = {
+        "model": model.name,
+        "dtype": model.dtype,
+        "source": dataset.name,
+        "streaming": streaming,
+        "options": _described(options),
+    }
     journal = None if resume is None else Journal(Path(resume), run)
     done = _finished(journal)
     waiting = [sample for sample in samples if sample.id not in done]
@@ -113,12 +124,29 @@ def evaluate(
     )
 
 
+def _described(value: Any) -> str:
+    """Write options as `repr` does, but arrays, which `repr` abbreviates, by a digest of their bytes."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return f"{type(value).__qualname__}({', '.join(f'{name}={_described(one)}' for name, one in fields)})"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_described(one)}' for key, one in value.items())}}}"
+    if hasattr(value, "__array__"):
+        array = np.ascontiguousarray(value)
+        return f"{array.dtype}{list(array.shape)} of SHA-256 {hashlib.sha256(array.tobytes()).hexdigest()}"
+    return repr(value)
+
+
 def _finished(journal: Journal | None) -> dict[str, TimedTranscript]:
     """Read the transcripts that an earlier run has left."""
-    try:
-        return {} if journal is None else {str(row["id"]): timed_from(row) for row in journal.rows}
-    except (KeyError, TypeError) as error:
-        assert journal is not None
-        raise EvaluationError(
-            f"{journal.path} has a row that is no result ({error}); delete it, or give another file"
-        ) from None
+    done = {}
+    for number, row in enumerate(() if journal is None else journal.rows, 2):
+        try:
+            done[typed(row, "id", str)] = timed_from(row)
+        except (KeyError, TypeError) as error:
+            assert journal is not None
+            why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise EvaluationError(
+                f"{journal.path} line {number} is no row of results ({why}); delete the line, or give another file"
+            ) from None
+    return done
