@@ -14,6 +14,7 @@ from dsm_jax.convert import layouts, native
 from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models import family
 from dsm_jax.models.family import FAMILIES, Family, require
+from dsm_jax.training.finetune import TASKS
 from tests.helpers import csm_model, small
 
 TTS = TtsConfig(audio_delay=0.2)
@@ -49,11 +50,17 @@ def test_the_dotted_paths_of_an_entry_resolve(entry: Family):
         layout = pkgutil.resolve_name(path)
         assert (layout.NAME, layout.__name__) == (name, path)
         assert all(inspect.isfunction(getattr(layout, f)) for f in ("recognises", "open_checkpoint", "write"))
-    if entry.program is not None:
-        assert {"init_state", "insert", "step"} <= vars(pkgutil.resolve_name(entry.program)).keys()
     if entry.loss is not None:
-        assert inspect.isfunction(pkgutil.resolve_name(entry.loss))
-    assert (entry.task is None) == (entry.program is None)
+        assert list(inspect.signature(pkgutil.resolve_name(entry.loss)).parameters) == [
+            "lm",
+            "batch",
+            "key",
+            "objective",
+        ]
+
+
+def test_families_with_a_loss_are_those_that_can_be_fine_tuned():
+    assert {name for name, entry in FAMILIES.items() if entry.loss is not None} == TASKS.keys()
 
 
 def test_a_dotted_path_that_does_not_resolve_is_caught():

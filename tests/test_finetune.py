@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(stopped
         return jnp.nan * lm.transformer.layers[0].self_attn.in_proj.weight_PKHD[...].sum(), {}
 
     config = stopped(2)
-    monkeypatch.setattr("dsm_jax.training.finetune.stt_loss", not_finite)
+    monkeypatch.setattr("dsm_jax.training.losses.stt.stt_loss", not_finite)
     with pytest.raises(TrainingError, match=r"not finite at step 3 .* Lower the learning rate.* last one is of step 2"):
         finetune(dataclasses.replace(config, validation=None), resume=True)
     assert [p.name for p in (Path(config.output) / "checkpoints").iterdir()] == ["2"]
@@ -209,7 +209,7 @@ def test_the_whole_model_trains_in_bfloat16_with_accumulation_on_a_given_mesh(
         seen.update(p.dtype.name for p in jax.tree.leaves(nnx.state(lm)))
         return stt_loss(lm, *others)
 
-    monkeypatch.setattr("dsm_jax.training.finetune.stt_loss", watched)
+    monkeypatch.setattr("dsm_jax.training.losses.stt.stt_loss", watched)
     config = dataclasses.replace(
         settings,
         output=str(tmp_path / "run"),

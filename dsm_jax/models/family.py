@@ -1,6 +1,6 @@
 """The registry of model families: one entry per kind of model, from its config to its networks, layouts and loss.
 
-An entry refers to modules of higher ranks (layouts, program, loss) by dotted path, which the caller resolves with
+An entry refers to modules of higher ranks (layouts, loss) by dotted path, which the caller resolves with
 `pkgutil.resolve_name`, so that this module imports nothing from above its rank.
 """
 
@@ -35,8 +35,8 @@ class Family:
       language_model: builds the language model from (config, dtype of the activations); None for a codec alone.
       vocabulary: returns the number of the tokenizer's pieces from a config; None without a tokenizer.
       layouts: dotted paths of the modules that read and write the published layouts, by the layout's name.
-      program: dotted path of the module that runs the family in slots.
-      loss: dotted path of the training loss.
+      loss: dotted path of the loss of fine-tuning, a function of (language model, batch, key, objective); None for a
+        family that is not fine-tuned.
     """
 
     model_type: str
@@ -48,7 +48,6 @@ class Family:
     language_model: Callable[[ModelConfig, Any], nnx.Module] | None = None
     vocabulary: Callable[[ModelConfig], int] | None = None
     layouts: Mapping[str, str]
-    program: str | None = None
     loss: str | None = None
 
 
@@ -148,7 +147,6 @@ FAMILIES: Mapping[str, Family] = {
             example="kyutai/mimi",
             parts={},
             layouts={"kyutai": _KYUTAI, "transformers": "dsm_jax.convert.transformers_mimi"},
-            loss="dsm_jax.training.losses.codec:codec_loss",
         ),
         Family(
             model_type="stt",
@@ -160,8 +158,7 @@ FAMILIES: Mapping[str, Family] = {
             language_model=_delayed_lm,
             vocabulary=_text_card,
             layouts={"kyutai": _KYUTAI, "transformers": "dsm_jax.convert.transformers_stt"},
-            program="dsm_jax.stt.program",
-            loss="dsm_jax.training.losses.stt:stt_loss",
+            loss="dsm_jax.training.losses.stt:stt_batch_loss",
         ),
         Family(
             model_type="tts",
@@ -173,8 +170,7 @@ FAMILIES: Mapping[str, Family] = {
             language_model=_delayed_lm,
             vocabulary=_text_card,
             layouts={"kyutai": _KYUTAI},
-            program="dsm_jax.tts.program",
-            loss="dsm_jax.training.losses.tts:tts_loss",
+            loss="dsm_jax.training.losses.tts:tts_batch_loss",
         ),
         Family(
             model_type="csm",
@@ -186,7 +182,6 @@ FAMILIES: Mapping[str, Family] = {
             language_model=_csm_lm,
             vocabulary=lambda config: csm_config(config).text_card,
             layouts={"sesame": "dsm_jax.convert.sesame", "transformers": "dsm_jax.convert.transformers_csm"},
-            program="dsm_jax.csm.program",
             loss="dsm_jax.training.losses.csm:csm_loss",
         ),
         Family(

@@ -8,6 +8,7 @@ Shape letters: B batch rows.
 
 import dataclasses
 import math
+import pkgutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,9 +34,9 @@ from dsm_jax.training.data import batches
 from dsm_jax.training.encoding import pad_to, rows_place
 from dsm_jax.training.loop import Run, RunConfig
 from dsm_jax.training.lora import LoraConfig
-from dsm_jax.training.losses.csm import CsmObjective, csm_loss
-from dsm_jax.training.losses.stt import SttObjective, stt_loss
-from dsm_jax.training.losses.tts import TtsObjective, tts_batch_loss
+from dsm_jax.training.losses.csm import CsmObjective
+from dsm_jax.training.losses.stt import SttObjective
+from dsm_jax.training.losses.tts import TtsObjective
 from dsm_jax.training.rows import SttRows, TtsRows
 from dsm_jax.training.step import Metrics, OptimizerConfig, TrainState, init, make_step
 from dsm_jax.tts.voices import Voice, guidance_values, has_speakers, read_voice, voices_of, write_voices
@@ -107,6 +108,10 @@ class FinetuneConfig:
             )
 
 
+# Maps (language model, batch, key, objective) to the loss and metrics.
+_BatchLoss = Callable[[Any, Mapping[str, Any], jax.Array, Any], tuple[jax.Array, Metrics]]
+
+
 class _Rows(Protocol):
     """The maker of a model's rows: reads and checks the examples of a data set, and makes rows of them."""
 
@@ -117,18 +122,16 @@ class _Rows(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """The functions that fine-tune one family of models.
+    """The functions that fine-tune one family of models, besides the loss, which its entry in `FAMILIES` names.
 
     Attributes:
       rows: makes the maker of a model's rows.
       objective: returns the weights and dropouts of a model's loss.
-      loss: maps (language model, batch, key, objective) to the loss and metrics.
       layout: layout of the written model.
     """
 
     rows: Callable[[Model, Mesh, FinetuneConfig], _Rows]
     objective: Callable[[Model, FinetuneConfig], Any]
-    loss: Callable[[Any, Mapping[str, Any], jax.Array, Any], tuple[jax.Array, Metrics]]
     layout: str
 
 
@@ -159,14 +162,10 @@ def _tts_objective(model: Model, config: FinetuneConfig) -> TtsObjective:
     return dataclasses.replace(config.tts, unconditional=0.0) if distilled else config.tts
 
 
-def _stt_batch_loss(lm: Any, batch: Mapping[str, Any], key: jax.Array, objective: Any) -> tuple[jax.Array, Metrics]:
-    return stt_loss(lm, batch["codes_BMT"], key, objective)
-
-
 TASKS: Mapping[str, _Task] = {
-    "stt": _Task(_stt_rows, lambda model, config: config.stt, _stt_batch_loss, "kyutai"),
-    "tts": _Task(_tts_rows, _tts_objective, tts_batch_loss, "kyutai"),
-    "csm": _Task(_csm_rows, lambda model, config: config.csm, csm_loss, "transformers"),
+    "stt": _Task(_stt_rows, lambda model, config: config.stt, "kyutai"),
+    "tts": _Task(_tts_rows, _tts_objective, "kyutai"),
+    "csm": _Task(_csm_rows, lambda model, config: config.csm, "transformers"),
 }
 
 
@@ -304,7 +303,10 @@ class _Trained:
 
     def __init__(self, model: Model, task: _Task, config: FinetuneConfig, dtype: np.dtype):
         self.adapters, self._seed = config.lora, config.run.seed
-        self._loss, self._objective = task.loss, task.objective(model, config)
+        loss = FAMILIES[model.config.model_type].loss
+        assert loss is not None
+        self._loss: _BatchLoss = pkgutil.resolve_name(loss)
+        self._objective = task.objective(model, config)
         self._graph: Any = model.lm_def
         self._dtype = dtype
         self.measure = jax.jit(self._row_losses)

@@ -21,7 +21,7 @@ from dsm_jax.training.alignment import text_stream
 from dsm_jax.training.finetune import write_model
 from dsm_jax.training.loop import Run, RunConfig
 from dsm_jax.training.losses.codec import CodecTrainee
-from dsm_jax.training.losses.stt import SttObjective, stt_loss
+from dsm_jax.training.losses.stt import SttObjective, stt_batch_loss
 from recipes.digits.codec import (
     AUGMENTED,
     DECODER,
@@ -181,7 +181,7 @@ def train_digits(
         return {"codes_BMT": np.concatenate([np.stack(texts).astype(np.int16)[:, None], codes_NQT], axis=1)}
 
     def loss(objective: SttObjective) -> LmLoss:
-        return lambda lm, batch, key: stt_loss(lm, batch["codes_BMT"], key, objective)
+        return lambda lm, batch, key: stt_batch_loss(lm, batch, key, objective)
 
     trained = train_lm(
         config.lm,

@@ -5,6 +5,8 @@ Source: Zeghidour et al. 2025 (Delayed Streams Modeling), section 3. The dropout
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,3 +82,10 @@ def stt_loss(
         "words_right": jnp.sum(right_BT & word_BT) / jnp.maximum(word_BT.sum(), 1),
         "padding_right": jnp.sum(right_BT & padding_BT) / jnp.maximum(padding_BT.sum(), 1),
     }
+
+
+def stt_batch_loss(
+    lm: DelayedStreamsLM, batch: Mapping[str, Any], key: jax.Array, objective: SttObjective
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Compute `stt_loss` of a batch of `training.rows.SttRows.rows`, which holds `codes_BMT`."""
+    return stt_loss(lm, batch["codes_BMT"], key, objective)
