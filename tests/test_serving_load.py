@@ -61,6 +61,10 @@ def test_speech_is_measured_by_its_sound(server):
     assert found.frames > 10
     assert found.first.max > 0
     assert found.real_time_factor.max > 0
+    alone = asyncio.run(load.run(Load(url=server.url, streams=1, seconds=2.0, tts=True)))
+    factor = alone.to_dict()["real_time_factor"]["max"]
+    assert 0 < factor <= alone.seconds / (alone.frames * load.FRAME_S), "a ratio, and not thousandths of it"
+    assert f"real-time factor of a stream: {factor:.3f}, of the slowest {factor:.3f}\n" in alone.text()
 
 
 def test_streams_beyond_the_slots_are_errors_and_the_search_ends_at_the_slots(server):

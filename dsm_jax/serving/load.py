@@ -64,7 +64,7 @@ class Load:
 
 @dataclasses.dataclass(frozen=True)
 class Tail:
-    """Percentiles of a duration, in milliseconds; None of nothing."""
+    """Percentiles of durations, in milliseconds, or of ratios; None of nothing."""
 
     p50: float | None
     p95: float | None
@@ -72,11 +72,17 @@ class Tail:
     max: float | None
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> "Tail":
-        """Return the percentiles of durations in seconds."""
-        if not seconds:
+    def of(cls, values: Sequence[float], *, scale: float = 1e3, digits: int = 2) -> "Tail":
+        """Return the percentiles of durations in seconds, or with a scale of 1, of ratios.
+
+        Args:
+          values: the durations or ratios.
+          scale: factor of the percentiles.
+          digits: digits after the point that are kept.
+        """
+        if not values:
             return cls(None, None, None, None)
-        return cls(*(round(1e3 * float(np.quantile(seconds, at)), 2) for at in (0.5, 0.95, 0.99, 1.0)))
+        return cls(*(round(scale * float(np.quantile(values, at)), digits) for at in (0.5, 0.95, 0.99, 1.0)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +139,7 @@ class Report:
                 lines.append(f"{name:<22}" + "".join(f"{figure:>9.1f}" for figure in figures))
         factor = self.real_time_factor
         if factor.p50 is not None and factor.max is not None:
-            lines.append(f"real-time factor of a stream: {factor.p50 / 1e3:.3f}, of the slowest {factor.max / 1e3:.3f}")
+            lines.append(f"real-time factor of a stream: {factor.p50:.3f}, of the slowest {factor.max:.3f}")
         lines += [f"{count} streams failed: {reason}" for reason, count in self.errors.items()]
         if self.busy:
             lines.append(f"the generator itself was late (over {BUSY_MS:.0f} ms): these figures are not the server's")
@@ -210,7 +216,11 @@ async def run(load: Load) -> Report:
         found.frames,
         found.frames - found.answered,
         dict(found.errors),
-        *map(Tail.of, (found.latency, found.first, found.marker, found.factors, found.lag)),
+        Tail.of(found.latency),
+        Tail.of(found.first),
+        Tail.of(found.marker),
+        Tail.of(found.factors, scale=1.0, digits=5),
+        Tail.of(found.lag),
     )
 
 
