@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import runpy
 import shutil
 import sys
@@ -29,6 +30,7 @@ from dsm_jax.training.finetune import FinetuneConfig, finetune
 from dsm_jax.training.loop import RunConfig
 from dsm_jax.training.lora import LoraConfig
 from dsm_jax.training.losses.stt import SttObjective, stt_loss
+from dsm_jax.training.losses.tts import TtsObjective
 from dsm_jax.training.rows import SttRows
 from dsm_jax.training.step import OptimizerConfig
 from tests.helpers.checkpoint_maker import PLAIN_STT, arrays_of, assert_same_weights, make_checkpoint
@@ -264,6 +266,14 @@ def test_a_run_is_never_overwritten_by_mistake(settings, tmp_path):
         finetune(config, resume=True)
 
 
+def test_resuming_a_run_to_fewer_steps_than_it_has_is_refused(stopped):
+    config = stopped(4)
+    fewer = dataclasses.replace(config, run=dataclasses.replace(config.run, steps=3))
+    with pytest.raises(TrainingError, match="holds a checkpoint of step 4, and the run is to end at step 3; give 4 st"):
+        finetune(fewer, resume=True)
+    assert not (Path(config.output) / "model").exists()
+
+
 def test_resuming_without_a_checkpoint_is_refused(settings, tmp_path):
     with pytest.raises(TrainingError, match="holds no checkpoint to resume from; start without --resume"):
         finetune(dataclasses.replace(settings, output=str(tmp_path / "run")), resume=True)
@@ -303,7 +313,19 @@ def test_a_mesh_that_does_not_divide_the_batch_is_refused(settings, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seconds": 0.5}, r"a row has 0\.5 seconds of a recording; give at least 1"),
+        ({"seconds": 0.5}, r"a row has 0\.5 seconds of a recording; give 1 to 3600"),
+        ({"seconds": 1e9}, r"a row has 1000000000\.0 seconds of a recording; give 1 to 3600"),
+        ({"prefix_seconds": math.nan}, "a prefix has nan seconds of a recording; give 1 to 3600"),
+        ({"run": {"steps": 1, "seed": -1}}, "the seed of a run is -1; give a number from 0 to 4294967295"),
+        ({"run": {"steps": 1, "seed": 2**70}}, f"the seed of a run is {2**70}; give a number from 0 to"),
+        ({"run": {"steps": 2**40}}, f"steps is {2**40}; expected a number of less than 32 bits"),
+        ({"batch_size": 2**40}, f"batch_size is {2**40}; expected a number of less than 32 bits"),
+        ({"optimizer": {"learning_rate": -1.0}}, r"learning_rate of the optimizer is -1\.0; give a number above 0"),
+        ({"optimizer": {"learning_rate": math.nan}}, "learning_rate of the optimizer is nan; give a number above 0"),
+        ({"optimizer": {"warmup": -1}}, "warmup of the optimizer is -1; give a number of steps, or 0 for none"),
+        ({"optimizer": {"b2": 1.0}}, r"b2 of the optimizer is 1\.0; give a number from 0 to below 1"),
+        ({"optimizer": {"clip": 0.0}}, r"clip of the optimizer is 0\.0; give a norm above 0"),
+        ({"lora": {"alpha": -1.0}}, r"the alpha of the adapters is -1\.0; give a number above 0"),
         ({"positions": 0}, "positions is 0; give at least 1, or null for the longest conversation's"),
         ({"csm": {"depth_share": 0.0}}, r"depth_share is 0\.0; give a share of the frames, above 0 and at most 1"),
         ({"batch_size": 0}, "batch_size is 0, accumulate 1 and encode_batch 8; give at least 1"),
@@ -316,6 +338,36 @@ def test_impossible_settings_are_refused(changes, message):
     values = {"data": "data", "output": "out", "run": {"steps": 1}, **changes}
     with pytest.raises(ConfigError, match=message):
         from_dict(FinetuneConfig, values, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"voice": "theo"},
+            "voice is 'theo', and .* is a speech-to-text model, which has no such setting; leave it out",
+        ),
+        (
+            {"guidance": 2.0},
+            r"guidance is 2\.0, and .* is a speech-to-text model, which has no such setting; leave it out",
+        ),
+        (
+            {"positions": 48},
+            "positions is 48, and .* is a speech-to-text model, which has no such setting; leave it out",
+        ),
+        (
+            {"tts": TtsObjective(text=2.0)},
+            "tts is TtsObjective.*, and .* is a speech-to-text model, which has no such setting",
+        ),
+        (
+            {"lora": LoraConfig(rank=100_000)},
+            "rank of the adapters is 100000, and the matrices .* of up to [0-9]+; give",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused(settings, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        finetune(dataclasses.replace(settings, output=str(tmp_path / "run"), **changes))
 
 
 def test_a_config_survives_json(settings):

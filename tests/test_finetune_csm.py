@@ -17,6 +17,7 @@ import dsm_jax
 from dsm_jax import audio, checkpoints
 from dsm_jax.checkpoints import Model
 from dsm_jax.csm import CsmOptions, Request, Segment
+from dsm_jax.errors import ConfigError
 from dsm_jax.models.parameters import flatten
 from dsm_jax.synthesis import synthesize_each
 from dsm_jax.training.conversation_rows import CsmRows
@@ -193,6 +194,13 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_stopped(trained, a
     assert_same_weights(finetune(adapters(trained, new_voice, output), resume=True), model)
     ours, theirs = ([{**row, "seconds_per_step": 0} for row in metrics(folder)] for folder in (output, whole))
     assert ours == theirs
+
+
+def test_settings_of_other_families_are_refused(checkpoint, data, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"seconds is 9\.0, and .* is a conversational speech model, which has no such"
+    ):
+        finetune(settings(checkpoint, data, tmp_path / "run", steps=1, seconds=9.0))
 
 
 def test_two_devices_learn_what_one_does(checkpoint, data, tmp_path):

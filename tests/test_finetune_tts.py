@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 import dsm_jax
 from dsm_jax import audio, checkpoints, codec
-from dsm_jax.errors import CheckpointError, TrainingError
+from dsm_jax.errors import CheckpointError, ConfigError, TrainingError
 from dsm_jax.evaluation import transcription
 from dsm_jax.evaluation.transcription import TimedTranscript
 from dsm_jax.training.alignment import script_stream
@@ -25,6 +25,7 @@ from dsm_jax.training.data import Recording, WordSpan, read_recordings
 from dsm_jax.training.finetune import FinetuneConfig, finetune
 from dsm_jax.training.loop import RunConfig
 from dsm_jax.training.lora import LoraConfig
+from dsm_jax.training.losses.stt import SttObjective
 from dsm_jax.training.losses.tts import TtsObjective
 from dsm_jax.training.rows import TtsRows
 from dsm_jax.training.step import OptimizerConfig
@@ -232,12 +233,23 @@ def test_speakers_without_a_voice_and_voices_of_two_lengths_are_refused_before_e
         TtsRows(dsm_jax.load(checkpoint), MESH, seconds=SECONDS, batch_size=1).rows(both)
 
 
+def test_a_voice_for_a_model_without_voices_is_refused(prefix_checkpoint, data, tmp_path):
+    config = settings(prefix_checkpoint, data, tmp_path / "run", steps=2, lora=None)
+    with pytest.raises(ConfigError, match=r"^voice is 'ann', and speaker takes no voices; leave it out$"):
+        finetune(dataclasses.replace(config, voice="ann"))
+
+
 def test_words_that_cannot_be_spelt_and_models_of_other_families_are_refused(checkpoint, data, tmp_path):
     model = dsm_jax.load(checkpoint)
     maker = TtsRows(model, MESH, seconds=SECONDS, batch_size=1)
     maker.check("on")
     with pytest.raises(TrainingError, match="the word '語' cannot be spelt by the model's tokenizer"):
         maker.check("語")
+    config = settings(checkpoint, data, tmp_path / "run", steps=2, lora=None)
+    with pytest.raises(
+        ConfigError, match=r"stt is SttObjective.*, and .* is a text-to-speech model, which has no such setting"
+    ):
+        finetune(dataclasses.replace(config, stt=SttObjective(text_dropout=0.5)))
     config = dataclasses.replace(model.config, model_type="hibiki", tts=None)
     checkpoints.save(dataclasses.replace(model, config=config), tmp_path / "other")
     with pytest.raises(

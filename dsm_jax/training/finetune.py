@@ -26,6 +26,7 @@ from dsm_jax.errors import CheckpointError, ConfigError, TrainingError
 from dsm_jax.models.family import FAMILIES
 from dsm_jax.models.parameters import read_dtype
 from dsm_jax.nn.precision import set_compute_dtype
+from dsm_jax.options import check_whole_numbers
 from dsm_jax.progress import ProgressCallback
 from dsm_jax.sharding import Sharding
 from dsm_jax.training import lora
@@ -41,6 +42,8 @@ from dsm_jax.training.rows import SttRows, TtsRows
 from dsm_jax.training.step import Metrics, OptimizerConfig, TrainState, init, make_step
 from dsm_jax.tts.voices import Voice, guidance_values, has_speakers, read_voice, voices_of, write_voices
 
+LONGEST_ROW_S = 3600  # all rows are as long as the longest may be
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
@@ -54,7 +57,7 @@ class FinetuneConfig:
       model: the model to start from, as for `dsm_jax.load`.
       validation: data that is not trained on; its loss is computed at each checkpoint.
       skip_bad: whether to leave out faulty recordings instead of refusing the data.
-      seconds: longest part of a recording in a row, in seconds; not for conversational speech.
+      seconds: longest part of a recording in a row, in seconds, up to an hour; not for conversational speech.
       positions: for conversational speech, positions of a row, which is a whole conversation: tokens of text, frames of
         audio, and one for the end of each recording. None is the number of the longest conversation's.
       batch_size: rows in a batch.
@@ -69,7 +72,7 @@ class FinetuneConfig:
       guidance: for text-to-speech with distilled guidance, the guidance value of all rows; None draws one of the
         model's values for each row.
       prefix_seconds: for text-to-speech without speaker conditioning, the longest prefix, in seconds: each row starts
-        with the beginning of another recording of the same speaker.
+        with the beginning of another recording of the same speaker; up to an hour.
       lora: adapters to train in place of the whole model.
     """
 
@@ -95,12 +98,12 @@ class FinetuneConfig:
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.seconds < 1:
-            raise ConfigError(f"a row has {self.seconds} seconds of a recording; give at least 1")
+        check_whole_numbers(self)
+        for what, seconds in (("a row has", self.seconds), ("a prefix has", self.prefix_seconds)):
+            if not 1 <= seconds <= LONGEST_ROW_S:
+                raise ConfigError(f"{what} {seconds} seconds of a recording; give 1 to {LONGEST_ROW_S}")
         if self.positions is not None and self.positions < 1:
             raise ConfigError(f"positions is {self.positions}; give at least 1, or null for the longest conversation's")
-        if self.prefix_seconds < 1:
-            raise ConfigError(f"prefix_seconds is {self.prefix_seconds}; give at least 1")
         if min(self.batch_size, self.accumulate, self.encode_batch) < 1 or self.batch_size % self.accumulate:
             raise ConfigError(
                 f"batch_size is {self.batch_size}, accumulate {self.accumulate} and encode_batch {self.encode_batch}; "
@@ -125,11 +128,13 @@ class _Task:
     """The functions that fine-tune one family of models, besides the loss, which its entry in `FAMILIES` names.
 
     Attributes:
+      settings: the fields of `FinetuneConfig` that not all families have, and this one has.
       rows: makes the maker of a model's rows.
       objective: returns the weights and dropouts of a model's loss.
       layout: layout of the written model.
     """
 
+    settings: tuple[str, ...]
     rows: Callable[[Model, Mesh, FinetuneConfig], _Rows]
     objective: Callable[[Model, FinetuneConfig], Any]
     layout: str
@@ -163,9 +168,9 @@ def _tts_objective(model: Model, config: FinetuneConfig) -> TtsObjective:
 
 
 TASKS: Mapping[str, _Task] = {
-    "stt": _Task(_stt_rows, lambda model, config: config.stt, "kyutai"),
-    "tts": _Task(_tts_rows, _tts_objective, "kyutai"),
-    "csm": _Task(_csm_rows, lambda model, config: config.csm, "transformers"),
+    "stt": _Task(("stt", "seconds"), _stt_rows, lambda model, config: config.stt, "kyutai"),
+    "tts": _Task(("tts", "seconds", "voice", "guidance", "prefix_seconds"), _tts_rows, _tts_objective, "kyutai"),
+    "csm": _Task(("csm", "positions"), _csm_rows, lambda model, config: config.csm, "transformers"),
 }
 
 
@@ -201,6 +206,7 @@ def finetune(
     sharding = Sharding(mesh)
     model = checkpoints.load(config.model, dtype="float32", sharding=sharding)
     task = _task_of(model)
+    _check_settings(model, task, config)
     rows = task.rows(model, mesh, config)
     trained = _Trained(model, task, config, dtype)
     optimizer = config.optimizer.build(config.run.steps)
@@ -268,6 +274,19 @@ def _task_of(model: Model) -> _Task:
             f"start from one such as {' or '.join(FAMILIES[name].example for name in TASKS)}"
         )
     return TASKS[model.config.model_type]
+
+
+def _check_settings(model: Model, task: _Task, config: FinetuneConfig) -> None:
+    """Refuse settings that the model's family would ignore."""
+    known = {field.name: field for field in dataclasses.fields(config)}
+    for name in sorted({name for each in TASKS.values() for name in each.settings} - set(task.settings)):
+        if (found := getattr(config, name)) != known[name].default:
+            family = FAMILIES[model.config.model_type].description
+            raise ConfigError(
+                f"{name} is {found!r}, and {model.name} is {family}, which has no such setting; leave it out"
+            )
+    if config.voice is not None and model.config.lm is not None and not has_speakers(model.config.lm):
+        raise ConfigError(f"voice is {config.voice!r}, and {model.name} takes no voices; leave it out")
 
 
 def _read_data(

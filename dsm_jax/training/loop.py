@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from dsm_jax.errors import ConfigError, TrainingError
+from dsm_jax.options import check_whole_numbers
 from dsm_jax.progress import Progress, ProgressCallback
 from dsm_jax.training.data import batches
 from dsm_jax.training.step import Loss, Metrics, OptimizerConfig, TrainState, init, make_step
@@ -40,6 +41,9 @@ class RunConfig:
     keep: int = 2  # checkpoints that stay on disk
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:  # JAX takes more, and drops the bits beyond 32
+            raise ConfigError(f"the seed of a run is {self.seed}; give a number from 0 to {2**32 - 1}")
+        check_whole_numbers(self)
         for name in ("steps", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} of a run is {getattr(self, name)}; give 1 or more")
@@ -117,11 +121,16 @@ class Run:
         """Return the step of the last checkpoint, which a resumed run continues from.
 
         Raises:
-          TrainingError: there is no checkpoint.
+          TrainingError: there is no checkpoint, or it is of a later step than the last one of this run.
         """
         step = self.latest()
         if step is None:
             raise TrainingError(f"{self.folder} holds no checkpoint to resume from; start without --resume")
+        if step > self.config.steps:
+            raise TrainingError(
+                f"{self.folder} holds a checkpoint of step {step}, and the run is to end at step {self.config.steps}; "
+                f"give {step} steps or more, or choose another folder"
+            )
         return step
 
     def restore(self, like: TrainState) -> TrainState:
@@ -131,7 +140,8 @@ class Run:
           like: a state of the same run, with the structure and sharding of the arrays, and the frozen parameters.
 
         Raises:
-          TrainingError: there is no checkpoint, it belongs to another run, or it is damaged.
+          TrainingError: there is no checkpoint, it belongs to another run, it is of a later step than the last one of
+            this run, or it is damaged.
         """
         import orbax.checkpoint as ocp
 

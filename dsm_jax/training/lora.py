@@ -9,6 +9,7 @@ Source: Hu et al. 2021 (LoRA), section 4.
 """
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -40,6 +41,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ConfigError(f"the rank of the adapters is {self.rank}; give at least 1")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"the alpha of the adapters is {self.alpha}; give a number above 0")
         if not self.targets:
             raise ConfigError("the adapters have no targets; name parts of the model, such as 'self_attn'")
         for target in self.targets:
@@ -63,7 +66,7 @@ def init(params: nnx.State, config: LoraConfig, key: jax.Array) -> Adapters:
       key: PRNG key.
 
     Raises:
-      ConfigError: a target matches no matrix.
+      ConfigError: a target matches no matrix, or the rank is above those of all targets.
     """
     matrices = {
         ".".join(map(str, path)): variable
@@ -74,13 +77,20 @@ def init(params: nnx.State, config: LoraConfig, key: jax.Array) -> Adapters:
         if not any(re.search(target, name) for name in matrices):
             some = ", ".join(list(matrices)[:8])
             raise ConfigError(f"the target {target!r} is found in no matrix of the model; its matrices are {some}, ...")
+    chosen = {name: one for name, one in matrices.items() if any(re.search(target, name) for target in config.targets)}
+    # An addition of the rank of a matrix can be any matrix: a higher rank only costs memory.
+    highest = max(min(math.prod(inputs), math.prod(outputs)) for _, inputs, outputs in map(_axes, chosen.values()))
+    if config.rank > highest:
+        raise ConfigError(
+            f"the rank of the adapters is {config.rank}, and the matrices to adapt have ranks of up to {highest}; give "
+            "that at most, or train the whole model without adapters"
+        )
     adapters = {}
-    for name, variable in matrices.items():
-        if any(re.search(target, name) for target in config.targets):
-            stack, inputs, outputs = _axes(variable)
-            own = jax.random.fold_in(key, len(adapters))
-            a = jax.random.normal(own, (*stack, *inputs, config.rank), jnp.float32) * fan_in(variable) ** -0.5
-            adapters[name] = a, jnp.zeros((*stack, config.rank, *outputs), jnp.float32)
+    for name, variable in chosen.items():
+        stack, inputs, outputs = _axes(variable)
+        own = jax.random.fold_in(key, len(adapters))
+        a = jax.random.normal(own, (*stack, *inputs, config.rank), jnp.float32) * fan_in(variable) ** -0.5
+        adapters[name] = a, jnp.zeros((*stack, config.rank, *outputs), jnp.float32)
     return adapters
 
 

@@ -54,6 +54,18 @@ class OptimizerConfig:
     b2: float = 0.99
     clip: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name, right, expected in (
+            ("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0"),
+            ("warmup", self.warmup >= 0, "a number of steps, or 0 for none"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "a number above 0, or 0 for none"),
+            ("b1", 0 <= self.b1 < 1, "a number from 0 to below 1"),
+            ("b2", 0 <= self.b2 < 1, "a number from 0 to below 1"),
+            ("clip", self.clip > 0, "a norm above 0"),
+        ):
+            if not right:
+                raise ConfigError(f"{name} of the optimizer is {getattr(self, name)}; give {expected}")
+
     def build(self, steps: int) -> optax.GradientTransformation:
         """Build the optimizer for a run of `steps` steps."""
         warmup = min(self.warmup, steps // 2)
