@@ -251,7 +251,7 @@ def load(path: str | Path) -> Evaluation:
         )
     except OSError as error:
         raise EvaluationError(f"{path} cannot be read ({error.strerror}); give what --output wrote") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(
             f"{path} is no result of an evaluation ({type(error).__name__}: {error}); give what --output wrote"
         ) from None
