@@ -326,6 +326,8 @@ def test_a_mesh_that_does_not_divide_the_batch_is_refused(settings, tmp_path):
         ({"optimizer": {"b2": 1.0}}, r"b2 of the optimizer is 1\.0; give a number from 0 to below 1"),
         ({"optimizer": {"clip": 0.0}}, r"clip of the optimizer is 0\.0; give a norm above 0"),
         ({"lora": {"alpha": -1.0}}, r"the alpha of the adapters is -1\.0; give a number above 0"),
+        ({"stt": {"text_dropout": 2.0}}, r"stt\.text_dropout is 2\.0; give a share, from 0 to 1"),
+        ({"tts": {"unconditional": -0.1}}, r"tts\.unconditional is -0\.1; give a share, from 0 to 1"),
         ({"positions": 0}, "positions is 0; give at least 1, or null for the longest conversation's"),
         ({"csm": {"depth_share": 0.0}}, r"depth_share is 0\.0; give a share of the frames, above 0 and at most 1"),
         ({"batch_size": 0}, "batch_size is 0, accumulate 1 and encode_batch 8; give at least 1"),

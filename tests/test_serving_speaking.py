@@ -8,6 +8,7 @@ import pytest
 
 import dsm_jax
 from dsm_jax import csm, synthesis
+from dsm_jax.csm.synthesizer import ConversationSession
 from dsm_jax.errors import ConfigError, SpeechError
 from dsm_jax.runtime.compile import compilations
 from dsm_jax.serving.engine import Engine
@@ -16,6 +17,7 @@ from dsm_jax.serving.scripts import LiveSpeech, ScriptService
 from dsm_jax.serving.services import service_of
 from dsm_jax.serving.speaking import LAG_S, Said, Sound
 from dsm_jax.serving.turns import LiveTurn, TurnService
+from dsm_jax.tts.synthesizer import SpeechSession
 from tests.helpers import csm_model, tts_model
 from tests.helpers.serving import served
 
@@ -230,3 +232,16 @@ def test_the_family_of_a_model_decides_on_its_service_and_on_its_settings(script
     assert isinstance(session(talker), LiveTurn)
     with pytest.raises(ConfigError, match=r"padding_between was set for .*, which does not have it; remove it"):
         session(talker, padding_between=1)
+
+
+@pytest.mark.parametrize("name,kind", [("script_service", SpeechSession), ("turn_service", ConversationSession)])
+def test_a_warm_up_that_fails_is_an_error(request, monkeypatch, name, kind):
+    service = request.getfixturevalue(name)
+
+    def fail(*_):
+        raise SpeechError("nothing was said")
+
+    monkeypatch.setattr(kind, "read", fail)
+    with pytest.raises(SpeechError, match="nothing was said"):
+        service._warm_up()
+    assert not any(service.slots.sessions)

@@ -152,7 +152,11 @@ class ScriptService(SpeakingService):
         return dataclasses.replace(base, voices=[longest])
 
     def _warm_up(self) -> None:
-        """Run all that clients will run."""
+        """Run all that clients will run.
+
+        Raises:
+          DsmError: the session has failed.
+        """
         session = self.session(Outbox())
         word = _sayable(self)
         session.say(word)
@@ -163,6 +167,8 @@ class ScriptService(SpeakingService):
         while not session.ended:
             start = time.perf_counter()
             self.slots.step()
+            if session.error is not None:
+                raise session.error
             seconds.append(time.perf_counter() - start)
         self.step_seconds[STEPS] = float(np.median(seconds))
 

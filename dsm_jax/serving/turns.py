@@ -94,13 +94,19 @@ class TurnService(SpeakingService):
         return dataclasses.replace(request, prompt_MT=prompt_MT, max_frames=frames)
 
     def _warm_up(self) -> None:
-        """Run a prompt of each size that is compiled, one at a time as sessions are admitted, and a step."""
+        """Run a prompt of each size that is compiled, one at a time as sessions are admitted, and a step.
+
+        Raises:
+          DsmError: a session has failed.
+        """
         sizes = {bucket(length, self._context_length) for length in range(1, self.longest_prompt + 1)}
         for size in sorted(sizes):
             session = ConversationSession(self.model, self._of_length(min(size, self.longest_prompt)))
             self.slots.start(session)
             start = time.perf_counter()
             self.slots.step()
+            if session.error is not None:
+                raise session.error
             self.step_seconds[1] = time.perf_counter() - start
             self.slots.cancel(session)
 

@@ -109,6 +109,14 @@ class FinetuneConfig:
                 f"batch_size is {self.batch_size}, accumulate {self.accumulate} and encode_batch {self.encode_batch}; "
                 "give at least 1, and a batch_size that is a multiple of accumulate"
             )
+        shares = {
+            "stt": ("text_dropout", "codebook_dropout", "random_codes"),
+            "tts": ("unconditional", "random_codes"),
+        }
+        for objective, names in shares.items():
+            for name in names:
+                if not 0 <= (share := getattr(getattr(self, objective), name)) <= 1:
+                    raise ConfigError(f"{objective}.{name} is {share}; give a share, from 0 to 1")
 
 
 # Maps (language model, batch, key, objective) to the loss and metrics.
