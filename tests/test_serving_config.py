@@ -233,13 +233,11 @@ def test_keys_are_the_lines_of_a_file_and_the_parts_of_the_variable(tmp_path, mo
 
 
 @pytest.mark.parametrize("line", ["# alice", "correct horse battery", "one\ttwo"])
-def test_a_key_with_white_space_is_refused_and_not_printed(tmp_path, monkeypatch, line):
+def test_a_key_with_white_space_is_refused_in_a_file_and_not_printed(tmp_path, monkeypatch, line):
     path = tmp_path / "keys"
     path.write_text(f"good\n{line}\n")
-    with pytest.raises(UsageError, match=r"keys:2 has white space in it, which no key may have") as refused:
+    with pytest.raises(UsageError, match=r"keys:2 has white space in it, which no key of a file may have") as refused:
         settings("--api-key-file", path)
     assert line not in str(refused.value)
-    monkeypatch.setenv(serve.KEYS, f"good,{line}")
-    with pytest.raises(UsageError, match="a key of DSM_JAX_API_KEYS has white space in it") as refused:
-        settings()
-    assert line not in str(refused.value)
+    monkeypatch.setenv(serve.KEYS, f"good,{line}")  # where commas alone part keys
+    assert settings().keys == ("good", line)

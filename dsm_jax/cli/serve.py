@@ -114,22 +114,23 @@ def _default_models(args: argparse.Namespace) -> tuple["ServedModel", ...]:
 
 def _keys(args: argparse.Namespace) -> list[str]:
     """Return the keys of a file and of the environment."""
-    keys = [(f"a key of {KEYS}", key) for key in os.environ.get(KEYS, "").split(",")]
+    keys = os.environ.get(KEYS, "").split(",")
     if args.api_key_file is not None:
         keys += _lines(args.api_key_file)
-    keys = [(where, key.strip()) for where, key in keys if key.strip()]
-    for where, key in keys:
-        if len(key.split()) > 1:  # a comment, or words that would each be a key; the key itself is not printed
-            raise UsageError(f"{where} has white space in it, which no key may have; give keys alone, each in one word")
-    return [key for _, key in keys]
+    return [key.strip() for key in keys if key.strip()]
 
 
-def _lines(path: Path) -> list[tuple[str, str]]:
-    """Return the place and the text of each line of a file of keys."""
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a file of keys; one with white space may be a comment, or several keys, and is refused."""
     try:
         lines = files.read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the keys in {path} cannot be read ({error}); give a text file, one key a line") from None
     if not any(line.strip() for line in lines):
         raise UsageError(f"{path} holds no key; write one a line")
-    return [(f"{path}:{number}", line) for number, line in enumerate(lines, 1)]
+    for number, line in enumerate(lines, 1):
+        if len(line.split()) > 1:  # the key itself is not printed
+            raise UsageError(
+                f"{path}:{number} has white space in it, which no key of a file may have; write keys alone, one a line"
+            )
+    return lines
