@@ -73,19 +73,26 @@ class Tokenizer:
             )
 
 
+def half_character(text: str) -> int | None:
+    """Find half of a surrogate pair, which no encoding can write; return its place, or None if there is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
 def check_characters(text: str) -> None:
     """Refuse a text that no encoding can write.
 
     Raises:
       TextError: the text has half of a surrogate pair in it, as JSON and arguments that are not UTF-8 can have.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
+    if (at := half_character(text)) is not None:
         raise TextError(
-            f"the text has half of a character at {error.start}, the last of "
-            f"{text[max(0, error.start - 20) : error.start + 1]!r}; give whole characters, in UTF-8"
-        ) from None
+            f"the text has half of a character at {at}, the last of {text[max(0, at - 20) : at + 1]!r}; give whole "
+            "characters, in UTF-8"
+        )
 
 
 def load_tokenizer(path: Path, *, expected_size: int | None = None) -> Tokenizer:

@@ -21,7 +21,7 @@ from dsm_jax.options import check_sampling
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.runtime.steps import Leave
 from dsm_jax.serving.outbox import Outbox
-from dsm_jax.serving.speaking import NO_VOICE, LiveVoice, Said, SpeakingService, check_characters
+from dsm_jax.serving.speaking import NO_VOICE, LiveVoice, Said, SpeakingService, check_sent_text
 from dsm_jax.tts import voices
 from dsm_jax.tts.host import SpeechRequest
 from dsm_jax.tts.live import STEPS
@@ -262,7 +262,7 @@ class LiveSpeech(LiveVoice, SpeechSession):
 
     def say(self, text: str) -> None:
         """Add text; see `LiveVoice.say`."""
-        check_characters(text)
+        check_sent_text(text)
         if len(text) > _LONGEST_TEXT:
             raise SpeechError(f"a piece of text has {len(text)} characters; send up to {_LONGEST_TEXT} at a time")
         entries = self._service.entries(text, MAIN if self._has_words else None)

@@ -17,6 +17,7 @@ from dsm_jax.runtime.slots import Slots
 from dsm_jax.runtime.steps import Leave
 from dsm_jax.serving.outbox import Outbox
 from dsm_jax.speaking import SpeakingSession
+from dsm_jax.tokenizers import half_character
 
 LAG_S = 60.0  # of sound that waits for its listener, after which the session takes no more steps
 NO_VOICE = "default"  # the name of the voice that a model chooses by itself
@@ -155,9 +156,11 @@ class SpeakingService(ABC):
         """
 
 
-def check_characters(text: str) -> None:
-    """Refuse halves of characters, which JSON can hold and no tokenizer can read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise SpeechError(f"the text has half of a character at {error.start}; send whole ones") from None
+def check_sent_text(text: str) -> None:
+    """Refuse halves of characters, which JSON can hold; unlike the tokenizer's error, this one quotes no text.
+
+    Raises:
+      SpeechError: the text has half of a character in it.
+    """
+    if (at := half_character(text)) is not None:
+        raise SpeechError(f"the text has half of a character at {at}; send whole ones")

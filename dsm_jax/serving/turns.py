@@ -22,7 +22,7 @@ from dsm_jax.errors import ConfigError, SpeechError
 from dsm_jax.models.family import csm_config
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.serving.outbox import Outbox
-from dsm_jax.serving.speaking import NO_VOICE, LiveVoice, SpeakingService, check_characters
+from dsm_jax.serving.speaking import NO_VOICE, LiveVoice, SpeakingService, check_sent_text
 
 TURN_CHARACTERS = 10_000  # of a turn of a conversation, before its tokens are counted
 
@@ -163,7 +163,7 @@ class LiveTurn(LiveVoice, ConversationSession):
 
     def say(self, text: str) -> None:
         """Add text; see `LiveVoice.say`."""
-        check_characters(text)
+        check_sent_text(text)
         self._length += len(text)
         if self._length > TURN_CHARACTERS:
             raise SpeechError(

@@ -6,6 +6,7 @@ from typing import Any
 from starlette.responses import Response
 
 from dsm_jax.errors import AudioError, DsmError, FullError, PromptError, SpeechError
+from dsm_jax.files import decode_json
 from dsm_jax.serving.access import Refusal
 from dsm_jax.serving.uploads import TooLargeError
 
@@ -97,8 +98,8 @@ def parse_object(data: str | bytes, what: str) -> dict[str, Any]:
       ApiError: the data is something else.
     """
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):  # a client may nest as deep as it likes
+        value = decode_json(data)
+    except ValueError:
         raise ApiError(f"{what} is not JSON; send a JSON object", code="invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(f"{what} is JSON and no object; send a JSON object", code="invalid_json")

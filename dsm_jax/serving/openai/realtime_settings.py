@@ -16,7 +16,7 @@ NATIVE_RATE_HZ = 24_000  # of the dialect
 WITH_LOGPROBS = "item.input_audio_transcription.logprobs"
 # Seconds of silence after which a turn ends though the model does not predict its end, as OpenAI documents them.
 _PATIENCE_S = {"low": 8.0, "medium": 4.0, "auto": 4.0, "high": 2.0}
-# Which of the model's predictions of silence ends a turn, by its place in PAUSE_HORIZONS.
+# The place in PAUSE_HORIZONS of the prediction that ends a turn.
 _EAGER_HEADS = {"low": 3, "medium": 2, "auto": 2, "high": 1}
 _FLAT = {
     "input_audio_transcription": "transcription",
