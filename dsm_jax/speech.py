@@ -27,8 +27,8 @@ class SpokenWord:
 
 
 @dataclass(frozen=True, eq=False)  # arrays cannot be compared as one
-class Speech:
-    """Speech, with the times of its words.
+class Speech(audio.Recorded):
+    """Speech, with the times of its words; a recording, wherever one is taken.
 
     Attributes:
       pcm: float32 samples [T] in [-1, 1].

@@ -16,6 +16,7 @@ import soundfile
 
 from dsm_jax import audio
 from dsm_jax.errors import AudioError
+from dsm_jax.speech import Speech
 from tests.benchmarks.mutations import mutated
 
 DATA = Path(__file__).parent / "data"
@@ -110,7 +111,14 @@ def test_paths_files_pipes_and_standard_input_read_alike(monkeypatch):
     np.testing.assert_array_equal(audio.read("-"), whole)
 
 
-@pytest.mark.parametrize("kind", [audio.Recorded, lambda pcm, rate: {"array": pcm, "sampling_rate": rate}])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        audio.Recorded,
+        lambda pcm, rate: {"array": pcm, "sampling_rate": rate},
+        lambda pcm, rate: Speech(pcm, rate, (), np.zeros((1, 1)), "a model"),
+    ],
+)
 def test_samples_with_a_rate_of_their_own_are_as_their_file(kind, tmp_path):
     pcm_CT = np.stack([tone(0.5, 16_000, 440), tone(0.5, 16_000, 220)])
     soundfile.write(tmp_path / "a.wav", pcm_CT.T, 16_000, subtype="FLOAT")

@@ -118,6 +118,8 @@ def test_stereo_and_other_rates_are_taken_as_everywhere(model, tmp_path):
     np.testing.assert_array_equal(positions(stereo), positions(dsm_jax.audio.read(stereo, model.sample_rate)))
     resampled = np.concatenate([*dsm_jax.audio.resampled([doubled], 2 * model.sample_rate, model.sample_rate)])
     np.testing.assert_array_equal(positions(dsm_jax.Recorded(doubled, 2 * model.sample_rate)), positions(resampled))
+    said = dsm_jax.Speech(doubled, 2 * model.sample_rate, (), np.zeros((model.config.csm.n_q, 3)), "another model")
+    np.testing.assert_array_equal(positions(said), positions(resampled))
     np.testing.assert_array_equal(positions(fast), positions(dsm_jax.audio.read(fast, model.sample_rate)))
     assert not np.array_equal(positions(channels), positions(PCM)), "one channel alone is another recording"
 

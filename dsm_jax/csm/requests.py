@@ -15,7 +15,6 @@ from dsm_jax.csm.options import CsmOptions
 from dsm_jax.errors import ConfigError, SpeechError
 from dsm_jax.options import check_one_each
 from dsm_jax.speaking import read_or_error
-from dsm_jax.speech import Speech
 
 _FORMAT = '{"role": "0", "content": [{"type": "text", "text": TEXT}, {"type": "audio", "path": FILE}]}'
 _AUDIO_KEYS = ("path", "audio", "array", "url")
@@ -34,7 +33,7 @@ class Segment:
 
     text: str
     speaker: int = 0
-    audio: sound.Source | Speech | None = None
+    audio: sound.Source | None = None
 
 
 @dataclass(frozen=True, eq=False)

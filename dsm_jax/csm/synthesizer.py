@@ -71,16 +71,10 @@ class ConversationSynthesizer:
     def _codes(self, segment: Segment) -> np.ndarray:
         """Return the codes [Q, T] of a turn's recording."""
         recording = segment.audio
-        if isinstance(recording, Speech):
-            if recording.model == self.model.name and recording.frames.shape[0] == self.config.n_q:
-                return recording.frames
-            if recording.sample_rate != self.model.sample_rate:
-                raise SpeechError(
-                    f"the speech of {segment.text!r} has {recording.sample_rate} Hz; {self.model.name} takes "
-                    f"{self.model.sample_rate} Hz: give it as dsm_jax.Recorded(pcm, sample_rate)"
-                )
-            recording = recording.pcm
         assert recording is not None
+        own = self.model.name, self.config.n_q
+        if isinstance(recording, Speech) and (recording.model, recording.frames.shape[0]) == own:
+            return recording.frames
         try:
             pcm_T = audio.read(recording, self.model.sample_rate)
         except AudioError as error:

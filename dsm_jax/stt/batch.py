@@ -101,8 +101,8 @@ def transcribe(
     Args:
       model: a speech-to-text model, from `dsm_jax.load`.
       recordings: a path, "-" for standard input, an open file, float or int16 samples [T] or [channels, T] at the
-        model's rate, or `dsm_jax.Recorded` samples with another rate; or a list or another iterable of these,
-        transcribed together. Files may be whatever FFmpeg decodes, of any rate, number of channels and length.
+        model's rate, `dsm_jax.Recorded` samples with another rate, or a `Speech`; or a list or another iterable of
+        these, transcribed together. Files may be whatever FFmpeg decodes, of any rate, number of channels and length.
       options: prompt, sampling and pauses of the transcription; for several recordings, one for all or a list, one
         each.
       batch_size: at most how many recordings at a time. Each gives what it gives alone.
