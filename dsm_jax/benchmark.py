@@ -22,6 +22,7 @@ from dsm_jax.configs import MimiConfig, ModelConfig, presets
 from dsm_jax.errors import ConfigError
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
+from dsm_jax.nn import quant
 from dsm_jax.nn.linear import fan_in
 from dsm_jax.runtime.compile import compiled, plain
 from dsm_jax.stt import program as stt_program
@@ -48,16 +49,17 @@ def random_params(make: Callable[[], nnx.Module], dtype: jnp.dtype) -> tuple[nnx
     return graph, nnx.from_flat_state(made)
 
 
-def _random_lm(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.State]:
+def _random_lm(config: ModelConfig, dtype: jnp.dtype, quantize: str | None = None) -> tuple[nnx.GraphDef, nnx.State]:
     lm = config.lm
     if lm is None:
         raise ConfigError("a codec alone has no language model to time; give a speech-to-text config")
-    return random_params(lambda: DelayedStreamsLM(lm, dtype=dtype, rngs=nnx.Rngs(0)), dtype)
+    graph, params = random_params(lambda: DelayedStreamsLM(lm, dtype=dtype, rngs=nnx.Rngs(0)), dtype)
+    return graph, params if quantize is None else quant.quantize(params)
 
 
-def lm_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, Any]:
+def lm_step(config: ModelConfig, batch: int, dtype: jnp.dtype, quantize: str | None = None) -> tuple[Step, Any]:
     """Make the step of one frame through the language model, greedy token included."""
-    graph, params = _random_lm(config, dtype)
+    graph, params = _random_lm(config, dtype, quantize)
     assert config.lm is not None
     tokens_BMT = jnp.zeros((batch, config.lm.n_q + 1, 1), jnp.int32)
     step, networks = compiled(_greedy_step, (graph,), donate=(1,)), plain(params)
@@ -88,9 +90,9 @@ def mimi_step(batch: int, way: str, config: MimiConfig = MimiConfig()) -> tuple[
     return lambda state: step(networks, frame, state), half.init_state(batch)
 
 
-def stt_step(config: ModelConfig, batch: int, dtype: jnp.dtype) -> tuple[Step, Any]:
+def stt_step(config: ModelConfig, batch: int, dtype: jnp.dtype, quantize: str | None = None) -> tuple[Step, Any]:
     """Make the step of one frame of speech to text: codec, language model and sampling, as a server runs them."""
-    lm_def, lm_params = _random_lm(config, dtype)
+    lm_def, lm_params = _random_lm(config, dtype, quantize)
     mimi_def, mimi_params = random_params(lambda: Mimi(config.mimi, rngs=nnx.Rngs(0)), jnp.float32)
     pcm_BTC = 0.1 * jax.random.normal(jax.random.key(1), (batch, config.mimi.frame_size, 1))
     settings, slot_B = stt_program.SttSettings(batch), np.arange(batch)
@@ -113,7 +115,7 @@ def time_steps(step: Step, state: Any, steps: int) -> list[float]:
     return seconds[3:]
 
 
-def row(name: str, batch: int, dtype: str, seconds: Sequence[float]) -> dict[str, Any]:
+def row(name: str, batch: int, dtype: str, seconds: Sequence[float], *, quantize: str | None = None) -> dict[str, Any]:
     """Make the row of one measurement: median, tail, device, versions and date."""
     median = statistics.median(seconds)
     tail = float(np.quantile(seconds, 0.99))
@@ -121,6 +123,7 @@ def row(name: str, batch: int, dtype: str, seconds: Sequence[float]) -> dict[str
         "bench": name,
         "batch": batch,
         "dtype": dtype,
+        "quantize": quantize,
         "p50_ms": round(1e3 * median, 3),
         "p99_ms": round(1e3 * tail, 3),
         "steps": len(seconds),
@@ -134,7 +137,13 @@ def row(name: str, batch: int, dtype: str, seconds: Sequence[float]) -> dict[str
 
 
 def run(
-    what: Sequence[str], *, sizes: Sequence[str], batches: Sequence[int], dtype: str | None, steps: int
+    what: Sequence[str],
+    *,
+    sizes: Sequence[str],
+    batches: Sequence[int],
+    dtype: str | None,
+    quantize: str | None = None,
+    steps: int,
 ) -> Iterator[dict[str, Any]]:
     """Measure, and yield each row when it is ready.
 
@@ -143,6 +152,7 @@ def run(
       sizes: names in `SIZES`, for "lm" and "stt".
       batches: batch sizes.
       dtype: dtype of the language model's weights; None means float32 on CPU and bfloat16 elsewhere.
+      quantize: "int8" for int8 weights of the layers; None for weights of `dtype`.
       steps: number of timed steps.
     """
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -153,5 +163,5 @@ def run(
         for size in sizes:
             for name, make in (("lm", lm_step), ("stt", stt_step)):
                 if name in what:
-                    seconds = time_steps(*make(SIZES[size], batch, jnp.dtype(dtype)), steps)
-                    yield row(f"{name}_step {size}", batch, dtype, seconds)
+                    seconds = time_steps(*make(SIZES[size], batch, jnp.dtype(dtype), quantize), steps)
+                    yield row(f"{name}_step {size}", batch, dtype, seconds, quantize=quantize)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from dsm_jax.models.csm import CsmLM
 from dsm_jax.models.family import abstract_model, family_of
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
-from dsm_jax.models.parameters import dtype_of, flatten, read_dtype, with_dtype
-from dsm_jax.nn.quant import PackedBfloat16
+from dsm_jax.models.parameters import AbstractNetwork, dtype_of, flatten, read_dtype, with_dtype
+from dsm_jax.nn import quant
+from dsm_jax.nn.quant import PackedBfloat16, QuantizedArray
 from dsm_jax.process import check_process
 from dsm_jax.progress import Progress, ProgressCallback
 from dsm_jax.sharding import Sharding
@@ -34,6 +35,7 @@ from dsm_jax.tokenizers import Tokenizer
 
 _log = logging.getLogger("dsm_jax")
 _TABLES = ("audio_emb.table_QLW", "text_emb.table_LW")
+_Form = tuple[Any, Callable[[Any], Any]]  # the dtype that a weight is read in, and what is made of the array
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -68,8 +70,8 @@ class Model:
 
     @functools.cached_property
     def num_parameters(self) -> int:
-        """Numbers in the weights of the language model and the codec."""
-        return sum(leaf.size for leaf in self._leaves)
+        """Numbers in the weights of the language model and the codec; the scales of int8 weights do not count."""
+        return sum(leaf.values.size if isinstance(leaf, QuantizedArray) else leaf.size for leaf in self._weights)
 
     @functools.cached_property
     def dtype(self) -> str:
@@ -77,26 +79,36 @@ class Model:
         return "float32" if self.lm_params is None else str(dtype_of(flatten(self.lm_params)))
 
     @functools.cached_property
+    def quantize(self) -> str | None:
+        """Form of the weights of the language model's layers where it is not that of `dtype`: "int8", or None."""
+        return "int8" if any(isinstance(leaf, QuantizedArray) for leaf in self._weights) else None
+
+    @functools.cached_property
     def devices(self) -> tuple[Any, ...]:
         """The devices that hold the parameters, in order of their number."""
-        held = {device for leaf in self._leaves if isinstance(leaf, jax.Array) for device in leaf.devices()}
+        leaves = jax.tree.leaves(self._weights)
+        held = {device for leaf in leaves if isinstance(leaf, jax.Array) for device in leaf.devices()}
         return tuple(sorted(held, key=lambda device: device.id))
 
     @property
-    def _leaves(self) -> list[Any]:
-        return jax.tree.leaves((self.lm_params, self.mimi_params))
+    def _weights(self) -> list[Any]:
+        return jax.tree.leaves(
+            (self.lm_params, self.mimi_params), is_leaf=lambda node: isinstance(node, QuantizedArray)
+        )
 
     def __repr__(self) -> str:
         kind = family_of(self.config).description
         where = ", ".join(str(device) for device in self.devices)
         size = f"{self.num_parameters / 1e6:.1f} M parameters"
-        return f"Model({self.name!r}: {kind}, {size}, {self.dtype}, on {where}, {self.sample_rate} Hz)"
+        kept = f"{self.dtype} with {self.quantize} layers" if self.quantize else self.dtype
+        return f"Model({self.name!r}: {kind}, {size}, {kept}, on {where}, {self.sample_rate} Hz)"
 
 
 def load(
     source: str | Path = DEFAULT,
     *,
     dtype: Any = None,
+    quantize: str | None = None,
     device: Any = None,
     sharding: Sharding | None = None,
     stt_only: bool = False,
@@ -114,6 +126,9 @@ def load(
         layout.
       dtype: dtype of the language model, by name or as jax has it; None is bfloat16 on GPU and TPU, float32 on CPU.
         The codec and the conditioning are always float32.
+      quantize: "int8" rounds the weights of the language model's layers, and the activations that they are multiplied
+        with, to 8 bits; on CPU a step takes about half of the time, and the layers a quarter of the memory
+        (docs/decisions/0003-int8-products.md has the measured errors). None keeps them. Such a model cannot be saved.
       device: one of `jax.devices()`, or "cpu", "gpu" or "tpu" for the first of its kind; None is JAX's default.
       sharding: the devices to spread the language model over, and how, in place of `device`. The codec is on all of
         them.
@@ -131,10 +146,13 @@ def load(
 
     Raises:
       CheckpointError: nothing of that name, a layout that is not known, or weights that are not those of the config.
-      ConfigError: a config that the library does not understand, or a device that is not there.
+      ConfigError: a config that the library does not understand, a device that is not there, or a form of weights that
+        `quantize` does not know or the model does not have.
       ForkError: the process was forked from one that uses JAX.
     """
     check_process()
+    if quantize not in (None, "int8"):
+        raise ConfigError(f"quantize is {quantize!r}; choose 'int8', or None for weights that are not rounded")
     place = _placement(device, sharding)
     hub_options = HubOptions(revision, cache_dir, token, local_files_only)
     path = find(source, hub_options)
@@ -151,21 +169,19 @@ def load(
         for part, network in used.items()
         for name, p in with_dtype(part, network.parameters, dtype).items()
     }
-    packed = (
-        _tables_to_pack(opened, wanted)
-        if stt_only and sharding is None and _platform(place, sharding) == "cpu"
-        else set()
-    )
-    for name in packed:
-        wanted[name] = jax.ShapeDtypeStruct(wanted[name].shape, jnp.bfloat16, sharding=wanted[name].sharding)
+    forms: dict[str, _Form] = {}
+    if stt_only and sharding is None and _platform(place, sharding) == "cpu":
+        pack = functools.partial(_packed, place=place)
+        forms |= {name: (jnp.bfloat16, pack) for name in _tables_to_pack(opened, wanted)}
+    if quantize is not None:
+        forms |= _int8_forms(opened, used.get("lm"))
+    for name, (read_as, _) in forms.items():
+        wanted[name] = jax.ShapeDtypeStruct(wanted[name].shape, read_as, sharding=wanted[name].sharding)
     arrays: dict[str, Any] = {}
     total, done, start = sum(p.size * p.dtype.itemsize for p in wanted.values()), 0, time.perf_counter()
     for name, array in opened.place(wanted):
         done += array.nbytes
-        if name in packed:
-            arrays[name] = PackedBfloat16(jax.device_put(np.asarray(array).view(np.uint16), place))
-        else:
-            arrays[name] = array
+        arrays[name] = forms[name][1](array) if name in forms else array
         if progress is not None:
             progress(Progress(done, total))
     return_freed()  # reading and converting free up to the size of a checkpoint
@@ -220,19 +236,37 @@ def save(model: Model, destination: str | Path) -> None:
       destination: a folder that does not exist yet.
 
     Raises:
-      CheckpointError: the folder exists or cannot be written, or the weights are quantised.
+      CheckpointError: the folder exists or cannot be written, or the weights are int8.
       ConfigError: the model was loaded with `stt_only`.
     """
     model.codec.require_decoder(model.name)
     lm, mimi = flatten(model.lm_params or nnx.State({})), flatten(model.mimi_params)
     arrays = {f"lm.{name}": array for name, array in lm.items()} | {f"mimi.{name}": a for name, a in mimi.items()}
     if any(not isinstance(array, jax.Array) for array in arrays.values()):
-        raise CheckpointError(f"{model.name} has quantised weights; save the model before it is quantised")
+        raise CheckpointError(f"{model.name} has int8 weights; save the model that was loaded without them")
     tokenizer = model.tokenizer.path if model.tokenizer else None
     with native.new_folder(Path(destination), sum(array.nbytes for array in arrays.values())) as folder:
         native.write_about(folder, model.config, dtype_of(lm), model.name, tokenizer)
         for _ in native.write_params(folder, arrays.items()):
             pass
+
+
+def _packed(table: jax.Array, *, place: SingleDeviceSharding | None) -> PackedBfloat16:
+    return PackedBfloat16(jax.device_put(np.asarray(table).view(np.uint16), place))
+
+
+def _int8_forms(opened: Checkpoint, lm: AbstractNetwork | None) -> dict[str, _Form]:
+    """Return the int8 form of the weights of a language model's layers, which are rounded one by one as they come."""
+    if lm is None:
+        raise ConfigError(f"{opened.name} is a codec, which is always float32; leave out quantize")
+
+    def rounded(array: jax.Array, *, inputs: int) -> QuantizedArray:
+        return jax.block_until_ready(quant.quantize_array(array, inputs=inputs))  # or all would be there in float32
+
+    return {
+        f"lm.{name}": (jnp.float32, functools.partial(rounded, inputs=inputs))
+        for name, inputs in quant.chosen(lm.state).items()
+    }
 
 
 def _tables_to_pack(opened: Checkpoint, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> set[str]:

@@ -387,7 +387,7 @@ def test_bench_prints_a_row_per_measurement(capsys, monkeypatch):
     assert run(capsys, "bench", "--no-cache") == (0, '{"bench": "none"}\n', "")
     assert run(capsys, "bench", "stt", "--size", "stt-2.6b", "--batch", "4", "--no-cache")[0] == 0
     assert [what for what, _ in asked] == [["lm", "mimi"], ["stt"]]
-    assert asked[1][1] == {"sizes": ["stt-2.6b"], "batches": [4], "dtype": None, "steps": 20}
+    assert asked[1][1] == {"sizes": ["stt-2.6b"], "batches": [4], "dtype": None, "quantize": None, "steps": 20}
     code, _, err = run(capsys, "bench", "tea", "--no-cache")
     assert code == 2
     assert "tea cannot be timed" in err

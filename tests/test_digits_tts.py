@@ -25,12 +25,6 @@ def speaker() -> dsm_jax.Model:
     return dsm_jax.load("digits-tts")
 
 
-@functools.cache
-def said() -> list[Speech]:
-    requests = [Request(text, (voice,), seed=1) for voice in VOICES for text in TEXTS]
-    return [result for _, result in synthesize_each(speaker(), requests, batch_size=12) if isinstance(result, Speech)]
-
-
 def test_it_is_small_and_has_six_voices():
     files = [path for path in ASSETS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 8_000_000
@@ -38,10 +32,14 @@ def test_it_is_small_and_has_six_voices():
     assert (ASSETS / "README.md").is_file()
 
 
-def test_its_speech_is_transcribed_as_its_text():
-    assert len(said()) == len(VOICES) * len(TEXTS)
-    heard = dsm_jax.transcribe(dsm_jax.load("digits"), [speech.pcm for speech in said()], batch_size=12)
-    words = [[WordSpan(word.text, word.start, word.end) for word in speech.words] for speech in said()]
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_its_speech_is_transcribed_as_its_text(quantize):
+    model = dsm_jax.load("digits-tts", quantize=quantize)
+    requests = [Request(text, (voice,), seed=1) for voice in VOICES for text in TEXTS]
+    said = [result for _, result in synthesize_each(model, requests, batch_size=12) if isinstance(result, Speech)]
+    assert len(said) == len(VOICES) * len(TEXTS)
+    heard = dsm_jax.transcribe(dsm_jax.load("digits"), said, batch_size=12)
+    words = [[WordSpan(word.text, word.start, word.end) for word in speech.words] for speech in said]
     figures = word_errors(zip(words, heard, strict=True))
     assert sum(one.words for one in figures.errors) == 10 * len(VOICES)
     assert corpus_wer(figures.errors) <= 0.08  # of so few words; the model card has the rate

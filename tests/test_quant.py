@@ -1,6 +1,5 @@
 """Quantised weights: accuracy and dtype of their products, and models that run with them."""
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -12,17 +11,19 @@ from flax import nnx
 
 import dsm_jax
 from dsm_jax import checkpoints
-from dsm_jax.errors import CheckpointError
+from dsm_jax.errors import CheckpointError, ConfigError
+from dsm_jax.models.csm import CsmLM
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.parameters import flatten
 from dsm_jax.nn import quant
 from dsm_jax.nn.linear import Embedding, Linear
 from dsm_jax.nn.precision import set_compute_dtype
 from dsm_jax.nn.quant import QuantizedArray
-from tests.helpers import small
+from tests.helpers import csm_model, small
 from tests.helpers.optimized import compile_optimized
 
-RECORDING = Path(__file__).resolve().parents[1] / "examples/audio/digits_jackson.flac"
+ROOT = Path(__file__).resolve().parents[1]
+RECORDING, DIGITS = ROOT / "examples/audio/digits_jackson.flac", ROOT / "dsm_jax/assets/digits"
 
 
 def noise(*shape: int) -> jax.Array:
@@ -155,6 +156,13 @@ def test_only_the_linears_of_the_layers_are_quantised():
     assert isinstance(everything["text_linear.weight_VD"], QuantizedArray)
 
 
+def test_of_a_conversational_speech_model_the_linears_of_both_decoders_are_quantised():
+    lm = nnx.eval_shape(lambda: CsmLM(csm_model.CSM, rngs=nnx.Rngs(0)))
+    weights = {name for name, shape in flatten(nnx.state(lm)).items() if ".layers." in name and len(shape.shape) > 1}
+    assert {name.partition(".")[0] for name in weights} == {"backbone", "depth"}
+    assert quant.chosen(nnx.state(lm)).keys() == weights
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("config", [small.STT, small.TTS], ids=["stt", "tts"])
@@ -210,9 +218,33 @@ def test_each_stream_has_its_own_table():
 
 @pytest.mark.slow
 def test_an_int8_model_transcribes_the_same_words_and_cannot_be_saved(tmp_path):
-    model = dsm_jax.load("digits")
-    light = dataclasses.replace(model, lm_params=quant.quantize(model.lm_params))
+    model, light = dsm_jax.load("digits"), dsm_jax.load("digits", quantize="int8")
     whole, near = (dsm_jax.transcribe(m, RECORDING) for m in (model, light))
     assert near.text == whole.text != ""
-    with pytest.raises(CheckpointError, match="digits has quantised weights; save the model before it is quantised"):
+    with pytest.raises(CheckpointError, match="digits has int8 weights; save the model that was loaded without them"):
         checkpoints.save(light, tmp_path / "saved")
+
+
+@pytest.mark.slow
+def test_loading_in_int8_rounds_the_stored_weights_of_the_layers_and_no_others():
+    model = dsm_jax.load("digits", dtype="float32")
+    for dtype in ("float32", "bfloat16"):  # rounded from what is stored, not from bfloat16
+        light = dsm_jax.load("digits", dtype=dtype, quantize="int8")
+        found, wanted = flatten(light.lm_params), flatten(quant.quantize(model.lm_params))
+        assert found.keys() == wanted.keys()
+        for name, leaf in wanted.items():
+            if isinstance(leaf, QuantizedArray):
+                jax.tree.map(np.testing.assert_array_equal, found[name], leaf)
+            else:
+                np.testing.assert_array_equal(found[name], leaf.astype(dtype))
+        assert (light.dtype, light.quantize, light.num_parameters) == (dtype, "int8", model.num_parameters)
+        assert f"M parameters, {dtype} with int8 layers, on " in repr(light)
+    assert model.quantize is None
+
+
+def test_forms_of_weights_that_are_not_there_are_refused():
+    with pytest.raises(ConfigError, match="quantize is 'int4'; choose 'int8', or None for weights that are not rounde"):
+        dsm_jax.load("digits", quantize="int4")
+    codec = next(path for path in DIGITS.iterdir() if path.name.startswith("mimi-"))
+    with pytest.raises(ConfigError, match=f"{codec.name} is a codec, which is always float32; leave out quantize"):
+        dsm_jax.load(codec, quantize="int8")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ from tests.helpers import csm_model, small, stt_model, tts_model
 from tests.helpers.optimized import compile_optimized
 
 pytestmark = pytest.mark.slow
+
+RECORDING = Path(__file__).resolve().parents[1] / "examples/audio/digits_jackson.flac"
 
 CONFIG = TransformerConfig(
     d_model=64, num_heads=4, num_layers=2, dim_feedforward=96, context=512, gating="silu", norm="rms_norm_f32"
@@ -184,6 +187,15 @@ def test_speech_to_text_with_split_parameters_gives_the_tokens_of_one_device():
     split = dsm_jax.load(stt_model.CHECKPOINT, sharding=over("model"))
     found = dsm_jax.transcribe(split, recording, frames=True)
     assert found.frames.text_tokens == whole.frames.text_tokens
+
+
+def test_int8_speech_to_text_with_split_parameters_gives_the_tokens_of_one_device():
+    whole, split = (dsm_jax.load("digits", quantize="int8", sharding=over(axis)) for axis in ("data", "model"))
+    in_proj = split.lm_params["transformer"]["layers"][0]["self_attn"]["in_proj"]["weight_PKHD"].get_value()
+    assert in_proj.scale.sharding.spec == PartitionSpec(None, "model")
+    assert in_proj.values.sharding.spec == PartitionSpec(None, "model", None, None)
+    found, wanted = (dsm_jax.transcribe(model, RECORDING, frames=True) for model in (split, whole))
+    assert found.frames.text_tokens == wanted.frames.text_tokens
 
 
 @pytest.mark.parametrize("axis", ["data", "model"])

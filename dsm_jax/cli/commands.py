@@ -117,6 +117,7 @@ def bench(args: argparse.Namespace) -> int:
     what = args.what or ["lm", "mimi"]
     if unknown := sorted(set(what) - {"lm", "mimi", "stt"}):
         raise UsageError(f"{unknown[0]} cannot be timed; choose of lm, mimi and stt")
-    for row in benchmark.run(what, sizes=args.size, batches=args.batch, dtype=args.dtype, steps=args.steps):
+    asked = {"sizes": args.size, "batches": args.batch, "dtype": args.dtype, "quantize": args.quantize}
+    for row in benchmark.run(what, **asked, steps=args.steps):
         terminal.write(json.dumps(row) + "\n", sys.stdout)
     return 0

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 KEY = "DSM_JAX_API_KEY"  # the environment's variable
 # Options of models on this machine, and their values where they were not given.
 _LOCAL_STT: dict[str, Any] = {
-    "device": None, "compile_cache": None, "no_cache": False, "dtype": None, "revision": None, "frames": False,
-    "temperature": None, "top_k": None, "seed": 0, "prompt_text": None, "prompt_audio": None,
+    "device": None, "compile_cache": None, "no_cache": False, "dtype": None, "quantize": None, "revision": None,
+    "frames": False, "temperature": None, "top_k": None, "seed": 0, "prompt_text": None, "prompt_audio": None,
     "exclude_prompt": False, "word_times": "sound",
 }  # fmt: skip
 _LOCAL_TTS: dict[str, Any] = {
-    "device": None, "compile_cache": None, "no_cache": False, "dtype": None, "revision": None, "guidance_scale": None,
-    "temperature": None, "top_k": None, "codebooks": None, "padding_between": None, "padding_bonus": None,
-    "max_frames": None, "on_unsayable": None, "speaker": None, "context": None, "depth_temperature": None,
-    "depth_top_k": None, "save_frames": False,
+    "device": None, "compile_cache": None, "no_cache": False, "dtype": None, "quantize": None, "revision": None,
+    "guidance_scale": None, "temperature": None, "top_k": None, "codebooks": None, "padding_between": None,
+    "padding_bonus": None, "max_frames": None, "on_unsayable": None, "speaker": None, "context": None,
+    "depth_temperature": None, "depth_top_k": None, "save_frames": False,
 }  # fmt: skip
 
 

@@ -74,6 +74,7 @@ def _check_used(args: argparse.Namespace, kinds: set[str]) -> None:
         ("--tts-slots", "slots", args.tts_slots, ("tts",)),
         ("--voice-folder", "voice_folder", args.voice_folder, ("tts",)),
         ("--dtype", "dtype", args.dtype, ("stt", "tts")),
+        ("--quantize", "quantize", args.quantize, ("stt", "tts")),
     )
     for option, setting, value, wanted in options:
         if value is not None and kinds.isdisjoint(wanted):
@@ -88,8 +89,9 @@ def _models(args: argparse.Namespace) -> tuple["ServedModel", ...]:
     """Return the models that the arguments name."""
     from dsm_jax.serving.config import ServedModel, default_path
 
+    weights = {"dtype": args.dtype, "quantize": args.quantize}
     heard = [
-        ServedModel(kind="stt", model=name, path=default_path("stt", number), slots=args.slots, dtype=args.dtype)
+        ServedModel(kind="stt", model=name, path=default_path("stt", number), slots=args.slots, **weights)
         for number, name in enumerate(args.stt)
     ]
     spoken = [
@@ -98,8 +100,8 @@ def _models(args: argparse.Namespace) -> tuple["ServedModel", ...]:
             model=name,
             path=default_path("tts", number),
             slots=args.tts_slots,
-            dtype=args.dtype,
             voice_folder=args.voice_folder,
+            **weights,
         )
         for number, name in enumerate(args.tts)
     ]

@@ -125,5 +125,10 @@ def load(args: argparse.Namespace, *, stt_only: bool) -> "Model":
 
     with terminal.loading_bar(f"loading {args.model}", quiet=args.quiet) as progress:
         return checkpoints.load(
-            args.model, dtype=args.dtype, stt_only=stt_only, revision=args.revision, progress=progress
+            args.model,
+            dtype=args.dtype,
+            quantize=args.quantize,
+            stt_only=stt_only,
+            revision=args.revision,
+            progress=progress,
         )

@@ -84,6 +84,7 @@ def evaluate(
     run = {
         "model": model.name,
         "dtype": model.dtype,
+        "quantize": model.quantize,
         "source": dataset.name,
         "streaming": streaming,
         "options": _described(options),

@@ -25,15 +25,16 @@ class AbstractNetwork:
     Attributes:
       graph: the structure, for `nnx.merge`.
       parameters: shape of every parameter, float32, by its dotted path.
+      state: the same shapes as a state of the network.
     """
 
     graph: nnx.GraphDef
     parameters: dict[str, jax.ShapeDtypeStruct]
-    _state: nnx.State
+    state: nnx.State
 
     def unflatten(self, arrays: Mapping[str, Any]) -> nnx.State:
         """Make a state of arrays, one for each of `parameters`."""
-        flat = nnx.to_flat_state(self._state)
+        flat = nnx.to_flat_state(self.state)
         return nnx.from_flat_state([(path, variable.replace(arrays[_dotted(path)])) for path, variable in flat])
 
 

@@ -152,22 +152,38 @@ def quantize_array(weight: jax.Array, *, inputs: int) -> QuantizedArray:
     return QuantizedArray(values, scale.reshape(scale.shape[: weight.ndim - inputs]))
 
 
+def chosen(params: nnx.State, policy: Sequence[str] = LAYERS) -> dict[str, int]:
+    """List the weights of `Linear` modules that a policy quantises, with the number of input axes of each.
+
+    Args:
+      params: parameters of a module, or their shapes.
+      policy: regular expressions; a weight is quantised if any of them matches in its dotted path, such as
+        "transformer.layers.0.self_attn.in_proj.weight_PKHD".
+    """
+    inputs = {
+        ".".join(map(str, path)): variable.get_metadata().get("inputs") for path, variable in nnx.to_flat_state(params)
+    }
+    return {
+        name: count
+        for name, count in inputs.items()
+        if count is not None and any(re.search(pattern, name) for pattern in policy)
+    }
+
+
 def quantize(params: nnx.State, policy: Sequence[str] = LAYERS) -> nnx.State:
     """Replace the weights of `Linear` modules by int8 ones; every other parameter stays as it is.
 
     Args:
       params: parameters of a module; the arrays are not changed.
-      policy: regular expressions; a weight is quantised if any of them matches in its dotted path, such as
-        "transformer.layers.0.self_attn.in_proj.weight_PKHD".
+      policy: as for `chosen`.
 
     Returns:
       Parameters for the same module, which computes in the same dtype as before.
     """
-    flat = []
+    inputs, flat = chosen(params, policy), []
     for path, variable in nnx.to_flat_state(params):
-        name, inputs = ".".join(map(str, path)), variable.get_metadata().get("inputs")
-        if inputs is not None and any(re.search(pattern, name) for pattern in policy):
-            variable = variable.replace(quantize_array(variable.get_value(), inputs=inputs))
+        if (name := ".".join(map(str, path))) in inputs:
+            variable = variable.replace(quantize_array(variable.get_value(), inputs=inputs[name]))
         flat.append((path, variable))
     return nnx.from_flat_state(flat)
 

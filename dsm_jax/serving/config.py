@@ -50,6 +50,7 @@ class ServedModel:
       slots: sessions at a time; None for 8 on a CPU and 64 elsewhere.
       path: of moshi-server's messages.
       dtype: of the weights; None for the device's own.
+      quantize: "int8" rounds the layers' weights; None keeps them.
       temperature: of the sampling; None for the checkpoint's.
       asr_delay_in_tokens: frames by which the text is late, to be checked against the checkpoint; None checks nothing.
       voice_folder: folder of more voices.
@@ -62,6 +63,7 @@ class ServedModel:
     slots: int | None = None
     path: str
     dtype: str | None = None
+    quantize: Literal["int8"] | None = None
     temperature: float | None = None
     asr_delay_in_tokens: int | None = None
     voice_folder: Path | None = None

@@ -19,7 +19,8 @@ Options = TypeVar("Options", CsmOptions, SynthesizeOptions)
 
 def load_settings(settings: ServedModel) -> Model:
     """Load a model as the settings say."""
-    return load(settings.model, dtype=settings.dtype, stt_only=settings.kind == "stt")
+    stt_only = settings.kind == "stt"
+    return load(settings.model, dtype=settings.dtype, quantize=settings.quantize, stt_only=stt_only)
 
 
 def service_of(settings: ServedModel, model: Model) -> HearingService | SpeakingService:
