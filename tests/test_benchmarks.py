@@ -49,6 +49,14 @@ def test_a_ratio_is_to_the_best_of_the_others():
     assert (found[-1]["task"], found[-1]["measure"], found[-1]["target"]) == ("lm_step_b1", "p50_ms", 0.65)
 
 
+def test_int8_layers_are_shown_beside_float32_and_are_no_peer():
+    found = run_of("lm_step_b1", {"ours": measured(60), "ours-int8": measured(30), "moshi": measured(160)})
+    assert (found[-1]["ratio"], found[-1]["best_peer"]) == (0.375, "moshi")
+    head, _, line, *_ = table.cpu_table(found).splitlines()
+    assert head.startswith("| median ms (99 %) | dsm_jax | with int8 layers | moshi |")
+    assert line.startswith("| `lm_step_b1` | 60 (120) | 30 (60) | 160 (320) |")
+
+
 def test_a_disturbed_figure_meets_no_target():
     ratio = run_of("lm_step_b1", {"ours": measured(60), "moshi": measured(160, others_cores=0.5)})[-1]
     assert (ratio["ratio"], ratio["disturbed"], ratio["met"]) == (0.375, True, False)
@@ -64,7 +72,8 @@ def test_memory_has_a_best_and_a_target_of_its_own():
 @pytest.mark.parametrize(
     "figures, error",
     [
-        ({"ours": measured(1), "moshi": {"error": "moshi is not installed"}}, "no figure of any other, so no ratio"),
+        ({"ours": measured(1), "moshi": {"error": "moshi is not installed"}}, "no figure of any peer, so no ratio"),
+        ({"ours": measured(1), "ours-int8": measured(1)}, "no figure of any peer, so no ratio"),
         ({"ours": {"error": "it broke"}, "moshi": measured(1)}, "no figure of ours, so no ratio"),
     ],
 )
@@ -83,6 +92,7 @@ def test_a_contender_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPa
 def test_checkpoints_are_made_only_for_tasks_that_read_them():
     assert not runner.checkpoints_needed(["train_lm_step", "train_codec_step"], list(tasks.PACKAGES))
     assert runner.checkpoints_needed(["train_lm_step", "transcribe_45s"], ["ours"])
+    assert not runner.checkpoints_needed(["lm_step_b1"], ["ours", "ours-int8"])
 
 
 def test_a_processor_is_named_with_its_widest_vectors_as_they_decide_which_products_are_fast():
@@ -161,7 +171,7 @@ FOUND = run_of("lm_step_b1", {"ours": measured(60), "moshi": measured(160), "tra
 
 def test_the_table_shows_every_contender_the_ratio_and_what_failed(tmp_path: Path):
     shown = table.block([results(tmp_path, FOUND)], tmp_path)
-    assert "| `lm_step_b1` | 60 (120) | 160 (320) | – | – | **0.38** of moshi | 0.65 |" in shown
+    assert "| `lm_step_b1` | 60 (120) | – | 160 (320) | – | – | **0.38** of moshi | 0.65 |" in shown
     assert "lm_step_b1: transformers: it broke" in shown
     assert "A CPU, 2 threads, float32, 2026-01-02; jax 0.10.0;" in shown
 
@@ -176,14 +186,14 @@ def test_the_table_marks_a_busy_machine(tmp_path: Path):
 def test_a_task_that_was_run_again_shows_its_last_figures(tmp_path: Path):
     again = run_of("lm_step_b1", {"ours": measured(60), "transformers": measured(120)})
     shown = table.block([results(tmp_path, FOUND + again)], tmp_path)
-    assert "| `lm_step_b1` | 60 (120) | 160 (320) | 120 (240) | – | **0.50** of transformers | 0.65 |" in shown
+    assert "| `lm_step_b1` | 60 (120) | – | 160 (320) | 120 (240) | – | **0.50** of transformers | 0.65 |" in shown
     assert "it broke" not in shown
 
 
 def test_peak_memory_has_a_line(tmp_path: Path):
     found = run_of("transcribe_45s", {"ours": measured(50, 120), "moshi": measured(100, 100)})
     shown = table.block([results(tmp_path, found)], tmp_path)
-    assert "| `transcribe_45s`, peak MB | 120 | 100 | – | – | **1.20** of moshi | 1.00 |" in shown
+    assert "| `transcribe_45s`, peak MB | 120 | – | 100 | – | – | **1.20** of moshi | 1.00 |" in shown
 
 
 def test_the_gpu_table_pairs_ours_and_moshi(tmp_path: Path):

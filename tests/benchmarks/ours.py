@@ -31,25 +31,26 @@ TINY_CSM = ModelConfig(
 )
 
 
-def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
+def make(task: str, folder: Path, threads: int, tiny: bool, *, quantize: str | None = None) -> Step:
     """Make the step of `task`; JAX uses as many threads as the process has cores."""
     if task.startswith("train_"):
         from tests.benchmarks import training  # late: its imports would count as memory of other tasks
 
         return training.make(task, tiny)
     if task == "transcribe_45s":
-        return _transcribe(folder)
+        return _transcribe(folder, quantize)
     if task == "mimi_encode_10s":
         return _encode_10s(small.MIMI if tiny else MimiConfig())
     if task.startswith("lm_step_b"):
         config = ModelConfig(model_type="stt", lm=small.STT) if tiny else presets.STT_1B
-        return _threaded(*benchmark.lm_step(config, int(task.removeprefix("lm_step_b")), jnp.dtype("float32")))
+        batch = int(task.removeprefix("lm_step_b"))
+        return _threaded(*benchmark.lm_step(config, batch, jnp.dtype("float32"), quantize))
     if task.startswith("tts_"):
-        return _threaded(*speech_steps.tts_step(*speech_case(task, tiny)))
+        return _threaded(*speech_steps.tts_step(*speech_case(task, tiny), quantize))
     if task.startswith("csm_"):
         make_step = speech_steps.csm_step if "frame" in task else speech_steps.csm_prefill
         config = TINY_CSM if tiny else presets.CSM_1B
-        return _threaded(*make_step(config, int(task.partition("_b")[2])))
+        return _threaded(*make_step(config, int(task.partition("_b")[2]), quantize))
     return _threaded(*benchmark.mimi_step(1, task.split("_")[1]))
 
 
@@ -74,8 +75,9 @@ def _encode_10s(config: MimiConfig) -> Step:
     return lambda: jax.block_until_ready(encode(params, pcm_BTC))
 
 
-def _transcribe(folder: Path) -> Step:
-    model = dsm_jax.load(folder / "kyutai", dtype="float32", stt_only=True)  # as `dsm-jax transcribe` does
+def _transcribe(folder: Path, quantize: str | None) -> Step:
+    # As `dsm-jax transcribe` does.
+    model = dsm_jax.load(folder / "kyutai", dtype="float32", quantize=quantize, stt_only=True)
     pcm_T = np.load(folder / "pcm.npy")
     dsm_jax.transcribe(model, pcm_T[:48_000])
     return lambda: dsm_jax.transcribe(model, pcm_T).text

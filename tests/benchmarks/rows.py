@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.tasks import OURS, TASKS
+from tests.benchmarks.tasks import OURS, PEERS, TASKS
 
 Row = dict[str, Any]
 
@@ -80,7 +80,7 @@ def contender_row(task: str, contender: str, rounds: Sequence[Mapping[str, Any]]
 
 
 def ratio_rows(task: str, rows: Sequence[Row]) -> list[Row]:
-    """Divide our figures by the best of the other contenders, for time and, if it has a target, for peak memory.
+    """Divide our figures, in float32, by the best of the peers, for time and, if it has a target, for peak memory.
 
     Args:
         task: of `TASKS`.
@@ -98,10 +98,11 @@ def ratio_rows(task: str, rows: Sequence[Row]) -> list[Row]:
 def _ratio(task: str, measure: str, target: float, by_contender: Mapping[str, Row]) -> Row:
     head = {"task": task, "measure": measure, "target": target}
     figures = {contender: row[measure] for contender, row in by_contender.items() if measure in row}
-    ours = figures.pop(OURS, None)
-    if ours is None or not figures:
-        return head | {"error": f"no figure of {OURS if ours is None else 'any other'}, so no ratio"}
-    best = min(figures, key=figures.__getitem__)
-    ratio = round(ours / figures[best], 3)
+    ours = figures.get(OURS)
+    peers = {contender: figure for contender, figure in figures.items() if contender in PEERS}
+    if ours is None or not peers:
+        return head | {"error": f"no figure of {OURS if ours is None else 'any peer'}, so no ratio"}
+    best = min(peers, key=peers.__getitem__)
+    ratio = round(ours / peers[best], 3)
     disturbed = any(by_contender[contender]["others_cores"] > QUIET_CORES for contender in (OURS, best))
     return head | {"ratio": ratio, "best_peer": best, "disturbed": disturbed, "met": ratio <= target and not disturbed}

@@ -23,6 +23,7 @@ from dsm_jax.models.family import csm_config
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.models.streams import ZERO_TOKEN
+from dsm_jax.nn import quant
 from dsm_jax.runtime.steps import Leave
 from dsm_jax.tts.host import SpeechRequest, TtsProgram
 from dsm_jax.tts.script import Entry
@@ -32,8 +33,8 @@ from tests.benchmarks.tasks import VOICE_STEPS
 PROMPT = 64  # positions of a conversation's prompt, all of text
 
 
-def tts_step(config: ModelConfig, batch: int) -> tuple[Step, Any]:
-    """Make the step of one frame of text to speech in float32, for a text that does not end.
+def tts_step(config: ModelConfig, batch: int, quantize: str | None = None) -> tuple[Step, Any]:
+    """Make the step of one frame of text to speech for a text that does not end.
 
     A step runs the language model, word machine, sampling and codec. The first steps, before the audio begins, run
     neither depformer nor codec.
@@ -42,7 +43,7 @@ def tts_step(config: ModelConfig, batch: int) -> tuple[Step, Any]:
     assert lm is not None
     speaker = lm.conditioner("speaker_wavs")
     assert isinstance(speaker, TensorConditioner)
-    model = _random_model(config, lambda: DelayedStreamsLM(lm, rngs=nnx.Rngs(0)))
+    model = _random_model(config, lambda: DelayedStreamsLM(lm, rngs=nnx.Rngs(0)), quantize)
     request = SpeechRequest(
         entries=[Entry((4, 5), "word", 0)] * 1000,
         complete=True,
@@ -70,17 +71,17 @@ def tts_step(config: ModelConfig, batch: int) -> tuple[Step, Any]:
     return lambda state: program.step(state, everyone, waiting=False), state
 
 
-def csm_step(config: ModelConfig, batch: int) -> tuple[Step, Any]:
-    """Make the step of one frame of conversational speech after a prompt, with its samples, in float32."""
-    program, requests = _csm_program(config, batch, frames=1000)
+def csm_step(config: ModelConfig, batch: int, quantize: str | None = None) -> tuple[Step, Any]:
+    """Make the step of one frame of conversational speech after a prompt, with its samples."""
+    program, requests = _csm_program(config, batch, quantize, frames=1000)
     state = program.insert(program.init(), range(batch), requests)
     everyone = [Leave()] * batch
     return lambda state: program.step(state, everyone, waiting=False), state
 
 
-def csm_prefill(config: ModelConfig, batch: int) -> tuple[Step, Any]:
-    """Make the prefill of prompts in float32; its output is the state's last hidden states."""
-    program, requests = _csm_program(config, batch, frames=100)
+def csm_prefill(config: ModelConfig, batch: int, quantize: str | None = None) -> tuple[Step, Any]:
+    """Make the prefill of prompts; its output is the state's last hidden states."""
+    program, requests = _csm_program(config, batch, quantize, frames=100)
 
     def step(state: Any) -> tuple[jax.Array, Any]:
         state = program.insert(state, range(batch), requests)
@@ -89,10 +90,12 @@ def csm_prefill(config: ModelConfig, batch: int) -> tuple[Step, Any]:
     return step, program.init()
 
 
-def _csm_program(config: ModelConfig, batch: int, *, frames: int) -> tuple[CsmProgram, list[ConversationRequest]]:
+def _csm_program(
+    config: ModelConfig, batch: int, quantize: str | None, *, frames: int
+) -> tuple[CsmProgram, list[ConversationRequest]]:
     """Make the program of a conversational speech model, and a request for each slot."""
     csm = csm_config(config)
-    model = _random_model(config, lambda: CsmLM(csm, rngs=nnx.Rngs(0)))
+    model = _random_model(config, lambda: CsmLM(csm, rngs=nnx.Rngs(0)), quantize)
     tokens_MT = np.full((1 + csm.n_q, PROMPT), ZERO_TOKEN, np.int32)
     tokens_MT[0] = np.arange(PROMPT) % csm.text_card
     options = CsmOptions(temperature=0.0, max_frames=frames)
@@ -101,8 +104,10 @@ def _csm_program(config: ModelConfig, batch: int, *, frames: int) -> tuple[CsmPr
     return CsmProgram(model, settings), [request] * batch
 
 
-def _random_model(config: ModelConfig, make: Callable[[], nnx.Module]) -> Model:
-    """Return a model of random float32 weights, without a tokenizer."""
+def _random_model(config: ModelConfig, make: Callable[[], nnx.Module], quantize: str | None) -> Model:
+    """Return a model of random weights, float32 but for quantised layers, without a tokenizer."""
     lm_def, lm_params = random_params(make, jnp.dtype("float32"))
+    if quantize is not None:
+        lm_params = quant.quantize(lm_params)
     mimi_def, mimi_params = random_params(lambda: Mimi(config.mimi, rngs=nnx.Rngs(0)), jnp.dtype("float32"))
     return Model(config, lm_def, lm_params, mimi_def, mimi_params, None, "random")

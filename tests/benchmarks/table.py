@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.benchmarks.rows import QUIET_CORES, Row
-from tests.benchmarks.tasks import OURS, PACKAGES, TASKS
+from tests.benchmarks.tasks import INT8, OURS, PACKAGES, TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("tests", "benchmarks", "results")
 BEGIN, END = "<!-- benchmark -->", "<!-- /benchmark -->"
 _SOURCE = re.compile(r"\[rows\]\(([^)]+)\)")
 _MISSING = "–"
+_TITLES = {OURS: "dsm_jax", INT8: "with int8 layers"}
 
 
 def read(path: Path) -> list[Row]:
@@ -53,7 +54,7 @@ def cpu_table(rows: Sequence[Row]) -> str:
     """
     figures = {(row["task"], row["contender"]): row for row in rows if "contender" in row}
     ratios = {(row["task"], row["measure"]): row for row in rows if "measure" in row}
-    lines = [_line("median ms (99 %)", *("dsm_jax" if c == OURS else c for c in PACKAGES), "ratio", "target")]
+    lines = [_line("median ms (99 %)", *(_TITLES.get(c, c) for c in PACKAGES), "ratio", "target")]
     lines.append("|---" + "|--:" * (len(PACKAGES) + 2) + "|")
     for task in TASKS:
         cells = [figures.get((task, contender), {}) for contender in PACKAGES]

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.tasks import PACKAGES, TASKS
+from tests.benchmarks.tasks import PACKAGES, PEERS, TASKS
 
 Step = Callable[[], object]  # does one unit of work, and returns when it is done
 
-_MODULES = {name: f"tests.benchmarks.{name}{'' if name == 'ours' else '_peer'}" for name in PACKAGES}
+_MODULES = {name: f"tests.benchmarks.{name.replace('-', '_')}{'_peer' if name in PEERS else ''}" for name in PACKAGES}
 
 
 def time_steps(step: Step, warm_up: int, steps: int) -> list[float]:
