@@ -15,7 +15,7 @@ import dsm_jax
 from dsm_jax import audio
 from dsm_jax.errors import AudioError, ConfigError, ServerError, TextError
 from dsm_jax.serving import client
-from dsm_jax.serving.client import openai
+from dsm_jax.serving.client import openai, openai_sessions
 from tests.helpers.serving import answering, running, served
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("idle")]
@@ -307,7 +307,7 @@ def test_events_that_are_not_known_are_passed_over():
 
 def test_the_example_of_the_docstring_runs(server, clip, wanted):
     names: dict = {**vars(openai)}
-    (test,) = [test for test in doctest.DocTestFinder().find(openai) if test.examples]
+    (test,) = [test for test in doctest.DocTestFinder().find(openai_sessions) if test.examples]
     test.globs = names
     assert doctest.DocTestRunner().run(test, clear_globs=False).failed == 0
     assert " ".join(asyncio.run(names["heard"](server.url, clip))) == wanted.text
