@@ -89,11 +89,13 @@ def test_a_float_product_copies_no_weight(split, rows):
 
 
 @pytest.mark.parametrize(("rows", "shape"), [(2, "96,2"), (64, "96,64"), (65, "65,96")])
-def test_a_weight_is_the_left_operand_of_a_product_of_few_rows(rows, shape):
+@pytest.mark.parametrize("kind", ["f32", "s32"])
+def test_a_weight_is_the_left_operand_of_a_product_of_few_rows(kind, rows, shape):
     # XLA on CPU packs the right operand at every call, and swaps the operands where it can fold a transposition.
-    compiled = compile_optimized(jax.jit(quant.matmul).lower(noise(rows, 64), noise(96, 64)))
+    weight = noise(96, 64) if kind == "f32" else quant.quantize_array(noise(96, 64), inputs=1)
+    compiled = compile_optimized(jax.jit(quant.matmul).lower(noise(rows, 64), weight))
     (line,) = [line for line in compiled.as_text().splitlines() if " dot(" in line]
-    assert re.findall(r"= f32\[([\d,]+)\]", line) == [shape]
+    assert re.findall(rf"= {kind}\[([\d,]+)\]", line) == [shape]
 
 
 @pytest.mark.slow

@@ -18,8 +18,9 @@ from flax import nnx
 
 # All products of the layers of backbone, depformer and depth decoder: nearly all of the bytes that a step reads.
 LAYERS = (r"^(transformer|backbone|depth)\.layers\.", r"^depformer\.(inputs|layers|linears)\.")
-# Up to so many rows, float products on CPU have the weight as their left operand: docs/decisions/0005-float-weights.md.
+# Up to so many rows, products on CPU have the weight as their left operand: docs/decisions/0005-float-weights.md.
 _FEW_ROWS = 64
+_LAST_AXES = ((1,), (1,)), ((), ())
 
 
 @jax.tree_util.register_dataclass
@@ -77,21 +78,33 @@ def matmul(x: jax.Array, weight: Weight, *, inputs: int = 1, split: bool = False
         return jnp.moveaxis(y, tuple(range(len(outputs))), tuple(range(-len(outputs), 0)))
     # With a matrix as the weight, the gradient is a matrix too; with several axes XLA would transpose and copy it.
     summed = math.prod(weight.shape[len(outputs) :])
-    x_NC, weight_DC = x.reshape(-1, summed), weight.reshape(-1, summed)
+    return _product(x.reshape(-1, summed), weight.reshape(-1, summed)).reshape(*batch, *outputs)
+
+
+def _product(x_NC: jax.Array, weight_DC: jax.Array, dtype: Any = None) -> jax.Array:
+    """Multiply rows with a matrix, with the operands in the faster order.
+
+    Args:
+      x_NC: the rows.
+      weight_DC: the matrix, of the same dtype.
+      dtype: dtype of the sums; None for the operands' own.
+
+    Returns:
+      [N, D].
+    """
+    rows_first, weight_first = (functools.partial(order, dtype=dtype) for order in (_rows_first, _weight_first))
     if 1 < x_NC.shape[0] <= _FEW_ROWS:
-        y_ND = jax.lax.platform_dependent(x_NC, weight_DC, cpu=_weight_first, default=_rows_first)
-    else:
-        y_ND = _rows_first(x_NC, weight_DC)
-    return y_ND.reshape(*batch, *outputs)
+        return jax.lax.platform_dependent(x_NC, weight_DC, cpu=weight_first, default=rows_first)
+    return rows_first(x_NC, weight_DC)
 
 
-def _rows_first(x_NC: jax.Array, weight_DC: jax.Array) -> jax.Array:
-    return jax.lax.dot_general(x_NC, weight_DC, (((1,), (1,)), ((), ())))
+def _rows_first(x_NC: jax.Array, weight_DC: jax.Array, *, dtype: Any) -> jax.Array:
+    return jax.lax.dot_general(x_NC, weight_DC, _LAST_AXES, preferred_element_type=dtype)
 
 
-def _weight_first(x_NC: jax.Array, weight_DC: jax.Array) -> jax.Array:
+def _weight_first(x_NC: jax.Array, weight_DC: jax.Array, *, dtype: Any) -> jax.Array:
     """Multiply with the weight as the left operand, as XLA on CPU packs the right one anew at every call."""
-    y_DN = jax.lax.dot_general(weight_DC, x_NC, (((1,), (1,)), ((), ())))
+    y_DN = jax.lax.dot_general(weight_DC, x_NC, _LAST_AXES, preferred_element_type=dtype)
     # Without the barrier XLA would fold the transposition into the product, which swaps its operands.
     return jax.lax.optimization_barrier(y_DN).T
 
@@ -135,8 +148,7 @@ def _int8_matmul(x: jax.Array, weight: QuantizedArray, inputs: int, split: bool)
         sums = jnp.moveaxis(sums, -1, 0)
     else:
         matrix, values = weight.values.reshape(math.prod(outputs), -1), values.reshape(values.shape[0], -1)
-        sums = jax.lax.dot_general(values, matrix, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-        sums = sums.reshape(-1, *outputs)
+        sums = _product(values, matrix, jnp.int32).reshape(-1, *outputs)
     sums = jax.lax.optimization_barrier(sums)[: rows.shape[0]].astype(jnp.float32)
     y = sums * scale.reshape(-1, *(1,) * len(outputs)) * weight.scale
     return y.reshape(*batch, *outputs).astype(x.dtype)
