@@ -7,6 +7,7 @@ from dsm_jax.cli.parser import parser
 from dsm_jax.cli.setup import UsageError
 from dsm_jax.errors import ConfigError
 from dsm_jax.serving.config import ServedModel, ServerConfig, is_loopback, read_config
+from dsm_jax.serving.services import load_settings
 
 STT = """
 static_dir = "./static/"
@@ -62,6 +63,7 @@ whisper-1 = "digits"
 kind = "stt"
 model = "digits"
 slots = 3
+quantize = "int8"
 
 [models.second]
 kind = "stt"
@@ -110,6 +112,8 @@ def test_our_form_is_read_and_the_environment_is_filled_in(tmp_path, monkeypatch
         ("tts", "digits-tts", "/api/tts_streaming", None),
     ]
     assert config.models[2].voice_folder == tmp_path / "voices"
+    assert [m.quantize for m in config.models] == ["int8", None, None]
+    assert load_settings(config.models[0]).quantize == "int8"
 
 
 @pytest.mark.parametrize(
@@ -153,6 +157,7 @@ def test_a_setting_that_moshi_server_has_not_is_refused_by_name(tmp_path, old, n
         ('["$SECRET"]', '[""]', "a key is empty"),
         ("max_session_s = 60", "max_session_s = -1", "max_session_s is -1.0; expected a number from 0"),
         ('log_format = "json"', 'log_format = "xml"', "log_format is 'xml'; expected 'text' or 'json'"),
+        ('quantize = "int8"', 'quantize = "int4"', "models.listener: quantize is 'int4'; expected 'int8'"),
         ('voice_folder = "voices"', "voice_folder = 3", "models.speaker: voice_folder is 3; expected .*Path"),
         ("[server]", "server]", "is not a configuration file"),
     ],
@@ -219,6 +224,14 @@ def settings(*arguments):
 def test_a_port_that_there_is_not_is_refused(port):
     with pytest.raises(ConfigError, match=f"the port is {port}; expected a number from 0, .*, to 65535"):
         settings("--port", port)
+
+
+def test_the_form_of_the_weights_is_that_of_each_model_that_is_named():
+    found = settings("--stt", "digits", "--tts", "digits-tts", "--quantize", "int8", "--dtype", "bfloat16").models
+    assert [(model.model, model.quantize, model.dtype) for model in found] == [
+        ("digits", "int8", "bfloat16"),
+        ("digits-tts", "int8", "bfloat16"),
+    ]
 
 
 def test_ports_from_0_to_65535_are_taken():

@@ -15,6 +15,7 @@ import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import msgpack
 import numpy as np
 import pytest
@@ -454,18 +455,23 @@ def test_a_port_that_is_taken_is_refused():
     ("kind", "slots", "step", "sentence"),
     [
         ("stt", 8, {1: 0.063}, "m: 8 slots at 63 ms a step; keeps up"),
-        ("stt", 8, {1: 0.071}, "m: 8 slots at 71 ms a step; does not keep up with 80 ms a frame: use fewer"),
+        ("stt", 8, {1: 0.071}, "m: 8 slots at 71 ms a step; does not keep up with 80 ms a frame: use fewer, or int8 "),
         (
             "stt",
             1,
             {1: 0.071, 4: 0.1},
-            "m: 1 slot at 71 ms a step; does not keep up with 80 ms a frame: use a smaller ",
+            "m: 1 slot at 71 ms a step; does not keep up with 80 ms a frame: use a smaller model or a faster ",
         ),
         ("tts", 2, {4: 0.1}, "m: 2 slots at 100 ms for 4 steps; keeps up, 6.4 times real time in all"),
     ],
 )
 def test_the_capacity_leaves_time_for_the_connections(kind, slots, step, sentence):
-    service, engine = SimpleNamespace(step_seconds=step), SimpleNamespace(total=slots)
-    model = Served(None, "m", kind, service, engine)
-    assert model.capacity().startswith(sentence)
-    assert model.keeps_up == ("; keeps up" in sentence)
+    def served(**model) -> Served:
+        model = SimpleNamespace(**{"quantize": None, "devices": jax.devices("cpu")} | model)
+        service, engine = SimpleNamespace(step_seconds=step, model=model), SimpleNamespace(total=slots)
+        return Served(None, "m", kind, service, engine)
+
+    assert served().capacity().startswith(sentence)
+    assert served().keeps_up == ("; keeps up" in sentence)
+    assert "int8" not in served(quantize="int8").capacity()
+    assert "int8" not in served(devices=[SimpleNamespace(platform="gpu")]).capacity()

@@ -54,7 +54,8 @@ def from_dict(kind: type[Config], values: Mapping[str, Any], where: str, *, like
 
 
 def _read_value(kind: Any, value: Any, where: str, like: Any) -> Any:
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    unions = types.UnionType, typing.Union  # with a Literal, `|` makes the latter
+    options = typing.get_args(kind) if typing.get_origin(kind) in unions else (kind,)
     configs: list[Any] = [option for option in options if dataclasses.is_dataclass(option)]
     if configs and value is not None:
         if isinstance(value, tuple(configs)):
@@ -80,8 +81,9 @@ def _read_value(kind: Any, value: Any, where: str, like: Any) -> Any:
             return Path(value)
         if isinstance(origin, type) and isinstance(value, origin) and isinstance(value, bool) == (origin is bool):
             return value
-    expected = " or ".join(map(repr, typing.get_args(kind))) if typing.get_origin(kind) is Literal else None
-    raise ConfigError(f"{where} is {value!r}; expected {expected or getattr(kind, '__name__', kind)}")
+    texts = [text for option in options if typing.get_origin(option) is Literal for text in typing.get_args(option)]
+    expected = " or ".join(map(repr, texts)) or getattr(kind, "__name__", kind)
+    raise ConfigError(f"{where} is {value!r}; expected {expected}")
 
 
 def _of_type(configs: Sequence[Any], value: Any, where: str) -> Any:

@@ -61,6 +61,8 @@ class Served:
         verdict = "keeps up"
         if not self.keeps_up:
             remedy = "use fewer" if self.engine.total > 1 else "use a smaller model or a faster device"
+            if self.model.quantize is None and self.model.devices[0].platform == "cpu":
+                remedy += ", or int8 weights (--quantize int8)"
             verdict = f"does not keep up with {FRAME_S * 1000:.0f} ms a frame: {remedy}"
         if self.kind == "tts":
             verdict += f", {self.engine.total * frames * FRAME_S / seconds:.1f} times real time in all"
