@@ -7,7 +7,7 @@ import pytest
 
 from dsm_jax.stt.events import WordEnded, WordStarted
 from dsm_jax.stt.levels import SoundLevels
-from dsm_jax.stt.words import Timing, VadOptions, WordReader
+from dsm_jax.stt.words import COMPLETE_FRAMES, Timing, VadOptions, WordReader
 from tests.helpers import stt_model
 
 RATE = 24_000
@@ -52,6 +52,10 @@ def words(events: list[tuple[int, object]]) -> list[tuple[str, float, float]]:
     return [(e.word.text, round(e.word.start, 2), round(e.word.end, 2)) for _, e in events if isinstance(e, WordEnded)]
 
 
+def ended_at(events: list[tuple[int, object]]) -> list[int]:
+    return [frame for frame, event in events if isinstance(event, WordEnded)]
+
+
 def said(text: str, second: float) -> dict[int, int]:
     """Return the tokens of a word that is said at a second, by frame."""
     frame = round((second + DELAYED.text_offset) * 12.5)
@@ -69,8 +73,16 @@ def test_the_end_of_a_sound_is_where_the_silence_after_it_begins(piece):
     pcm_T = sound((1.0, 1.4), (3.0, 3.5), seconds=5.0)[: None if piece > 1 else RATE * 3]
     found = levels(pcm_T, piece).end_of_sound(1.0, 2.9)
     assert found is not None
-    assert found[0] == pytest.approx(1.42, abs=0.021)
+    assert found[0] == pytest.approx(1.42, abs=0.011)
     assert found[1] == pytest.approx(1.5, abs=0.02)
+
+
+def test_neither_loud_background_nor_the_sound_before_a_word_is_its_own():
+    for spans, background in ([(1.0, 1.4)], 1e-2), ([(0.5, 0.95), (1.2, 1.4)], 1e-3):
+        found = levels(sound(*spans, seconds=4.0, background=background)).end_of_sound(1.0, 3.9)
+        assert found is not None
+        assert found[0] == pytest.approx(1.42, abs=0.011)
+    assert levels(sound(seconds=1.0)).end_of_sound(2.0, 3.0) is None
 
 
 def test_a_gap_within_a_word_does_not_end_it():
@@ -105,6 +117,17 @@ def test_a_word_before_a_pause_ends_with_its_sound_and_is_reported_within_a_seco
     assert (frame + 1) / 12.5 - 1.4 <= 1.0
 
 
+def test_a_word_ends_once_its_text_is_complete_and_the_next_would_have_come():
+    for sound_end, frame in (1.1, max(said("the", 1.04)) + COMPLETE_FRAMES), (1.6, 27):
+        events = read(stream(60, said("the", 1.04)), sound((1.0, sound_end), seconds=4.0))
+        # The text is 0.56 s late: the frame in which the last of the sound has its text, 0.02 s after the sound.
+        assert ended_at(events) == [frame]
+    now = Timing(frame_rate=12.5, text_offset=0.0, audio_offset=0.0)
+    tokens = stream(60, {12: 0, **{13 + place: token for place, token in enumerate(ids("the"))}})
+    ((_, _, end),) = words(read(tokens, sound((1.0, 1.3), (1.45, 1.7), seconds=4.0), now))
+    assert end == pytest.approx(1.72, abs=0.03), "a gap shorter than a silence"
+
+
 def test_a_boundary_that_nothing_follows_does_not_start_the_next_word():
     late = said("fox", 9.04)
     late.pop(min(late))
@@ -113,10 +136,20 @@ def test_a_boundary_that_nothing_follows_does_not_start_the_next_word():
     assert [round(e.start, 1) for _, e in events if isinstance(e, WordStarted)] == [1.0, 9.0]
 
 
+def test_a_boundary_long_before_the_last_word_does_not_shorten_it():
+    pcm_T, word = sound((1.0, 1.8), seconds=2.2), said("the", 1.04)
+    word.pop(min(word))
+    ((_, start, end),) = words(read(stream(25, word), pcm_T))
+    assert end > start + 0.2
+    assert words(read(stream(25, {3: 0}, word), pcm_T)) == [("the", start, end)]
+
+
 def test_a_word_in_loud_noise_lasts_a_second_after_its_last_piece_at_most():
-    events = read(stream(100, said("the", 1.04)), sound(seconds=8.0, background=0.2))
+    tokens = stream(100, said("the", 1.04))
+    events = read(tokens, sound(seconds=8.0, background=0.2))
     ((_, start, end),) = words(events)
-    assert start < end <= start + 0.08 * len(ids("the")) + 1.01
+    assert ended_at(events) == [max(said("the", 1.04)) + 12], "the first frame that is a second later"
+    assert end == pytest.approx(start + 0.08 * len(ids("the")) + 1.0, abs=0.011)
 
 
 def test_words_in_noise_end_where_the_next_begins():
@@ -170,6 +203,16 @@ def test_an_unfinished_character_is_held_back():
     events = [event for token in (0, 10, 11, 3, 3, 12, 3, 0) for event in reader.read(token, 0.5)]
     assert [event.text for event in events if isinstance(event, WordStarted)] == ["é"]
     assert [event.word.text for event in events if isinstance(event, WordEnded)] == ["é"]
+    cut = [event for token in (0, 10, 11, 0) for event in reader.read(token, 0.5)]
+    assert [getattr(event, "text", None) or event.word.text for event in cut] == ["\ufffd"] * 2, "it never came"
+
+
+def test_words_whose_pieces_do_not_tell_where_they_begin_are_told_with_the_sound_too():
+    levels = SoundLevels(RATE)
+    reader = WordReader(SpeltInBytes(), DELAYED, padding=3, boundary=0, pauses=VadOptions(), levels=levels)  # pyright: ignore
+    silence_T, tokens = np.zeros(FRAME, np.float32), (0, 10, 11, 12, 13, 11, 12, 0)
+    events = [event for token in tokens for event in reader.read(token, 0.5, None, silence_T)]
+    assert [event.word.text for event in events if isinstance(event, WordEnded)] == ["é", "é"]
 
 
 def test_ends_do_not_depend_on_what_comes_later():

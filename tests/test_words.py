@@ -40,6 +40,7 @@ def test_a_word_lies_between_its_boundaries():
     word = ids("the")
     events = read([3, 0, *word, 3, 3, 0, 3])
     assert spans(events) == [("the", 2, 2 + len(word) + 2)]
+    assert spans(read([0, 3, 3, *word, 0])) == [("the", 1, 3 + len(word))]
 
 
 def test_words_that_share_a_segment_split_it_by_their_tokens():
@@ -52,7 +53,10 @@ def test_words_that_share_a_segment_split_it_by_their_tokens():
 def test_the_last_word_ends_after_a_second_at_the_end_of_the_stream_or_with_the_audio():
     word = ids("the")
     assert spans(read([0, *word, *[3] * 40])) == [("the", 1, 13)]
-    assert spans(read([0, *word, 3, 3, 2, 3, 3])) == [("the", 1, 3 + len(word))]
+    assert spans(read([0, *word, 3, 3, 2, 3, 2])) == [("the", 1, 3 + len(word))]
+    assert spans(read([2, 0, *word, *[3] * 40])) == [("the", 2, 14)], "a stream that ended before the word"
+    start = len(word) + 3
+    assert spans(read([0, *word, 2, 0, *word, *[3] * 40]))[1:] == [("the", start, start + 12)]
     assert spans(read([0, *word, 3])) == [("the", 1, 2 + len(word))]
 
 
@@ -73,6 +77,47 @@ def test_times_are_in_the_audio_and_never_negative():
     assert e.word.start == 0.0
 
 
+class LongSpelt:
+    """A tokenizer that spells each word in three pieces, where the model may take one."""
+
+    eos_id = 2
+
+    def decode(self, tokens: list[int]) -> str:
+        return " ".join("a" for _ in tokens)
+
+    def piece(self, token: int) -> str:
+        return "a"
+
+    def encode(self, text: str) -> list[int]:
+        return [11, 11, 11]
+
+
+def test_no_word_of_a_segment_starts_after_what_was_read_or_ends_after_the_segment():
+    r = WordReader(LongSpelt(), NO_OFFSET, padding=3, boundary=0, pauses=VadOptions())  # pyright: ignore
+    events = [e for token in (0, 11, 11, 11, 11, 0) for e in r.read(token, 0.5)]
+    assert spans(events) == [("a", 1, 4), ("a", 4, 5), ("a", 6, 6), ("a", 6, 6)]
+
+
+def test_a_space_alone_is_no_word_and_costs_none():
+    space, *rest = ids("fox")
+    assert spans(read([0, space, 0, space, 0])) == []
+    assert spans(read([0, space, space, *rest, 0])) == [("fox", 1, 3 + len(rest))]
+
+
+def test_words_of_as_many_pieces_are_each_told_when_they_start():
+    r, told = reader(), []
+    for frame, token in enumerate([0, *ids("the"), 3, 0, *ids("the"), 3, 0]):
+        told += [frame for e in r.read(token, 0.5) if isinstance(e, WordStarted)]
+    assert told == [1 + len(ids("the")), 3 + 2 * len(ids("the"))]
+
+
+def test_the_published_scripts_times_may_be_later_than_the_audio():
+    r = reader()
+    r.duration = 0.1
+    events = [e for token in (3, 3, 3, 0, *ids("the"), 0) for e in r.read(token, 0.5)]
+    assert spans(events) == [("the", 4, 4 + len(ids("the")))]
+
+
 def test_a_word_is_as_sure_as_the_geometric_mean_of_its_pieces():
     r, word = reader(), ids("fox")
     assert len(word) > 1
@@ -81,6 +126,10 @@ def test_a_word_is_as_sure_as_the_geometric_mean_of_its_pieces():
         r.read(token, probability)
     (end,) = [e for e in r.read(0, 1.0) if isinstance(e, WordEnded)]
     assert end.word.probability == pytest.approx((0.9 * 0.4 ** (len(word) - 1)) ** (1 / len(word)))
+    for token in word:
+        r.read(token, 0.0)
+    (end,) = [e for e in r.finish() if isinstance(e, WordEnded)]
+    assert end.word.probability == pytest.approx(0.0, abs=1e-6)
 
 
 def test_words_that_share_a_segment_are_each_as_sure_as_their_own_pieces():
@@ -130,9 +179,14 @@ def test_another_head_or_threshold_can_decide():
     assert pauses([0.9] * 3, pauses=VadOptions(threshold=0.95)) == []
 
 
-def test_a_horizon_that_no_head_has_is_refused():
+def test_a_horizon_that_no_head_has_and_a_threshold_that_is_no_probability_are_refused():
     with pytest.raises(ConfigError, match=r"5\.0 s was asked for; the heads know \(0\.5, 1\.0, 2\.0, 3\.0\)"):
         VadOptions(horizon=5.0)
+    for threshold in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ConfigError, match=rf"pauses is {threshold}; expected a probability from 0 to 1"):
+            VadOptions(threshold=threshold)
+    assert pauses([0.0, 1.0], pauses=VadOptions(threshold=0.0)) == [Pause(2 / 12.5, 2.0, 1.0)]
+    assert pauses([1.0], pauses=VadOptions(threshold=1.0)) == []
 
 
 def test_a_prompt_is_left_out_by_frames():

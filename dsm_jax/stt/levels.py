@@ -9,8 +9,6 @@ HOP_S = 0.01
 SILENCE_S = 0.25  # so long is no sound, where a word has ended: longer than the closure of a stop
 MEMORY_S = 60.0  # of the levels that are kept; a word is looked for in the last seconds alone
 
-_EARLY_S = 0.1  # the sound of a word may begin so much before the time that the model gives it
-_ONSET_S = 0.8  # and so much after
 _PEAK_S = 0.6  # the loudest part of a word lies within so much of its start
 _FLOOR_S = 10.0  # the background is measured over the seconds before
 _RANGE_DB = 45.0  # below its peak, a word is not heard any more
@@ -57,30 +55,23 @@ class SoundLevels:
 
         Returns:
           The seconds at which the sound ends, and the seconds of silence that follow: at least `SILENCE_S`, or the time
-          to `limit`. None where no sound stands out from the background.
+          to `limit`. None where no sound is known between `start` and `limit`.
         """
         begin, end = self._index(start), self._index(limit)
-        if end - begin < 2:
+        if begin >= end:
             return None
-        peak = self._levels_H[begin : min(end, begin + round(_PEAK_S / HOP_S))].max()
+        levels_H = self._levels_H[begin:end]
+        peak = levels_H[: round(_PEAK_S / HOP_S)].max()
         floor = np.percentile(self._levels_H[max(0, end - round(_FLOOR_S / HOP_S)) : end], 10)
         silent_below = min(max(peak - _RANGE_DB, floor + _ABOVE_FLOOR_DB), peak - _CONTRAST_DB)
-        first = self._index(start - _EARLY_S)
-        sound_H = self._levels_H[first:end] >= silent_below
-        at_start, latest = begin - first, begin - first + round(_ONSET_S / HOP_S)
-        if not sound_H[at_start : at_start + 2].any():
-            sound_H[:at_start] = False  # sound that ended before the word starts is that of the word before
-        onsets = np.flatnonzero(sound_H[:latest])
-        if not onsets.size:
-            return None
-        sounding = np.flatnonzero(sound_H)
-        silences = np.diff(np.append(sounding, sound_H.size)) - 1
+        sounding = np.flatnonzero(levels_H >= silent_below)  # the peak is among them
+        silences = np.diff(np.append(sounding, levels_H.size)) - 1
         long = np.flatnonzero(silences >= round(SILENCE_S / HOP_S))
         last = long[0] if long.size else -1
         silence = int(silences[last])
         # The last of a sound fades below what stands out.
         faded = int(sounding[last]) + 1 + min(silence, round(_FADE_S / HOP_S))
-        return (self._first + first + faded) * HOP_S, silence * HOP_S
+        return (self._first + begin + faded) * HOP_S, silence * HOP_S
 
     def _index(self, seconds: float) -> int:
         """Return the index of a time among the levels that are kept."""

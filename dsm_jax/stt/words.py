@@ -46,8 +46,8 @@ class Timing:
         return frame / self.frame_rate - (self.text_offset - self.audio_offset)
 
     def heard(self, frame: int) -> float:
-        """Return the seconds of audio that were heard with a frame."""
-        return max(0.0, (frame + 1) / self.frame_rate - self.audio_offset)
+        """Return the seconds of audio that were heard with a frame; negative before the audio."""
+        return (frame + 1) / self.frame_rate - self.audio_offset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,11 +141,10 @@ class WordReader:
                     # The sound is known up to now, which is later than the text by the text's delay.
                     delay = self.timing.text_offset - self.timing.audio_offset
                     events += self._close(self.frame + delay * self.timing.frame_rate)
-        heard = (frame + 1) / self.timing.frame_rate > self.timing.audio_offset  # what comes before is not the audio's
-        if heard and pauses and pauses[self.pause_head] > self.threshold and not self._paused:
+        heard = self.timing.heard(frame)
+        if heard > 0 and pauses and pauses[self.pause_head] > self.threshold and not self._paused:
             self._paused = True
-            time = self._within(self.timing.heard(frame))
-            events.append(Pause(time, PAUSE_HORIZONS[self.pause_head], float(pauses[self.pause_head])))
+            events.append(Pause(self._within(heard), PAUSE_HORIZONS[self.pause_head], float(pauses[self.pause_head])))
         return events
 
     def finish(self) -> list[Event]:
@@ -213,16 +212,15 @@ class WordReader:
         limits = [min(end, frame) for frame in frames[1:]] + [end]
         if self.levels is None:
             return [self.timing.of_text(limit) for limit in limits]
-        last_pieces = [limit - 1 for limit in limits[:-1]] + [self._pieces[-1].frame]
-        return [self._sound_end(*spans) for spans in zip(frames, last_pieces, limits, strict=True)]
+        return [self._sound_end(*span) for span in zip(frames, limits, strict=True)]
 
-    def _sound_end(self, frame: int, last_piece: float, limit: float) -> float:
+    def _sound_end(self, frame: int, limit: float) -> float:
         """Return the seconds at which the sound of a word ends that starts at `frame` and ends before `limit`."""
         assert self.levels is not None
         timing = self.timing
-        latest = min(timing.in_stream(limit), timing.in_stream(last_piece + 1) + LONGEST_TAIL_S)
+        latest = min(timing.in_stream(limit), timing.in_stream(self._pieces[-1].frame + 1) + LONGEST_TAIL_S)
         found = self.levels.end_of_sound(timing.in_stream(frame), latest)
-        return self._within(max(timing.of_text(frame), (latest if found is None else found[0]) - timing.audio_offset))
+        return self._within((latest if found is None else found[0]) - timing.audio_offset)
 
     def _is_over(self) -> bool:
         """Tell whether the segment has ended though no boundary came: its text is complete, and its sound too."""
@@ -255,14 +253,13 @@ class WordReader:
     def _close(self, end: float) -> list[Event]:
         """End the segment at a frame; return its words, their starts first where those were not returned before."""
         if not self._pieces:
-            self._end_of_stream = None
             return []
         words = self._segment()
         events = self._tell_starts(complete=True)
         starts, ends, sures = self._starts(words), self._ends(words, end), self._probabilities(len(words))
         for word, start, stop, sure in zip(words, starts, ends, sures, strict=True):
             events.append(WordEnded(Word(word, start, max(start, stop), sure)))
-        self._pieces, self._told, self._end_of_stream, self._start = [], [], None, None
+        self._pieces, self._told, self._end_of_stream = [], [], None
         self._told_pieces = 0
         return events
 
