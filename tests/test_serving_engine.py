@@ -3,9 +3,11 @@
 The program is the least that has a state, as in test_slots: a slot counts up from its request's number.
 """
 
+import asyncio
 import dataclasses
 import math
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from dsm_jax.errors import FullError, StreamError
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.serving.engine import LONGEST_STEP_S, Device, Engine
-from dsm_jax.serving.outbox import Ended, Started
+from dsm_jax.serving.outbox import Ended, Outbox, Started
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +147,18 @@ def test_live_sessions_are_refused_when_all_slots_are_held_and_files_wait_in_ord
     assert (engine.used, engine.queued) == (0, 0)
 
 
+def test_twice_as_many_files_as_slots_may_wait_and_all_free_slots_are_filled_at_once():
+    engine, _, _, _ = make(2)
+    live, files = [Fake(1), Fake(2)], [Fake(n, is_file=True) for n in range(4)]
+    begin(engine, *live, *files)
+    with pytest.raises(FullError, match="4 recordings wait"):
+        engine.hold(Fake(9, is_file=True))
+    for session in live:
+        engine.leave(session)
+    engine.turn()
+    assert [file.got for file in files] == [[Started()], [Started()], [], []]
+
+
 def test_a_file_does_not_overtake_those_that_wait():
     engine, _, _, _ = make(2, reserve=1)
     begin(engine, Fake(1, is_file=True))
@@ -153,6 +167,13 @@ def test_a_file_does_not_overtake_those_that_wait():
     begin(engine, Fake(3))
     engine.turn()
     assert waiting.got == []
+    engine, _, _, _ = make(1)
+    begin(engine, Fake(1, 1, is_file=True, steps=1), waiting)
+    engine.turn()
+    assert engine.used == 0
+    assert not engine.hold(Fake(2, is_file=True))
+    engine.turn()
+    assert waiting.got == [Started()]
 
 
 def test_reserved_slots_are_for_live_sessions():
@@ -182,15 +203,29 @@ def test_a_session_that_leaves_is_never_told_of_again_and_its_slot_begins_anew()
 
 
 def test_a_session_may_leave_before_it_has_begun_and_from_the_queue():
-    engine, _, _, _ = make(1)
-    early = Fake(1, 1)
-    begin(engine, early)
+    engine, _, _, _ = make(2)
+    early, other = Fake(1, 1), Fake(3)
+    begin(engine, early, other)
     waiting = Fake(2, 1, is_file=True)
     engine.hold(waiting)
+    engine.restart(early)
     engine.leave(early)
     engine.leave(waiting)
     engine.turn()
-    assert (early.got, waiting.got, engine.used, engine.queued) == ([], [], 0, 0)
+    assert (early.got, waiting.got, engine.used, engine.queued) == ([], [], 1, 0)
+    assert other.got == [Started()]
+
+
+def test_a_session_that_has_ended_neither_starts_nor_begins_anew():
+    engine, _, _, _ = make(1)
+    session = Fake(10, 1, steps=1)
+    begin(engine, session)
+    engine.turn()
+    engine.start(session)
+    engine.restart(session)
+    begin(engine, other := Fake(20))
+    engine.turn()
+    assert (session.got, session.restarts, other.got) == ([Started(), 10, Ended()], 0, [Started()])
 
 
 def test_leaving_twice_frees_one_slot():
@@ -218,6 +253,22 @@ def test_steps_start_no_sooner_than_the_least_time_apart():
     clock.now += 0.015
     engine.turn()
     assert [(round(at, 3), rows) for at, rows in program.steps] == [(0.0, 1), (0.02, 2)]
+
+
+def test_a_step_is_planned_and_taken_in_the_engines_turn_on_the_device():
+    planned, urgencies, device = [], [], Device()
+    run = device.run
+
+    def noted(function, *, urgent):
+        urgencies.append(urgent)
+        return run(function, urgent=urgent)
+
+    device.run = noted
+    engine, _, _, _ = make(1, seconds=1.0, plan=planned.append, device=device, urgent=False)
+    begin(engine, session := Fake(1, 1))
+    assert engine.turn() == 0.0, "a step that takes longer than the least time makes nobody wait"
+    assert planned == [[session]]
+    assert urgencies == [False, False], "to fill the slot, and to take the step"
 
 
 def test_sessions_that_are_behind_do_not_wait_for_the_least_time():
@@ -258,7 +309,8 @@ def test_a_bug_in_one_sessions_handling_ends_it_alone_and_is_logged(caplog, meth
     begin(engine, bad, good)
     engine.turn()
     engine.turn()
-    assert bad.got[-1] == Ended(1011, "the server has failed at this request; it serves others on")
+    told = [] if method == "request" else [Started()]
+    assert bad.got == [*told, Ended(1011, "the server has failed at this request; it serves others on")]
     assert good.numbers == [5, 6]
     assert engine.used == 1
     assert engine.alive()
@@ -306,6 +358,7 @@ def test_a_fault_ends_all_sessions_with_a_code_and_the_engine_refuses_further_on
     for one in (session, waiting):
         assert one.got[-1] == Ended(1011, "the server's engine has failed")
     assert not engine.alive()
+    assert (engine.used, engine.queued) == (0, 0)
     with pytest.raises(FullError, match="the engine has ended"):
         engine.hold(Fake(3))
 
@@ -339,6 +392,49 @@ def test_the_thread_takes_steps_when_it_is_woken_and_ends_when_it_is_closed():
     engine.close()
     assert session.numbers == [7]
     assert not engine._thread.is_alive()
+    with pytest.raises(FullError, match="the engine has ended"):
+        engine.hold(Fake(3))
+
+
+def test_the_next_of_the_queue_starts_at_once_when_the_one_before_it_has_failed(monkeypatch):
+    monkeypatch.setattr("dsm_jax.serving.engine._IDLE_S", 60.0)
+    engine, _, _, _ = make(1)
+    bad, good, started = Fake(1, is_file=True), Fake(2, is_file=True), threading.Event()
+
+    def refused():
+        raise StreamError("it cannot be read")
+
+    bad.request, good.put = refused, lambda messages: started.set()
+    engine.run()
+    while not engine._changed._waiters:
+        pass
+    with engine._changed:  # the thread finds both
+        begin(engine, bad, good)
+    assert started.wait(10)
+    engine.close()
+
+
+def test_no_wake_is_lost_and_none_is_heard_twice(monkeypatch):
+    monkeypatch.setattr("dsm_jax.serving.engine._IDLE_S", 60.0)
+    engine, _, _, _ = make(1)
+    session, turn, turns, idle = Fake(7), engine.turn, [], threading.Event()
+
+    def counted() -> float:
+        turns.append(turn())
+        if len(turns) == 1:  # between the turn and the wait
+            session.ready = 1
+            engine.wake()
+        if turns[-1] > 0 and session.numbers:
+            idle.set()
+        return turns[-1]
+
+    engine.turn = counted
+    begin(engine, session)
+    engine.run()
+    assert idle.wait(10)
+    time.sleep(0.05)
+    assert turns == [math.inf, 0, math.inf]
+    engine.close()
 
 
 def test_urgent_engines_go_first_on_a_shared_device():
@@ -365,6 +461,15 @@ def test_urgent_engines_go_first_on_a_shared_device():
     for thread in threads:
         thread.join(10)
     assert order == ["first", "urgent", "later"]
+
+
+def test_an_outbox_takes_no_more_than_its_limit_but_always_the_end_and_nothing_after_it():
+    outbox = Outbox(limit=2)
+    outbox.put(["one", "two"])
+    assert not outbox.overflowed
+    outbox.put(["three", Ended(), "four"])
+    assert outbox.overflowed
+    assert asyncio.run(outbox.take()) == ["one", "two", Ended()]
 
 
 def test_beginning_anew_many_times_before_a_step_is_done_once():

@@ -224,7 +224,7 @@ class Engine:
             while not self._closed:
                 wait = self.turn()
                 with self._changed:
-                    if not self._woken and not self._closed and wait > 0:
+                    if not self._woken:
                         self._changed.wait(min(wait, _IDLE_S))
                     self._woken = False
         except BaseException as error:
@@ -245,7 +245,7 @@ class Engine:
         """Do all that is due: end and start sessions, and take one step if a session can.
 
         Returns:
-          Seconds until something is due without a further `wake`; infinity if nothing is.
+          Seconds until something may be due without a further `wake`; infinity if nothing is.
         """
         self._beat = self._clock()
         self._come_and_go()
@@ -259,7 +259,7 @@ class Engine:
             self._last_start = now
             self._plan(sessions)
             self._device.run(self._step, urgent=self._urgent)
-            due = self._last_start + self.min_step if any(s is not None for s in self._slots.sessions) else math.inf
+            due = now + self.min_step
         if self._posted:
             posted, self._posted = self._posted, []
             self._post(posted)
@@ -282,7 +282,7 @@ class Engine:
         for session in again:
             self._slots.cancel(session)
             session.restart()
-        new: list[Any] = [session for session in dict.fromkeys([*again, *starting]) if session not in gone]
+        new: list[Any] = [session for session in (*again, *starting) if session not in gone]
         restarting = [session for session in restarting if session not in again]
         if new:
             failed = self._device.run(lambda: self._slots.admit(new), urgent=self._urgent)
