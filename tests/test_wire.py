@@ -136,6 +136,8 @@ def test_a_voice_has_its_shape():
         ({"pcm": [0.0]}, r"^the type is nil; expected a string such as 'Audio'$"),
         ({"type": "Sound"}, r"^the type is 'Sound'; expected one of Init, Audio, OggOpus, Marker$"),
         ({"type": "Eos"}, r"^the type is 'Eos'; expected one of Init, Audio, OggOpus, Marker$"),
+        ({"type": "x" * 50}, r"^the type is 'x{40}'; expected one of"),
+        ({"type": b"\xff"}, r"^the type is '\ufffd'; expected one of"),
         ({"type": "Audio"}, r"^Audio lacks pcm; send it$"),
         ({"type": "Audio", "pcm": "abc"}, r"^pcm is a string; expected a list of numbers$"),
         ({"type": "Audio", "pcm": b"abc"}, r"^pcm has 3 bytes; float32 in binary has a multiple of 4$"),
@@ -144,6 +146,7 @@ def test_a_voice_has_its_shape():
         ({"type": "Audio", "pcm": [math.nan]}, r"^pcm holds NaN or infinity; send finite numbers$"),
         ({"type": "Audio", "pcm": [1e300]}, r"^pcm holds NaN or infinity; send finite numbers$"),
         ({"type": "OggOpus", "data": [256]}, r"^data is a list; expected a list of numbers from 0 to 255, or binary$"),
+        ({"type": "OggOpus", "data": [0.5]}, r"^data is a list; expected a list of numbers from 0 to 255, or binary$"),
         ({"type": "OggOpus", "data": "abc"}, r"^data is a string; expected a list of numbers"),
         ({"type": "Marker"}, r"^Marker lacks id; send it$"),
         (
@@ -180,6 +183,12 @@ def test_what_is_no_message_is_refused(values, message):
             {"type": "Voice", "embeddings": [], "shape": [0]},
             r"^the shape of the voice is \[0\]; expected 1 to 3 numbers$",
         ),
+        ({"type": "Voice", "embeddings": [1.0], "shape": []}, r"^the shape of the voice is \[\]; expected 1 to 3"),
+        ({"type": "Voice", "embeddings": [1.0], "shape": [True]}, r"^the shape of the voice is \[True\]; expected 1"),
+        (
+            {"type": "Voice", "embeddings": [], "shape": [2**32, 2**32]},
+            r"^the voice has 0 numbers; its shape \[4294967296, 4294967296\] is one of 18446744073709551616$",
+        ),
         (
             {"type": "Voice", "embeddings": [1.0], "shape": [1] * 4},
             r"^the shape of the voice is \[1, 1, 1, 1\]; expected",
@@ -192,10 +201,24 @@ def test_what_cannot_be_spoken_is_refused(values, message):
         decode(msgpack.packb(values), TO_SPEAK)
 
 
-@pytest.mark.parametrize("data", [b"", b"\x82\xa4type", b"\xc1", msgpack.packb({"type": "Audio", "pcm": [0.5]})[:-1]])
-def test_bytes_that_are_cut_short_are_refused(data):
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\x82\xa4type", b"\xc1", msgpack.packb({"type": "Audio", "pcm": [0.5]})[:-1], b"\x91" * 100_000],
+    ids=["empty", "no value", "no type of MessagePack", "cut short", "deep"],
+)
+def test_bytes_that_are_no_messagepack_are_refused(data):
     with pytest.raises(WireError, match=r"^the message is not MessagePack \(\w+\); send a map with a type$"):
         decode(data, TO_TRANSCRIBE)
+
+
+def test_samples_of_the_quick_reader_are_checked_too():
+    samples = [*PCM[:-1].tolist(), math.nan]
+    data = msgpack.packb({"type": "Audio", "pcm": samples}, use_single_float=True)
+    assert wire.plain_audio(data) is not None
+    with pytest.raises(WireError, match=r"^pcm holds NaN or infinity; send finite numbers$"):
+        decode(data, TO_TRANSCRIBE)
+    with pytest.raises(WireError, match=r"^the type is 'Audio'; expected one of Text, Voice, Eos$"):
+        decode(data, TO_SPEAK)
 
 
 VALID = [

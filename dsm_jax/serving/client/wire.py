@@ -64,7 +64,7 @@ def decode(data: bytes) -> wire.Outgoing:
         return wire.Audio(pcm_T)
     try:
         value = msgpack.unpackb(data, raw=False, strict_map_key=True)
-    except (ValueError, msgpack.exceptions.UnpackException, RecursionError, OverflowError) as error:
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
         raise WireError(f"the server's message is not MessagePack ({type(error).__name__})") from None
     if not isinstance(value, dict) or not isinstance(name := value.pop("type", None), str):
         raise WireError("the server's message is no map with a type")

@@ -9,6 +9,7 @@ Shape letters: T samples.
 """
 
 import dataclasses
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -203,11 +204,11 @@ def decode(data: bytes, known: Sequence[str]) -> Incoming:
     """
     if (pcm_T := plain_audio(data)) is not None and "Audio" in known:
         return Audio(_finite(pcm_T))
-    unpacker = msgpack.Unpacker(raw=False, strict_map_key=True, max_buffer_size=len(data) or 1)
+    unpacker = msgpack.Unpacker(raw=False, strict_map_key=True, max_buffer_size=len(data))
     unpacker.feed(data)
     try:
         value = unpacker.unpack()
-    except (ValueError, msgpack.exceptions.UnpackException, RecursionError, OverflowError) as error:
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
         raise WireError(f"the message is not MessagePack ({type(error).__name__}); send a map with a type") from None
     name, fields = _parts(value)
     if name not in known:
@@ -309,7 +310,7 @@ def _voice(fields: Mapping[str, Any]) -> Voice:
     values, shape = _finite(_numbers(fields["embeddings"], "embeddings"), "embeddings"), fields["shape"]
     if not isinstance(shape, list) or not 1 <= len(shape) <= 3 or any(type(n) is not int or n < 1 for n in shape):
         raise WireError(f"the shape of the voice is {shape!r}; expected 1 to 3 numbers")
-    if (size := int(np.prod(shape, dtype=object))) != values.size:
+    if (size := math.prod(shape)) != values.size:
         raise WireError(f"the voice has {values.size} numbers; its shape {shape} is one of {size}")
     return Voice(values.reshape(shape), tuple(shape))
 
