@@ -150,7 +150,7 @@ class _Bytes(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         if self._head:
-            first, self._head = self._head[:size], self._head[size:]
+            first, self._head = self._head, b""  # shorter than any read of FFmpeg's
             return first
         if self._size is not None:
             return self._file.read(max(0, min(size, self._size - self._file.tell())))
@@ -217,8 +217,8 @@ def _size_without_tag(file: BinaryIO) -> int:
         file.seek(size - 32)
         footer = file.read(32)
         if footer.startswith(b"APETAGEX"):
-            tag_size, flags = struct.unpack("<I4xI", footer[12:24])
-            size -= min(size, tag_size + (32 if flags & 1 << 31 else 0))
+            # A header of 32 bytes before the tag stays, in which no decoder finds sound.
+            size -= min(size, struct.unpack("<I", footer[12:16])[0])
     return size
 
 
@@ -272,7 +272,10 @@ class _Missing:
         """Describe the missing part of a file that gave so many seconds; return None if nothing is missing."""
         if self._expected is not None and seconds < self._expected - _TOLERANCE_S:
             missing = self._expected - seconds
-            where = "it was cut short" if not self.damages else f"it is damaged from {self._damaged_at:.1f} s on"
+            # FFmpeg leaves out damaged parts of a flac without an error.
+            where = (
+                f"it is damaged from {self._damaged_at:.1f} s on" if self.damages else "it was cut short or is damaged"
+            )
             return f"lacks {missing:.1f} s of its {self._expected:.1f} s: {where}"
         if self.damages:
             return f"is damaged from {self._damaged_at:.1f} s on: {self.damages} packets were left out"
@@ -293,7 +296,7 @@ def _wav_end(file: BinaryIO) -> tuple[float | None, bool]:
             content = file.read(size + size % 2)
             format_tag, byte_rate = struct.unpack("<H6xI", content[:12]) if len(content) >= 12 else (0, 0)
         elif kind == b"data":
-            if not 0 < size < _UNKNOWN_SIZE:
+            if size >= _UNKNOWN_SIZE:
                 return None, False
             if format_tag in _CONSTANT_RATE:
                 return (size / byte_rate if byte_rate else None), False
@@ -311,16 +314,15 @@ def _has_last_page(file: BinaryIO) -> bool:
     start = tail.rfind(b"OggS")
     if start < 0 or len(tail) < start + 27:
         return False
-    lacing = tail[start + 27 : start + 27 + tail[start + 26]]
-    whole = len(tail) >= start + 27 + len(lacing) + sum(lacing) and len(lacing) == tail[start + 26]
-    return whole and bool(tail[start + 5] & 4)
+    lacing_end = start + 27 + tail[start + 26]
+    return len(tail) >= lacing_end + sum(tail[start + 27 : lacing_end]) and bool(tail[start + 5] & 4)
 
 
 def _mp3_seconds(file: BinaryIO, rate: int) -> float | None:
     """Return the length that an mp3's header says, less the encoder's padding; None where it does not say."""
     file.seek(0)
     head = file.read(10)
-    size = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))
+    size = sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))
     file.seek(10 + size if head.startswith(b"ID3") else 0)
     first = file.read(4096)
     place = next((first.find(mark) for mark in (b"Xing", b"Info") if mark in first), -1)
