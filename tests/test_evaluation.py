@@ -201,6 +201,7 @@ def test_there_is_no_interval_of_one_recording_or_without_resamples():
     assert metrics.intervals(errors[:1], resamples=10, seed=0) is None
     assert metrics.intervals(errors, resamples=0, seed=0) is None
     assert metrics.paired_interval(errors[:1], errors[:1], resamples=10, seed=0) is None
+    assert metrics.paired_interval(errors, errors, resamples=0, seed=0) is None
 
 
 def test_correct_words_are_found_in_both_texts():
@@ -432,10 +433,20 @@ def test_results_are_read_back_as_they_were_written(tmp_path):
     ].keys()
 
 
+def test_there_is_no_latency_where_the_wait_for_starts_or_ends_is_not_known():
+    known = row("a", "one", "one", latencies=(0.5,))
+    more = dataclasses.replace(known.transcript, start_latencies=(0.5, 0.5))
+    assert evaluation(dataclasses.replace(known, transcript=more)).latency.words == 1, "of whose ends it is known"
+    for name in ("start_latencies", "end_latencies"):
+        partly = dataclasses.replace(known.transcript, **{name: ()})
+        assert evaluation(dataclasses.replace(known, transcript=partly)).latency is None
+
+
 def test_the_worst_are_those_with_the_highest_rates():
     half, whole, long = row("half", "a b", "a"), row("whole", "a", "b"), row("long", "a b", "c d")
-    found = evaluation(half, row("right", "a", "a"), whole, long)
-    assert found.worst(9) == (long, whole, half)
+    many = row("many", "a b c d", "a b x y")
+    found = evaluation(half, row("right", "a", "a"), whole, many, long)
+    assert found.worst(9) == (long, whole, many, half)
     assert found.worst(1) == (long,)
     assert found.worst(0) == ()
 
@@ -474,6 +485,14 @@ def test_the_figures_of_a_file_come_from_its_rows(tmp_path):
     (tmp_path / "former.json").write_text(json.dumps(values | former), encoding="utf-8")
     read = results.load(tmp_path / "former.json")
     assert (read.real_time_factor, read.speed) == (found.real_time_factor, found.speed) == (0.25, 4.0)
+    values["files"][0]["duration"] = 2
+    (tmp_path / "whole.json").write_text(json.dumps(values), encoding="utf-8")
+    assert results.load(tmp_path / "whole.json") == found, "a whole number is a number of seconds"
+    for wrong in (1.5, True, "2"):
+        values["files"][0]["words"] = wrong
+        (tmp_path / "wrong.json").write_text(json.dumps(values), encoding="utf-8")
+        with pytest.raises(EvaluationError, match=rf"TypeError: words is {wrong!r}; expected int"):
+            results.load(tmp_path / "wrong.json")
 
 
 def test_the_table_and_the_summary_have_every_figure():
@@ -540,6 +559,24 @@ def test_a_comparison_finds_what_changed():
     assert "corpus WER  25.00 %  25.00 %     +0.00 %" in table
     assert "; 0 is inside: it may be chance\n" in table
     assert found.to_dict()["recordings"] == 3
+
+
+def test_the_largest_changes_come_first_and_a_change_of_all_is_not_chance():
+    hypotheses = {"p": ("a b x", "a b c"), "q": ("a x x", "a b c"), "r": ("a b c", "a b x"), "s": ("a b c", "x x c")}
+    before, after = (
+        evaluation(row("same", "a b c", "a b x"), *(row(name, "a b c", both[at]) for name, both in hypotheses.items()))
+        for at in (0, 1)
+    )
+    found = comparison.compare(dataclasses.replace(before, intervals="stale"), after)
+    assert [change.before.id for change in found.better(5)] == ["q", "p"]
+    assert [change.before.id for change in found.worse(5)] == ["s", "r"]
+    assert [found.better(1)[0].before.id, found.worse(1)[0].before.id] == ["q", "s"]
+    assert found.before.intervals is None, "it is of other recordings"
+    improved = [row(str(n), "a b c", "a x c", duration=2.0) for n in range(9)]
+    right = [row(str(n), "a b c", "a b c", duration=1.0) for n in range(9)]
+    for pair in ((improved, right), (right, improved)):
+        assert "; 0 is outside\n" in comparison.compare(*(evaluation(*rows) for rows in pair)).table()
+    assert "0.50 times" in comparison.compare(evaluation(*improved), evaluation(*right)).table()
 
 
 def test_the_paired_interval_sees_a_small_change_that_two_intervals_do_not():
