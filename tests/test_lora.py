@@ -51,7 +51,8 @@ def test_adapters_have_the_targets_and_rank_of_the_config(network):
         f"{layer}.feedforward.linear_in.weight_PFD": ((16, 3), (3, 2, 44)),
         f"{layer}.feedforward.linear_out.weight_DF": ((44, 3), (3, 16)),
     }
-    assert all(np.std(a) > 0 and not np.any(b) for a, b in adapters.values())
+    assert all(np.std(a) * np.prod(a.shape[:-1]) ** 0.5 == pytest.approx(1, abs=0.4) for a, _ in adapters.values())
+    assert not any(np.any(b) for _, b in adapters.values())
     first, second = (
         adapters[f"{layer}.self_attn.{name}"][0] for name in ("in_proj.weight_PKHD", "out_proj.weight_DKGH")
     )
@@ -123,8 +124,29 @@ def test_gradients_reach_every_adapter(network):
 
 def test_a_bfloat16_model_stays_bfloat16(network):
     narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), network[1])
-    merged = lora.merge(narrow, drawn(lora.init(narrow, CONFIG, jax.random.key(0))), CONFIG)
+    adapters = lora.init(narrow, CONFIG, jax.random.key(0))
+    assert {part.dtype.name for part in jax.tree.leaves(adapters)} == {"float32"}
+    adapters = drawn(adapters)
+    merged = lora.merge(narrow, adapters, CONFIG)
     assert {array.dtype.name for array in flatten(merged).values()} == {"bfloat16"}
+    # Rounded once, as a sum, and not as an addition before.
+    in_float32 = lora.merge(jax.tree.map(lambda p: p.astype(jnp.float32), narrow), adapters, CONFIG)
+    for name, array in flatten(merged).items():
+        np.testing.assert_array_equal(array, flatten(in_float32)[name].astype(jnp.bfloat16))
+
+
+def test_the_rank_is_at_most_the_highest_of_the_targets(network):
+    """The embeddings have 13 rows and a width of 16."""
+    config = LoraConfig(rank=16, targets=("audio_emb", "self_attn"))
+    assert len(lora.init(network[1], config, jax.random.key(0))) == 3
+    for wrong, highest in (
+        (dataclasses.replace(config, rank=17), 16),
+        (LoraConfig(rank=14, targets=("audio_emb",)), 13),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"the matrices to adapt have ranks of up to {highest}; give that at most"
+        ):
+            lora.init(network[1], wrong, jax.random.key(0))
 
 
 @pytest.mark.parametrize("target", ["lstm", "norm1"])
@@ -147,6 +169,8 @@ def test_adapters_of_another_model_are_refused(network):
     ("settings", "message"),
     [
         ({"rank": 0}, "the rank of the adapters is 0; give at least 1"),
+        ({"alpha": 0.0}, r"the alpha of the adapters is 0\.0; give a number above 0"),
+        ({"alpha": float("inf")}, "the alpha of the adapters is inf; give a number above 0"),
         ({"targets": ()}, "have no targets; name parts"),
         ({"targets": ("[",)}, r"the target '\[' is no regular expression"),
     ],

@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 
 from dsm_jax import audio, codec
 from dsm_jax.configs import ModelConfig
-from dsm_jax.errors import CheckpointError, TrainingError
+from dsm_jax.errors import AudioError, CheckpointError, TrainingError
 from dsm_jax.stt.events import WordEnded
 from dsm_jax.stt.framing import word_reader
 from dsm_jax.training.data import Recording, WordSpan
 from dsm_jax.training.encoding import pad_to
-from dsm_jax.training.rows import SttRows, cut
+from dsm_jax.training.rows import SttRows, cut, parts_of
 from tests.helpers.checkpoint_maker import PLAIN_STT, random_model
 
 RATE = 400  # sample rate of the miniature codec, Hz
@@ -124,8 +124,31 @@ def test_cuts_are_in_the_middle_of_a_gap_or_half_a_second_before_a_word():
     assert cut(words, 300, 100, 200) == [0, 130, 300]
     assert cut(words, 600, 100, 200) == [0, 130, 240, 440, 600]
     assert cut([WordSpan("late", 1.9, 2.2)], 300, 100, 200) == [0, 140, 300]
+    overlapping = [WordSpan("a", 1.0, 1.8), WordSpan("b", 1.6, 2.4), WordSpan("c", 1.7, 2.4)]
+    assert cut(overlapping, 300, 100, 200) == [0, 160, 300]
+    within = [WordSpan("a", 0.8, 1.4), WordSpan("b", 0.9, 1.0), WordSpan("c", 1.6, 2.4)]
+    assert cut(within, 300, 100, 200) == [0, 150, 300]
+    assert cut([WordSpan("half a part", 0.5, 2.5)], 300, 100, 200) == [0, 200, 300]
+    assert cut([WordSpan("two seconds", 7.0, 12.0)], 1500, 100, 1000) == [0, 1000, 1500]
     assert cut([], 500, 100, 200) == [0, 200, 400, 500]
     assert cut(words, 150, 100, 200) == [0, 150]
+
+
+def test_a_word_belongs_to_the_part_in_which_it_starts_and_a_late_one_to_the_last():
+    words = (WordSpan("a", 0.0, 0.5), WordSpan("b", 2.0, 3.0), WordSpan("late", 3.5, 4.0))
+    long = Recording(np.arange(3_000) / 10_000, words, 3.0)
+    (first_T, first), (second_T, second) = parts_of(long, 1_000, 2_000)
+    np.testing.assert_array_equal(np.concatenate([first_T, second_T]), np.float32(long.audio))
+    assert first == [words[0]]
+    assert second == [WordSpan("b", 0.0, 1.0), WordSpan("late", 1.5, 2.0)]
+
+
+def test_a_recording_that_was_cut_short_makes_no_rows(tmp_path):
+    audio.write(tmp_path / "a.flac", np.random.default_rng(0).uniform(-1, 1, 32_000), 8_000)
+    content = (tmp_path / "a.flac").read_bytes()
+    (tmp_path / "a.flac").write_bytes(content[: len(content) // 2])
+    with pytest.raises(AudioError, match=r"a\.flac lacks .* of its 4\.0 s"):
+        list(parts_of(Recording(tmp_path / "a.flac", (), 4.0), 8_000, 16_000))
 
 
 def test_the_checker_sees_a_word_that_is_cut_through():

@@ -89,6 +89,7 @@ FAULTS = {
     "true": (row({**HELLO, "start": True, "end": True}), "goes from True to True"),
     "NaN": (row({**HELLO, "end": float("nan")}), "goes from 0.25 to nan"),
     "negative": (row({**HELLO, "start": -1}), "goes from -1 to 0.5"),
+    "endless": (row({**HELLO, "end": float("inf")}), "goes from 0.25 to inf"),
     "backwards": (
         row({**HELLO, "end": 0.1}),
         "goes from 0.25 to 0.1; expected two times in seconds, the end not before",
@@ -131,9 +132,15 @@ def test_a_faulty_row_is_named_by_its_line_and_skip_bad_leaves_only_it_out(data,
 
 
 def test_a_word_a_little_after_the_end_is_no_fault(data):
-    late = {"text": "late", "start": 1.9, "end": 2.0}
+    late = {"text": "late", "start": 1.9, "end": 2.5}
     (only,) = read_recordings(write(data, row(late)), RATE)
-    assert only.words == (WordSpan("late", 1.9, 2.0),)
+    assert only.words == (WordSpan("late", 1.9, 2.5),)
+
+
+def test_words_may_start_at_0_and_together_and_last_into_each_other_or_no_time(data):
+    times = [(0, 0), (0, 0.5), (0.4, 0.4)]
+    (only,) = read_recordings(write(data, row(*({"text": "a", "start": s, "end": e} for s, e in times))), RATE)
+    assert [(word.start, word.end) for word in only.words] == times
 
 
 def test_a_truncated_recording_is_an_error(data):
@@ -170,6 +177,9 @@ def test_many_faults_are_counted_and_the_first_listed(data):
     assert lines[0].startswith("8 of the 9 recordings")
     assert [line.partition(":")[0] for line in lines[1:-1]] == [f"data.jsonl line {i}" for i in range(1, 6)]
     assert lines[-1] == "and 3 more"
+    with pytest.raises(TrainingError) as caught:
+        read_recordings(write(data, *["no JSON"] * 5, row(HELLO)), RATE)
+    assert len(str(caught.value).split("\n  ")) == 6, "none is more"
 
 
 def test_data_without_a_valid_recording_is_an_error_even_with_skip_bad(data):
@@ -212,6 +222,7 @@ def test_speakers_and_voices_are_read_and_voice_files_are_relative_to_the_data(d
             r"the voices are \{'': 3\}; expected \"voice\": VOICE, or \"voices\": \{SPEAKER: VOICE, \.\.\.\}",
         ),
         ({"voices": ["theo"]}, r"the voices are \['theo'\]; expected"),
+        ({"voice": "theo", "voices": {"ann": "eve"}}, 'both "voice" and "voices" are given; give the voice of all'),
         ({"speaker": 3}, "word 1, 'hello', has the speaker 3; expected a name"),
     ],
 )

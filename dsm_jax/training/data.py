@@ -234,9 +234,9 @@ def _read_entry(entry: _Entry, source: Path, sample_rate: int, check: Callable[[
 
 def _voices(values: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
     """Yield speakers and their voices; paths become relative to the working directory."""
-    voices = values.get("voices", {})
-    if "voice" in values:
-        voices = {"": values["voice"]}
+    if {"voice", "voices"} <= values.keys():
+        raise TrainingError('both "voice" and "voices" are given; give the voice of all speakers, or one for each')
+    voices = {"": values["voice"]} if "voice" in values else values.get("voices", {})
     if not isinstance(voices, dict) or not all(isinstance(voice, str) for voice in voices.values()):
         raise TrainingError(
             f'the voices are {voices!r}; expected "voice": VOICE, or "voices": {{SPEAKER: VOICE, ...}}, files or names'

@@ -62,8 +62,8 @@ def cut(words: Sequence[WordSpan], samples: int, sample_rate: int, longest: int)
         latest, spoken_until = cuts[-1] + longest, cuts[-1]
         place = latest
         for start, end in zip(starts, ends, strict=True):
-            if cuts[-1] < start < latest < end:
-                place = max((min(spoken_until, start) + start + 1) // 2, start - sample_rate // 2)
+            if start < latest < end:  # and after the last cut, as no word is longer than half a part
+                place = max((min(spoken_until, start) + start) // 2, start - sample_rate // 2)
                 break
             spoken_until = max(spoken_until, end)
         cuts.append(place)
