@@ -109,6 +109,7 @@ def test_samples_are_those_of_the_codec_over_the_codes(model, alone):
 @pytest.mark.parametrize("batch_size", [8, 3], ids=["together", "admitted while others speak"])
 def test_each_row_of_a_batch_is_as_alone(model, alone, batch_size):
     together = spoken(model, REQUESTS, batch_size=batch_size)
+    assert sorted(together) == list(range(len(REQUESTS)))
     for index, (codes_QT, pcm_T, complete) in together.items():
         np.testing.assert_array_equal(codes_QT, alone[index][0])
         np.testing.assert_allclose(pcm_T, alone[index][1], atol=1e-5)
@@ -230,7 +231,7 @@ def test_speech_is_the_next_turns_context_without_encoding_it_again(model, alone
     np.testing.assert_array_equal(encoded_MT[1:, -1 - codes_QT.shape[1] : -1], dsm_jax.encode(model, pcm_T)[: CSM.n_q])
 
 
-def test_conversation_goes_on_from_its_own_turns(model):
+def test_conversation_goes_on_from_its_own_turns(model, caplog):
     conversation = csm.Conversation(model, [HI], options=GREEDY)
     said = conversation.say("z", 2)
     assert [turn.text for turn in conversation.turns] == ["hi", "z"]
@@ -243,6 +244,7 @@ def test_conversation_goes_on_from_its_own_turns(model):
     assert compilations() == before
     expected = spoken(model, [Request("no", 1, [HI, Segment("z", 2, said), SHORT])])[0]
     np.testing.assert_array_equal(answer.frames, expected[0])
+    assert (conversation.forgotten, caplog.text) == (0, "")
 
 
 def test_conversation_forgets_its_oldest_turns_and_says_so(model, caplog):
@@ -258,9 +260,19 @@ def test_conversation_forgets_its_oldest_turns_and_says_so(model, caplog):
     assert conversation.forgotten == 2
     assert [turn.text for turn in conversation.turns] == [turn.text for turn in turns[2:]]
     assert "left out the oldest 2 turns" in caplog.text
+    assert not conversation._synthesizer._turns.keys() & set(turns[:2]), "nor are their codes kept"
     length = ConversationSynthesizer(model, 1).prompt(Request("z", 2, turns[2:8])).shape[1]
-    assert length + GREEDY.max_frames <= CSM.backbone.context
-    assert length + GREEDY.max_frames + 60 > CSM.backbone.context
+    context = CSM.backbone.context
+    assert length + GREEDY.max_frames <= context
+    assert length + GREEDY.max_frames + 60 > context
+    conversation.turns.pop()
+    room = dataclasses.replace(GREEDY, max_frames=context - length)
+    assert conversation._kept("z", 2, room) == turns[2:8], "it fits exactly"
+    assert conversation._kept("z", 2, dataclasses.replace(room, max_frames=context - length + 1)) == turns[3:8]
+    most = [len(conversation._kept("z", 2, dataclasses.replace(room, max_frames=n))) for n in (context // 2, context)]
+    assert most[0] == most[1] > 0, "half of the context is room enough for any answer"
+    conversation._forget(1)
+    assert conversation.forgotten == 3
 
 
 def messages(**changes) -> list[dict]:
@@ -326,13 +338,21 @@ def test_caches_are_updated_where_they_lie(tmp_path, function):
     assert memory.temp_size_in_bytes < cache.k_BKSH.nbytes
 
 
-def test_a_conversation_is_as_it_was_after_a_turn_that_failed(model, caplog):
+def test_a_conversation_is_as_it_was_after_a_turn_that_failed(model, caplog, monkeypatch):
     turns = [Segment(f"turn {n}", 0, recording(60 * FRAME, seed=n)) for n in range(3)]
     conversation = csm.Conversation(model, turns, options=dataclasses.replace(GREEDY, max_frames=2))
     with pytest.raises(dsm_jax.SpeechError, match="positions"):
         conversation.say("x" * 600)
     with pytest.raises(dsm_jax.IncompleteSpeechError):
         conversation.say("hello there." * 30)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ConversationSession, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        conversation.say("no")
+    assert conversation._synthesizer.slots_for().free == [0]
     assert (conversation.turns, conversation.forgotten, caplog.text) == (turns, 0, "")
 
 

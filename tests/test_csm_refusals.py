@@ -297,6 +297,8 @@ def test_a_conversation_refuses_what_is_no_turn_and_options_of_another_kind(mode
     conversation = csm.Conversation(model, options=GREEDY)
     with pytest.raises(SpeechError, match=r"^a turn is str; expected dsm_jax.csm.Segment\(text, speaker, audio\)$"):
         conversation.add("hello")
+    with pytest.raises(SpeechError, match=r"^the context's turn 'hello' has no audio; give its recording$"):
+        conversation.add(Segment("hello", 0))
     with pytest.raises(ConfigError, match=r"^options are SynthesizeOptions; expected CsmOptions$"):
         conversation.say("hello", options=dsm_jax.SynthesizeOptions())
     assert conversation.turns == []
