@@ -4,12 +4,15 @@ Shape letters: B batch rows, D width.
 """
 
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
+from dsm_jax.errors import ForkError
 from dsm_jax.runtime.compile import compilations, compiled, plain
 
 
@@ -75,18 +78,43 @@ def test_a_program_compiled_ahead_is_not_compiled_again(caplog):
         run.compile((params,), shape, shape)
         run.compile((params,), shape, shape)
     assert compilations() == before + 1
-    assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith("compiled tests.test_compile.scaled in ") or "scaled" in caplog.messages[0]
+    (message,) = caplog.messages
+    assert re.fullmatch(r"compiled \S*\bscaled in \d+\.\d s", message)
     run((params,), jnp.ones((3, 7)), jnp.ones((3, 7)))
     assert compilations() == before + 1
 
 
-def test_a_donated_argument_is_deleted():
+def test_a_donated_argument_is_deleted_and_no_other():
     graph, params = network(9)
-    total_BD = jnp.ones((2, 9))
-    result_BD = compiled(scaled, (graph,), donate=(0,))((params,), total_BD, jnp.ones((2, 9)))
-    assert total_BD.is_deleted()
+    total_BD, x_BD = jnp.ones((2, 9)), jnp.ones((2, 9))
+    compiled(scaled, (graph,))((params,), total_BD, x_BD)
+    result_BD = compiled(scaled, (graph,), donate=(0,))((params,), total_BD, x_BD)
+    assert (total_BD.is_deleted(), x_BD.is_deleted()) == (True, False)
     assert not result_BD.is_deleted()
+
+
+def test_freed_memory_is_returned_after_a_compilation_and_before_a_large_state(monkeypatch):
+    returned = []
+    monkeypatch.setattr("dsm_jax.runtime.compile.return_freed", lambda: returned.append(True))
+    graph, params = network(8)
+    run = compiled(scaled, (graph,))
+    for rows, wanted in ((1, 1), (1, 1), (2**22, 2), (2**22, 3)):
+        shape = jax.ShapeDtypeStruct((rows, 8), np.float32)
+        run.compile((params,), shape, shape)
+        assert len(returned) == wanted
+
+
+def test_every_way_into_a_program_is_closed_to_a_forked_process(monkeypatch):
+    graph, params = network()
+    run, x_BD = compiled(scaled, (graph,)), jnp.ones((2, 3))
+    monkeypatch.setattr("dsm_jax.process._first", -1)
+    for way in (
+        lambda: run((params,), x_BD, x_BD),
+        lambda: run.compile((params,), x_BD, x_BD),
+        lambda: compiled(shifted, (graph,), 7.0),
+    ):
+        with pytest.raises(ForkError):
+            way()
 
 
 def test_shapes_returns_the_shapes_of_the_results():

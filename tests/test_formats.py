@@ -95,6 +95,19 @@ def test_every_format_has_a_suffix_and_no_other_is_known():
         HELLO.render("docx")
 
 
+def test_a_suffix_of_any_case_chooses_the_format_of_a_file(tmp_path):
+    for suffix in (".srt", ".JSON"):
+        HELLO.save(tmp_path / f"a{suffix}")
+        assert (tmp_path / f"a{suffix}").read_text(encoding="utf-8") == HELLO.render(suffix[1:].lower())
+    with pytest.raises(DsmError, match=r"a\.docx ends in '\.docx'; expected one of \.txt, \.json, \.srt, \.vtt, \.tsv"):
+        HELLO.save(tmp_path / "a.docx")
+
+
+def test_a_pause_stands_behind_the_words_that_ended_before_it():
+    paused = replace(HELLO, pauses=(Pause(1.2, 2.0, 0.9), Pause(4.3, 2.0, 0.9)))
+    assert paused.text_with_pauses() == "Hello there. [pause] R&D [pause] <ok>"
+
+
 def test_transcripts_cannot_be_changed():
     with pytest.raises(FrozenInstanceError):
         HELLO.words[0].start = 3.0
@@ -124,10 +137,12 @@ def test_clocks_carry_their_rounding(seconds, clock):
         # The end of a sentence, quoted or not, once the cue has lasted a second.
         (spoken(("No.", 0.0, 0.5), ("b", 0.6, 1.0)), ["No. b"]),
         (spoken(("Well,", 0.0, 0.4), ("no.”", 0.5, 1.0), ("b", 1.1, 1.5)), ["Well, no.”", "b"]),
+        (spoken(("Well,", 0.0, 0.4), ("no.\n", 0.5, 1.0), ("b", 1.1, 1.5)), ["Well, no.", "b"]),
         (spoken(("Well,", 0.0, 0.4), ("no,", 0.5, 1.0), ("b", 1.1, 1.5)), ["Well, no, b"]),
         # Two lines of 42 characters.
         (spoken(("x" * 42, 0.0, 0.2), ("y" * 42, 0.3, 0.5), ("z", 0.6, 0.7)), ["x" * 42 + "\n" + "y" * 42, "z"]),
         (spoken(("x" * 50, 0.0, 0.2), ("y", 0.3, 0.5)), ["x" * 50 + "\ny"]),
+        (spoken(("x", 0.0, 0.2), ("y" * 30 + "-" + "z" * 30, 0.3, 0.5)), ["x\n" + "y" * 30 + "-" + "z" * 30]),
         # Seven seconds.
         (spoken(("a", 0.0, 3.0), ("b", 3.0, 7.0)), ["a b"]),
         (spoken(("a", 0.0, 3.0), ("b", 3.0, 7.1)), ["a", "b"]),

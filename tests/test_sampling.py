@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsm_jax.nn.sampling import sample, top_k_capacity
+from dsm_jax.nn.sampling import sample, sample_or_greedy, top_k_capacity
 
 LOGITS_V = np.log([0.1, 0.4, 0.05, 0.3, 0.15]).astype(np.float32)
 
@@ -84,7 +84,22 @@ def test_a_larger_max_top_k_changes_no_token():
     keys_B = jax.random.split(jax.random.key(2), 500)
     exact = draw(logits_BV, keys_B, 0.9, 3, max_top_k=3)
     np.testing.assert_array_equal(draw(logits_BV, keys_B, 0.9, 3, max_top_k=4), exact)
-    assert (draw(logits_BV, keys_B, 0.9, 0, max_top_k=0) != exact).any()
+    free = draw(logits_BV, keys_B, 0.9, 0, max_top_k=0)
+    assert (free != exact).any()
+    np.testing.assert_array_equal(draw(logits_BV, keys_B, 0.9, 7, max_top_k=3), free)
+    # The noise is a token's own: a token that is among the best anyway is chosen with a top-k too.
+    among_best = np.asarray(logits_BV)[np.arange(500), free] >= np.sort(logits_BV, axis=1)[:, -3]
+    assert 100 < among_best.sum() < 500
+    np.testing.assert_array_equal(exact[among_best], free[among_best])
+
+
+@pytest.mark.slow
+def test_greedy_rows_do_not_keep_the_others_of_their_batch_from_being_sampled():
+    keys_B, row_B = jax.random.split(jax.random.key(0), 200), jnp.arange(200)
+    arguments = jnp.broadcast_to(LOGITS_V, (200, 5)), keys_B, (row_B % 2).astype(jnp.float32), jnp.zeros_like(row_B)
+    found_B = np.array(sample_or_greedy(*arguments, max_top_k=0))
+    np.testing.assert_array_equal(found_B, compiled(0)(*arguments))
+    assert set(found_B[::2].tolist()) == {1} < set(found_B[1::2].tolist())
 
 
 @pytest.mark.parametrize(("top_k", "room"), [((0,), 0), ((1,), 1), ((25,), 32), ((250, 0), 256), ((3, 64), 64)])

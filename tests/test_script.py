@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from dsm_jax.errors import SpeechError
+from dsm_jax.errors import SpeechError, UnsayableError
 from dsm_jax.tokenizers import Tokenizer, load_tokenizer
-from dsm_jax.tts.script import MAIN, OTHER, Entry, entries_of, pack
+from dsm_jax.tts.script import MAIN, OTHER, Entry, entries_of, more_entries, pack
 from tests.helpers.tokenizer_maker import make_tokenizer
 
 
@@ -68,6 +68,25 @@ def test_an_empty_first_turn_lets_the_other_speaker_begin(read):
     assert entry.tokens[0] == OTHER
 
 
+@pytest.mark.parametrize(("speaker", "marked"), [(None, True), (OTHER, True), (MAIN, False)])
+def test_text_that_goes_on_is_marked_unless_its_speaker_spoke_before(tokenizer, speaker, marked):
+    (entry,) = more_entries(["the"], tokenizer, frame_rate=12.5, multi_speaker=True, speaker=speaker)
+    assert (entry.tokens[0] == MAIN) == marked
+
+
+def test_what_cannot_be_said_is_an_error_with_the_entries_before_it_or_is_left_out_and_logged(tokenizer, caplog):
+    turns, model = ["the fox 12 <laugh/> jumps"], {"frame_rate": 12.5, "multi_speaker": False}
+    with pytest.raises(UnsayableError, match="the word '12'") as caught:
+        entries_of(turns, tokenizer, **model)
+    assert texts(caught.value.before) == ["the", "fox"]
+    assert caplog.messages == []
+    assert texts(entries_of(turns, tokenizer, **model, skip_unsayable=True)) == ["the", "fox", "jumps"]
+    assert [message.split(",")[0] for message in caplog.messages] == [
+        "left out: turn 1 has the word '12'",
+        "left out: turn 1 has '<laugh/>'",
+    ]
+
+
 def test_a_script_for_a_model_of_one_speaker_has_no_marks(read, tokenizer):
     assert [list(entry.tokens) for entry in read("the", "fox", multi_speaker=False)] == [
         tokenizer.encode("the"),
@@ -107,6 +126,7 @@ def test_padding_between_counts_every_token_of_the_word(read):
             r"turn 2 has the word '12', which t.model encodes as \[\d+, 0\], and every word must become",
         ),
         (["\u200b"], r"the text \(1 turns\) has no word in it"),
+        (["one tw\ud800"], r"turn 1 has the word 'tw\\ud800', which t.model encodes as \[\], and every word must"),
         (["one < two"], "turn 1 has a '<' that belongs to no tag, and a tag has both '<' and '>': remove it"),
         (["one", "two> three"], "turn 2 has a '>' that belongs to no tag"),
         (["one <<break time='1s'/>"], "turn 1 has a '<' that belongs to no tag"),
@@ -131,9 +151,9 @@ def test_a_padding_out_of_range_is_refused(read, steps):
         read("one", padding_between=steps)
 
 
-@pytest.mark.parametrize("token", [0, 3])
-def test_a_word_made_of_the_machines_own_tokens_is_refused(tokenizer, token):
-    odd = dataclasses.replace(tokenizer, _encode=lambda _: [7, token], _silent=frozenset())
+@pytest.mark.parametrize("token", [0, 3, 9])
+def test_a_word_made_of_the_machines_own_tokens_or_of_one_without_text_is_refused(tokenizer, token):
+    odd = dataclasses.replace(tokenizer, _encode=lambda _: [7, token], _silent=frozenset({9}))
     with pytest.raises(SpeechError, match=rf"the word 'one', which t.model encodes as \[7, {token}\]"):
         entries_of(["one"], odd, frame_rate=12.5, multi_speaker=False)
 

@@ -66,7 +66,7 @@ class Counting:
     """The program; `log` has the inserted requests, and the number of slots of each step."""
 
     def __init__(self, slots: int, inserts: int = 1):
-        self.slots, self.inserts, self.log = slots, inserts, []
+        self.slots, self.inserts, self.log, self.waited = slots, inserts, [], []
 
     def init(self) -> np.ndarray:
         return np.full(self.slots, -1000)
@@ -81,6 +81,7 @@ class Counting:
     def step(self, state, parts, *, waiting):
         ran = np.array([part is not None for part in parts])
         self.log.append(int(ran.sum()))
+        self.waited.append(waiting)
         return np.where(ran, state, -1), state + ran
 
 
@@ -110,6 +111,7 @@ def test_a_free_slot_is_reused_while_others_run():
     assert [session.first for session in done] == [100, 200, 300, 0]
     steps = [entry for entry in program.log if isinstance(entry, int)]
     assert steps == [2, 2, 2, 2, 1, 1, 1, 1, 1], "no chunk is dispatched with a slot empty while requests wait"
+    assert program.waited == [True] * 2 + [False] * 7
 
 
 @pytest.mark.parametrize("behind", [0, 1])
@@ -165,6 +167,7 @@ def test_other_faults_end_the_run_unless_they_are_to_be_caught():
     assert list(slots.run([bad, good])) == [bad, good]
     assert isinstance(bad.error, FaultError)
     assert str(bad.error) == "a request has failed by a fault of ours: KeyError: 'a bug'"
+    assert bad.error.__cause__ is bad.refuses
     assert good.seen == good.wanted
 
 

@@ -206,7 +206,6 @@ class Slots(Generic[AnySession]):
                 parts[slot] = session.take_input()
             except self.caught as error:
                 done.append(self._failed(session, error))
-                continue
             if parts[slot] is not None:
                 taken.append((slot, session, parts[slot]))
         if taken:
@@ -228,8 +227,6 @@ class Slots(Generic[AnySession]):
 
     def _read(self) -> list[AnySession]:
         dispatched = self._unread.popleft()
-        if not dispatched.parts:
-            return []
         outputs = jax.device_get(dispatched.outputs)
         done = []
         for slot, session, part in dispatched.parts:
