@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsm_jax.configs import TransformerConfig
-from dsm_jax.nn.attention import Attention, CrossAttention, rope, self_attention, sinusoids
+from dsm_jax.configs import RopeScaling, TransformerConfig
+from dsm_jax.nn.attention import Attention, CrossAttention, rope, rope_rates, self_attention, sinusoids
 from dsm_jax.nn.transformer import Transformer
 from dsm_jax.streaming import reset_rows
 from tests.helpers import small
@@ -48,6 +48,17 @@ def test_rope_computes_in_float32_for_inputs_of_any_dtype():
     np.testing.assert_allclose(y, wanted, atol=0.01)
 
 
+def test_scaled_rates_keep_fast_pairs_and_divide_slow_ones():
+    scaling = RopeScaling(factor=8.0, low_frequency=1.0, high_frequency=4.0, original_context=64)
+    rates = np.asarray(rope_rates(16, 10_000.0), np.float64)
+    turns = 64 * rates / (2 * np.pi)  # in the original context
+    fast, slow = turns > 4, turns < 1
+    assert min(fast.sum(), slow.sum(), (~fast & ~slow).sum()) > 1
+    between = (turns - 1) / 3
+    wanted = np.where(fast, rates, np.where(slow, rates / 8, between * rates + (1 - between) * rates / 8))
+    np.testing.assert_allclose(rope_rates(16, 10_000.0, scaling), wanted, rtol=1e-5)
+
+
 def test_sinusoids_are_cosines_then_sines():
     position_BT = np.array([[0, 3], [5, 1000]])
     rate = 10_000.0 ** (np.arange(4) / 3)  # 3, not 4: the slowest turns once in max_period * 2 pi
@@ -64,6 +75,8 @@ def test_self_attention_is_causal_softmax_attention():
         for n in range(2):
             wanted = softmax_attention(q[b, :, n], k[b, :, n], v[b, :, n], np.tri(6, dtype=bool))
             np.testing.assert_allclose(y_BTKH[b, :, n], wanted, atol=1e-5)
+    last_BTKH = self_attention(jnp.asarray(q[:, 4:]), jnp.asarray(k), jnp.asarray(v))
+    np.testing.assert_allclose(last_BTKH, y_BTKH[:, 4:], atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
