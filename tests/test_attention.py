@@ -132,6 +132,18 @@ def test_the_softmax_sums_in_float32():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", [2, 3], ids=["keys", "values"])
+def test_what_overflows_is_not_cached(part):
+    config = dataclasses.replace(CONFIG, positional_embedding="none")
+    attention = small.build(lambda rngs: Attention(config, rngs=rngs))
+    attention.in_proj.weight[...] = attention.in_proj.weight[...].at[part].mul(1e38)
+    x_BTD, start_B = 1e3 * jnp.asarray(noise(1, 1, 16)), jnp.zeros((1,), jnp.int32)
+    _, cache = jax.jit(attention.step)(x_BTD, attention.init_cache(1), start_B, None)
+    assert np.isfinite(cache.k_BKSH).all()
+    assert np.isfinite(cache.v_BKSH).all()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_nan_in_the_cache_does_not_outlive_a_reset(steps):
     transformer = small.build(lambda rngs: Transformer(dataclasses.replace(CONFIG, num_layers=2), rngs=rngs))
