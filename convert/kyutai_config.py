@@ -30,6 +30,7 @@ from dsm_jax.models import family
 
 LM_NAME = "model.safetensors"
 MIMI_NAME = "mimi-pytorch-e351c8d8@125.safetensors"
+UNNAMED_MIMI = "tokenizer-e351c8d8-checkpoint125.safetensors"  # of a config.json that does not name it
 MIMI_CONFIG_NAME = "mimi_config.json"
 _DEPFORMER = "depformer_"
 _CONDITIONERS = {"lut": LutConditioner, "tensor": TensorConditioner}
@@ -66,6 +67,9 @@ def read_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, LMC
     """
     rest = dict(values)
     names = {key: rest.pop(key, None) for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name")}
+    for key, name in names.items():
+        if name is not None and not isinstance(name, str):
+            raise ConfigError(f"{where}: {key} is {name!r}; expected the name of a file")
     model_type = rest.pop("model_type", None)
     if not isinstance(model_type, str):
         raise ConfigError(f"{where}: model_type is {model_type!r}; expected one of {', '.join(family.FAMILIES)}")
@@ -90,7 +94,7 @@ def read_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, LMC
     family.check(config, where)
     files = Files(
         names["moshi_name"] or LM_NAME,
-        names["mimi_name"] or MIMI_NAME,
+        names["mimi_name"] or UNNAMED_MIMI,
         names["mimi_config_name"],
         names["tokenizer_name"],
     )
@@ -118,7 +122,13 @@ def read_lm(values: Mapping[str, Any], where: str) -> LMConfig:
     """
     flat = {field.name for field in dataclasses.fields(LMConfig)} - {"depformer"}
     depformer = {_DEPFORMER + field.name for field in dataclasses.fields(DepformerConfig)}
-    if unknown := sorted(values.keys() - flat - depformer):
+    unknown = sorted(values.keys() - flat - depformer)
+    if any(key.startswith("lora") for key in unknown):
+        raise ConfigError(
+            f"{where}: unknown keys {unknown}; merge the adapters into the weights, as moshi's fuse_lora does, then "
+            "remove the keys"
+        )
+    if unknown:
         raise ConfigError(f"{where}: unknown keys {unknown}; remove them, or use one of {sorted(flat | depformer)}")
     nested: dict[str, Any] = {key: value for key, value in values.items() if key in flat}
     nested["depformer"] = from_dict(
@@ -137,7 +147,7 @@ def read_lm(values: Mapping[str, Any], where: str) -> LMConfig:
 
 def _read_conditioner(name: str, spec: Any, where: str) -> Conditioner:
     kind = spec.get("type") if isinstance(spec, Mapping) else None
-    if kind not in _CONDITIONERS:
+    if kind not in tuple(_CONDITIONERS):
         raise ConfigError(f"{where}: the type is {kind!r}; choose one of {sorted(_CONDITIONERS)}")
     values = spec.get(kind)
     if not isinstance(values, Mapping):

@@ -14,7 +14,7 @@ from typing import Any
 
 from dsm_jax.configs import CsmConfig, MimiConfig, ModelConfig, TransformerConfig, presets
 from dsm_jax.configs.json import from_dict, to_dict
-from dsm_jax.convert import csm_files, files, kyutai, kyutai_config, transformers_csm
+from dsm_jax.convert import csm_files, files, kyutai, kyutai_config, transformers_csm, transformers_mimi
 from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
 from dsm_jax.convert.pieces import Outgoing, Table, piece
 from dsm_jax.convert.transforms import STACKED
@@ -23,7 +23,7 @@ from dsm_jax.models.family import csm_config
 
 NAME = "sesame"
 WEIGHTS = "model.safetensors"
-MIMI_NAME = "tokenizer-e351c8d8-checkpoint125.safetensors"
+MIMI_NAME = kyutai_config.UNNAMED_MIMI
 _KEYS = (*transformers_csm.ORIGINAL_KEYS, "text_vocab_size")
 _SETTINGS_KEY = "csm_config"  # this library's own
 _PUBLISHED = csm_config(presets.CSM_1B)
@@ -119,6 +119,7 @@ def read_config(values: Mapping[str, Any], where: str) -> CsmConfig:
     """
     if missing := [key for key in _KEYS if key not in values]:
         raise ConfigError(f"{where}: the keys {missing} are missing; fetch the published config.json again")
+    transformers_mimi.check_whole({key: values[key] for key in _KEYS if not key.endswith("_flavor")}, where)
     own = {*_KEYS, _SETTINGS_KEY}
     if _SETTINGS_KEY in values:
         csm = from_dict(CsmConfig, values[_SETTINGS_KEY], f"{where}: {_SETTINGS_KEY}")
@@ -152,7 +153,7 @@ def _check_transformers_keys(values: Mapping[str, Any], csm: CsmConfig, where: s
 
 def _decoder(flavor: Any, role: TransformerConfig, where: str) -> TransformerConfig:
     """Return the sizes of a flavor with the context and the rotations of a decoder's role."""
-    if flavor not in _FLAVORS:
+    if flavor not in tuple(_FLAVORS):
         raise ConfigError(f"{where}: the flavor is {flavor!r}; the library knows {', '.join(_FLAVORS)}")
     # torchtune scales both roles by factors 1 and 4 of an old context of 8192; transformers' files spell that in other
     # multiples for each, which the published config has.

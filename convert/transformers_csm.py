@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsm_jax.configs import CsmConfig, ModelConfig, RopeScaling, TransformerConfig, llama
+from dsm_jax.configs.json import from_dict
 from dsm_jax.convert import csm_files, files
 from dsm_jax.convert import transformers_mimi as mimi
 from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
@@ -209,9 +210,11 @@ def read_config(values: Mapping[str, Any], end_id: int, where: str) -> tuple[Mod
     if missing := [key for key in (*_SIZES, *_CSM_KEYS) if key not in rest]:
         raise ConfigError(f"{where}: the keys {missing} are missing; fetch the published config.json again")
     v = {key: rest.pop(key) for key in _CSM_KEYS}
+    mimi.check_whole({key: v[key] for key in ("num_codebooks", "vocab_size", "text_vocab_size")}, where)
+    mimi.check_whole({key: v[key] for key in ("bos_token_id", "audio_token_id", "audio_eos_token_id")}, where, least=0)
     both = {"num_codebooks": v["num_codebooks"], "vocab_size": v["vocab_size"]}
     original = {"audio_num_codebooks": v["num_codebooks"], "audio_vocab_size": v["vocab_size"]}
-    depth_values = dict(v["depth_decoder_config"])
+    depth_values = mimi.read_object(v["depth_decoder_config"], f"{where}: depth_decoder_config")
     depth_fixed = _FIXED_DEPTH | both | {"backbone_hidden_size": rest["hidden_size"]}
     csm = CsmConfig(
         backbone=_read_decoder(rest, _FIXED_CSM | original, where),
@@ -224,7 +227,8 @@ def read_config(values: Mapping[str, Any], end_id: int, where: str) -> tuple[Mod
         audio_id=v["audio_token_id"],
         audio_end_id=v["audio_eos_token_id"],
     )
-    codec = mimi.read_config(v["codec_config"], f"{where}: codec_config")
+    where = f"{where}: codec_config"
+    codec = mimi.read_config(mimi.read_object(v["codec_config"], where), where)
     return ModelConfig(model_type="csm", csm=csm, mimi=codec), csm
 
 
@@ -234,8 +238,9 @@ def _read_decoder(values: dict[str, Any], fixed: Mapping[str, Any], where: str) 
     theta, scaling = _pop_rope(rest, where)
     if missing := [key for key in _SIZES if key not in rest]:
         raise ConfigError(f"{where}: the keys {missing} are missing; fetch the published config.json again")
+    kv_heads = rest.pop("num_key_value_heads", None) or rest["num_attention_heads"]
+    mimi.check_whole({key: rest[key] for key in _SIZES} | {"num_key_value_heads": kv_heads}, where)
     width, inner, layers, heads, context = (rest.pop(key) for key in _SIZES)
-    kv_heads = rest.pop("num_key_value_heads", None) or heads
     mimi.check_rest(rest, _FIXED_DECODER | dict(fixed) | {"head_dim": width // heads}, where)
     return llama(
         width=width,
@@ -253,17 +258,18 @@ def _pop_rope(rest: dict[str, Any], where: str) -> tuple[float, RopeScaling | No
     """Remove the settings of the rotary embeddings from a config: one object since transformers 5, two keys before."""
     rope, old = rest.pop("rope_parameters", None), rest.pop("rope_scaling", None)
     theta = rest.pop("rope_theta", 500_000.0)
-    settings = dict(rope or old or {})
+    settings = mimi.read_object(rope or old or {}, f"{where}: rope_parameters")
     theta = settings.pop("rope_theta", theta)
     kind = settings.pop("rope_type", "default")
-    expected = {"default": set(), "llama3": set(_SCALING)}.get(kind)
+    expected = {"default": set(), "llama3": set(_SCALING)}.get(str(kind))
     if (rope and old) or theta is None or settings.keys() != expected:
         raise ConfigError(
             f"{where}: rope_theta is {theta}, rope_parameters {rope}, rope_scaling {old}; expected a theta, and "
             f"rope_type 'default' or 'llama3' with {', '.join(_SCALING)}"
         )
-    scaling = RopeScaling(**{ours: settings[theirs] for theirs, ours in _SCALING.items()}) if settings else None
-    return float(theta), scaling
+    values = {ours: settings[theirs] for theirs, ours in _SCALING.items() if settings}
+    scaling = from_dict(RopeScaling, values, f"{where}: rope_parameters") if values else None
+    return mimi.read_number(theta, f"{where}: rope_theta"), scaling
 
 
 def write_config(config: ModelConfig, csm: CsmConfig, dtype: str) -> dict[str, Any]:

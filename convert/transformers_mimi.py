@@ -186,9 +186,16 @@ def read_config(values: Mapping[str, Any], where: str) -> MimiConfig:
     rest = dict(values)
     theta = pop_theta(rest, 10_000.0, where)
     v = {key: rest.pop(key, default) for key, default in _DEFAULT_MIMI.items()}
+    check_whole({key: v[key] for key, default in _DEFAULT_MIMI.items() if isinstance(default, int)}, where)
+    ratios, scale = v["upsampling_ratios"], v["layer_scale_initial_scale"]
+    if not isinstance(ratios, list | tuple):
+        raise ConfigError(f"{where}: upsampling_ratios is {ratios!r}; expected a list")
+    check_whole({f"upsampling_ratios[{i}]": ratio for i, ratio in enumerate(ratios)}, where)
+    read_number(scale, f"{where}: layer_scale_initial_scale")
     width, heads = v["hidden_size"], v["num_attention_heads"]
     rates = [rest.pop(key, None) for key in ("frame_rate", "_frame_rate")]
-    kv_heads = rest.pop("num_key_value_heads", heads)
+    kv_heads = rest.pop("num_key_value_heads", None) or heads
+    check_whole({"num_key_value_heads": kv_heads}, where)
     check_rest(
         rest,
         _FIXED_MIMI
@@ -199,18 +206,17 @@ def read_config(values: Mapping[str, Any], where: str) -> MimiConfig:
         },
         where,
     )
+    rate = next((r for r in rates if r is not None), v["sampling_rate"] / (2 * math.prod(ratios)))
     config = MimiConfig(
         sample_rate=v["sampling_rate"],
-        frame_rate=next(
-            (r for r in rates if r is not None), v["sampling_rate"] / (2 * math.prod(v["upsampling_ratios"]))
-        ),
+        frame_rate=read_number(rate, f"{where}: frame_rate"),
         channels=v["audio_channels"],
         seanet=SeanetConfig(
             channels=v["audio_channels"],
             dimension=width,
             n_filters=v["num_filters"],
             n_residual_layers=v["num_residual_layers"],
-            ratios=tuple(v["upsampling_ratios"]),
+            ratios=tuple(ratios),
             kernel_size=v["kernel_size"],
             residual_kernel_size=v["residual_kernel_size"],
             last_kernel_size=v["last_kernel_size"],
@@ -231,7 +237,7 @@ def read_config(values: Mapping[str, Any], where: str) -> MimiConfig:
             num_layers=v["num_hidden_layers"],
             dim_feedforward=v["intermediate_size"],
             context=v["sliding_window"],
-            layer_scale=v["layer_scale_initial_scale"],
+            layer_scale=scale,
             max_period=theta,
             kv_repeat=heads // kv_heads,
             input_dimension=width,
@@ -339,15 +345,48 @@ def check_rest(rest: Mapping[str, Any], fixed: Mapping[str, Any], where: str) ->
             raise ConfigError(f"{where}: {key} is {rest[key]!r}; the library computes with {value!r} only")
 
 
+def check_whole(values: Mapping[str, Any], where: str, *, least: int = 1) -> None:
+    """Check settings that are whole numbers.
+
+    Raises:
+      ConfigError: one is no whole number, or below the least.
+    """
+    for key, value in values.items():
+        if type(value) is not int or value < least:
+            raise ConfigError(f"{where}: {key} is {value!r}; expected a whole number from {least}")
+
+
+def read_object(value: Any, where: str) -> dict[str, Any]:
+    """Return a copy of an object in a config.
+
+    Raises:
+      ConfigError: the value is no object.
+    """
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} is {value!r}; expected an object")
+    return dict(value)
+
+
+def read_number(value: Any, where: str) -> float:
+    """Return a setting that is a number above 0.
+
+    Raises:
+      ConfigError: it is not.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ConfigError(f"{where} is {value!r}; expected a number above 0")
+    return float(value)
+
+
 def pop_theta(rest: dict[str, Any], default: float | None, where: str) -> float:
     """Remove the period of the rotary embeddings from a config, in its current or its older spelling.
 
     Raises:
       ConfigError: the period is missing, or the embeddings are scaled.
     """
-    rope = dict(rest.pop("rope_parameters", None) or {})
+    rope = read_object(rest.pop("rope_parameters", None) or {}, f"{where}: rope_parameters")
     scaling, old = rest.pop("rope_scaling", None), rest.pop("rope_theta", default)
     theta = rope.pop("rope_theta", old)
     if theta is None or scaling or rope not in ({}, {"rope_type": "default"}):
         raise ConfigError(f"{where}: rope_theta is {theta}, rope scaling is {scaling or rope}; expected a theta alone")
-    return float(theta)
+    return read_number(theta, f"{where}: rope_theta")

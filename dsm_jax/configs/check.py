@@ -1,5 +1,8 @@
 """The check of config values, with errors that say what to do."""
 
+import math
+from typing import Any
+
 from dsm_jax.errors import ConfigError
 
 
@@ -16,3 +19,14 @@ def require(ok: bool, found: str, remedy: str) -> None:
     """
     if not ok:
         raise ConfigError(f"{found}; {remedy}")
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raise unless these fields of a config are above 0 and finite.
+
+    Raises:
+      ConfigError: one is not.
+    """
+    for name in names:
+        value = getattr(config, name)
+        require(0 < value < math.inf, f"{name} is {value}", "expected a number above 0")

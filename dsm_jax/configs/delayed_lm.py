@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dsm_jax.configs.check import require
+from dsm_jax.configs.check import require, require_positive
 from dsm_jax.configs.transformer import TransformerConfig
 from dsm_jax.configs.tts import Conditioner, Fuser
 
@@ -69,6 +69,7 @@ class LMConfig:
     depformer: DepformerConfig = DepformerConfig()
 
     def __post_init__(self) -> None:
+        require_positive(self, "card", "dim", "text_card", "hidden_scale")
         require(
             len(self.delays) == self.n_q + 1,
             f"{len(self.delays)} delays for 1 text and {self.n_q} audio streams",
@@ -87,6 +88,13 @@ class LMConfig:
         require(len(set(names)) == len(names), f"the conditioners are {names}", "give each a name of its own")
         if self.fuser is not None and (unknown := sorted({*self.fuser.sum, *self.fuser.cross} - {*names})):
             require(False, f"the fuser takes {unknown} and the conditioners are {names}", "name one of these")
+        if self.dep_q:
+            require_positive(self.depformer, "dim", "num_heads")
+            require(
+                self.depformer.dim % self.depformer.num_heads == 0,
+                f"the depformer's width {self.depformer.dim} and {self.depformer.num_heads} heads do not divide",
+                "the width must be a multiple of the heads",
+            )
         _ = self.transformer  # building its config checks the backbone's settings
 
     @property

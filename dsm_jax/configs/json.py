@@ -90,7 +90,7 @@ def _of_type(configs: Sequence[Any], value: Any, where: str) -> Any:
     """Choose the config class whose default of the field `type` is the value's."""
     by_type = {config.type: config for config in configs}
     found = value.get("type") if isinstance(value, Mapping) else value
-    if found not in by_type:
+    if found not in tuple(by_type):
         raise ConfigError(f"{where}: the type is {found!r}; choose one of {sorted(by_type)}")
     return by_type[found]
 

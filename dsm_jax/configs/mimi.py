@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from dsm_jax.configs.check import require
+from dsm_jax.configs.check import require, require_positive
 from dsm_jax.configs.transformer import TransformerConfig
 
 
@@ -29,6 +29,9 @@ class SeanetConfig:
     disable_norm_outer_blocks: int = 0
 
     def __post_init__(self) -> None:
+        require_positive(self, "channels", "dimension", "n_filters", "compress", "dilation_base")
+        require_positive(self, "kernel_size", "residual_kernel_size", "last_kernel_size")
+        require(min(self.ratios, default=1) > 0, f"seanet.ratios is {self.ratios}", "expected numbers above 0")
         fixed = {"causal": True, "activation": "ELU", "pad_mode": "constant", "true_skip": True}
         for name, value in fixed.items():
             require(getattr(self, name) == value, f"seanet.{name} is {getattr(self, name)!r}", f"Mimi has {value!r}")
@@ -50,6 +53,10 @@ class QuantizerConfig:
     input_dimension: int = 512
     output_dimension: int = 512
     n_q_semantic: int = 1
+
+    def __post_init__(self) -> None:
+        require_positive(self, "dimension", "bins", "n_q")
+        require(0 < self.n_q_semantic <= self.n_q, f"n_q_semantic is {self.n_q_semantic} of n_q {self.n_q}", "use 1")
 
 
 _MIMI_TRANSFORMER = TransformerConfig(
@@ -76,6 +83,7 @@ class MimiConfig:
     transformer: TransformerConfig = _MIMI_TRANSFORMER
 
     def __post_init__(self) -> None:
+        require_positive(self, "sample_rate", "frame_rate", "channels")
         require(
             self.frame_size % self.seanet.hop == 0,
             f"one frame is {self.frame_size} samples, which the SEANet hop {self.seanet.hop} does not divide",

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dsm_jax.configs.check import require
+from dsm_jax.configs.check import require, require_positive
 
 NORMS = ("layer_norm", "layer_norm_f32", "rms_norm", "rms_norm_f32")
 POSITIONS = ("none", "rope", "sin", "sin_rope")
@@ -65,6 +65,7 @@ class TransformerConfig:
     conv_layout: bool = True
 
     def __post_init__(self) -> None:
+        require_positive(self, "d_model", "num_heads", "dim_feedforward", "context", "max_period", "kv_repeat")
         require(self.causal, "causal is false", "the library streams, so it runs causal transformers only")
         require(self.norm in NORMS, f"norm is {self.norm!r}", f"choose one of {NORMS}")
         require(self.gating in ("none", "silu"), f"gating is {self.gating!r}", "choose 'none' or 'silu'")
