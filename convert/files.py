@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from dsm_jax.files import decode_json, read_text
 
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
+_OTHER_FORMATS = (".bin", ".ckpt", ".gguf", ".npz", ".pt", ".pth")  # of weights
+_LFS_POINTER = b"version https://git-lfs"
 _NAME_OF_DTYPE = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
@@ -30,6 +33,11 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
       CheckpointError: the file is missing, truncated, or not a safetensors file.
     """
     if not path.is_file():
+        if others := sorted(p.name for p in path.parent.glob("*") if p.suffix in _OTHER_FORMATS):
+            raise CheckpointError(
+                f"{path} is missing, and {', '.join(others)} beside it cannot be read; fetch the safetensors files, or "
+                "save the weights as such"
+            )
         raise CheckpointError(f"{path} is missing; fetch the whole repository again")
     try:
         with safe_open(path, "np") as file:
@@ -39,6 +47,8 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
             }
     except SafetensorError as error:
         raise CheckpointError(_unreadable(path, error)) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}); check its permissions") from None
 
 
 def _reader(path: Path, name: str) -> Callable[[Rows | None], np.ndarray]:
@@ -53,10 +63,12 @@ def _reader(path: Path, name: str) -> Callable[[Rows | None], np.ndarray]:
 def _unreadable(path: Path, error: SafetensorError) -> str:
     size = path.stat().st_size
     with path.open("rb") as file:
-        is_header = file.read(9)[8:] == b"{"
-    if is_header or size < 9:
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        return f"{path} is a pointer of Git LFS in place of the weights; run `git lfs pull` in its repository"
+    if start[8:9] == b"{" or size < 9:
         return f"{path} is cut short or damaged: it has {size} bytes, its header announces others; fetch it again"
-    return f"{path} is not a safetensors file ({error}); give the .safetensors file of the checkpoint"
+    return f"{path} is not a safetensors file ({error}); give the .safetensors file of a codec, or a model's folder"
 
 
 def sharded_tensors_in(folder: Path, index_name: str = INDEX_NAME) -> tuple[dict[str, Tensor], list[str]]:
@@ -77,7 +89,7 @@ def sharded_tensors_in(folder: Path, index_name: str = INDEX_NAME) -> tuple[dict
     if not index_path.is_file():
         return tensors_in(folder / "model.safetensors"), []
     where = read_json(index_path).get("weight_map")
-    if not isinstance(where, dict):
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
         raise CheckpointError(f"{index_path} has no weight_map; fetch it again")
     tensors: dict[str, Tensor] = {}
     faults = []
@@ -164,6 +176,20 @@ def _bytes(tensor: Outgoing) -> int:
     return int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(tensor.dtype).itemsize
 
 
+def copy_voices(tokenizer: Path | None, folder: Path) -> None:
+    """Copy a model's own voices: files in a folder `voices` beside its tokenizer.
+
+    Args:
+      tokenizer: path of the tokenizer; None for a model without one, which has no voices.
+      folder: the folder to write to.
+    """
+    voices = sorted((tokenizer.parent / "voices").glob("*.safetensors")) if tokenizer else []
+    for i, voice in enumerate(voices):
+        if i == 0:
+            (folder / "voices").mkdir()
+        shutil.copyfile(voice, folder / "voices" / voice.name)
+
+
 def read_json(path: Path) -> dict:
     """Read the object in a JSON file.
 
@@ -181,4 +207,5 @@ def read_json(path: Path) -> dict:
 
 def write_json(path: Path, value: dict) -> None:
     """Write an object as indented JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="replace")  # parts of names of folders in other encodings

@@ -47,7 +47,7 @@ def recognises(path: Path) -> bool:
         return True
     if not (path / "config.json").is_file():
         return len(list(path.glob("*.safetensors"))) == 1
-    return {"n_q", "text_card"} <= files.read_json(path / "config.json").keys()
+    return not {"n_q", "text_card"}.isdisjoint(files.read_json(path / "config.json"))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -90,6 +90,11 @@ def read_codec(path: Path) -> tuple[MimiConfig, dict[str, Tensor]]:
         raise CheckpointError(
             f"{path} is a language model; give its folder, which also holds config.json and the codec"
         )
+    if not any(name.startswith("encoder.model.") for name in tensors):
+        raise CheckpointError(
+            f"{path} is no Mimi file of Kyutai's: its first tensor is {min(tensors, default=None)}; give the folder of "
+            "the model, which also holds config.json"
+        )
     config_path = path.with_name(MIMI_CONFIG_NAME)
     mimi = _read_mimi_config(config_path) if config_path.is_file() else MimiConfig()
     return mimi, files.fold_weight_norm(tensors)
@@ -122,6 +127,8 @@ def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
     if lm is not None:
         names = kyutai_config.Files(LM_NAME, MIMI_NAME, mimi_config, _write_tokenizer(checkpoint, folder))
         files.write_json(folder / "config.json", kyutai_config.write_config(config, lm, names))
+        if config.tts is not None:
+            files.copy_voices(checkpoint.tokenizer, folder)
         yield from files.write_safetensors(folder / LM_NAME, outgoing(checkpoint, "lm", lm_table(lm)))
     yield from files.write_safetensors(folder / MIMI_NAME, outgoing(checkpoint, "mimi", mimi_table(config.mimi)))
 

@@ -61,7 +61,7 @@ def layout_for(checkpoint: Checkpoint, name: str) -> Layout:
 
 def model_types(path: Path) -> tuple[str, ...]:
     """Return the model types that a folder or file may be of, by its layout alone; empty for an unknown layout."""
-    found = next((layout for layout in layouts() if layout.recognises(path)), None)
+    found = _layout_of(path)
     if found is native:
         return (native.read_config(files.read_json(path / native.CONFIG_NAME), str(path)).model_type,)
     return tuple(
@@ -69,6 +69,14 @@ def model_types(path: Path) -> tuple[str, ...]:
         for family in FAMILIES.values()
         if any(pkgutil.resolve_name(module) is found for module in family.layouts.values())
     )
+
+
+def _layout_of(path: Path) -> Layout | None:
+    """Return the first layout that recognises a folder or file."""
+    try:
+        return next((layout for layout in layouts() if layout.recognises(path)), None)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -86,9 +94,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
       CheckpointError: the layout is unknown, or the tensors do not fit the config; lists all faults.
       ConfigError: a key or a value in a config is unknown.
     """
-    for layout in layouts():
-        if layout.recognises(path):
-            return layout.open_checkpoint(path)
+    if layout := _layout_of(path):
+        return layout.open_checkpoint(path)
     config_path = path / "config.json"
     if config_path.is_file():
         raise CheckpointError(

@@ -294,10 +294,12 @@ def _target_faults(table: Table, parameters: Parameters) -> list[str]:
     return faults
 
 
-def fit_error(where: str, faults: Sequence[str]) -> CheckpointError:
+def fit_error(
+    where: str, faults: Sequence[str], remedy: str = "use the config.json that was published with them"
+) -> CheckpointError:
     """Make one error that lists all faults."""
     lines = "".join(f"\n  {fault}" for fault in faults)
     return CheckpointError(
-        f"{where}: the weights are not those of the model that the config describes; use the config.json that was "
-        f"published with them. Faults ({len(faults)}):{lines}"
+        f"{where}: the weights are not those of the model that the config describes; {remedy}. "
+        f"Faults ({len(faults)}):{lines}"
     )

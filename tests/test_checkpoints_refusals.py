@@ -158,6 +158,8 @@ def test_a_native_folder_with_other_parameters_than_its_config_is_refused(folder
     files.write_json(folder / native.CONFIG_NAME, values)
     with pytest.raises(CheckpointError, match=r"missing: lm.transformer.layers.2.norm1.alpha_D, expected \[16\]"):
         checkpoints.load(folder)
+    with pytest.raises(CheckpointError, match=r"that the config describes; fetch or convert the model again. Faults"):
+        checkpoints.load(folder)
     values["config"]["lm"] |= {"num_layers": 1, "text_card": 63}
     files.write_json(folder / native.CONFIG_NAME, values)
     with pytest.raises(CheckpointError) as caught:
@@ -171,3 +173,88 @@ def test_a_damaged_native_folder_is_refused(folders, tmp_path):
     (folder / "params" / "0000" / "_METADATA").unlink()
     with pytest.raises(CheckpointError, match=r"0000 cannot be read \(\w+\); convert the model again"):
         checkpoints.load(folder)
+
+
+@pytest.mark.slow
+def test_weights_that_git_did_not_fetch_are_named_as_such(spoilt):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+    (spoilt / kyutai.LM_NAME).write_bytes(pointer)
+    match = r"model.safetensors is a pointer of Git LFS in place of the weights; run `git lfs pull` in its repository$"
+    with pytest.raises(CheckpointError, match=match):
+        checkpoints.load(spoilt)
+
+
+@pytest.mark.parametrize("others", [["model.pt"], ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin"]])
+def test_weights_in_another_format_are_named(folders, tmp_path, others):
+    for layout in ("kyutai", "transformers"):
+        folder = copy_of(folders[layout], tmp_path / layout)
+        (folder / "model.safetensors").unlink()
+        for name in others:
+            (folder / name).write_bytes(b"PK")
+        match = rf"model.safetensors is missing, and {', '.join(others)} beside it cannot be read; fetch the"
+        with pytest.raises(CheckpointError, match=match):
+            checkpoints.load(folder)
+
+
+def test_a_file_of_another_model_is_refused_in_one_sentence(folders, tmp_path):
+    adapter = tmp_path / "lora.safetensors"
+    save_file({"transformer.layers.0.self_attn.in_proj.lora_A.weight": np.zeros((4, 16), np.float32)}, adapter)
+    codec = {
+        name: tensor
+        for name, tensor in load_file(folders["transformers"] / "model.safetensors").items()
+        if name.startswith("codec_model.")
+    }
+    save_file(codec, tmp_path / "shard.safetensors")
+    for name, first in (("lora", "transformer.layers.0.self"), ("shard", "codec_model.decoder.")):
+        match = rf"{name}.safetensors is no Mimi file of Kyutai's: its first tensor is {first}[^ \n]*; give the"
+        with pytest.raises(CheckpointError, match=match):
+            checkpoints.load(tmp_path / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"moshi_name": 5}, r"config.json: moshi_name is 5; expected the name of a file"),
+        ({"mimi_name": ["a"]}, r"mimi_name is \['a'\]; expected the name of a file"),
+        ({"tokenizer_name": {}}, r"tokenizer_name is \{\}; expected the name of a file"),
+        ({"conditioners": {"a": {"type": []}}}, r"conditioners: a: the type is \[\]; choose one of"),
+        ({"lora": True, "lora_rank": 128}, r"unknown keys \['lora', 'lora_rank'\]; merge the adapters into"),
+        ({"num_heads": 0}, r"num_heads is 0; expected a number above 0"),
+        ({"hidden_scale": float("inf")}, r"hidden_scale is inf; expected a number above 0"),
+        ({"n_q": ...}, r"the keys \['n_q'\] are missing"),
+    ],
+)
+def test_a_value_that_no_config_has_is_named(spoilt, change, message):
+    values = files.read_json(spoilt / "config.json") | change
+    files.write_json(spoilt / "config.json", {key: value for key, value in values.items() if value is not ...})
+    with pytest.raises(ConfigError, match=message):
+        checkpoints.load(spoilt)
+
+
+def test_a_codec_that_a_config_does_not_name_has_the_name_of_the_reference(spoilt):
+    values = files.read_json(spoilt / "config.json")
+    del values["mimi_name"]
+    files.write_json(spoilt / "config.json", values)
+    with pytest.raises(CheckpointError, match=r"tokenizer-e351c8d8-checkpoint125.safetensors is missing"):
+        checkpoints.load(spoilt)
+
+
+@pytest.mark.parametrize("weight_map", [["model.safetensors"], {"lm_head.weight": None}, {"lm_head.weight": []}])
+def test_an_index_without_names_of_files_is_refused(folders, tmp_path, weight_map):
+    folder = copy_of(folders["transformers"], tmp_path / "in")
+    files.write_json(folder / files.INDEX_NAME, {"weight_map": weight_map})
+    with pytest.raises(CheckpointError, match=r"index.json has no weight_map; fetch it again"):
+        checkpoints.load(folder)
+
+
+def test_what_may_not_be_read_is_refused(folders, monkeypatch):
+    def locked(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "safe_open", locked)
+        with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read \(Permission denied\); check"):
+            checkpoints.load(folders["kyutai"])
+    monkeypatch.setattr(Path, "is_file", locked)
+    with pytest.raises(CheckpointError, match=r"kyutai cannot be read \(Permission denied\); check its permissions"):
+        checkpoints.load(folders["kyutai"])

@@ -16,7 +16,7 @@ import soundfile
 from safetensors.numpy import load_file, save_file
 
 import dsm_jax
-from dsm_jax import audio, cli
+from dsm_jax import audio, cli, files
 from tests.helpers import stt_model
 
 MODEL = ["--model", str(stt_model.CHECKPOINT), "--no-cache"]
@@ -374,6 +374,18 @@ def test_results_without_a_place_are_refused_before_the_work(capsys, tmp_path):
     assert code == 2
     assert f"{tmp_path} is a folder; name a file in it" in err
     assert not (tmp_path / "made").exists()
+
+
+def test_a_report_that_cannot_be_written_is_refused_in_a_sentence(capsys, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "r.json")
+
+    monkeypatch.setattr(files, "write_text", full)
+    report = tmp_path / "r.json"
+    code, _, err = run(capsys, "convert", stt_model.CHECKPOINT, tmp_path / "made", "--report", report, "--no-cache")
+    assert code == 2
+    assert f"made is written, and {report} cannot be (No space left on device); choose another place" in err
+    assert (tmp_path / "made" / "dsm_jax.json").is_file()
 
 
 def test_bench_prints_a_row_per_measurement(capsys, monkeypatch):

@@ -55,7 +55,12 @@ def convert(args: argparse.Namespace) -> int:
     with terminal.loading_bar(f"converting {args.source}", quiet=args.quiet) as progress:
         report = convert(args.source, args.destination, to=args.to, dtype=args.dtype, progress=progress)
     if args.report:
-        files.write_text(args.report, json.dumps(report.to_dict(), indent=2) + "\n")
+        try:
+            files.write_text(args.report, json.dumps(report.to_dict(), indent=2) + "\n")
+        except OSError as error:
+            raise UsageError(
+                f"{args.destination} is written, and {args.report} cannot be ({error.strerror}); choose another place"
+            ) from None
     if not args.quiet:
         lines = report.text().splitlines()
         terminal.write("".join(f"{line}\n" for line in lines if args.verbose or not line.startswith("  ")))
