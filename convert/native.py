@@ -7,6 +7,8 @@ groups, each an Orbax checkpoint of its own, so that the largest group bounds th
 import contextlib
 import dataclasses
 import functools
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,14 @@ from dsm_jax.convert.pieces import Outgoing
 from dsm_jax.errors import CheckpointError
 from dsm_jax.models import family
 from dsm_jax.models.parameters import dtype_of
+from dsm_jax.process import check_process
 from dsm_jax.tokenizers import copy_tokenizer
 
 NAME = "orbax"
 CONFIG_NAME = "dsm_jax.json"
 FORMAT = 3  # 2 had inputs before outputs; 1 had packed matrices in place of axes for heads and parts
 GROUP_BYTES = 128 << 20
+_SAVING = threading.Lock()  # Orbax's saves in two threads wait for each other, for minutes, and then fail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +61,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     networks = family.abstract_model(folder.config)
     parameters = {part: network.parameters for part, network in networks.items()}
     if found := faults(folder, parameters):
-        raise pieces.fit_error(str(path), found)
+        raise pieces.fit_error(str(path), found, "fetch or convert the model again")
     stored = {part: {name: folder.parameters[f"{part}.{name}"] for name in parameters[part]} for part in parameters}
     place = functools.partial(restore, folder)
     return Checkpoint(path.name, NAME, folder.config, folder.tokenizer, networks, stored, reader(folder), place)
@@ -90,7 +94,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
 
 
 def write_about(folder: Path, config: ModelConfig, dtype: str, converted_from: str, tokenizer: Path | None) -> None:
-    """Write `dsm_jax.json` and a copy of the tokenizer.
+    """Write `dsm_jax.json`, and copies of the tokenizer and of the voices of a text-to-speech model.
 
     Args:
       folder: the folder to write to.
@@ -101,6 +105,8 @@ def write_about(folder: Path, config: ModelConfig, dtype: str, converted_from: s
     """
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
+    if config.tts is not None:
+        files.copy_voices(tokenizer, folder)
     values = {
         "format": FORMAT,
         "dtype": dtype,
@@ -137,18 +143,13 @@ def write_params(folder: Path, arrays: Iterable[tuple[str, Any]]) -> Iterator[st
     Yields:
       Each name after its array is on disk.
     """
-    import orbax.checkpoint
-
+    check_process()
     group: dict[str, Any] = {}
     count = 0
 
     def save() -> None:
         nonlocal count
-        try:
-            with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-                checkpointer.save((folder / "params" / f"{count:04}").absolute(), group)
-        except ValueError as error:  # tensorstore raises it for errors of the file system
-            raise OSError(str(error).rpartition(": ")[2]) from error
+        _save_group(folder / "params" / f"{count:04}", group)
         count += 1
 
     for name, array in arrays:
@@ -161,6 +162,30 @@ def write_params(folder: Path, arrays: Iterable[tuple[str, Any]]) -> Iterator[st
     yield from group
 
 
+def _save_group(path: Path, group: Mapping[str, Any]) -> None:
+    """Save parameters as one Orbax checkpoint.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    import tempfile
+
+    import orbax.checkpoint
+
+    target = path.absolute()
+    with _SAVING, contextlib.ExitStack() as held:
+        if "[" in str(target):  # Orbax takes it for a pattern, and writes a checkpoint that it cannot read
+            link = Path(held.enter_context(tempfile.TemporaryDirectory())) / "params"
+            target.parent.mkdir(exist_ok=True)
+            link.symlink_to(target.parent)
+            target = link / path.name
+        try:
+            with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+                checkpointer.save(target, group)
+        except ValueError as error:  # tensorstore raises it for errors of the file system
+            raise OSError(str(error).rpartition(": ")[2].partition(" [")[0]) from error
+
+
 def open_folder(path: Path) -> NativeCheckpoint:
     """Read the config of a folder and list its parameters, without weights.
 
@@ -170,6 +195,7 @@ def open_folder(path: Path) -> NativeCheckpoint:
     """
     import orbax.checkpoint
 
+    check_process()
     where = path / CONFIG_NAME
     values = files.read_json(where)
     config = read_config(values, str(where))
@@ -243,6 +269,16 @@ def _restore_group(opened: NativeCheckpoint, group: str, targets: dict[str, Any]
         ) from None
 
 
+def check_new(destination: Path) -> None:
+    """Refuse a destination that exists, if only as a link to nothing.
+
+    Raises:
+      CheckpointError: it does.
+    """
+    if os.path.lexists(destination):
+        raise CheckpointError(f"{destination} exists; remove it, or give another destination")
+
+
 @contextlib.contextmanager
 def new_folder(destination: Path, size: int) -> Iterator[Path]:
     """Make a temporary folder next to `destination` and rename it at the end; an error leaves nothing behind.
@@ -260,8 +296,7 @@ def new_folder(destination: Path, size: int) -> Iterator[Path]:
     import shutil
     import tempfile
 
-    if destination.exists():
-        raise CheckpointError(f"{destination} exists; remove it, or give another destination")
+    check_new(destination)
     folder = None
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -271,7 +306,7 @@ def new_folder(destination: Path, size: int) -> Iterator[Path]:
                 f"{destination} needs {size / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free; make room, or "
                 "give another destination"
             )
-        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{destination.name[:50]}.", dir=destination.parent))
         yield folder
         folder.chmod(0o755)  # temporary folders are private
         folder.rename(destination)

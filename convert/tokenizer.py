@@ -47,7 +47,8 @@ def to_json(source: Path, folder: Path) -> None:
     tokenizer.add_special_tokens([AddedToken(marker, normalized=False, special=True) for marker in markers])
     own = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
     tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in own])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # Not by its `save`, which raises Exception where the disk is full.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     named = {"unk": trainer.unk_id, "bos": trainer.bos_id, "eos": trainer.eos_id, "pad": trainer.pad_id}
     settings = {f"{name}_token": proto.pieces[i].piece for name, i in named.items() if i >= 0}
     settings |= {

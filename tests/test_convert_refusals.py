@@ -8,7 +8,7 @@ import pytest
 
 from dsm_jax import checkpoints
 from dsm_jax.configs import MimiConfig, gating_dim
-from dsm_jax.convert import convert, files, native
+from dsm_jax.convert import convert, files, native, tokenizer
 from dsm_jax.convert import transformers_mimi as mimi_layout
 from dsm_jax.convert import transformers_stt as stt_layout
 from dsm_jax.errors import CheckpointError, ConfigError
@@ -66,6 +66,17 @@ def test_any_inner_width_has_a_hidden_scale(width, ffn_dim):
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"}}, r"rope scaling is \{'rope_type': 'yarn'\}"),
         ({"rope_parameters": None}, r"rope_theta is None"),
         ({"ffn_dim": None}, r"the keys \['ffn_dim'\] are missing"),
+        ({"hidden_size": "16"}, r"config.json: hidden_size is '16'; expected a whole number from 1"),
+        ({"num_codebooks": 0}, r"num_codebooks is 0; expected a whole number from 1"),
+        ({"pad_token_id": None}, r"pad_token_id is None; expected a whole number from 0"),
+        ({"rms_norm_eps": []}, r"rms_norm_eps is \[\]; expected one of"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\]; expected an object"),
+        ({"rope_parameters": {"rope_theta": "x"}}, r"rope_theta is 'x'; expected a number above 0"),
+        ({"num_key_value_heads": "4"}, r"num_key_value_heads is '4'; expected a whole number from 1"),
+        ({"codec_config": {"num_filters": 2.5}}, r"codec_config: num_filters is 2.5; expected a whole number from 1"),
+        ({"codec_config": {"upsampling_ratios": 8}}, r"upsampling_ratios is 8; expected a list"),
+        ({"codec_config": {"upsampling_ratios": [4, 0]}}, r"upsampling_ratios\[1\] is 0; expected a whole number"),
+        ({"codec_config": {"frame_rate": "x"}}, r"frame_rate is 'x'; expected a number above 0"),
         ({"codec_config": {"trim_right_ratio": 0.5}}, r"codec_config: trim_right_ratio is 0.5"),
         ({"codec_config": {"encoder_config": None}}, r"codec_config: unknown keys \['encoder_config'\]"),
     ],
@@ -162,3 +173,29 @@ def test_a_tokenizer_of_the_wrong_size_is_refused(folders, tmp_path):
 
 def test_a_converted_model_has_the_config_of_its_source(folders):
     assert checkpoints.load(folders["kyutai"]).config == model_config(PLAIN_STT)
+
+
+def test_a_codec_config_that_is_no_object_is_refused(folders, tmp_path):
+    folder = copy_of(folders["transformers"], tmp_path / "in")
+    files.write_json(folder / "config.json", files.read_json(folder / "config.json") | {"codec_config": None})
+    with pytest.raises(ConfigError, match=r"config.json: codec_config is None; expected an object"):
+        checkpoints.load(folder)
+
+
+def test_a_destination_that_is_a_link_to_nothing_is_refused(folders, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"out exists; remove it, or give another destination"):
+        convert(folders["kyutai"], tmp_path / "out")
+
+
+def test_a_disk_that_fills_up_is_one_sentence(folders, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Error: No space left on device [os_error_code='28'] [spec='{\"a\":{}}']")
+
+    monkeypatch.setattr("orbax.checkpoint.StandardCheckpointer.save", full)
+    with pytest.raises(CheckpointError, match=r"out could not be written \(No space left on device\); make room"):
+        convert(folders["kyutai"], tmp_path / "out")
+    Path(tmp_path / "made").mkdir()
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):  # and no Exception of the tokenizers library
+        tokenizer.to_json(next(folders["kyutai"].glob("*.model")), tmp_path / "made")
