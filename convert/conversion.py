@@ -1,5 +1,6 @@
 """Convert a checkpoint from any supported layout to any other, one parameter in memory at a time."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,14 @@ def convert(
     Raises:
       CheckpointError: the source is incomplete or damaged, or the destination exists or cannot be written.
       ConfigError: the library or the destination's layout does not support the config.
+      ForkError: the process was forked from one that uses JAX, and this library's own layout is read or written.
     """
     if to not in (names := layout_names()):
         raise CheckpointError(f"the layout {to!r} is unknown; choose one of {', '.join(names)}")
-    destination = Path(destination)
-    if destination.exists():
-        raise CheckpointError(f"{destination} exists; remove it, or give another destination")
-    checkpoint = open_checkpoint(hub.find(source))
+    destination = hub.expanded(destination)
+    native.check_new(destination)
+    found = hub.find(source)
+    checkpoint = dataclasses.replace(open_checkpoint(found), name=hub.title(source, found))
     checkpoint.load_tokenizer()  # raises if the tokenizer does not fit the model
     layout = layout_for(checkpoint, to)
     cast = checkpoint if dtype is None else checkpoint.in_dtype(read_dtype(dtype))

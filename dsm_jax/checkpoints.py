@@ -19,7 +19,7 @@ from dsm_jax.convert import native
 from dsm_jax.convert.checkpoint import Checkpoint
 from dsm_jax.convert.layouts import open_checkpoint
 from dsm_jax.errors import CheckpointError, ConfigError
-from dsm_jax.hub import DEFAULT, HubOptions, find
+from dsm_jax.hub import DEFAULT, HubOptions, expanded, find, title
 from dsm_jax.malloc import return_freed
 from dsm_jax.models.csm import CsmLM
 from dsm_jax.models.family import abstract_model, family_of
@@ -156,7 +156,7 @@ def load(
     place = _placement(device, sharding)
     hub_options = HubOptions(revision, cache_dir, token, local_files_only)
     path = find(source, hub_options)
-    opened = open_checkpoint(path)
+    named, opened = title(source, path), open_checkpoint(path)
     tokenizer = opened.load_tokenizer()
     if dtype is None:
         dtype = "float32" if _platform(place, sharding) == "cpu" else "bfloat16"
@@ -185,7 +185,7 @@ def load(
         if progress is not None:
             progress(Progress(done, total))
     return_freed()  # reading and converting free up to the size of a checkpoint
-    _log.info("loaded %s, %.1f MB, from %s in %.1f s", opened.name, total / 1e6, path, time.perf_counter() - start)
+    _log.info("loaded %s, %.1f MB, from %s in %.1f s", named, total / 1e6, path, time.perf_counter() - start)
     states = {
         part: network.unflatten({name: arrays[f"{part}.{name}"] for name in network.parameters})
         for part, network in used.items()
@@ -198,7 +198,7 @@ def load(
         mimi_def=mimi.graph,
         mimi_params=states["mimi"],
         tokenizer=tokenizer,
-        name=path.resolve().name if Path(source).expanduser().exists() else str(source),
+        name=named,
     )
 
 
@@ -218,6 +218,8 @@ def _placement(device: Any, sharding: Sharding | None) -> SingleDeviceSharding |
         except RuntimeError:
             known = ", ".join(sorted({found.platform for found in jax.devices()} | {"cpu"}))
             raise ConfigError(f"there is no device {device!r} here; expected one of {known}") from None
+    if not isinstance(device, jax.Device):
+        raise ConfigError(f"device is {device!r}; expected one of jax.devices(), or 'cpu', 'gpu' or 'tpu'")
     return SingleDeviceSharding(device)
 
 
@@ -236,8 +238,10 @@ def save(model: Model, destination: str | Path) -> None:
       destination: a folder that does not exist yet.
 
     Raises:
-      CheckpointError: the folder exists or cannot be written, or the weights are int8.
+      CheckpointError: the folder exists or cannot be written, the weights are int8, or the file of the model's
+        tokenizer is gone.
       ConfigError: the model was loaded with `stt_only`.
+      ForkError: the process was forked from one that uses JAX.
     """
     model.codec.require_decoder(model.name)
     lm, mimi = flatten(model.lm_params or nnx.State({})), flatten(model.mimi_params)
@@ -245,7 +249,9 @@ def save(model: Model, destination: str | Path) -> None:
     if any(not isinstance(array, jax.Array) for array in arrays.values()):
         raise CheckpointError(f"{model.name} has int8 weights; save the model that was loaded without them")
     tokenizer = model.tokenizer.path if model.tokenizer else None
-    with native.new_folder(Path(destination), sum(array.nbytes for array in arrays.values())) as folder:
+    if tokenizer is not None and not tokenizer.is_file():
+        raise CheckpointError(f"{tokenizer}, the tokenizer of {model.name}, is gone since it was loaded; put it back")
+    with native.new_folder(expanded(destination), sum(array.nbytes for array in arrays.values())) as folder:
         native.write_about(folder, model.config, dtype_of(lm), model.name, tokenizer)
         for _ in native.write_params(folder, arrays.items()):
             pass

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,17 +49,34 @@ def find(source: str | Path, options: HubOptions = HubOptions()) -> Path:
     Raises:
       CheckpointError: there is nothing of that name, or it cannot be fetched.
     """
-    path = Path(source).expanduser()
-    if path.exists():
+    path = expanded(source)
+    if os.path.exists(path):  # says no to names that pathlib raises at
         return path
     name = str(source)
-    if (_ASSETS / name).is_dir() and "/" not in name:
+    if "/" not in name and os.path.isdir(_ASSETS / name):
         return _ASSETS / name
     if _HUB_NAME.fullmatch(name) and not name.endswith((".safetensors", ".json")):
         return _fetch(name, options)
     raise CheckpointError(
         f"{source} is no file or folder, and no name on the hub, which has one slash, as {DEFAULT} has; check the path"
     )
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with the home folder in place of a leading "~"."""
+    return Path(os.path.expanduser(path))  # leaves a user that is unknown as it is, where pathlib raises
+
+
+def title(source: str | Path, found: Path) -> str:
+    """Return the name of a model for messages: the last part of a local path, or the name that it was found by.
+
+    Args:
+      source: as given to `find`.
+      found: the result of `find`.
+    """
+    if found != expanded(source):
+        return str(source)
+    return found.name if found.name not in ("", "..") else found.resolve().name
 
 
 def fetch_file(repository: str, name: str) -> Path:

@@ -108,6 +108,7 @@ def load_tokenizer(path: Path, *, expected_size: int | None = None) -> Tokenizer
     Raises:
       CheckpointError: the file is missing, unreadable, or has another number of pieces.
     """
+    path = path.absolute()  # it is copied, and voices are found beside it, whatever the working directory is by then
     if not path.is_file():
         raise CheckpointError(f"the tokenizer {path} is missing; fetch the whole repository again")
     try:

@@ -17,10 +17,10 @@ from flax import nnx
 from huggingface_hub import errors
 
 import dsm_jax
-from dsm_jax import checkpoints, codec, hub
+from dsm_jax import checkpoints, codec, hub, process
 from dsm_jax.configs import MimiConfig
 from dsm_jax.convert import convert, kyutai
-from dsm_jax.errors import CheckpointError, ConfigError
+from dsm_jax.errors import CheckpointError, ConfigError, ForkError
 from dsm_jax.models.parameters import flatten
 from dsm_jax.nn.quant import PackedBfloat16
 from dsm_jax.sharding import Sharding
@@ -218,6 +218,8 @@ def test_a_model_goes_to_the_device_that_is_asked_for(folders):
     assert str(second) in repr(model)
     with pytest.raises(ConfigError, match=r"there is no device 'abacus' here; expected one of cpu"):
         checkpoints.load(folders["kyutai"], device="abacus")
+    with pytest.raises(ConfigError, match=r"device is 0; expected one of jax.devices\(\), or 'cpu', 'gpu' or 'tpu'"):
+        checkpoints.load(folders["kyutai"], device=0)
     there = checkpoints.load(stt_model.CHECKPOINT, device=second)
     clip = stt_model.recording()[:30_000]
     assert dsm_jax.transcribe(there, clip).text == dsm_jax.transcribe(stt_model.model(), clip).text
@@ -335,3 +337,59 @@ def test_the_decoder_can_be_left_out_and_is_missed_clearly(folders, tmp_path):
             checkpoints.save(light, tmp_path / "saved")
         with pytest.raises(ConfigError, match=re.escape(message)):
             codec.decode(light, np.zeros((1, 1), np.int32))
+
+
+def test_a_model_is_named_as_it_was_asked_for(folders, tmp_path, monkeypatch):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123abcd"  # as in the hub's cache
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(folders["kyutai"].iterdir())):
+        shutil.copyfile(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(blobs / str(number))
+    assert checkpoints.load(snapshot).name == "0123abcd"
+    assert checkpoints.load(snapshot / kyutai.MIMI_NAME).name == kyutai.MIMI_NAME
+    (tmp_path / "current").symlink_to(snapshot)
+    assert checkpoints.load(f"{tmp_path}/current/").name == "current"
+    monkeypatch.chdir(folders["kyutai"])
+    assert checkpoints.load(".").name == "kyutai"
+    assert convert(".", tmp_path / "here").source == "kyutai"
+    _hub_that(monkeypatch, snapshot)
+    assert convert("kyutai/stt-1b-en_fr", tmp_path / "fetched").source == "kyutai/stt-1b-en_fr"
+
+
+def test_a_home_folder_is_found_on_both_sides(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    copy_of(folders["orbax"], tmp_path / "in")
+    convert("~/in", "~/converted")
+    checkpoints.save(checkpoints.load("~/converted"), "~/saved")
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "converted", "saved"}
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/model", "n" * 5_000, "a\0b"])
+def test_a_name_that_no_file_can_have_is_refused(name):
+    with pytest.raises(CheckpointError, match=r"is no file or folder, and no name on the hub"):
+        checkpoints.load(name)
+
+
+def test_a_model_of_a_relative_path_is_saved_from_another_folder(folders, tmp_path, monkeypatch):
+    folder = copy_of(folders["kyutai"], tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    model = checkpoints.load("in")
+    monkeypatch.chdir("/")
+    checkpoints.save(model, tmp_path / "saved")
+    assert checkpoints.load(tmp_path / "saved").tokenizer.size == model.tokenizer.size
+    shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match=r"words.model, the tokenizer of in, is gone since it was loaded"):
+        checkpoints.save(model, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_saving_and_converting_in_a_forked_process_are_refused(folders, tmp_path, monkeypatch):
+    model = checkpoints.load(folders["kyutai"])
+    monkeypatch.setattr(process, "_first", -1)  # of a parent that used JAX
+    with pytest.raises(ForkError, match="was forked from one that had loaded a model"):
+        checkpoints.save(model, tmp_path / "saved")
+    for source, to in (("kyutai", "orbax"), ("orbax", "kyutai")):
+        with pytest.raises(ForkError, match="was forked from one that had loaded a model"):
+            convert(folders[source], tmp_path / "converted", to=to)
+    convert(folders["kyutai"], tmp_path / "converted", to="transformers")
