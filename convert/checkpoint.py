@@ -10,6 +10,7 @@ import numpy as np
 from dsm_jax.configs import ModelConfig
 from dsm_jax.convert import pieces
 from dsm_jax.convert.pieces import Claim, Constant, Outgoing, Piece, Tensor
+from dsm_jax.errors import CheckpointError
 from dsm_jax.models.family import abstract_model, family_of
 from dsm_jax.models.parameters import ALWAYS_FLOAT32, AbstractNetwork, with_dtype
 from dsm_jax.tokenizers import Tokenizer, load_tokenizer
@@ -62,9 +63,22 @@ class Checkpoint:
         stored = {part: with_dtype(part, parameters, dtype) for part, parameters in self.stored.items()}
 
         def read(part: str, name: str) -> np.ndarray:
-            return self.read(part, name).astype(stored[part][name].dtype, copy=False)
+            return _cast(self.read(part, name), stored[part][name].dtype, f"{part}.{name}")
 
         return dataclasses.replace(self, stored=stored, read=read)
+
+
+def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Return an array in another dtype.
+
+    Raises:
+      CheckpointError: a finite value is infinite in the dtype, as values from 65,520 are in float16.
+    """
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype, copy=False)
+    if cast.dtype == np.float16 and array.dtype != np.float16 and (np.isinf(cast) & np.isfinite(array)).any():
+        raise CheckpointError(f"{name} has values that float16 cannot hold; choose bfloat16 or float32")
+    return cast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +163,7 @@ def from_tensors(
     def place(wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
         for full, p in wanted.items():
             part, _, name = full.partition(".")
-            yield full, jax.device_put(read(part, name).astype(p.dtype, copy=False), p.sharding)
+            yield full, jax.device_put(_cast(read(part, name), p.dtype, full), p.sharding)
 
     notes += tuple(note for part in tables for note in _constant_notes(claims[part], tensors[part]))
     return Checkpoint(path.name, layout, config, tokenizer, networks, stored, read, place, claims, tensors, notes)

@@ -95,6 +95,9 @@ def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:
     for name in checkpoint.stored["lm"]:
         if name not in placed:
             yield LeftOut("lm", name, NO_PAUSE_HEADS)
+    if config.sampling.temp_text:
+        why = f"temp_text {config.sampling.temp_text}: a model in transformers' layout is greedy unless it is told"
+        yield LeftOut("lm", "lm_gen_config", why)
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
@@ -153,15 +156,18 @@ def read_config(values: Mapping[str, Any], extractor: Mapping[str, Any], where: 
     if missing := [key for key in (*_STT_KEYS, "codec_config") if key not in rest]:
         raise ConfigError(f"{where}: the keys {missing} are missing; fetch the published config.json again")
     v = {key: rest.pop(key) for key in _STT_KEYS}
-    codec = rest.pop("codec_config")
+    codec = mimi.read_object(rest.pop("codec_config"), f"{where}: codec_config")
+    mimi.check_whole({key: v[key] for key in _STT_KEYS if key not in ("rms_norm_eps", "pad_token_id")}, where)
     width, heads = v["hidden_size"], v["num_attention_heads"]
     kv_heads = rest.pop("num_key_value_heads", None) or heads
+    mimi.check_whole({"num_key_value_heads": kv_heads}, where)
+    mimi.check_whole({"pad_token_id": v["pad_token_id"]}, where, least=0)
     rows = v["vocab_size"] + v["num_codebooks"] * v["codebook_vocab_size"]
     fixed = {"head_dim": width // heads, "audio_bos_token_id": v["codebook_vocab_size"] - 1, "audio_pad_token_id": rows}
     if rest.get("tie_word_embeddings"):
         raise ConfigError(f"{where}: tie_word_embeddings is true; set it to false: the text head has its own weights")
     mimi.check_rest(rest, _FIXED_STT | fixed, where)
-    if v["rms_norm_eps"] not in _NORMS:
+    if v["rms_norm_eps"] not in tuple(_NORMS):
         raise ConfigError(f"{where}: rms_norm_eps is {v['rms_norm_eps']}; expected one of {list(_NORMS)}")
     lm = LMConfig(
         card=v["codebook_vocab_size"] - 1,

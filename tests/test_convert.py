@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -197,3 +198,68 @@ def test_a_constant_row_with_another_value_is_noted(folders, tmp_path):
     assert (
         note == "lm_head.weight rows (64, 65) is not 0.0 as expected, and is lost: the initial token is never predicted"
     )
+
+
+def test_a_models_own_voices_stay_with_it(tmp_path):
+    folder = make_checkpoint(tmp_path, "kyutai", lm=dataclasses.replace(small.TTS, text_card=64))
+    spoken = np.ones((1, 10, 3), np.float32)
+    (folder / "voices").mkdir()
+    save_file({"speaker_wavs": spoken}, folder / "voices" / "ann.safetensors")
+    (folder / "voices" / "notes.txt").write_text("not a voice")
+    convert(folder, tmp_path / "native")
+    checkpoints.save(checkpoints.load(tmp_path / "native"), tmp_path / "saved")
+    convert(tmp_path / "saved", tmp_path / "again", to="kyutai")
+    for written in ("native", "saved", "again"):
+        assert [path.name for path in (tmp_path / written / "voices").iterdir()] == ["ann.safetensors"]
+        np.testing.assert_array_equal(load_file(tmp_path / written / "voices/ann.safetensors")["speaker_wavs"], spoken)
+
+
+def test_a_temperature_that_transformers_layout_does_not_hold_is_named(folders, tmp_path):
+    folder = copy_of(folders["kyutai"], tmp_path / "in")
+    values = files.read_json(folder / "config.json")
+    for temperature, expected in ((0.0, []), (0.4, ["temp_text 0.4: a model in transformers' layout is greedy"])):
+        files.write_json(folder / "config.json", values | {"lm_gen_config": {"temp_text": temperature}})
+        report = convert(folder, tmp_path / str(temperature), to="transformers")
+        assert [left.why.partition(" unless")[0] for left in report.dropped] == expected
+
+
+@pytest.mark.parametrize("layout", ["kyutai", "orbax"])
+def test_values_that_float16_cannot_hold_are_refused(folders, tmp_path, layout):
+    folder = copy_of(folders["kyutai"], tmp_path / "in")
+    tensors = load_file(folder / kyutai.LM_NAME)
+    tensors["text_linear.weight"][0, 0] = 7e4
+    save_file(tensors, folder / kyutai.LM_NAME)
+    if layout == "orbax":
+        convert(folder, tmp_path / "native")
+        folder = tmp_path / "native"
+    match = r"lm.text_linear.weight_VD has values that float16 cannot hold; choose bfloat16 or float32"
+    with pytest.raises(CheckpointError, match=match):
+        convert(folder, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    if layout == "kyutai":
+        with pytest.raises(CheckpointError, match=match):
+            checkpoints.load(folder, dtype="float16")
+
+
+@pytest.mark.parametrize("name", ["of [2026]", "{a} ü*?", "n" * 250])
+def test_a_folder_may_have_any_name(folders, tmp_path, name):
+    folder = copy_of(folders["orbax"], tmp_path / name / name)
+    convert(folder, tmp_path / name / "out")
+    convert(tmp_path / name / "out", tmp_path / f"{name[:-1]}-")
+    assert_same_weights(checkpoints.load(tmp_path / f"{name[:-1]}-"), checkpoints.load(folders["orbax"]))
+
+
+def test_a_source_with_a_name_in_another_encoding_is_converted(folders, tmp_path):
+    folder = copy_of(folders["kyutai"], tmp_path / "caf\udce9")  # as Python reads bytes that are not UTF-8
+    convert(folder, tmp_path / "out")
+    assert files.read_json(tmp_path / "out" / native.CONFIG_NAME)["converted_from"] == "caf? (kyutai)"
+
+
+def test_conversions_in_threads_do_not_wait_for_each_other(folders, tmp_path):
+    def run(number: int) -> None:
+        convert(folders["kyutai"], tmp_path / str(number))
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(run, range(3), timeout=60))
+    for number in range(3):
+        assert_same_weights(checkpoints.load(tmp_path / str(number)), checkpoints.load(folders["kyutai"]))

@@ -38,8 +38,8 @@ def voices_of(model: Model) -> dict[str, Path]:
 
 
 def write_voices(folder: Path, voices: Mapping[str, np.ndarray]) -> None:
-    """Write voices [X, C] to a new folder, each to a file of its name, as Kyutai publishes them."""
-    folder.mkdir()
+    """Write voices [X, C] to a folder, each to a file of its name, as Kyutai publishes them."""
+    folder.mkdir(exist_ok=True)
     for name, steps_XC in voices.items():
         (folder / f"{name}.safetensors").write_bytes(save({WAVS: np.ascontiguousarray(steps_XC.T[None])}))
 
