@@ -47,8 +47,8 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
             }
     except SafetensorError as error:
         raise CheckpointError(_unreadable(path, error)) from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror or error}); check its permissions") from None
+    except OSError:  # safetensors says "No such file" of one that may not be read
+        raise CheckpointError(f"{path} cannot be opened; check its permissions") from None
 
 
 def _reader(path: Path, name: str) -> Callable[[Rows | None], np.ndarray]:

@@ -209,7 +209,7 @@ def open_folder(path: Path) -> NativeCheckpoint:
         for name, found in tree.items():
             parameters[name] = jax.ShapeDtypeStruct(found.shape, found.dtype)
             group_of[name] = group.name
-    tokenizer = path / values["tokenizer"] if values.get("tokenizer") else None
+    tokenizer = path / str(values["tokenizer"]) if values.get("tokenizer") else None
     return NativeCheckpoint(path, config, tokenizer, parameters, group_of)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dsm_jax.configs import LMConfig, ModelConfig, SttConfig, gating_dim
+from dsm_jax.configs.json import from_dict
 from dsm_jax.convert import files, tokenizer
 from dsm_jax.convert import transformers_mimi as mimi
 from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
@@ -185,10 +186,8 @@ def read_config(values: Mapping[str, Any], extractor: Mapping[str, Any], where: 
         norm=_NORMS[v["rms_norm_eps"]],
         kv_repeat=heads // kv_heads,
     )
-    stt = SttConfig(
-        audio_delay_seconds=float(extractor.get("audio_delay_seconds") or 0.0),
-        audio_silence_prefix_seconds=float(extractor.get("audio_silence_prefix_seconds") or 0.0),
-    )
+    seconds = {name: extractor.get(name) or 0.0 for name in ("audio_delay_seconds", "audio_silence_prefix_seconds")}
+    stt = from_dict(SttConfig, seconds, f"{where}: the feature extractor")
     config = ModelConfig(model_type="stt", lm=lm, mimi=mimi.read_config(codec, f"{where}: codec_config"), stt=stt)
     return config, lm
 

@@ -139,6 +139,14 @@ def test_an_index_that_does_not_fit_is_refused(folders, tmp_path):
         checkpoints.load(folder)
 
 
+def test_a_delay_that_is_no_time_is_refused(folders, tmp_path):
+    folder = copy_of(folders["transformers"], tmp_path / "in")
+    name = "preprocessor_config.json"
+    files.write_json(folder / name, files.read_json(folder / name) | {"audio_delay_seconds": "long"})
+    with pytest.raises(ConfigError, match=r"the feature extractor: audio_delay_seconds is 'long'; expected float"):
+        checkpoints.load(folder)
+
+
 @pytest.mark.parametrize(
     ("format_", "remedy"),
     [(99, "upgrade dsm_jax"), (1, "convert the published model again, or with the version that wrote it")],
@@ -253,7 +261,7 @@ def test_what_may_not_be_read_is_refused(folders, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "safe_open", locked)
-        with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read \(Permission denied\); check"):
+        with pytest.raises(CheckpointError, match=r"model.safetensors cannot be opened; check its permissions$"):
             checkpoints.load(folders["kyutai"])
     monkeypatch.setattr(Path, "is_file", locked)
     with pytest.raises(CheckpointError, match=r"kyutai cannot be read \(Permission denied\); check its permissions"):

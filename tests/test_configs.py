@@ -171,6 +171,8 @@ def test_unknown_keys_and_wrong_types_are_refused(kind, values, message):
             {"quantizer": {"input_dimension": 7}},
             "seanet, transformer and quantizer are [7, 512] wide; use one",
         ),
+        (SttConfig, {"audio_delay_seconds": float("inf")}, "audio_delay_seconds is inf; expected seconds from 0"),
+        (TtsConfig, {"audio_delay": -1.0}, "audio_delay is -1.0; expected seconds from 0"),
         (MimiConfig, {"sample_rate": 0}, "sample_rate is 0; expected a number above 0"),
         (MimiConfig, {"frame_rate": float("nan")}, "frame_rate is nan; expected a number above 0"),
         (SeanetConfig, {"ratios": [8, 0]}, "seanet.ratios is (8, 0); expected numbers above 0"),

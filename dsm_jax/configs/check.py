@@ -30,3 +30,14 @@ def require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(0 < value < math.inf, f"{name} is {value}", "expected a number above 0")
+
+
+def require_seconds(config: Any, *names: str) -> None:
+    """Raise unless these fields of a config are times: finite, and 0 or more.
+
+    Raises:
+      ConfigError: one is not.
+    """
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value < math.inf, f"{name} is {value}", "expected seconds from 0")

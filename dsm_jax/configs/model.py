@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dsm_jax.configs.check import require_seconds
 from dsm_jax.configs.csm import CsmConfig
 from dsm_jax.configs.delayed_lm import LMConfig
 from dsm_jax.configs.mimi import MimiConfig
@@ -19,6 +20,9 @@ class SttConfig:
 
     audio_delay_seconds: float = 0.0
     audio_silence_prefix_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_seconds(self, "audio_delay_seconds", "audio_silence_prefix_seconds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dsm_jax.configs.check import require
+from dsm_jax.configs.check import require, require_seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,9 @@ class TtsConfig:
     audio_delay: float
     second_stream_ahead: int = 0
     multistream: bool = False
+
+    def __post_init__(self) -> None:
+        require_seconds(self, "audio_delay")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
