@@ -183,6 +183,16 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path):
     assert int(run.restore(start()).step) == 4
 
 
+@pytest.mark.parametrize("name", ["grain", "matplotlib", "PIL"])
+def test_a_library_that_is_missing_is_named_before_the_first_step(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        TrainingError, match=rf"^training needs {name}, which is not installed; run: pip install 'dsm-j"
+    ):
+        Run(tmp_path / "run", CONFIG)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_metrics_and_plots_that_cannot_be_written_are_errors(tmp_path):
     def fill_disk(_: TrainState) -> dict[str, float]:

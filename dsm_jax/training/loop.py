@@ -5,6 +5,7 @@ A run's folder holds `metrics.jsonl` (one object per logged step), `checkpoints/
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import logging
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dsm_jax import files
 from dsm_jax.errors import ConfigError, TrainingError
 from dsm_jax.options import check_whole_numbers
 from dsm_jax.progress import Progress, ProgressCallback
@@ -58,10 +60,13 @@ class Run:
       progress: called after each step with the number of steps, those before a resumption included.
 
     Raises:
-      TrainingError: the folder cannot be made.
+      TrainingError: the folder cannot be made, or a library that training needs is not installed.
     """
 
     def __init__(self, folder: Path, config: RunConfig, progress: ProgressCallback | None = None):
+        for name in ("grain", "matplotlib", "PIL"):  # at the end of a long run would be too late
+            if importlib.util.find_spec(name) is None:
+                raise TrainingError(f"training needs {name}, which is not installed; run: pip install 'dsm-jax[train]'")
         self.folder, self.config, self._progress = folder, config, progress
         self._checkpoints = (folder / "checkpoints").absolute()
         self._metrics = folder / "metrics.jsonl"
@@ -259,14 +264,12 @@ class Run:
     def _read_records(self, step: int) -> list[Record]:
         """Read the records up to a step, and remove later ones from the file."""
         records = []
-        for line in self._metrics.read_text(encoding="utf-8").splitlines() if self._metrics.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):  # a full disk may have truncated a line
-                records.append(json.loads(line))
+        for _, line in files.json_lines(self._metrics.read_bytes()) if self._metrics.exists() else ():
+            with contextlib.suppress(ValueError):  # a full disk may have truncated a line
+                records.append(files.decode_json(line))
         records = [record for record in records if record["step"] <= step]
-        new = self._metrics.with_suffix(".new")
         with _writing(self._metrics):
-            new.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-            new.replace(self._metrics)
+            files.write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in records))
         return records
 
     def _append(self, record: Record) -> None:
