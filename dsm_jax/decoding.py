@@ -150,7 +150,7 @@ class _Bytes(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         if self._head:
-            first, self._head = self._head, b""  # shorter than any read of FFmpeg's
+            first, self._head = self._head[:size], self._head[size:]
             return first
         if self._size is not None:
             return self._file.read(max(0, min(size, self._size - self._file.tell())))

@@ -17,7 +17,8 @@ from dsm_jax.stt.events import WordEnded
 from dsm_jax.stt.framing import word_reader
 from dsm_jax.training.data import Recording, WordSpan
 from dsm_jax.training.encoding import pad_to
-from dsm_jax.training.rows import SttRows, cut, parts_of
+from dsm_jax.training.parts import cut, parts_of
+from dsm_jax.training.rows import SttRows
 from tests.helpers.checkpoint_maker import PLAIN_STT, random_model
 
 RATE = 400  # sample rate of the miniature codec, Hz

@@ -24,7 +24,7 @@ from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.training.conversations import TrainingConversation, TrainingTurn, read_conversations
 from dsm_jax.training.encoding import ClipEncoder
 
-_log = logging.getLogger("dsm_jax")
+_log = logging.getLogger("dsm_jax.training")
 
 
 class CsmRows:

@@ -86,6 +86,7 @@ def read_recordings(
     sample_rate: int,
     *,
     check: Callable[[str], object] | None = None,
+    check_recording: Callable[[Recording], object] | None = None,
     skip_bad: bool = False,
 ) -> list[Recording]:
     """Read a manifest or a folder.
@@ -94,6 +95,7 @@ def read_recordings(
       source: a JSON Lines file, or a folder.
       sample_rate: sample rate of the training audio, Hz.
       check: called with the text of each word; raises a DsmError for a word that the model cannot learn.
+      check_recording: called with each recording; raises a DsmError for one that the model cannot learn.
       skip_bad: leave out faulty recordings, with a logged warning for each, instead of raising.
 
     Returns:
@@ -106,7 +108,14 @@ def read_recordings(
     entries = list(_folder_entries(source) if source.is_dir() else _file_entries(source))
     if not entries:
         raise TrainingError(f"{source} lists no recordings; expected rows {_FORMAT}, or a folder of recordings")
-    readers = [(entry.place, functools.partial(_read_entry, entry, source, sample_rate, check)) for entry in entries]
+
+    def read(entry: _Entry) -> Recording:
+        recording = _read_entry(entry, source, sample_rate, check)
+        if check_recording is not None:
+            check_recording(recording)
+        return recording
+
+    readers = [(entry.place, functools.partial(read, entry)) for entry in entries]
     return read_examples(readers, source, "recordings", skip_bad=skip_bad)
 
 

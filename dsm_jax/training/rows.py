@@ -12,8 +12,9 @@ Shape letters: B rows that are encoded together, N rows, M streams (text first),
 C audio channels.
 """
 
+import collections
 import dataclasses
-import itertools
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,72 +23,21 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import SpeechError, TrainingError
 from dsm_jax.models.family import require
 from dsm_jax.models.streams import ZERO_TOKEN, behind_text
 from dsm_jax.stt.framing import FrameBuffer, word_reader
 from dsm_jax.training.alignment import script_stream, speaker_prefixes, text_stream, tokens_of
-from dsm_jax.training.data import Recording, WordSpan, read_recordings
+from dsm_jax.training.data import Recording, WordSpan, read_examples, read_recordings
 from dsm_jax.training.encoding import ClipEncoder
+from dsm_jax.training.parts import parts_of, spans_of
 from dsm_jax.tts import voices
 from dsm_jax.tts.script import entries_of
 from dsm_jax.tts.speech import SynthesizeOptions, settings_of
 from dsm_jax.tts.synthesizer import CUT_FRAMES
 
-LONGEST_WORD_S = 2
-
-_log = logging.getLogger("dsm_jax")
-
-
-def cut(words: Sequence[WordSpan], samples: int, sample_rate: int, longest: int) -> list[int]:
-    """Cut a recording into parts of at most `longest` samples: between words, unless the words overlap.
-
-    Args:
-      words: words in the order of their starts. Words are shortened to two seconds, as words of this library's
-        transcripts last until the next word, pauses included, and to half a part.
-      samples: length of the recording.
-      sample_rate: sample rate of the recording, Hz.
-      longest: most samples of a part.
-
-    Returns:
-      Rising positions in samples, the first 0 and the last the recording's end.
-    """
-    most = min(LONGEST_WORD_S * sample_rate, longest // 2)
-    starts = [round(word.start * sample_rate) for word in words]
-    ends = [min(round(word.end * sample_rate), start + most) for word, start in zip(words, starts, strict=True)]
-    cuts = [0]
-    while samples - cuts[-1] > longest:
-        latest, spoken_until = cuts[-1] + longest, cuts[-1]
-        place = latest
-        for start, end in zip(starts, ends, strict=True):
-            if start < latest < end:  # and after the last cut, as no word is longer than half a part
-                place = max((min(spoken_until, start) + start) // 2, start - sample_rate // 2)
-                break
-            spoken_until = max(spoken_until, end)
-        cuts.append(place)
-    return [*cuts, samples]
-
-
-def parts_of(recording: Recording, sample_rate: int, longest: int) -> Iterator[tuple[np.ndarray, list[WordSpan]]]:
-    """Cut a recording into parts of at most `longest` samples; yield the samples and the words of each.
-
-    Raises:
-      AudioError: the recording cannot be read.
-    """
-    pcm_T = audio.read(recording.audio, sample_rate, strict=True)
-    for first, end in itertools.pairwise(cut(recording.words, pcm_T.size, sample_rate, longest)):
-        yield (
-            pcm_T[first:end],
-            [
-                WordSpan(word.text, word.start - first / sample_rate, word.end - first / sample_rate, word.speaker)
-                for word in recording.words
-                # The last word may start after the recording's end.
-                if first <= round(word.start * sample_rate)
-                and (round(word.start * sample_rate) < end or end == pcm_T.size)
-            ],
-        )
+_log = logging.getLogger("dsm_jax.training")
 
 
 def _report(recordings: Sequence[Recording]) -> None:
@@ -200,8 +150,7 @@ class TtsRows:
       seed: seed of the guidance values.
 
     Raises:
-      CheckpointError: the model is not a text-to-speech model.
-      SpeechError: the model does not have the guidance value.
+      CheckpointError: the model is not a text-to-speech model, or `voice` cannot be read.
     """
 
     def __init__(
@@ -231,10 +180,26 @@ class TtsRows:
         self.prefix_frames = 0 if self.has_speakers else int(prefix_seconds * self.frame_rate)
         self.codec = ClipEncoder(model, mesh, codebooks=lm.dep_q, batch_size=batch_size)
         self.steps: dict[str, np.ndarray] = {}  # the voices read so far, by name
+        self.conditions: dict[Any, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # by voices and guidance
+        if voice is not None and self.has_speakers:
+            self._read_voice(voice)
 
     def read(self, source: Path, *, skip_bad: bool) -> list[Recording]:
-        """Read and check recordings, as `read_recordings` does."""
-        return read_recordings(source, self.model.sample_rate, check=self.check, skip_bad=skip_bad)
+        """Read and check recordings, as `read_recordings` does, their speakers included."""
+        recordings = read_recordings(
+            source,
+            self.model.sample_rate,
+            check=self.check,
+            check_recording=self.check_speakers,
+            skip_bad=skip_bad,
+        )
+        # A recording that is left out may have been the only prefix of another one.
+        while not self.has_speakers:
+            before = len(recordings)
+            recordings = self._with_prefixes(recordings, source, skip_bad)
+            if len(recordings) == before:
+                break
+        return recordings
 
     def check(self, word: str) -> None:
         """Raise unless the model can speak a word.
@@ -243,6 +208,18 @@ class TtsRows:
           TrainingError: the model cannot spell the word.
         """
         self._tokens_of(word)
+
+    def check_speakers(self, recording: Recording) -> None:
+        """Raise unless the model can tell the speakers of a recording apart, and has their voices.
+
+        Raises:
+          CheckpointError: a voice cannot be read.
+          SpeechError: a voice is of another width.
+          TrainingError: a speaker has no voice or one of another length, or a part has more than two speakers.
+        """
+        if self.lm.conditioners:
+            for part in self._parts(recording):
+                self._conditions(part, 0)
 
     def rows(self, recordings: Sequence[Recording]) -> list[dict[str, Any]]:
         """Make the rows of recordings, in order, for `batches` and `losses.tts.tts_batch_loss`.
@@ -255,10 +232,8 @@ class TtsRows:
           CheckpointError: a voice cannot be read.
           TrainingError: the model cannot learn the words or voices, or a speaker has no second part to use as prefix.
         """
-        if self.has_speakers:
-            for recording in recordings:
-                for speaker in dict.fromkeys([word.speaker for word in recording.words] or [""]):
-                    self._voice(recording, speaker)
+        for recording in recordings:
+            self.check_speakers(recording)
         _report(recordings)
         parts: list[_Part] = []
 
@@ -327,31 +302,66 @@ class TtsRows:
             # As in inference, without the last frames, which were encoded without the audio after them.
             if parts[other].speaker == speaker and frames > CUT_FRAMES:
                 return codes_NQT[other, :, : min(self.prefix_frames, frames - CUT_FRAMES)]
-        raise TrainingError(
+        raise self._no_prefix(speaker)
+
+    def _no_prefix(self, speaker: str) -> TrainingError:
+        return TrainingError(
             f"it is all there is of the speaker {speaker!r}, and {self.model.name} is given another recording of the "
             "speaker as a prefix; add one"
         )
 
-    def _voice(self, recording: Recording, speaker: str) -> np.ndarray:
-        """Read the voice [X, C] of a speaker in a recording; all voices must have one length."""
+    def _parts(self, recording: Recording) -> list[_Part]:
+        rate = self.model.sample_rate
+        spans = spans_of(recording.words, round(recording.seconds * rate), rate, self.longest)
+        return [_Part(recording, words, -(-(end - first) // self.frame_size)) for first, end, words in spans]
+
+    def _with_prefixes(self, recordings: Sequence[Recording], source: Path, skip_bad: bool) -> list[Recording]:
+        """Return the recordings of which every part has another one to use as prefix."""
+        parts = [self._parts(recording) for recording in recordings]
+        prefixes = collections.Counter(part.speaker for own in parts for part in own if part.frames > CUT_FRAMES)
+
+        def check(recording: Recording, own: Sequence[_Part]) -> Recording:
+            for part in own:
+                if prefixes[part.speaker] - (part.frames > CUT_FRAMES) < 1:
+                    raise self._no_prefix(part.speaker)
+            return recording
+
+        readers = [
+            (str(recording.audio), functools.partial(check, recording, own))
+            for recording, own in zip(recordings, parts, strict=True)
+        ]
+        return read_examples(readers, source, "recordings", skip_bad=skip_bad)
+
+    def _voice(self, recording: Recording, speaker: str) -> str:
+        """Find the voice of a speaker in a recording, and read it."""
         voice = recording.voice_of(speaker) or self.voice
         if voice is None:
             raise TrainingError(
                 f"{recording.audio} names no voice for the speaker {speaker!r}, which {self.model.name} needs; add "
                 '"voice" to the data, or to the config'
             )
-        if voice not in self.steps:
-            self.steps[voice] = voices.read_voice(voice, self.model)
-        if len(lengths := sorted({len(steps_XC) for steps_XC in self.steps.values()})) > 1:
+        self._read_voice(voice)
+        return voice
+
+    def _read_voice(self, voice: str) -> None:
+        """Read a voice [X, C], unless it has been read; all voices must have one length."""
+        if voice in self.steps:
+            return
+        steps_XC = voices.read_voice(voice, self.model)
+        lengths = sorted({len(steps_XC), *map(len, self.steps.values())})
+        if len(lengths) > 1:
             raise TrainingError(f"the voices are {lengths} steps long; give voices of one length")
-        return self.steps[voice]
+        self.steps[voice] = steps_XC
 
     def _conditions(self, part: "_Part", number: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Make the conditioner values and masks of a row, as in inference."""
+        """Make the conditioner values and masks of a row, as in inference; rows with the same ones share them."""
         speakers = speaker_prefixes(part.words)[1] or [""]
-        steps = [self._voice(part.recording, speaker) for speaker in speakers] if self.has_speakers else []
+        names = tuple(self._voice(part.recording, speaker) for speaker in speakers) if self.has_speakers else ()
         known, guidance = voices.guidance_values(self.lm), self.guidance
         if known and guidance is None:
             guidance = float(np.random.default_rng((self.seed, number)).choice(known))
-        values, masks, _ = voices.conditions(self.lm, [steps], guidance if known else None)
-        return {name: a[0] for name, a in values.items()}, {name: a[0] for name, a in masks.items()}
+        key = names, guidance if known else None
+        if key not in self.conditions:
+            values, masks, _ = voices.conditions(self.lm, [[self.steps[name] for name in names]], key[1])
+            self.conditions[key] = {name: a[0] for name, a in values.items()}, {name: a[0] for name, a in masks.items()}
+        return self.conditions[key]
