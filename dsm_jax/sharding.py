@@ -44,7 +44,8 @@ class Sharding:
       rules: pairs of an axis letter and the mesh axis that splits it.
 
     Raises:
-      ConfigError: rules other than the default name an axis that the mesh does not have.
+      ConfigError: rules other than the default name an axis that the mesh does not have, or the default ones name none
+        of the mesh's.
     """
 
     mesh: Mesh
@@ -54,6 +55,11 @@ class Sharding:
         # Axes of type "auto", whatever type the given mesh has: jitted functions infer the sharding of their arrays.
         object.__setattr__(self, "mesh", Mesh(self.mesh.devices, self.mesh.axis_names))
         names = list(self.mesh.axis_names)
+        if self.rules == RULES and names and not {axis for _, axis in RULES} & set(names):
+            raise ConfigError(
+                f'the mesh has the axes {names}, which split nothing; name one "data", over which rows are spread, or '
+                '"model", over which the parameters are, or give rules'
+            )
         if self.rules != RULES and (wrong := sorted({axis for _, axis in self.rules} - set(names))):
             raise ConfigError(f"the rules name the mesh axes {wrong}; the mesh has {names}")
 

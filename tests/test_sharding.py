@@ -73,6 +73,12 @@ def test_rules_for_an_axis_that_the_mesh_lacks_are_refused():
         Sharding(over("data").mesh, (("F", "model"),))
 
 
+def test_a_mesh_that_would_split_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r'the mesh has the axes \[\'tp\'\], which split nothing; name one "data",'):
+        over("tp")
+    assert Sharding(over("data").mesh, (("F", "data"),)).spec("F", (2,)) == PartitionSpec("data")
+
+
 def test_int8_weights_are_split_like_the_float_weights():
     sharding = over("model")
     _, params = split_transformer(sharding)
