@@ -81,7 +81,10 @@ def prefix_checkpoint(tmp_path_factory) -> Path:
     return folder / "speaker"
 
 
-def settings(checkpoint: Path, data: Path, output: Path, *, steps: int, lora: LoraConfig | None) -> FinetuneConfig:
+def settings(
+    checkpoint: Path, data: Path, output: Path, *, steps: int, lora: LoraConfig | None, prefixed: bool = False
+) -> FinetuneConfig:
+    special = {"prefix_seconds": 1.0} if prefixed else {"guidance": 2.0}
     return FinetuneConfig(
         data=str(data),
         output=str(output),
@@ -92,9 +95,8 @@ def settings(checkpoint: Path, data: Path, output: Path, *, steps: int, lora: Lo
         encode_batch=2,
         optimizer=OptimizerConfig(learning_rate=2e-2, warmup=5),
         tts=NO_DROPOUT,
-        guidance=2.0,
-        prefix_seconds=1.0,
         lora=lora,
+        **special,
     )
 
 
@@ -172,7 +174,7 @@ def test_a_model_trained_on_a_recording_speaks_it(prefixed, checkpoint, prefix_c
         folder.mkdir()
         _, second = (write_recording(folder, name, seed) for seed, name in enumerate(("first", "second"), 1))
         voice = audio.read(second, RATE)[: (int(1.0 * 12.5) + 2) * FRAME]
-    config = settings(checkpoint, folder, tmp_path / "run", steps=200, lora=None)
+    config = settings(checkpoint, folder, tmp_path / "run", steps=200, lora=None, prefixed=prefixed)
     finetune(config)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.05 < losses[0]
@@ -233,10 +235,88 @@ def test_speakers_without_a_voice_and_voices_of_two_lengths_are_refused_before_e
         TtsRows(dsm_jax.load(checkpoint), MESH, seconds=SECONDS, batch_size=1).rows(both)
 
 
-def test_a_voice_for_a_model_without_voices_is_refused(prefix_checkpoint, data, tmp_path):
-    config = settings(prefix_checkpoint, data, tmp_path / "run", steps=2, lora=None)
-    with pytest.raises(ConfigError, match=r"^voice is 'ann', and speaker takes no voices; leave it out$"):
-        finetune(dataclasses.replace(config, voice="ann"))
+@pytest.mark.parametrize(
+    ("prefixed", "changes", "message"),
+    [
+        (True, {"voice": "ann"}, "voice is 'ann', and speaker takes no voices; leave it out"),
+        (True, {"guidance": 2.0}, "guidance is 2.0, and speaker has no distilled guidance; leave it out"),
+        (False, {"guidance": 9.0}, "guidance is 9.0, and speaker knows 1.0, .*; give one of these"),
+        (False, {"prefix_seconds": 3.0}, "prefix_seconds is 3.0, and speaker takes voices, no prefixes; leave it out"),
+    ],
+)
+def test_settings_that_the_model_would_ignore_are_refused(
+    checkpoint, prefix_checkpoint, data, tmp_path, prefixed, changes, message
+):
+    folder = prefix_checkpoint if prefixed else checkpoint
+    config = settings(folder, data, tmp_path / "run", steps=2, lora=None, prefixed=prefixed)
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        finetune(dataclasses.replace(config, **changes))
+
+
+def test_recordings_whose_speakers_do_not_fit_are_left_out_before_encoding(checkpoint, data, tmp_path, caplog):
+    """One recording of each fault among good ones; the good ones are kept."""
+    for name, shape in (("long", {"steps": 3}), ("ann", {})):
+        tts_model.write_voice(tmp_path / f"{name}.safetensors", tts_model.voice(0, **shape))
+    tts_model.write_voice(tmp_path / "wide.safetensors", np.ones((2, tts_model.WIDTH + 1), np.float32))
+    ann = {"voice": "ann.safetensors"}
+    write_recording(tmp_path, "a", 0, **ann)
+    write_recording(tmp_path, "b", 1)
+    for name in ("long", "wide", "gone"):
+        write_recording(tmp_path, name, 2, voice=f"{name}.safetensors")
+    path = write_recording(tmp_path, "three", 3, **ann)
+    words = json.loads(path.with_suffix(".json").read_text())["words"]
+    spoken = [word | {"speaker": name} for word, name in zip(words, "xyz", strict=True)]
+    path.with_suffix(".json").write_text(json.dumps({"words": spoken, **ann}))
+    write_recording(tmp_path, "z", 4, **ann)
+
+    model = dsm_jax.load(checkpoint)
+    maker = TtsRows(model, MESH, seconds=SECONDS, batch_size=1)
+    with pytest.raises(TrainingError, match=r"5 of the 7 recordings of .* cannot be trained on; fix them, or set skip"):
+        maker.read(tmp_path, skip_bad=False)
+    kept = maker.read(tmp_path, skip_bad=True)
+    assert [recording.audio.stem for recording in kept] == ["a", "z"]
+    faults = [message.partition(": ")[2].partition(".json: ")[::2] for message in caplog.messages]
+    for name, message in (
+        ("b", "names no voice for the speaker ''"),
+        ("gone", "gone.safetensors is not a file"),
+        ("long", "the voices are [2, 3] steps long"),
+        ("three", "the speakers of one row are x, y, z"),
+        ("wide", f"a voice is {tts_model.WIDTH + 1} numbers wide"),
+    ):
+        assert message in dict(faults)[name]
+    assert maker.rows(kept)[0]["values"] is not None
+
+
+def test_a_voice_of_the_config_that_cannot_be_read_is_one_error(checkpoint):
+    with pytest.raises(CheckpointError, match=r"^the voice nosuch\.safetensors is not a file"):
+        TtsRows(dsm_jax.load(checkpoint), MESH, seconds=SECONDS, batch_size=1, voice="nosuch.safetensors")
+
+
+def test_recordings_without_a_prefix_are_left_out_before_encoding(prefix_checkpoint, tmp_path, caplog):
+    """Leave out the only recording of a speaker, and then those for which it was the only prefix."""
+    for seed, (name, speakers) in enumerate({"a": "xxx", "b": "xxx", "c": "yyy", "d": "zzz"}.items()):
+        path = write_recording(tmp_path, name, seed)
+        words = json.loads(path.with_suffix(".json").read_text())["words"]
+        spoken = [word | {"speaker": own} for word, own in zip(words, speakers, strict=True)]
+        path.with_suffix(".json").write_text(json.dumps({"words": spoken}))
+    maker = TtsRows(dsm_jax.load(prefix_checkpoint), MESH, seconds=SECONDS, batch_size=1, prefix_seconds=1.0)
+    with pytest.raises(
+        TrainingError, match=r"2 of the 4 recordings .* or set skip_bad(.|\n)*c.wav: it is all there is"
+    ):
+        maker.read(tmp_path, skip_bad=False)
+    kept = maker.read(tmp_path, skip_bad=True)
+    assert [recording.audio.stem for recording in kept] == ["a", "b"]
+    assert len(caplog.messages) == 2
+    assert len(maker.rows(kept)) == 2
+
+
+def test_rows_with_the_same_conditions_share_them(checkpoint, data):
+    recordings = read_recordings(data, RATE) * 3
+    first, *others = TtsRows(dsm_jax.load(checkpoint), MESH, seconds=SECONDS, batch_size=3, guidance=2.0).rows(
+        recordings
+    )
+    name = next(name for name, value in first["values"].items() if value.ndim == 2)
+    assert all(np.shares_memory(row["values"][name], first["values"][name]) for row in others)
 
 
 def test_words_that_cannot_be_spelt_and_models_of_other_families_are_refused(checkpoint, data, tmp_path):

@@ -8,11 +8,13 @@ threshold and the random replacement are ours.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dsm_jax.errors import ConfigError
 from dsm_jax.nn.precision import full_precision
 from dsm_jax.nn.rvq import ResidualQuantizer, SplitQuantizer
 
@@ -32,6 +34,13 @@ class CodebookRule:
 
     decay: float = 0.98
     dead: float = 0.02  # an entry with a lower average number of uses per step is reset to a random vector
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.decay < 1 and 0 <= self.dead < math.inf):
+            raise ConfigError(
+                f"decay of the codebooks is {self.decay} and dead {self.dead}; give a decay from 0 to below 1, and a "
+                "number of uses of 0 or more"
+            )
 
 
 @jax.tree_util.register_dataclass

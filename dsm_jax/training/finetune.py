@@ -7,8 +7,11 @@ Shape letters: B batch rows.
 """
 
 import dataclasses
+import json
+import logging
 import math
 import pkgutil
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,105 +22,27 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dsm_jax import checkpoints, hub
+from dsm_jax import checkpoints, files
 from dsm_jax.checkpoints import Model
 from dsm_jax.convert import convert
 from dsm_jax.errors import CheckpointError, ConfigError, TrainingError
 from dsm_jax.models.family import FAMILIES
 from dsm_jax.models.parameters import read_dtype
 from dsm_jax.nn.precision import set_compute_dtype
-from dsm_jax.options import check_whole_numbers
 from dsm_jax.progress import ProgressCallback
 from dsm_jax.sharding import Sharding
 from dsm_jax.training import lora
 from dsm_jax.training.conversation_rows import CsmRows
 from dsm_jax.training.data import batches
 from dsm_jax.training.encoding import pad_to, rows_place
-from dsm_jax.training.loop import Run, RunConfig
-from dsm_jax.training.lora import LoraConfig
-from dsm_jax.training.losses.csm import CsmObjective
-from dsm_jax.training.losses.stt import SttObjective
+from dsm_jax.training.finetune_config import FinetuneConfig, check_fits
+from dsm_jax.training.loop import Run
 from dsm_jax.training.losses.tts import TtsObjective
 from dsm_jax.training.rows import SttRows, TtsRows
-from dsm_jax.training.step import Metrics, OptimizerConfig, TrainState, init, make_step
+from dsm_jax.training.step import Metrics, TrainState, init, make_step
 from dsm_jax.tts.voices import Voice, guidance_values, has_speakers, read_voice, voices_of, write_voices
 
-LONGEST_ROW_S = 3600  # all rows are as long as the longest may be
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
-    """Settings of fine-tuning.
-
-    Attributes:
-      data: a JSON Lines file or a folder; see `dsm_jax.training.data`, for conversational speech
-        `dsm_jax.training.conversations`.
-      output: the run's folder; the model is written to its subfolder `model`.
-      run: length of the training.
-      model: the model to start from, as for `dsm_jax.load`.
-      validation: data that is not trained on; its loss is computed at each checkpoint.
-      skip_bad: whether to leave out faulty recordings instead of refusing the data.
-      seconds: longest part of a recording in a row, in seconds, up to an hour; not for conversational speech.
-      positions: for conversational speech, positions of a row, which is a whole conversation: tokens of text, frames of
-        audio, and one for the end of each recording. None is the number of the longest conversation's.
-      batch_size: rows in a batch.
-      accumulate: number of parts of a batch that run one after another, to save memory.
-      encode_batch: rows that the codec encodes at a time.
-      compute_dtype: dtype of the model in the loss; trained parameters are always float32.
-      optimizer: settings of the optimizer.
-      stt: weights and dropouts of the loss of a speech-to-text model.
-      tts: weights and dropouts of the loss of a text-to-speech model.
-      csm: weights of the loss of a conversational speech model, and the frames that count.
-      voice: for text-to-speech with speaker conditioning, the voice of speakers without a voice in the data.
-      guidance: for text-to-speech with distilled guidance, the guidance value of all rows; None draws one of the
-        model's values for each row.
-      prefix_seconds: for text-to-speech without speaker conditioning, the longest prefix, in seconds: each row starts
-        with the beginning of another recording of the same speaker; up to an hour.
-      lora: adapters to train in place of the whole model.
-    """
-
-    data: str
-    output: str
-    run: RunConfig
-    model: str = hub.DEFAULT
-    validation: str | None = None
-    skip_bad: bool = False
-    seconds: float = 20.0
-    positions: int | None = None
-    batch_size: int = 8
-    accumulate: int = 1
-    encode_batch: int = 8
-    compute_dtype: str = "float32"
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-5)
-    stt: SttObjective = SttObjective()
-    tts: TtsObjective = TtsObjective()
-    csm: CsmObjective = CsmObjective()
-    voice: str | None = None
-    guidance: float | None = None
-    prefix_seconds: float = 10.0
-    lora: LoraConfig | None = None
-
-    def __post_init__(self) -> None:
-        check_whole_numbers(self)
-        for what, seconds in (("a row has", self.seconds), ("a prefix has", self.prefix_seconds)):
-            if not 1 <= seconds <= LONGEST_ROW_S:
-                raise ConfigError(f"{what} {seconds} seconds of a recording; give 1 to {LONGEST_ROW_S}")
-        if self.positions is not None and self.positions < 1:
-            raise ConfigError(f"positions is {self.positions}; give at least 1, or null for the longest conversation's")
-        if min(self.batch_size, self.accumulate, self.encode_batch) < 1 or self.batch_size % self.accumulate:
-            raise ConfigError(
-                f"batch_size is {self.batch_size}, accumulate {self.accumulate} and encode_batch {self.encode_batch}; "
-                "give at least 1, and a batch_size that is a multiple of accumulate"
-            )
-        shares = {
-            "stt": ("text_dropout", "codebook_dropout", "random_codes"),
-            "tts": ("unconditional", "random_codes"),
-        }
-        for objective, names in shares.items():
-            for name in names:
-                if not 0 <= (share := getattr(getattr(self, objective), name)) <= 1:
-                    raise ConfigError(f"{objective}.{name} is {share}; give a share, from 0 to 1")
-
+_log = logging.getLogger("dsm_jax.training")
 
 # Maps (language model, batch, key, objective) to the loss and metrics.
 _BatchLoss = Callable[[Any, Mapping[str, Any], jax.Array, Any], tuple[jax.Array, Metrics]]
@@ -136,13 +61,11 @@ class _Task:
     """The functions that fine-tune one family of models, besides the loss, which its entry in `FAMILIES` names.
 
     Attributes:
-      settings: the fields of `FinetuneConfig` that not all families have, and this one has.
       rows: makes the maker of a model's rows.
       objective: returns the weights and dropouts of a model's loss.
       layout: layout of the written model.
     """
 
-    settings: tuple[str, ...]
     rows: Callable[[Model, Mesh, FinetuneConfig], _Rows]
     objective: Callable[[Model, FinetuneConfig], Any]
     layout: str
@@ -176,9 +99,9 @@ def _tts_objective(model: Model, config: FinetuneConfig) -> TtsObjective:
 
 
 TASKS: Mapping[str, _Task] = {
-    "stt": _Task(("stt", "seconds"), _stt_rows, lambda model, config: config.stt, "kyutai"),
-    "tts": _Task(("tts", "seconds", "voice", "guidance", "prefix_seconds"), _tts_rows, _tts_objective, "kyutai"),
-    "csm": _Task(("csm", "positions"), _csm_rows, lambda model, config: config.csm, "transformers"),
+    "stt": _Task(_stt_rows, lambda model, config: config.stt, "kyutai"),
+    "tts": _Task(_tts_rows, _tts_objective, "kyutai"),
+    "csm": _Task(_csm_rows, lambda model, config: config.csm, "transformers"),
 }
 
 
@@ -209,12 +132,14 @@ def finetune(
     """
     run = Run(Path(config.output), config.run, progress)
     _check_output(run, resume)
+    for unfinished in run.folder.glob(".model.*"):  # by a process that was killed while it wrote the model
+        shutil.rmtree(unfinished, ignore_errors=True)
     dtype = read_dtype(config.compute_dtype)
     mesh = _mesh(config, mesh)
     sharding = Sharding(mesh)
     model = checkpoints.load(config.model, dtype="float32", sharding=sharding)
     task = _task_of(model)
-    _check_settings(model, task, config)
+    check_fits(config, model)
     rows = task.rows(model, mesh, config)
     trained = _Trained(model, task, config, dtype)
     optimizer = config.optimizer.build(config.run.steps)
@@ -224,6 +149,7 @@ def finetune(
     model = dataclasses.replace(model, lm_params=None)  # the state owns the parameters from here on
     del params, frozen
     state = run.restore(state) if resume else state
+    _keep_settings(run.folder / "settings.json", config, resume)
     step = make_step(trained.loss, optimizer, accumulate=config.accumulate, place=sharding.constrain)
     if int(state.step) < config.run.steps:
         data, evaluate = _read_data(rows, trained, config, mesh, int(state.step))
@@ -284,19 +210,6 @@ def _task_of(model: Model) -> _Task:
     return TASKS[model.config.model_type]
 
 
-def _check_settings(model: Model, task: _Task, config: FinetuneConfig) -> None:
-    """Refuse settings that the model's family would ignore."""
-    known = {field.name: field for field in dataclasses.fields(config)}
-    for name in sorted({name for each in TASKS.values() for name in each.settings} - set(task.settings)):
-        if (found := getattr(config, name)) != known[name].default:
-            family = FAMILIES[model.config.model_type].description
-            raise ConfigError(
-                f"{name} is {found!r}, and {model.name} is {family}, which has no such setting; leave it out"
-            )
-    if config.voice is not None and model.config.lm is not None and not has_speakers(model.config.lm):
-        raise ConfigError(f"voice is {config.voice!r}, and {model.name} takes no voices; leave it out")
-
-
 def _read_data(
     rows: _Rows, trained: "_Trained", config: FinetuneConfig, mesh: Mesh, first_step: int
 ) -> tuple[Iterator[Any], Callable[[TrainState], dict[str, float]] | None]:
@@ -339,14 +252,18 @@ class _Trained:
         self.measure = jax.jit(self._row_losses)
 
     def split(self, params: Any) -> tuple[Any, Any]:
-        """Return the trained and the frozen parameters: new adapters and the model, or the model and ()."""
+        """Return the trained and the frozen parameters: adapters and the model, or the model and its pause heads."""
         if self.adapters is None:
-            return params, ()
+            # The heads have no gradient here, but weight decay would shrink them.
+            heads, others = nnx.split_state(params, nnx.PathContains("extra_heads"), ...)
+            return others, heads
         return lora.init(params, self.adapters, jax.random.PRNGKey(self._seed)), params
 
     def merged(self, params: Any, frozen: Any) -> nnx.State:
         """Return the language model's parameters, with adapters merged if there are any."""
-        return params if self.adapters is None else lora.merge(frozen, params, self.adapters)
+        if self.adapters is None:
+            return nnx.merge_state(params, frozen)
+        return lora.merge(frozen, params, self.adapters)
 
     def _network(self, params: Any, frozen: Any) -> Any:
         cast = jax.tree.map(lambda p: p.astype(self._dtype), self.merged(params, frozen))
@@ -381,6 +298,31 @@ def _check_output(run: Run, resume: bool) -> None:
         raise TrainingError(
             f"{run.folder} holds a run that is at step {step}; continue with --resume, or choose another output"
         )
+
+
+def _keep_settings(path: Path, config: FinetuneConfig, resume: bool) -> None:
+    """Write a run's settings; refuse to resume with another base model or other adapters, which would fit unnoticed."""
+    # From Python, a path may be a Path, and a number one of numpy's.
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=lambda v: getattr(v, "item", v.__str__)()))
+    if resume and path.exists():
+        try:
+            before = files.parse_json(path.read_bytes(), "the settings of the run", line=False)
+            changed = {name: (before[name], value) for name, value in settings.items() if before[name] != value}
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise TrainingError(
+                f"{path} cannot be read ({error}); remove it if the settings are those that the run began with"
+            ) from None
+        for name in sorted(changed.keys() & {"model", "lora"}):
+            raise TrainingError(
+                f"{name} is {changed[name][1]!r}, and the run to resume has {changed[name][0]!r} ({path}); resume with "
+                "that, or choose another output"
+            )
+        if changed.keys() - {"output"}:
+            _log.info("resumed with other settings of %s", ", ".join(sorted(changed.keys() - {"output"})))
+    try:
+        files.write_text(path, json.dumps(settings, indent=2) + "\n")
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be written ({error.strerror}); make room, then start again") from error
 
 
 def _mesh(config: FinetuneConfig, mesh: Mesh | None) -> Mesh:

@@ -18,6 +18,7 @@ from flax import nnx
 
 from dsm_jax.errors import ConfigError
 from dsm_jax.nn.linear import fan_in
+from dsm_jax.options import check_whole_numbers
 
 # (A [..., *in, rank], B [..., rank, *out]), float32, by the dotted path of the adapted parameter.
 Adapters = dict[str, tuple[jax.Array, jax.Array]]
@@ -39,10 +40,13 @@ class LoraConfig:
     targets: tuple[str, ...] = ("self_attn", "feedforward")
 
     def __post_init__(self) -> None:
+        check_whole_numbers(self)
         if self.rank < 1:
             raise ConfigError(f"the rank of the adapters is {self.rank}; give at least 1")
         if not 0 < self.alpha < math.inf:
             raise ConfigError(f"the alpha of the adapters is {self.alpha}; give a number above 0")
+        if isinstance(self.targets, str):  # each of its letters would be a target
+            raise ConfigError(f"the targets are the text {self.targets!r}; give a tuple of texts: ({self.targets!r},)")
         if not self.targets:
             raise ConfigError("the adapters have no targets; name parts of the model, such as 'self_attn'")
         for target in self.targets:

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from dsm_jax.errors import ConfigError
+from dsm_jax.options import check_whole_numbers
 
 Metrics = dict[str, jax.Array]
 # (params, frozen, aux, batch, key) -> float32 loss, (aux after the step, metrics)
@@ -45,7 +46,15 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Settings of AdamW with warm-up, cosine decay to a fiftieth, and clipping by the global norm."""
+    """Settings of AdamW with warm-up, cosine decay to a fiftieth, and clipping by the global norm.
+
+    Attributes:
+      learning_rate: the highest; it would be down to a fiftieth in the step after the last one.
+      warmup: steps in which the rate rises, from 0 in the first step; at most half of the run.
+      weight_decay: decay of all trained parameters, so of norms, tables and adapters too.
+      b1, b2: decays of the averages of the gradient and of its square.
+      clip: largest norm of the gradient of all parameters together.
+    """
 
     learning_rate: float = 1e-3
     warmup: int = 100
@@ -55,6 +64,7 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
+        check_whole_numbers(self)
         for name, right, expected in (
             ("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0"),
             ("warmup", self.warmup >= 0, "a number of steps, or 0 for none"),

@@ -17,10 +17,13 @@ import numpy as np
 import optax
 from flax import nnx
 
+from dsm_jax.errors import ConfigError
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.nn.conv import CausalConv1d
 from dsm_jax.nn.seanet import Chain
+from dsm_jax.options import check_whole_numbers
 from dsm_jax.training.codebooks import Averages, CodebookRule, init_averages, quantize, set_entries
+from dsm_jax.training.losses.checks import check_shares, check_weights
 
 QUIET = 0.02  # rms; quieter recordings are scaled as if they had it
 SCALES = (256, 512, 1024, 2048)  # samples in a window; the hop is a quarter
@@ -48,6 +51,16 @@ class CodecObjective:
     codebook_dropout: float = 0.5
     decoded_frames: int = 12
     codebooks: CodebookRule = CodebookRule()
+
+    def __post_init__(self) -> None:
+        check_whole_numbers(self)
+        check_weights(self, "waveform", "commitment", "semantic")
+        check_shares(self, "codebook_dropout")
+        if self.look_ahead < 0 or self.decoded_frames < 1:
+            raise ConfigError(
+                f"look_ahead is {self.look_ahead} and decoded_frames {self.decoded_frames}; give 0 frames or more to "
+                "look ahead, and 1 or more to decode"
+            )
 
 
 class SemanticHead(nnx.Module):

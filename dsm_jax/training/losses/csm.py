@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from dsm_jax.errors import ConfigError
 from dsm_jax.models.csm import CsmLM
+from dsm_jax.training.losses.checks import check_weights
 from dsm_jax.training.losses.cross_entropy import mean_cross_entropy
 
 
@@ -42,6 +43,7 @@ class CsmObjective:
     mask_context: bool = False
 
     def __post_init__(self) -> None:
+        check_weights(self, "backbone", "depth")
         if not 0 < self.depth_share <= 1:
             raise ConfigError(f"depth_share is {self.depth_share}; give a share of the frames, above 0 and at most 1")
 

@@ -14,6 +14,7 @@ import optax
 
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.streams import ZERO_TOKEN
+from dsm_jax.training.losses.checks import check_shares, check_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,10 @@ class SttObjective:
     text_dropout: float = 0.0
     codebook_dropout: float = 0.0
     random_codes: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_weights(self, "padding_weight")
+        check_shares(self, "text_dropout", "codebook_dropout", "random_codes")
 
     def without_dropout(self) -> "SttObjective":
         """Return the objective for validation."""

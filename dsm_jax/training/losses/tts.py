@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from dsm_jax.models.conditioning import Conditions
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.streams import ZERO_TOKEN
+from dsm_jax.training.losses.checks import check_shares, check_weights
 from dsm_jax.training.losses.cross_entropy import mean_cross_entropy
 from dsm_jax.training.losses.stt import SttObjective, augment_codes
 from dsm_jax.tts.script import NEW_WORD, PAD
@@ -40,6 +41,10 @@ class TtsObjective:
     semantic: float = 7.0
     unconditional: float = 0.15
     random_codes: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_weights(self, "text", "semantic")
+        check_shares(self, "unconditional", "random_codes")
 
     def without_dropout(self) -> "TtsObjective":
         """Return the objective for validation."""
