@@ -74,6 +74,20 @@ def test_a_record_is_the_mean_of_the_steps_since_the_last_record(tmp_path):
     assert [row["loss"] for row in rows] == pytest.approx([np.mean(losses[a:b]) for a, b in spans], rel=1e-6)
 
 
+@pytest.mark.slow
+def test_a_run_that_is_stopped_in_an_evaluation_keeps_the_record_of_its_checkpoint(tmp_path, whole):
+    def interrupted(state: TrainState) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Run(tmp_path, CONFIG).train(STEP, start(), data(), evaluate=interrupted)
+    run = Run(tmp_path, CONFIG)
+    run.train(STEP, run.restore(start()), data(4), evaluate=evaluate)
+    wanted = metrics(whole[0])
+    del wanted[1]["validation_w"]
+    assert metrics(tmp_path) == wanted
+
+
 def test_metrics_that_are_not_finite_are_null(tmp_path):
     run = Run(tmp_path, dataclasses.replace(CONFIG, steps=4))
     run.train(STEP, start(), data(), evaluate=lambda state: {"validation_x": float("nan")})

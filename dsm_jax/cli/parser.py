@@ -229,7 +229,11 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(command="convert")
 
     p = commands.add_parser("train", parents=[device], help="fine-tune a model on recordings")
-    p.add_argument("config", type=Path, help="a JSON file: `task` (finetune) and its settings")
+    p.add_argument(
+        "config",
+        type=Path,
+        help="a JSON file: `task` (finetune) and its settings, the fields of dsm_jax.training.finetune.FinetuneConfig",
+    )
     p.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     p.set_defaults(command="train")
 

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -219,12 +220,14 @@ class Run:
             record = self._mean(pending, number)
             record["seconds_per_step"] = (time.perf_counter() - began) / len(pending)
             pending = []
+            place = self._write(record)
             if saves:
                 self.save(state)
-                record |= {name: float(value) for name, value in (evaluate(state) if evaluate else {}).items()}
+                if evaluate is not None:  # may take long: a run that is stopped meanwhile goes on after this record
+                    record |= {name: float(value) for name, value in evaluate(state).items()}
+                    self._write(record, place)
             began = time.perf_counter()
-            records.append({name: value if math.isfinite(value) else None for name, value in record.items()})
-            self._append(records[-1])
+            records.append(_finite(record))
             values = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")
             _log.info("%s: step %d of %d: %s", self.folder.absolute().name, number, last, values)
         picture = self.folder / "curve.png"
@@ -272,9 +275,12 @@ class Run:
             files.write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in records))
         return records
 
-    def _append(self, record: Record) -> None:
-        with _writing(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    def _write(self, record: Mapping[str, float], place: int | None = None) -> int:
+        """Append a record to the file, or write it in the place of the last one; return its place."""
+        with _writing(self._metrics), self._metrics.open("ab" if place is None else "r+b") as file:
+            place = file.seek(0, os.SEEK_END) if place is None else file.seek(place)
+            file.write(json.dumps(_finite(record)).encode() + b"\n")
+        return place
 
 
 def fit(
@@ -323,6 +329,10 @@ def fit(
 
     data = batches(rows, batch_size=batch_size, seed=seed, first_step=int(state.step))
     return run.train(make_step(loss, update), state, data, evaluate=evaluate)
+
+
+def _finite(record: Mapping[str, float]) -> Record:
+    return {name: value if math.isfinite(value) else None for name, value in record.items()}
 
 
 def _faults(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
