@@ -99,6 +99,11 @@ def test_a_checkpoint_larger_than_the_free_disk_is_not_started(tmp_path, monkeyp
     assert checkpoints(tmp_path) == []
 
 
+def test_a_run_that_fails_before_its_first_checkpoint_is_to_start_again(tmp_path):
+    with pytest.raises(TrainingError, match=r"then start again\. Of the checkpoints, there is none before it$"):
+        Run(tmp_path, dataclasses.replace(CONFIG, save_every=10)).train(STEP, start(), data(rows=Rows(float("nan"))))
+
+
 CHILD = """
 import os, resource, signal, sys
 from pathlib import Path

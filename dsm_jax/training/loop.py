@@ -106,7 +106,7 @@ class Run:
             reason = getattr(error, "strerror", None) or str(error).rpartition(": ")[2] or type(error).__name__
             raise TrainingError(
                 f"the checkpoint of step {step} could not be written to {self._checkpoints} ({reason.strip()}); "
-                f"{self._have()}. Fix that, then continue with --resume"
+                f"{self._have()}. Fix that, then {self._again()}"
             ) from error
         for old in self._saved()[: -self.config.keep]:
             # Renamed first, so that an interrupted removal leaves nothing that looks like a checkpoint.
@@ -122,6 +122,9 @@ class Run:
     def _have(self) -> str:
         saved = self.latest()
         return f"the last one is of step {saved}" if saved is not None else "there is none before it"
+
+    def _again(self) -> str:
+        return "start again" if self.latest() is None else "continue with --resume"
 
     def resumed_step(self) -> int:
         """Return the step of the last checkpoint, which a resumed run continues from.
@@ -248,7 +251,7 @@ class Run:
             ) from None
         except (OSError, RuntimeError) as error:  # raised by the disk, and by libsndfile
             raise TrainingError(
-                f"the batch of step {number} could not be read ({error}); fix that, then continue with --resume. "
+                f"the batch of step {number} could not be read ({error}); fix that, then {self._again()}. "
                 f"Of the checkpoints, {self._have()}"
             ) from error
 
@@ -258,7 +261,7 @@ class Run:
             if not one["finite"]:
                 raise TrainingError(
                     f"the loss or its gradient is not finite at step {at} (loss {float(one['loss'])}); that step was "
-                    "not taken. Lower the learning rate, or look at that batch, then continue with --resume. Of the "
+                    f"not taken. Lower the learning rate, or look at that batch, then {self._again()}. Of the "
                     f"checkpoints, {self._have()}"
                 )
         names = ["loss", *(name for name in values[0] if name not in ("loss", "finite"))]
