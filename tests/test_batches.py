@@ -29,6 +29,13 @@ def test_batches_read_on_from_any_step(first):
     assert indices(12 - first, first_step=first) == indices(12)[5 * first :]
 
 
+def test_a_batch_may_have_one_row():
+    order = indices(24, batch_size=1)
+    assert sorted(order[:12]) == sorted(order[12:]) == list(range(12))
+    assert order == indices(6, batch_size=4), "the order of the rows is that of larger batches"
+    assert indices(4, batch_size=1, first_step=20) == order[20:]
+
+
 def test_a_batch_holds_rows_as_they_are():
     batch = next(data())
     assert {name: (a.shape, a.dtype.name) for name, a in batch.items()} == {

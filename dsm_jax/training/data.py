@@ -306,6 +306,8 @@ def batches(rows: Any, *, batch_size: int, seed: int, first_step: int) -> Iterat
 
     if not len(rows):
         raise TrainingError("there are no rows to train on; look at where the data comes from")
-    endless = grain.MapDataset.source(rows).seed(seed).shuffle().repeat().batch(batch_size)
+    # Grain counts batches in floating point: of its own endless repetition there would be too many of one row.
+    epochs = max(1, 2**52 // len(rows))
+    endless = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(epochs).batch(batch_size)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(endless[first_step:].to_iter_dataset(options))
