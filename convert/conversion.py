@@ -38,7 +38,8 @@ def convert(
       A report of every tensor that was read, written or left out.
 
     Raises:
-      CheckpointError: the source is incomplete or damaged, or the destination exists or cannot be written.
+      CheckpointError: the source is incomplete or damaged, the layout is unknown, or the destination exists or cannot
+        be written.
       ConfigError: the library or the destination's layout does not support the config.
       ForkError: the process was forked from one that uses JAX, and this library's own layout is read or written.
     """

@@ -158,7 +158,7 @@ def _read_conditioner(name: str, spec: Any, where: str) -> Conditioner:
 
 
 def flat_lm(config: LMConfig) -> dict[str, Any]:
-    """Return the flat config of a language model with every key, for `read_lm`."""
+    """Return a config with every key in the form of a published file, which is flat and which `read_lm` reads."""
     values = _flat(to_dict(config))
     values["conditioners"] = {
         conditioner.name: {"type": conditioner.type, conditioner.type: _without(to_dict(conditioner), "name", "type")}
@@ -168,7 +168,7 @@ def flat_lm(config: LMConfig) -> dict[str, Any]:
 
 
 def write_lm(config: LMConfig) -> dict[str, Any]:
-    """Return the flat config of a language model with the keys of a published file."""
+    """Return what `flat_lm` does, without keys at their defaults that published files leave out."""
     defaults = _flat({field.name: field.default for field in dataclasses.fields(config)} | {"depformer": _DEFAULTS})
     return {key: value for key, value in flat_lm(config).items() if key in _ALWAYS or value != defaults[key]}
 

@@ -63,7 +63,7 @@ class Report:
 
 
 def moved_by(source: Checkpoint) -> Iterator[Moved]:
-    """List every tensor of a source with the parameter that it fills."""
+    """Yield every tensor of a source with the parameter that it fills."""
     for part, parameters in source.stored.items():
         if part not in source.claims:
             yield from (Moved(part, name, p.shape, p.dtype.name, name) for name, p in parameters.items())
@@ -77,7 +77,7 @@ def moved_by(source: Checkpoint) -> Iterator[Moved]:
 
 
 def unused_by(source: Checkpoint) -> Iterator[LeftOut]:
-    """List every tensor, or rows of a tensor, that the tables deliberately ignore."""
+    """Yield every tensor, or rows of a tensor, that the tables deliberately ignore."""
     for part, claims in source.claims.items():
         copies = {copy: claim.names[0] for claim in claims for copy in claim.copies}
         yield from (LeftOut(part, copy, f"a copy of {name}") for copy, name in copies.items())

@@ -155,8 +155,8 @@ def _decoder(flavor: Any, role: TransformerConfig, where: str) -> TransformerCon
     """Return the sizes of a flavor with the context and the rotations of a decoder's role."""
     if flavor not in tuple(_FLAVORS):
         raise ConfigError(f"{where}: the flavor is {flavor!r}; the library knows {', '.join(_FLAVORS)}")
-    # torchtune scales both roles by factors 1 and 4 of an old context of 8192; transformers' files spell that in other
-    # multiples for each, which the published config has.
+    # torchtune scales both roles by factors 1 and 4 of an old context of 8192; transformers' files write the
+    # same with other factors for each role, which are those of `role`.
     return dataclasses.replace(_FLAVORS[flavor], context=role.context, rope_scaling=role.rope_scaling)
 
 

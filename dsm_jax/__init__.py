@@ -1,4 +1,4 @@
-"""JAX implementation of Kyutai's delayed streams models: the public names, each imported on first use."""
+"""Kyutai's delayed streams models and Sesame's CSM in JAX: the public names, each imported on first use."""
 
 import importlib
 from typing import TYPE_CHECKING

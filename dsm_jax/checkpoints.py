@@ -43,6 +43,13 @@ class Model:
     """A loaded model: the structure of its networks, their parameters, and its tokenizer.
 
     A codec alone has no language model: `lm_def`, `lm_params`, `tokenizer` and `lm` are None.
+
+    Attributes:
+      config: sizes of the networks, delays and sampling.
+      lm_def, lm_params: structure and parameters of the language model, as `nnx.split` returns them.
+      mimi_def, mimi_params: those of the codec.
+      tokenizer: of the model's text.
+      name: what was loaded; of a local folder, the folder's name.
     """
 
     config: ModelConfig

@@ -57,7 +57,7 @@ class _Version(argparse.Action):
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser; the chosen command's name is in `command`."""
-    top = _Parser(prog="dsm-jax", description="Kyutai's delayed streams models in JAX.")
+    top = _Parser(prog="dsm-jax", description="Kyutai's and Sesame's speech models in JAX.")
     top.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     output = _Parser(add_help=False)
@@ -154,7 +154,10 @@ def parser() -> argparse.ArgumentParser:
         help="how closely to follow text and voice; 1 is no guidance (default: 2)",
     )
     p.add_argument(
-        "--temperature", type=float, metavar="T", help="of the sampling; 0 is greedy; default: the checkpoint's"
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="of the sampling; 0 is greedy; default: the checkpoint's, or else 0.6; in conversations 0.9",
     )
     p.add_argument(
         "--top-k",
@@ -200,7 +203,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="K",
         help="codes to sample among in all codebooks but the first; default: --top-k",
     )
-    p.add_argument("--save-frames", action="store_true", help="write the frames next to the recording")
+    p.add_argument("--save-frames", action="store_true", help="write frames, words and times next to the recording")
     p.add_argument(
         "--batch-size", type=_positive, default=8, metavar="N", help="requests at a time (default: %(default)s)"
     )
@@ -215,7 +218,7 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(command="codec_encode")
     p = ways.add_parser("decode", parents=[model], help="codes to audio")
     p.add_argument("input", type=Path, help="a safetensors file, as `codec encode` writes it")
-    p.add_argument("output", type=Path, help="a wav, flac or ogg file")
+    p.add_argument("output", type=Path, help="a wav, flac, ogg, opus or mp3 file")
     p.set_defaults(command="codec_decode")
 
     p = commands.add_parser(
@@ -224,16 +227,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("source", help="a published name or a local folder, in any supported layout")
     p.add_argument("destination", type=Path, help="a folder that does not exist yet")
     to = ("orbax", "kyutai", "transformers", "sesame")
-    p.add_argument("--to", choices=to, default="orbax", help="default: %(default)s")
+    p.add_argument("--to", choices=to, default="orbax", help="the layout; default: orbax, this library's own")
     p.add_argument("--report", type=Path, metavar="FILE", help="write what went where as JSON")
     p.set_defaults(command="convert")
 
     p = commands.add_parser("train", parents=[device], help="fine-tune a model on recordings")
-    p.add_argument(
-        "config",
-        type=Path,
-        help="a JSON file: `task` (finetune) and its settings, the fields of dsm_jax.training.finetune.FinetuneConfig",
-    )
+    p.add_argument("config", type=Path, help="a JSON file: `task` (finetune) and its settings; docs/training.md")
     p.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     p.set_defaults(command="train")
 
@@ -283,8 +282,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--config", type=Path, metavar="FILE.toml", help="our own configuration, or moshi-server's")
     p.add_argument("--stt", action="append", default=[], metavar="MODEL", help="a model that transcribes; repeatable")
     p.add_argument("--tts", action="append", default=[], metavar="MODEL", help="a model that speaks; repeatable")
-    p.add_argument("--slots", type=_positive, metavar="N", help="of each --stt (default: 8 on CPU, 64 elsewhere)")
-    p.add_argument("--tts-slots", type=_positive, metavar="N", help="of each --tts (default: 8 on CPU, 64 elsewhere)")
+    p.add_argument(
+        "--slots",
+        type=_positive,
+        metavar="N",
+        help="sessions at a time of each --stt (default: 8 on CPU, 64 elsewhere)",
+    )
+    p.add_argument(
+        "--tts-slots",
+        type=_positive,
+        metavar="N",
+        help="sessions at a time of each --tts (default: 8 on CPU, 64 elsewhere)",
+    )
     p.add_argument("--voice-folder", type=Path, metavar="FOLDER", help="more voices for each --tts")
     p.add_argument("--host", help="where to listen (default: 127.0.0.1)")
     p.add_argument("--port", type=int, help="0 takes a free one (default: 8080)")
@@ -302,14 +311,20 @@ def parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="a web origin that may connect, or the address of a proxy before a server without keys; repeatable",
     )
-    p.add_argument("--max-session", dest="max_session_s", type=float, metavar="S", help="(default: 14400)")
-    p.add_argument("--max-upload", dest="max_upload_mb", type=float, metavar="MB", help="(default: 256)")
-    p.add_argument("--min-step-ms", type=float, metavar="MS", help="from one step to the next (default: 20)")
-    p.add_argument("--drain-s", type=float, metavar="S", help="for running sessions after SIGTERM (default: 30)")
-    p.add_argument("--log-format", choices=("text", "json"), help="(default: text)")
+    p.add_argument(
+        "--max-session", dest="max_session_s", type=float, metavar="S", help="longest session, seconds (default: 14400)"
+    )
+    p.add_argument(
+        "--max-upload", dest="max_upload_mb", type=float, metavar="MB", help="largest recording (default: 256)"
+    )
+    p.add_argument("--min-step-ms", type=float, metavar="MS", help="least time from one step to the next (default: 20)")
+    p.add_argument(
+        "--drain-s", type=float, metavar="S", help="seconds that running sessions have after SIGTERM (default: 30)"
+    )
+    p.add_argument("--log-format", choices=("text", "json"), help="form of a line of the log (default: text)")
     p.add_argument("--no-page", action="store_true", help="serve no page at /")
     p.add_argument("--no-metrics", action="store_true", help="serve no /metrics")
-    p.add_argument("--check", action="store_true", help="load and warm up, print the capacity, and exit")
+    p.add_argument("--check", action="store_true", help="load and warm up, print whether each model keeps up, and exit")
     p.set_defaults(command="serve")
 
     p = commands.add_parser("bench", parents=[device, dtype], help="time the published sizes here, with random weights")
@@ -328,12 +343,14 @@ def parser() -> argparse.ArgumentParser:
     q.add_argument("--audio", metavar="FILE", help="what is sent, again and again; default: quiet noise")
     q.add_argument("--tts", action="store_true", help="let the server speak, in place of transcribing")
     q.add_argument("--model", metavar="NAME", help="of those that the server has; default: its first")
-    q.add_argument("--target-ms", type=float, default=80.0, metavar="MS", help="of a frame (default: %(default)s)")
+    q.add_argument(
+        "--target-ms", type=float, default=80.0, metavar="MS", help="from a frame to its answer (default: %(default)s)"
+    )
     q.add_argument(
         "--percentile",
         choices=("p50", "p95", "p99", "max"),
         default="p95",
-        help="for the target (default: %(default)s)",
+        help="the one that has to meet the target (default: %(default)s)",
     )
     q.add_argument("--find", action="store_true", help="find the most streams, up to N, that hold the target")
     q.add_argument("--json", action="store_true", help="print one line of JSON in place of the table")

@@ -33,7 +33,7 @@ _PLAYERS = (
     ("aplay", "-q", "-"),
     ("play", "-q", "-t", "wav", "-"),
 )
-# Flags of options, of which each family has some.
+# Fields of both families' options; each has a flag of the same name, or none.
 FLAGS = tuple(
     dict.fromkeys(field.name for kind in (SynthesizeOptions, CsmOptions) for field in dataclasses.fields(kind))
 )
@@ -42,7 +42,7 @@ FLAGS = tuple(
 def run(args: argparse.Namespace) -> int:
     """Say what the arguments name; return the exit code."""
     set_up_jax(args)
-    # All that needs no model comes before it, as it may have to be fetched.
+    # What needs no model is checked before the model is loaded, which may take a download.
     check_source(args.text)
     check_output(args.output, named=holds_requests(args.text), save_frames=args.save_frames)
     form = _form(args, None if args.context is None else read_context(args.context))

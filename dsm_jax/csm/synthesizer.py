@@ -183,7 +183,7 @@ class ConversationSession(SpeakingSession[ConversationRequest]):
         return joined(new)
 
     def speech(self, *, complete: bool = True) -> Speech:
-        """Return the speech of a session that has ended."""
+        """Return the speech of a session that has ended; `complete` says whether its turn has ended too."""
         pcm_T, codes_QT = self.pcm_T, np.concatenate(self._codes).T
         name, rate, text = self.model.name, self.model.sample_rate, self.prepared.text
         return Speech(pcm_T, rate, (), codes_QT, name, complete=complete, text=text)

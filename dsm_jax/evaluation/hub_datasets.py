@@ -19,7 +19,7 @@ _NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[^:]*
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A data set on the hub."""
+    """A data set on the hub: its repository, its configuration (None for the only one) and its split."""
 
     repository: str
     config: str | None = None

@@ -48,7 +48,7 @@ class _Shares:
     def __init__(self, slots: int):
         self._slots = slots
         self._open: dict[int, float] = {}  # in the order of their slots
-        self._left = 0.0  # of before the first recording, and of those that failed: for those that run next
+        self._left = 0.0  # seconds before the first recording, and of failed ones: the next that run share them
         self._since = time.perf_counter()
 
     def resume(self) -> None:

@@ -82,7 +82,7 @@ class CsmLM(nnx.Module):
     def step(
         self, tokens_BMT: jax.Array, state: TransformerState, lengths_B: jax.Array | None = None
     ) -> tuple[jax.Array, TransformerState]:
-        """Feed T positions to the backbone and return the normalised hidden states [B, T, D].
+        """Feed T positions to the backbone; return the normalised hidden states [B, T, D] and the new state.
 
         Raises:
           StreamError: the number of streams is not `n_q` + 1.

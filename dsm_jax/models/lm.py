@@ -87,7 +87,7 @@ class DelayedStreamsLM(nnx.Module):
         lengths_B: jax.Array | None = None,
         conditions: Conditions | None = None,
     ) -> tuple[jax.Array, TransformerState]:
-        """Feed T steps of tokens, already delayed, and return the normalised hidden states [B, T, D].
+        """Feed T steps of tokens, already delayed; return the normalised hidden states [B, T, D] and the new state.
 
         Raises:
           StreamError: the number of streams is not `n_q` + 1, or the model has cross-attention and got no conditions.

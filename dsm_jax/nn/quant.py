@@ -185,6 +185,8 @@ def chosen(params: nnx.State, policy: Sequence[str] = LAYERS) -> dict[str, int]:
 def quantize(params: nnx.State, policy: Sequence[str] = LAYERS) -> nnx.State:
     """Replace the weights of `Linear` modules by int8 ones; every other parameter stays as it is.
 
+    `dsm_jax.load` does it with `quantize="int8"`, without ever holding all of the float weights.
+
     Args:
       params: parameters of a module; the arrays are not changed.
       policy: as for `chosen`.

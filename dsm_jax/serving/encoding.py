@@ -10,8 +10,8 @@ import numpy as np
 import soundfile
 
 PCM16_MAX = 32767
-# Encoded by libsndfile: its format, its subtype, and how the stream is asked for. A constant bit rate lets players tell
-# the length and seek, as the header of a stream can hold neither.
+# libsndfile's format, subtype, compression level and bit rate mode. At a constant bit rate players can tell the length
+# and seek, for which the header of a stream has no fields.
 _FORMATS: dict[str, tuple[str, str, float | None, str | None]] = {
     "mp3": ("MP3", "MPEG_LAYER_III", 0.5, "CONSTANT"),
     "flac": ("FLAC", "PCM_16", None, None),

@@ -286,7 +286,7 @@ class Engine:
         restarting = [session for session in restarting if session not in again]
         if new:
             failed = self._device.run(lambda: self._slots.admit(new), urgent=self._urgent)
-            # A session that is to begin anew before it has begun is told of both.
+            # A session in `restarting` was to begin anew before it had a slot: it is told `Started` for that, too.
             self._posted += [
                 (session.outbox, [Started()])
                 for session in (*new, *restarting)

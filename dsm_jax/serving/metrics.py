@@ -52,7 +52,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     def seconds_of(self, histogram: Any, model: str) -> tuple[float, list[tuple[str, float]]]:
-        """Return the sum of a histogram and its buckets, cumulative."""
+        """Return the sum of a histogram of a model, and pairs of each bucket's upper bound and its cumulative count."""
         total, buckets = 0.0, []
         for metric in histogram.collect():
             for sample in metric.samples:

@@ -10,7 +10,7 @@ PAUSE_HORIZONS = (0.5, 1.0, 2.0, 3.0)  # seconds of silence, of which each has a
 
 @dataclass(frozen=True)
 class Word:
-    """One spoken word and the probability that the model gave it."""
+    """One spoken word, its times in seconds, and the probability that the model gave it."""
 
     text: str
     start: float

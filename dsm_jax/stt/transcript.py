@@ -29,7 +29,10 @@ class Frames:
 
 @dataclass(frozen=True)
 class Segment:
-    """A phrase of a transcript: as many words as a subtitle shows at once, with its times in seconds."""
+    """A phrase of a transcript: as many words as a subtitle shows at once, with its times in seconds.
+
+    `dsm_jax.csm.Segment` is another class: a turn of a conversation.
+    """
 
     text: str
     start: float

@@ -226,12 +226,13 @@ class WordReader:
         """Tell whether the segment has ended though no boundary came: its text is complete, and its sound too."""
         if self.levels is None or not self._pieces or self.frame - self._pieces[-1].frame <= COMPLETE_FRAMES:
             return False
-        # Without a silence the next word may begin at once, and the text is later than the sound.
+        # Where no silence follows, the next word may have begun, whose text comes after its sound: wait for the longest
+        # tail.
         if self.frame - self._pieces[-1].frame > LONGEST_TAIL_S * self.timing.frame_rate:
             return True
         last = self._frames(self._segment())[-1:] or [self._pieces[0].frame]
         found = self.levels.end_of_sound(self.timing.in_stream(last[0]), self.levels.seconds)
-        # The text of a word that followed at once would have come by the end of its sound.
+        # Once the text has come to the end of this word's sound, a word that followed at once would have a piece.
         return found is not None and found[1] >= SILENCE_S and self.timing.in_stream(self.frame) >= found[0]
 
     def _groups(self) -> list[list["_Piece"]]:

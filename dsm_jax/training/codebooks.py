@@ -80,6 +80,9 @@ def quantize(
       rule: settings of the averages.
       used_B: number of codebooks that quantise each row, from 0: codebook dropout.
       key: PRNG key for the vectors that replace dead entries.
+
+    Returns:
+      The quantised vectors, the losses and the averages after this step.
     """
     x_BTC = branch.input_proj(x_BTD)
     x_NC = x_BTC.reshape(-1, x_BTC.shape[2])

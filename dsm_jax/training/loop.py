@@ -35,13 +35,21 @@ _COLOURS = 64  # in the plot's palette: the file is less than a third as large a
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Length of a run, and steps between its reports and checkpoints."""
+    """Length of a run, and steps between its reports and checkpoints.
+
+    Attributes:
+      steps: number of steps of the whole run, those before a resumption included.
+      seed: seed of the batches, the dropouts and new parameters, from 0, of 32 bits.
+      log_every: steps from one line of `metrics.jsonl` to the next.
+      save_every: steps from one checkpoint to the next; the last step has one too.
+      keep: number of checkpoints that stay on disk.
+    """
 
     steps: int
     seed: int = 0
     log_every: int = 50
     save_every: int = 500
-    keep: int = 2  # checkpoints that stay on disk
+    keep: int = 2
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:  # JAX takes more, and drops the bits beyond 32

@@ -82,7 +82,7 @@ def init(params: nnx.State, config: LoraConfig, key: jax.Array) -> Adapters:
             some = ", ".join(list(matrices)[:8])
             raise ConfigError(f"the target {target!r} is found in no matrix of the model; its matrices are {some}, ...")
     chosen = {name: one for name, one in matrices.items() if any(re.search(target, name) for target in config.targets)}
-    # An addition of the rank of a matrix can be any matrix: a higher rank only costs memory.
+    # An addition of a matrix's full rank can already be any matrix: a higher rank only costs memory.
     highest = max(min(math.prod(inputs), math.prod(outputs)) for _, inputs, outputs in map(_axes, chosen.values()))
     if config.rank > highest:
         raise ConfigError(

@@ -232,7 +232,15 @@ def _place(voices: list[Voice], voice: Voice) -> int:
 def words_at(
     entries: Sequence[Entry], steps: Sequence[int], first_step: int, frame_rate: float, end: float
 ) -> list[SpokenWord]:
-    """Return the words of a script from the steps at which its entries began."""
+    """Return the words of a script, with times in seconds, from the steps at which its entries began.
+
+    Args:
+      entries: words and breaks of the script; breaks are left out.
+      steps: the step at which each entry began; entries beyond the last step have not begun, and are left out.
+      first_step: the step at which the sound begins.
+      frame_rate: steps per second.
+      end: end of the last word, in seconds.
+    """
     begun = [
         (entry.text, (step - first_step) / frame_rate)
         for entry, step in zip(entries, steps, strict=False)

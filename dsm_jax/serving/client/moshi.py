@@ -111,7 +111,7 @@ async def _ended(task: "asyncio.Task[None]") -> None:
     task.cancel()
     await asyncio.wait({task})
     if not task.cancelled():
-        task.exception()  # was told already, or follows from what was told
+        task.exception()  # else asyncio would log it; it was told already, or follows from what was told
 
 
 async def synthesize_async(

@@ -163,7 +163,8 @@ class AsyncTranscription(_MoshiSession[Event]):
     async def _mark(self, *, flush: bool) -> "asyncio.Future[None]":
         number, self._next_mark = self._next_mark, self._next_mark + 1
         self._marks[number] = answered = asyncio.get_running_loop().create_future()
-        answered.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may have no listener
+        # Looked at, as nobody may await it, and asyncio would log its error.
+        answered.add_done_callback(lambda done: done.cancelled() or done.exception())
         if self._error is not None:
             answered.set_exception(self._error)
         else:

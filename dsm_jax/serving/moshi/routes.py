@@ -159,7 +159,7 @@ async def transcribe_file(request: Request, server: Server, served: Served) -> R
     except FullError as error:
         return PlainTextResponse(str(error), 503, {"retry-after": "1"})
     kept = [answer for answer in told if isinstance(answer, wire.Word | wire.EndWord)]
-    # The details of a word are for clients that ask for them.
+    # Details of words, None here, are sent to clients that ask for them alone.
     fields = [{name: value for name, value in vars(answer).items() if value is not None} for answer in kept]
     return JSONResponse([{"type": type(one).__name__, **each} for one, each in zip(kept, fields, strict=True)])
 

@@ -114,7 +114,7 @@ def transcript_response(
             if "word" in granularities:
                 content["words"] = [
                     {"word": word.text, "start": round(word.start, 3), "end": round(word.end, 3),
-                     "probability": round(word.probability, 4)}  # not OpenAI's, but other servers' too
+                     "probability": round(word.probability, 4)}  # OpenAI's words have none, other servers' do
                     for word in transcript.words
                 ]  # fmt: skip
             if "segment" in granularities:

@@ -95,7 +95,7 @@ class Settings:
         """Return the settings with a client's changes; what it leaves out stays.
 
         Args:
-          session: of a client's event, in either shape.
+          session: the object `session` of a client's event, in the API's nested shape or its older flat one.
 
         Raises:
           ApiError: a value that is not supported; its param is the value's path.
