@@ -14,6 +14,7 @@ import dsm_jax
 from dsm_jax import checkpoints
 from dsm_jax.convert import convert, files, kyutai, native
 from dsm_jax.errors import CheckpointError
+from dsm_jax.tts import read_voice, voices_of
 from tests.helpers import small
 from tests.helpers.checkpoint_maker import PLAIN_STT, arrays_of, assert_same_weights, copy_of, make_checkpoint
 
@@ -48,6 +49,15 @@ def test_the_public_name_is_the_function_once_the_package_is_imported(folders, t
     report = dsm_jax.convert(folders["orbax"], tmp_path / "out", to="kyutai")
     assert report.destination_layout == "kyutai"
     assert (tmp_path / "out/config.json").is_file()
+
+
+def test_a_model_keeps_its_own_voices(tmp_path):
+    convert("digits-tts", tmp_path / "native")
+    convert(tmp_path / "native", tmp_path / "kyutai", to="kyutai")
+    checkpoints.save(checkpoints.load(tmp_path / "kyutai"), tmp_path / "saved")
+    before, after = checkpoints.load("digits-tts"), checkpoints.load(tmp_path / "saved")
+    assert list(voices_of(after)) == list(voices_of(before)) != []
+    np.testing.assert_array_equal(read_voice("theo", after), read_voice("theo", before))
 
 
 @pytest.mark.parametrize("to", ["orbax", "kyutai", "transformers"])

@@ -40,7 +40,7 @@ from dsm_jax.training.loop import Run
 from dsm_jax.training.losses.tts import TtsObjective
 from dsm_jax.training.rows import SttRows, TtsRows
 from dsm_jax.training.step import Metrics, TrainState, init, make_step
-from dsm_jax.tts.voices import Voice, guidance_values, has_speakers, read_voice, voices_of, write_voices
+from dsm_jax.tts.voices import guidance_values, has_speakers, read_voice, write_voices
 
 _log = logging.getLogger("dsm_jax.training")
 
@@ -163,13 +163,10 @@ def finetune(
 
 
 def _voices_to_write(model: Model, config: FinetuneConfig) -> dict[str, np.ndarray] | None:
-    """Read the voices to write with the fine-tuned model: the model's own, and the config's."""
-    if model.config.lm is None or not has_speakers(model.config.lm):
+    """Read the voice to write with the fine-tuned model, besides the model's own: the config's."""
+    if config.voice is None:
         return None
-    names: dict[str, Voice] = dict(voices_of(model))
-    if config.voice is not None:
-        names[Path(config.voice).stem] = config.voice
-    return {name: read_voice(voice, model) for name, voice in names.items()} or None
+    return {Path(config.voice).stem: read_voice(config.voice, model)}
 
 
 def write_model(
@@ -180,7 +177,7 @@ def write_model(
     Args:
       model: a language model with its codec and tokenizer.
       folder: a new folder; its parent exists.
-      voices: voices to write with the model: steps [X, C] by name.
+      voices: voices to write besides the model's own: steps [X, C] by name.
       layout: name of a layout of the model's family.
 
     Raises:
