@@ -48,6 +48,18 @@ def test_metrics_after_the_last_checkpoint_are_dropped_on_resume(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("line", [b"[1]", b'{"loss": 1}', b'{"step": "2"}', b"3", b"\xff"])
+def test_lines_that_are_no_records_are_dropped_on_resume(tmp_path, line):
+    run = stopped(tmp_path, 5)
+    wanted = metrics(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    run.train(STEP, run.restore(start()), data(4))
+    assert metrics(tmp_path)[: len(wanted)] == wanted
+    assert [row["step"] for row in metrics(tmp_path)] == [2, 4, 6, 8, 10]
+
+
+@pytest.mark.slow
 def test_a_run_writes_metrics_the_last_checkpoints_and_a_plot(whole):
     folder, state = whole
     rows = metrics(folder)

@@ -279,9 +279,10 @@ class Run:
         """Read the records up to a step, and remove later ones from the file."""
         records = []
         for _, line in files.json_lines(self._metrics.read_bytes()) if self._metrics.exists() else ():
-            with contextlib.suppress(ValueError):  # a full disk may have truncated a line
-                records.append(files.decode_json(line))
-        records = [record for record in records if record["step"] <= step]
+            # A full disk may have truncated a line, or a hand have written one.
+            with contextlib.suppress(ValueError, TypeError, LookupError):
+                if (record := files.decode_json(line))["step"] <= step:
+                    records.append(record)
         with _writing(self._metrics):
             files.write_text(self._metrics, "".join(json.dumps(record) + "\n" for record in records))
         return records
