@@ -40,7 +40,7 @@ from dsm_jax.training.loop import Run
 from dsm_jax.training.losses.tts import TtsObjective
 from dsm_jax.training.rows import SttRows, TtsRows
 from dsm_jax.training.step import Metrics, TrainState, init, make_step
-from dsm_jax.tts.voices import guidance_values, has_speakers, read_voice, write_voices
+from dsm_jax.tts.voices import guidance_values, read_voice, write_voices
 
 _log = logging.getLogger("dsm_jax.training")
 
