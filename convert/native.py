@@ -7,6 +7,7 @@ groups, each an Orbax checkpoint of its own, so that the largest group bounds th
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -149,7 +150,7 @@ def write_params(folder: Path, arrays: Iterable[tuple[str, Any]]) -> Iterator[st
 
     def save() -> None:
         nonlocal count
-        _save_group(folder / "params" / f"{count:04}", group)
+        save_tree(folder / "params" / f"{count:04}", group)
         count += 1
 
     for name, array in arrays:
@@ -162,8 +163,12 @@ def write_params(folder: Path, arrays: Iterable[tuple[str, Any]]) -> Iterator[st
     yield from group
 
 
-def _save_group(path: Path, group: Mapping[str, Any]) -> None:
-    """Save parameters as one Orbax checkpoint.
+def save_tree(path: Path, tree: Any) -> None:
+    """Save a tree of arrays as an Orbax checkpoint, in a folder of any name and in any thread.
+
+    Args:
+      path: a folder that does not exist yet.
+      tree: the arrays.
 
     Raises:
       OSError: it cannot be written.
@@ -173,17 +178,29 @@ def _save_group(path: Path, group: Mapping[str, Any]) -> None:
     import orbax.checkpoint
 
     target = path.absolute()
-    with _SAVING, contextlib.ExitStack() as held:
+    with _SAVING, without_log(), contextlib.ExitStack() as held:
         if "[" in str(target):  # Orbax takes it for a pattern, and writes a checkpoint that it cannot read
             link = Path(held.enter_context(tempfile.TemporaryDirectory())) / "params"
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(target.parent)
             target = link / path.name
         try:
             with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-                checkpointer.save(target, group)
+                checkpointer.save(target, tree)
         except ValueError as error:  # tensorstore raises it for errors of the file system
             raise OSError(str(error).rpartition(": ")[2].partition(" [")[0]) from error
+
+
+@contextlib.contextmanager
+def without_log() -> Iterator[None]:
+    """Keep Orbax from logging the tracebacks of its threads; errors are still raised."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def open_folder(path: Path) -> NativeCheckpoint:

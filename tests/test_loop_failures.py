@@ -217,3 +217,9 @@ def test_metrics_and_plots_that_cannot_be_written_are_errors(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(TrainingError, match=r"file/run cannot be made \(Not a directory\); choose another folder"):
         Run(tmp_path / "file/run", CONFIG)
+
+
+def test_a_run_in_a_folder_with_brackets_in_its_name_is_resumed(tmp_path):
+    run = Run(tmp_path / "run [1]", dataclasses.replace(CONFIG, save_every=2, steps=2))
+    trained = run.train(STEP, start(), data())
+    assert_same(Run(tmp_path / "run [1]", CONFIG).restore(start()), trained)

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from dsm_jax import files
+from dsm_jax.convert import native
 from dsm_jax.errors import ConfigError, TrainingError
 from dsm_jax.options import check_whole_numbers
 from dsm_jax.progress import Progress, ProgressCallback
@@ -98,16 +99,13 @@ class Run:
         Raises:
           TrainingError: the checkpoint cannot be written, or exists; earlier checkpoints still exist.
         """
-        import orbax.checkpoint as ocp
-
         step, state = int(state.step), dataclasses.replace(state, frozen=())
         try:
             self._clear()  # leftovers of a run that was killed
             size, free = sum(a.nbytes for a in jax.tree.leaves(state)), shutil.disk_usage(self._checkpoints).free
             if free < size:
                 raise OSError(f"it needs {size / 1e6:.0f} MB and the disk has {free / 1e6:.0f} MB free")
-            with _without_log(), ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(self._checkpoints / str(step), state)
+            native.save_tree(self._checkpoints / str(step), state)
         except Exception as error:  # errors of the disk have many types in Orbax's layers
             self._clear()
             # The file system's message comes last, after those of Orbax and tensorstore.
@@ -169,7 +167,7 @@ class Run:
             dataclasses.replace(like, frozen=()),
         )
         try:
-            with _without_log(), ocp.StandardCheckpointer() as checkpointer:
+            with native.without_log(), ocp.StandardCheckpointer() as checkpointer:
                 held = checkpointer.metadata(folder).item_metadata
                 if held is None:
                     raise ValueError("it has no metadata of its arrays")
@@ -367,18 +365,6 @@ def _writing(path: Path) -> Iterator[None]:
         raise TrainingError(
             f"{path} could not be written ({error.strerror}); fix that, then continue with --resume"
         ) from error
-
-
-@contextlib.contextmanager
-def _without_log() -> Iterator[None]:
-    """Keep Orbax from logging the tracebacks of its threads; errors are still raised."""
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def draw_curve(records: Sequence[Record], path: Path) -> None:
