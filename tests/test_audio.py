@@ -34,11 +34,16 @@ def closed() -> io.BytesIO:
 
 
 def write_tone(file: str | io.BytesIO, codec: str, seconds: float, format: str | None = None) -> None:
-    """Write a tone, sampled at 48 kHz, to a container; its format is that of the file's name unless it is given."""
+    """Write a tone to a container; its format is that of the file's name unless it is given."""
+    write_sound(file, codec, tone(seconds, 48_000), format)
+
+
+def write_sound(file: str | io.BytesIO, codec: str, pcm_T: np.ndarray, format: str | None = None) -> None:
+    """Write samples at 48 kHz to a container."""
     rate = 48_000
     with av.open(file, "w", format=format) as container:
         stream = container.add_stream(codec, rate=rate, layout="mono")
-        frame = av.AudioFrame.from_ndarray(tone(seconds, rate)[None], format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(pcm_T[None], format="fltp", layout="mono")
         frame.sample_rate = rate
         resampler = av.AudioResampler(format=stream.codec_context.format, layout="mono", rate=rate)
         for out in [*resampler.resample(frame), *resampler.resample(None), None]:
@@ -230,6 +235,14 @@ def test_recordings_of_phones_and_meetings_are_read(tmp_path, caplog, name, code
         content = (tmp_path / name).read_bytes()
         audio.read(io.BytesIO(content[: len(content) // 2]))
         assert re.search(r"lacks 1\.\d s of its 3\.\d s: it was cut short or is damaged", caplog.text)
+
+
+def test_nothing_is_missed_of_a_length_that_was_guessed(tmp_path, caplog):
+    loud_T = np.random.default_rng(0).uniform(-0.5, 0.5, 96_000).astype(np.float32)
+    write_sound(str(tmp_path / "a.aac"), "aac", np.concatenate([np.zeros_like(loud_T), loud_T]))
+    assert audio.duration(tmp_path / "a.aac") > 10, "guessed from the bytes of the silence"
+    assert 4.0 <= audio.read(tmp_path / "a.aac").size / 24_000 < 4.1
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 0x7FFFF000])
