@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dsm_jax.errors import StreamError
 from dsm_jax.models.lm import DelayedStreamsLM
-from dsm_jax.models.streams import delay, undelay
+from dsm_jax.models.streams import TokenRing, behind_text, delay, initial_tokens, inputs_of, undelay
 from dsm_jax.nn.embedding import TokenEmbedding
 from tests.helpers import small
 from tests.helpers.check import check_in_place
@@ -93,6 +93,29 @@ def test_delaying_shifts_each_stream_right_and_undelaying_brings_it_back(delays,
     back_BMT, valid_MT = undelay(jnp.asarray(delayed_BMT, jnp.float32)[..., None], tuple(delays))
     np.testing.assert_array_equal(valid_MT, [[t + by < steps for t in range(steps)] for by in delays])
     np.testing.assert_array_equal(back_BMT[..., 0], np.where(valid_MT, codes_BMT, 0))
+
+
+def test_audio_behind_its_text_is_absent_first_and_cut_at_the_end():
+    assert behind_text(np.array([[1, 2, 3, 4], [5, 6, 7, 8]]), 2).tolist() == [[-1, -1, 1, 2], [-1, -1, 5, 6]]
+
+
+@pytest.mark.slow
+def test_the_ring_feeds_the_tokens_of_a_delayed_clip():
+    config, codes_BMT, initial_M = small.STT, tokens(9), initial_tokens(small.STT)
+    last = max(config.delays)
+    delayed_BMT = delay(jnp.asarray(codes_BMT), initial_M, config.delays)
+    wanted_BMT = inputs_of(delayed_BMT, initial_M)
+    spoken = heard = TokenRing.empty(config, 2)
+    for t in range(9):
+        step_B = jnp.full((2,), t)
+        np.testing.assert_array_equal(spoken.inputs(step_B, config), wanted_BMT[:, :, t])
+        spoken = spoken.with_made(delayed_BMT[:, :, t], step_B)
+        if t >= last:
+            np.testing.assert_array_equal(spoken.newest_frame(step_B, config), codes_BMT[:, :, t - last])
+        if t:
+            heard = heard.with_frame(jnp.asarray(codes_BMT[:, 1:, t - 1]), step_B - 1, config)
+        np.testing.assert_array_equal(heard.inputs(step_B, config), wanted_BMT[:, :, t])
+        heard = heard.with_made(delayed_BMT[:, :1, t], step_B)
 
 
 @pytest.mark.slow
