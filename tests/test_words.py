@@ -77,6 +77,13 @@ def test_times_are_in_the_audio_and_never_negative():
     assert e.word.start == 0.0
 
 
+def test_a_stream_that_goes_on_after_an_end_begins_a_segment_with_its_next_piece():
+    r, word = reader(), ids("the")
+    events = [e for token in (0, *word, 3) for e in r.read(token, 0.5)] + r.finish()
+    events += [e for token in (3, 3, *word, 0) for e in r.read(token, 0.5)]
+    assert spans(events)[1:] == [("the", 4 + len(word), 4 + 2 * len(word))]
+
+
 class LongSpelt:
     """A tokenizer that spells each word in three pieces, where the model may take one."""
 

@@ -260,7 +260,7 @@ class WordReader:
         starts, ends, sures = self._starts(words), self._ends(words, end), self._probabilities(len(words))
         for word, start, stop, sure in zip(words, starts, ends, sures, strict=True):
             events.append(WordEnded(Word(word, start, max(start, stop), sure)))
-        self._pieces, self._told, self._end_of_stream = [], [], None
+        self._pieces, self._told, self._end_of_stream, self._start = [], [], None, None
         self._told_pieces = 0
         return events
 
