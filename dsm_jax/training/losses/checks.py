@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-import jax
+from jax.core import Tracer
 
 from dsm_jax.errors import ConfigError
 
@@ -32,4 +32,4 @@ def check_weights(objective: Any, *names: str) -> None:
 
 def _is_traced(value: Any) -> bool:
     """Tell whether a value is an argument of a function under compilation, which has no value yet."""
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, Tracer)
