@@ -1,14 +1,18 @@
 """The pure functions of the speech-to-text program, under the caller's own transformations."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from dsm_jax.models.streams import TokenRing
+from dsm_jax.nn.transformer import TransformerState
 from dsm_jax.stt import program
-from dsm_jax.stt.program import SttInputs, SttProgram, SttSettings
-from tests.helpers import stt_model
+from dsm_jax.stt.program import SttInputs, SttProgram, SttRequest, SttSettings, SttState
+from tests.helpers import small, stt_model
 from tests.helpers.optimized import compile_optimized
 
 pytestmark = pytest.mark.slow
@@ -52,6 +56,48 @@ def test_vmap_over_recordings_equals_a_batch(parts):
     batch, _ = run(lm, mimi, pcm, jnp.array([8, 8]))
     one_by_one = jax.vmap(lambda clip: run(lm, mimi, clip[None], jnp.array([8]))[0])(pcm)
     np.testing.assert_array_equal(batch.tokens_BF, one_by_one.tokens_BF[:, 0])
+
+
+class FixedScores:
+    """A language model that likes some tokens best, in this order; in the first step one before all others."""
+
+    config = small.STT
+
+    def __init__(self, first: int, *best: int):
+        scores_V = jnp.zeros(18).at[np.array(best)].set(np.arange(len(best), 0, -1.0))
+        self.scores_2V = jnp.stack([scores_V.at[first].set(9.0), scores_V])
+
+    def step(self, inputs_BM1, state, lengths_B):
+        return state.position_B, dataclasses.replace(state, position_B=state.position_B + lengths_B)
+
+    def text_logits(self, step_B):
+        return self.scores_2V[jnp.minimum(step_B, 1)][:, None]
+
+    def extra_probabilities(self, step_B):
+        return jnp.zeros((1, 1, 4, 1))
+
+
+@pytest.mark.parametrize(
+    ("best", "prompt", "deadline", "wanted"),
+    [
+        # A boundary is silent, but is the prompt's own from the first frame on; the rest is forced just in time.
+        ((15, 15, 0), (0, 7, 9), 6, [0, 0, 0, 0, 0, 7, 9, 15]),
+        ((0, 15, 3), (0, 7), 4, [0, 3, 3, 0, 7, 15]),
+        # A token that the model would choose waits for the first frame, as what is made before it is lost.
+        ((7, 15, 7, 3), (7, 9), 4, [3, 7, 3, 3, 9, 15]),
+    ],
+)
+def test_a_text_prompt_is_chosen_by_the_model_or_forced_by_its_deadline(best, prompt, deadline, wanted):
+    lm, settings = FixedScores(*best), SttSettings(1, prompt_tokens=4)
+    prompt_BT = jnp.array([[token + 1 for token in prompt] + [0] * (4 - len(prompt))])
+    zero_B = jnp.zeros((1,), jnp.int32)
+    request = SttRequest(jnp.zeros((1, 2), jnp.uint32), jnp.zeros((1,)), zero_B, prompt_BT, jnp.array([deadline]))
+    state = SttState(None, TransformerState((), zero_B), TokenRing.empty(lm.config, 1), zero_B, request)  # pyright: ignore
+    step, found = jax.jit(lambda state: program._text_step(lm, state, jnp.array([True]), settings)), []
+    for _ in wanted:
+        (token_B, _, _), state = step(state)
+        found.append(int(token_B[0]))
+    assert found == wanted
 
 
 def test_the_loss_of_a_clip_has_finite_gradients(model, parts):
