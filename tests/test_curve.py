@@ -7,7 +7,7 @@ import pytest
 from matplotlib import image
 from PIL import Image
 
-from dsm_jax.training.loop import draw_curve
+from dsm_jax.training.curve import draw_curve
 
 
 def pixels(folder: Path, rows: list[dict[str, float | None]]) -> np.ndarray:

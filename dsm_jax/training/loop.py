@@ -6,7 +6,6 @@ A run's folder holds `metrics.jsonl` (one object per logged step), `checkpoints/
 import contextlib
 import dataclasses
 import importlib.util
-import io
 import json
 import logging
 import math
@@ -25,13 +24,12 @@ from dsm_jax.convert import native
 from dsm_jax.errors import ConfigError, TrainingError
 from dsm_jax.options import check_whole_numbers
 from dsm_jax.progress import Progress, ProgressCallback
+from dsm_jax.training.curve import Record, draw_curve
 from dsm_jax.training.data import batches
 from dsm_jax.training.step import Loss, Metrics, OptimizerConfig, TrainState, init, make_step
 
 StepFunction = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-Record = Mapping[str, Any]  # metrics of a logged step; None replaces NaN and infinity, which JSON lacks
 _log = logging.getLogger("dsm_jax.training")
-_COLOURS = 64  # in the plot's palette: the file is less than a third as large as with all colours of antialiasing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -365,34 +363,3 @@ def _writing(path: Path) -> Iterator[None]:
         raise TrainingError(
             f"{path} could not be written ({error.strerror}); fix that, then continue with --resume"
         ) from error
-
-
-def draw_curve(records: Sequence[Record], path: Path) -> None:
-    """Plot the loss, and metrics whose names begin with "validation", over steps, to a file of a few kB.
-
-    Args:
-      records: records in the order of their steps; values of None are left out.
-      path: path of the PNG.
-
-    Raises:
-      OSError: the file cannot be written.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    lowest = math.inf
-    for name in ["loss", *sorted({name for record in records for name in record if name.startswith("validation")})]:
-        points = [(record["step"], value) for record in records if (value := record.get(name)) is not None]
-        lowest = min([lowest, *(value for _, value in points)])
-        marker = "" if name == "loss" and len(points) > 1 else "o"
-        axes.plot([step for step, _ in points], [value for _, value in points], label=name, marker=marker, markersize=3)
-    axes.set(xlabel="step", yscale="log" if lowest > 0 else "linear", title=path.absolute().parent.name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=110)
-    Image.open(drawn).convert("RGB").quantize(_COLOURS).save(path, optimize=True)
