@@ -59,6 +59,7 @@ def test_int8_values_have_a_scale_for_each_output():
     assert (stored.scale.shape, stored.scale.dtype) == ((5,), jnp.float32)
     assert np.abs(np.asarray(stored.values[:4], int)).max((1, 2)).tolist() == [127] * 4
     assert not np.any(stored.values[4])
+    assert (np.asarray(stored.scale) > 0).all(), "0 / 0 is no number, and what int8 makes of it is not defined"
     back = stored.values.astype(jnp.float32) * stored.scale[:, None, None]
     np.testing.assert_allclose(back, weight, atol=float(np.abs(weight).max() / 254) * 1.001)  # half a step
 
