@@ -288,15 +288,18 @@ def test_a_long_file_is_sent_no_faster_than_the_server_takes_it(page, server, tm
 
 def test_a_file_can_be_stopped(page, server, tmp_path):
     pcm_T, rate = soundfile.read(JACKSON, dtype="float32")
-    path = write_sound(tmp_path / "long.wav", np.tile(pcm_T, 20), rate)
+    said = 60 * SPOKEN  # four minutes, of which a fast machine hears the first before the click comes
+    path = write_sound(tmp_path / "long.wav", np.tile(pcm_T, 60), rate)
     page.get(server)
     page.element("file").send_keys(str(path))
     page.wait(lambda: len(page.words()) >= 9)
     page.click("mic")
     page.wait(lambda: page.state("listen") == "idle")
-    words = page.words()
-    assert words == (20 * SPOKEN)[: len(words)]
-    assert len(words) < 20 * len(SPOKEN)
+    *words, _ = page.words()  # the last one may have been cut
+    assert words[:9] == SPOKEN
+    misheard = sum(found != spoken for found, spoken in zip(words, said, strict=False))
+    assert misheard <= len(words) / 50  # as the model card has it
+    assert len(words) < len(said) - 9
     assert page.traffic().kinds.count("Marker") == 2  # the page's and the server's
     assert page.complaints() == []
 
