@@ -15,6 +15,7 @@ from dsm_jax.files import decode_json, read_text
 
 INDEX_NAME = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
+VOICES = "voices"  # the folder of a model's own
 _OTHER_FORMATS = (".bin", ".ckpt", ".gguf", ".npz", ".pt", ".pth")  # of weights
 _LFS_POINTER = b"version https://git-lfs"
 _NAME_OF_DTYPE = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
@@ -176,18 +177,26 @@ def _bytes(tensor: Outgoing) -> int:
     return int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(tensor.dtype).itemsize
 
 
-def copy_voices(tokenizer: Path | None, folder: Path) -> None:
-    """Copy a model's own voices: files in a folder `voices` beside its tokenizer.
+def own_voices(tokenizer: Path | None) -> list[Path]:
+    """List a model's own voices: files in a folder `VOICES` beside its tokenizer.
 
     Args:
       tokenizer: path of the tokenizer; None for a model without one, which has no voices.
-      folder: the folder to write to.
     """
-    voices = sorted((tokenizer.parent / "voices").glob("*.safetensors")) if tokenizer else []
-    for i, voice in enumerate(voices):
-        if i == 0:
-            (folder / "voices").mkdir()
-        shutil.copyfile(voice, folder / "voices" / voice.name)
+    return [] if tokenizer is None else sorted((tokenizer.parent / VOICES).glob("*.safetensors"))
+
+
+def copy_voices(tokenizer: Path | None, folder: Path) -> None:
+    """Copy a model's own voices to a model's folder.
+
+    Args:
+      tokenizer: as for `own_voices`.
+      folder: the folder of the copy.
+    """
+    if voices := own_voices(tokenizer):
+        (folder / VOICES).mkdir()
+    for voice in voices:
+        shutil.copyfile(voice, folder / VOICES / voice.name)
 
 
 def read_json(path: Path) -> dict:

@@ -1,7 +1,10 @@
 """Settings of fine-tuning and of losses: what cannot work is refused before anything is loaded."""
 
+import dataclasses
 import math
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -100,3 +103,9 @@ def test_a_config_survives_json():
         lora=LoraConfig(rank=4),
     )
     assert from_dict(FinetuneConfig, to_dict(config), "config.json") == config
+
+
+def test_a_config_of_paths_dtypes_and_numbers_of_numpy_is_that_of_texts_and_numbers():
+    plain = FinetuneConfig(data="a", output="b", run=RunConfig(steps=4), seconds=2.0, compute_dtype="bfloat16")
+    given: dict = {"data": Path("a"), "seconds": np.float32(2), "compute_dtype": jnp.dtype("bfloat16")}
+    assert to_dict(dataclasses.replace(plain, **given)) == to_dict(plain)

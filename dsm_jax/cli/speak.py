@@ -42,7 +42,7 @@ FLAGS = tuple(
 def run(args: argparse.Namespace) -> int:
     """Say what the arguments name; return the exit code."""
     set_up_jax(args)
-    # What needs no model is checked before the model is loaded, which may take a download.
+    # Check before the model is loaded, which may take a download, all that needs no model.
     check_source(args.text)
     check_output(args.output, named=holds_requests(args.text), save_frames=args.save_frames)
     form = _form(args, None if args.context is None else read_context(args.context))

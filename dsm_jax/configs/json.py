@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from dsm_jax.errors import ConfigError
 
 Config = TypeVar("Config")
@@ -96,5 +98,12 @@ def _of_type(configs: Sequence[Any], value: Any, where: str) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Convert a config to plain JSON values, which `from_dict` reads back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """Convert a config to plain JSON values, which `from_dict` reads back.
+
+    From Python, a number may be one of numpy's, and a text a path or a dtype.
+    """
+    return json.loads(json.dumps(dataclasses.asdict(config), default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else str(value)

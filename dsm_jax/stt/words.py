@@ -226,8 +226,8 @@ class WordReader:
         """Tell whether the segment has ended though no boundary came: its text is complete, and its sound too."""
         if self.levels is None or not self._pieces or self.frame - self._pieces[-1].frame <= COMPLETE_FRAMES:
             return False
-        # Where no silence follows, the next word may have begun, whose text comes after its sound: wait for the longest
-        # tail.
+        # Wait for the longest tail if no silence follows: the next word may have begun, and its text is later than its
+        # sound.
         if self.frame - self._pieces[-1].frame > LONGEST_TAIL_S * self.timing.frame_rate:
             return True
         last = self._frames(self._segment())[-1:] or [self._pieces[0].frame]

@@ -24,7 +24,9 @@ from jax.sharding import Mesh
 
 from dsm_jax import checkpoints, files
 from dsm_jax.checkpoints import Model
+from dsm_jax.configs.json import to_dict
 from dsm_jax.convert import convert
+from dsm_jax.convert.files import VOICES
 from dsm_jax.errors import CheckpointError, ConfigError, TrainingError
 from dsm_jax.models.family import FAMILIES
 from dsm_jax.models.parameters import read_dtype
@@ -189,7 +191,7 @@ def write_model(
             made = folder if voices is None else Path(scratch) / "made"
             convert(Path(scratch) / "native", made, to=layout)
             if voices is not None:
-                write_voices(made / "voices", voices)
+                write_voices(made / VOICES, voices)
                 made.rename(folder)
     except (CheckpointError, OSError) as error:
         raise TrainingError(
@@ -299,8 +301,7 @@ def _check_output(run: Run, resume: bool) -> None:
 
 def _keep_settings(path: Path, config: FinetuneConfig, resume: bool) -> None:
     """Write a run's settings; refuse to resume with another base model or other adapters, which would fit unnoticed."""
-    # From Python, a path may be a Path, and a number one of numpy's.
-    settings = json.loads(json.dumps(dataclasses.asdict(config), default=lambda v: getattr(v, "item", v.__str__)()))
+    settings = to_dict(config)
     if resume and path.exists():
         try:
             before = files.parse_json(path.read_bytes(), "the settings of the run", line=False)

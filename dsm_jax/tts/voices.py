@@ -20,6 +20,7 @@ from safetensors.numpy import save
 from dsm_jax.audio import SupportsArray
 from dsm_jax.checkpoints import Model
 from dsm_jax.configs import LMConfig, LutConditioner, TensorConditioner
+from dsm_jax.convert.files import own_voices
 from dsm_jax.errors import CheckpointError, SpeechError
 from dsm_jax.hub import fetch_file
 
@@ -32,9 +33,7 @@ Voice = str | os.PathLike[str] | SupportsArray  # see `read_voice`
 
 def voices_of(model: Model) -> dict[str, Path]:
     """Return the voices that came with a model, by name: files in a folder `voices` beside its tokenizer."""
-    if model.tokenizer is None:
-        return {}
-    return {path.stem: path for path in sorted((model.tokenizer.path.parent / "voices").glob("*.safetensors"))}
+    return {path.stem: path for path in own_voices(model.tokenizer and model.tokenizer.path)}
 
 
 def write_voices(folder: Path, voices: Mapping[str, np.ndarray]) -> None:
