@@ -106,16 +106,39 @@ def test_the_ring_feeds_the_tokens_of_a_delayed_clip():
     delayed_BMT = delay(jnp.asarray(codes_BMT), initial_M, config.delays)
     wanted_BMT = inputs_of(delayed_BMT, initial_M)
     spoken = heard = TokenRing.empty(config, 2)
+    one_B = jnp.ones(2, jnp.int32)
     for t in range(9):
-        step_B = jnp.full((2,), t)
-        np.testing.assert_array_equal(spoken.inputs(step_B, config), wanted_BMT[:, :, t])
-        spoken = spoken.with_made(delayed_BMT[:, :, t], step_B)
+        step_B, now = jnp.full((2,), t), slice(t, t + 1)
+        np.testing.assert_array_equal(spoken.inputs(step_B[:, None], config), wanted_BMT[:, :, now])
+        spoken = spoken.with_made(delayed_BMT[:, :, now], step_B, one_B)
         if t >= last:
             np.testing.assert_array_equal(spoken.newest_frame(step_B, config), codes_BMT[:, :, t - last])
         if t:
-            heard = heard.with_frame(jnp.asarray(codes_BMT[:, 1:, t - 1]), step_B - 1, config)
-        np.testing.assert_array_equal(heard.inputs(step_B, config), wanted_BMT[:, :, t])
-        heard = heard.with_made(delayed_BMT[:, :1, t], step_B)
+            heard = heard.with_frames(jnp.asarray(codes_BMT[:, 1:, t - 1 : t]), step_B - 1, one_B, config)
+        np.testing.assert_array_equal(heard.inputs(step_B[:, None], config), wanted_BMT[:, :, now])
+        heard = heard.with_made(delayed_BMT[:, :1, now], step_B, one_B)
+
+
+@pytest.mark.slow
+def test_the_ring_feeds_several_steps_at_once_to_rows_that_keep_different_numbers_of_them():
+    config, codes_BMT = small.STT, jnp.asarray(tokens(15))
+    delayed_BMT = delay(codes_BMT, initial_tokens(config), config.delays)
+    wanted_BMT = inputs_of(delayed_BMT, initial_tokens(config))
+    four, one_B = np.arange(4), jnp.ones(2, jnp.int32)
+    ring, step_B = TokenRing.empty(config, 2, ahead=4).with_made(delayed_BMT[:, :1, :1], 0 * one_B, one_B), one_B
+    for taken in ([4, 1], [1, 3], [0, 4], [4, 0], [0, 1]):
+        step_B4 = np.array(step_B)[:, None] + four
+        frames_BQ4 = jnp.stack([codes_MT[1:, steps - 1] for codes_MT, steps in zip(codes_BMT, step_B4, strict=True)])
+        ring = ring.with_frames(frames_BQ4, step_B - 1, 4 * one_B, config)
+        found_BM4 = ring.inputs(jnp.asarray(step_B4), config)
+        for row, steps in enumerate(step_B4):
+            np.testing.assert_array_equal(found_BM4[row, 1:], wanted_BMT[row, 1:, steps].T)
+            assert found_BM4[row, 0, 0] == wanted_BMT[row, 0, steps[0]]
+        text_B14 = jnp.stack([delayed_MT[:1, steps] for delayed_MT, steps in zip(delayed_BMT, step_B4, strict=True)])
+        before, ring = ring, ring.with_made(text_B14, step_B, jnp.array(taken))
+        for row in np.flatnonzero(np.equal(taken, 0)):
+            np.testing.assert_array_equal(ring.tokens_BMS[row], before.tokens_BMS[row])
+        step_B = step_B + jnp.array(taken)
 
 
 @pytest.mark.slow

@@ -87,6 +87,34 @@ def test_transformers_stream_past_their_window(options):
     check_streaming(transformer, noise(2, 17, 16), window=4, atol=ROUNDING)
 
 
+@dataclasses.dataclass
+class Peeking:
+    """A transformer that runs each chunk before it knows how many of its steps it takes."""
+
+    transformer: Transformer
+
+    def init_state(self, batch_size):
+        return self.transformer.init_state(batch_size)
+
+    def step(self, x_BTD, state, lengths_B=None):
+        y_BTD, chunk = self.transformer.peek(x_BTD, state)
+        lengths_B = jnp.full(x_BTD.shape[:1], x_BTD.shape[1]) if lengths_B is None else lengths_B
+        return y_BTD, self.transformer.commit(state, chunk, lengths_B)
+
+    def __call__(self, x_BTD):
+        return self.transformer(x_BTD)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("positions", ["rope", "sin"])
+def test_steps_that_are_kept_after_they_ran_are_as_steps_that_are_taken(positions):
+    config = TransformerConfig(
+        d_model=16, num_heads=4, num_layers=2, dim_feedforward=24, context=5, positional_embedding=positions
+    )
+    transformer = small.build(lambda rngs: Transformer(config, rngs=rngs))
+    check_streaming(Peeking(transformer), noise(2, 17, 16), window=5, atol=ROUNDING)
+
+
 @pytest.mark.slow
 def test_mimi_streams():
     frames, config = 17, small.MIMI

@@ -11,7 +11,7 @@ from flax import nnx
 from dsm_jax.models.streams import TokenRing
 from dsm_jax.nn.transformer import TransformerState
 from dsm_jax.stt import program
-from dsm_jax.stt.program import SttInputs, SttProgram, SttRequest, SttSettings, SttState
+from dsm_jax.stt.program import DecoderState, SttInputs, SttProgram, SttRequest, SttSettings
 from tests.helpers import small, stt_model
 from tests.helpers.optimized import compile_optimized
 
@@ -47,7 +47,7 @@ def test_a_row_without_frames_is_untouched(parts):
     outputs, after = run(lm, mimi, pcm, jnp.array([8, 0]), state)
     for before, now in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(before[1], now[1])
-    assert not np.array_equal(state.lm.position_B[0], after.lm.position_B[0])
+    assert not np.array_equal(state.decoder.lm.position_B[0], after.decoder.lm.position_B[0])
     assert np.isfinite(outputs.probabilities_BF).all()
 
 
@@ -56,6 +56,50 @@ def test_vmap_over_recordings_equals_a_batch(parts):
     batch, _ = run(lm, mimi, pcm, jnp.array([8, 8]))
     one_by_one = jax.vmap(lambda clip: run(lm, mimi, clip[None], jnp.array([8]))[0])(pcm)
     np.testing.assert_array_equal(batch.tokens_BF, one_by_one.tokens_BF[:, 0])
+
+
+def often_padding(lm):
+    """Return a copy of a model that chooses padding wherever its score is above zero: as often as trained models."""
+    graph, params = nnx.split(lm)
+    lm = nnx.merge(graph, jax.tree.map(jnp.copy, params))
+    weight_VD = lm.text_linear.weight
+    weight_VD[...] = weight_VD[...].at[lm.config.existing_text_padding_id].multiply(50)
+    return lm
+
+
+@pytest.mark.parametrize("ahead", [2, 3, 8])
+def test_passes_of_several_steps_give_the_tokens_of_single_steps(model, ahead):
+    lm, mimi, pcm = often_padding(model.lm), model.codec, jnp.asarray(stt_model.recording()[: 64 * 1_920])
+    pcm_BTC = jnp.stack([pcm, jnp.roll(pcm, 20_000), pcm[::-1], pcm, pcm])[:, :, None]
+    prompt_BT = jnp.zeros((5, 4), jnp.int32).at[3].set(jnp.array([1, 4, 8, 10]))  # a boundary, padding and two others
+    requests = SttRequest(
+        key_B2=jnp.arange(10, dtype=jnp.uint32).reshape(5, 2),
+        temperature_B=jnp.array([0.0, 0.8, 0.0, 0.0, 1.0]),
+        top_k_B=jnp.array([0, 5, 0, 0, 0]),
+        prompt_BT=prompt_BT,
+        deadline_B=jnp.array([0, 0, 0, 30, 0]),
+    )
+
+    def transcribed(ahead, cuts):
+        settings = SttSettings(5, prompt_tokens=4, max_top_k=8, ahead=ahead)
+        state = program.init_state(lm, mimi, settings)
+        state = program.insert(lm, mimi, state, jnp.arange(5), requests, settings)
+        parts, start = [], 0
+        for frames, frames_B in cuts:
+            chunk = SttInputs(pcm_BTC[:, start * 1_920 : (start + frames) * 1_920], jnp.array(frames_B))
+            outputs, state = jax.jit(program.step, static_argnums=4)(lm, mimi, state, chunk, settings)
+            parts.append(outputs)
+            start += frames
+        return [jax.tree.map(lambda *a, row=row: np.concatenate([b[row] for b in a]), *parts) for row in range(5)]
+
+    whole = transcribed(1, [(64, [64] * 5)])
+    ragged = transcribed(ahead, [(48, [48, 48, 48, 48, 5]), (16, [16, 16, 3, 0, 0])])
+    for row, frames in enumerate([64, 64, 51, 48, 5]):
+        for name in ("tokens_BF", "probabilities_BF", "pauses_BFH"):
+            wanted, found = (getattr(outputs[row], name)[:frames] for outputs in (whole, ragged))
+            np.testing.assert_allclose(found, wanted, atol=2e-5, err_msg=f"{name} of row {row}")
+    padding = np.mean([outputs.tokens_BF == lm.config.existing_text_padding_id for outputs in whole])
+    assert 0.2 < padding < 0.8, "a model that never pads, or only pads, would prove little"
 
 
 class FixedScores:
@@ -67,14 +111,21 @@ class FixedScores:
         scores_V = jnp.zeros(18).at[np.array(best)].set(np.arange(len(best), 0, -1.0))
         self.scores_2V = jnp.stack([scores_V.at[first].set(9.0), scores_V])
 
-    def step(self, inputs_BM1, state, lengths_B):
-        return state.position_B, dataclasses.replace(state, position_B=state.position_B + lengths_B)
+    def step(self, inputs_BMA, state, lengths_B):
+        step_BA, _ = self.peek(inputs_BMA, state)
+        return step_BA, self.commit(state, None, lengths_B)
 
-    def text_logits(self, step_B):
-        return self.scores_2V[jnp.minimum(step_B, 1)][:, None]
+    def peek(self, inputs_BMA, state):
+        return state.position_B[:, None] + jnp.arange(inputs_BMA.shape[2]), None
 
-    def extra_probabilities(self, step_B):
-        return jnp.zeros((1, 1, 4, 1))
+    def commit(self, state, chunk, lengths_B):
+        return dataclasses.replace(state, position_B=state.position_B + lengths_B)
+
+    def text_logits(self, step_BA):
+        return self.scores_2V[jnp.minimum(step_BA, 1)]
+
+    def extra_probabilities(self, step_BA):
+        return jnp.zeros((*step_BA.shape, 4, 1))
 
 
 @pytest.mark.parametrize(
@@ -87,17 +138,32 @@ class FixedScores:
         ((7, 15, 7, 3), (7, 9), 4, [3, 7, 3, 3, 9, 15]),
     ],
 )
-def test_a_text_prompt_is_chosen_by_the_model_or_forced_by_its_deadline(best, prompt, deadline, wanted):
-    lm, settings = FixedScores(*best), SttSettings(1, prompt_tokens=4)
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_text_prompt_is_chosen_by_the_model_or_forced_by_its_deadline(best, prompt, deadline, wanted, most):
+    lm, settings = FixedScores(*best), SttSettings(1, prompt_tokens=4, ahead=most)
     prompt_BT = jnp.array([[token + 1 for token in prompt] + [0] * (4 - len(prompt))])
     zero_B = jnp.zeros((1,), jnp.int32)
     request = SttRequest(jnp.zeros((1, 2), jnp.uint32), jnp.zeros((1,)), zero_B, prompt_BT, jnp.array([deadline]))
-    state = SttState(None, TransformerState((), zero_B), TokenRing.empty(lm.config, 1), zero_B, request)  # pyright: ignore
-    step, found = jax.jit(lambda state: program._text_step(lm, state, jnp.array([True]), settings)), []
-    for _ in wanted:
-        (token_B, _, _), state = step(state)
-        found.append(int(token_B[0]))
-    assert found == wanted
+    ring = TokenRing.empty(lm.config, 1, ahead=most)
+    state, found = DecoderState(TransformerState((), zero_B), ring, zero_B), []
+    step = jax.jit(lambda state: program._text_steps(lm, state, request, jnp.array([most]), settings, most))  # pyright: ignore
+    while len(found) < len(wanted):
+        made, taken_B, state = step(state)
+        found += made.tokens_BF[0, : int(taken_B[0])].tolist()
+    assert found[: len(wanted)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("best", "left", "taken"),
+    [((3, 3), 4, 4), ((3, 3), 2, 2), ((7, 3), 4, 1), ((3, 7), 4, 2), ((3, 3), 0, 0)],
+    ids=["padding", "padding, to the end of the chunk", "another at once", "another after the first", "an idle slot"],
+)
+def test_a_pass_keeps_its_steps_up_to_the_first_token_that_is_not_padding(best, left, taken):
+    lm, settings, zero_B = FixedScores(*best), SttSettings(1, ahead=4), jnp.zeros((1,), jnp.int32)
+    request = SttRequest(jnp.zeros((1, 2), jnp.uint32), jnp.zeros((1,)), zero_B, jnp.zeros((1, 0), jnp.int32), zero_B)
+    state = DecoderState(TransformerState((), zero_B), TokenRing.empty(lm.config, 1, ahead=4), zero_B)
+    step = jax.jit(lambda: program._text_steps(lm, state, request, jnp.array([left]), settings, 4))  # pyright: ignore
+    assert step()[1].tolist() == [taken]
 
 
 def test_the_loss_of_a_clip_has_finite_gradients(model, parts):

@@ -135,3 +135,15 @@ def test_a_step_updates_its_caches_in_place(steps):
         jnp.zeros((2, steps, 16)),
         transformer.init_state(2),
     )
+
+
+@pytest.mark.slow
+def test_keeping_steps_that_ran_updates_the_caches_in_place():
+    config = TransformerConfig(d_model=16, num_heads=4, num_layers=2, dim_feedforward=24, context=8192)
+    transformer = small.build(lambda rngs: Transformer(config, rngs=rngs))
+
+    def step(x_BTD, state):
+        y_BTD, chunk = transformer.peek(x_BTD, state)
+        return y_BTD, transformer.commit(state, chunk, (y_BTD[:, 0] > 0).sum(axis=1) % 4)
+
+    check_in_place(step, jnp.zeros((2, 3, 16)), transformer.init_state(2))

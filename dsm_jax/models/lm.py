@@ -26,6 +26,7 @@ from dsm_jax.nn.norms import make_norm
 from dsm_jax.nn.precision import full_precision
 from dsm_jax.nn.transformer import Transformer, TransformerState
 from dsm_jax.sharding import Sharding
+from dsm_jax.streaming import KVCache
 
 
 @jax.tree_util.register_dataclass
@@ -92,6 +93,21 @@ class DelayedStreamsLM(nnx.Module):
         Raises:
           StreamError: the number of streams is not `n_q` + 1, or the model has cross-attention and got no conditions.
         """
+        x_BTD = self._inputs(tokens_BMT, conditions)
+        x_BTD, state = self.transformer.step(x_BTD, state, lengths_B, *_cross_of(conditions))
+        return self.out_norm(x_BTD), state
+
+    def peek(self, tokens_BMT: jax.Array, state: TransformerState) -> tuple[jax.Array, tuple[KVCache, ...]]:
+        """Feed T steps of tokens, some of them guessed, to a model without conditions; see `Transformer.peek`."""
+        x_BTD, chunk = self.transformer.peek(self._inputs(tokens_BMT, None), state)
+        return self.out_norm(x_BTD), chunk
+
+    def commit(self, state: TransformerState, chunk: tuple[KVCache, ...], lengths_B: jax.Array) -> TransformerState:
+        """Take the first `lengths_B` steps that `peek` ran from this state; return the state after them."""
+        return self.transformer.commit(state, chunk, lengths_B)
+
+    def _inputs(self, tokens_BMT: jax.Array, conditions: Conditions | None) -> jax.Array:
+        """Compute the backbone's input of each step."""
         if self.config.cross_attention and (conditions is None or conditions.cross is None):
             raise StreamError("the model has cross-attention and got no conditions; make them with `condition`")
         if tokens_BMT.shape[1] != self.config.n_q + 1:
@@ -102,8 +118,7 @@ class DelayedStreamsLM(nnx.Module):
         x_BTD = self.embed(tokens_BMT)
         if conditions is not None and conditions.sum_BD is not None:
             x_BTD = x_BTD + conditions.sum_BD[:, None].astype(x_BTD.dtype)
-        x_BTD, state = self.transformer.step(x_BTD, state, lengths_B, *_cross_of(conditions))
-        return self.out_norm(x_BTD), state
+        return x_BTD
 
     @full_precision
     def condition(self, values: dict[str, jax.Array], masks: dict[str, jax.Array]) -> Conditions:

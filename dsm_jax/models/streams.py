@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsm_jax.configs import LMConfig
-from dsm_jax.streaming import select_rows
+from dsm_jax.streaming import taken_BT
 
 ZERO_TOKEN = -1  # an absent token: its embedding is zero, and losses mask it
 
@@ -81,29 +81,40 @@ class TokenRing:
     tokens_BMS: jax.Array
 
     @classmethod
-    def empty(cls, config: LMConfig, batch_size: int) -> "TokenRing":
-        """Make a ring without tokens, long enough for the longest delay."""
-        return cls(jnp.full((batch_size, config.n_q + 1, max(config.delays) + 2), ZERO_TOKEN, jnp.int32))
+    def empty(cls, config: LMConfig, batch_size: int, *, ahead: int = 1) -> "TokenRing":
+        """Make a ring without tokens, long enough for the longest delay and for `ahead` steps at a time."""
+        return cls(jnp.full((batch_size, config.n_q + 1, max(config.delays) + 1 + ahead), ZERO_TOKEN, jnp.int32))
 
-    def _slot(self, step: jax.Array) -> jax.Array:
-        return step % self.tokens_BMS.shape[2]
+    def inputs(self, step_BT: jax.Array, config: LMConfig) -> jax.Array:
+        """Return the inputs of the steps `step_BT` of each row, int32 [B, M, T]."""
+        slot_B1T = (step_BT % self.tokens_BMS.shape[2])[:, None]
+        held_BMT = jnp.take_along_axis(self.tokens_BMS, slot_B1T, axis=2)
+        initial_M1, delays_M1 = initial_tokens(config)[:, None], jnp.array(config.delays)[:, None]
+        return jnp.where(step_BT[:, None] <= delays_M1, initial_M1, held_BMT)
 
-    def inputs(self, step_B: jax.Array, config: LMConfig) -> jax.Array:
-        """Return the inputs of step `step_B` of each row, int32 [B, M]."""
-        step_B1 = step_B[:, None]
-        held_BM = jnp.take_along_axis(self.tokens_BMS, self._slot(step_B1)[:, :, None], axis=2)[:, :, 0]
-        return jnp.where(step_B1 <= jnp.array(config.delays), initial_tokens(config), held_BM)
+    def with_made(self, tokens_BQT: jax.Array, step_B: jax.Array, lengths_B: jax.Array) -> "TokenRing":
+        """Add the tokens that the first `lengths_B` of T steps from `step_B` on generated, text first."""
+        streams_Q = jnp.arange(tokens_BQT.shape[1])
+        return self._with(tokens_BQT, streams_Q, step_B[:, None], lengths_B)
 
-    def with_made(self, tokens_BQ: jax.Array, step_B: jax.Array) -> "TokenRing":
-        """Add the tokens that step `step_B` generated for the first streams, text first."""
-        rows_B, streams = jnp.arange(tokens_BQ.shape[0]), slice(tokens_BQ.shape[1])
-        return TokenRing(self.tokens_BMS.at[rows_B, streams, self._slot(step_B + 1)].set(tokens_BQ))
+    def with_frames(
+        self, codes_BQT: jax.Array, frame_B: jax.Array, lengths_B: jax.Array, config: LMConfig
+    ) -> "TokenRing":
+        """Add the first `lengths_B` of T frames from `frame_B` on; each code is an input after its stream's delay."""
+        streams_Q = jnp.arange(1, 1 + codes_BQT.shape[1])
+        step_BQ = frame_B[:, None] + jnp.array(config.delays[1 : 1 + codes_BQT.shape[1]])
+        return self._with(codes_BQT, streams_Q, step_BQ, lengths_B)
 
-    def with_frame(self, codes_BQ: jax.Array, frame_B: jax.Array, config: LMConfig) -> "TokenRing":
-        """Add a frame of given audio codes; each stream's code becomes an input after the stream's delay."""
-        rows_B1, streams_Q = jnp.arange(codes_BQ.shape[0])[:, None], jnp.arange(1, 1 + codes_BQ.shape[1])
-        step_BQ = frame_B[:, None] + jnp.array(config.delays[1 : 1 + codes_BQ.shape[1]])
-        return TokenRing(self.tokens_BMS.at[rows_B1, streams_Q, self._slot(step_BQ + 1)].set(codes_BQ))
+    def _with(
+        self, tokens_BQT: jax.Array, streams_Q: jax.Array, step_BQ: jax.Array, lengths_B: jax.Array
+    ) -> "TokenRing":
+        """Write tokens as inputs of the steps after `step_BQ`."""
+        B, _, T = tokens_BQT.shape
+        slots = self.tokens_BMS.shape[2]
+        slot_BQT = (step_BQ[:, :, None] + 1 + jnp.arange(T)) % slots
+        slot_BQT = jnp.where(taken_BT(lengths_B, T)[:, None], slot_BQT, slots)  # out of range: nothing is written
+        at = jnp.arange(B)[:, None, None], streams_Q[:, None], slot_BQT
+        return TokenRing(self.tokens_BMS.at[at].set(tokens_BQT, mode="drop"))
 
     def newest_frame(self, step_B: jax.Array, config: LMConfig) -> jax.Array:
         """Return the tokens of the newest frame that is complete after step `step_B`, int32 [B, M].
@@ -111,8 +122,5 @@ class TokenRing:
         This is frame `step_B` - (longest delay); while that is negative, the tokens are meaningless.
         """
         made_in_BM = step_B[:, None] - max(config.delays) + jnp.array(config.delays)
-        return jnp.take_along_axis(self.tokens_BMS, self._slot(made_in_BM + 1)[:, :, None], axis=2)[:, :, 0]
-
-    def kept(self, mask_B: jax.Array, before: "TokenRing") -> "TokenRing":
-        """Return this ring with the unmarked rows taken from `before`."""
-        return select_rows(mask_B, self, before)
+        slot_BM1 = ((made_in_BM + 1) % self.tokens_BMS.shape[2])[:, :, None]
+        return jnp.take_along_axis(self.tokens_BMS, slot_BM1, axis=2)[:, :, 0]

@@ -153,9 +153,19 @@ class Attention(nnx.Module):
         return KVCache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
     def step(
-        self, x_BTD: jax.Array, cache: KVCache | None, position_B: jax.Array, lengths_B: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        cache: KVCache | None,
+        position_B: jax.Array,
+        lengths_B: jax.Array | None,
+        *,
+        write: bool = True,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Run a chunk of at most as many steps as the cache has slots, or a whole clip without a cache."""
+        """Run a chunk of at most as many steps as the cache has slots, or a whole clip without a cache.
+
+        With `write` False the cache is only read, and the chunk's own keys and values [B, K, T, H] are returned in its
+        place, for `commit`.
+        """
         c = self.config
         B, T, _ = x_BTD.shape
         S = c.context if cache is None else cache.k_BKSH.shape[2]
@@ -175,7 +185,7 @@ class Attention(nnx.Module):
         if cache is None:
             near_TU = steps_T[:, None] - steps_T < S
             y_BTKGH = _attend(q_BTKGH, [(k_BKUH, v_BKUH, causal_BTU & near_TU)])
-        elif T == 1:
+        elif T == 1 and write:
             # The new key replaces the key that just left the window, so after the write the ring is the window, and
             # XLA updates the donated cache in place. An idle row of a fresh stream has no key at all; attending to its
             # empty slot 0 keeps its softmax finite.
@@ -188,6 +198,8 @@ class Attention(nnx.Module):
             held_BS = position_B[:, None] - 1 - (position_B[:, None] - 1 - jnp.arange(S)) % S
             seen_BTS = (held_BS >= 0)[:, None] & (position_BT[..., None] - held_BS[:, None] < S)
             y_BTKGH = _attend(q_BTKGH, [(cache.k_BKSH, cache.v_BKSH, seen_BTS), (k_BKUH, v_BKUH, causal_BTU)])
+            if not write:
+                return self.out_proj(y_BTKGH), KVCache(k_BKUH, v_BKUH)
             # The write depends on the read, as XLA would copy the donated cache otherwise.
             kept_BTKGH = y_BTKGH
             if step_taken_BT is not None:
@@ -195,6 +207,13 @@ class Attention(nnx.Module):
             slot_BKT = _finite_slots(slot_BT, S, kept_BTKGH.swapaxes(1, 2))
             cache = _write(cache, k_BKUH, v_BKUH, slot_BKT, self.sharding)
         return self.out_proj(y_BTKGH), cache
+
+    def commit(self, cache: KVCache, chunk: KVCache, position_B: jax.Array, lengths_B: jax.Array) -> KVCache:
+        """Write the first `lengths_B` steps of a chunk that `step` ran without writing it."""
+        T, S = chunk.k_BKSH.shape[2], cache.k_BKSH.shape[2]
+        slot_BT = jnp.where(taken_BT(lengths_B, T), (position_B[:, None] + jnp.arange(T)) % S, S)
+        slot_BKT = _finite_slots(slot_BT, S, chunk.k_BKSH, chunk.v_BKSH)
+        return _write(cache, chunk.k_BKSH, chunk.v_BKSH, slot_BKT, self.sharding)
 
 
 class CrossAttention(nnx.Module):

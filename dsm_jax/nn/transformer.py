@@ -83,9 +83,11 @@ class TransformerLayer(nnx.Module):
         lengths_B: jax.Array | None,
         cross: tuple[jax.Array, jax.Array] | None,
         cross_length_B: jax.Array | None,
+        *,
+        write: bool = True,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Run one chunk."""
-        y_BTD, cache = self.self_attn.step(self.norm1(x_BTD), cache, position_B, lengths_B)
+        """Run one chunk; see `Attention.step`."""
+        y_BTD, cache = self.self_attn.step(self.norm1(x_BTD), cache, position_B, lengths_B, write=write)
         x_BTD = x_BTD + _scaled(y_BTD, self.layer_scale_1_D)
         if self.cross_attention is not None and self.norm_cross is not None and cross is not None:
             x_BTD = x_BTD + self.cross_attention(self.norm_cross(x_BTD), *cross, cross_length_B)
@@ -157,20 +159,60 @@ class Transformer(nnx.Module):
         def block(
             x_BTD: jax.Array, state: TransformerState, lengths_B: jax.Array | None
         ) -> tuple[jax.Array, TransformerState]:
-            if self.config.positional_embedding in ("sin", "sin_rope"):
-                position_BT = state.position_B[:, None] + jnp.arange(x_BTD.shape[1])
-                x_BTD = x_BTD + sinusoids(position_BT, x_BTD.shape[2], self.config.max_period).astype(x_BTD.dtype)
-            caches = []
-            for i, (layer, cache) in enumerate(zip(self.layers, state.caches, strict=True)):
-                source = None if cross is None else cross[i]
-                x_BTD, cache = layer.step(x_BTD, cache, state.position_B, lengths_B, source, cross_length_B)
-                caches.append(cache)
+            x_BTD, caches = self._layers(x_BTD, state, lengths_B, cross, cross_length_B)
             taken = x_BTD.shape[1] if lengths_B is None else lengths_B
-            return x_BTD, TransformerState(tuple(caches), state.position_B + taken)
+            return x_BTD, TransformerState(caches, state.position_B + taken)
 
         first = state.caches[0]
         longest = x_BTD.shape[1] if first is None else first.k_BKSH.shape[2]
         return step_in_blocks(block, x_BTD, state, lengths_B, longest)
+
+    def _layers(
+        self,
+        x_BTD: jax.Array,
+        state: TransformerState,
+        lengths_B: jax.Array | None,
+        cross: tuple[tuple[jax.Array, jax.Array], ...] | None,
+        cross_length_B: jax.Array | None,
+        *,
+        write: bool = True,
+    ) -> tuple[jax.Array, tuple[KVCache | None, ...]]:
+        """Run a chunk of at most a window through all layers; see `Attention.step`."""
+        if self.config.positional_embedding in ("sin", "sin_rope"):
+            position_BT = state.position_B[:, None] + jnp.arange(x_BTD.shape[1])
+            x_BTD = x_BTD + sinusoids(position_BT, x_BTD.shape[2], self.config.max_period).astype(x_BTD.dtype)
+        caches = []
+        for i, (layer, cache) in enumerate(zip(self.layers, state.caches, strict=True)):
+            source = None if cross is None else cross[i]
+            x_BTD, cache = layer.step(x_BTD, cache, state.position_B, lengths_B, source, cross_length_B, write=write)
+            caches.append(cache)
+        return x_BTD, tuple(caches)
+
+    @full_precision
+    def peek(self, x_BTD: jax.Array, state: TransformerState) -> tuple[jax.Array, tuple[KVCache, ...]]:
+        """Run T steps without taking them.
+
+        A caller that guessed some of the inputs keeps the steps whose guesses were right with `commit`, and drops the
+        others: a ring cannot give back the keys that it has overwritten.
+
+        Args:
+          x_BTD: the chunk, at most as many steps as a cache has slots.
+          state: from `init_state`, or from the step before.
+
+        Returns:
+          The outputs of all T steps, and each layer's keys and values [B, K, T, H] of the chunk.
+        """
+        y_BTD, chunk = self._layers(x_BTD, state, None, None, None, write=False)
+        return y_BTD, tuple(layer for layer in chunk if layer is not None)
+
+    def commit(self, state: TransformerState, chunk: tuple[KVCache, ...], lengths_B: jax.Array) -> TransformerState:
+        """Take the first `lengths_B` steps that `peek` ran from this state; return the state after them."""
+        caches = tuple(
+            layer.self_attn.commit(cache, new, state.position_B, lengths_B)
+            for layer, cache, new in zip(self.layers, state.caches, chunk, strict=True)
+            if cache is not None
+        )
+        return TransformerState(caches, state.position_B + lengths_B)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Run one step over the whole clip."""

@@ -18,6 +18,7 @@ from dsm_jax.stt.transcript import Transcript
 EventCallback = Callable[[int, Event], None]  # the place of a recording, and what was found in it
 
 CHUNK_FRAMES = 8  # of a device call: enough for efficient convolutions, few enough to waste little on the last chunk
+ROWS_OF_A_PASS = 4  # slots times steps ahead: docs/decisions/0025-steps-ahead.md
 
 
 def transcribe_each(
@@ -45,7 +46,7 @@ def transcribe_each(
         if each is not None:
             check_one_each(len(sources), "recordings", options=each)
         batch_size = slots_for(len(sources), batch_size)
-    transcriber = Transcriber(model, batch_size, (CHUNK_FRAMES,), known)
+    transcriber = Transcriber(model, batch_size, (CHUNK_FRAMES,), known, ahead=max(1, ROWS_OF_A_PASS // batch_size))
 
     def session(index: int, source: audio.Source) -> FileSession:
         chosen = transcriber.utterances[0 if each is None else index]

@@ -1,11 +1,15 @@
 """Speech to text as a program over slots: audio in, text tokens out, one state, nothing leaves the device.
 
 `insert` makes slots fresh, writes their requests into the state, and takes the model's first step, which precedes the
-first frame. `step` takes a chunk of audio: Mimi encodes all of it, and a scan over its frames feeds each to the
-language model and chooses a text token.
+first frame. `step` takes a chunk of audio: Mimi encodes all of it, and a loop feeds its frames to the language model,
+which chooses a text token for each.
 
-Shape letters: B slots, N requests, T samples or prompt tokens, C audio channels, F frames of the chunk, Q codebooks, V
-vocabulary, H pause horizons.
+Most of these tokens are padding. The loop therefore runs several steps at once, as if all of their tokens but the last
+were padding, and keeps those up to the first that is not: the same tokens as one step at a time gives, as each step
+that is kept had its own inputs, from fewer passes over the weights (docs/decisions/0025-steps-ahead.md).
+
+Shape letters: B slots, N requests, T samples or prompt tokens, C audio channels, F frames of the chunk, A steps of a
+pass, M streams, Q codebooks, V vocabulary, H pause horizons.
 """
 
 import dataclasses
@@ -18,6 +22,7 @@ import numpy as np
 from flax import nnx
 
 from dsm_jax.checkpoints import Model
+from dsm_jax.configs import LMConfig
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import CodecState, Mimi
 from dsm_jax.models.streams import TokenRing
@@ -25,7 +30,7 @@ from dsm_jax.nn.sampling import sample_or_greedy
 from dsm_jax.nn.transformer import TransformerState
 from dsm_jax.runtime.compile import compiled, plain
 from dsm_jax.runtime.slots import grow, write_rows
-from dsm_jax.streaming import reset_rows, select_rows
+from dsm_jax.streaming import reset_rows, taken_BT
 
 Array = Any  # of jax or numpy: the host fills requests and inputs, the device holds them
 
@@ -40,11 +45,13 @@ class SttSettings:
       slots: number of slots.
       prompt_tokens: room for the tokens of a text prompt.
       max_top_k: the largest top-k that a request may choose, see `sample`.
+      ahead: the most steps that one pass of the language model runs.
     """
 
     slots: int
     prompt_tokens: int = 0
     max_top_k: int = 0
+    ahead: int = 1
 
 
 @jax.tree_util.register_dataclass
@@ -70,21 +77,33 @@ class SttRequest:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class DecoderState:
+    """The language model's part of what the slots remember.
+
+    Attributes:
+      lm: state of the language model.
+      ring: tokens still to be fed.
+      prompted_B: int32, tokens of the text prompt that the model has produced.
+    """
+
+    lm: TransformerState
+    ring: TokenRing
+    prompted_B: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class SttState:
     """Everything that the slots remember.
 
     Attributes:
       codec: state of Mimi's encoder.
-      lm: state of the language model.
-      ring: tokens still to be fed.
-      prompted_B: int32, tokens of the text prompt that the model has produced.
+      decoder: state of the language model, and its tokens.
       request: choices of each slot's request.
     """
 
     codec: CodecState
-    lm: TransformerState
-    ring: TokenRing
-    prompted_B: jax.Array
+    decoder: DecoderState
     request: SttRequest
 
 
@@ -117,13 +136,9 @@ def init_state(lm: DelayedStreamsLM, mimi: Mimi, settings: SttSettings) -> SttSt
         jnp.zeros((slots, settings.prompt_tokens), jnp.int32),
         jnp.zeros((slots,), jnp.int32),
     )
-    return SttState(
-        mimi.encoder.init_state(slots),
-        lm.init_state(slots),
-        TokenRing.empty(lm.config, slots),
-        jnp.zeros((slots,), jnp.int32),
-        request,
-    )
+    ring = TokenRing.empty(lm.config, slots, ahead=settings.ahead)
+    decoder = DecoderState(lm.init_state(slots), ring, jnp.zeros((slots,), jnp.int32))
+    return SttState(mimi.encoder.init_state(slots), decoder, request)
 
 
 def insert(
@@ -145,7 +160,8 @@ def insert(
     filled_B = jnp.zeros((settings.slots,), bool).at[slot_N].set(True, mode="drop")
     state = reset_rows(state, filled_B, init_state(lm, mimi, settings))
     state = dataclasses.replace(state, request=write_rows(state.request, slot_N, requests))
-    return _text_step(lm, state, filled_B, settings)[1]
+    _, _, decoder = _text_steps(lm, state.decoder, state.request, filled_B.astype(jnp.int32), settings, 1)
+    return dataclasses.replace(state, decoder=decoder)
 
 
 def step(
@@ -167,53 +183,101 @@ def step(
     samples_B = inputs.frames_B * frame_size
     codes_BQF, codec = mimi.encode_step(inputs.pcm_BTC, state.codec, samples_B, codebooks=lm.config.user_q)
     state = dataclasses.replace(state, codec=codec)
+    frames, most = codes_BQF.shape[2], min(settings.ahead, codes_BQF.shape[2])
 
-    def frame_step(carry: tuple[TransformerState, TokenRing, jax.Array], frame: tuple[jax.Array, jax.Array]):
-        codes_BQ, active_B = frame
-        before = dataclasses.replace(state, lm=carry[0], ring=carry[1], prompted_B=carry[2])
+    def take_pass(carry: tuple[jax.Array, DecoderState, FrameOutputs]) -> tuple[jax.Array, DecoderState, FrameOutputs]:
+        frame_B, decoder, outputs = carry
+        frame_BA = frame_B[:, None] + jnp.arange(most)
+        codes_BQA = jnp.take_along_axis(codes_BQF, jnp.minimum(frame_BA, frames - 1)[:, None], axis=2)
+        left_B = jnp.clip(inputs.frames_B - frame_B, 0, most)
         # The frame before step t is number t - 1.
-        ring = before.ring.with_frame(codes_BQ, before.lm.position_B - 1, lm.config).kept(active_B, before.ring)
-        made, after = _text_step(lm, dataclasses.replace(before, ring=ring), active_B, settings)
-        return (after.lm, after.ring, after.prompted_B), made
+        ring = decoder.ring.with_frames(codes_BQA, decoder.lm.position_B - 1, left_B, lm.config)
+        decoder = dataclasses.replace(decoder, ring=ring)
+        made, taken_B, decoder = _text_steps(lm, decoder, state.request, left_B, settings, most)
+        place_BA = jnp.where(taken_BT(taken_B, most), frame_BA, frames)  # out of range: nothing is written
+        rows_B1 = jnp.arange(settings.slots)[:, None]
+        outputs = jax.tree.map(lambda all, new: all.at[rows_B1, place_BA].set(new, mode="drop"), outputs, made)
+        return frame_B + taken_B, decoder, outputs
 
-    frames = inputs.pcm_BTC.shape[1] // frame_size
-    active_FB = jnp.arange(frames)[:, None] < inputs.frames_B
-    carry = state.lm, state.ring, state.prompted_B
-    carry, made = jax.lax.scan(frame_step, carry, (jnp.moveaxis(codes_BQF, 2, 0), active_FB))
-    outputs = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), FrameOutputs(*made))
-    return outputs, dataclasses.replace(state, lm=carry[0], ring=carry[1], prompted_B=carry[2])
-
-
-def _text_step(
-    lm: DelayedStreamsLM, state: SttState, active_B: jax.Array, settings: SttSettings
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], SttState]:
-    """Take one step of the language model: token, its probability and pauses, and the next state."""
-    config, request, step_B = lm.config, state.request, state.lm.position_B
-    wanted_B = _next_prompt_token(request.prompt_BT, state.prompted_B)
-    inputs_BM = state.ring.inputs(step_B, config)
-    hidden_BTD, after = lm.step(inputs_BM[:, :, None], state.lm, active_B.astype(jnp.int32))
-    logits_BV = lm.text_logits(hidden_BTD)[:, 0]
-    allowed_BV = logits_BV
-    if settings.prompt_tokens:
-        ids_V = jnp.arange(logits_BV.shape[1])
-        silent_V = (ids_V == config.existing_text_padding_id) | (ids_V == config.existing_text_end_padding_id)
-        # The first step belongs to no frame, so a token made in it would be lost.
-        next_B1 = jnp.where(step_B == 0, -1, wanted_B)[:, None]
-        left_B = (request.prompt_BT > 0).sum(axis=1) - state.prompted_B
-        free_B1 = (left_B < request.deadline_B - step_B + 1)[:, None]
-        allowed = (silent_V & free_B1) | (ids_V == next_B1) | (wanted_B < 0)[:, None]
-        allowed_BV = jnp.where(allowed, logits_BV, -jnp.inf)
-    keys_B = jax.vmap(jax.random.fold_in)(request.key_B2, step_B)
-    tokens_B = sample_or_greedy(
-        allowed_BV, keys_B, request.temperature_B, request.top_k_B, max_top_k=settings.max_top_k
+    shape = (settings.slots, frames)
+    outputs = FrameOutputs(
+        jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros((*shape, lm.config.extra_heads_num_heads))
     )
-    probability_B = jnp.take_along_axis(jax.nn.softmax(logits_BV), tokens_B[:, None], axis=-1)[:, 0]
-    pauses_BH = lm.extra_probabilities(hidden_BTD)[:, 0, :, 0]
-    matched_B = (wanted_B >= 0) & (tokens_B == wanted_B) & (step_B > 0)
-    prompted_B = select_rows(active_B, state.prompted_B + matched_B.astype(jnp.int32), state.prompted_B)
-    ring = state.ring.with_made(tokens_B[:, None], step_B).kept(active_B, state.ring)
-    after = dataclasses.replace(state, lm=after, ring=ring, prompted_B=prompted_B)
-    return (tokens_B, probability_B, pauses_BH), after
+    carry = jnp.zeros((settings.slots,), jnp.int32), state.decoder, outputs
+    if frames == 1:
+        carry = take_pass(carry)
+    else:
+        carry = jax.lax.while_loop(lambda carry: (carry[0] < inputs.frames_B).any(), take_pass, carry)
+    _, decoder, outputs = carry
+    return outputs, dataclasses.replace(state, decoder=decoder)
+
+
+def _text_steps(
+    lm: DelayedStreamsLM,
+    decoder: DecoderState,
+    request: SttRequest,
+    left_B: jax.Array,
+    settings: SttSettings,
+    most: int,
+) -> tuple[FrameOutputs, jax.Array, DecoderState]:
+    """Take up to `left_B` steps of the language model, as far as all tokens but the last are padding.
+
+    Returns:
+      The outputs of `most` steps, the number of them that each slot has taken, and the next state.
+    """
+    config, slots, first_B = lm.config, settings.slots, decoder.lm.position_B
+    step_BA = first_B[:, None] + jnp.arange(most)
+    if most == 1:
+        hidden_BAD, after = lm.step(decoder.ring.inputs(step_BA, config), decoder.lm, left_B)
+        chunk = ()
+    else:
+        padding_B1A = jnp.full((slots, 1, most), config.existing_text_padding_id, jnp.int32)
+        guessed = decoder.ring.with_made(padding_B1A, first_B, jnp.full((slots,), most - 1))
+        after = decoder.lm
+        hidden_BAD, chunk = lm.peek(guessed.inputs(step_BA, config), after)
+    logits_BAV = lm.text_logits(hidden_BAD)
+    wanted_B = _next_prompt_token(request.prompt_BT, decoder.prompted_B)
+    allowed_BAV = logits_BAV
+    if settings.prompt_tokens:
+        allowed_BAV = _as_prompted(logits_BAV, step_BA, wanted_B, decoder.prompted_B, request, config)
+    keys_BA2 = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(request.key_B2, step_BA)
+    tokens_BA = sample_or_greedy(
+        allowed_BAV.reshape(slots * most, -1),
+        keys_BA2.reshape(slots * most, 2),
+        jnp.repeat(request.temperature_B, most),
+        jnp.repeat(request.top_k_B, most),
+        max_top_k=settings.max_top_k,
+    ).reshape(slots, most)
+    matched_BA = (wanted_B[:, None] >= 0) & (tokens_BA == wanted_B[:, None]) & (step_BA > 0)
+    # After a token of the prompt the next one is wanted, even if that token was padding.
+    right_BA = (tokens_BA == config.existing_text_padding_id) & ~matched_BA
+    taken_B = jnp.minimum(left_B, 1 + jnp.cumprod(right_BA[:, :-1].astype(jnp.int32), axis=1).sum(axis=1))
+    if most > 1:
+        after = lm.commit(after, chunk, taken_B)
+    ring = decoder.ring.with_made(tokens_BA[:, None], first_B, taken_B)
+    prompted_B = decoder.prompted_B + (matched_BA & taken_BT(taken_B, most)).any(axis=1).astype(jnp.int32)
+    probability_BA = jnp.take_along_axis(jax.nn.softmax(logits_BAV), tokens_BA[:, :, None], axis=-1)[:, :, 0]
+    made = FrameOutputs(tokens_BA, probability_BA, lm.extra_probabilities(hidden_BAD)[..., 0])
+    return made, taken_B, DecoderState(after, ring, prompted_B)
+
+
+def _as_prompted(
+    logits_BAV: jax.Array,
+    step_BA: jax.Array,
+    wanted_B: jax.Array,
+    prompted_B: jax.Array,
+    request: SttRequest,
+    config: LMConfig,
+) -> jax.Array:
+    """Leave each slot with a prompt its next token, and silence for as long as the prompt can still be in time."""
+    ids_V = jnp.arange(logits_BAV.shape[-1])
+    silent_V = (ids_V == config.existing_text_padding_id) | (ids_V == config.existing_text_end_padding_id)
+    # The first step belongs to no frame, so a token made in it would be lost.
+    next_BA = jnp.where(step_BA == 0, -1, wanted_B[:, None])
+    left_B = (request.prompt_BT > 0).sum(axis=1) - prompted_B
+    free_BA = left_B[:, None] < request.deadline_B[:, None] - step_BA + 1
+    allowed_BAV = (silent_V & free_BA[..., None]) | (ids_V == next_BA[..., None]) | (wanted_B < 0)[:, None, None]
+    return jnp.where(allowed_BAV, logits_BAV, -jnp.inf)
 
 
 def _next_prompt_token(prompt_BT: jax.Array, prompted_B: jax.Array) -> jax.Array:
@@ -231,16 +295,28 @@ class SttProgram:
       chunks: frames of a chunk, in ascending order; each call takes the least that holds the inputs of its slots.
       max_top_k: the largest top-k that any request will choose.
       prompt_tokens: room for text prompts; longer ones make the program grow, which compiles it anew.
+      ahead: the most steps that one pass of the language model runs.
     """
 
-    def __init__(self, model: Model, slots: int, chunks: Sequence[int], *, max_top_k: int = 0, prompt_tokens: int = 0):
+    def __init__(
+        self,
+        model: Model,
+        slots: int,
+        chunks: Sequence[int],
+        *,
+        max_top_k: int = 0,
+        prompt_tokens: int = 0,
+        ahead: int = 1,
+    ):
         assert model.lm_def is not None
         assert model.lm_params is not None
+        assert model.config.lm is not None
+        ahead = min(ahead, model.config.lm.context)  # a pass fits into the ring
         self.slots, self.inserts, self.chunks = slots, slots, tuple(chunks)
         self._graphs: tuple[nnx.GraphDef, nnx.GraphDef] = model.lm_def, model.mimi_def
         self._params = plain(model.lm_params, model.mimi_params)
         self._frame_size = model.config.mimi.frame_size
-        self._compile(SttSettings(slots, _rounded_up(prompt_tokens), max_top_k))
+        self._compile(SttSettings(slots, _rounded_up(prompt_tokens), max_top_k, ahead))
 
     def _compile(self, settings: SttSettings) -> None:
         """Compile before any state is allocated, so that the two peaks of memory do not add up."""

@@ -48,6 +48,7 @@ class Transcriber:
       chunks: frames of a device call, in ascending order; each call takes the least that holds its inputs.
       options: options of recordings to come, for the largest top-k and prompt that the program needs room for.
       prompt_tokens: room for prompts of at least so many tokens.
+      ahead: the most steps that one pass of the language model runs, see `stt.program`.
       behind: calls whose outputs may be left unread, see `Slots`.
 
     Attributes:
@@ -69,6 +70,7 @@ class Transcriber:
         options: Sequence[TranscribeOptions],
         *,
         prompt_tokens: int = 0,
+        ahead: int = 1,
         behind: int = 1,
     ):
         check_process()
@@ -94,6 +96,7 @@ class Transcriber:
             chunks,
             max_top_k=top_k_capacity(0, *(int(one.request.top_k_B) for one in read if one.request.temperature_B > 0)),
             prompt_tokens=max((prompt_tokens, *(len(one.lead.ids) for one in read))),
+            ahead=ahead,
         )
         self.slots: Slots[Any] = Slots(self.program, behind=behind)
 

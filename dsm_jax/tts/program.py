@@ -261,7 +261,7 @@ def _take_step(
 
     others_BQ = jnp.full((step_B.size, config.n_q - dep_q), ZERO_TOKEN, jnp.int32)
     made_BK = jnp.concatenate([text_B[:, None], codes_BQ, others_BQ], axis=1)
-    ring = state.ring.with_made(made_BK, step_B).kept(active_B, state.ring)
+    ring = state.ring.with_made(made_BK[:, :, None], step_B, active_B.astype(jnp.int32))
     frame_BK = ring.newest_frame(step_B, config)
     framed_B = active_B & (step_B >= last)
     audible_B = active_B & (step_B >= last + settings.delay_steps)
@@ -280,7 +280,7 @@ def _take_step(
 def _inputs(lm: DelayedStreamsLM, state: TtsState, settings: TtsSettings) -> jax.Array:
     """Return the tokens that the backbone is fed in this step, [R, K]."""
     step_B1, delays_K, request = _step_B(state)[:, None], jnp.array(lm.config.delays), state.request
-    inputs_BK = state.ring.inputs(step_B1[:, 0], lm.config)
+    inputs_BK = state.ring.inputs(step_B1, lm.config)[:, :, 0]
     if not settings.guided:
         return inputs_BK
     initial_BK = step_B1 <= delays_K

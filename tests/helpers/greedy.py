@@ -16,10 +16,11 @@ def greedy_tokens(lm: DelayedStreamsLM, codes_BQT: jax.Array) -> jax.Array:
     def step(carry, codes_BQ):
         state, ring = carry
         step_B = state.position_B
-        ring = ring.with_frame(codes_BQ, step_B - 1, lm.config)
-        hidden_BTD, state = lm.step(ring.inputs(step_B, lm.config)[:, :, None], state)
+        one_B = jnp.ones_like(step_B)
+        ring = ring.with_frames(codes_BQ[:, :, None], step_B - 1, one_B, lm.config)
+        hidden_BTD, state = lm.step(ring.inputs(step_B[:, None], lm.config), state)
         tokens_B = lm.text_logits(hidden_BTD)[:, 0].argmax(-1).astype(jnp.int32)
-        return (state, ring.with_made(tokens_B[:, None], step_B)), tokens_B
+        return (state, ring.with_made(tokens_B[:, None, None], step_B, one_B)), tokens_B
 
     # The first step precedes the first frame.
     first_BQ1 = jnp.zeros_like(codes_BQT[:, :, :1])

@@ -1,8 +1,11 @@
 """The stored miniature of stt-1b-en_fr with pause heads, its recording, and moshi's outputs."""
 
+import dataclasses
 import functools
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -39,3 +42,11 @@ def expected() -> dict[str, np.ndarray]:
 def expected_words() -> list[tuple[str, float, float]]:
     """Load moshi's words with start and end, by the published script's rules."""
     return [tuple(row) for row in json.loads(CHECKPOINT.with_name("expected_words.json").read_text(encoding="utf-8"))]
+
+
+def check_same(found: Iterable[Any], wanted: Iterable[Any]) -> None:
+    """Assert equal words or pauses; probabilities may differ by sums in another order, as in batches of other sizes."""
+    found, wanted = list(found), list(wanted)
+    alike = [[dataclasses.replace(one, probability=0.0) for one in events] for events in (found, wanted)]
+    assert alike[0] == alike[1]
+    np.testing.assert_allclose(*([one.probability for one in events] for events in (found, wanted)), atol=1e-5)
