@@ -22,6 +22,7 @@ def convert(
     *,
     to: str = "orbax",
     dtype: Any = None,
+    revision: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> Report:
     """Rewrite a checkpoint in another layout, strictly: every tensor is accounted for, or nothing is written.
@@ -32,6 +33,7 @@ def convert(
       to: "orbax" (this library's own), "kyutai", "transformers" or "sesame".
       dtype: dtype of the language model's weights, "bfloat16", "float16" or "float32"; None keeps the stored one. The
         codec is always float32.
+      revision: branch, tag or commit on the hub; None is its newest.
       progress: called with the bytes that were written so far.
 
     Returns:
@@ -47,7 +49,7 @@ def convert(
         raise CheckpointError(f"the layout {to!r} is unknown; choose one of {', '.join(names)}")
     destination = hub.expanded(destination)
     native.check_new(destination)
-    found = hub.find(source)
+    found = hub.find(source, hub.HubOptions(revision))
     checkpoint = dataclasses.replace(open_checkpoint(found), name=hub.title(source, found))
     checkpoint.load_tokenizer()  # raises if the tokenizer does not fit the model
     layout = layout_for(checkpoint, to)

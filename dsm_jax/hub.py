@@ -47,14 +47,19 @@ def find(source: str | Path, options: HubOptions = HubOptions()) -> Path:
       A folder or file that exists.
 
     Raises:
-      CheckpointError: there is nothing of that name, or it cannot be fetched.
+      CheckpointError: there is nothing of that name, it cannot be fetched, or a revision is asked of what is not on
+        the hub.
     """
-    path = expanded(source)
+    path, name = expanded(source), str(source)
+    if not os.path.exists(path) and "/" not in name and os.path.isdir(_ASSETS / name):
+        path = _ASSETS / name
     if os.path.exists(path):  # says no to names that pathlib raises at
+        if options.revision is not None:
+            raise CheckpointError(
+                f"{source} is on this machine, where it has no revisions, and {options.revision!r} was asked for; "
+                "leave the revision out, or name a model on the hub"
+            )
         return path
-    name = str(source)
-    if "/" not in name and os.path.isdir(_ASSETS / name):
-        return _ASSETS / name
     if _HUB_NAME.fullmatch(name) and not name.endswith((".safetensors", ".json")):
         return _fetch(name, options)
     raise CheckpointError(
@@ -111,6 +116,7 @@ def _fetch(name: str, options: HubOptions) -> Path:
                 name, allow_patterns=list(patterns), ignore_patterns=list(left_out), **chosen
             ),
             _INSTEAD,
+            options.revision,
         )
 
     _log.info("looking for %s on the hub", name)
@@ -130,9 +136,10 @@ def _in_another_layout(config_path: Path) -> list[str]:
     return ["model.safetensors"] if isinstance(values, dict) and values.get("transformers_weights") else []
 
 
-def _fetched(name: str, fetch: Callable[[], str], instead: str) -> Path:
+def _fetched(name: str, fetch: Callable[[], str], instead: str, revision: str | None = None) -> Path:
     from huggingface_hub import errors
 
+    version = name if revision is None else f"revision {revision} of {name}"
     try:
         return Path(fetch())
     except errors.GatedRepoError:
@@ -146,11 +153,11 @@ def _fetched(name: str, fetch: Callable[[], str], instead: str) -> Path:
         ) from None
     except errors.LocalEntryNotFoundError:
         raise CheckpointError(
-            f"{name} is not in the local cache and could not be fetched: there is no network, or HF_HUB_OFFLINE or "
+            f"{version} is not in the local cache and could not be fetched: there is no network, or HF_HUB_OFFLINE or "
             f"local_files_only is set; {instead}"
         ) from None
     except errors.RevisionNotFoundError:
-        raise CheckpointError(f"{name} has no such revision on the hub; check its branches, tags and commits") from None
+        raise CheckpointError(f"there is no {version} on the hub; check its branches, tags and commits") from None
     except errors.EntryNotFoundError:
         raise CheckpointError(f"there is no {name} on the hub; check the spelling, or {instead}") from None
     except Exception as error:  # of the network, the disk, or the hub

@@ -271,9 +271,11 @@ def test_the_default_is_the_published_model(folders, monkeypatch):
     [
         (errors.RepositoryNotFoundError, r"no folder kyutai/gone here, and no repository of that name on the hub"),
         (errors.GatedRepoError, r"kyutai/gone is on the hub but gated; ask for access there"),
+        (errors.RevisionNotFoundError, r"there is no revision v9 of kyutai/gone on the hub; check its branches, tags"),
         (
             errors.LocalEntryNotFoundError,
-            r"there is no network, or HF_HUB_OFFLINE or local_files_only is set; give a local folder, or",
+            r"^revision v9 of kyutai/gone is not in the local cache .*: there is no network, or HF_HUB_OFFLINE or "
+            r"local_files_only is set; give a local folder, or",
         ),
         (
             OSError,
@@ -286,7 +288,7 @@ def test_an_error_of_the_hub_is_one_sentence(monkeypatch, error, message):
     Exception.__init__(raised, "disk quota")
     _hub_that(monkeypatch, raised)
     with pytest.raises(CheckpointError, match=message) as caught:
-        checkpoints.load("kyutai/gone")
+        checkpoints.load("kyutai/gone", revision="v9")
     assert "\n" not in str(caught.value)
 
 
@@ -302,9 +304,16 @@ def test_a_model_inside_the_package_is_found_by_name(folders, tmp_path, monkeypa
     assert checkpoints.load("tiny").name == "tiny"
 
 
+def test_a_revision_is_asked_of_the_hub_alone(folders):
+    for source in ("digits", folders["kyutai"]):
+        with pytest.raises(CheckpointError, match=r"is on this machine, where it has no revisions, and 'v1' was asked"):
+            checkpoints.load(source, revision="v1")
+
+
 def test_a_conversion_finds_hub_names_too(folders, tmp_path, monkeypatch):
-    _hub_that(monkeypatch, folders["kyutai"])
-    convert("kyutai/stt-1b-en_fr", tmp_path / "out")
+    asked = _hub_that(monkeypatch, folders["kyutai"])
+    convert("kyutai/stt-1b-en_fr", tmp_path / "out", revision="v1")
+    assert [options["revision"] for *_, options in asked] == ["v1", "v1"]
     assert_same_weights(checkpoints.load(tmp_path / "out"), checkpoints.load(folders["kyutai"]))
 
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -311,6 +312,21 @@ def test_a_run_is_not_resumed_with_other_adapters_or_another_model_that_would_fi
     (Path(config.output) / "settings.json").write_text("{")
     with pytest.raises(TrainingError, match=r"settings\.json cannot be read \(this is no JSON .*\); remove it if"):
         finetune(config, resume=True)
+
+
+def test_a_revision_is_asked_of_the_hub_and_a_run_is_not_resumed_with_another_one(stopped, monkeypatch):
+    config, asked = stopped(2), []
+
+    def fetch(name, *, revision, **_):
+        asked.append((name, revision))
+        return config.model
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    path = Path(config.output) / "settings.json"
+    path.write_text(path.read_text().replace(json.dumps(config.model), '"kyutai/a"'))
+    with pytest.raises(TrainingError, match=r"revision is 'v2', and the run to resume has None \(.*settings\.json\)"):
+        finetune(dataclasses.replace(config, model="kyutai/a", revision="v2"), resume=True)
+    assert set(asked) == {("kyutai/a", "v2")}
 
 
 def test_a_run_is_resumed_with_another_learning_rate_and_says_so(stopped, caplog):

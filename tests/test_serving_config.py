@@ -1,11 +1,13 @@
 """Configuration files of a server: our own form and moshi-server's, strictly read."""
 
+import huggingface_hub
 import pytest
+from huggingface_hub import errors
 
 from dsm_jax.cli import serve
 from dsm_jax.cli.parser import parser
 from dsm_jax.cli.setup import UsageError
-from dsm_jax.errors import ConfigError
+from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.serving.config import ServedModel, ServerConfig, is_loopback, read_config
 from dsm_jax.serving.services import load_settings
 
@@ -97,6 +99,32 @@ def test_moshi_servers_form_is_read_as_it_stands(tmp_path):
             padding_bonus=0,
         ),
     )  # fmt: skip
+
+
+def test_a_revision_is_passed_on_from_either_form_and_the_command_line(tmp_path, monkeypatch):
+    asked = []
+
+    def gone(*_, revision, **__):
+        asked.append(revision)
+        raise errors.RevisionNotFoundError.__new__(errors.RevisionNotFoundError)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", gone)
+    files = STT.replace("stt-1b-en_fr-candle/", "stt-1b-en_fr-candle@v1/")
+    ours = '[models.listener]\nkind = "stt"\nmodel = "kyutai/stt-1b-en_fr"\nrevision = "v2"'
+    for config in (
+        read_config(written(tmp_path, files)),
+        read_config(written(tmp_path, ours)),
+        settings("--stt", "kyutai/stt-1b-en_fr", "--revision", "v3"),
+    ):
+        with pytest.raises(CheckpointError, match=r"there is no revision v\d of kyutai/stt-1b-en_fr"):
+            load_settings(config.models[0])
+    assert asked == ["v1", "v2", "v3"]
+    with pytest.raises(ConfigError, match="lm_model_file of kyutai/stt-1b-en_fr-candle@v1, text_tokenizer_file of"):
+        read_config(written(tmp_path, STT.replace("stt-1b-en_fr-candle/", "stt-1b-en_fr-candle@v1/", 1)))
+    with pytest.raises(UsageError, match="--revision v3 is of one model, and 2 are named; set revision in the part"):
+        settings("--stt", "kyutai/stt-1b-en_fr", "--tts", "digits-tts", "--revision", "v3")
+    with pytest.raises(UsageError, match="--revision v3 is for a model that --stt or --tts names, and none is named"):
+        settings("--config", written(tmp_path, ours), "--revision", "v3")
 
 
 def test_our_form_is_read_and_the_environment_is_filled_in(tmp_path, monkeypatch):

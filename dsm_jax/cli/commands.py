@@ -53,7 +53,9 @@ def convert(args: argparse.Namespace) -> int:
         check_folder_of(args.report)
     set_up_jax(args)
     with terminal.loading_bar(f"converting {args.source}", quiet=args.quiet) as progress:
-        report = convert(args.source, args.destination, to=args.to, dtype=args.dtype, progress=progress)
+        report = convert(
+            args.source, args.destination, to=args.to, dtype=args.dtype, revision=args.revision, progress=progress
+        )
     if args.report:
         try:
             files.write_text(args.report, json.dumps(report.to_dict(), indent=2) + "\n")

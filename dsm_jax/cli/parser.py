@@ -222,7 +222,9 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(command="codec_decode")
 
     p = commands.add_parser(
-        "convert", parents=[device, stored], help="rewrite a checkpoint in another layout; --verbose: by tensor"
+        "convert",
+        parents=[device, stored, revision],
+        help="rewrite a checkpoint in another layout; --verbose: by tensor",
     )
     p.add_argument("source", help="a published name or a local folder, in any supported layout")
     p.add_argument("destination", type=Path, help="a folder that does not exist yet")
@@ -295,6 +297,9 @@ def parser() -> argparse.ArgumentParser:
         help="sessions at a time of each --tts (default: 8 on CPU, 64 elsewhere)",
     )
     p.add_argument("--voice-folder", type=Path, metavar="FOLDER", help="more voices for each --tts")
+    p.add_argument(
+        "--revision", metavar="REF", help="branch, tag or commit on the hub of the one model that --stt or --tts names"
+    )
     p.add_argument("--host", help="where to listen (default: 127.0.0.1)")
     p.add_argument("--port", type=int, help="0 takes a free one (default: 8080)")
     p.add_argument(

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,21 +64,27 @@ def settings(args: argparse.Namespace) -> "ServerConfig":
         changes["models"] = named
     elif not config.models:
         changes["models"] = named = _default_models(args)
-    _check_used(args, {model.kind for model in named})
+    _check_used(args, [model.kind for model in named])
     return dataclasses.replace(config, **changes)
 
 
-def _check_used(args: argparse.Namespace, kinds: set[str]) -> None:
+def _check_used(args: argparse.Namespace, kinds: Sequence[str]) -> None:
     """Refuse options of models of which the arguments name none: a file has its own settings of its models."""
+    if args.revision is not None and len(kinds) > 1:
+        raise UsageError(
+            f"--revision {args.revision} is of one model, and {len(kinds)} are named; set revision in the part of each "
+            "model of a --config file"
+        )
     options = (
         ("--slots", "slots", args.slots, ("stt",)),
         ("--tts-slots", "slots", args.tts_slots, ("tts",)),
         ("--voice-folder", "voice_folder", args.voice_folder, ("tts",)),
         ("--dtype", "dtype", args.dtype, ("stt", "tts")),
         ("--quantize", "quantize", args.quantize, ("stt", "tts")),
+        ("--revision", "revision", args.revision, ("stt", "tts")),
     )
     for option, setting, value, wanted in options:
-        if value is not None and kinds.isdisjoint(wanted):
+        if value is not None and set(kinds).isdisjoint(wanted):
             names = " or ".join(f"--{kind}" for kind in wanted)
             raise UsageError(
                 f"{option} {value} is for a model that {names} names, and none is named; name it, or set {setting} in "
@@ -89,7 +96,7 @@ def _models(args: argparse.Namespace) -> tuple["ServedModel", ...]:
     """Return the models that the arguments name."""
     from dsm_jax.serving.config import ServedModel, default_path
 
-    weights = {"dtype": args.dtype, "quantize": args.quantize}
+    weights = {"dtype": args.dtype, "quantize": args.quantize, "revision": args.revision}
     heard = [
         ServedModel(kind="stt", model=name, path=default_path("stt", number), slots=args.slots, **weights)
         for number, name in enumerate(args.stt)

@@ -17,7 +17,7 @@ from dsm_jax.configs.json import from_dict
 from dsm_jax.errors import ConfigError
 
 ASR_PATH, TTS_PATH = "/api/asr-streaming", "/api/tts_streaming"
-_HUB = re.compile(r"hf://([^/]+/[^/@]+)(?:@[^/]+)?/.+")
+_HUB = re.compile(r"hf://([^/]+/[^/@]+)(?:@([^/]+))?/.+")
 _KINDS: Mapping[str, Literal["stt", "tts"]] = {
     "BatchedAsr": "stt",
     "PyBatchedAsr": "stt",
@@ -51,6 +51,7 @@ class ServedModel:
       path: of moshi-server's messages.
       dtype: of the weights; None for the device's own.
       quantize: "int8" rounds the layers' weights; None keeps them.
+      revision: branch, tag or commit on the hub; None is its newest.
       temperature: of the sampling; None for the checkpoint's.
       asr_delay_in_tokens: frames by which the text is late, to be checked against the checkpoint; None checks nothing.
       voice_folder: folder of more voices.
@@ -64,6 +65,7 @@ class ServedModel:
     path: str
     dtype: str | None = None
     quantize: Literal["int8"] | None = None
+    revision: str | None = None
     temperature: float | None = None
     asr_delay_in_tokens: int | None = None
     voice_folder: Path | None = None
@@ -252,9 +254,11 @@ def _module(table: Mapping[str, Any], where: str, folder: Path) -> ServedModel:
             f"{where}: cfg_is_no_text is {no_text!r}, which would guide the choice of text too; neither this server "
             "nor moshi-server does: remove it, or set it to true"
         )
+    model, revision = _repository(table, where)
     settings = {
         "kind": kind,
-        "model": _repository(table, where),
+        "model": model,
+        "revision": revision,
         "slots": table.get("batch_size"),
         "path": table.get("path", default_path(kind, 0)),
         "temperature": table.get("temperature", py.get("temp")),
@@ -281,18 +285,18 @@ def _folder(value: Any, base: Path) -> Any:
     return None if value.startswith("hf-snapshot://") else base / value
 
 
-def _repository(table: Mapping[str, Any], where: str) -> str:
-    """Return the one repository or folder of a module's files."""
-    places = {}
+def _repository(table: Mapping[str, Any], where: str) -> tuple[str, str | None]:
+    """Return the one repository or folder of a module's files, and its revision if one is named."""
+    places: dict[str, tuple[str, str | None]] = {}
     for key in _FILES:
         if (value := table.get(key)) is not None:
             if not isinstance(value, str):
                 raise ConfigError(f"{where}: {key} is {value!r}; expected the path of a file")
             found = _HUB.fullmatch(value)
-            places[key] = found[1] if found else str(Path(value).parent)
+            places[key] = (found[1], found[2]) if found else (str(Path(value).parent), None)
     if not places:
         raise ConfigError(f"{where}: no lm_model_file is named; name the model's files")
     if len(set(places.values())) > 1:
-        named = ", ".join(f"{key} of {place}" for key, place in places.items())
+        named = ", ".join(f"{key} of {'@'.join(filter(None, place))}" for key, place in places.items())
         raise ConfigError(f"{where}: the files are of several places: {named}; take all of one checkpoint")
     return next(iter(places.values()))

@@ -20,7 +20,13 @@ Options = TypeVar("Options", CsmOptions, SynthesizeOptions)
 def load_settings(settings: ServedModel) -> Model:
     """Load a model as the settings say."""
     stt_only = settings.kind == "stt"
-    return load(settings.model, dtype=settings.dtype, quantize=settings.quantize, stt_only=stt_only)
+    return load(
+        settings.model,
+        dtype=settings.dtype,
+        quantize=settings.quantize,
+        stt_only=stt_only,
+        revision=settings.revision,
+    )
 
 
 def service_of(settings: ServedModel, model: Model) -> HearingService | SpeakingService:

@@ -139,7 +139,7 @@ def finetune(
     dtype = read_dtype(config.compute_dtype)
     mesh = _mesh(config, mesh)
     sharding = Sharding(mesh)
-    model = checkpoints.load(config.model, dtype="float32", sharding=sharding)
+    model = checkpoints.load(config.model, dtype="float32", sharding=sharding, revision=config.revision)
     task = _task_of(model)
     check_fits(config, model)
     rows = task.rows(model, mesh, config)
@@ -310,7 +310,7 @@ def _keep_settings(path: Path, config: FinetuneConfig, resume: bool) -> None:
             raise TrainingError(
                 f"{path} cannot be read ({error}); remove it if the settings are those that the run began with"
             ) from None
-        for name in sorted(changed.keys() & {"model", "lora"}):
+        for name in sorted(changed.keys() & {"model", "revision", "lora"}):
             raise TrainingError(
                 f"{name} is {changed[name][1]!r}, and the run to resume has {changed[name][0]!r} ({path}); resume with "
                 "that, or choose another output"

@@ -35,6 +35,7 @@ class FinetuneConfig:
       output: the run's folder; the model is written to its subfolder `model`.
       run: length of the training.
       model: the model to start from, as for `dsm_jax.load`.
+      revision: branch, tag or commit of the model on the hub; None is its newest.
       validation: data that is not trained on; its loss is computed at each checkpoint.
       skip_bad: whether to leave out faulty recordings instead of refusing the data.
       seconds: longest part of a recording in a row, in seconds, up to an hour; not for conversational speech.
@@ -61,6 +62,7 @@ class FinetuneConfig:
     output: str
     run: RunConfig
     model: str = hub.DEFAULT
+    revision: str | None = None
     validation: str | None = None
     skip_bad: bool = False
     seconds: float = 20.0
