@@ -173,22 +173,35 @@ def save_tree(path: Path, tree: Any) -> None:
     Raises:
       OSError: it cannot be written.
     """
-    import tempfile
-
     import orbax.checkpoint
 
-    target = path.absolute()
-    with _SAVING, without_log(), contextlib.ExitStack() as held:
-        if "[" in str(target):  # Orbax takes it for a pattern, and writes a checkpoint that it cannot read
-            link = Path(held.enter_context(tempfile.TemporaryDirectory())) / "params"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(target.parent)
-            target = link / path.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _SAVING, without_log(), plain_path(path) as target:
         try:
             with orbax.checkpoint.StandardCheckpointer() as checkpointer:
                 checkpointer.save(target, tree)
         except ValueError as error:  # tensorstore raises it for errors of the file system
             raise OSError(str(error).rpartition(": ")[2].partition(" [")[0]) from error
+
+
+@contextlib.contextmanager
+def plain_path(path: Path) -> Iterator[Path]:
+    """Yield a path that Orbax understands and that leads to a folder of any name.
+
+    Orbax takes "[" for a pattern, and writes a checkpoint that it cannot read; tensorstore takes UTF-8 alone.
+
+    Args:
+      path: a folder in a folder that exists; the last part of its path is plain.
+    """
+    import tempfile
+
+    target = path.absolute()
+    with contextlib.ExitStack() as held:
+        if "[" in str(target) or str(target).encode(errors="replace") != os.fsencode(target):
+            link = Path(held.enter_context(tempfile.TemporaryDirectory())) / "params"
+            link.symlink_to(target.parent)
+            target = link / path.name
+        yield target
 
 
 @contextlib.contextmanager
@@ -219,8 +232,8 @@ def open_folder(path: Path) -> NativeCheckpoint:
     parameters, group_of = {}, {}
     for group in sorted(p for p in (path / "params").glob("*") if p.is_dir()):
         try:
-            with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-                tree = checkpointer.metadata(group.absolute()).item_metadata.tree
+            with plain_path(group) as target, orbax.checkpoint.StandardCheckpointer() as checkpointer:
+                tree = checkpointer.metadata(target).item_metadata.tree
         except Exception as error:  # Orbax raises many kinds
             raise CheckpointError(f"{group} cannot be read ({type(error).__name__}); convert the model again") from None
         for name, found in tree.items():
@@ -278,8 +291,11 @@ def _restore_group(opened: NativeCheckpoint, group: str, targets: dict[str, Any]
     import orbax.checkpoint
 
     try:
-        with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore((opened.path / "params" / group).absolute(), targets)
+        with (
+            plain_path(opened.path / "params" / group) as path,
+            orbax.checkpoint.StandardCheckpointer() as checkpointer,
+        ):
+            return checkpointer.restore(path, targets)
     except Exception as error:  # Orbax raises many kinds
         raise CheckpointError(
             f"{opened.path}/params/{group} cannot be read ({type(error).__name__}); fetch it again"

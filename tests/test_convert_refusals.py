@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from dsm_jax.convert import transformers_mimi as mimi_layout
 from dsm_jax.convert import transformers_stt as stt_layout
 from dsm_jax.errors import CheckpointError, ConfigError
 from tests.helpers import small
-from tests.helpers.checkpoint_maker import PLAIN_STT, copy_of, make_checkpoint, model_config
+from tests.helpers.checkpoint_maker import PLAIN_STT, assert_same_weights, copy_of, make_checkpoint, model_config
 from tests.helpers.tokenizer_maker import make_tokenizer
 
 
@@ -180,6 +181,16 @@ def test_a_codec_config_that_is_no_object_is_refused(folders, tmp_path):
     files.write_json(folder / "config.json", files.read_json(folder / "config.json") | {"codec_config": None})
     with pytest.raises(ConfigError, match=r"config.json: codec_config is None; expected an object"):
         checkpoints.load(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [b"caf\xe9", "音声 [1]".encode()])
+def test_the_native_layout_lies_in_a_folder_of_any_name(folders, tmp_path, name):
+    made = tmp_path / os.fsdecode(name) / "made"
+    convert(folders["kyutai"], made)
+    assert_same_weights(checkpoints.load(made), checkpoints.load(folders["kyutai"]))
+    convert(made, made.with_name("back"), to="kyutai")
+    assert_same_weights(checkpoints.load(made.with_name("back")), checkpoints.load(folders["kyutai"]))
 
 
 def test_a_destination_that_is_a_link_to_nothing_is_refused(folders, tmp_path):

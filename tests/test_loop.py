@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -34,6 +35,15 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(tmp_path, wh
     state = run.train(STEP, state, data(saved), evaluate=evaluate)
     assert_same(state, whole[1])
     assert metrics(tmp_path) == metrics(whole[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [b"caf\xe9", b"$x^$ [1]"])
+def test_a_run_lies_in_a_folder_of_any_name(tmp_path, whole, name):
+    folder = tmp_path / os.fsdecode(name)
+    run = stopped(folder, 4)
+    assert_same(run.train(STEP, run.restore(start()), data(4), evaluate=evaluate), whole[1])
+    assert (folder / "curve.png").is_file()
 
 
 @pytest.mark.slow

@@ -33,7 +33,9 @@ def draw_curve(records: Sequence[Record], path: Path) -> None:
         lowest = min([lowest, *(value for _, value in points)])
         marker = "" if name == "loss" and len(points) > 1 else "o"
         axes.plot([step for step, _ in points], [value for _, value in points], label=name, marker=marker, markersize=3)
-    axes.set(xlabel="step", yscale="log" if lowest > 0 else "linear", title=path.absolute().parent.name)
+    axes.set(xlabel="step", yscale="log" if lowest > 0 else "linear")
+    # A folder may be named in another encoding than UTF-8, or with the signs of a formula.
+    axes.set_title(path.absolute().parent.name.encode(errors="replace").decode(), parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
     drawn = io.BytesIO()

@@ -165,13 +165,13 @@ class Run:
             dataclasses.replace(like, frozen=()),
         )
         try:
-            with native.without_log(), ocp.StandardCheckpointer() as checkpointer:
-                held = checkpointer.metadata(folder).item_metadata
+            with native.without_log(), native.plain_path(folder) as path, ocp.StandardCheckpointer() as checkpointer:
+                held = checkpointer.metadata(path).item_metadata
                 if held is None:
                     raise ValueError("it has no metadata of its arrays")
                 faults = _faults(ocp.tree.to_flat_dict(held.tree, sep="."), ocp.tree.to_flat_dict(target, sep="."))
                 # Checked before restoring, as Orbax would cast some arrays that do not fit.
-                state = None if faults else checkpointer.restore(folder, target)
+                state = None if faults else checkpointer.restore(path, target)
         except Exception as error:  # Orbax raises many types
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise TrainingError(
