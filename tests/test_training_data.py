@@ -108,6 +108,15 @@ FAULTS = {
         row(HELLO, {"text": "late", "start": 7.5, "end": 8}),
         r"'late' starts at 7\.5 s and .* ends at 1\.00 s",
     ),
+    "milliseconds": (row({"text": "hello", "start": 0, "end": 320}), r"'hello' ends at 320\.0 s and .*ends at 1\.00 s"),
+    "no real times": (
+        row(*({"text": text, "start": 0.5, "end": 0.5} for text in "abc")),
+        r"its 3 words start at 0\.5 s to 0\.5 s, which is faster than speech; give each word its own start",
+    ),
+    "times of another unit": (
+        row(*({"text": "a", "start": start, "end": start} for start in (0, 0.01, 0.079))),
+        r"its 3 words start at 0\.0 s to 0\.079 s, which is faster than speech",
+    ),
     "cannot be spelt": (row({**HELLO, "text": "語"}), "cannot spell 語"),
 }
 
@@ -137,8 +146,10 @@ def test_a_word_a_little_after_the_end_is_no_fault(data):
     assert only.words == (WordSpan("late", 1.9, 2.5),)
 
 
-def test_words_may_start_at_0_and_together_and_last_into_each_other_or_no_time(data):
-    times = [(0, 0), (0, 0.5), (0.4, 0.4)]
+@pytest.mark.parametrize(
+    "times", [[(0, 0), (0, 0.5), (0.4, 0.4)], [(0.5, 1), (0.5, 3)], [(0, 0.1), (0.04, 2.9), (0.08, 1)]]
+)
+def test_words_may_start_at_0_and_together_and_last_into_each_other_or_no_time(data, times):
     (only,) = read_recordings(write(data, row(*({"text": "a", "start": s, "end": e} for s, e in times))), RATE)
     assert [(word.start, word.end) for word in only.words] == times
 

@@ -30,6 +30,7 @@ LISTED = 5  # faults that an error lists
 # `transcribe` appends a second of silence to a recording, and may time a last word into that silence.
 SLACK_S = 1.0
 LONGEST_S = 1e7
+CLOSEST_S = 0.04  # mean time from word to word: nobody says 25 words a second
 _FORMAT = '{"audio": PATH, "words": [{"text": TEXT, "start": SECONDS, "end": SECONDS}, ...]}'
 _EXPECTED = "a JSON Lines file, or a folder of recordings"
 
@@ -231,13 +232,20 @@ def _read_entry(entry: _Entry, source: Path, sample_rate: int, check: Callable[[
             raise TrainingError(f"the key 'audio' is {named!r}; expected the path of a recording: {_FORMAT}")
         path = source.parent / named
     words = tuple(_words(values, check))
-    seconds = samples_of(path, sample_rate) / sample_rate
-    late = next((word for word in words if word.start > seconds + SLACK_S), None)
-    if late is not None:
+    if len(words) > 2 and words[-1].start - words[0].start < (len(words) - 1) * CLOSEST_S:
         raise TrainingError(
-            f"the word {late.text!r} starts at {late.start} s and {path} ends at {seconds:.2f} s; check that the "
-            "recording is complete and the transcript its own"
+            f"its {len(words)} words start at {words[0].start} s to {words[-1].start} s, which is faster than speech; "
+            "give each word its own start, in seconds"
         )
+    seconds = samples_of(path, sample_rate) / sample_rate
+    for word in words:
+        # A last word may last for a second after its start, see `dsm_jax.stt.words`.
+        for name, time, latest in (("starts", word.start, SLACK_S), ("ends", word.end, SLACK_S + 1)):
+            if time > seconds + latest:
+                raise TrainingError(
+                    f"the word {word.text!r} {name} at {time} s and {path} ends at {seconds:.2f} s; check that the "
+                    "recording is complete, the transcript its own, and its times in seconds"
+                )
     return Recording(path, words, seconds, tuple(_voices(values, source if source.is_dir() else source.parent)))
 
 
