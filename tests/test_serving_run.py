@@ -25,6 +25,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 import dsm_jax
 from dsm_jax import audio
 from dsm_jax.serving import run
+from dsm_jax.serving.client import links
 from dsm_jax.serving.config import ServerConfig
 from dsm_jax.serving.server import Served
 from tests.helpers.serving import running, served
@@ -155,6 +156,9 @@ def test_a_server_without_keys_is_reached_by_names_of_this_machine_and_of_listed
 def test_health_is_told_by_any_name_and_a_key_lets_in_by_any_name(keyless, guarded):
     for path in ("/livez", "/readyz"):
         assert status(keyless.url + path, host="evil.example") == 200
+    for host, code in (("evil.example", 403), ("localhost:9090", 200), ("listed.example", 200)):
+        assert status(keyless.url + "/metrics", host=host) == code
+    assert status(guarded.url + "/metrics", host="10.1.2.3:8080") == 200
     assert status(guarded.url + "/api/modules_info", host="speech.example", kyutai_api_key=KEY) == 200
 
 
@@ -397,11 +401,17 @@ def test_a_second_sigterm_ends_the_server_at_once():
                 assert process.poll() is None
                 start = time.monotonic()
                 process.send_signal(signal.SIGTERM)
-                await asyncio.to_thread(process.wait, 20)
-                return time.monotonic() - start
+                with pytest.raises(ConnectionClosed) as closed:
+                    await asyncio.wait_for(socket.recv(), 20)
+                code = await asyncio.to_thread(process.wait, 20)
+                return closed.value, code, time.monotonic() - start
 
+        closed, code, seconds = asyncio.run(held())
         # Its sockets close at once; the interpreter's own end takes a moment more.
-        assert asyncio.run(held()) < 5
+        assert seconds < 5
+        assert (closed.rcvd.code, code) == (1012, 0)
+        told = str(links.closed(links.address(address), closed))
+        assert told == f"http://{address} closed the connection midway (1012: service restart)"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
+from dsm_jax.serving.access import Refusal
 from dsm_jax.serving.moshi import routes as moshi
 from dsm_jax.serving.openai import realtime
 from dsm_jax.serving.openai import routes as openai
@@ -58,28 +59,32 @@ def make_app(server: Server) -> Starlette:
         routes.append(WebSocketRoute(served.settings.path, _socket(socket, server, served)))
         routes.append(Route(served.settings.path, _post(post, server, served), methods=["POST"]))
 
-    def answer(path: str, content: Callable[[Request], Response], *, guarded: bool) -> None:
+    def answer(
+        path: str,
+        content: Callable[[Request], Response],
+        refuse: Callable[[Request], Refusal | None] = lambda request: None,
+    ) -> None:
         async def endpoint(request: Request) -> Response:
-            refusal = server.refusal(request) if guarded else None
+            refusal = refuse(request)
             return content(request) if refusal is None else moshi.refusal_response(refusal)
 
         routes.append(Route(path, endpoint, methods=["GET"]))
 
-    answer("/api/build_info", lambda _: JSONResponse(moshi.build_info(server)), guarded=True)
-    answer("/api/modules_info", lambda _: JSONResponse(moshi.modules_info(server)), guarded=True)
-    answer("/livez", lambda _: _health(server.alive(), "an engine does not run"), guarded=False)
-    answer("/readyz", lambda _: _health(server.accepting, "the server takes no sessions"), guarded=False)
+    answer("/api/build_info", lambda _: JSONResponse(moshi.build_info(server)), server.refusal)
+    answer("/api/modules_info", lambda _: JSONResponse(moshi.modules_info(server)), server.refusal)
+    answer("/livez", lambda _: _health(server.alive(), "an engine does not run"))
+    answer("/readyz", lambda _: _health(server.accepting, "the server takes no sessions"))
     if server.config.metrics:
         answer(
             "/metrics",
             lambda _: Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"),
-            guarded=False,
+            server.refusal_of_host,  # and no key, as who scrapes has none: how much is said is no page's business
         )
     routes += openai.routes(server)
     routes += realtime.routes(server)
     if server.config.page:
         for name in PAGE:
-            answer("/" if name == "index.html" else f"/{name}", _page_file(name), guarded=False)
+            answer("/" if name == "index.html" else f"/{name}", _page_file(name))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -211,19 +211,25 @@ class Server:
           connection: of the client.
           begins: whether a session begins with the connection, as with a websocket.
         """
-        if not allowed_host(connection, self.config):
-            return self._refused(
-                403,
-                "host",
-                "the Host header names another host than this machine, for which alone the server listens without "
-                "keys; behind a proxy, start it with --origin and the address that the proxy's clients use, or with "
-                "keys",
-            )
+        if (refused := self.refusal_of_host(connection)) is not None:
+            return refused
         if not allowed_origin(connection, self.config.origins):
             return self._refused(403, "origin", "pages of this origin may not connect")
         if not self.keys.allow(connection):
             return self._refused(401, "key", "the API key is missing or wrong; send it as Authorization: Bearer KEY")
         return self._not_accepting() if begins else None
+
+    def refusal_of_host(self, connection: HTTPConnection) -> Refusal | None:
+        """Return why a client is not answered that means another host, and count it; None for one that is."""
+        if allowed_host(connection, self.config):
+            return None
+        return self._refused(
+            403,
+            "host",
+            "the Host header names another host than this machine, for which alone the server listens without "
+            "keys; behind a proxy, start it with --origin and the address that the proxy's clients use, or with "
+            "keys",
+        )
 
     def _not_accepting(self) -> Refusal | None:
         if self.accepting:

@@ -11,6 +11,7 @@ from urllib.parse import urlencode, urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI, WebSocketException
+from websockets.frames import CLOSE_CODE_EXPLANATIONS
 
 from dsm_jax import files
 from dsm_jax.errors import ConfigError, ServerError, ServerFullError
@@ -185,8 +186,8 @@ def closed(server: Address, error: ConnectionClosed) -> ServerError:
     frame = error.rcvd
     if frame is None:
         return ServerError(f"the connection to {server} was lost midway; what was not received is lost: try again")
-    why = f": {frame.reason}" if frame.reason else ""
-    return ServerError(f"{server} closed the connection midway ({frame.code}{why})")
+    why = frame.reason or CLOSE_CODE_EXPLANATIONS.get(frame.code, "for no known reason")
+    return ServerError(f"{server} closed the connection midway ({frame.code}: {why})")
 
 
 # HTTP.
