@@ -23,7 +23,7 @@ from dsm_jax.configs import (
     TensorConditioner,
     TtsConfig,
 )
-from dsm_jax.configs.json import from_dict, to_dict
+from dsm_jax.configs.json import from_dict, look_up, to_dict
 from dsm_jax.convert.pieces import Tensors
 from dsm_jax.errors import ConfigError
 from dsm_jax.models import family
@@ -147,14 +147,13 @@ def read_lm(values: Mapping[str, Any], where: str) -> LMConfig:
 
 def _read_conditioner(name: str, spec: Any, where: str) -> Conditioner:
     kind = spec.get("type") if isinstance(spec, Mapping) else None
-    if kind not in tuple(_CONDITIONERS):
-        raise ConfigError(f"{where}: the type is {kind!r}; choose one of {sorted(_CONDITIONERS)}")
+    config = look_up(_CONDITIONERS, kind, f"{where}: the type")
     values = spec.get(kind)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: {kind} is {values!r}; expected an object")
     if unknown := sorted((spec.keys() - {"type", kind}) | (values.keys() & {"type", "name"})):
         raise ConfigError(f"{where}: unknown keys {unknown}; remove them")
-    return from_dict(_CONDITIONERS[kind], {"name": name, **values}, where)
+    return from_dict(config, {"name": name, **values}, where)
 
 
 def flat_lm(config: LMConfig) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dsm_jax.configs import CsmConfig, MimiConfig, ModelConfig, TransformerConfig, presets
-from dsm_jax.configs.json import from_dict, to_dict
-from dsm_jax.convert import csm_files, files, kyutai, kyutai_config, transformers_csm, transformers_mimi
+from dsm_jax.configs.json import from_dict, look_up, to_dict
+from dsm_jax.convert import csm_files, files, kyutai, kyutai_config, transformers_csm
 from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
 from dsm_jax.convert.pieces import Outgoing, Table, piece
+from dsm_jax.convert.transformers_config import check_whole
 from dsm_jax.convert.transforms import STACKED
 from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models.family import csm_config
@@ -119,7 +120,7 @@ def read_config(values: Mapping[str, Any], where: str) -> CsmConfig:
     """
     if missing := [key for key in _KEYS if key not in values]:
         raise ConfigError(f"{where}: the keys {missing} are missing; fetch the published config.json again")
-    transformers_mimi.check_whole({key: values[key] for key in _KEYS if not key.endswith("_flavor")}, where)
+    check_whole({key: values[key] for key in _KEYS if not key.endswith("_flavor")}, where)
     own = {*_KEYS, _SETTINGS_KEY}
     if _SETTINGS_KEY in values:
         csm = from_dict(CsmConfig, values[_SETTINGS_KEY], f"{where}: {_SETTINGS_KEY}")
@@ -153,11 +154,10 @@ def _check_transformers_keys(values: Mapping[str, Any], csm: CsmConfig, where: s
 
 def _decoder(flavor: Any, role: TransformerConfig, where: str) -> TransformerConfig:
     """Return the sizes of a flavor with the context and the rotations of a decoder's role."""
-    if flavor not in tuple(_FLAVORS):
-        raise ConfigError(f"{where}: the flavor is {flavor!r}; the library knows {', '.join(_FLAVORS)}")
+    sizes = look_up(_FLAVORS, flavor, f"{where}: the flavor")
     # torchtune scales both roles by factors 1 and 4 of an old context of 8192; transformers' files write the
     # same with other factors for each role, which are those of `role`.
-    return dataclasses.replace(_FLAVORS[flavor], context=role.context, rope_scaling=role.rope_scaling)
+    return dataclasses.replace(sizes, context=role.context, rope_scaling=role.rope_scaling)
 
 
 def _sizes(csm: CsmConfig) -> dict[str, int]:

@@ -18,6 +18,14 @@ from dsm_jax.convert import csm_files, files
 from dsm_jax.convert import transformers_mimi as mimi
 from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
 from dsm_jax.convert.pieces import Outgoing, Piece, Table, piece
+from dsm_jax.convert.transformers_config import (
+    check_expressible,
+    check_rest,
+    check_whole,
+    model_type_of,
+    read_number,
+    read_object,
+)
 from dsm_jax.convert.transforms import STACKED
 from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models.family import csm_config
@@ -54,7 +62,7 @@ _SCALING = {  # Llama 3's scaling in transformers' spelling
 
 def recognises(path: Path) -> bool:
     """Return whether a path is a folder of CSM whose weights are not in Sesame's own layout alone."""
-    return mimi.model_type_of(path) == "csm" and not holds_original_only(path)
+    return model_type_of(path) == "csm" and not holds_original_only(path)
 
 
 def holds_original_only(path: Path) -> bool:
@@ -210,11 +218,11 @@ def read_config(values: Mapping[str, Any], end_id: int, where: str) -> tuple[Mod
     if missing := [key for key in (*_SIZES, *_CSM_KEYS) if key not in rest]:
         raise ConfigError(f"{where}: the keys {missing} are missing; fetch the published config.json again")
     v = {key: rest.pop(key) for key in _CSM_KEYS}
-    mimi.check_whole({key: v[key] for key in ("num_codebooks", "vocab_size", "text_vocab_size")}, where)
-    mimi.check_whole({key: v[key] for key in ("bos_token_id", "audio_token_id", "audio_eos_token_id")}, where, least=0)
+    check_whole({key: v[key] for key in ("num_codebooks", "vocab_size", "text_vocab_size")}, where)
+    check_whole({key: v[key] for key in ("bos_token_id", "audio_token_id", "audio_eos_token_id")}, where, least=0)
     both = {"num_codebooks": v["num_codebooks"], "vocab_size": v["vocab_size"]}
     original = {"audio_num_codebooks": v["num_codebooks"], "audio_vocab_size": v["vocab_size"]}
-    depth_values = mimi.read_object(v["depth_decoder_config"], f"{where}: depth_decoder_config")
+    depth_values = read_object(v["depth_decoder_config"], f"{where}: depth_decoder_config")
     depth_fixed = _FIXED_DEPTH | both | {"backbone_hidden_size": rest["hidden_size"]}
     csm = CsmConfig(
         backbone=_read_decoder(rest, _FIXED_CSM | original, where),
@@ -228,7 +236,7 @@ def read_config(values: Mapping[str, Any], end_id: int, where: str) -> tuple[Mod
         audio_end_id=v["audio_eos_token_id"],
     )
     where = f"{where}: codec_config"
-    codec = mimi.read_config(mimi.read_object(v["codec_config"], where), where)
+    codec = mimi.read_config(read_object(v["codec_config"], where), where)
     return ModelConfig(model_type="csm", csm=csm, mimi=codec), csm
 
 
@@ -239,9 +247,9 @@ def _read_decoder(values: dict[str, Any], fixed: Mapping[str, Any], where: str) 
     if missing := [key for key in _SIZES if key not in rest]:
         raise ConfigError(f"{where}: the keys {missing} are missing; fetch the published config.json again")
     kv_heads = rest.pop("num_key_value_heads", None) or rest["num_attention_heads"]
-    mimi.check_whole({key: rest[key] for key in _SIZES} | {"num_key_value_heads": kv_heads}, where)
+    check_whole({key: rest[key] for key in _SIZES} | {"num_key_value_heads": kv_heads}, where)
     width, inner, layers, heads, context = (rest.pop(key) for key in _SIZES)
-    mimi.check_rest(rest, _FIXED_DECODER | dict(fixed) | {"head_dim": width // heads}, where)
+    check_rest(rest, _FIXED_DECODER | dict(fixed) | {"head_dim": width // heads}, where)
     return llama(
         width=width,
         inner=inner,
@@ -258,7 +266,7 @@ def _pop_rope(rest: dict[str, Any], where: str) -> tuple[float, RopeScaling | No
     """Remove the settings of the rotary embeddings from a config: one object since transformers 5, two keys before."""
     rope, old = rest.pop("rope_parameters", None), rest.pop("rope_scaling", None)
     theta = rest.pop("rope_theta", 500_000.0)
-    settings = mimi.read_object(rope or old or {}, f"{where}: rope_parameters")
+    settings = read_object(rope or old or {}, f"{where}: rope_parameters")
     theta = settings.pop("rope_theta", theta)
     kind = settings.pop("rope_type", "default")
     expected = {"default": set(), "llama3": set(_SCALING)}.get(str(kind))
@@ -269,7 +277,7 @@ def _pop_rope(rest: dict[str, Any], where: str) -> tuple[float, RopeScaling | No
         )
     values = {ours: settings[theirs] for theirs, ours in _SCALING.items() if settings}
     scaling = from_dict(RopeScaling, values, f"{where}: rope_parameters") if values else None
-    return mimi.read_number(theta, f"{where}: rope_theta"), scaling
+    return read_number(theta, f"{where}: rope_theta"), scaling
 
 
 def write_config(config: ModelConfig, csm: CsmConfig, dtype: str) -> dict[str, Any]:
@@ -306,7 +314,7 @@ def write_config(config: ModelConfig, csm: CsmConfig, dtype: str) -> dict[str, A
         "codec_config": mimi.write_config(config.mimi),
     }
     expressed = read_config(values, csm.end_id, "this model")[1]
-    mimi.check_expressible(_computed(expressed), _computed(csm))
+    check_expressible(_computed(expressed), _computed(csm))
     return values
 
 

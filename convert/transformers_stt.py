@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from dsm_jax.configs import LMConfig, ModelConfig, SttConfig, gating_dim
-from dsm_jax.configs.json import from_dict
+from dsm_jax.configs.json import from_dict, look_up
 from dsm_jax.convert import files, tokenizer
 from dsm_jax.convert import transformers_mimi as mimi
 from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
 from dsm_jax.convert.kyutai import gate_up
 from dsm_jax.convert.pieces import Constant, Outgoing, Piece, Table, piece
+from dsm_jax.convert.transformers_config import (
+    check_expressible,
+    check_rest,
+    check_whole,
+    model_type_of,
+    pop_theta,
+    read_object,
+)
 from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models.family import lm_config
 from dsm_jax.models.parameters import dtype_of
@@ -39,7 +47,7 @@ _NORMS = {1e-8: "rms_norm_f32", 1e-5: "rms_norm"}
 
 def recognises(path: Path) -> bool:
     """Return whether a path is a folder of this layout."""
-    return mimi.model_type_of(path) == _FIXED_STT["model_type"]
+    return model_type_of(path) == _FIXED_STT["model_type"]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -153,23 +161,21 @@ def read_config(values: Mapping[str, Any], extractor: Mapping[str, Any], where: 
       ConfigError: a key or a value is unknown.
     """
     rest = dict(values)
-    theta = mimi.pop_theta(rest, None, where)
+    theta = pop_theta(rest, None, where)
     if missing := [key for key in (*_STT_KEYS, "codec_config") if key not in rest]:
         raise ConfigError(f"{where}: the keys {missing} are missing; fetch the published config.json again")
     v = {key: rest.pop(key) for key in _STT_KEYS}
-    codec = mimi.read_object(rest.pop("codec_config"), f"{where}: codec_config")
-    mimi.check_whole({key: v[key] for key in _STT_KEYS if key not in ("rms_norm_eps", "pad_token_id")}, where)
+    codec = read_object(rest.pop("codec_config"), f"{where}: codec_config")
+    check_whole({key: v[key] for key in _STT_KEYS if key not in ("rms_norm_eps", "pad_token_id")}, where)
     width, heads = v["hidden_size"], v["num_attention_heads"]
     kv_heads = rest.pop("num_key_value_heads", None) or heads
-    mimi.check_whole({"num_key_value_heads": kv_heads}, where)
-    mimi.check_whole({"pad_token_id": v["pad_token_id"]}, where, least=0)
+    check_whole({"num_key_value_heads": kv_heads}, where)
+    check_whole({"pad_token_id": v["pad_token_id"]}, where, least=0)
     rows = v["vocab_size"] + v["num_codebooks"] * v["codebook_vocab_size"]
     fixed = {"head_dim": width // heads, "audio_bos_token_id": v["codebook_vocab_size"] - 1, "audio_pad_token_id": rows}
     if rest.get("tie_word_embeddings"):
         raise ConfigError(f"{where}: tie_word_embeddings is true; set it to false: the text head has its own weights")
-    mimi.check_rest(rest, _FIXED_STT | fixed, where)
-    if v["rms_norm_eps"] not in tuple(_NORMS):
-        raise ConfigError(f"{where}: rms_norm_eps is {v['rms_norm_eps']}; expected one of {list(_NORMS)}")
+    check_rest(rest, _FIXED_STT | fixed, where)
     lm = LMConfig(
         card=v["codebook_vocab_size"] - 1,
         n_q=v["num_codebooks"],
@@ -183,7 +189,7 @@ def read_config(values: Mapping[str, Any], extractor: Mapping[str, Any], where: 
         hidden_scale=_hidden_scale(width, v["ffn_dim"], where),
         context=v["sliding_window"],
         max_period=theta,
-        norm=_NORMS[v["rms_norm_eps"]],
+        norm=look_up(_NORMS, v["rms_norm_eps"], f"{where}: rms_norm_eps"),
         kv_repeat=heads // kv_heads,
     )
     seconds = {name: extractor.get(name) or 0.0 for name in ("audio_delay_seconds", "audio_silence_prefix_seconds")}
@@ -230,7 +236,7 @@ def write_files(config: ModelConfig, lm: LMConfig, dtype: str) -> dict[str, dict
         "tie_word_embeddings": False,
         "codec_config": mimi.write_config(config.mimi),
     }
-    mimi.check_expressible(_computed(read_config(values, {}, "this model")[1]), _computed(lm))
+    check_expressible(_computed(read_config(values, {}, "this model")[1]), _computed(lm))
     return {
         "config.json": values,
         "generation_config.json": {  # as released: one frame per window, and a ring of the window's length

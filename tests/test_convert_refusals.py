@@ -61,7 +61,7 @@ def test_any_inner_width_has_a_hidden_scale(width, ffn_dim):
     [
         ({"attention_bias": True}, r"attention_bias is True; the library computes with False only"),
         ({"quantum": 1}, r"unknown keys \['quantum'\]; remove them if"),
-        ({"rms_norm_eps": 1e-3}, r"rms_norm_eps is 0.001; expected one of"),
+        ({"rms_norm_eps": 1e-3}, r"rms_norm_eps is 0.001; choose one of \[1e-08, 1e-05\]"),
         ({"head_dim": 5}, r"head_dim is 5; the library computes with 4 only"),
         ({"tie_word_embeddings": True}, r"tie_word_embeddings is true"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"}}, r"rope scaling is \{'rope_type': 'yarn'\}"),
@@ -70,7 +70,7 @@ def test_any_inner_width_has_a_hidden_scale(width, ffn_dim):
         ({"hidden_size": "16"}, r"config.json: hidden_size is '16'; expected a whole number from 1"),
         ({"num_codebooks": 0}, r"num_codebooks is 0; expected a whole number from 1"),
         ({"pad_token_id": None}, r"pad_token_id is None; expected a whole number from 0"),
-        ({"rms_norm_eps": []}, r"rms_norm_eps is \[\]; expected one of"),
+        ({"rms_norm_eps": []}, r"rms_norm_eps is \[\]; choose one of"),
         ({"rope_parameters": [1]}, r"rope_parameters is \[1\]; expected an object"),
         ({"rope_parameters": {"rope_theta": "x"}}, r"rope_theta is 'x'; expected a number above 0"),
         ({"num_key_value_heads": "4"}, r"num_key_value_heads is '4'; expected a whole number from 1"),

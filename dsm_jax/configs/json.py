@@ -16,6 +16,7 @@ import numpy as np
 from dsm_jax.errors import ConfigError
 
 Config = TypeVar("Config")
+Entry = TypeVar("Entry")
 
 
 def from_dict(kind: type[Config], values: Mapping[str, Any], where: str, *, like: Any = None) -> Config:
@@ -90,11 +91,24 @@ def _read_value(kind: Any, value: Any, where: str, like: Any) -> Any:
 
 def _of_type(configs: Sequence[Any], value: Any, where: str) -> Any:
     """Choose the config class whose default of the field `type` is the value's."""
-    by_type = {config.type: config for config in configs}
     found = value.get("type") if isinstance(value, Mapping) else value
-    if found not in tuple(by_type):
-        raise ConfigError(f"{where}: the type is {found!r}; choose one of {sorted(by_type)}")
-    return by_type[found]
+    return look_up({config.type: config for config in configs}, found, f"{where}: the type")
+
+
+def look_up(table: Mapping[Any, Entry], value: Any, what: str) -> Entry:
+    """Return the entry of a table for a value from JSON.
+
+    Args:
+      table: entries by the values that are known.
+      value: any value, of a kind that no table holds too.
+      what: noun for the value, for the error.
+
+    Raises:
+      ConfigError: the table has no such entry.
+    """
+    if value not in tuple(table):  # a table itself cannot be asked for a list
+        raise ConfigError(f"{what} is {value!r}; choose one of {sorted(table)}")
+    return table[value]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
