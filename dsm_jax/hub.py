@@ -1,6 +1,7 @@
 """Find a model: a local path, a model inside the package, or a name on the hub, fetched on first use."""
 
 import dataclasses
+import difflib
 import logging
 import os
 import re
@@ -13,6 +14,11 @@ from dsm_jax.files import decode_json, read_text
 
 _log = logging.getLogger("dsm_jax")
 DEFAULT = "kyutai/stt-1b-en_fr"
+# Names to propose in place of one that there is not.
+_PUBLISHED = (
+    *(DEFAULT, "kyutai/stt-2.6b-en", "kyutai/tts-1.6b-en_fr", "kyutai/tts-0.75b-en-public", "sesame/csm-1b"),
+    *("kyutai/mimi", "digits", "digits-tts"),
+)
 _ASSETS = Path(__file__).with_name("assets")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _INSTEAD = "give a local folder, or use a model that came with the library: digits transcribes, digits-tts speaks"
@@ -64,7 +70,15 @@ def find(source: str | Path, options: HubOptions = HubOptions()) -> Path:
         return _fetch(name, options)
     raise CheckpointError(
         f"{source} is no file or folder, and no name on the hub, which has one slash, as {DEFAULT} has; check the path"
+        + _proposal(name)
     )
+
+
+def _proposal(name: str) -> str:
+    """Return the end of a sentence that proposes the known name closest to one that there is not."""
+    known = {short: full for full in _PUBLISHED for short in (full, full.rpartition("/")[2])}
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {known[near[0]]}?" if near and known[near[0]] != name else ""
 
 
 def expanded(path: str | Path) -> Path:
@@ -149,12 +163,12 @@ def _fetched(name: str, fetch: Callable[[], str], instead: str, revision: str | 
     except errors.RepositoryNotFoundError:
         raise CheckpointError(
             f"there is no folder {name} here, and no repository of that name on the hub (or it is private: run "
-            "`hf auth login`); check the spelling"
+            f"`hf auth login`); check the spelling{_proposal(name)}"
         ) from None
     except errors.LocalEntryNotFoundError:
         raise CheckpointError(
             f"{version} is not in the local cache and could not be fetched: there is no network, or HF_HUB_OFFLINE or "
-            f"local_files_only is set; {instead}"
+            f"local_files_only is set; {instead}{_proposal(name)}"
         ) from None
     except errors.RevisionNotFoundError:
         raise CheckpointError(f"there is no {version} on the hub; check its branches, tags and commits") from None

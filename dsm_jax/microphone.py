@@ -31,6 +31,25 @@ def _sounddevice() -> Any:
     return sounddevice
 
 
+def find_input(device: str | None) -> Any:
+    """Return what `sounddevice` knows of a microphone.
+
+    Args:
+      device: name or part of the name of an input; None takes the system's default.
+
+    Raises:
+      AudioError: there is no `sounddevice`, or no such input.
+    """
+    sounddevice = _sounddevice()
+    try:
+        return sounddevice.query_devices(device, "input")
+    except ValueError as error:
+        known = [found["name"] for found in sounddevice.query_devices() if found["max_input_channels"] > 0]
+        found = f"there is no input {device!r}" if device else f"there is no microphone ({error})"
+        names = ", ".join(known) or "none"
+        raise AudioError(f"{found}; expected one of: {names}") from None
+
+
 class Microphone:
     """Record from a microphone while the block runs.
 
@@ -45,13 +64,7 @@ class Microphone:
     def __init__(self, sample_rate: int, *, device: str | None = None):
         self._sounddevice = _sounddevice()
         self._queue: queue.Queue[np.ndarray] = queue.Queue()
-        try:
-            about = self._sounddevice.query_devices(device, "input")
-        except ValueError as error:
-            known = [found["name"] for found in self._sounddevice.query_devices() if found["max_input_channels"] > 0]
-            found = f"there is no input {device!r}" if device else f"there is no microphone ({error})"
-            names = ", ".join(known) or "none"
-            raise AudioError(f"{found}; expected one of: {names}") from None
+        about = find_input(device)
         self.name = str(about["name"])
         self._rate, self._sample_rate, self._device = round(about["default_samplerate"]), sample_rate, device
 

@@ -304,6 +304,31 @@ def test_a_model_inside_the_package_is_found_by_name(folders, tmp_path, monkeypa
     assert checkpoints.load("tiny").name == "tiny"
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("digit", "digits"), ("digit-tts", "digits-tts"), ("stt-1b", "kyutai/stt-1b-en_fr"), ("csm", "sesame/csm-1b")],
+)
+def test_a_misspelt_name_is_told_with_the_one_that_may_be_meant(name, meant):
+    with pytest.raises(CheckpointError, match=rf"{name} is no file .*; check the path; did you mean {meant}\?$"):
+        hub.find(name)
+
+
+def test_a_name_that_the_hub_does_not_have_is_told_with_the_one_that_may_be_meant(monkeypatch):
+    _hub_that(monkeypatch, errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError))
+    with pytest.raises(CheckpointError, match=r"check the spelling; did you mean kyutai/stt-1b-en_fr\?$"):
+        hub.find("kyutai/stt-1b")
+    with pytest.raises(CheckpointError, match=r"check the spelling$"):
+        hub.find("kyutai/stt-1b-en_fr")
+    with pytest.raises(CheckpointError, match=r"check the spelling$"):
+        hub.find("openai/whisper-large-v3")
+
+
+def test_the_names_that_are_proposed_are_those_of_the_readme():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("## Models")[2].partition("\nWhat they need")[0]
+    assert set(hub._PUBLISHED) == set(re.findall(r"^\| `([^`]+)`", table, re.MULTILINE))
+
+
 def test_a_revision_is_asked_of_the_hub_alone(folders):
     for source in ("digits", folders["kyutai"]):
         with pytest.raises(CheckpointError, match=r"is on this machine, where it has no revisions, and 'v1' was asked"):

@@ -163,6 +163,71 @@ def test_a_device_that_is_not_there(device):
     assert "try --device cpu" in done.stderr
 
 
+MISTAKES = {
+    "no command": ("", "arguments are required: COMMAND; dsm-jax --help lists"),
+    "a misspelt command": ("transcrib x.wav", "invalid choice: 'transcrib'"),
+    "an option before the command": ("--model digits transcribe x.wav", "--model comes before the command"),
+    "an option between commands": ("codec --model digits encode x.wav y", "--model comes before the command"),
+    "an option of another command": (
+        "transcribe x.wav --voice theo",
+        "no option --voice; it is an option of dsm-jax speak",
+    ),
+    "a misspelt option": ("transcribe x.wav --modle digits", r"has no option --modle; did you mean --model\?"),
+    "a text without quotes": ("speak seven four out.wav", "out.wav is one argument too many for dsm-jax speak; put"),
+    "a model without its option": (
+        "serve digits",
+        "digits is one argument too many for dsm-jax serve; it takes options alone",
+    ),
+    "one folder for two": ("convert digits", "arguments are required: destination; dsm-jax convert --help"),
+    "no number": ("transcribe x.wav --batch-size few", "argument --batch-size: 'few' is no whole number above 0"),
+    "no address": ("bench serve", "arguments are required: --url; dsm-jax bench serve --help lists"),
+    "a missing recording": ("transcribe lost.wav", "lost.wav does not exist; check the path"),
+    "missing recordings": ("transcribe a.wav talks", "none of the 2 recordings can be opened: a.wav does not exist"),
+    "a folder of recordings": ("transcribe talks", "talks is a folder; name the files in it"),
+    "a missing prompt": ("transcribe here.wav --prompt-audio lost.wav", "lost.wav does not exist"),
+    "nothing to encode": ("codec encode lost.wav codes.safetensors", "lost.wav does not exist"),
+    "codes over a recording": ("codec encode here.wav other.wav", "other.wav is named like a recording"),
+    "nothing to decode": ("codec decode lost.safetensors out.wav", "lost.safetensors is not a file; give a safetens"),
+    "a recording to decode": ("codec decode here.wav out.wav", "here.wav is not a safetensors file"),
+    "decoding in the wrong order": (
+        "codec decode out.wav codes.safetensors",
+        "codes.safetensors is no recording's name",
+    ),
+    "a misspelt model": (
+        "transcribe here.wav --model digit --no-cache",
+        r"digit is no file .*; did you mean digits\?",
+    ),
+    "a conversion in the wrong order": ("convert out digits --no-cache", "out is no file or folder"),
+    "missing settings": ("train lost.json --no-cache", "lost.json cannot be read"),
+    "a folder of settings": ("train talks --no-cache", "talks cannot be read .*; give a JSON file"),
+    "missing training data": ("train train.json --no-cache", "lost.jsonl does not exist; give a JSON Lines file"),
+    "missing data": ("evaluate lost", "lost is no folder, no file, and no data set; give one of them"),
+    "missing results": ("evaluate --compare a.json b.json", "a.json cannot be read .*; give what --output wrote"),
+    "a missing text": ("speak lost.txt out.wav --no-cache", "lost.txt cannot be read"),
+    "no sound's name": ("speak seven out.txt --no-cache", "out.txt cannot be written: it does not end in .wav"),
+    "what cannot be timed": ("bench digits --no-cache", "digits cannot be timed; choose of lm, mimi and stt"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_told_in_a_line_before_a_model_is_loaded(capsys, tmp_path, monkeypatch, line, message):
+    (tmp_path / "talks").mkdir()
+    (tmp_path / "here.wav").write_bytes(b"RIFF" + bytes(40))
+    settings = {"task": "finetune", "data": "lost.jsonl", "output": "run", "run": {"steps": 1}}
+    (tmp_path / "train.json").write_text(json.dumps(settings))
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dsm_jax.checkpoints.open_checkpoint", None)
+    try:
+        code = cli.main(line.split())
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert re.fullmatch(f"dsm-jax: .*{message}.*\n", err), err
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_model_that_cannot_be_read(capsys, tmp_path):
     code, out, err = run(capsys, "transcribe", CLIP, "--model", tmp_path / "nowhere", "--no-cache")
     assert (code, out) == (2, "")

@@ -97,8 +97,11 @@ def test_an_input_that_does_not_exist_names_those_that_do(device):
         microphone.Microphone(24_000, device="usb")
 
 
-def test_without_the_package_the_error_names_the_extra(monkeypatch):
+def test_without_the_package_the_error_names_the_extra_and_comes_before_a_model_is_loaded(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sounddevice", None)
+    monkeypatch.setattr("dsm_jax.checkpoints.open_checkpoint", None)
+    assert cli.main(["transcribe", "--mic", "--model", "digits", "--no-cache"]) == 2
+    assert "pip install 'dsm-jax[mic]'" in capsys.readouterr().err
     with pytest.raises(AudioError, match=r"pip install 'dsm-jax\[mic\]'"):
         microphone.Microphone(24_000)
     assert not microphone.play(np.zeros(9, np.float32), 24_000)

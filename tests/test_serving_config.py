@@ -127,6 +127,12 @@ def test_a_revision_is_passed_on_from_either_form_and_the_command_line(tmp_path,
         settings("--config", written(tmp_path, ours), "--revision", "v3")
 
 
+def test_a_folder_of_voices_is_looked_for_before_weights_are_fetched(tmp_path):
+    model = ServedModel(kind="tts", model="kyutai/gone", path="/", voice_folder=tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"the folder of voices .*none does not exist; name one that does"):
+        load_settings(model)
+
+
 def test_our_form_is_read_and_the_environment_is_filled_in(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "from the environment")
     config = read_config(written(tmp_path, OURS))

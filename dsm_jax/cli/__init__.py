@@ -1,7 +1,7 @@
 """The `dsm-jax` command.
 
-Exit codes: 0, all went well; 1, some inputs failed and the others were written; 2, usage, or a model that cannot be
-read; 130, ended by Ctrl-C.
+Exit codes: 0, all went well; 1, some inputs failed and the others were written; 2, usage, or a model or all inputs that
+cannot be read; 130, ended by Ctrl-C.
 """
 
 import argparse

@@ -6,16 +6,19 @@ import sys
 
 from dsm_jax import files, malloc
 from dsm_jax.cli import terminal
-from dsm_jax.cli.setup import UsageError, check_folder_of, load, set_up_jax
+from dsm_jax.cli.setup import UsageError, check_folder_of, check_recordings, load, set_up_jax
 
 
 def codec_encode(args: argparse.Namespace) -> int:
     """Turn a recording into codes."""
     from safetensors.numpy import save
 
-    from dsm_jax import codec
+    from dsm_jax import audio, codec
 
+    if args.output.suffix.lower() in audio.SUFFIXES:
+        raise UsageError(f"{args.output} is named like a recording, and codes are written; name a .safetensors file")
     check_folder_of(args.output)
+    check_recordings([args.input])
     set_up_jax(args)
     model = load(args, stt_only=True)
     codes_QT = codec.encode(model, args.input, codebooks=args.codebooks)
@@ -35,10 +38,13 @@ def codec_decode(args: argparse.Namespace) -> int:
     """Turn codes into a recording."""
     from dsm_jax import audio, codec
 
+    if args.output.suffix.lower() not in audio.SUFFIXES:
+        raise UsageError(f"{args.output} is no recording's name; end it in one of {', '.join(audio.SUFFIXES)}")
     check_folder_of(args.output)
+    codes_QT = codec.read_codes(args.input)
     set_up_jax(args)
     model = load(args, stt_only=False)
-    pcm = codec.decode(model, codec.read_codes(args.input))
+    pcm = codec.decode(model, codes_QT)
     audio.write(args.output, pcm, model.config.mimi.sample_rate)
     if not args.quiet:
         terminal.note(f"{args.output}: {pcm.size / model.config.mimi.sample_rate:.2f} s")

@@ -1,8 +1,10 @@
 """Choose the device and the compile cache, and load models, for commands."""
 
 import argparse
+import os
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,25 @@ def check_folder_of(path: Path) -> None:
         raise UsageError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a file in it")
+
+
+def check_recordings(names: Sequence[str]) -> None:
+    """Refuse recordings of which none can be opened, before a model is loaded for them.
+
+    Args:
+      names: of files, or "-" for standard input; one that cannot be opened beside others costs only itself, later.
+
+    Raises:
+      UsageError: all are folders, or do not exist.
+    """
+    faults = [
+        f"{name} is a folder; name the files in it" if os.path.isdir(name) else f"{name} does not exist; check the path"
+        for name in names
+        if name != "-" and (os.path.isdir(name) or not os.path.exists(name))
+    ]
+    if names and len(faults) == len(names):
+        among = f"none of the {len(names)} recordings can be opened: " if names[1:] else ""
+        raise UsageError(f"{among}{faults[0]}")
 
 
 def set_up_jax(args: argparse.Namespace) -> None:

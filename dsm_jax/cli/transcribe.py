@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsm_jax.cli import terminal
-from dsm_jax.cli.setup import UsageError, load, set_up_jax
+from dsm_jax.cli.setup import UsageError, check_recordings, load, set_up_jax
 from dsm_jax.errors import DsmError
 
 if TYPE_CHECKING:
@@ -22,9 +22,14 @@ LINES = ("text", "json", "jsonl")  # formats of which several may follow each ot
 
 def run(args: argparse.Namespace) -> int:
     """Transcribe what the arguments name; return the exit code."""
+    from dsm_jax import microphone
     from dsm_jax.stt import Prompt, TranscribeOptions
 
     names = check(args)
+    for recordings in (names, [args.prompt_audio] if args.prompt_audio else []):
+        check_recordings(recordings)
+    if args.mic:
+        microphone.find_input(args.input_device)
     outputs = output_files(names, args.output_dir, args.format)
     options = TranscribeOptions(
         prompt=Prompt(text=args.prompt_text, audio=args.prompt_audio, exclude_from_output=args.exclude_prompt),

@@ -18,7 +18,14 @@ Options = TypeVar("Options", CsmOptions, SynthesizeOptions)
 
 
 def load_settings(settings: ServedModel) -> Model:
-    """Load a model as the settings say."""
+    """Load a model as the settings say.
+
+    Raises:
+      ConfigError: its folder of voices does not exist.
+      As `load`.
+    """
+    if (folder := settings.voice_folder) is not None and not folder.is_dir():  # before weights are fetched
+        raise ConfigError(f"the folder of voices {folder} does not exist; name one that does")
     stt_only = settings.kind == "stt"
     return load(
         settings.model,

@@ -132,6 +132,9 @@ def finetune(
       TrainingError: the data cannot be trained on, a loss is not finite, a checkpoint or the model cannot be written,
         there is no run to resume, or a run would be overwritten.
     """
+    for source in filter(None, (config.data, config.validation)):
+        if not Path(source).exists():  # known before the model is fetched and loaded
+            raise TrainingError(f"{source} does not exist; give a JSON Lines file, or a folder of recordings")
     run = Run(Path(config.output), config.run, progress)
     _check_output(run, resume)
     for unfinished in run.folder.glob(".model.*"):  # by a process that was killed while it wrote the model
