@@ -5,8 +5,6 @@ import contextlib
 import http.client
 import json
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import msgpack
@@ -21,7 +19,7 @@ from dsm_jax.serving.encoding import pcm16, wav_header
 from dsm_jax.serving.server import Server
 from tests.benchmarks.mutations import form
 from tests.helpers import csm_model
-from tests.helpers.serving import running, served, wait_for
+from tests.helpers.serving import post, running, served, wait_for
 
 pytestmark = pytest.mark.slow
 AUDIO = Path(__file__).resolve().parents[1] / "examples/audio"
@@ -42,16 +40,6 @@ async def until_closed(socket) -> list[str | bytes]:
         while True:
             found.append(await asyncio.wait_for(socket.recv(), 30))
     return found
-
-
-def post(url: str, body: bytes) -> tuple[int, str]:
-    """Return the status and the answer to a body."""
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, body, method="POST"), timeout=60) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
 
 
 @pytest.fixture(scope="module")

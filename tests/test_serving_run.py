@@ -19,16 +19,19 @@ import jax
 import msgpack
 import numpy as np
 import pytest
+import uvicorn
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.frames import Close
 
 import dsm_jax
 from dsm_jax import audio
 from dsm_jax.serving import run
 from dsm_jax.serving.client import links
 from dsm_jax.serving.config import ServerConfig
+from dsm_jax.serving.encoding import pcm16, wav_header
 from dsm_jax.serving.server import Served
-from tests.helpers.serving import running, served
+from tests.helpers.serving import post, running, served
 
 pytestmark = pytest.mark.slow
 AUDIO = Path(__file__).resolve().parents[1] / "examples/audio"
@@ -390,28 +393,57 @@ def test_on_sigterm_sessions_end_with_their_last_words_nobody_new_is_let_in_and_
     assert not [line for line in lines if '"level": "error"' in line or "Traceback" in line]
 
 
-def test_a_second_sigterm_ends_the_server_at_once():
-    with command("--stt", "digits", "--slots", "1", "--drain-s", "60") as (process, address, _):
+def test_a_second_sigterm_asks_for_last_words_and_a_third_one_ends_the_server(monkeypatch):
+    asked = []
+    loop = SimpleNamespace(call_soon_threadsafe=lambda call: call())
+    server = SimpleNamespace(
+        ready=True, faulty=False, loop=loop, config=ServerConfig(drain_s=60.0), hurry=lambda: asked.append("hurry")
+    )
+    monkeypatch.setattr(run.asyncio, "ensure_future", asked.append)
+    monkeypatch.setattr(run._Web, "_drain", lambda self, seconds: seconds)
+    for signals, wanted in (
+        ((signal.SIGTERM,) * 3, [60.0, "hurry", "end"]),
+        ((signal.SIGTERM, signal.SIGINT, signal.SIGINT), [60.0, "hurry", "end"]),
+        ((signal.SIGINT,) * 2, [0.0, "end"]),
+    ):
+        web = run._Web(uvicorn.Config(None), server)
+        monkeypatch.setattr(web, "end_now", lambda: asked.append("end"))
+        for number in signals:
+            web.handle_exit(number, None)
+        assert asked == wanted
+        asked.clear()
+
+
+def test_a_second_sigterm_ends_sessions_with_their_last_words_and_uploads_with_503():
+    long = wav_header(24_000) + pcm16(np.resize(audio.read(AUDIO / "digits_jackson.flac"), 1200 * 24_000))
+    with command("--stt", "digits", "--slots", "2", "--drain-s", "60") as (process, address, lines):
 
         async def held():
             async with connect(f"ws://{address}{ASR}") as socket:
                 await socket.recv()
+                upload = asyncio.ensure_future(asyncio.to_thread(post, f"http://{address}{ASR}", long))
+                await asyncio.sleep(0.5)
                 process.send_signal(signal.SIGTERM)
                 await asyncio.sleep(0.3)
                 assert process.poll() is None
+                assert not upload.done()
                 start = time.monotonic()
                 process.send_signal(signal.SIGTERM)
-                with pytest.raises(ConnectionClosed) as closed:
-                    await asyncio.wait_for(socket.recv(), 20)
+                with contextlib.suppress(ConnectionClosed):
+                    while True:
+                        await asyncio.wait_for(socket.recv(), 20)
                 code = await asyncio.to_thread(process.wait, 20)
-                return closed.value, code, time.monotonic() - start
+                return socket.close_code, (await upload)[0], code, time.monotonic() - start
 
-        closed, code, seconds = asyncio.run(held())
-        # Its sockets close at once; the interpreter's own end takes a moment more.
-        assert seconds < 5
-        assert (closed.rcvd.code, code) == (1012, 0)
-        told = str(links.closed(links.address(address), closed))
-        assert told == f"http://{address} closed the connection midway (1012: service restart)"
+        *codes, seconds = asyncio.run(held())
+        assert codes == [1001, 503, 0]
+        assert seconds < 5  # the interpreter's own end takes a moment
+    assert "Traceback" not in "".join(lines)
+
+
+def test_our_clients_tell_what_a_bare_close_code_means():
+    told = links.closed(links.address("http://here"), ConnectionClosed(Close(1012, ""), None))
+    assert str(told) == "http://here closed the connection midway (1012: service restart)"
 
 
 @pytest.mark.parametrize(

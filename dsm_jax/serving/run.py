@@ -190,19 +190,23 @@ class _Web(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, server: Server):
         super().__init__(config)
-        self._server, self._draining = server, False
+        self._server, self._draining, self._hurried = server, False, False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain at the first signal, end at the second."""
-        if self._draining or not self._server.ready:
+        """Begin to drain at the first signal, hurry at a second SIGTERM, end at the next."""
+        if self._hurried or not self._server.ready:
             self.end_now()
             return
-        self._draining = True
-        seconds = self._server.config.drain_s if sig == signal.SIGTERM else 0.0
+        began, self._draining = self._draining, True
+        seconds = self._server.config.drain_s if sig == signal.SIGTERM and not began else 0.0
+        self._hurried = seconds == 0
         _log.info("ending: sessions have %.0f s left", seconds)
         loop = self._server.loop
         assert loop is not None
-        loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drain(seconds)))
+        if began:
+            loop.call_soon_threadsafe(self._server.hurry)
+        else:
+            loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drain(seconds)))
 
     async def _drain(self, seconds: float) -> None:
         start = time.monotonic()

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -89,7 +90,7 @@ class Server:
         self.metrics = Metrics(version)
         self.models: list[Served] = []
         self.ready = self.faulty = False
-        self._draining, self._guests = asyncio.Event(), 0
+        self._draining, self._guests, self._deadline = asyncio.Event(), 0, math.inf
         self.loop: asyncio.AbstractEventLoop | None = None
         self._device, self._tickets = Device(), set[Ticket]()
         self.end: Callable[[], None] = lambda: None
@@ -150,14 +151,19 @@ class Server:
     async def drain(self, seconds: float) -> None:
         """Take no more sessions, let those that run end for some seconds, then end them with their last words."""
         self._draining.set()
-        await self._until_empty(seconds)
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
+        await self._until_empty()
         for ticket in list(self._tickets):
             ticket.hurry()
-        await self._until_empty(5.0)
+        self._deadline = time.monotonic() + 5.0
+        await self._until_empty()
 
-    async def _until_empty(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while (self._tickets or self._guests) and time.monotonic() < deadline:
+    def hurry(self) -> None:
+        """Let sessions end no longer by themselves: a drain goes on to their last words."""
+        self._deadline = time.monotonic()
+
+    async def _until_empty(self) -> None:
+        while (self._tickets or self._guests) and time.monotonic() < self._deadline:
             await asyncio.sleep(0.02)
 
     @property

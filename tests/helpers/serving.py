@@ -5,6 +5,8 @@ import dataclasses
 import http.server
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 
 from dsm_jax.serving import run
@@ -105,3 +107,13 @@ def answering(status: int, kind: str, body: bytes) -> Iterator[str]:
         yield f"http://127.0.0.1:{web.server_port}"
         web.shutdown()
         thread.join()
+
+
+def post(url: str, body: bytes) -> tuple[int, str]:
+    """Return the status and the answer to a body."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body, method="POST"), timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
