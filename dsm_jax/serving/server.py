@@ -201,7 +201,7 @@ class Server:
 
     def alive(self) -> bool:
         """Tell whether all engines run."""
-        return not self.faulty and all(served.engine.alive() for served in self.models)
+        return all(served.engine.alive() for served in self.models)
 
     @property
     def accepting(self) -> bool:
