@@ -1,5 +1,7 @@
 """Configuration files of a server: our own form and moshi-server's, strictly read."""
 
+import math
+
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
@@ -150,6 +152,13 @@ def test_our_form_is_read_and_the_environment_is_filled_in(tmp_path, monkeypatch
     assert load_settings(config.models[0]).quantize == "int8"
 
 
+def test_a_path_and_a_temperature_are_those_of_the_file(tmp_path):
+    ours = read_config(written(tmp_path, '[models.a]\nkind = "stt"\nmodel = "digits"\npath = "/mine"'))
+    assert ours.models[0].path == "/mine"
+    theirs = read_config(written(tmp_path, STT.replace("n_q = 24", "n_q = 24\ntemp = 0.75")))
+    assert [model.temperature for model in theirs.models] == [0.25, 0.75]
+
+
 @pytest.mark.parametrize(
     "old,new,words",
     [
@@ -170,6 +179,8 @@ def test_our_form_is_read_and_the_environment_is_filled_in(tmp_path, monkeypatch
             "cfg_is_no_text is False, which would guide the choice of text",
         ),
         ("batch_size = 64", "batch_size = 0", "has 0 slots; expected 1 to 4096"),
+        ("batch_size = 64", "batch_size = 4097", "has 4097 slots; expected 1 to 4096"),
+        ("no_text = true", "no_text = 0", "cfg_is_no_text is 0, which would guide the choice of text"),
         ('path = "/api/tts', 'path = "api/tts', "expected one that begins with /"),
         ('path = "/api/tts_streaming"', 'path = "/api/asr-streaming"', "two models have the path /api/asr-streaming"),
     ],
@@ -190,6 +201,7 @@ def test_a_setting_that_moshi_server_has_not_is_refused_by_name(tmp_path, old, n
         ("[server]", "[serve]\n[server]", r"unknown tables \['serve'\]; expected \[server\] and \[models.NAME\]"),
         ('["$SECRET"]', '[""]', "a key is empty"),
         ("max_session_s = 60", "max_session_s = -1", "max_session_s is -1.0; expected a number from 0"),
+        ('["$SECRET"]', '["  "]', "a key is empty"),
         ('log_format = "json"', 'log_format = "xml"', "log_format is 'xml'; expected 'text' or 'json'"),
         ('quantize = "int8"', 'quantize = "int4"', "models.listener: quantize is 'int4'; expected 'int8'"),
         ('voice_folder = "voices"', "voice_folder = 3", "models.speaker: voice_folder is 3; expected .*Path"),
@@ -252,6 +264,14 @@ def test_loopback_is_this_machine_alone(host, loopback):
 
 def settings(*arguments):
     return serve.settings(parser().parse_args(["serve", *map(str, arguments)]))
+
+
+@pytest.mark.parametrize("name", ["max_session_s", "max_upload_mb", "drain_s", "idle_s", "min_step_ms"])
+def test_numbers_that_the_server_cannot_count_to_are_refused(name):
+    assert getattr(ServerConfig(**{name: 0}), name) == 0
+    for value in (-1, 1e9, math.nan):
+        with pytest.raises(ConfigError, match=f"{name} is {value}; expected a number from 0"):
+            ServerConfig(**{name: value})
 
 
 @pytest.mark.parametrize("port", [-1, 65536, 84008])

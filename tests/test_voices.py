@@ -55,6 +55,11 @@ def test_a_voice_is_read_from_a_file_steps_first(file, kind):
         assert read_XC.dtype == np.float32
 
 
+def test_a_file_of_the_home_folder_is_read(file, monkeypatch):
+    monkeypatch.setenv("HOME", str(file(voice(0).T[None]).parent))
+    np.testing.assert_array_equal(voices.read_voice("~/voice.safetensors", model()), voice(0))
+
+
 def test_an_array_is_a_voice_already():
     read_XC = voices.read_voice(voice(0).astype(np.float64), model(MODEL_ID))
     np.testing.assert_array_equal(read_XC, voice(0))
@@ -136,6 +141,13 @@ def test_a_recording_is_no_voice(tmp_path, content):
 )
 def test_numbers_that_are_no_voice_are_refused(steps, shape):
     message = rf"^the voice given is float64 {shape}; expected finite numbers \[steps, width\]$"
+    with pytest.raises(SpeechError, match=message):
+        voices.read_voice(steps, model())
+
+
+@pytest.mark.parametrize("steps", [np.ones((2, WIDTH), np.int16), np.full((2, WIDTH), "a")])
+def test_an_array_of_other_things_than_fractions_is_refused(steps):
+    message = rf"^the voice given is {steps.dtype} \[2, 10\]; expected finite numbers \[steps, width\]$"
     with pytest.raises(SpeechError, match=message):
         voices.read_voice(steps, model())
 
