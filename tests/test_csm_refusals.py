@@ -77,7 +77,6 @@ def test_a_fault_costs_only_its_own_request(model, request_of, error, message):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_conversation_of_another_form_costs_only_itself(model):
     good = [{"role": "0", "content": "hello"}]
     texts = [good, [{"role": "zero", "content": "hello"}], "no", 3.0]
@@ -141,6 +140,7 @@ TEXT = {"type": "text", "text": "hi"}
             [{"role": "user", "content": [TEXT]}],
             "^message 1 has the role 'user'; expected the number of a speaker, such ",
         ),
+        ([{"role": "²", "content": [TEXT]}], "^message 1 has the role '²'; expected the number of a speaker, such "),
         ([{"role": "0", "content": 3}], "^message 1 has the content 3; expected a list of objects, as in "),
         (
             [{"role": "0", "content": [TEXT, TEXT]}],
@@ -148,8 +148,20 @@ TEXT = {"type": "text", "text": "hi"}
         ),
         ([{"role": "0", "content": [part(array=PCM)]}], "^message 1 has 0 texts and 1 recordings; expected one text"),
         (
+            [{"role": "0", "content": [TEXT, part(array=PCM), part(array=PCM)]}, {"role": "0", "content": [TEXT]}],
+            "^message 1 has 1 texts and 2 recordings; expected one text, and one recording at most$",
+        ),
+        (
             [{"role": "0", "content": [TEXT, part(array=PCM, sampling_rate="fast")]}, {"role": "0", "content": [TEXT]}],
             r"^message 1 has audio with the sampling_rate 'fast'; expected a number of Hz$",
+        ),
+        (
+            [{"role": "0", "content": [TEXT, part(array=PCM, sampling_rate=math.nan)]}, {"role": "0", "content": "a"}],
+            r"^message 1 has audio with the sampling_rate nan; expected a number of Hz$",
+        ),
+        (
+            [{"role": "0", "content": [TEXT, part(array=PCM, path="a.wav")]}, {"role": "0", "content": [TEXT]}],
+            r"^message 1 has audio with \['array', 'path', 'type'\]; expected one of path, audio, array$",
         ),
         (
             [{"role": "0", "content": [TEXT, part(array=[[1], "a"])]}, {"role": "0", "content": [TEXT]}],
