@@ -86,7 +86,10 @@ def to_sentencepiece(source: Path, target: Path) -> None:
         kind = _USER_DEFINED if piece in own else kind
         kind = _BYTE if model.get("byte_fallback") and len(piece) == 6 and piece.startswith("<0x") else kind
         proto.pieces.add(piece=piece, score=score, type=kind)
-    ids = {piece: i for i, (piece, _) in enumerate(model["vocab"])}
+    for token in sorted(values["added_tokens"], key=lambda token: token["id"]):
+        if token["id"] >= len(model["vocab"]):
+            proto.pieces.add(piece=token["content"], score=0.0, type=_CONTROL if token["special"] else _USER_DEFINED)
+    ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type, trainer.vocab_size = _UNIGRAM, len(proto.pieces)
     # Without byte pieces, sentencepiece refuses this setting and the tokenizers library ignores it.
