@@ -1,12 +1,15 @@
 """Kyutai's own layout, shared by the PyTorch package, the Rust server and the published repositories.
 
 A folder holds config.json, the weights of the language model and of the codec, and the tokenizer; or a codec alone.
-In tables, `src` is the path of a module in the file and `dst` its path in this library.
-Source: kyutai-labs/moshi@e6a55d2 moshi/models/{lm,compression}.py; tests/published lists every tensor.
+Models that hear are read under the names of the MLX package too, in which norms have a `weight` and the tables of codes
+are `audio_embs`. In tables, `src` is the path of a module in the file and `dst` its path in this library.
+Source: kyutai-labs/moshi@e6a55d2 moshi/models/{lm,compression}.py, moshi_mlx/models/lm.py; tests/published lists every
+tensor.
 """
 
 import dataclasses
 import itertools
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +24,7 @@ from dsm_jax.configs import (
     gating_dim,
 )
 from dsm_jax.configs.json import from_dict
-from dsm_jax.convert import files, kyutai_config, tokenizer
+from dsm_jax.convert import adapters, files, kyutai_config, tokenizer
 from dsm_jax.convert.checkpoint import Checkpoint, LeftOut, from_tensors, outgoing
 from dsm_jax.convert.kyutai_config import LM_NAME, MIMI_CONFIG_NAME, MIMI_NAME
 from dsm_jax.convert.pieces import Constant, Outgoing, Piece, Spellings, Table, Tensor, piece
@@ -39,6 +42,7 @@ from dsm_jax.convert.transforms import (
 from dsm_jax.errors import CheckpointError
 
 NAME = "kyutai"
+_SLICED = re.compile(r"depformer\.(slices\.)?\d+\.")
 
 
 def recognises(path: Path) -> bool:
@@ -65,17 +69,29 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config, lm, names = kyutai_config.read_config(values, str(path / "config.json"))
     if names.mimi_config:
         config = dataclasses.replace(config, mimi=_read_mimi_config(path / names.mimi_config))
-    lm_tensors, notes = files.tensors_in(path / names.lm), ()
+    others = sorted({p.name for p in path.glob("*.safetensors")} - {names.mimi, names.adapters.lora_name})
+    if len(others) == 1 and not (path / names.lm).is_file():
+        raise CheckpointError(f"{path} has no {names.lm}, but {others[0]}; name its weights in config.json: moshi_name")
+    lm_tensors, notes, faults = files.tensors_in(path / names.lm), (), []
+    if names.adapters.lora_name:
+        found = files.tensors_in(path / names.adapters.lora_name)
+        sets = max(lm.depformer_schedule, default=0) + 1
+        lm_tensors, faults = adapters.merge(lm_tensors, found, names.adapters.lora_scaling, sets)
     if "extra_heads_num_heads" not in values:
         lm = kyutai_config.with_extra_heads(lm, lm_tensors)
         if lm.extra_heads_num_heads:
             notes = (f"config.json does not mention the {lm.extra_heads_num_heads} pause heads in {names.lm}",)
         config = dataclasses.replace(config, lm=lm)
-    unpacked = any(".in_projs.1." in name for name in lm_tensors)
+    if any(_SLICED.match(name) for name in lm_tensors):
+        raise CheckpointError(
+            f"{path / names.lm} has a depformer for each codebook, as the packages for MLX and Rust have; use the "
+            "repository for PyTorch"
+        )
+    unpacked = any(name.startswith("depformer.") and ".in_projs." in name for name in lm_tensors)
     tables = {"mimi": mimi_table(config.mimi), "lm": lm_table(lm, unpacked=unpacked)}
     tensors = {"mimi": files.fold_weight_norm(files.tensors_in(path / names.mimi)), "lm": lm_tensors}
     pieces_file = path / names.tokenizer if names.tokenizer else None
-    return from_tensors(path, NAME, config, tables, tensors, tokenizer=pieces_file, notes=notes)
+    return from_tensors(path, NAME, config, tables, tensors, tokenizer=pieces_file, notes=notes, faults=faults)
 
 
 def read_codec(path: Path) -> tuple[MimiConfig, dict[str, Tensor]]:
@@ -91,9 +107,15 @@ def read_codec(path: Path) -> tuple[MimiConfig, dict[str, Tensor]]:
             f"{path} is a language model; give its folder, which also holds config.json and the codec"
         )
     if not any(name.startswith("encoder.model.") for name in tensors):
+        remedy = "the folder of the model, which also holds config.json"
+        if "speaker_wavs" in tensors:
+            remedy = "this file as the voice, and as the model one that speaks"
+        elif any(".lora_" in name for name in tensors):
+            remedy = (
+                "the model that these adapters were trained for, after merging them into it (peft's merge_and_unload)"
+            )
         raise CheckpointError(
-            f"{path} is no Mimi file of Kyutai's: its first tensor is {min(tensors, default=None)}; give the folder of "
-            "the model, which also holds config.json"
+            f"{path} is no Mimi file of Kyutai's: its first tensor is {min(tensors, default=None)}; give {remedy}"
         )
     config_path = path.with_name(MIMI_CONFIG_NAME)
     mimi = _read_mimi_config(config_path) if config_path.is_file() else MimiConfig()
@@ -223,7 +245,7 @@ def codebook(sums: Spellings, usage: Spellings, initialized: Spellings, dst: str
 def norm_pieces(norm: str, src: str, dst: str) -> list[Piece]:
     """Make the pieces of the norm of that name."""
     if norm.startswith("rms_norm"):
-        return [piece(f"{src}.alpha", f"{dst}.alpha_D", ALPHA)]
+        return [piece((f"{src}.alpha", f"{src}.weight"), f"{dst}.alpha_D", ALPHA)]
     return [piece(f"{src}.weight", f"{dst}.scale_D"), piece(f"{src}.bias", f"{dst}.bias_D")]
 
 
@@ -317,7 +339,9 @@ def lm_table(config: LMConfig, *, unpacked: bool = False) -> Table:
     Returns:
       The table.
     """
-    pieces = [piece(f"emb.{q}.weight", "audio_emb.table_QLW", at=(q,)) for q in range(config.n_q)]
+    pieces = [
+        piece((f"emb.{q}.weight", f"audio_embs.{q}.weight"), "audio_emb.table_QLW", at=(q,)) for q in range(config.n_q)
+    ]
     pieces += embedding_pieces("text_emb", "text_emb", rank=False, demux=config.demux_second_stream)
     pieces.append(piece("text_linear.weight", "text_linear.weight_VD"))
     if config.bias_proj:

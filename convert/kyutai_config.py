@@ -43,6 +43,16 @@ _ALWAYS = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Keys on low-rank adapters: whether there are any, the name of their file, their rank, and the factor of B @ A."""
+
+    lora: bool
+    lora_name: str | None = None
+    lora_rank: int = 128
+    lora_scaling: float = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Files:
     """Names of the other files, as given in config.json."""
 
@@ -50,6 +60,7 @@ class Files:
     mimi: str
     mimi_config: str | None
     tokenizer: str | None
+    adapters: Adapters = Adapters(lora=False)
 
 
 def read_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, LMConfig, Files]:
@@ -68,8 +79,8 @@ def read_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, LMC
     rest = dict(values)
     names = {key: rest.pop(key, None) for key in ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name")}
     for key, name in names.items():
-        if name is not None and not isinstance(name, str):
-            raise ConfigError(f"{where}: {key} is {name!r}; expected the name of a file")
+        if name is not None and (not isinstance(name, str) or name.startswith("hf://")):
+            raise ConfigError(f"{where}: {key} is {name!r}; expected the name of a file in the same folder")
     model_type = rest.pop("model_type", None)
     if not isinstance(model_type, str):
         raise ConfigError(f"{where}: model_type is {model_type!r}; expected one of {', '.join(family.FAMILIES)}")
@@ -82,6 +93,12 @@ def read_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, LMC
             ("model_id", ModelId),
         )
     )
+    adapters = Adapters(lora=False)
+    if rest.get("lora") is bool(rest.get("lora_name")):  # else refused as unknown keys, with the rest
+        given = {key: rest.pop(key) for key in tuple(rest) if key.startswith("lora")}
+        adapters = from_dict(Adapters, given, where)
+    for key in ("quantize", "gradient_checkpointing"):  # the weights say the one, and training has the other
+        rest.pop(key, None)
     lm = read_lm(rest, where)
     config = ModelConfig(
         model_type=model_type,
@@ -97,6 +114,7 @@ def read_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, LMC
         names["mimi_name"] or UNNAMED_MIMI,
         names["mimi_config_name"],
         names["tokenizer_name"],
+        adapters,
     )
     return config, lm, files
 
@@ -126,7 +144,7 @@ def read_lm(values: Mapping[str, Any], where: str) -> LMConfig:
     if any(key.startswith("lora") for key in unknown):
         raise ConfigError(
             f"{where}: unknown keys {unknown}; merge the adapters into the weights, as moshi's fuse_lora does, then "
-            "remove the keys"
+            "remove the keys; or put their file beside the weights, with lora true and lora_name its name"
         )
     if unknown:
         raise ConfigError(f"{where}: unknown keys {unknown}; remove them, or use one of {sorted(flat | depformer)}")

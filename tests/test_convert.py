@@ -93,6 +93,34 @@ def test_a_depformer_in_the_current_spelling_is_the_same_model(tmp_path):
     assert_same_weights(checkpoints.load(folder), checkpoints.load(tmp_path / "made"))
 
 
+def test_a_model_that_hears_under_the_names_of_mlx_is_the_same(folders, tmp_path):
+    folder = copy_of(folders["heads"], tmp_path / "in")
+    tensors = {}
+    for name, tensor in load_file(folder / kyutai.LM_NAME).items():
+        stem, _, ending = name.rpartition(".")
+        new = {"alpha": f"{stem}.weight", "in_proj_weight": f"{stem}.in_proj.weight"}.get(ending, name)
+        new = f"audio_embs{new.removeprefix('emb')}" if new.startswith("emb.") else new
+        tensors[new] = tensor.reshape(-1) if ending == "alpha" else tensor
+    assert tensors.keys() > {"out_norm.weight", "audio_embs.2.weight", "transformer.layers.1.norm2.weight"}
+    save_file(tensors, folder / kyutai.LM_NAME)
+    assert_same_weights(checkpoints.load(folder), checkpoints.load(folders["heads"]))
+
+
+def test_tokens_that_were_added_to_a_vocabulary_are_written(tmp_path):
+    folder = make_checkpoint(tmp_path, "transformers", lm=dataclasses.replace(PLAIN_STT, text_card=66))
+    values = files.read_json(folder / "tokenizer.json")
+    added = [values["model"]["vocab"].pop()[0] for _ in range(2)][::-1]
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    for i, special in ((64, True), (65, False)):
+        values["added_tokens"].append({"id": i, "content": added[i - 64], "special": special} | plain)
+    files.write_json(folder / "tokenizer.json", values)
+    convert(folder, tmp_path / "out", to="kyutai")
+    before, after = (checkpoints.load(path).tokenizer for path in (folder, tmp_path / "out"))
+    assert [after.piece(i) for i in range(after.size)] == [before.piece(i) for i in range(66)]
+    assert [after.has_text(i) for i in range(60, 66)] == [before.has_text(i) for i in range(60, 66)]
+    assert (after.has_text(64), after.has_text(65)) == (False, True)
+
+
 def test_pause_heads_are_dropped_for_transformers_and_the_report_names_them(folders, tmp_path):
     report = convert(folders["heads"], tmp_path / "out", to="transformers")
     (left,) = report.dropped

@@ -1,5 +1,8 @@
 """Conversion held against the PyTorch references: their checkpoints are read exactly, and they read ours."""
 
+import copy
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from moshi.models import loaders
+from safetensors.torch import load_file, save_file
 from transformers import KyutaiSpeechToTextForConditionalGeneration, KyutaiSpeechToTextProcessor, MimiModel
 
 from dsm_jax import checkpoints
@@ -16,6 +20,7 @@ from dsm_jax.tokenizers import load_tokenizer
 from tests.helpers.checkpoint_maker import arrays_of, assert_same_weights
 from tests.parity.references import (
     kyutai_stt,
+    kyutai_tts,
     make_mimi,
     make_transformers_mimi,
     make_weight_normed_mimi,
@@ -25,6 +30,7 @@ from tests.parity.references import (
     transformers_stt,
     transformers_tokens,
 )
+from tests.parity.references.kyutai import lm_config
 
 FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
@@ -156,3 +162,27 @@ def test_converting_takes_less_memory_than_the_checkpoint(tmp_path, to):
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert size > 2e9
     assert int(done.stdout) < 0.7 * size
+
+
+@pytest.mark.parametrize("make", [kyutai_stt, kyutai_tts])
+def test_adapters_are_merged_as_moshi_merges_them(tmp_path, make):
+    folder = Path(shutil.copytree(make(), tmp_path / "in"))
+    config = json.loads((folder / "config.json").read_text()) | {"lora": True, "lora_rank": 4, "lora_scaling": 1.5}
+    weights = folder / "model.safetensors"
+
+    def read(**options) -> torch.nn.Module:  # the package adds keys of its own to the conditioners that it is given
+        return loaders.get_moshi_lm(weights, copy.deepcopy(lm_config(config)), dtype=torch.float32, **options)
+
+    torch.manual_seed(0)
+    adapters = {n: 0.1 * torch.randn_like(t) for n, t in read().state_dict().items() if ".lora_" in n}
+    assert len(adapters) > 20
+    save_file(adapters, folder / "lora.safetensors")
+    fused = read(lora_weights=folder / "lora.safetensors", fuse_lora=True)
+    (folder / "config.json").write_text(json.dumps(config | {"lora_name": "lora.safetensors"}))
+    found = arrays_of(checkpoints.load(folder))
+    save_file(fused.state_dict(), weights)
+    for key in ("lora", "lora_rank", "lora_scaling"):
+        del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, array in arrays_of(checkpoints.load(folder)).items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-6)
