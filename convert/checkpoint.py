@@ -15,6 +15,9 @@ from dsm_jax.models.family import abstract_model, family_of
 from dsm_jax.models.parameters import ALWAYS_FLOAT32, AbstractNetwork, with_dtype
 from dsm_jax.tokenizers import Tokenizer, load_tokenizer
 
+# Ends of names of tensors beside quantised weights: in MLX, in moshi, in bitsandbytes, in GPTQ and AWQ.
+_QUANTISED = (".scales", "weight_scb", ".absmax", ".SCB", ".qweight")
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
@@ -137,6 +140,11 @@ def from_tensors(
     plain = dataclasses.replace(config.mimi.seanet, norm="none")
     config = dataclasses.replace(config, mimi=dataclasses.replace(config.mimi, seanet=plain))
     networks, faults = abstract_model(config), list(faults or ())
+    for name in (name for found in tensors.values() for name in found if name.endswith(_QUANTISED)):
+        raise CheckpointError(
+            f"{path} has weights that another package has rounded to fewer bits ({name}), which are not read; take the "
+            "model in bfloat16 or float32, and round it here with quantize='int8'"
+        )
     claims: dict[str, list[Claim]] = {}
     stored: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
     for part, table in tables.items():

@@ -33,6 +33,8 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
     Raises:
       CheckpointError: the file is missing, truncated, or not a safetensors file.
     """
+    if path.suffix in _OTHER_FORMATS:
+        raise CheckpointError(f"{path} is in a format that is not read; take the model as safetensors files")
     if not path.is_file():
         if others := sorted(p.name for p in path.parent.glob("*") if p.suffix in _OTHER_FORMATS):
             raise CheckpointError(

@@ -11,6 +11,8 @@ from dsm_jax.convert.pieces import Outgoing
 from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models.family import FAMILIES, family_of
 
+_CONFIGS = ("config.json", native.CONFIG_NAME)
+
 
 class Layout(Protocol):
     """The functions of a layout's module; modules of several families can share the layout's name, `NAME`."""
@@ -102,7 +104,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{config_path} is of model_type {files.read_json(config_path).get('model_type')!r}; expected Kyutai's own "
             "format, transformers' 'kyutai_speech_to_text', 'mimi' or 'csm', or Sesame's own csm"
         )
+    inside = [p.parent for level in ("*", "*/*") for name in _CONFIGS for p in path.glob(f"{level}/{name}")]
     raise CheckpointError(
         f"{path} has no config.json, no {native.CONFIG_NAME} and {len(list(path.glob('*.safetensors')))} safetensors "
         "files; expected a checkpoint folder of Kyutai, transformers, Sesame or this library, or one Mimi file"
+        + (f": give {min(inside)}" if inside else "")
     )

@@ -18,7 +18,7 @@ _IGNORED = {
     *("use_streaming", "initializer_range", "attention_dropout", "max_position_embeddings", "chunk_size_feed_forward"),
     *("id2label", "label2id", "is_encoder_decoder", "output_attentions", "output_hidden_states", "return_dict"),
     *("problem_type", "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal"),
-    *("frame_size", "bos_token_id", "eos_token_id", "tie_word_embeddings"),
+    *("frame_size", "bos_token_id", "eos_token_id", "tie_word_embeddings", "unsloth_fixed", "unsloth_version"),
 }
 
 
@@ -46,6 +46,11 @@ def check_rest(rest: Mapping[str, Any], fixed: Mapping[str, Any], where: str) ->
     Raises:
       ConfigError: a key is unknown, or its value is not the only one that the library supports.
     """
+    if "quantization_config" in rest:
+        raise ConfigError(
+            f"{where}: the weights are quantised, which are not read; take the model in bfloat16 or float32, and round "
+            "it here with quantize='int8'"
+        )
     if unknown := sorted(rest.keys() - fixed.keys() - _IGNORED):
         raise ConfigError(f"{where}: unknown keys {unknown}; remove them if they do not change what the model computes")
     for key, value in fixed.items():

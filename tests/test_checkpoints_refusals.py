@@ -266,3 +266,77 @@ def test_what_may_not_be_read_is_refused(folders, monkeypatch):
     monkeypatch.setattr(Path, "is_file", locked)
     with pytest.raises(CheckpointError, match=r"kyutai cannot be read \(Permission denied\); check its permissions"):
         checkpoints.load(folders["kyutai"])
+
+
+@pytest.mark.parametrize("beside", ["scales", "weight_scb"])
+def test_weights_that_another_package_has_quantised_are_named_as_such(spoilt, beside):
+    tensors = load_file(spoilt / kyutai.LM_NAME)
+    name = "transformer.layers.0.gating.linear_in"
+    tensors |= {f"{name}.weight": np.zeros((44, 2), np.uint32), f"{name}.{beside}": np.zeros((44, 1), np.float32)}
+    save_file(tensors, spoilt / kyutai.LM_NAME)
+    match = rf"rounded to fewer bits \({name}.{beside}\), which are not read; take the model in bfloat16 or float32"
+    with pytest.raises(CheckpointError, match=match):
+        checkpoints.load(spoilt)
+
+
+def test_a_quantised_transformers_model_is_named_as_such(folders, tmp_path):
+    folder = copy_of(folders["transformers"], tmp_path / "in")
+    values = files.read_json(folder / "config.json") | {"quantization_config": {"load_in_4bit": True}}
+    files.write_json(folder / "config.json", values)
+    with pytest.raises(ConfigError, match=r"config.json: the weights are quantised, .* in bfloat16 or float32"):
+        checkpoints.load(folder)
+
+
+@pytest.mark.parametrize("name", ["depformer.slices.0.linear_in.weight", "depformer.0.linear_in.weight"])
+def test_a_depformer_of_another_package_is_named_as_such(spoilt, name):
+    tensors = load_file(spoilt / kyutai.LM_NAME) | {name: np.zeros((4, 16), np.float32)}
+    save_file(tensors, spoilt / kyutai.LM_NAME)
+    with pytest.raises(CheckpointError, match=r"as the packages for MLX and Rust have; use the repository for PyTorch"):
+        checkpoints.load(spoilt)
+
+
+def test_a_voice_and_a_folder_of_adapters_are_no_models(tmp_path):
+    save_file({"speaker_wavs": np.zeros((1, 4, 2), np.float32)}, tmp_path / "ann.safetensors")
+    with pytest.raises(CheckpointError, match=r"is speaker_wavs; give this file as the voice, and as the model one th"):
+        checkpoints.load(tmp_path / "ann.safetensors")
+    (tmp_path / "ann.safetensors").rename(tmp_path / "adapter_model.safetensors")
+    name = "base_model.model.backbone_model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: np.zeros((2, 4), np.float32)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"give the model that these adapters were trained for, after merging"):
+        checkpoints.load(tmp_path)
+
+
+def test_a_folder_above_a_model_names_the_model(folders, tmp_path):
+    copy_of(folders["kyutai"], tmp_path / "run" / "model")
+    with pytest.raises(CheckpointError, match=rf"or one Mimi file: give {tmp_path}/run/model$"):
+        checkpoints.load(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=rf"or one Mimi file: give {tmp_path}/run/model$"):
+        checkpoints.load(tmp_path)
+
+
+def test_weights_of_another_name_are_named(spoilt):
+    (spoilt / kyutai.LM_NAME).rename(spoilt / "consolidated.safetensors")
+    match = r"has no model.safetensors, but consolidated.safetensors; name its weights in config.json: moshi_name$"
+    with pytest.raises(CheckpointError, match=match):
+        checkpoints.load(spoilt)
+    values = files.read_json(spoilt / "config.json") | {"moshi_name": "consolidated.safetensors"}
+    files.write_json(spoilt / "config.json", values)
+    assert checkpoints.load(spoilt).tokenizer is not None
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_weights_in_a_format_that_config_json_names_are_refused(spoilt, kept):
+    (spoilt / kyutai.LM_NAME).rename(spoilt / "model.q8.gguf")
+    files.write_json(spoilt / "config.json", files.read_json(spoilt / "config.json") | {"moshi_name": "model.q8.gguf"})
+    if not kept:  # as of a repository on the hub, of which such files are not fetched
+        (spoilt / "model.q8.gguf").unlink()
+    with pytest.raises(CheckpointError, match=r"model.q8.gguf is in a format that is not read; take the model as safe"):
+        checkpoints.load(spoilt)
+
+
+def test_a_file_of_another_repository_is_refused(spoilt):
+    values = files.read_json(spoilt / "config.json") | {"mimi_name": "hf://kyutai/stt-1b-en_fr/mimi.safetensors"}
+    files.write_json(spoilt / "config.json", values)
+    with pytest.raises(ConfigError, match=r"mimi_name is 'hf://.*'; expected the name of a file in the same folder"):
+        checkpoints.load(spoilt)

@@ -107,6 +107,13 @@ def test_the_older_spellings_of_a_transformers_config_are_read(folders, tmp_path
     assert checkpoints.load(folder).config == checkpoints.load(folders["transformers"]).config
 
 
+def test_the_keys_that_unsloth_adds_to_a_config_have_no_effect(folders, tmp_path):
+    folder = copy_of(folders["transformers"], tmp_path / "in")
+    values = files.read_json(folder / "config.json")
+    files.write_json(folder / "config.json", values | {"unsloth_fixed": True, "unsloth_version": "2025.9.1"})
+    assert checkpoints.load(folder).config == checkpoints.load(folders["transformers"]).config
+
+
 @pytest.mark.parametrize("to", ["orbax", "kyutai", "transformers"])
 def test_a_full_disk_leaves_nothing_behind(folders, tmp_path, monkeypatch, to):
     def full(*_):
