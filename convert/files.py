@@ -97,6 +97,12 @@ def sharded_tensors_in(folder: Path, index_name: str = INDEX_NAME) -> tuple[dict
     tensors: dict[str, Tensor] = {}
     faults = []
     for file in sorted(set(where.values())):
+        if index_name == INDEX_NAME and not (folder / file).is_file() and (folder / "model.safetensors").is_file():
+            # transformers leaves the index of a sharded model there when it writes a smaller one over it.
+            raise CheckpointError(
+                f"{folder / file} is missing; fetch the whole repository again, or if model.safetensors has all "
+                f"weights, remove {index_name}"
+            )
         for name, tensor in tensors_in(folder / file).items():
             if name in tensors:
                 faults.append(f"twice: {name} is in two files, one of them {file}")

@@ -66,7 +66,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not extractor:
         raise CheckpointError(
             f"{path} has no audio_delay_seconds in preprocessor_config.json or processor_config.json; fetch the whole "
-            "repository again"
+            "repository again, or, of a training, save the processor there too: processor.save_pretrained"
         )
     config, lm = read_config(files.read_json(path / "config.json"), extractor, str(path / "config.json"))
     tensors, faults = files.sharded_tensors_in(path)

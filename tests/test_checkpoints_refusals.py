@@ -122,12 +122,18 @@ def test_a_transformers_folder_without_its_delay_is_refused(folders, tmp_path):
         CheckpointError, match=r"has no audio_delay_seconds in preprocessor_config.json or processor_co"
     ):
         checkpoints.load(folder)
+    with pytest.raises(CheckpointError, match=r"or, of a training, save the processor there too"):
+        checkpoints.load(folder)
 
 
 def test_an_index_that_does_not_fit_is_refused(folders, tmp_path):
     folder = copy_of(folders["transformers"], tmp_path / "in")
     files.write_json(folder / files.INDEX_NAME, {"weight_map": {"model.norm.weight": "gone.safetensors"}})
     with pytest.raises(CheckpointError, match=r"gone.safetensors is missing; fetch the whole repository again"):
+        checkpoints.load(folder)
+    with pytest.raises(
+        CheckpointError, match=r"or if model.safetensors has all weights, remove model.safetensors.index"
+    ):
         checkpoints.load(folder)
     names = dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors")
     files.write_json(folder / files.INDEX_NAME, {"weight_map": names | {"lm_head.weight": "other"}})

@@ -121,6 +121,14 @@ def test_a_file_of_other_tensors_is_refused(file, name, shape, found):
         voices.read_voice(file(np.ones(shape, np.float32), name), model())
 
 
+def test_the_error_for_a_model_in_place_of_a_voice_names_a_few_tensors(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({f"emb.{q}.weight": np.zeros((2, 2), np.float32) for q in range(9)}, path)
+    match = r"holds \['emb.0.weight', 'emb.1.weight', 'emb.2.weight'\] and 6 more; a voice holds speaker_wavs"
+    with pytest.raises(CheckpointError, match=match):
+        voices.read_voice(path, model())
+
+
 @pytest.mark.parametrize("content", [b"", b"RIFF\x24\x00\x00\x00WAVEfmt "])
 def test_a_recording_is_no_voice(tmp_path, content):
     (tmp_path / "me.wav").write_bytes(content)

@@ -86,7 +86,8 @@ def _read(path: Path) -> np.ndarray:
         ) from None
     if found is None or found.ndim != 3 or found.shape[0] != 1:
         shape = "" if found is None else f" of shape {list(found.shape)}"
-        raise CheckpointError(f"{path} holds {names}{shape}; a voice holds {WAVS} [1, width, steps]")
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""  # a model given by mistake has hundreds
+        raise CheckpointError(f"{path} holds {names[:3]}{more}{shape}; a voice holds {WAVS} [1, width, steps]")
     return found[0].T
 
 
