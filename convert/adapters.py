@@ -35,17 +35,21 @@ def merge(
     faults = []
     for name in sorted({re.sub(r"\.lora_[AB]\.", ".", name) for name in added if name.endswith((_A, _B))}):
         stem = name.removesuffix(".weight")
-        parts = [found for found in (merged.get(name), added.get(stem + _A), added.get(stem + _B)) if found is not None]
-        shapes = [part.shape for part in parts]
-        if len(parts) == 3 and shapes == [(shapes[2][0], shapes[1][1]), (shapes[2][1], shapes[1][1]), shapes[2]]:
-            merged[name] = _sum(*parts, scaling)
+        weight, a, b = merged.get(name), added.get(stem + _A), added.get(stem + _B)
+        if weight and a and b and _fit(weight.shape, a.shape, b.shape):
+            merged[name] = _sum(weight, a, b, scaling)
         else:
-            found = ", ".join(map(shown, shapes))
+            found = ", ".join(shown(tensor.shape) for tensor in (weight, a, b) if tensor)
             faults.append(
                 f"adapters: {stem} needs a matrix [out, in], lora_A [rank, in] and lora_B [out, rank], has {found}"
             )
     whole = {name: tensor for name, tensor in added.items() if not name.endswith((_A, _B))}
     return merged | whole, faults
+
+
+def _fit(weight: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Return whether these are the shapes of a matrix and of its adapters."""
+    return len(weight) == len(a) == 2 and a[1] == weight[1] and b == (weight[0], a[0])
 
 
 def _sum(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
