@@ -17,6 +17,15 @@ from dsm_jax.tokenizers import copy_tokenizer
 
 TOKENIZER = "tokenizer.json"
 _SETTINGS = "tokenizer_config.json"
+_GENERATION = "generation_config.json"
+_SAMPLING = {  # as published
+    "depth_decoder_do_sample": True,
+    "depth_decoder_temperature": 0.9,
+    "depth_decoder_top_k": 50,
+    "do_sample": True,
+    "max_new_tokens": 125,
+    "temperature": 0.9,
+}
 # Names of the control tokens: transformers' processor looks for the last two.
 AUDIO, AUDIO_END = "<|AUDIO|>", "<|audio_eos|>"
 
@@ -42,6 +51,14 @@ def end_id(path: Path) -> int:
             "again"
         )
     return found[0]
+
+
+def sampling_notes(path: Path) -> tuple[str, ...]:
+    """Return a remark on the settings of sampling in a folder that are not the published ones: they are not kept."""
+    found = files.read_json(path / _GENERATION) if (path / _GENERATION).is_file() else {}
+    known = _SAMPLING | {"top_k": 50}  # transformers' default
+    lost = [f"{key} {found[key]!r}" for key in known if found.get(key) not in (None, known[key])]
+    return (f"{_GENERATION} has {', '.join(lost)}, not kept: give it as an option of speech",) if lost else ()
 
 
 def write(source: Path | None, csm: CsmConfig, mimi: MimiConfig, folder: Path, name: str) -> None:
@@ -94,16 +111,7 @@ def write(source: Path | None, csm: CsmConfig, mimi: MimiConfig, folder: Path, n
             "return_attention_mask": True,
             "sampling_rate": mimi.sample_rate,
         },
-        "generation_config.json": {
-            "bos_token_id": csm.begin_id,
-            "depth_decoder_do_sample": True,
-            "depth_decoder_temperature": 0.9,
-            "depth_decoder_top_k": 50,
-            "do_sample": True,
-            "max_new_tokens": 125,
-            "pad_token_id": csm.audio_id,
-            "temperature": 0.9,
-        },
+        _GENERATION: {"bos_token_id": csm.begin_id, "pad_token_id": csm.audio_id} | _SAMPLING,
     }
     for file, content in contents.items():
         files.write_json(folder / file, content)

@@ -94,7 +94,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         "lm": {name: tensor for name, tensor in tensors.items() if not name.startswith(CODEC_PREFIX)},
     }
     tokenizer = path / csm_files.TOKENIZER
-    return from_tensors(path, NAME, config, tables, split, tokenizer=tokenizer, faults=faults)
+    notes = csm_files.sampling_notes(path)
+    return from_tensors(path, NAME, config, tables, split, tokenizer=tokenizer, faults=faults, notes=notes)
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> Iterator[Outgoing | LeftOut]:

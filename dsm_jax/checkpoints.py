@@ -164,6 +164,8 @@ def load(
     hub_options = HubOptions(revision, cache_dir, token, local_files_only)
     path = find(source, hub_options)
     named, opened = title(source, path), open_checkpoint(path)
+    for note in opened.notes:
+        _log.info("%s: %s", named, note)
     tokenizer = opened.load_tokenizer()
     if dtype is None:
         dtype = "float32" if _platform(place, sharding) == "cpu" else "bfloat16"

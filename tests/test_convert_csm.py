@@ -202,6 +202,17 @@ def test_a_folder_without_weights_says_which_file_is_missing(folders, tmp_path):
             checkpoints.load(folder)
 
 
+def test_settings_of_sampling_that_are_not_the_published_ones_are_named(folders, tmp_path, caplog):
+    own = {"temperature": 0.7, "top_k": 20, "max_new_tokens": None}
+    folder = changed(folders["transformers"], tmp_path / "in", name="generation_config.json", **own)
+    note = "generation_config.json has temperature 0.7, top_k 20, not kept: give it as an option of speech"
+    assert convert(folder, tmp_path / "out", to="transformers").notes == (note,)
+    assert convert(folders["transformers"], tmp_path / "again").notes == ()
+    with caplog.at_level("INFO", logger="dsm_jax"):
+        checkpoints.load(folder)
+    assert f"in: {note}" in caplog.messages
+
+
 def test_the_older_spelling_of_transformers_config_is_read(folders, tmp_path):
     values = files.read_json(folders["transformers"] / "config.json")
 
