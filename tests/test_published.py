@@ -154,6 +154,17 @@ def test_the_twin_with_four_pause_heads_has_its_place():
     assert faults_of("stt-1b-en_fr", tensors) == []
 
 
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_the_twin_for_mlx_has_its_place(name):
+    renamed = {}
+    for old, tensor in listing(name).items():
+        new = old.replace(".alpha", ".weight").replace(".in_proj_weight", ".in_proj.weight")
+        new = f"audio_embs{new.removeprefix('emb')}" if new.startswith("emb.") else new
+        renamed[new] = dataclasses.replace(tensor, shape=tensor.shape[-1:]) if old.endswith(".alpha") else tensor
+    assert len(renamed.keys() - listing(name).keys()) > 32
+    assert faults_of(name, renamed) == []
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_published_config_is_read(name):
     assert published_config(name).lm is not None
