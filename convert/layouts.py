@@ -12,6 +12,8 @@ from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models.family import FAMILIES, family_of
 
 _CONFIGS = ("config.json", native.CONFIG_NAME)
+# Where models lie in folders that are given in their place: of a training, of the hub's cache, of moshi-finetune.
+_LEVELS = ("*", "*/*", "checkpoints/*/consolidated")
 
 
 class Layout(Protocol):
@@ -104,9 +106,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{config_path} is of model_type {files.read_json(config_path).get('model_type')!r}; expected Kyutai's own "
             "format, transformers' 'kyutai_speech_to_text', 'mimi' or 'csm', or Sesame's own csm"
         )
-    inside = [p.parent for level in ("*", "*/*") for name in _CONFIGS for p in path.glob(f"{level}/{name}")]
+    inside = [p.parent for level in _LEVELS for name in _CONFIGS for p in path.glob(f"{level}/{name}")]
+    instead = f": give {max(inside)}" if inside else ""
+    if not inside and (path / "checkpoints").is_dir() and (path / "settings.json").is_file():
+        instead = "; a training writes its model at its end: continue it with --resume"
     raise CheckpointError(
         f"{path} has no config.json, no {native.CONFIG_NAME} and {len(list(path.glob('*.safetensors')))} safetensors "
         "files; expected a checkpoint folder of Kyutai, transformers, Sesame or this library, or one Mimi file"
-        + (f": give {min(inside)}" if inside else "")
+        f"{instead}"
     )

@@ -319,6 +319,14 @@ def test_a_folder_above_a_model_names_the_model(folders, tmp_path):
         checkpoints.load(tmp_path / "run")
     with pytest.raises(CheckpointError, match=rf"or one Mimi file: give {tmp_path}/run/model$"):
         checkpoints.load(tmp_path)
+    for step in (100, 200):
+        copy_of(folders["kyutai"], tmp_path / "a" / "b" / "checkpoints" / f"checkpoint_000{step}" / "consolidated")
+    with pytest.raises(CheckpointError, match=r"give .*/b/checkpoints/checkpoint_000200/consolidated$"):
+        checkpoints.load(tmp_path / "a" / "b")
+    (tmp_path / "other" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "other" / "settings.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"a training writes its model at its end: continue it with --resume$"):
+        checkpoints.load(tmp_path / "other")
 
 
 def test_weights_of_another_name_are_named(spoilt):
