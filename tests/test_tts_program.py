@@ -364,7 +364,8 @@ def test_the_state_is_updated_where_it_lies():
     assert memory.temp_size_in_bytes < min(cache.k_BKSH.nbytes for cache in caches)
 
 
-def test_depformer_and_codec_rest_until_there_is_sound(monkeypatch):
+@pytest.mark.parametrize("prefix_frames", [0, 3])
+def test_depformer_and_codec_rest_until_there_is_sound(monkeypatch, prefix_frames):
     walks, decodes = [], []
 
     def walk(self, hidden_RD, text_R, choose, *, codebooks, wanted):
@@ -378,13 +379,16 @@ def test_depformer_and_codec_rest_until_there_is_sound(monkeypatch):
     monkeypatch.setattr(Depformer, "walk", walk)
     monkeypatch.setattr(Mimi, "decode_step", decode_step)
     settings = dataclasses.replace(CALMLY, steps=11)  # another program than those that other tests have compiled
-    loop = Loop(*build(5), settings, requests(range(3)))
-    state, steps, late = loop.start(requests(range(3))), 0, DELAY_STEPS
+    # The shortest prefix counts.
+    continued = [request(row, prefix_QT=np.zeros((small.TTS.n_q, prefix_frames + row))) for row in range(3)]
+    spoken = continued if prefix_frames else requests(range(3))
+    loop = Loop(*build(5), settings, spoken)
+    state, steps, late = loop.start(spoken), 0, DELAY_STEPS
     for limit in (late, 1, LAST - 1, 1, 4):
         _, state = loop.call(state, limit)
         jax.effects_barrier()
         steps += limit
-        assert (len(walks), len(decodes)) == (max(steps - late, 0), max(steps - late - LAST, 0))
+        assert (len(walks), len(decodes)) == (max(steps - late - prefix_frames, 0), max(steps - late - LAST, 0))
 
 
 def test_a_codec_with_fewer_codebooks_than_are_generated_is_refused():

@@ -239,7 +239,8 @@ def _take_step(
     scripted = select_rows(active_B & ~in_prefix_B, after, state.words)
 
     late_Q = delays_K[1 : 1 + dep_q] + settings.delay_steps
-    has_audio_B = active_B & (step_B >= settings.delay_steps)
+    # Before these steps all codes are known: absent, or the prefix's.
+    walks_B = active_B & (step_B >= request.prefix_B + settings.delay_steps)
 
     def walk() -> jax.Array:
         def choose(q: int, logits_RV: jax.Array) -> jax.Array:
@@ -248,13 +249,13 @@ def _take_step(
             return jnp.tile(tokens_B, settings.halves)
 
         assert lm.depformer is not None
-        wanted = jnp.max(jnp.where(has_audio_B, request.codebooks_B, 0))
+        wanted = jnp.max(jnp.where(walks_B, request.codebooks_B, 0))
         text_R = jnp.tile(text_B, settings.halves)
         tokens_RQ = lm.depformer.walk(hidden_RTD[:, 0], text_R, choose, codebooks=dep_q, wanted=wanted)
         return tokens_RQ[: step_B.size]
 
     absent_BQ = jnp.full((step_B.size, dep_q), ZERO_TOKEN, jnp.int32)
-    codes_BQ = jax.lax.cond(has_audio_B.any(), walk, lambda: absent_BQ)
+    codes_BQ = jax.lax.cond(walks_B.any(), walk, lambda: absent_BQ)
     codes_BQ = jnp.where(step_B[:, None] < late_Q, ZERO_TOKEN, codes_BQ)
     codes_BQ = _with_prefix(codes_BQ, request, step_B[:, None] - late_Q)
     codes_BQ = jnp.where(jnp.arange(dep_q) < request.codebooks_B[:, None], codes_BQ, ZERO_TOKEN)
