@@ -1,6 +1,7 @@
 """A client's text in a slot: sound as `synthesize` has it, for both families of models, and text that is refused."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -126,6 +127,36 @@ def test_voices_that_the_server_cannot_take_are_refused(script_service):
         script_service.session(Outbox(), voice="../anna")
 
 
+def test_a_voice_of_the_folder_that_would_make_the_program_grow_is_refused(script_service, monkeypatch, tmp_path):
+    path = tts_model.write_voice(tmp_path / "long.safetensors", tts_model.voice(0, steps=200))
+    monkeypatch.setattr(script_service, "_files", {"long": path})
+    monkeypatch.setattr(script_service, "_bases", {})
+    with pytest.raises(SpeechError, match="the voice has 200 steps; this server takes 125: give a shorter one"):
+        script_service.session(Outbox(), voice="long")
+
+
+def test_a_recording_is_gone_on_from_as_synthesize_does(tmp_path):
+    model = tts_model.random_model(tmp_path, tts_model.PREFIX)
+    folder, options = tmp_path / "recordings", dsm_jax.SynthesizeOptions(temperature=0.0, max_frames=400)
+    folder.mkdir()
+    pcm = np.random.default_rng(5).uniform(-0.5, 0.5, 10 * tts_model.FRAME).astype(np.float32)
+    dsm_jax.audio.write(folder / "dora.wav", pcm, model.sample_rate)
+    (folder / "dora.txt").write_text("what is said in it")
+    service = ScriptService(model, 1, folder=folder, options=options)
+    assert (service.voices, service.default_voice, service.knows("expresso/calm.wav")) == (["dora"], "dora", False)
+    session, engine = service.session(Outbox()), engine_of(service)
+    with pytest.raises(SpeechError, match="random takes no vectors as a voice; choose one by its name"):
+        session.use_voice(tts_model.voice(0))
+    session.say(TEXT)
+    session.finish()
+    begin(engine, session)
+    run(engine)
+    reference = dsm_jax.synthesize(model, TEXT, voice=folder / "dora.wav", options=options)
+    np.testing.assert_allclose(sound(session), reference.pcm, atol=2e-6)
+    said = [message for message in messages(session) if isinstance(message, Said)]
+    assert [(one.text, one.start, one.stop) for one in said] == [(w.text, w.start, w.end) for w in reference.words]
+
+
 def test_published_voices_of_a_folder_are_named_as_kyutai_names_them(script_service, tmp_path):
     model_id = dsm_jax.configs.model.ModelId(sig="0123abcd", epoch=7)
     config = dataclasses.replace(script_service.model.config, model_id=model_id)
@@ -165,13 +196,21 @@ def test_a_listener_that_lags_stops_its_own_session_alone(script_service):
 
 
 def test_text_without_words_or_of_too_many_is_refused(script_service):
-    session = script_service.session(Outbox())
-    session.say("  ")
-    assert not session.can_start
-    with pytest.raises(SpeechError, match="the text has no word in it; send one before its end"):
-        session.finish()
-    with pytest.raises(SpeechError, match="this server takes up to 1024, of 4096, in one session"):
-        session.say("a " * 2000)
+    session, pause = script_service.session(Outbox()), '<break time="1s"/>'
+    for wordless in ("  ", pause):
+        session.say(wordless)
+        assert not session.can_start
+        with pytest.raises(SpeechError, match="the text has no word in it; send one before its end"):
+            session.finish()
+    session.say("a")
+    session.say(pause)
+    assert session.can_start
+    session.finish()
+    for text in ("a " * 1024, f"{'ab' * 50} " * 25):  # too many words, and too many tokens
+        long = script_service.session(Outbox())
+        long.say(text)
+        with pytest.raises(SpeechError, match="this server takes up to 1024, of 4096, in one session"):
+            long.say(text)
 
 
 @pytest.mark.parametrize("voice", ["carla", None])
@@ -187,6 +226,8 @@ def test_a_turn_is_that_of_synthesize_with_its_voice_as_context(turn_service, vo
     run(engine)
     assert compilations() == before
     context = turn_service._contexts["carla"]
+    assert [(segment.text, segment.speaker) for segment in context] == [("so so.", 0)]
+    assert turn_service.session(Outbox(), seed=9)._options == dataclasses.replace(TALK, seed=9)
     wanted = synthesis.synthesize_each(turn_service.model, [csm.Request("hello there.", 0, context, TALK)])
     (_, speech) = next(iter(wanted))
     speech = speech.speech if isinstance(speech, dsm_jax.IncompleteSpeechError) else speech
@@ -197,15 +238,16 @@ def test_a_turn_is_that_of_synthesize_with_its_voice_as_context(turn_service, vo
 
 @pytest.mark.parametrize("name", ["script_service", "turn_service"])
 def test_the_wait_for_a_slot_is_no_part_of_the_time_to_the_first_sound(request, monkeypatch, name):
-    service, now = request.getfixturevalue(name), [0.0]
-    monkeypatch.setattr(service, "clock", lambda: now[0])
+    service, ticks = request.getfixturevalue(name), itertools.count()
+    monkeypatch.setattr(service, "clock", lambda: next(ticks))
     engine, session = engine_of(service), service.session(Outbox())
     session.say(TEXT)
     session.finish()
-    now[0] = 100.0  # no slot was free so long
+    for _ in range(100):  # no slot was free so long
+        next(ticks)
     begin(engine, session)
     run(engine)
-    assert session.first_sound == 0.0
+    assert session.first_sound == 1  # the clock was read at the start and at the first sound, and not since
     assert sound(session).size
 
 

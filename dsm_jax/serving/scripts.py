@@ -312,9 +312,9 @@ class LiveSpeech(LiveVoice, SpeechSession):
     def take_messages(self) -> list[Any]:
         """Return the words that have ended, and the sound that was made, since the last call."""
         begun = len(self._taken)
-        whole = begun if self.ended else begun - 1
-        said = [self._said(index) for index in range(self._told, max(self._told, whole))]
-        self._told = max(self._told, whole)
+        whole = max(self._told, begun if self.ended else begun - 1)
+        said = [self._said(index) for index in range(self._told, whole)]
+        self._told = whole
         return [*said, *super().take_messages()]
 
     def _said(self, index: int) -> Said:
