@@ -11,7 +11,7 @@ import dsm_jax
 from dsm_jax import audio, checkpoints, csm, synthesis
 from dsm_jax.csm import CsmOptions, Request, Segment
 from dsm_jax.csm.batch import synthesize_each
-from dsm_jax.csm.host import CsmProgram, bucket, room
+from dsm_jax.csm.host import ConversationRequest, CsmProgram, bucket, room
 from dsm_jax.csm.program import CsmSettings
 from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
 from dsm_jax.nn import quant
@@ -139,11 +139,14 @@ def test_depth_decoder_has_sampling_of_its_own(model):
     assert not np.array_equal(first[0], greedy[0])
 
 
-def test_codes_that_the_codec_does_not_have_are_never_chosen(model, alone):
+def test_hot_codes_are_drawn_apart_and_are_never_those_that_the_codec_does_not_have(model, alone):
     assert CSM.card > MIMI.quantizer.bins
     hot = spoken(model, REQUESTS, CsmOptions(temperature=5.0, top_k=0, max_frames=16))
     for codes_QT in [codes_QT for codes_QT, _, _ in (*alone, *hot.values())]:
         assert codes_QT.max() < MIMI.quantizer.bins
+    # Codebooks and frames have noise of their own: by the same noise nine of ten codes were equal.
+    drawn_QT = np.concatenate([codes_QT for codes_QT, _, _ in hot.values()], axis=1)
+    assert max(np.mean(drawn_QT[1:] == drawn_QT[:-1]), np.mean(drawn_QT[:, 1:] == drawn_QT[:, :-1])) < 0.3
 
 
 def test_no_program_is_compiled_twice(model):
@@ -210,6 +213,51 @@ def test_slots_grow_for_a_longer_conversation_while_others_speak(model, alone):
         slots.step()
     for session in sessions:
         np.testing.assert_array_equal(session.speech().frames, alone[session.index][0])
+
+
+def test_requests_that_are_prefilled_together_go_each_into_its_own_slot(model, alone):
+    synthesizer = ConversationSynthesizer(model, 3)
+    prepared = [synthesizer.prepare(REQUESTS[index], GREEDY) for index in (0, 5)]
+    assert len({bucket(one.prompt_MT.shape[1], CSM.backbone.context) for one in prepared}) == 1
+    program = synthesizer.slots_for(*prepared).program
+    program.limit = 2  # type: ignore[attr-defined]
+    state = program.insert(program.init(), [2, 0], prepared)
+    outputs, _ = program.step(state, [Leave(), None, Leave()], waiting=False)
+    for slot, index in ((2, 0), (0, 5)):
+        codes_QT = outputs.codes_NBQ[outputs.made_NB[:, slot], slot].T
+        np.testing.assert_array_equal(codes_QT, alone[index][0][:, :2])
+
+
+def test_a_slot_that_is_not_allowed_is_untouched_and_goes_on_later(model, alone):
+    lasting = next(index for index, (_, _, complete) in enumerate(alone) if not complete)
+    ending = next(index for index, (_, _, complete) in enumerate(alone) if complete)
+    synthesizer, frames = ConversationSynthesizer(model, 2), alone[ending][0].shape[1]
+    prepared = [synthesizer.prepare(REQUESTS[index], GREEDY) for index in (lasting, ending)]
+    program = synthesizer.slots_for(*prepared).program
+    program.limit = frames  # type: ignore[attr-defined]
+    _, state = program.step(program.insert(program.init(), [0, 1], prepared), [Leave(), Leave()], waiting=False)
+    before = jax.tree.map(np.array, state)
+    assert before.frames_B.tolist() == [frames, frames]
+    program.limit = 2  # type: ignore[attr-defined]
+    _, state = program.step(state, [Leave(), None], waiting=False)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(old[1], new[1])
+    assert state.frames_B.tolist() == [frames + 2, frames]
+    outputs, _ = program.step(state, [None, Leave()], waiting=False)
+    assert (outputs.ended_B.tolist(), outputs.made_NB[:, 1].any()) == ([False, True], False)
+
+
+def test_a_request_has_each_choice_in_the_row_of_its_name_and_room_for_all():
+    options = CsmOptions(temperature=0.5, top_k=3, depth_temperature=0.25, depth_top_k=70, seed=5, max_frames=9)
+    request = ConversationRequest(text="a", prompt_MT=np.zeros((5, 250), np.int32), options=options, max_frames=7)
+    row = request.row()
+    chosen = (row.temperature_B, row.top_k_B, row.depth_temperature_B, row.depth_top_k_B, row.max_frames_B)
+    assert [choice.tolist() for choice in chosen] == [[0.5], [3], [0.25], [70], [7]]
+    assert row.key_B2.tolist() == [[0, 5]]
+    small = CsmSettings(slots=2, positions=256)
+    assert request.fitted(small, 2048) == dataclasses.replace(small, positions=512, max_top_k=128)
+    large = CsmSettings(slots=2, positions=1024, max_top_k=256)
+    assert request.fitted(large, 2048) == large
 
 
 def test_buckets_hold_their_prompts_and_are_few():
@@ -289,7 +337,9 @@ def test_published_chat_format_is_a_conversation(model, alone, tmp_path):
     from_file = [{"role": 1, "content": [{"type": "text", "text": "hi"}, {"type": "audio", "path": str(path)}]}]
     twice = np.repeat(HI.audio, 2)
     as_published = [{"role": "1", "content": [*messages()[0]["content"][:1], {"type": "audio", "path": HI.audio}]}]
-    for first in (from_file, as_published, messages(array=twice, sampling_rate=2 * model.sample_rate)[:1]):
+    fast = {"array": twice, "sampling_rate": 2 * model.sample_rate}
+    of_data_sets = [{"role": "1", "content": [*messages()[0]["content"][:1], {"type": "audio", "audio": fast}]}]
+    for first in (from_file, as_published, of_data_sets, messages(**fast)[:1]):
         read = Request.of_messages([*first, messages()[1]])
         pcm_T = audio.read(read.context[0].audio, model.sample_rate)
         assert (read.context[0].text, read.text, read.speaker) == ("hi", TEXTS[1], 1)

@@ -7,6 +7,7 @@ import io
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -19,6 +20,7 @@ from dsm_jax import audio
 from dsm_jax.serving.encoding import SoundEncoder, pcm16, wav_header
 from dsm_jax.serving.openai.errors import ApiError, api_error, parse_object
 from dsm_jax.serving.openai.formats import WordDeltas
+from dsm_jax.serving.openai.requests import check_language
 from dsm_jax.serving.outbox import Ended
 from dsm_jax.stt.events import Word, WordEnded, WordStarted
 from dsm_jax.stt.options import Prompt, TranscribeOptions
@@ -545,6 +547,21 @@ def test_a_text_that_changed_after_it_left_still_joins():
     deltas = WordDeltas()
     told = "".join(deltas.add(event) for event in (WordStarted("to", 0.0), ended("two"), ended("six")))
     assert told == deltas.text == "to six"
+
+
+def test_a_language_is_one_of_those_in_the_models_name():
+    two, one, unknown = (SimpleNamespace(name=name) for name in ("kyutai/stt-1b-en_fr", "kyutai/stt-2.6b-en", "digits"))
+    assert [check_language(None, model, "language") for model in (two, one, unknown)] == [None, "en", None]
+    for told, model in (("fr", two), ("fr-CA", two), ("en_US", one), ("de", unknown)):
+        assert check_language(told, model, "language") == told
+    for told, model, said in (
+        ("de", two, "language is 'de'; expected one of en, fr, the languages of kyutai/stt-1b-en_fr"),
+        ("French", unknown, "language is 'French'; expected a code of ISO 639 such as en"),
+        ("", two, "language is ''; expected a code of ISO 639"),
+    ):
+        with pytest.raises(ApiError, match=said) as caught:
+            check_language(told, model, "language")
+        assert caught.value.param == "language"
 
 
 @pytest.mark.parametrize("form", ["mp3", "opus", "flac", "wav", "pcm"])

@@ -552,6 +552,39 @@ def test_silence_counts_from_the_last_word_and_only_where_the_text_is_known():
     assert turns.heard(5.0) == []
 
 
+def test_a_pause_counts_from_its_first_frame_ends_no_word_and_is_of_its_own_turn():
+    turns, early = Turns(TurnDetection(type="semantic_vad")), {"buffered_s": 20.0}
+    turns.word("one", 0.1, 0.4)
+    assert turns.heard(1.0, QUIET, **early) + turns.heard(1.08, QUIET, **early) == []
+    assert turns.heard(1.5, TALK, **early) == ["speech_stopped", "committed", "completed one"]
+    turns.word("two", 1.6, 2.3)
+    assert turns.heard(3.0, TALK, **early) == [], "the pause before the word has ended a turn already"
+    assert turns.heard(3.1, QUIET, **early) == []
+    turns.word("three", 3.0, 3.5)  # across the pause
+    assert turns.heard(3.9, TALK, **early) == []
+    (stopped, *_) = turns.items.heard(Heard(0, TALK, 0, 4.0), RATE)
+    assert stopped["audio_end_ms"] == 3500
+
+
+def test_the_client_is_told_where_its_items_begin_and_end_and_in_what_order_they_are():
+    items = Items(lambda number: None, 0.5)
+    items.turns = TurnDetection(prefix_padding_ms=300, silence_duration_ms=500)
+    (started, _) = items.word(WordStarted("one", 0.2))
+    assert started["audio_start_ms"] == 0  # and not before the audio
+    items.word(WordEnded(Word("one", 0.2, 0.4, 0.9)))
+    stopped, committed, completed = items.heard(Heard(0, (), 0, 1.43), RATE)
+    assert (stopped["audio_end_ms"], completed["usage"]["seconds"]) == (900, 0.9)
+    assert (committed["previous_item_id"], committed["item_id"]) == (None, started["item_id"])
+    (started, _) = items.word(WordStarted("two", 1.6))
+    assert started["audio_start_ms"] == 1300
+    stopped, second = items.heard(Heard(0, QUIET, RATE // 10, 2.0), RATE)
+    assert (stopped["audio_end_ms"], second["previous_item_id"]) == (2100, committed["item_id"])
+    (third,) = items.commit(5.0)
+    assert third["previous_item_id"] == second["item_id"]
+    told = [(event["item_id"], event["usage"]["seconds"]) for _ in range(2) for event in items.marked()]
+    assert told == [(second["item_id"], 1.2), (third["item_id"], 2.9)]
+
+
 def test_without_a_rule_only_the_client_ends_items():
     turns = Turns(None)
     assert turns.word("one", 0.1) + turns.word("one", 0.1, 0.4) == ["delta one"]

@@ -17,8 +17,10 @@ import dsm_jax
 from dsm_jax import audio, codec
 from dsm_jax.errors import AudioError, BatchError, ConfigError, SpeechError
 from dsm_jax.models.streams import ZERO_TOKEN
+from dsm_jax.speech import SpokenWord
 from dsm_jax.tts import Dialogue, IncompleteSpeechError, Request, SynthesizeOptions, Turn, synthesize_each
-from dsm_jax.tts.script import MAIN, OTHER
+from dsm_jax.tts.script import MAIN, OTHER, Entry
+from dsm_jax.tts.speech import words_at
 from dsm_jax.tts.synthesizer import Synthesizer
 from tests.helpers import tts_model
 from tests.helpers.tts_model import CODEBOOKS, DELAY_STEPS, FRAME, LAST_DELAY
@@ -134,6 +136,34 @@ def test_a_dialogue_is_its_turns_by_voice(model):
     assert_same(said, dsm_jax.synthesize(model, whole, options=GREEDY))
     alone = dsm_jax.synthesize(model, Dialogue([Turn("good"), Turn("morning")]), voice=VOICE, options=GREEDY)
     assert_same(alone, dsm_jax.synthesize(model, "good morning", voice=VOICE, options=GREEDY))
+
+
+def test_words_end_where_the_next_one_begins_and_no_word_ends_before_its_start():
+    entries = [Entry((4,), "a", 0), Entry((), "", 3), Entry((5,), "b", 0), Entry((6,), "never begun", 0)]
+    # The sound of the last word had not been made when the frames came to their end.
+    assert words_at(entries, [4, 6, 9], 2, 12.5, 0.4) == [SpokenWord("a", 0.16, 0.56), SpokenWord("b", 0.56, 0.56)]
+
+
+def test_each_option_reaches_the_program_under_its_own_name(model, prefix_model):
+    options = SynthesizeOptions(
+        guidance_scale=3.0, temperature=0.0, top_k=70, top_k_text=9, seed=4, codebooks=1, padding_bonus=0.5,
+        initial_padding=1, max_padding=5, final_padding=6, max_frames=77,
+    )  # fmt: skip
+    other = dataclasses.replace(options, guidance_scale=1.0, top_k=3, top_k_text=2)
+    shared = {
+        "temperature": 0.0, "top_k_audio": 70, "top_k_text": 9, "seed": 4, "codebooks": 1, "padding_bonus": 0.5,
+        "initial_padding": 1, "max_padding": 5, "final_padding": 6, "max_steps": 77,
+    }  # fmt: skip
+    for spoken_by, voice, guided, told in (
+        (model, VOICE, False, {"guidance": 1.0, "condition_guidance": 3.0}),
+        (prefix_model, recording(10), True, {"guidance": 3.0, "condition_guidance": None}),
+    ):
+        synthesizer = Synthesizer(spoken_by, 1, [other, options])
+        prepared = vars(synthesizer.prepare(Request(TEXT, (voice,)), options))
+        assert {name: prepared[name] for name in shared | told} == shared | told
+        room = synthesizer._settings
+        assert (room.guided, room.max_top_k_text, room.max_top_k_audio) == (guided, 16, 128)
+        assert synthesizer.prepare(Request(TEXT, (voice,), seed=0), options).seed == 0, "and not that of the options"
 
 
 def test_any_iterable_is_a_batch_with_voices_and_options_of_its_own(model, speech):

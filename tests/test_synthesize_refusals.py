@@ -7,7 +7,7 @@ import pytest
 
 import dsm_jax
 from dsm_jax.configs import ModelConfig
-from dsm_jax.errors import AudioError, CheckpointError, ConfigError, DsmError, SpeechError
+from dsm_jax.errors import AudioError, CheckpointError, ConfigError, DsmError, SpeechError, StreamError
 from dsm_jax.tts import Request, SynthesizeOptions
 from dsm_jax.tts.live import STEPS
 from tests.helpers import tts_model
@@ -133,6 +133,20 @@ def test_faults_of_live_text_are_raised_when_it_arrives(model):
     heard = dsm_jax.synthesize_stream(model, iter(["good ", "<b> ", "never asked for"]), voice=voice(0), options=GREEDY)
     with pytest.raises(SpeechError, match="turn 1 has '<b>', an unknown tag"):
         list(heard)
+
+
+def test_a_text_that_has_ended_takes_no_more(model):
+    finished = dsm_jax.StreamingSynthesizer(model, voice=voice(0), options=GREEDY)
+    assert list(finished.feed("good")) == []
+    assert list(finished.finish())
+    faulty = dsm_jax.StreamingSynthesizer(model, voice=voice(0), options=GREEDY)
+    with pytest.raises(SpeechError, match="turn 1 has the word 'ÿ'"):
+        list(faulty.feed("ÿ "))
+    for live in (finished, faulty):
+        with pytest.raises(StreamError, match="text was fed to a stream that has been finished; make a new Streaming"):
+            list(live.feed("good "))
+        with pytest.raises(StreamError, match="the text has been finished already; make a new StreamingSynthesizer"):
+            list(live.finish())
 
 
 def test_a_text_that_does_not_fit_into_the_frames_is_refused(model):

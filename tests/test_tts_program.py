@@ -158,6 +158,14 @@ def test_a_guided_greedy_row_depends_on_its_own_script_and_prefix():
         assert (said.frames_KF[0, length:] != ZERO_TOKEN).all()
 
 
+def test_a_guided_slot_begins_anew_in_both_its_halves():
+    _, state = strict().go_on(strict().start([guided(2), guided(1), None]))
+    before_R = state.lm.position_B.tolist()
+    assert min(before_R[0], before_R[3]) > 0
+    state = strict().program.insert(state, [0], [guided(0)])
+    assert state.lm.position_B.tolist() == [0, *before_R[1:3], 0, *before_R[4:]]
+
+
 def test_requests_of_every_kind_share_one_program_and_each_is_as_alone():
     several = [
         request(0, temperature=0.0),
@@ -179,6 +187,21 @@ def test_without_guidance_a_slot_of_a_guided_program_is_as_in_one_that_is_not():
     mixed = strict().speak([guided(0, guidance=1.0), guided(1), guided(0)])
     plain.speak([guided(0, guidance=1.0)])[0].like(mixed[0], atol=ROUNDING)
     assert mixed[0].frames_KF.tobytes() != mixed[2].frames_KF.tobytes()
+
+
+def test_the_unconditional_half_leaves_out_the_prefix_of_the_rows_that_have_one():
+    def next_inputs(state) -> list[np.ndarray]:
+        return np.split(np.asarray(program._inputs(strict().lm, state, strict().settings)), 2)
+
+    _, state = strict().call(strict().start([guided(row) for row in range(3)]), DELAY_STEPS)
+    with_BK, without_BK = next_inputs(state)
+    assert with_BK[1, 0] >= 0
+    np.testing.assert_array_equal(without_BK[1], with_BK[1])  # without a prefix, nothing is left out
+    _, state = strict().call(state, 1)
+    with_BK, without_BK = next_inputs(state)
+    first_K = [1 + q for q in range(2) if small.TTS.delays[1 + q] == 0]
+    assert (with_BK[0, first_K] >= 0).all(), "of the prefix"
+    assert (without_BK[0, first_K] == ZERO_TOKEN).all()
 
 
 def test_voices_of_several_lengths_share_a_batch():
@@ -265,6 +288,12 @@ def test_a_script_that_grows_gives_the_speech_of_the_whole(limit):
     assert len({part.steps for part in parts[0]}) > 2, "the row went on in several of the rounds"
     for row in range(3):
         join(parts[row]).like(whole()[row])
+
+
+def test_a_row_runs_its_prefix_and_waits_at_its_end_for_text():
+    state = strict().start([guided(0, entries=[], complete=False, initial_padding=0), None, None])
+    outputs, state = strict().call(state, 12)
+    assert (steps_B(state)[0], bool(outputs.waits_B[0])) == (prefix(0).shape[1], True)
 
 
 def test_rows_that_have_ended_or_wait_are_untouched_while_another_runs():
@@ -445,6 +474,41 @@ def test_a_greedy_walk_takes_what_teacher_forcing_scores_highest():
     assert len(np.unique(tokens_BQ)) > 6
     np.testing.assert_array_equal(tokens_BQ, np.argmax(scores_BQV, axis=-1))
     np.testing.assert_array_equal(two_BQ, tokens_BQ[:, :2])
+
+
+def test_text_and_audio_are_each_sampled_among_their_own_top_k(monkeypatch):
+    settings, chosen = dataclasses.replace(CALMLY, max_top_k_text=7, max_top_k_audio=9), set()
+
+    def step(state):
+        def choose(logits_BV, keys_B, temperature_B, top_k_B, *, max_top_k):
+            is_of_text = top_k_B is state.request.top_k_text_B
+            assert is_of_text or top_k_B is state.request.top_k_audio_B
+            chosen.add((logits_BV.shape[1], is_of_text, max_top_k))
+            return jnp.zeros(3, jnp.int32)
+
+        monkeypatch.setattr(program, "sample", choose)
+        return program._take_step(*build(5), state, jnp.ones(3, bool), settings)
+
+    jax.eval_shape(step, jax.eval_shape(lambda: program.init_state(*build(5), settings)))
+    assert chosen == {(small.TTS.text_card, True, 7), (small.TTS.card, False, 9)}
+
+
+def test_a_request_has_each_choice_in_the_row_of_its_name():
+    choices = {
+        "temperature": 0.5, "top_k_text": 2, "top_k_audio": 3, "guidance": 1.5, "padding_bonus": 0.25, "codebooks": 4,
+        "max_padding": 5, "initial_padding": 6, "final_padding": 7, "max_steps": 8,
+    }  # fmt: skip
+    one = request(0, **choices)
+    row = one.row(one.fitted(CALMLY))
+    assert {name: getattr(row, f"{name}_B").tolist() for name in choices} == {n: [v] for n, v in choices.items()}
+
+
+def test_room_is_made_for_a_request_and_never_taken_from_those_before_it():
+    one = request(0, prefix_QT=np.zeros((small.TTS.n_q, 65), np.int32))
+    assert one.fitted(CALMLY) == dataclasses.replace(CALMLY, voice_steps=10, prefix_frames=128)
+    assert request(0).fitted(CALMLY).prefix_frames == 0
+    large = dataclasses.replace(CALMLY, entries=2048, tokens=8192, voice_steps=50, prefix_frames=192)
+    assert one.fitted(large) == large
 
 
 def test_noise_is_of_the_row_the_step_and_the_stream():

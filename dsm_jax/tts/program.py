@@ -110,7 +110,7 @@ def insert(
       lm: a model with a depformer.
       mimi: its codec.
       state: any state; donate it.
-      slot_N: int32, the slots to fill; a number out of range is no slot.
+      slot_N: int32, the slots to fill.
       requests: of N rows.
       conditions: of N requests.
       settings: as for `init_state`.
@@ -118,7 +118,7 @@ def insert(
     Returns:
       The next state; the other slots are as they were.
     """
-    filled_B = jnp.zeros((settings.slots,), bool).at[slot_N].set(True, mode="drop")
+    filled_B = jnp.zeros((settings.slots,), bool).at[slot_N].set(True)
     fresh = init_state(lm, mimi, settings)
     request = write_rows(state.request, slot_N, requests)
     fresh_words = words.init_state(request.max_padding_B, request.initial_padding_B)
@@ -137,9 +137,7 @@ def insert(
         values, masks = voices.with_unconditional(values, masks, lm.config)
         length_N = jnp.concatenate([length_N, length_N])
     made = dataclasses.replace(lm.condition(values, masks), length_B=length_N)
-    # A slot number out of range must not become a row of the other half.
-    first_N = jnp.where(slot_N < settings.slots, slot_N, settings.slots * settings.halves)
-    row_N = jnp.concatenate([first_N + half * settings.slots for half in range(settings.halves)])
+    row_N = jnp.concatenate([slot_N + half * settings.slots for half in range(settings.halves)])
     return dataclasses.replace(after, conditions=write_rows(state.conditions, row_N, made))
 
 
