@@ -141,7 +141,7 @@ def test_a_recording_is_gone_on_from_as_synthesize_does(tmp_path):
     folder.mkdir()
     pcm = np.random.default_rng(5).uniform(-0.5, 0.5, 10 * tts_model.FRAME).astype(np.float32)
     dsm_jax.audio.write(folder / "dora.wav", pcm, model.sample_rate)
-    (folder / "dora.txt").write_text("what is said in it")
+    (folder / "notes.txt").write_text("this is no voice")
     service = ScriptService(model, 1, folder=folder, options=options)
     assert (service.voices, service.default_voice, service.knows("expresso/calm.wav")) == (["dora"], "dora", False)
     session, engine = service.session(Outbox()), engine_of(service)

@@ -75,8 +75,7 @@ class ScriptService(SpeakingService):
         # Recordings to go on from are encoded now, as the codec would be compiled for each length.
         first = voices.voices_of(model) if self._has_speakers else self._files
         bases = [self.base(name) for name in (self.default_voice, *first)]
-        room = max((_PUBLISHED_STEPS, *(len(voice) for base in bases for voice in base.voices)))
-        self._longest_voice = room if self._has_speakers else 0
+        self._longest_voice = max((_PUBLISHED_STEPS, *(len(voice) for base in bases for voice in base.voices)))
         self._slots = self.synthesizer.slots_for(*map(self._with_room, bases))
         self.step_seconds: dict[int, float] = {}
         self._warm_up()
