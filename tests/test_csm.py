@@ -13,6 +13,7 @@ from dsm_jax.csm import CsmOptions, Request, Segment
 from dsm_jax.csm.batch import synthesize_each
 from dsm_jax.csm.host import ConversationRequest, CsmProgram, bucket, room
 from dsm_jax.csm.program import CsmSettings
+from dsm_jax.csm.requests import requests_of
 from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
 from dsm_jax.nn import quant
 from dsm_jax.runtime.compile import compilations
@@ -216,14 +217,15 @@ def test_slots_grow_for_a_longer_conversation_while_others_speak(model, alone):
 
 
 def test_requests_that_are_prefilled_together_go_each_into_its_own_slot(model, alone):
-    synthesizer = ConversationSynthesizer(model, 3)
-    prepared = [synthesizer.prepare(REQUESTS[index], GREEDY) for index in (0, 5)]
-    assert len({bucket(one.prompt_MT.shape[1], CSM.backbone.context) for one in prepared}) == 1
+    by_first_frame = {codes_QT[:, :1].tobytes(): index for index, (codes_QT, _, _) in enumerate(alone[:3])}
+    synthesizer, (one, other) = ConversationSynthesizer(model, 3), list(by_first_frame.values())[:2]
+    prepared = [synthesizer.prepare(REQUESTS[index], GREEDY) for index in (one, other)]
+    assert len({bucket(request.prompt_MT.shape[1], CSM.backbone.context) for request in prepared}) == 1
     program = synthesizer.slots_for(*prepared).program
     program.limit = 2  # type: ignore[attr-defined]
     state = program.insert(program.init(), [2, 0], prepared)
     outputs, _ = program.step(state, [Leave(), None, Leave()], waiting=False)
-    for slot, index in ((2, 0), (0, 5)):
+    for slot, index in ((2, one), (0, other)):
         codes_QT = outputs.codes_NBQ[outputs.made_NB[:, slot], slot].T
         np.testing.assert_array_equal(codes_QT, alone[index][0][:, :2])
 
@@ -258,6 +260,12 @@ def test_a_request_has_each_choice_in_the_row_of_its_name_and_room_for_all():
     assert request.fitted(small, 2048) == dataclasses.replace(small, positions=512, max_top_k=128)
     large = CsmSettings(slots=2, positions=1024, max_top_k=256)
     assert request.fitted(large, 2048) == large
+
+
+def test_an_answer_may_take_all_the_room_that_its_prompt_leaves_and_no_more(model):
+    synthesizer = ConversationSynthesizer(model, 1)
+    assert synthesizer.prepare(REQUESTS[0], CsmOptions(max_frames=5000)).positions == CSM.backbone.context
+    assert synthesizer.prepare(REQUESTS[0], GREEDY).max_frames == GREEDY.max_frames
 
 
 def test_buckets_hold_their_prompts_and_are_few():
@@ -349,6 +357,23 @@ def test_published_chat_format_is_a_conversation(model, alone, tmp_path):
     several = dict(synthesis.synthesize_each(model, [messages(), REQUESTS[5]], options=GREEDY))
     np.testing.assert_array_equal(outcome(several[0])[0], alone[1][0])
     np.testing.assert_array_equal(outcome(several[1])[0], alone[5][0])
+
+
+def test_each_of_several_texts_has_its_own_speaker_context_and_options():
+    one, two = CsmOptions(seed=1), CsmOptions(seed=2)
+
+    def read(*arguments) -> list[tuple]:
+        return [(each.text, each.speaker, each.context, each.options) for each in requests_of(*arguments)]
+
+    own = read(["a", "b"], (1, 2), [[HI], [SHORT]], [one, two])
+    assert own == [("a", 1, (HI,), one), ("b", 2, (SHORT,), two)]
+    assert read(["a", "b"], None, [HI], None) == [("a", 0, (HI,), None), ("b", 0, (HI,), None)]
+    assert read([Request("a", 3, [HI], two), Request("b", 3, [HI])], None, None, one) == [
+        ("a", 3, (HI,), two),
+        ("b", 3, (HI,), one),
+    ]
+    ((text, speaker, (turn,), options),) = read([messages()], None, None, one)
+    assert (text, speaker, turn.text, options) == (TEXTS[1], 1, "hi", one)
 
 
 def test_watermark_marks_whole_and_streamed_sound(model, alone):

@@ -19,11 +19,12 @@ import dsm_jax
 from dsm_jax import audio
 from dsm_jax.serving.encoding import SoundEncoder, pcm16, wav_header
 from dsm_jax.serving.openai.errors import ApiError, api_error, parse_object
-from dsm_jax.serving.openai.formats import WordDeltas
+from dsm_jax.serving.openai.formats import WordDeltas, transcript_response
 from dsm_jax.serving.openai.requests import check_language
 from dsm_jax.serving.outbox import Ended
 from dsm_jax.stt.events import Word, WordEnded, WordStarted
 from dsm_jax.stt.options import Prompt, TranscribeOptions
+from dsm_jax.stt.transcript import Transcript
 from tests.helpers.serving import Running, running, served
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("idle")]
@@ -547,6 +548,20 @@ def test_a_text_that_changed_after_it_left_still_joins():
     deltas = WordDeltas()
     told = "".join(deltas.add(event) for event in (WordStarted("to", 0.0), ended("two"), ended("six")))
     assert told == deltas.text == "to six"
+
+
+def test_each_segment_has_the_mean_probability_of_its_own_words():
+    words = Word("one", 0.0, 0.4, 0.5), Word("two.", 0.5, 0.9, 1.0), Word("three", 5.0, 5.4, 0.25)
+    answer = transcript_response(
+        Transcript("one two. three", words, (), 6.0),
+        "verbose_json",
+        granularities=("segment",),
+        with_logprobs=False,
+        language=None,
+        temperature=0.5,
+    )
+    told = [(one["text"], one["avg_logprob"], one["temperature"]) for one in json.loads(answer.body)["segments"]]
+    assert told == [("one two.", round(np.log(0.5) / 2, 4), 0.5), ("three", round(np.log(0.25), 4), 0.5)]
 
 
 def test_a_language_is_one_of_those_in_the_models_name():

@@ -138,6 +138,22 @@ def test_a_dialogue_is_its_turns_by_voice(model):
     assert_same(alone, dsm_jax.synthesize(model, "good morning", voice=VOICE, options=GREEDY))
 
 
+def test_a_turn_has_its_own_voice_and_otherwise_the_one_that_is_given():
+    turns = [Turn("a"), Turn("b", "anna"), Turn("c")]
+    assert Request.of(Dialogue(turns), "berta", GREEDY) == Request(("a", "b", "c"), ("berta", "anna"), options=GREEDY)
+    mixed = Request.of(Dialogue([Turn("a", "anna"), Turn("b", VOICE), Turn("c", "anna"), Turn("d", VOICE)]))
+    assert (mixed.text, mixed.voices[0], mixed.voices[1] is VOICE) == (("a", "b", "c", "d"), "anna", True)
+    with pytest.raises(SpeechError, match="the dialogue has 3 voices; the models know two speakers"):
+        Request.of(Dialogue([*turns, Turn("d", VOICE)]), "berta")
+    with pytest.raises(SpeechError, match="a dialogue was made of nothing; expected one or more Turn"):
+        Dialogue([])
+
+
+def test_a_request_has_its_own_options_and_otherwise_those_that_are_given():
+    assert Request.of(Request("a"), None, GREEDY) == Request("a", options=GREEDY)
+    assert Request.of(Request("a", options=SAMPLED), None, GREEDY) == Request("a", options=SAMPLED)
+
+
 def test_words_end_where_the_next_one_begins_and_no_word_ends_before_its_start():
     entries = [Entry((4,), "a", 0), Entry((), "", 3), Entry((5,), "b", 0), Entry((6,), "never begun", 0)]
     # The sound of the last word had not been made when the frames came to their end.
@@ -311,6 +327,12 @@ def test_a_text_cut_anywhere_gives_the_speech_of_the_whole(say, broken_said, cut
     pieces = [BROKEN[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
     assert "".join(pieces) == BROKEN
     assert say(pieces) == broken_said()
+
+
+def test_a_live_text_may_begin_with_a_pause(model, say):
+    pieces = ['<break time="0.5s"/> ', "good ", "morning"]
+    whole = dsm_jax.synthesize(model, "".join(pieces), voice=VOICE, options=GREEDY)
+    assert say(pieces) == whole.pcm.tobytes()
 
 
 def test_sound_comes_while_text_is_still_to_come(model, speech):
