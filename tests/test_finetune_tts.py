@@ -342,7 +342,7 @@ def test_the_example_learns_a_voice_and_counts_errors(checkpoint, data, tmp_path
     def speeches(model, requests, **_):
         for number, request in enumerate(requests):
             assert voices.read_voice(request.voices[0], model).shape == (2, tts_model.WIDTH)
-            words = tuple(SpokenWord(text, 0.1, 0.2) for text in request.text.split())
+            words = tuple(SpokenWord(text, 0.1 * i, 0.1 * i + 0.1) for i, text in enumerate(request.text.split()))
             yield number, Speech(np.zeros(RATE, np.float32), RATE, words, np.zeros((3, 1), np.int32), model.name)
 
     def transcribe(model, samples, options, *, batch_size):

@@ -81,9 +81,9 @@ def _strange(argument: str, command: str, parsers: Mapping[str, argparse.Argumen
         hint = "put quotes around a text or a name with spaces" if takes_some else "it takes options alone"
         return f"{argument} is one argument too many for {command}; {hint}; {see}"
     option, known = argument.partition("=")[0], parsers[command]._option_string_actions
-    has = " and ".join(name for name, parser in parsers.items() if option in parser._option_string_actions)
+    has = [name.partition(" ")[2] for name, parser in parsers.items() if option in parser._option_string_actions]
     near = difflib.get_close_matches(option, known, 1)
-    hint = f"it is an option of {has}; " if has else f"did you mean {near[0]}? " if near else ""
+    hint = f"it is an option of dsm-jax {', '.join(has)}; " if has else f"did you mean {near[0]}? " if near else ""
     return f"{command} has no option {option}; {hint}{see}"
 
 

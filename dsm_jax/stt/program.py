@@ -227,7 +227,7 @@ def _text_steps(
     """
     config, slots, first_B = lm.config, settings.slots, decoder.lm.position_B
     step_BA = first_B[:, None] + jnp.arange(most)
-    if most == 1:
+    if most == 1:  # nothing is guessed, and a single step reads what it has written
         hidden_BAD, after = lm.step(decoder.ring.inputs(step_BA, config), decoder.lm, left_B)
         chunk = ()
     else:
@@ -295,7 +295,7 @@ class SttProgram:
       chunks: frames of a chunk, in ascending order; each call takes the least that holds the inputs of its slots.
       max_top_k: the largest top-k that any request will choose.
       prompt_tokens: room for text prompts; longer ones make the program grow, which compiles it anew.
-      ahead: the most steps that one pass of the language model runs.
+      ahead: the most steps that one pass of the language model runs, at most the model's context.
     """
 
     def __init__(
