@@ -140,13 +140,22 @@ def test_depth_decoder_has_sampling_of_its_own(model):
     assert not np.array_equal(first[0], greedy[0])
 
 
-def test_hot_codes_are_drawn_apart_and_are_never_those_that_the_codec_does_not_have(model, alone):
+@pytest.fixture(scope="module")
+def hot(model):
+    """Speak all requests by chance, with codes that are nearly equally likely."""
+    drawn = spoken(model, REQUESTS, CsmOptions(temperature=5.0, top_k=0, max_frames=16))
+    return [codes_QT for codes_QT, _, _ in drawn.values()]
+
+
+def test_codes_that_the_codec_does_not_have_are_never_chosen(alone, hot):
     assert CSM.card > MIMI.quantizer.bins
-    hot = spoken(model, REQUESTS, CsmOptions(temperature=5.0, top_k=0, max_frames=16))
-    for codes_QT in [codes_QT for codes_QT, _, _ in (*alone, *hot.values())]:
+    for codes_QT in [*(codes_QT for codes_QT, _, _ in alone), *hot]:
         assert codes_QT.max() < MIMI.quantizer.bins
-    # Codebooks and frames have noise of their own: by the same noise nine of ten codes were equal.
-    drawn_QT = np.concatenate([codes_QT for codes_QT, _, _ in hot.values()], axis=1)
+
+
+def test_codebooks_and_frames_have_noise_of_their_own(hot):
+    drawn_QT = np.concatenate(hot, axis=1)
+    # By the same noise nine of ten codes were equal.
     assert max(np.mean(drawn_QT[1:] == drawn_QT[:-1]), np.mean(drawn_QT[:, 1:] == drawn_QT[:, :-1])) < 0.3
 
 
