@@ -55,6 +55,13 @@ def test_a_voice_is_read_from_a_file_steps_first(file, kind):
         assert read_XC.dtype == np.float32
 
 
+def test_voices_that_were_written_are_read_again(tmp_path):
+    voices.write_voices(tmp_path / "voices", {"anna": voice(0), "berta": voice(1, 4)})
+    for name, written_XC in (("anna", voice(0)), ("berta", voice(1, 4))):
+        read_XC = voices.read_voice(tmp_path / f"voices/{name}.safetensors", model())
+        np.testing.assert_array_equal(read_XC, written_XC)
+
+
 def test_a_file_of_the_home_folder_is_read(file, monkeypatch):
     monkeypatch.setenv("HOME", str(file(voice(0).T[None]).parent))
     np.testing.assert_array_equal(voices.read_voice("~/voice.safetensors", model()), voice(0))
