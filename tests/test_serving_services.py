@@ -69,8 +69,8 @@ def test_a_model_is_loaded_in_the_form_of_its_settings(monkeypatch):
     loaded = []
     monkeypatch.setattr(services, "load", lambda name, **more: loaded.append((name, more)))
     services.load_settings(served("stt", "digits", dtype="bfloat16"))
-    services.load_settings(served("tts", "digits-tts", quantize="int8"))
+    services.load_settings(served("tts", "digits-tts", quantize="int8", revision="v2"))
     assert loaded == [
-        ("digits", {"dtype": "bfloat16", "quantize": None, "stt_only": True}),
-        ("digits-tts", {"dtype": None, "quantize": "int8", "stt_only": False}),
+        ("digits", {"dtype": "bfloat16", "quantize": None, "stt_only": True, "revision": None}),
+        ("digits-tts", {"dtype": None, "quantize": "int8", "stt_only": False, "revision": "v2"}),
     ]
