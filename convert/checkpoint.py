@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from dsm_jax.configs import ModelConfig
-from dsm_jax.convert import pieces
+from dsm_jax.convert import files, pieces
 from dsm_jax.convert.pieces import Claim, Constant, Outgoing, Piece, Tensor
 from dsm_jax.errors import CheckpointError
 from dsm_jax.models.family import abstract_model, family_of
@@ -140,10 +140,10 @@ def from_tensors(
     plain = dataclasses.replace(config.mimi.seanet, norm="none")
     config = dataclasses.replace(config, mimi=dataclasses.replace(config.mimi, seanet=plain))
     networks, faults = abstract_model(config), list(faults or ())
-    for name in (name for found in tensors.values() for name in found if name.endswith(_QUANTISED)):
+    if rounded := [name for found in tensors.values() for name in found if name.endswith(_QUANTISED)]:
         raise CheckpointError(
-            f"{path} has weights that another package has rounded to fewer bits ({name}), which are not read; take the "
-            "model in bfloat16 or float32, and round it here with quantize='int8'"
+            f"{path} has weights that another package has rounded to fewer bits ({rounded[0]}), which are not read; "
+            f"{files.NOT_ROUNDED}"
         )
     claims: dict[str, list[Claim]] = {}
     stored: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}

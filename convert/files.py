@@ -17,6 +17,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 VOICES = "voices"  # the folder of a model's own
 _OTHER_FORMATS = (".bin", ".ckpt", ".gguf", ".npz", ".pt", ".pth")  # of weights
+# The remedy in errors on weights that another package has quantised.
+NOT_ROUNDED = "take the model in bfloat16 or float32, and round it here with quantize='int8'"
 _LFS_POINTER = b"version https://git-lfs"
 _NAME_OF_DTYPE = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 

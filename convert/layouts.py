@@ -12,7 +12,7 @@ from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.models.family import FAMILIES, family_of
 
 _CONFIGS = ("config.json", native.CONFIG_NAME)
-# Where models lie in folders that are given in their place: of a training, of the hub's cache, of moshi-finetune.
+# Places of models in the folders of a training, of the hub's cache and of moshi-finetune, given in place of a model.
 _LEVELS = ("*", "*/*", "checkpoints/*/consolidated")
 
 

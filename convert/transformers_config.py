@@ -47,10 +47,7 @@ def check_rest(rest: Mapping[str, Any], fixed: Mapping[str, Any], where: str) ->
       ConfigError: a key is unknown, or its value is not the only one that the library supports.
     """
     if "quantization_config" in rest:
-        raise ConfigError(
-            f"{where}: the weights are quantised, which are not read; take the model in bfloat16 or float32, and round "
-            "it here with quantize='int8'"
-        )
+        raise ConfigError(f"{where}: the weights are quantised, which are not read; {files.NOT_ROUNDED}")
     if unknown := sorted(rest.keys() - fixed.keys() - _IGNORED):
         raise ConfigError(f"{where}: unknown keys {unknown}; remove them if they do not change what the model computes")
     for key, value in fixed.items():

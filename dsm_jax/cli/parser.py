@@ -1,12 +1,11 @@
-"""Parse the arguments of `dsm-jax`. Standard library only, so that `--help` is instant."""
+"""List the arguments of `dsm-jax`. Standard library only, so that `--help` is instant."""
 
 import argparse
-import difflib
 import os
 import sys
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+
+from dsm_jax.cli.arguments import Parser, Version, positive
 
 FORMATS = ("text", "json", "jsonl", "srt", "vtt", "tsv")
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # as we say it, and as JAX does
@@ -29,83 +28,15 @@ class DefaultModel(str):
     __slots__ = ()
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that leaves some first arguments to parsers of their own, beside positional arguments of any number.
-
-    Attributes:
-      branches: parsers, by the first argument that leads to each.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.branches: dict[str, argparse.ArgumentParser] = {}
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Parse arguments; refuse those that their command does not take."""
-        found, others = self.parse_known_args(sys.argv[1:] if args is None else args, namespace)
-        if others:
-            command = f"{self.prog} {found.command.replace('_', ' ')}"
-            self.exit(2, f"{self.prog}: {_strange(others[0], command, dict(_parsers(self)))}\n")
-        return found
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse arguments in a sentence; argparse prints the usage before it, many lines of options."""
-        self.exit(2, f"dsm-jax: {message}; {self.prog} --help lists what there is\n")
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Parse arguments."""
-        first = args[0] if args and self._subparsers is not None else ""
-        if first.startswith("-") and not any(option.startswith(first) for option in self._option_string_actions):
-            self.error(f"{first} comes before the command, and options follow it")
-        if args and args[0] in self.branches:
-            return self.branches[args[0]].parse_known_args(args[1:], namespace)
-        return super().parse_known_args(args, namespace)
-
-
-def _parsers(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Yield a parser and those of its commands, with the words that lead to each."""
-    yield parser.prog, parser
-    inner = parser.branches if isinstance(parser, _Parser) else {}
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            inner = {**action.choices, **inner}
-    for each in inner.values():
-        yield from _parsers(each)
-
-
-def _strange(argument: str, command: str, parsers: Mapping[str, argparse.ArgumentParser]) -> str:
-    """Return a sentence on an argument that a command does not take."""
-    see = f"{command} --help lists what there is"
-    if not argument.startswith("-"):
-        takes_some = any(not action.option_strings for action in parsers[command]._actions)
-        hint = "put quotes around a text or a name with spaces" if takes_some else "it takes options alone"
-        return f"{argument} is one argument too many for {command}; {hint}; {see}"
-    option, known = argument.partition("=")[0], parsers[command]._option_string_actions
-    has = [name.partition(" ")[2] for name, parser in parsers.items() if option in parser._option_string_actions]
-    near = difflib.get_close_matches(option, known, 1)
-    hint = f"it is an option of dsm-jax {', '.join(has)}; " if has else f"did you mean {near[0]}? " if near else ""
-    return f"{command} has no option {option}; {hint}{see}"
-
-
-class _Version(argparse.Action):
-    """Look the version up only when it is asked for."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib import metadata
-
-        print(f"dsm-jax {metadata.version('dsm_jax')}")
-        parser.exit()
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the parser; the chosen command's name is in `command`."""
-    top = _Parser(prog="dsm-jax", description="Kyutai's and Sesame's speech models in JAX.")
-    top.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    top = Parser(prog="dsm-jax", description="Kyutai's and Sesame's speech models in JAX.")
+    top.add_argument("--version", action=Version, nargs=0, help="print the version and exit")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    output = _Parser(add_help=False)
+    output = Parser(add_help=False)
     output.add_argument("--quiet", action="store_true", help="show errors alone: no bars, no warnings")
     output.add_argument("--verbose", action="store_true", help="show what is fetched, loaded and compiled")
-    device = _Parser(add_help=False, parents=[output])
+    device = Parser(add_help=False, parents=[output])
     group = device.add_argument_group("device")
     group.add_argument("--device", choices=PLATFORMS, help="default: the best that JAX finds")
     group.add_argument(
@@ -117,15 +48,15 @@ def parser() -> argparse.ArgumentParser:
         "--quantize", choices=("int8",), help="round the layers' weights: on CPU half of the time and less memory"
     )
     stored = _dtype("of the language model's weights; default: as they are stored")
-    revision = _Parser(add_help=False)
+    revision = Parser(add_help=False)
     revision.add_argument("--revision", metavar="REF", help="branch, tag or commit of the model on the hub")
-    key = _Parser(add_help=False)
+    key = Parser(add_help=False)
     key.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="key for the server; default: DSM_JAX_API_KEY, if it is set"
     )
-    server = _Parser(add_help=False, parents=[key])
+    server = Parser(add_help=False, parents=[key])
     server.add_argument("--server", metavar="URL", help="let a server do it, such as http://127.0.0.1:8080")
-    model = _Parser(add_help=False, parents=[device, dtype, revision])
+    model = Parser(add_help=False, parents=[device, dtype, revision])
     model.add_argument(
         "--model",
         default=DefaultModel("kyutai/stt-1b-en_fr"),
@@ -149,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         "--frames", action="store_true", help="add every frame's text token and pause probabilities to the JSON"
     )
     p.add_argument(
-        "--batch-size", type=_positive, default=8, metavar="N", help="recordings at a time (default: %(default)s)"
+        "--batch-size", type=positive, default=8, metavar="N", help="recordings at a time (default: %(default)s)"
     )
     p.add_argument(
         "--temperature", type=float, metavar="T", help="of the sampling; 0 is greedy; default: the checkpoint's"
@@ -209,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seed", type=int, help="seed of the sampling (default: 0)")
     p.add_argument(
-        "--codebooks", type=_positive, metavar="N", help="codebooks to generate; fewer are faster; default: all"
+        "--codebooks", type=positive, metavar="N", help="codebooks to generate; fewer are faster; default: all"
     )
     p.add_argument("--padding-between", type=int, metavar="N", help="frames between words (default: 1)")
     p.add_argument(
@@ -220,7 +151,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--max-frames",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="give up after N frames (default: 30000; in conversations 1125)",
     )
@@ -247,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--save-frames", action="store_true", help="write frames, words and times next to the recording")
     p.add_argument(
-        "--batch-size", type=_positive, default=8, metavar="N", help="requests at a time (default: %(default)s)"
+        "--batch-size", type=positive, default=8, metavar="N", help="requests at a time (default: %(default)s)"
     )
     p.set_defaults(command="speak")
 
@@ -256,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     p = ways.add_parser("encode", parents=[model], help="audio to codes")
     p.add_argument("input", help="an audio file, or - for standard input")
     p.add_argument("output", type=Path, help="a safetensors file: codes, int32 [codebooks, frames]")
-    p.add_argument("--codebooks", type=_positive, metavar="N", help="default: all of the codec's")
+    p.add_argument("--codebooks", type=positive, metavar="N", help="default: all of the codec's")
     p.set_defaults(command="codec_encode")
     p = ways.add_parser("decode", parents=[model], help="codes to audio")
     p.add_argument("input", type=Path, help="a safetensors file, as `codec encode` writes it")
@@ -298,9 +229,9 @@ def parser() -> argparse.ArgumentParser:
         "--streaming", action="store_true", help="feed live, one recording at a time, and measure how late words come"
     )
     p.add_argument(
-        "--batch-size", type=_positive, default=8, metavar="N", help="recordings at a time (default: %(default)s)"
+        "--batch-size", type=positive, default=8, metavar="N", help="recordings at a time (default: %(default)s)"
     )
-    p.add_argument("--limit", type=_positive, metavar="N", help="the first N recordings only")
+    p.add_argument("--limit", type=positive, metavar="N", help="the first N recordings only")
     p.add_argument(
         "--output",
         type=Path,
@@ -310,7 +241,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help="do not repeat the recordings that are in FILE.rows.jsonl")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the word error rates")
     p.add_argument(
-        "--worst", type=_positive, default=0, metavar="N", help="print both texts of the N worst recordings as well"
+        "--worst", type=positive, default=0, metavar="N", help="print both texts of the N worst recordings as well"
     )
     p.add_argument(
         "--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="compare two results instead of evaluating"
@@ -328,13 +259,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tts", action="append", default=[], metavar="MODEL", help="a model that speaks; repeatable")
     p.add_argument(
         "--slots",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="sessions at a time of each --stt (default: 8 on CPU, 64 elsewhere)",
     )
     p.add_argument(
         "--tts-slots",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="sessions at a time of each --tts (default: 8 on CPU, 64 elsewhere)",
     )
@@ -377,15 +308,15 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("bench", parents=[device, dtype], help="time the published sizes here, with random weights")
     p.add_argument("what", nargs="*", metavar="lm|mimi|stt", help="default: lm mimi")
     p.add_argument("--size", nargs="+", default=["stt-1b"], choices=("stt-1b", "stt-2.6b"), help="default: stt-1b")
-    p.add_argument("--batch", nargs="+", type=_positive, default=[1, 8], metavar="N", help="default: 1 8")
-    p.add_argument("--steps", type=_positive, default=20, help="timed steps (default: %(default)s)")
+    p.add_argument("--batch", nargs="+", type=positive, default=[1, 8], metavar="N", help="default: 1 8")
+    p.add_argument("--steps", type=positive, default=20, help="timed steps (default: %(default)s)")
     p.epilog = "dsm-jax bench serve --help: load a server with live streams"
     p.set_defaults(command="bench")
-    p.branches["serve"] = q = _Parser(
+    p.branches["serve"] = q = Parser(
         prog="dsm-jax bench serve", parents=[output, key], description="Load a server with streams in real time."
     )
     q.add_argument("--url", required=True, help="address of the server, such as http://127.0.0.1:8080")
-    q.add_argument("--streams", type=_positive, default=8, metavar="N", help="at once (default: %(default)s)")
+    q.add_argument("--streams", type=positive, default=8, metavar="N", help="at once (default: %(default)s)")
     q.add_argument("--seconds", type=float, default=20.0, metavar="S", help="of each stream (default: %(default)s)")
     q.add_argument("--audio", metavar="FILE", help="what is sent, again and again; default: quiet noise")
     q.add_argument("--tts", action="store_true", help="let the server speak, in place of transcribing")
@@ -405,14 +336,8 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _dtype(of_what: str) -> _Parser:
+def _dtype(of_what: str) -> Parser:
     """Make the option --dtype, to be shared by commands."""
-    parser = _Parser(add_help=False)
+    parser = Parser(add_help=False)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=f"{of_what}; the codec is always float32")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)

@@ -114,6 +114,12 @@ def _write(
     return KVCache(*write(cache.k_BKSH, cache.v_BKSH, k_BKUH, v_BKUH, slot_BKU))
 
 
+def _slots(position_BT: jax.Array, step_taken_BT: jax.Array | None, slots: int) -> jax.Array:
+    """Return the slot of each step; out of range, so that nothing is written, for steps that are not taken."""
+    slot_BT = position_BT % slots
+    return slot_BT if step_taken_BT is None else jnp.where(step_taken_BT, slot_BT, slots)
+
+
 def _finite_slots(slot_BU: jax.Array, outside: int, *values: jax.Array) -> jax.Array:
     """Return the slots [B, K, U], with `outside` for heads in which any of `values` [B, K, ...] is NaN or infinite.
 
@@ -175,10 +181,8 @@ class Attention(nnx.Module):
         if c.positional_embedding in ("rope", "sin_rope"):
             turned_BTPKH = rope(turned_BTPKH, position_BT, c.max_period, c.rope_scaling)
         q_BTKGH, k_BKUH = turned_BTPKH[:, :, :-1].swapaxes(2, 3), turned_BTPKH[:, :, -1].swapaxes(1, 2)
-        slot_BT = position_BT % S
         step_taken_BT = None if lengths_B is None else taken_BT(lengths_B, T)
-        if step_taken_BT is not None:
-            slot_BT = jnp.where(step_taken_BT, slot_BT, S)  # out of range: nothing is written
+        slot_BT = _slots(position_BT, step_taken_BT, S)
         steps_T = jnp.arange(T)
         causal_BTU = jnp.broadcast_to(steps_T[:, None] >= steps_T, (B, T, T))
 
@@ -211,7 +215,7 @@ class Attention(nnx.Module):
     def commit(self, cache: KVCache, chunk: KVCache, position_B: jax.Array, lengths_B: jax.Array) -> KVCache:
         """Write the first `lengths_B` steps of a chunk that `step` ran without writing it."""
         T, S = chunk.k_BKSH.shape[2], cache.k_BKSH.shape[2]
-        slot_BT = jnp.where(taken_BT(lengths_B, T), (position_B[:, None] + jnp.arange(T)) % S, S)
+        slot_BT = _slots(position_B[:, None] + jnp.arange(T), taken_BT(lengths_B, T), S)
         slot_BKT = _finite_slots(slot_BT, S, chunk.k_BKSH, chunk.v_BKSH)
         return _write(cache, chunk.k_BKSH, chunk.v_BKSH, slot_BKT, self.sharding)
 

@@ -32,7 +32,7 @@ SLACK_S = 1.0
 LONGEST_S = 1e7
 CLOSEST_S = 0.04  # mean time from word to word: nobody says 25 words a second
 _FORMAT = '{"audio": PATH, "words": [{"text": TEXT, "start": SECONDS, "end": SECONDS}, ...]}'
-_EXPECTED = "a JSON Lines file, or a folder of recordings"
+EXPECTED = "a JSON Lines file, or a folder of recordings"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +188,7 @@ def samples_of(path: Path, sample_rate: int) -> int:
 
 
 def _file_entries(source: Path) -> Iterator[_Entry]:
-    for place, line in lines_of(source, _EXPECTED):
+    for place, line in lines_of(source, EXPECTED):
         yield _Entry(place, None, line)
 
 
@@ -223,7 +223,7 @@ def _read_entry(entry: _Entry, source: Path, sample_rate: int, check: Callable[[
         raise TrainingError(no_recording(Path(entry.place)))
     if entry.transcript is None:
         raise TrainingError(f"there is no {Path(entry.place).stem}.json next to it; write one: {_FORMAT}")
-    text = entry.transcript if isinstance(entry.transcript, bytes) else _bytes_of(entry.transcript, _EXPECTED)
+    text = entry.transcript if isinstance(entry.transcript, bytes) else _bytes_of(entry.transcript, EXPECTED)
     values = parse_json(text, _FORMAT, line=entry.audio is None)
     path = entry.audio
     if path is None:

@@ -35,7 +35,7 @@ from dsm_jax.progress import ProgressCallback
 from dsm_jax.sharding import Sharding
 from dsm_jax.training import lora
 from dsm_jax.training.conversation_rows import CsmRows
-from dsm_jax.training.data import batches
+from dsm_jax.training.data import EXPECTED, batches
 from dsm_jax.training.encoding import pad_to, rows_place
 from dsm_jax.training.finetune_config import FinetuneConfig, check_fits
 from dsm_jax.training.loop import Run
@@ -134,7 +134,7 @@ def finetune(
     """
     for source in filter(None, (config.data, config.validation)):
         if not Path(source).exists():  # known before the model is fetched and loaded
-            raise TrainingError(f"{source} does not exist; give a JSON Lines file, or a folder of recordings")
+            raise TrainingError(f"{source} does not exist; give {EXPECTED}")
     run = Run(Path(config.output), config.run, progress)
     _check_output(run, resume)
     for unfinished in run.folder.glob(".model.*"):  # by a process that was killed while it wrote the model
