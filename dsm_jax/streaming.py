@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+# Steps that prefill runs at a time, so that scores do not grow with the square of what there is to read.
+PREFILL_BLOCK = 256
 State = TypeVar("State")
 
 
@@ -84,6 +86,32 @@ def reset_rows(state: State, reset_B: jax.Array, fresh: State) -> State:
         return leaf if _is_cache(leaf) else _where_rows(reset_B, fresh_leaf, leaf)
 
     return jax.tree.map(take, state, fresh, is_leaf=_is_cache)
+
+
+def place_rows(state: State, slot_N: jax.Array, rows: State) -> State:
+    """Put rows of one state into slots of another, in place.
+
+    Args:
+      state: any streaming state.
+      slot_N: int32, the slots, all different.
+      rows: a state of N rows; its caches may be shorter, if no row has taken more steps than they have slots.
+
+    Returns:
+      A state like `state`.
+    """
+
+    def write(cache_BKSH: jax.Array, new_NKSH: jax.Array) -> jax.Array:
+        # One slice a row: a scatter over rows would copy the whole cache.
+        for row in range(new_NKSH.shape[0]):
+            cache_BKSH = jax.lax.dynamic_update_slice(cache_BKSH, new_NKSH[row : row + 1], (slot_N[row], 0, 0, 0))
+        return cache_BKSH
+
+    def place(leaf: Any, new: Any) -> Any:
+        if _is_cache(leaf):
+            return KVCache(write(leaf.k_BKSH, new.k_BKSH), write(leaf.v_BKSH, new.v_BKSH))
+        return leaf.at[slot_N].set(new)
+
+    return jax.tree.map(place, state, rows, is_leaf=_is_cache)
 
 
 def scaled_lengths(lengths_B: jax.Array | None, steps_in: int, steps_out: int) -> jax.Array | None:

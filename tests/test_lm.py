@@ -97,6 +97,7 @@ def test_delaying_shifts_each_stream_right_and_undelaying_brings_it_back(delays,
 
 def test_audio_behind_its_text_is_absent_first_and_cut_at_the_end():
     assert behind_text(np.array([[1, 2, 3, 4], [5, 6, 7, 8]]), 2).tolist() == [[-1, -1, 1, 2], [-1, -1, 5, 6]]
+    assert behind_text(np.array([[1, 2]]), 3).tolist() == [[-1, -1]]
 
 
 @pytest.mark.slow
@@ -111,8 +112,13 @@ def test_the_ring_feeds_the_tokens_of_a_delayed_clip():
         step_B, now = jnp.full((2,), t), slice(t, t + 1)
         np.testing.assert_array_equal(spoken.inputs(step_B[:, None], config), wanted_BMT[:, :, now])
         spoken = spoken.with_made(delayed_BMT[:, :, now], step_B, one_B)
+        at_once = TokenRing.after(delayed_BMT, step_B + 1, config)
+        np.testing.assert_array_equal(
+            at_once.inputs(step_B[:, None] + 1, config), spoken.inputs(step_B[:, None] + 1, config)
+        )
         if t >= last:
-            np.testing.assert_array_equal(spoken.newest_frame(step_B, config), codes_BMT[:, :, t - last])
+            for ring in (spoken, at_once):
+                np.testing.assert_array_equal(ring.newest_frame(step_B, config), codes_BMT[:, :, t - last])
         if t:
             heard = heard.with_frames(jnp.asarray(codes_BMT[:, 1:, t - 1 : t]), step_B - 1, one_B, config)
         np.testing.assert_array_equal(heard.inputs(step_B[:, None], config), wanted_BMT[:, :, now])

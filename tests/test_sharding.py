@@ -215,12 +215,13 @@ def test_recordings_in_slots_on_two_devices_give_the_tokens_of_one_device(axis):
     assert found == wanted
 
 
-@pytest.mark.parametrize("axis", ["data", "model"])
-def test_speech_in_slots_on_two_devices_has_the_frames_of_one_device(tmp_path, axis):
-    folder = tts_model.make_checkpoint(tmp_path)
-    requests = [
-        Request(text, (tts_model.voice(i),)) for i, text in enumerate(("good morning everyone", "at the station"))
-    ]
+@pytest.mark.parametrize(("axis", "goes_on"), [("data", False), ("model", False), ("data", True), ("model", True)])
+def test_speech_in_slots_on_two_devices_has_the_frames_of_one_device(tmp_path, axis, goes_on):
+    folder = tts_model.make_checkpoint(tmp_path, tts_model.PREFIX if goes_on else tts_model.SPEAKERS)
+    samples_of = np.random.default_rng(0).normal(scale=0.1, size=(2, 3000)).astype(np.float32)
+    voices = list(samples_of) if goes_on else [tts_model.voice(0), tts_model.voice(1)]
+    texts = "good morning everyone", "at the station"
+    requests = [Request(text, (voice,)) for text, voice in zip(texts, voices, strict=True)]
     options = SynthesizeOptions(temperature=0.8, seed=3)
     frames = []
     for sharding in (None, over(axis)):

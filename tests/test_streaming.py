@@ -16,7 +16,7 @@ from dsm_jax.models.mimi import MimiDecoder, MimiEncoder
 from dsm_jax.nn.conv import CausalConv1d, CausalConvTranspose1d, DepthwiseUpsample
 from dsm_jax.nn.seanet import ResidualBlock, seanet_decoder, seanet_encoder
 from dsm_jax.nn.transformer import Transformer
-from dsm_jax.streaming import KVCache, reset_rows, select_rows, step_in_blocks, taken_BT
+from dsm_jax.streaming import KVCache, place_rows, reset_rows, select_rows, step_in_blocks, taken_BT
 from tests.helpers import small
 from tests.helpers.check import check_streaming
 
@@ -162,6 +162,16 @@ def test_a_reset_takes_the_rows_of_the_fresh_state_and_leaves_caches_alone():
 def test_a_fresh_row_need_not_be_zeros():
     reset = reset_rows({"left_B": jnp.array([5, 6])}, jnp.array([True, False]), {"left_B": jnp.array([-1, -1])})
     assert reset["left_B"].tolist() == [-1, 6]
+
+
+def test_rows_are_placed_in_slots_at_the_start_of_their_caches():
+    cache = KVCache(jnp.zeros((3, 1, 5, 1)), jnp.ones((3, 1, 5, 1)))
+    rows = KVCache(jnp.full((2, 1, 2, 1), 7.0), jnp.full((2, 1, 2, 1), 8.0))
+    state = (cache, jnp.array([4, 5, 6]))
+    placed, position_B = place_rows(state, jnp.array([2, 0]), (rows, jnp.array([1, 2])))
+    assert position_B.tolist() == [2, 5, 1]
+    assert placed.k_BKSH[:, 0, :, 0].tolist() == [[7, 7, 0, 0, 0], [0] * 5, [7, 7, 0, 0, 0]]
+    assert placed.v_BKSH[:, 0, :, 0].tolist() == [[8, 8, 1, 1, 1], [1] * 5, [8, 8, 1, 1, 1]]
 
 
 def test_select_rows_takes_active_rows_and_whole_caches():

@@ -353,11 +353,12 @@ def test_sound_comes_while_text_is_still_to_come(model, speech):
     assert len(whole) > 4
 
 
-def test_a_recording_is_continued_and_not_repeated(prefix_model):
+@pytest.mark.parametrize("length", [3, 10, 70])
+def test_a_recording_is_continued_and_not_repeated(prefix_model, length):
     # Two frames are left out: they have not heard what follows them.
-    heard_QP = codec.encode(prefix_model, recording(10), codebooks=CODEBOOKS)[:, :-2]
-    after = 8
-    said = dsm_jax.synthesize(prefix_model, TEXT, voice=recording(10))
+    heard_QP = codec.encode(prefix_model, recording(length), codebooks=CODEBOOKS)[:, :-2]
+    after = length - 2
+    said = dsm_jax.synthesize(prefix_model, TEXT, voice=recording(length))
     np.testing.assert_array_equal(said.frames[1:, DELAY_STEPS : DELAY_STEPS + after], heard_QP)
     assert (said.frames[0, :after] == ZERO_TOKEN).all()
     assert [word.text for word in said.words] == TEXT.split()
@@ -367,5 +368,5 @@ def test_a_recording_is_continued_and_not_repeated(prefix_model):
     mimi = prefix_model.codec
     pcm_T = np.clip(jax.jit(mimi.decode)(said.frames[None, 1:, DELAY_STEPS:])[0, :, 0], -1, 1)
     np.testing.assert_allclose(said.pcm, pcm_T[after * FRAME :], rtol=0, atol=ROUNDING)
-    streamed = dsm_jax.synthesize_stream(prefix_model, TEXT, voice=recording(10))
+    streamed = dsm_jax.synthesize_stream(prefix_model, TEXT, voice=recording(length))
     np.testing.assert_array_equal(np.concatenate(list(streamed)), said.pcm)

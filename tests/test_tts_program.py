@@ -115,6 +115,10 @@ def prefix(row: int) -> np.ndarray:
     return np.random.default_rng(row).integers(0, 12, (small.TTS.n_q, (4, 0, 2)[row]))
 
 
+def random_codes(length: int) -> np.ndarray:
+    return np.random.default_rng(length).integers(0, 12, (small.TTS.n_q, length))
+
+
 def guided(row: int, **more) -> SpeechRequest:
     """Return a greedy row that is guided by its prefix, with fewer codebooks."""
     return request(row, **{"temperature": 0.0, "guidance": 1.7, "codebooks": 2, "prefix_QT": prefix(row)} | more)
@@ -152,10 +156,29 @@ def test_a_guided_greedy_row_depends_on_its_own_script_and_prefix():
     other[0].like(together[1])
     other[2].like(together[1])
     for row, said in enumerate(together):
-        length, late = prefix(row).shape[1], DELAY_STEPS
+        length = prefix(row).shape[1]
+        left = min(length, LAST)  # frames that end after the steps of the prefix
+        late = DELAY_STEPS - length + left
         np.testing.assert_array_equal(said.frames_KF[1:3, late : late + length], prefix(row)[:2])
-        np.testing.assert_array_equal(said.frames_KF[0, :length], ZERO_TOKEN)
-        assert (said.frames_KF[0, length:] != ZERO_TOKEN).all()
+        np.testing.assert_array_equal(said.frames_KF[0, :left], ZERO_TOKEN)
+        assert (said.frames_KF[0, left:] != ZERO_TOKEN).all()
+
+
+def test_a_prefix_that_is_read_in_blocks_is_as_one_that_is_read_at_once(monkeypatch):
+    several = [request(row, prefix_QT=random_codes(length)) for row, length in enumerate((30, 64, 7))]
+    at_once = Loop(*build(40), CALMLY, several).speak(several)
+    monkeypatch.setattr(program, "PREFILL_BLOCK", 24)
+    settings = dataclasses.replace(CALMLY, steps=13)  # another program than the one before
+    in_blocks = Loop(*build(40), settings, several).speak(several)
+    for said, other in zip(at_once, in_blocks, strict=True):
+        other.like(said, atol=ROUNDING)
+
+
+def test_a_request_without_a_prefix_is_the_same_beside_requests_with_one():
+    room = Loop(*build(WINDOW), CALMLY, [request(0, prefix_QT=random_codes(30))])
+    assert room.settings.prefix_frames == 64
+    for said, other in zip(room.speak(requests(range(3))), whole(), strict=True):
+        said.like(other, atol=ROUNDING)
 
 
 def test_a_guided_slot_begins_anew_in_both_its_halves():
@@ -163,7 +186,8 @@ def test_a_guided_slot_begins_anew_in_both_its_halves():
     before_R = state.lm.position_B.tolist()
     assert min(before_R[0], before_R[3]) > 0
     state = strict().program.insert(state, [0], [guided(0)])
-    assert state.lm.position_B.tolist() == [0, *before_R[1:3], 0, *before_R[4:]]
+    length = prefix(0).shape[1]
+    assert state.lm.position_B.tolist() == [length, *before_R[1:3], length, *before_R[4:]]
 
 
 def test_requests_of_every_kind_share_one_program_and_each_is_as_alone():
@@ -191,17 +215,20 @@ def test_without_guidance_a_slot_of_a_guided_program_is_as_in_one_that_is_not():
 
 def test_the_unconditional_half_leaves_out_the_prefix_of_the_rows_that_have_one():
     def next_inputs(state) -> list[np.ndarray]:
-        return np.split(np.asarray(program._inputs(strict().lm, state, strict().settings)), 2)
+        step_B1, config = steps_B(state)[:, None], strict().lm.config
+        inputs_BK1 = state.ring.inputs(step_B1, config)
+        both_RK1 = program._with_unconditional(inputs_BK1, step_B1, state.request, config, strict().settings)
+        return np.split(np.asarray(both_RK1)[:, :, 0], 2)
 
-    _, state = strict().call(strict().start([guided(row) for row in range(3)]), DELAY_STEPS)
-    with_BK, without_BK = next_inputs(state)
-    assert with_BK[1, 0] >= 0
-    np.testing.assert_array_equal(without_BK[1], with_BK[1])  # without a prefix, nothing is left out
-    _, state = strict().call(state, 1)
+    state = strict().start([guided(row) for row in range(3)])
     with_BK, without_BK = next_inputs(state)
     first_K = [1 + q for q in range(2) if small.TTS.delays[1 + q] == 0]
     assert (with_BK[0, first_K] >= 0).all(), "of the prefix"
     assert (without_BK[0, first_K] == ZERO_TOKEN).all()
+    _, state = strict().call(state, DELAY_STEPS)
+    with_BK, without_BK = next_inputs(state)
+    assert with_BK[1, 0] >= 0
+    np.testing.assert_array_equal(without_BK[1], with_BK[1])  # without a prefix, nothing is left out
 
 
 def test_voices_of_several_lengths_share_a_batch():
@@ -290,10 +317,11 @@ def test_a_script_that_grows_gives_the_speech_of_the_whole(limit):
         join(parts[row]).like(whole()[row])
 
 
-def test_a_row_runs_its_prefix_and_waits_at_its_end_for_text():
+def test_a_row_with_a_prefix_waits_at_its_end_for_text():
     state = strict().start([guided(0, entries=[], complete=False, initial_padding=0), None, None])
     outputs, state = strict().call(state, 12)
-    assert (steps_B(state)[0], bool(outputs.waits_B[0])) == (prefix(0).shape[1], True)
+    assert (int(outputs.count), bool(outputs.waits_B[0])) == (0, True)
+    assert steps_B(state)[0] == prefix(0).shape[1]
 
 
 def test_rows_that_have_ended_or_wait_are_untouched_while_another_runs():
@@ -408,16 +436,20 @@ def test_depformer_and_codec_rest_until_there_is_sound(monkeypatch, prefix_frame
     monkeypatch.setattr(Depformer, "walk", walk)
     monkeypatch.setattr(Mimi, "decode_step", decode_step)
     settings = dataclasses.replace(CALMLY, steps=11)  # another program than those that other tests have compiled
-    # The shortest prefix counts.
-    continued = [request(row, prefix_QT=np.zeros((small.TTS.n_q, prefix_frames + row))) for row in range(3)]
-    spoken = continued if prefix_frames else requests(range(3))
+    spoken = [request(row, prefix_QT=np.zeros((small.TTS.n_q, row * prefix_frames // 2))) for row in range(3)]
     loop = Loop(*build(5), settings, spoken)
     state, steps, late = loop.start(spoken), 0, DELAY_STEPS
+    jax.effects_barrier()
+    decodes.clear()  # what was heard of the prefixes
     for limit in (late, 1, LAST - 1, 1, 4):
         _, state = loop.call(state, limit)
         jax.effects_barrier()
         steps += limit
-        assert (len(walks), len(decodes)) == (max(steps - late - prefix_frames, 0), max(steps - late - LAST, 0))
+        # The sound of the longest prefix comes first.
+        assert (len(walks), len(decodes)) == (
+            max(steps - late, 0),
+            min(max(steps + prefix_frames - late - LAST, 0), steps),
+        )
 
 
 def test_a_codec_with_fewer_codebooks_than_are_generated_is_refused():

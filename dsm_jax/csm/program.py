@@ -25,9 +25,7 @@ from dsm_jax.nn.sampling import sample
 from dsm_jax.nn.transformer import TransformerState
 from dsm_jax.runtime.slots import write_rows
 from dsm_jax.runtime.steps import Array, StepLimits, take_steps
-from dsm_jax.streaming import KVCache, reset_rows, step_in_blocks
-
-PREFILL_BLOCK = 256  # positions that prefill runs at a time, so that scores do not grow with the square of the prompt
+from dsm_jax.streaming import PREFILL_BLOCK, place_rows, reset_rows, step_in_blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,30 +177,13 @@ def insert(
     last_ND = jnp.take_along_axis(hidden_NTD, length_N[:, None, None] - 1, axis=1)[:, 0]
     filled_B = jnp.zeros((settings.slots,), bool).at[slot_N].set(True)
     return CsmState(
-        lm=_with_rows(state.lm, slot_N, prefilled),
+        lm=place_rows(state.lm, slot_N, prefilled),
         hidden_BD=state.hidden_BD.at[slot_N].set(last_ND),
         frames_B=jnp.where(filled_B, 0, state.frames_B),
         complete_B=state.complete_B & ~filled_B,
         codec=reset_rows(state.codec, filled_B, mimi.require_decoder().init_state(settings.slots)),
         request=write_rows(state.request, slot_N, requests),
     )
-
-
-def _with_rows(state: TransformerState, slot_N: jax.Array, rows: TransformerState) -> TransformerState:
-    """Write the caches and positions of rows with shorter caches to slots of a state, in place."""
-
-    def write(cache_BKSH: jax.Array, new_NKSH: jax.Array) -> jax.Array:
-        # One slice a row: a scatter over rows would copy the whole cache.
-        for row in range(new_NKSH.shape[0]):
-            cache_BKSH = jax.lax.dynamic_update_slice(cache_BKSH, new_NKSH[row : row + 1], (slot_N[row], 0, 0, 0))
-        return cache_BKSH
-
-    caches = []
-    for held, new in zip(state.caches, rows.caches, strict=True):
-        assert held is not None
-        assert new is not None
-        caches.append(KVCache(write(held.k_BKSH, new.k_BKSH), write(held.v_BKSH, new.v_BKSH)))
-    return TransformerState(tuple(caches), state.position_B.at[slot_N].set(rows.position_B))
 
 
 def _ended_B(state: CsmState) -> jax.Array:

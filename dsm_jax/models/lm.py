@@ -77,9 +77,9 @@ class DelayedStreamsLM(nnx.Module):
         audio_BTD = self.audio_emb(tokens_BMT[:, 1:].swapaxes(1, 2)).sum(2)
         return audio_BTD + self.text_emb(tokens_BMT[:, 0])
 
-    def init_state(self, batch_size: int) -> TransformerState:
-        """Make the state of `batch_size` fresh streams."""
-        return self.transformer.init_state(batch_size)
+    def init_state(self, batch_size: int, slots: int | None = None) -> TransformerState:
+        """Make the state of `batch_size` fresh streams; see `Transformer.init_state` for `slots`."""
+        return self.transformer.init_state(batch_size, slots)
 
     def step(
         self,

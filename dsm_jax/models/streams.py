@@ -69,7 +69,7 @@ def behind_text(codes_QT: np.ndarray, steps: int) -> np.ndarray:
       Codes of the same shape, absent (-1) in the first `steps` frames.
     """
     shifted_QT = np.full_like(codes_QT, ZERO_TOKEN)
-    shifted_QT[..., steps:] = codes_QT[..., : codes_QT.shape[-1] - steps]
+    shifted_QT[..., steps:] = codes_QT[..., : max(codes_QT.shape[-1] - steps, 0)]
     return shifted_QT
 
 
@@ -84,6 +84,16 @@ class TokenRing:
     def empty(cls, config: LMConfig, batch_size: int, *, ahead: int = 1) -> "TokenRing":
         """Make a ring without tokens, long enough for the longest delay and for `ahead` steps at a time."""
         return cls(jnp.full((batch_size, config.n_q + 1, max(config.delays) + 1 + ahead), ZERO_TOKEN, jnp.int32))
+
+    @classmethod
+    def after(cls, delayed_BMT: jax.Array, lengths_B: jax.Array, config: LMConfig) -> "TokenRing":
+        """Make the ring after the first `lengths_B` steps of a delayed clip."""
+        last = max(config.delays)
+        step_BT = lengths_B[:, None] - 1 - last + jnp.arange(1 + last)  # the tokens that later steps need
+        newest_BMT = jnp.take_along_axis(delayed_BMT, jnp.maximum(step_BT, 0)[:, None], axis=2)
+        newest_BMT = jnp.where((step_BT >= 0)[:, None], newest_BMT, ZERO_TOKEN)
+        ring = cls.empty(config, lengths_B.size)
+        return ring.with_made(newest_BMT, step_BT[:, 0], jnp.full_like(lengths_B, 1 + last))
 
     def inputs(self, step_BT: jax.Array, config: LMConfig) -> jax.Array:
         """Return the inputs of the steps `step_BT` of each row, int32 [B, M, T]."""

@@ -295,7 +295,7 @@ class LiveSpeech(LiveVoice, SpeechSession):
 
     def request(self) -> SpeechRequest:
         """Return the request with the text so far."""
-        self._prepared, self._prefix_left = self._collect(), self._base.prefix_QT.shape[1]
+        self._prepared = self._collect()
         return super().request()
 
     def due(self, now: float) -> float:

@@ -7,6 +7,9 @@ decodes the frame that has become whole. All of it is one loop on the device, in
 The audio is `delay_steps` behind the text, and each codebook its own delay behind that, so the first steps of a slot
 have no audio: its streams are fed -1 there, and while no slot is further the depformer and the codec do not run.
 
+A prefix, the codes of a recording to go on from, comes before the script: a step for each of its frames, without text.
+All tokens of these steps are known, so `insert` runs them at once (prefill).
+
 Shape letters: B slots, N requests or steps of a call, R rows of the backbone (2 B under guidance, the second half
 unconditional), K streams (text first; M in states and outputs), Q generated codebooks, T frames of a prefix or samples
 of a frame, V vocabulary, L entries of a script, X positions of the voices.
@@ -20,15 +23,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dsm_jax.configs import LMConfig
 from dsm_jax.errors import ConfigError
 from dsm_jax.models.conditioning import Conditions
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import CodecState, Mimi
-from dsm_jax.models.streams import ZERO_TOKEN, TokenRing
+from dsm_jax.models.streams import ZERO_TOKEN, TokenRing, delay, inputs_of
 from dsm_jax.nn.sampling import sample
+from dsm_jax.nn.transformer import TransformerState
 from dsm_jax.runtime.slots import write_rows
 from dsm_jax.runtime.steps import StepLimits, take_steps
-from dsm_jax.streaming import reset_rows, select_rows
+from dsm_jax.streaming import PREFILL_BLOCK, place_rows, reset_rows, select_rows, step_in_blocks
 from dsm_jax.tts import voices, words
 from dsm_jax.tts.script import PAD, Script
 from dsm_jax.tts.state import ConditionValues, StepOutputs, TtsRequest, TtsSettings, TtsState
@@ -104,7 +109,7 @@ def insert(
     conditions: ConditionValues,
     settings: TtsSettings,
 ) -> TtsState:
-    """Make slots fresh and put a request into each.
+    """Make slots fresh, put a request into each, and take the steps of its prefix.
 
     Args:
       lm: a model with a depformer.
@@ -130,15 +135,62 @@ def insert(
         conditions=state.conditions,
         request=request,
     )
-    if lm.conditioning is None or state.conditions is None:
+    row_N, made = jnp.concatenate([slot_N + half * settings.slots for half in range(settings.halves)]), None
+    if lm.conditioning is not None and state.conditions is not None:
+        values, masks, length_N = conditions.values, conditions.masks, conditions.length_N
+        if settings.guided:
+            values, masks = voices.with_unconditional(values, masks, lm.config)
+            length_N = jnp.concatenate([length_N, length_N])
+        made = dataclasses.replace(lm.condition(values, masks), length_B=length_N)
+        after = dataclasses.replace(after, conditions=write_rows(state.conditions, row_N, made))
+    if not settings.prefix_frames:
         return after
-    values, masks, length_N = conditions.values, conditions.masks, conditions.length_N
-    if settings.guided:
-        values, masks = voices.with_unconditional(values, masks, lm.config)
-        length_N = jnp.concatenate([length_N, length_N])
-    made = dataclasses.replace(lm.condition(values, masks), length_B=length_N)
-    row_N = jnp.concatenate([slot_N + half * settings.slots for half in range(settings.halves)])
-    return dataclasses.replace(after, conditions=write_rows(state.conditions, row_N, made))
+
+    def prefill() -> tuple[TransformerState, TokenRing, CodecState]:
+        return _prefill(lm, mimi, requests, made, settings)
+
+    fresh = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(prefill))
+    backbone, ring, codec = jax.lax.cond((requests.prefix_B > 0).any(), prefill, lambda: fresh)
+    return dataclasses.replace(
+        after,
+        lm=place_rows(after.lm, row_N, backbone),
+        ring=place_rows(after.ring, slot_N, ring),
+        codec=place_rows(after.codec, slot_N, codec),
+    )
+
+
+def _prefill(
+    lm: DelayedStreamsLM, mimi: Mimi, requests: TtsRequest, conditions: Conditions | None, settings: TtsSettings
+) -> tuple[TransformerState, TokenRing, CodecState]:
+    """Take a step for each frame of the prefixes of N requests, in fresh rows.
+
+    Returns:
+      The state of the backbone, the tokens still to be fed, and the state of the codec after these steps.
+    """
+    config, length_N, (count, _, room) = lm.config, requests.prefix_B, requests.prefix_BQT.shape
+    made_NQ = jnp.arange(config.n_q) < jnp.minimum(requests.codebooks_B, config.dep_q)[:, None]
+    codes_NQT = jnp.where(made_NQ[:, :, None], requests.prefix_BQT, ZERO_TOKEN)
+    behind_NQT = delay(codes_NQT, jnp.full((config.n_q,), ZERO_TOKEN), (settings.delay_steps,) * config.n_q)
+    frames_NKT = jnp.pad(behind_NQT, ((0, 0), (1, 0), (0, 0)), constant_values=ZERO_TOKEN)  # no text
+    made_NKT = delay(frames_NKT, lm.initial_M, config.delays)
+    step_NT = jnp.broadcast_to(jnp.arange(room), (count, room))
+    inputs_RKT = _with_unconditional(inputs_of(made_NKT, lm.initial_M), step_NT, requests, config, settings)
+
+    def run(
+        inputs_RTK: jax.Array, state: TransformerState, lengths_R: jax.Array | None
+    ) -> tuple[tuple[()], TransformerState]:
+        return (), lm.step(inputs_RTK.swapaxes(1, 2), state, lengths_R, conditions)[1]
+
+    rows, lengths_R = count * settings.halves, jnp.tile(length_N, settings.halves)
+    fresh = lm.init_state(rows, min(room, config.context))
+    _, backbone = step_in_blocks(run, inputs_RKT.swapaxes(1, 2), fresh, lengths_R, PREFILL_BLOCK)
+
+    codec = mimi.require_decoder().init_state(count)
+    late = max(config.delays) + settings.delay_steps  # steps before the first frame of sound
+    if room > late:
+        heard_NQT, heard_N = codes_NQT[:, : config.dep_q, : room - late], jnp.maximum(length_N - late, 0)
+        _, codec = mimi.decode_step(heard_NQT, codec, heard_N)
+    return backbone, TokenRing.after(made_NKT, length_N, config), codec
 
 
 def extend(
@@ -163,8 +215,7 @@ def _ends(settings: TtsSettings, state: TtsState) -> tuple[jax.Array, jax.Array]
 
 def _waits_B(settings: TtsSettings, state: TtsState) -> jax.Array:
     """Return which slots can take no step until more of their script is there."""
-    ready_B = words.ready_B(settings.machine, state.request.script, state.words)
-    return (_step_B(state) >= state.request.prefix_B) & ~ready_B
+    return ~words.ready_B(settings.machine, state.request.script, state.words)
 
 
 def step(
@@ -223,18 +274,17 @@ def _take_step(
     config, request, step_B = lm.config, state.request, _step_B(state)
     delays_K, last, dep_q = jnp.array(config.delays), max(config.delays), config.dep_q
 
-    inputs_RK = _inputs(lm, state, settings)
+    step_B1 = step_B[:, None]
+    inputs_RK1 = _with_unconditional(state.ring.inputs(step_B1, config), step_B1, request, config, settings)
     lengths_R = jnp.tile(active_B.astype(jnp.int32), settings.halves)
-    hidden_RTD, backbone = lm.step(inputs_RK[:, :, None], state.lm, lengths_R, state.conditions)
+    hidden_RTD, backbone = lm.step(inputs_RK1, state.lm, lengths_R, state.conditions)
 
     scores_RV = lm.text_logits(hidden_RTD)[:, 0]
     scores_BV = scores_RV[: step_B.size] if settings.uncond_drops_text else _guided(scores_RV, request, settings)
     scores_BV = scores_BV.at[:, PAD].add(request.padding_bonus_B)
     sampled_B = _sample(scores_BV, request, step_B, 0, request.top_k_text_B, settings.max_top_k_text)
-    in_prefix_B = step_B < request.prefix_B
     text_B, taken_B, after = words.process(settings.machine, request.script, state.words, sampled_B, step_B)
-    text_B = jnp.where(in_prefix_B, ZERO_TOKEN, text_B)
-    scripted = select_rows(active_B & ~in_prefix_B, after, state.words)
+    scripted = select_rows(active_B, after, state.words)
 
     late_Q = delays_K[1 : 1 + dep_q] + settings.delay_steps
     # Before these steps all codes are known: absent, or the prefix's.
@@ -272,24 +322,25 @@ def _take_step(
 
     silence = jnp.zeros((step_B.size, mimi.config.frame_size), jnp.float32), state.codec
     pcm_BT, codec = jax.lax.cond(audible_B.any(), decode, lambda: silence)
-    columns = step_B, frame_BK, framed_B, taken_B & active_B & ~in_prefix_B, pcm_BT, audible_B
+    columns = step_B, frame_BK, framed_B, taken_B & active_B, pcm_BT, audible_B
     return columns, TtsState(backbone, scripted, ring, codec, state.conditions, request)
 
 
-def _inputs(lm: DelayedStreamsLM, state: TtsState, settings: TtsSettings) -> jax.Array:
-    """Return the tokens that the backbone is fed in this step, [R, K]."""
-    step_B1, delays_K, request = _step_B(state)[:, None], jnp.array(lm.config.delays), state.request
-    inputs_BK = state.ring.inputs(step_B1, lm.config)[:, :, 0]
+def _with_unconditional(
+    inputs_BKT: jax.Array, step_BT: jax.Array, request: TtsRequest, config: LMConfig, settings: TtsSettings
+) -> jax.Array:
+    """Return the tokens that the backbone is fed in the steps `step_BT` of each slot, [R, K, T]."""
     if not settings.guided:
-        return inputs_BK
-    initial_BK = step_B1 <= delays_K
-    dropped_BK = jnp.zeros_like(initial_BK)
+        return inputs_BKT
+    delays_K1, step_B1T = jnp.array(config.delays)[:, None], step_BT[:, None]
+    initial_BKT = step_B1T <= delays_K1
+    dropped_BKT = jnp.zeros_like(initial_BKT)
     if settings.uncond_drops_prefix and settings.prefix_frames:
-        until_BK = delays_K + request.prefix_B[:, None] + settings.delay_steps
-        dropped_BK = (step_B1 <= until_BK) & (request.prefix_B > 0)[:, None]
+        prefix_B11 = request.prefix_B[:, None, None]
+        dropped_BKT = (step_B1T <= delays_K1 + prefix_B11 + settings.delay_steps) & (prefix_B11 > 0)
     if settings.uncond_drops_text:
-        dropped_BK = dropped_BK.at[:, 0].set(True)
-    return jnp.concatenate([inputs_BK, jnp.where(dropped_BK & ~initial_BK, ZERO_TOKEN, inputs_BK)])
+        dropped_BKT = dropped_BKT.at[:, 0].set(True)
+    return jnp.concatenate([inputs_BKT, jnp.where(dropped_BKT & ~initial_BKT, ZERO_TOKEN, inputs_BKT)])
 
 
 def _guided(logits_RV: jax.Array, request: TtsRequest, settings: TtsSettings) -> jax.Array:

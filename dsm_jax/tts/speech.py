@@ -110,6 +110,12 @@ class SynthesizeOptions:
         return default if self.temperature is None else self.temperature
 
 
+def delay_steps_of(model: Model) -> int:
+    """Return how many steps a model's audio is behind its text."""
+    assert model.config.tts is not None
+    return int(model.config.tts.audio_delay * model.config.mimi.frame_rate)
+
+
 def settings_of(
     model: Model, slots: int, *, max_top_k_text: int = 32, max_top_k_audio: int = 256, guided: bool = False
 ) -> TtsSettings:
@@ -128,7 +134,7 @@ def settings_of(
     return TtsSettings(
         slots=slots,
         machine=WordMachine(lm.text_card + 1, tts.second_stream_ahead),
-        delay_steps=int(tts.audio_delay * model.config.mimi.frame_rate),
+        delay_steps=delay_steps_of(model),
         max_top_k_text=max_top_k_text,
         max_top_k_audio=max_top_k_audio,
         guided=guided,

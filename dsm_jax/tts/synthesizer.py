@@ -10,6 +10,7 @@ import numpy as np
 from dsm_jax import audio, codec
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import DsmError, SpeechError
+from dsm_jax.models.streams import ZERO_TOKEN, behind_text
 from dsm_jax.nn.sampling import top_k_capacity
 from dsm_jax.process import check_process
 from dsm_jax.runtime.slots import Slots
@@ -19,7 +20,7 @@ from dsm_jax.speech import IncompleteSpeechError, Speech
 from dsm_jax.tts import voices
 from dsm_jax.tts.host import SpeechRequest, TtsProgram
 from dsm_jax.tts.script import Entry, entries_of
-from dsm_jax.tts.speech import Request, SynthesizeOptions, settings_of, words_at
+from dsm_jax.tts.speech import Request, SynthesizeOptions, delay_steps_of, settings_of, words_at
 from dsm_jax.tts.state import StepOutputs
 
 CUT_FRAMES = 2  # of a recording to go on from, at its end: the codec has not seen what follows them
@@ -178,7 +179,17 @@ class SpeechSession(SpeakingSession[SpeechRequest]):
         super().__init__(model, prepared, error=error, index=index, progress=progress)
         self._frames: list[np.ndarray] = []
         self._taken: list[int] = []
-        self._prefix_left = 0 if prepared is None else prepared.prefix_QT.shape[1]
+        self._prefix_left = 0  # frames of the prefix that are still to be heard
+
+    def request(self) -> SpeechRequest:
+        """Return the request as the program puts it into a slot; the first step there is the one after its prefix."""
+        prepared, delay_steps = super().request(), delay_steps_of(self.model)
+        assert self.model.config.lm is not None
+        last, length = max(self.model.config.lm.delays), prepared.prefix_QT.shape[1]
+        frames_QT = behind_text(prepared.prefix_QT, delay_steps)[:, : max(length - last, 0)]
+        self._frames = [np.pad(frames_QT, ((1, 0), (0, 0)), constant_values=ZERO_TOKEN).T]
+        self._prefix_left = min(length, last + delay_steps)
+        return prepared
 
     def extend(self, request: SpeechRequest) -> None:
         """Take the request with more text at its end."""

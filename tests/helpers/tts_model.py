@@ -70,9 +70,9 @@ def random_model(folder: Path, lm_config: LMConfig = SPEAKERS) -> checkpoints.Mo
     return checkpoints.Model(config, lm_def, lm_params, mimi_def, mimi_params, tokenizer, "random")
 
 
-def make_checkpoint(folder: Path) -> Path:
-    """Write a model that takes voices, in the library's own layout; return its folder."""
-    checkpoints.save(random_model(folder), folder / "speaker")
+def make_checkpoint(folder: Path, lm_config: LMConfig = SPEAKERS) -> Path:
+    """Write a model, by default one that takes voices, in the library's own layout; return its folder."""
+    checkpoints.save(random_model(folder, lm_config), folder / "speaker")
     return folder / "speaker"
 
 
