@@ -9,10 +9,10 @@ SAY := @printf '==> %s\n'
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo serve-demo test test-fast test-page parity lint soak bench
+.PHONY: help demo serve-demo test test-fast test-lowest test-page parity lint soak bench
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.run ## transcribe real recordings of spoken digits, whole and live
 	@$(BIN)/python examples/demo.py
@@ -25,6 +25,9 @@ test: .venv/.dev ## the tests: no network, no GPU, no torch
 
 test-fast: .venv/.dev ## the tests that take a second or less each
 	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not gpu and not browser'
+
+test-lowest: .venv/.lowest ## the tests with the lowest versions of all packages that pyproject.toml allows
+	@.lowest/bin/python -m pytest -n auto --dist worksteal -m 'not gpu and not browser'
 
 test-page: .venv/.page ## the server's page in a headless Chromium, which must be there with its driver
 	@$(BIN)/python -m pytest -m browser
@@ -70,6 +73,13 @@ $(BIN)/python:
 .venv/.page: pyproject.toml .venv/.dev | $(BIN)/python
 	$(SAY) 'installing the driver of a browser into .venv'
 	@$(INSTALL) -e '.[dev,page]'
+	@touch $@
+
+.venv/.lowest: pyproject.toml | $(BIN)/python
+	$(SAY) 'installing the library and its development tools in their lowest versions into .lowest'
+	@$(INSTALL) 'uv>=0.8'
+	@$(BIN)/uv venv -q --clear --python $(BIN)/python .lowest
+	@$(BIN)/uv pip install -q --python .lowest/bin/python --compile-bytecode --resolution lowest-direct -e '.[dev]'
 	@touch $@
 
 .venv/.parity: pyproject.toml Makefile .venv/.dev | $(BIN)/python
