@@ -6,6 +6,7 @@ Shape letters: B batch rows, T samples, N frames, C codebook width, L entries, Q
 """
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,14 @@ def test_a_step_moves_every_parameter_and_every_codebook():
     assert [name for name in params if np.array_equal(moved[name], params[name])] == []
     entries = arrays_by_name(state.aux.entries)
     assert [name for name in before if np.array_equal(entries[name], before[name])] == []
+
+
+def test_a_step_rounds_the_operands_of_no_product():
+    """A CPU computes as in full precision without being told; a GPU and a TPU round what they are allowed to."""
+    lines = STEP.lower(start(), batch()).as_text().splitlines()
+    products = [line for line in lines if re.search(r"stablehlo\.(dot_general|convolution)", line)]
+    assert len(products) > 50
+    assert [line for line in products if line.count("HIGHEST") != 2] == []
 
 
 @pytest.mark.parametrize("fresh", [True, False])

@@ -20,6 +20,7 @@ from flax import nnx
 from dsm_jax.errors import ConfigError
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.nn.conv import CausalConv1d
+from dsm_jax.nn.precision import full_precision
 from dsm_jax.nn.seanet import Chain
 from dsm_jax.options import check_whole_numbers
 from dsm_jax.training.codebooks import Averages, CodebookRule, init_averages, quantize, set_entries
@@ -153,6 +154,7 @@ def distances(x_BT: jax.Array, y_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     return stft_loss(x_BT, y_BT), jnp.mean(jnp.abs(x_BT - y_BT) / level_B1)
 
 
+@full_precision
 def codec_loss(
     trainee: CodecTrainee,
     aux: CodecAux,
