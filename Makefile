@@ -9,7 +9,7 @@ SAY := @printf '==> %s\n'
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo serve-demo test test-fast test-lowest test-page parity lint soak bench
+.PHONY: help demo serve-demo test test-fast test-lowest test-page parity test-targets lint soak bench
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test-page: .venv/.page ## the server's page in a headless Chromium, which must b
 
 parity: .venv/.parity ## the PyTorch references, live, side by side with this library
 	@NO_TORCH_COMPILE=1 NO_CUDA_GRAPH=1 $(BIN)/python -m pytest tests/parity
+
+targets: .venv/.targets ## the programs compiled for a TPU and for a GPU that need not be there
+	@$(BIN)/python -m pytest -n auto --dist worksteal tests/targets
 
 lint: .venv/.dev ## ruff and pyright
 	@$(BIN)/ruff check .
@@ -86,4 +89,12 @@ $(BIN)/python:
 	$(SAY) 'installing the PyTorch references into .venv'
 	@$(INSTALL) -e '.[dev,parity]'
 	@$(INSTALL) --no-deps 'moshi>=0.2.13'
+	@touch $@
+
+# Apart from .venv's own packages, as an installed plugin changes what JAX does at import.
+.venv/.targets: pyproject.toml tests/targets/plugins.py .venv/.dev
+	$(SAY) 'downloading compilers for TPU and GPU into .venv/targets'
+	@rm -rf .venv/targets
+	@$(BIN)/python -m tests.targets.plugins >.venv/targets.txt
+	@$(INSTALL) --no-deps --target .venv/targets -r .venv/targets.txt
 	@touch $@

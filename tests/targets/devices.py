@@ -1,0 +1,51 @@
+"""Devices that XLA compiles for though they are not there: a host of four TPU v5e, and an NVIDIA H200."""
+
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGINS = ROOT / ".venv/targets"  # apart from the other packages: an installed plugin changes what JAX does at import
+DEVICES = ("h200", "v5e")
+
+
+def prepare() -> None:
+    """Set the environment of a process that compiles for these devices; call it before JAX is imported.
+
+    Raises:
+      FileNotFoundError: the compilers are not installed.
+    """
+    cuda = next(PLUGINS.glob("nvidia/cu*"), None)
+    if cuda is None:
+        raise FileNotFoundError(f"{PLUGINS} has no compilers for GPU and TPU; run `make targets`, which installs them")
+    sys.path.insert(0, str(PLUGINS))
+    flags = [one for one in os.environ.get("XLA_FLAGS", "").split() if not one.startswith("--xla_cpu_use_fusion")]
+    # Without autotuning, which would time kernels on the device.
+    flags += [f"--xla_gpu_cuda_data_dir={cuda}", "--xla_gpu_autotune_level=0"]
+    os.environ.update(
+        JAX_PLATFORMS="cpu",
+        JAX_ENABLE_COMPILATION_CACHE="false",  # a program for a device that is not there can be written, and not read
+        JAX_DISABLE_MOST_OPTIMIZATIONS="false",
+        PATH=f"{cuda / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}",
+        XLA_FLAGS=" ".join(flags),
+        # libtpu would ask the metadata server of a cloud, and would refuse to be in two processes at once.
+        TPU_SKIP_MDS_QUERY="1",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        TPU_ACCELERATOR_TYPE="v5litepod-4",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_WORKER_ID="0",
+    )
+
+
+@functools.cache
+def devices(name: str) -> Sequence[Any]:
+    """Return the devices of that name, for shardings of the arguments of a function to compile."""
+    from jax.experimental import topologies
+
+    if name == "v5e":
+        return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    target = Path(__file__).with_name("h200.txtpb").read_text(encoding="utf-8")
+    return topologies.get_topology_desc("h200", platform="cuda", topology="1x1x1", target_config=target).devices
