@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.targets.plugins import requirements
+
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / ".venv/targets"  # apart from the other packages: an installed plugin changes what JAX does at import
 DEVICES = ("h200", "v5e")
@@ -16,11 +18,15 @@ def prepare() -> None:
     """Set the environment of a process that compiles for these devices; call it before JAX is imported.
 
     Raises:
-      FileNotFoundError: the compilers are not installed.
+      FileNotFoundError: the compilers of the installed jax are not there.
     """
-    cuda = next(PLUGINS.glob("nvidia/cu*"), None)
-    if cuda is None:
-        raise FileNotFoundError(f"{PLUGINS} has no compilers for GPU and TPU; run `make targets`, which installs them")
+    cuda, listed = next(PLUGINS.glob("nvidia/cu*"), None), PLUGINS.with_suffix(".txt")
+    if cuda is None or not listed.is_file() or listed.read_text(encoding="utf-8").split() != requirements():
+        made = PLUGINS.with_name(".targets")
+        raise FileNotFoundError(
+            f"{PLUGINS} does not hold the compilers that the installed jax names; remove {made} and run "
+            "`make targets`, which fetches them"
+        )
     sys.path.insert(0, str(PLUGINS))
     flags = [one for one in os.environ.get("XLA_FLAGS", "").split() if not one.startswith("--xla_cpu_use_fusion")]
     # Without autotuning, which would time kernels on the device.
