@@ -3,8 +3,10 @@
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import numpy as np
@@ -13,19 +15,22 @@ import pytest
 import soxr
 import websockets
 from hypothesis import strategies as st
+from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import InvalidStatus
 
 import dsm_jax
 from dsm_jax import audio
 from dsm_jax.serving import sockets
 from dsm_jax.serving.access import Keys
+from dsm_jax.serving.config import ServerConfig
 from dsm_jax.serving.hearing import Heard
+from dsm_jax.serving.openai import realtime
 from dsm_jax.serving.openai.errors import ApiError
 from dsm_jax.serving.openai.realtime import PcmReader
 from dsm_jax.serving.openai.realtime_settings import Settings, TurnDetection
 from dsm_jax.serving.openai.realtime_turns import Items
 from dsm_jax.stt.events import Word, WordEnded, WordStarted
-from tests.helpers.serving import Running, running, served
+from tests.helpers.serving import Running, running, served, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("idle")]
 
@@ -34,6 +39,7 @@ RATE = 24_000
 PATIENCE_S = 30.0
 COMPLETED = "conversation.item.input_audio_transcription.completed"
 DELTA = "conversation.item.input_audio_transcription.delta"
+LANGUAGE = "session.audio.input.transcription.language"
 
 NAMES = (
     *("type", "audio", "input", "format", "rate", "transcription", "model", "prompt", "turn_detection", "eagerness"),
@@ -316,7 +322,7 @@ def test_samples_of_another_rate_are_resampled(server):
         ("[1]", None, "invalid_json", "the event is JSON and no object"),
         (b"\x00", None, "invalid_json", "a binary message was received; send JSON in text messages"),
         ("[" * 100_000, None, "invalid_json", "the event is not JSON"),
-        ('{"type": "response.create"}', "type", "invalid_value", "type is 'response.create'; expected one of"),
+        ('{"type": "response.create", "event_id": 5}', "type", "invalid_value", "type is 'response.create'; expected"),
         ('{"type": ["x"]}', "type", "invalid_value", "the event's type is ['x']; expected one of"),
         ('{"type": "\\ud800"}', "type", "invalid_value", "the event's type is '\\ud800'"),
         ('{"type": "input_audio_buffer.append"}', "audio", "invalid_value", "audio is no base64"),
@@ -324,6 +330,7 @@ def test_samples_of_another_rate_are_resampled(server):
         ('{"type": "input_audio_buffer.append", "audio": "AAAA"}', "audio", "invalid_value", "audio has 3 bytes"),
         (json.dumps(update(prompt="one \ud800")), "prompt", "invalid_value", "the text has half of a character at 4"),
         ('{"type": "session.update"}', "session", "invalid_value", "session is None; expected an object"),
+        (json.dumps(update(language="English")), LANGUAGE, "invalid_value", "expected a code of ISO 639 such as en"),
     ],
 )  # fmt: skip
 def test_an_event_that_cannot_be_used_is_an_error_and_the_session_lives(server, message, param, code, said):
@@ -332,7 +339,7 @@ def test_an_event_that_cannot_be_used_is_an_error_and_the_session_lives(server, 
         event = await client.hear()
         assert event["type"] == "error"
         assert set(event["error"]) == {"message", "type", "param", "code", "event_id"}
-        assert (event["error"]["param"], event["error"]["code"]) == (param, code)
+        assert (event["error"]["param"], event["error"]["code"], event["error"]["event_id"]) == (param, code, None)
         assert said in event["error"]["message"]
         await client.say({"type": "input_audio_buffer.clear"})
         assert (await client.hear())["type"] == "input_audio_buffer.cleared"
@@ -347,7 +354,8 @@ def test_a_fault_of_ours_before_the_session_has_begun_ends_it_with_1011_and_is_l
     async def conversation(client: Client) -> None:
         monkeypatch.setattr(Settings, "updated", broken)
         await client.say(update())
-        assert (await client.hear())["error"]["message"] == "the server has failed"
+        error = (await client.hear())["error"]
+        assert (error["message"], error["type"]) == ("the server has failed", "server_error")
         with pytest.raises(websockets.ConnectionClosed):
             await client.hear()
         assert client.socket.close_code == 1011
@@ -361,8 +369,21 @@ def test_a_model_that_is_not_there_is_an_error_and_the_session_lives(server):
         await client.say(update(model="gpt-9"))
         error = (await client.hear())["error"]
         assert (error["code"], error["param"]) == ("model_not_found", "session.audio.input.transcription.model")
-        await client.say(update(model="digits"))
-        assert (await client.hear())["session"]["audio"]["input"]["transcription"]["model"] == "digits"
+        # No session has begun with it, so that the prompt can still be chosen.
+        await client.say(update(model="digits", prompt="one"))
+        told = (await client.hear())["session"]["audio"]["input"]["transcription"]
+        assert (told["model"], told["prompt"]) == ("digits", "one")
+
+    talk(server, conversation)
+
+
+def test_a_session_begins_with_the_first_update(server):
+    async def conversation(client: Client) -> None:
+        session = {"input_audio_transcription": {"prompt": "one"}}
+        await client.say({"type": "transcription_session.update", "session": session})
+        updated = await client.hear()
+        assert updated["session"]["input_audio_transcription"]["prompt"] == "one"
+        await asyncio.to_thread(wait_for, lambda: server.server.models[0].engine.used == 1)
 
     talk(server, conversation)
 
@@ -432,6 +453,34 @@ def test_a_full_server_says_so_at_the_first_event(server):
     asyncio.run(run())
 
 
+def test_a_client_that_asks_for_nothing_is_told_and_closed(server, monkeypatch):
+    monkeypatch.setattr(server.server, "config", dataclasses.replace(server.server.config, idle_s=0.2))
+
+    async def conversation(client: Client) -> None:
+        error = (await client.hear())["error"]
+        assert (error["message"], error["type"]) == ("nothing was received for 0 s", "invalid_request_error")
+        with pytest.raises(websockets.ConnectionClosed) as caught:
+            await client.hear()
+        assert caught.value.rcvd.code == 1000
+
+    talk(server, conversation)
+
+
+def test_a_client_that_lags_is_told_and_closed(server, monkeypatch):
+    monkeypatch.setattr(realtime, "OUTBOX", 1)  # a frame and its word are two messages
+
+    async def conversation(client: Client) -> None:
+        await client.say(append(samples("digits_lucas")))
+        while (event := await client.hear())["type"] != "error":
+            pass
+        assert event["error"]["message"] == "the client reads too slowly"
+        with pytest.raises(websockets.ConnectionClosed) as caught:
+            await client.hear()
+        assert caught.value.rcvd.code == 1008
+
+    talk(server, conversation)
+
+
 def test_neighbours_do_not_change_a_session(server):
     wanted = {name: text_of(samples(name)) for name in ("digits_jackson", "digits_lucas")}
 
@@ -460,7 +509,8 @@ def test_a_session_that_the_server_ends_gets_its_last_words(server, monkeypatch)
         events = await client.until(COMPLETED)
         assert "input_audio_buffer.committed" in [event["type"] for event in events]
         assert events[-1]["transcript"] == text_of(pcm_T)
-        assert (await client.hear())["error"]["message"] == "the server is shutting down"
+        error = (await client.hear())["error"]
+        assert (error["message"], error["type"]) == ("the server is shutting down", "server_error")
         with pytest.raises(websockets.ConnectionClosed) as caught:
             await client.hear()
         assert caught.value.rcvd.code == 1001
@@ -678,3 +728,93 @@ def test_pieces_are_resampled_as_one_stream():
     pieces = [reader.read(append(pcm_T[at : at + 333])["audio"]) for at in range(0, pcm_T.size, 333)]
     whole_T = soxr.resample(pcm_T.astype(np.float32) / 32768, 16_000, RATE, quality="HQ")
     np.testing.assert_allclose(np.concatenate([*pieces, reader.finish()]), whole_T, atol=1e-6)
+    again = [reader.read(append(pcm_T)["audio"]), reader.finish()]
+    np.testing.assert_allclose(np.concatenate(again), whole_T, atol=1e-6)
+
+
+# A session without a server.
+
+
+class Socket:
+    """A socket whose client sends some events, leaves, and can then be told nothing any more."""
+
+    query_params, scope = {}, {"subprotocols": []}
+
+    def __init__(self, *events: dict):
+        self.events, self.sent, self.denied = list(events), [], []
+
+    async def accept(self, protocol: str | None) -> None:
+        assert protocol is None
+
+    async def receive(self) -> dict:
+        if not self.events:
+            return {"type": "websocket.disconnect"}
+        return {"type": "websocket.receive", "text": json.dumps(self.events.pop(0))}
+
+    async def send_text(self, data: str) -> None:
+        if self.sent and not self.events:
+            raise WebSocketDisconnect
+        self.sent.append(json.loads(data))
+
+    async def send_denial_response(self, response) -> None:
+        self.denied.append(response.status_code)
+
+
+class Models:
+    """A server of models of some sample rates, named by them; no session can begin."""
+
+    def __init__(self, *rates: int):
+        self.config, self.woken = ServerConfig(), []
+        self.models = [
+            SimpleNamespace(
+                name=str(rate),
+                kind="stt",
+                model=SimpleNamespace(sample_rate=rate),
+                engine=SimpleNamespace(wake=lambda rate=rate: self.woken.append(rate)),
+            )
+            for rate in rates
+        ]
+
+    def refusal(self, socket: Socket, *, begins: bool) -> None:
+        assert begins
+
+    def find(self, kind: str, name: str | None = None) -> SimpleNamespace | None:
+        return next((model for model in self.models if name in (None, model.name)), None)
+
+    guest = contextlib.nullcontext
+
+    async def until_draining(self) -> None:
+        await asyncio.Event().wait()
+
+
+def test_a_server_that_does_not_transcribe_refuses_the_handshake():
+    socket = Socket()
+    asyncio.run(realtime.transcribe_socket(socket, Models()))
+    assert (socket.denied, socket.sent) == ([404], [])
+
+
+@pytest.mark.parametrize("events", [(), (update(),)], ids=["without a word", "before its answer"])
+def test_a_client_that_leaves_before_its_session_begins_is_no_fault(events, caplog):
+    socket = Socket(*events)
+    asyncio.run(realtime.transcribe_socket(socket, Models(RATE)))
+    assert [event["type"] for event in socket.sent] == ["session.created"]
+    assert caplog.records == []
+
+
+def test_an_update_changes_the_model_and_what_the_samples_are_read_for():
+    server, pushed = Models(24_000, 16_000), []
+
+    async def conversation() -> None:
+        session, hearing = realtime._Session(Socket({}), server, server.models[0]), SimpleNamespace(push=pushed.append)
+        await session._update(update(model="16000"), "session.update")
+        session._hearing = hearing
+        for rate, size in ((24_000, 12_000), (8_000, 4_000)):
+            session._push(hearing, session._samples.read(append(np.ones(size, np.int16))["audio"]))
+            # What is left of the samples of one rate comes before those of the next.
+            await session._update(update(model="16000", rate=8_000), "session.update")
+            session._push(hearing, session._samples.finish())
+            assert sum(pcm_T.size for pcm_T in pushed) == 8_000, rate
+            pushed.clear()
+        assert set(server.woken) == {16_000}
+
+    asyncio.run(conversation())

@@ -192,7 +192,7 @@ class _Session:
         settings = self._settings.updated(event.get("session"))
         param = "session.audio.input.transcription"
         served = self._served
-        if settings.model is not None and settings.model != self._settings.model:
+        if settings.model is not None:
             served = find_model(self._server, "stt", settings.model, f"{param}.model")
         if settings.language is not None:
             check_language(settings.language, served, f"{param}.language")
