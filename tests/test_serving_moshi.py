@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -10,6 +11,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgpack
 import numpy as np
@@ -24,7 +26,13 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 import dsm_jax
 from dsm_jax import audio
 from dsm_jax.runtime.compile import compilations
-from tests.helpers.serving import running, served, wait_for
+from dsm_jax.serving.encoding import pcm16, wav_header
+from dsm_jax.serving.moshi import routes, wire
+from dsm_jax.serving.outbox import Ended
+from dsm_jax.serving.sockets import ClosedError
+from dsm_jax.serving.speaking import Said, Sound
+from dsm_jax.stt.events import Word, WordEnded, WordStarted
+from tests.helpers.serving import post, running, served, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("idle")]
 AUDIO = Path(__file__).resolve().parents[1] / "examples/audio"
@@ -96,9 +104,11 @@ def test_words_are_those_of_transcribe_for_chunks_of_any_size_and_type(server, c
     assert words(messages) == expected(wanted[0])
     assert messages[0] == {"type": "Ready"}
     assert messages[-1] == {"type": "Marker", "id": 7}
+    assert {tuple(message) for message in messages if message["type"] == "EndWord"} == {("type", "stop_time")}
     steps = [message for message in messages if message["type"] == "Step"]
     assert [step["step_idx"] for step in steps] == list(range(-(-clips[0].size // FRAME)))
     assert all(step["prs"] == [0.0] * 4 for step in steps)
+    assert size <= FRAME or max(step["buffered_pcm"] for step in steps) >= size - FRAME
 
 
 def test_whole_numbers_are_samples_too(server, wanted, clips):
@@ -138,6 +148,50 @@ def test_a_full_server_says_so_and_a_slot_that_becomes_free_is_taken(server, cli
         return messages
 
     assert words(asyncio.run(run())) == expected(wanted[0])
+
+
+def test_a_full_server_of_speech_says_so(server):
+    async def run():
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(2):
+                holder = await stack.enter_async_context(connect(f"{server.socket_url}{TTS}?format=PcmMessagePack"))
+                assert await receive(holder, "Ready") == [{"type": "Ready"}]
+            return await spoken(server.socket_url, []), await spoken(server.socket_url, [], "format=Pcm")
+
+    packed, plain = asyncio.run(run())
+    assert packed == ([{"type": "Error", "message": "no free channels"}], 1013)
+    assert plain == ([], 1013)
+
+
+@pytest.mark.parametrize("path", [ASR, TTS])
+def test_a_client_that_is_not_taken_now_is_asked_to_come_again(server, monkeypatch, path):
+    def told(url: str, body: bytes) -> tuple[int, str | None]:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(url + path, body), timeout=60)
+        with refused.value as answer:
+            return answer.code, answer.headers["retry-after"]
+
+    body = (AUDIO / "digits_jackson.flac").read_bytes() if path == ASR else b'{"text": "one", "voice": ""}'
+    monkeypatch.setattr(server.server, "ready", False)
+    assert told(server.url, body) == (503, "1")
+    with pytest.raises(InvalidStatus) as refused:
+        asyncio.run(connect(server.socket_url + path).__aenter__())
+    assert (refused.value.response.status_code, refused.value.response.headers["retry-after"]) == (503, "1")
+
+
+def test_a_posted_recording_has_a_largest_size_and_a_longest_time(server, monkeypatch):
+    limits = dataclasses.replace(server.server.config, max_upload_mb=0.1, max_session_s=2.0)
+    monkeypatch.setattr(server.server, "config", limits)
+    clip_T = audio.read(AUDIO / "digits_jackson.flac")
+    for body, status, said in (
+        (bytes(100_001), 413, "the recording is larger than 0.1 MB; send it in parts"),
+        (bytes(100_000), 400, "is not audio that can be decoded"),
+        (wav_header(24_000) + pcm16(clip_T[:48_001]), 400, "the recording is longer than 2 s; send it in parts"),
+        (wav_header(24_000) + pcm16(clip_T[:48_000]), 200, '"text":"three"'),
+    ):
+        told, answer = post(server.url + ASR, body)
+        assert told == status, answer
+        assert said in answer
 
 
 def test_a_client_that_waits_gets_the_slot_that_becomes_free(server):
@@ -280,6 +334,8 @@ def test_an_unknown_voice_or_format_is_refused(server):
     messages, code = asyncio.run(spoken(server.socket_url, [], "format=PcmMessagePack&voice=nobody"))
     assert "the voice 'nobody' is unknown; digits-tts has george, jackson" in messages[-1]["message"]
     assert code == 1008
+    # Not a word of plain samples is an error's, but for the close code.
+    assert asyncio.run(spoken(server.socket_url, [], "format=Pcm&voice=nobody")) == ([], 1008)
     with pytest.raises(InvalidStatus) as refused:
         asyncio.run(spoken(server.socket_url, [], "format=Wav"))
     assert refused.value.response.status_code == 400
@@ -291,7 +347,9 @@ def test_a_seed_that_no_generator_takes_is_refused_and_the_server_lives(server, 
     with pytest.raises(InvalidStatus) as refused:
         asyncio.run(spoken(server.socket_url, ["one", pack("Eos")], f"format=PcmMessagePack&seed={seed}"))
     assert refused.value.response.status_code in (400, 431)
-    _, code = asyncio.run(spoken(server.socket_url, ["one", pack("Eos")], f"format=PcmMessagePack&seed={2**63 - 1}"))
+    _, code = asyncio.run(
+        spoken(server.socket_url, ["one", pack("Eos")], f"format=PcmMessagePack&voice=&seed={2**63 - 1}")
+    )
     assert code == 1000
 
 
@@ -300,7 +358,11 @@ def test_a_seed_that_no_generator_takes_is_refused_and_the_server_lives(server, 
     [
         (b'{"text": "one", "voice": "lucas", "x": "' + b"x" * 1_100_000 + b'"}', 413),
         (b"[" * 200_000, 400),
+        (b"one", 400),
         (b"{}", 400),
+        (b'{"text": 1, "voice": "lucas"}', 400),
+        (b'{"text": "one", "voice": 1}', 400),
+        (b'{"text": "one", "voice": "nobody"}', 400),
     ],
 )
 def test_a_posted_text_that_is_none_or_too_large_is_refused(server, body, status):
@@ -328,17 +390,27 @@ def test_opus_is_heard_and_spoken(server):
     )
     assert code == 1000
     pages = [m["data"] for m in messages if m["type"] == "OggOpus"]
-    assert all(isinstance(page, list) for page in pages)
+    assert all(isinstance(page, list) and page for page in pages)
     reader = sphn.OpusStreamReader(24_000)
     pcm = [piece for page in pages if (piece := reader.append_bytes(bytes(page))) is not None]
     assert sum(np.size(piece) for piece in pcm) > 15 * FRAME
+
+    # Without a format the pages come as they are.
+    plain, code = asyncio.run(spoken(server.socket_url, ["one two", pack("Eos")], "voice=lucas"))
+    assert code == 1000
+    assert (plain[0][:4], plain[0][28:36]) == (b"OggS", b"OpusHead")
+    same = sphn.OpusStreamReader(24_000)
+    plain_pcm = [piece for page in plain if (piece := same.append_bytes(page)) is not None]
+    assert sum(np.size(piece) for piece in plain_pcm) == sum(np.size(piece) for piece in pcm)
 
     async def heard():
         writer = sphn.OpusStreamWriter(24_000)
         async with connect(server.socket_url + ASR) as socket:
             clip = audio.read(AUDIO / "digits_jackson.flac")
             for first in range(0, clip.size - FRAME, FRAME):
-                await socket.send(pack("OggOpus", data=list(writer.append_pcm(clip[first : first + FRAME]))))
+                data = list(writer.append_pcm(clip[first : first + FRAME]))
+                for part in (data[:50], data[50:]):  # a message may end within a page
+                    await socket.send(pack("OggOpus", data=part))
             await socket.send(pack("Marker", id=1, flush=True))
             return await receive(socket, "Marker")
 
@@ -414,3 +486,99 @@ def test_metrics_have_moshis_names_and_ours(server, clips):
         'dsm_frame_latency_seconds_bucket{le="0.08",model="digits"}',
     ):  # fmt: skip
         assert name in text, name
+
+
+# Parts.
+
+
+def word(text: str) -> Word:
+    return Word(text, 0.5, 0.9, 0.25)
+
+
+def test_the_rest_of_a_word_is_told_with_its_end_and_details_replace_it():
+    words = routes.WordMessages()
+    assert words.started(WordStarted("hel", 0.5)) + words.started(WordStarted("wor", 0.5)) == [
+        wire.Word("hel", 0.5),
+        wire.Word("wor", 0.5),
+    ]
+    assert words.ended(WordEnded(word("hello"))) == [wire.Word("lo", 0.5), wire.EndWord(0.9)]
+    assert words.ended(WordEnded(word("wor"))) == [wire.EndWord(0.9)]
+    assert words.ended(WordEnded(word("again"))) == [wire.Word("again", 0.5), wire.EndWord(0.9)]
+    assert routes.WordMessages(details=True).ended(WordEnded(word("one"))) == [wire.EndWord(0.9, "one", 0.5, 0.25)]
+
+
+def test_messages_reach_the_session_as_they_were_meant(monkeypatch):
+    called = []
+    session = SimpleNamespace(mark=lambda id, flush: called.append((id, flush)))
+    engine = SimpleNamespace(restart=called.append, wake=lambda: None)
+    monkeypatch.setattr(routes, "received", fed(pack("Marker", id=3), pack("Marker", id=4, flush=True), pack("Init")))
+    ticket = SimpleNamespace(served=SimpleNamespace(engine=engine))
+    asyncio.run(routes._hear(None, None, ticket, session))
+    assert called == [(3, False), (4, True), session]
+    monkeypatch.setattr(routes, "received", fed("text"))
+    with pytest.raises(ClosedError, match="a text message was received; send MessagePack") as closed:
+        asyncio.run(routes._hear(None, None, ticket, session))
+    assert closed.value.code == 1003
+
+
+def fed(*messages: str | bytes):
+    """Return a reader of a client's messages that has these."""
+
+    async def received(*_):
+        for message in messages:
+            yield message
+
+    return received
+
+
+def test_a_text_ends_once_and_takes_nothing_more(monkeypatch):
+    called = []
+    session = SimpleNamespace(can_start=True, say=called.append, finish=lambda: called.append("finish"))
+    ticket = SimpleNamespace(
+        start=lambda: called.append("start"), served=SimpleNamespace(engine=SimpleNamespace(wake=lambda: None))
+    )
+    monkeypatch.setattr(routes, "received", fed("one", pack("Eos"), pack("Text", text="two"), b"\0"))
+    asyncio.run(routes._read_text(None, None, ticket, session))
+    assert [call for call in called if call != "start"] == ["one", "finish"]
+
+
+def test_a_voice_of_a_client_is_steps_by_width():
+    values = np.arange(6.0).reshape(1, 3, 2)
+    for voice in (values, values[0]):
+        np.testing.assert_array_equal(routes._voice_XC(voice, voice.shape), [[0, 2, 4], [1, 3, 5]])
+
+
+def test_sound_is_clipped_as_moshi_clips_it_and_words_are_told_in_messages_alone(monkeypatch):
+    loud_T = np.array([2.0, -2.0, 0.5], np.float32)
+
+    class Session:
+        async def messages(self):
+            for message in (Sound(loud_T), Said("one", 0.1, 0.4), Ended(1007, "why")):
+                yield message
+
+    async def pieces():
+        yield loud_T
+
+    async def run(packed: bool, writer: SimpleNamespace | None = None) -> list[bytes]:
+        sent = []
+
+        async def send(_, data: bytes) -> None:
+            sent.append(data)
+
+        monkeypatch.setattr(routes, "send", send)
+        assert await routes._send_sound(None, Session(), packed, writer) == (1007, "why")
+        return sent
+
+    (plain,) = asyncio.run(run(packed=False))
+    clipped_T = np.array([0.99, -0.99, 0.5], np.float32)
+    np.testing.assert_array_equal(np.frombuffer(plain, "<f4"), clipped_T)
+    waiting = SimpleNamespace(header=b"head", write=lambda pcm_T: b"")  # for more samples, to fill a page
+    assert asyncio.run(run(packed=False, writer=waiting)) == [b"head"]
+    ready, sound, text = map(msgpack.unpackb, asyncio.run(run(packed=True)))
+    assert (ready, text) == ({"type": "Ready"}, {"type": "Text", "text": "one", "start_s": 0.1, "stop_s": 0.4})
+    np.testing.assert_array_equal(np.array(sound["pcm"], np.float32), clipped_T)
+
+    async def wav() -> list[bytes]:
+        return [data async for data in routes._wav(loud_T, pieces(), 24_000)]
+
+    assert asyncio.run(wav()) == [wav_header(24_000) + pcm16(clipped_T), pcm16(clipped_T)]
