@@ -180,12 +180,12 @@ def test_a_client_that_is_not_taken_now_is_asked_to_come_again(server, monkeypat
 
 
 def test_a_posted_recording_has_a_largest_size_and_a_longest_time(server, monkeypatch):
-    limits = dataclasses.replace(server.server.config, max_upload_mb=0.1, max_session_s=2.0)
+    limits = dataclasses.replace(server.server.config, max_upload_mb=0.5, max_session_s=2.0)
     monkeypatch.setattr(server.server, "config", limits)
     clip_T = audio.read(AUDIO / "digits_jackson.flac")
     for body, status, said in (
-        (bytes(100_001), 413, "the recording is larger than 0.1 MB; send it in parts"),
-        (bytes(100_000), 400, "is not audio that can be decoded"),
+        (bytes(500_001), 413, "the recording is larger than 0.5 MB; send it in parts"),
+        (bytes(500_000), 400, "is not audio that can be decoded"),
         (wav_header(24_000) + pcm16(clip_T[:48_001]), 400, "the recording is longer than 2 s; send it in parts"),
         (wav_header(24_000) + pcm16(clip_T[:48_000]), 200, '"text":"three"'),
     ):

@@ -5,6 +5,7 @@ import base64
 import concurrent.futures
 import io
 import json
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,12 @@ import numpy as np
 import openai
 import pytest
 import soundfile
+from starlette.requests import ClientDisconnect
 
 import dsm_jax
 from dsm_jax import audio
 from dsm_jax.serving.encoding import SoundEncoder, pcm16, wav_header
+from dsm_jax.serving.openai import routes
 from dsm_jax.serving.openai.errors import ApiError, api_error, parse_object
 from dsm_jax.serving.openai.formats import WordDeltas, transcript_response
 from dsm_jax.serving.openai.requests import check_language
@@ -117,7 +120,8 @@ def test_verbose_json_has_the_words_and_segments_that_were_asked_for(client, exp
     words_alone = transcribe(client, response_format="verbose_json", timestamp_granularities=["word"])
     assert words_alone.segments is None
     assert len(words_alone.words) == 9
-    segments_alone = transcribe(client, response_format="verbose_json", language="en")
+    segments_alone = transcribe(client, response_format="verbose_json", language="en", temperature=0.01)
+    assert {segment.temperature for segment in segments_alone.segments} == {0.01}
     assert segments_alone.words is None
     assert len(segments_alone.segments) == len(expected.segments)
     assert segments_alone.language == "en"
@@ -133,7 +137,11 @@ def test_deltas_of_each_word_join_to_the_text(server, client, expected):
 
 
 def test_a_stream_ends_with_done(server):
-    lines = [line for line in post(server, stream="true").text.split("\n\n") if line]
+    answer = post(server, stream="true")
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    # A proxy between passes each piece on, and keeps none.
+    assert (answer.headers["cache-control"], answer.headers["x-accel-buffering"]) == ("no-store", "no")
+    lines = [line for line in answer.text.split("\n\n") if line]
     assert all(line.startswith("data: ") for line in lines)
     assert lines[-1] == "data: [DONE]"
     assert [json.loads(line[6:])["type"] for line in lines[-3:-1]] == ["transcript.text.delta", "transcript.text.done"]
@@ -300,7 +308,9 @@ def test_mp3_is_the_default_and_its_first_bytes_leave_before_the_sound_is_made(s
 
 def test_events_carry_the_same_bytes(server, client):
     body = {"model": "digits-tts", "voice": "jackson", "input": TEXT, "response_format": "pcm", "stream_format": "sse"}
-    lines = httpx.post(f"{server.url}/v1/audio/speech", json=body, timeout=60).text.split("\n\n")
+    answer = httpx.post(f"{server.url}/v1/audio/speech", json=body, timeout=60)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    lines = answer.text.split("\n\n")
     events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
     sound = b"".join(base64.b64decode(event["audio"]) for event in events[:-1])
     body |= {"stream_format": "audio", "instructions": "cheerful"}
@@ -349,6 +359,8 @@ def test_a_body_that_is_no_object_is_refused(server):
 def test_models_and_voices_are_listed(server, client):
     assert [model.id for model in client.models.list()] == ["digits", "digits-tts"]
     assert client.models.retrieve("digits").owned_by == "dsm-jax"
+    assert client.models.retrieve("digits-tts").id == "digits-tts"
+    assert abs(client.models.retrieve("digits").created - time.time()) < 3_600
     assert client.models.retrieve("whisper-1").id == "digits"
     with pytest.raises(openai.NotFoundError, match="'kyutai/none' is not served here; it has digits, digits-tts"):
         client.models.retrieve("kyutai/none")
@@ -416,13 +428,20 @@ class _Held:
 
 
 def test_a_fault_of_the_server_is_told_without_its_cause(server, monkeypatch, caplog):
-    def broken(*args):
+    threads = []
+
+    def broken(*args, **options):
+        in_loop = threading.current_thread().name == "server"
+        threads.append("on the event loop" if in_loop else "off the event loop")
         raise RuntimeError("the secret cause")
 
     monkeypatch.setattr(server.server.models[1].service, "session", broken)
     body = {"model": "digits-tts", "voice": "jackson", "input": TEXT}
-    answer = httpx.post(f"{server.url}/v1/audio/speech", json=body)
+    answer = httpx.post(f"{server.url}/v1/audio/speech?auth_id=a-key", json=body)
     assert "secret" not in refused(answer, 500, type="server_error", code="server_error")
+    told = [record.getMessage() for record in caplog.records if record.name == "dsm_jax.serving"]
+    assert told == ["a request of the path /v1/audio/speech has failed"], "a key may stand in the rest of an address"
+    assert threads == ["off the event loop"], "fetching a voice would hold up all sessions"
 
 
 def test_clients_that_leave_give_their_slots_back(server):
@@ -511,6 +530,26 @@ def test_a_speech_that_fails_is_cut_off_and_not_ended(server, caplog):
     assert "secret" not in caplog.text
 
 
+def test_a_speech_that_fails_is_told_among_its_events_and_by_its_status_before_them(server, monkeypatch):
+    body = {"model": "digits-tts", "voice": "jackson", "response_format": "pcm", "stream_format": "sse"}
+    long = {"input": "one two three four " * 20}
+    with httpx.stream("POST", f"{server.url}/v1/audio/speech", json=body | long, timeout=60) as answer:
+        lines = answer.iter_lines()
+        assert "speech.audio.delta" in next(lines)
+        end_sessions(server, Ended(1007, "the text cannot be said"))
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+    assert events[-1]["error"]["message"] == "the text cannot be said"
+    assert "speech.audio.done" not in [event.get("type") for event in events]
+
+    async def failing(*_):
+        raise dsm_jax.SpeechError("the text cannot be said")
+        yield
+
+    monkeypatch.setattr(routes, "spoken", failing)
+    answer = httpx.post(f"{server.url}/v1/audio/speech", json=body | {"input": TEXT})
+    assert refused(answer, 400) == "the text cannot be said"
+
+
 def test_eight_clients_at_once_get_what_one_gets(server, expected, speech):
     async def ask() -> None:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
@@ -590,6 +629,32 @@ def test_an_encoder_gives_the_same_bytes_for_any_pieces(form):
         assert encoder.finish() == b""
     assert files[0] == files[1] or form == "opus"  # the serial number of an Ogg stream is drawn by lot
     assert len(files[0]) == len(files[1])
+
+
+def test_voices_are_those_of_the_model_that_is_named():
+    one, other, ears = (
+        SimpleNamespace(name=name, kind=kind, service=SimpleNamespace(voices=[f"{name}'s"], default_voice=None))
+        for name, kind in (("one", "tts"), ("other", "tts"), ("ears", "stt"))
+    )
+    server = SimpleNamespace(models=[ears, one, other], find=lambda kind, name: {"alias": other}.get(name))
+
+    def listed(**query: str) -> list[str]:
+        answer = asyncio.run(routes.voices(SimpleNamespace(query_params=query), server))
+        return [voice["id"] for voice in json.loads(answer.body)["data"]]
+
+    assert (listed(), listed(model="alias")) == (["one's", "other's"], ["other's"])
+    with pytest.raises(ApiError, match=r"the model 'none' is not served here; it has one, other$"):
+        listed(model="none")
+
+
+def test_a_client_that_leaves_while_it_asks_is_no_fault(caplog):
+    async def left(*_):
+        raise ClientDisconnect
+
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [], "query_string": b""}
+    endpoint = routes._Endpoint(SimpleNamespace(refusal=lambda request: None), {"GET": left})
+    asyncio.run(endpoint(scope, None, None))
+    assert caplog.records == []
 
 
 def test_an_error_of_the_library_has_its_status():
