@@ -1,18 +1,24 @@
-"""The server's books without a model: which engine a model gets, who is let in, and what a session is counted as."""
+"""The server without a model: which engine a model gets, who is let in, what a session is counted as, how it ends."""
 
 import asyncio
 import itertools
+import math
+import threading
+from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from starlette.requests import HTTPConnection
+from starlette.websockets import WebSocketDisconnect, WebSocketState
 
-from dsm_jax.errors import FullError
+from dsm_jax.errors import AudioError, DsmError, FullError, SpeechError
+from dsm_jax.serving import sockets, uploads
 from dsm_jax.serving.config import ServedModel, ServerConfig
 from dsm_jax.serving.hearing import Heard
 from dsm_jax.serving.outbox import Ended, Outbox, Started
-from dsm_jax.serving.server import Server, Ticket
+from dsm_jax.serving.server import INBOX_S, Server, Ticket
+from dsm_jax.serving.sockets import ClosedError
 from dsm_jax.serving.speaking import Said, Sound
 from dsm_jax.stt.events import Word, WordEnded
 
@@ -43,7 +49,7 @@ class Client:
     """A session that takes a slot and does nothing."""
 
     def __init__(self, *, is_file: bool = False):
-        self.is_file, self.outbox = is_file, Outbox()
+        self.is_file, self.outbox, self.first_sound = is_file, Outbox(), None
 
 
 def value(server: Server, name: str, **labels: str) -> float:
@@ -179,3 +185,274 @@ def test_an_end_with_a_reason_is_an_error_and_one_without_has_finished(monkeypat
     good._count(Ended())
     bad._count(Ended(1007, "the text cannot be said"))
     assert (good.code, good.reason, bad.code, bad.reason) == (1000, "finished", 1007, "error")
+
+
+# Sockets.
+
+
+class Socket:
+    """A socket whose client sends some messages and then waits.
+
+    Args:
+      messages: of the client.
+      refuses: what sending to the client does.
+    """
+
+    def __init__(self, *messages: dict, refuses: Callable[[], Awaitable[None]] | None = None):
+        self.client_state = self.application_state = WebSocketState.CONNECTED
+        self.messages, self.refuses, self.sent, self.closed = list(messages), refuses, [], None
+
+    async def receive(self) -> dict:
+        return self.messages.pop(0) if self.messages else await forever()
+
+    async def send_text(self, data: str) -> None:
+        if self.refuses is not None:
+            await self.refuses()
+        self.sent.append(data)
+
+    async def close(self, code: int, reason: str) -> None:
+        assert self.closed is None
+        self.closed = code, reason
+
+
+async def forever() -> dict:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def soon(awaited: Awaitable):
+    return await asyncio.wait_for(awaited, 5.0)
+
+
+def reading(monkeypatch, *messages: dict, waiting=(), hurried: bool = False, **settings) -> list[str | bytes]:
+    """Return the messages that are read; `waiting` is how much of them has not been heard, as it is asked for."""
+    server, left = loaded(monkeypatch, ("stt", "ears", 2), **settings), list(waiting)
+
+    class Session:
+        outbox = Outbox()
+
+        @property
+        def waiting(self) -> float:
+            return left.pop(0) if len(left) > 1 else left[0] if left else 0.0
+
+    one = Ticket(server, server.models[0], Session(), "moshi", queued=False)
+    one.hurried = hurried
+
+    async def read() -> list[str | bytes]:
+        found = []
+        async for data in sockets.received(Socket(*messages), server, one):
+            assert len(left) <= 1, "what was heard no more of is read on"
+            assert one.reading is None, "a hurry would end a wait that has ended"
+            found.append(data)
+        return found
+
+    return asyncio.run(soon(read()))
+
+
+def test_a_clients_messages_are_read_while_it_is_kept_up_with(monkeypatch):
+    texts = [
+        {"type": "websocket.receive", kind: data} for kind, data in (("text", "one"), ("bytes", b""), ("text", ""))
+    ]
+    left = {"type": "websocket.disconnect", "code": 1005}
+    assert reading(monkeypatch, *texts, left, waiting=[INBOX_S + 1, math.inf, INBOX_S]) == ["one", b"", ""]
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "reason", "kind"),
+    [
+        ({"idle_s": 0.02, "max_session_s": 60.0}, 1000, "nothing was received for 0 s", "idle"),
+        ({"idle_s": 60.0, "max_session_s": 0.02}, 1000, "a session lasts at most 0 s", "limit"),
+        ({"waiting": [math.inf], "max_session_s": 0.02}, 1000, "a session lasts at most 0 s", "limit"),
+        ({"hurried": True, "idle_s": 60.0}, 1001, "the server is shutting down", "drain"),
+        ({"hurried": True, "waiting": [math.inf]}, 1001, "the server is shutting down", "drain"),
+    ],
+)
+def test_reading_ends_when_the_client_is_idle_the_session_too_long_or_the_server_ending(
+    monkeypatch, settings, code, reason, kind
+):
+    with pytest.raises(ClosedError) as closed:
+        reading(monkeypatch, **settings)
+    assert (closed.value.code, closed.value.reason, closed.value.kind) == (code, reason, kind)
+
+
+def conversed(server: Server, hear, tell, **session) -> tuple[Socket, Ticket]:
+    """Return socket and ticket of a conversation that has ended, with the message of an error as it is."""
+    socket, one = Socket(), ticket(server, **session)
+
+    async def run() -> None:
+        before = asyncio.all_tasks()
+        await sockets.converse(socket, one, lambda: hear(socket), lambda: tell(socket), str)
+        assert asyncio.all_tasks() == before
+
+    asyncio.run(soon(run()))
+    return socket, one
+
+
+def raises(error: Exception):
+    async def hear(socket: Socket) -> None:
+        raise error
+
+    return hear
+
+
+async def waits(socket: Socket) -> dict:
+    return await forever()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said", "ended"),
+    [
+        (DsmError("no text"), 1007, "no text", (1007, "bad message")),
+        (ClosedError(1003, "no bytes", "bad message"), 1003, "no bytes", (1003, "bad message")),
+        (ClosedError(1000, None, "finished"), 1000, None, (1000, "finished")),
+        (WebSocketDisconnect(), 1000, None, (1005, "client")),
+        (RuntimeError("the secret cause"), 1011, "the server has failed", (1011, "fault")),
+    ],
+)
+def test_what_ends_a_conversation_is_told_by_message_and_code_and_noted(monkeypatch, caplog, error, code, said, ended):
+    server = loaded(monkeypatch, ("stt", "ears", 2))
+    socket, one = conversed(server, raises(error), waits)
+    assert (socket.sent, socket.closed) == ([] if said is None else [said], (code, said or ""))
+    assert (one.code, one.reason) == ended
+    assert [f"session {one.id} failed"] * (code == 1011) == [record.getMessage() for record in caplog.records]
+
+
+def test_a_conversation_ends_with_its_session_or_its_client_and_leaves_no_task(monkeypatch):
+    server, stopped = loaded(monkeypatch, ("stt", "ears", 2)), []
+
+    async def stops(socket: Socket) -> None:
+        try:
+            await forever()
+        finally:
+            stopped.append(socket)
+
+    async def leaves(socket: Socket) -> None:
+        await asyncio.sleep(0)
+
+    async def fails(socket: Socket) -> tuple[int, str]:
+        return 1007, "a" + "é" * 100
+
+    left, _ = conversed(server, leaves, stops)
+    failed, _ = conversed(server, stops, fails)
+    assert stopped == [left, failed]
+    assert (left.sent, left.closed) == ([], (1000, ""))
+    # A close frame has room for less than the message has.
+    assert (failed.sent, failed.closed) == (["a" + "é" * 100], (1007, "a" + "é" * 59))
+
+
+@pytest.mark.parametrize("has_text", [True, False])
+def test_when_the_server_ends_a_session_is_finished_and_told_before_its_end(monkeypatch, has_text):
+    server, called, done = loaded(monkeypatch, ("stt", "ears", 2)), [], asyncio.Event()
+    for name in ("start", "wake"):
+        monkeypatch.setattr(server.models[0].engine, name, lambda *_, name=name: called.append(name))
+
+    def finish() -> None:
+        if not has_text:
+            raise SpeechError("there is no text")
+        called.append("finish")
+        done.set()
+
+    async def tell(socket: Socket) -> tuple[int, None]:
+        await done.wait()
+        await socket.send_text("last words")
+        return 1000, None
+
+    ending = raises(ClosedError(1001, "the server is shutting down", "drain"))
+    socket, one = conversed(server, ending, tell, finish=finish)
+    assert called == (["finish", "start", "wake"] if has_text else [])
+    assert socket.sent == ["last words"] * has_text + ["the server is shutting down"]
+    assert (socket.closed, one.reason) == ((1001, "the server is shutting down"), "drain")
+
+
+async def refuse(error: Exception) -> None:
+    raise error
+
+
+def test_a_client_that_does_not_read_or_has_left_holds_nothing_up(monkeypatch):
+    monkeypatch.setattr(sockets, "_SEND_S", 0.02)
+    with pytest.raises(ClosedError, match="the client reads too slowly") as closed:
+        asyncio.run(soon(sockets.send(Socket(refuses=forever), "message")))
+    assert (closed.value.code, closed.value.kind) == (1008, "slow")
+    gone = WebSocketDisconnect(), RuntimeError("the socket is closed"), OSError("broken pipe")
+    for refuses in (forever, *(lambda error=error: refuse(error) for error in gone)):
+        asyncio.run(soon(sockets.send_last(Socket(refuses=refuses), "message")))
+    for state in ("client_state", "application_state"):
+        closed = Socket()
+        setattr(closed, state, WebSocketState.DISCONNECTED)
+        asyncio.run(sockets.close(closed, 1000))
+        assert closed.closed is None
+
+
+# Whole recordings and texts.
+
+
+def said(monkeypatch, *messages) -> list:
+    """Return what a whole text's client is told."""
+    server = loaded(monkeypatch, ("tts", "mouth", 2))
+    server.ready, session = True, Client(is_file=True)
+
+    async def listen() -> list:
+        session.outbox.put(messages)
+        told = [message async for message in uploads.spoken(server, server.models[0], session, "openai")]
+        assert not server._tickets
+        return told
+
+    return asyncio.run(soon(listen()))
+
+
+def test_a_whole_text_is_said_to_its_end_or_refused(monkeypatch):
+    sound = Sound(np.ones(4, np.float32))
+    assert said(monkeypatch, Started(), sound, Ended()) == [sound]
+    for code, kind in ((1007, SpeechError), (1011, FullError), (1013, FullError)):
+        for messages in ((Started(), sound), (Started(),)):
+            with pytest.raises(kind, match="the reason"):
+                said(monkeypatch, *messages, Ended(code, "the reason"))
+    with pytest.raises(FullError, match="the reason"):
+        said(monkeypatch, Ended(1013, "the reason"))
+
+
+def test_a_whole_request_waits_for_a_slot_but_not_for_ever(monkeypatch):
+    monkeypatch.setattr(uploads, "QUEUE_S", 0.02)
+    server = loaded(monkeypatch, ("stt", "ears", 2))
+    one = ticket(server, queued=True)
+    with pytest.raises(FullError, match="no slot has become free in 0 s; try again later"):
+        asyncio.run(soon(uploads._begun(one)))
+    assert (one.code, one.reason, one.is_whole) == (1013, "full", True)
+    assert value(server, "dsm_refused_total", reason="queue") == 1.0
+
+
+def test_a_recording_is_fed_no_faster_than_it_is_heard(monkeypatch):
+    waiting, pushed, threads = [], [], []
+
+    class Session:
+        outbox = Outbox()
+
+        @property
+        def waiting(self) -> float:
+            return waiting.pop() if waiting else 0.0
+
+        def push(self, pcm_T: np.ndarray) -> None:
+            assert not waiting
+            pushed.append(pcm_T.size)
+            waiting.extend([INBOX_S, INBOX_S + 1, math.inf])
+
+        def finish(self) -> None:
+            pushed.append("end")
+
+    def blocks(count: int):
+        for _ in range(count):
+            threads.append(threading.current_thread())
+            yield np.zeros(10, np.float32)
+
+    woken = []
+    engine = SimpleNamespace(wake=lambda: woken.append(len(pushed)))
+    served = SimpleNamespace(engine=engine, model=SimpleNamespace(sample_rate=10))
+    first_T = np.zeros(10, np.float32)
+    asyncio.run(uploads._feed(Session(), served, first_T, blocks(2), 3.0))
+    assert (pushed, woken) == ([10, 10, 10, "end"], [1, 2, 3, 4])
+    assert threading.main_thread() not in threads, "decoding would hold up all sessions"
+    waiting.clear()
+    with pytest.raises(AudioError, match="the recording is longer than 3 s; send it in parts"):
+        asyncio.run(uploads._feed(Session(), served, first_T, blocks(3), 3.0))
+    (ended,) = asyncio.run(Session.outbox.take())
+    assert ended.code == 1007
