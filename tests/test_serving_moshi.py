@@ -478,6 +478,7 @@ def test_modules_and_builds_are_listed_as_moshi_lists_them(server):
 def test_metrics_have_moshis_names_and_ours(server, clips):
     asyncio.run(transcribed(server.socket_url, clips[0]))
     with urllib.request.urlopen(server.url + "/metrics") as answer:
+        assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
         text = answer.read().decode()
     for name in (
         'asr_connect{handler="all"}', 'asr_open_channels{handler="all"}', "asr_model_step_duration_bucket",

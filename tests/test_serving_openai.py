@@ -5,6 +5,7 @@ import base64
 import concurrent.futures
 import io
 import json
+import struct
 import threading
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from starlette.requests import ClientDisconnect
 
 import dsm_jax
 from dsm_jax import audio
-from dsm_jax.serving.encoding import SoundEncoder, pcm16, wav_header
+from dsm_jax.serving.encoding import SoundEncoder, _Pipe, pcm16, wav_header
 from dsm_jax.serving.openai import routes
 from dsm_jax.serving.openai.errors import ApiError, api_error, parse_object
 from dsm_jax.serving.openai.formats import WordDeltas, transcript_response
@@ -42,7 +43,7 @@ ALIASES = {"whisper-1": "digits", "tts-1": "digits-tts", "alloy": "jackson"}
 @pytest.fixture(scope="module")
 def server():
     models = served("stt", "digits"), served("tts", "digits-tts")
-    with running(*models, page=False, aliases=ALIASES, max_upload_mb=2.0) as found:
+    with running(*models, page=False, metrics=False, aliases=ALIASES, max_upload_mb=2.0) as found:
         yield found
 
 
@@ -377,6 +378,7 @@ def test_paths_and_methods_that_there_are_not_have_the_same_shape(server):
         message = refused(httpx.request(method, f"{server.url}/v1/audio/speech"), 405, code="method_not_allowed")
         assert message == f"the method is {method}; expected POST"
     assert httpx.head(f"{server.url}/v1/models").status_code == 200
+    assert [httpx.get(server.url + path).status_code for path in ("/", "/page.js", "/metrics")] == [404] * 3
 
 
 def test_pages_of_other_origins_are_refused(server):
@@ -627,6 +629,7 @@ def test_an_encoder_gives_the_same_bytes_for_any_pieces(form):
         data = b"".join(encoder.encode(pcm_T[at : at + size]) for at in range(0, pcm_T.size, size))
         files.append(data + encoder.finish())
         assert encoder.finish() == b""
+        assert not encoder.is_slow or encoder.encode(pcm_T) == b""  # of a client that has left meanwhile
     assert files[0] == files[1] or form == "opus"  # the serial number of an Ogg stream is drawn by lot
     assert len(files[0]) == len(files[1])
 
@@ -655,6 +658,43 @@ def test_a_client_that_leaves_while_it_asks_is_no_fault(caplog):
     endpoint = routes._Endpoint(SimpleNamespace(refusal=lambda request: None), {"GET": left})
     asyncio.run(endpoint(scope, None, None))
     assert caplog.records == []
+
+
+def test_samples_of_16_bits_are_clipped_and_their_header_tells_what_they_are():
+    loud_T = np.array([2.0, 1.0, -1.0, -2.0], np.float32)
+    assert samples(pcm16(loud_T)).tolist() == [32767, 32767, -32767, -32767]
+    assert struct.unpack("<IHHIIHH", wav_header(24_000)[16:36]) == (16, 1, 1, 24_000, 48_000, 2, 16)
+    sine_T = 2 * np.sin(np.arange(48_000) / 20)
+    assert mp3(sine_T) == mp3(np.clip(sine_T, -1, 1))
+
+
+def mp3(pcm_T: np.ndarray) -> bytes:
+    encoder = SoundEncoder("mp3", 24_000)
+    return encoder.encode(pcm_T.astype(np.float32)) + encoder.finish()
+
+
+def test_the_length_of_an_mp3_tells_its_duration():
+    noise_T = np.random.default_rng(0).uniform(-0.5, 0.5, 48_000)
+    assert len(mp3(noise_T)) == len(mp3(0 * noise_T))
+
+
+def test_a_file_is_not_closed_while_samples_are_encoded():
+    encoder = SoundEncoder("flac", 24_000)
+    ending = threading.Thread(target=encoder.finish)
+    with encoder._lock:
+        ending.start()
+        ending.join(0.1)
+        assert ending.is_alive()
+    ending.join()
+
+
+def test_what_is_written_over_earlier_bytes_is_dropped():
+    pipe = _Pipe()
+    pipe.write(b"abc")
+    assert (pipe.seek(1), pipe.write(b"x"), pipe.seek(1, 1), pipe.tell()) == (1, 1, 3, 3)
+    pipe.write(b"d")
+    assert (pipe.seek(-4, 2), pipe.write(b"y"), pipe.seek(0, 2), pipe.write(b"e")) == (0, 1, 4, 1)
+    assert (pipe.take(), pipe.take()) == (b"abcde", b"")
 
 
 def test_an_error_of_the_library_has_its_status():

@@ -20,13 +20,14 @@ import msgpack
 import numpy as np
 import pytest
 import uvicorn
+from starlette.requests import ClientDisconnect
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.frames import Close
 
 import dsm_jax
 from dsm_jax import audio
-from dsm_jax.serving import run
+from dsm_jax.serving import app, run
 from dsm_jax.serving.client import links
 from dsm_jax.serving.config import ServerConfig
 from dsm_jax.serving.encoding import pcm16, wav_header
@@ -86,7 +87,7 @@ def test_without_a_right_key_nobody_is_let_in(guarded):
     assert asyncio.run(handshake(f"{url}?auth_id={wrong}")) == 401
     # A header counts alone, as in moshi-server.
     assert asyncio.run(handshake(f"{url}?auth_id={KEY}", additional_headers={"kyutai-api-key": wrong})) == 401
-    assert status(guarded.url + "/api/modules_info") == 401
+    assert status(guarded.url + "/api/modules_info") == status(guarded.url + "/api/build_info") == 401
     assert status(guarded.url + "/api/modules_info", kyutai_api_key=wrong) == 401
     request = urllib.request.Request(guarded.url + ASR, b"audio", method="POST")
     with pytest.raises(urllib.error.HTTPError) as refused:
@@ -132,7 +133,10 @@ def keyless():
 
 
 def test_a_page_whose_name_points_to_a_server_without_keys_may_not_connect(keyless):
-    for path, words in ((ASR, b"the Host header names"), ("/v1/models", b'"code":"host_not_allowed"')):
+    for path, words in (
+        *((path, b"the Host header names") for path in (ASR, "/api/modules_info", "/api/build_info", "/metrics")),
+        ("/v1/models", b'"code":"host_not_allowed"'),
+    ):
         request = urllib.request.Request(keyless.url + path, b"audio" if path == ASR else None, REBOUND)
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(request, timeout=30)
@@ -163,6 +167,37 @@ def test_health_is_told_by_any_name_and_a_key_lets_in_by_any_name(keyless, guard
         assert status(keyless.url + "/metrics", host=host) == code
     assert status(guarded.url + "/metrics", host="10.1.2.3:8080") == 200
     assert status(guarded.url + "/api/modules_info", host="speech.example", kyutai_api_key=KEY) == 200
+
+
+@pytest.mark.parametrize("path", ["/livez", "/v1/models", "/nothing"])
+def test_every_answer_keeps_a_page_to_what_the_server_gave_it(keyless, path):
+    try:
+        answer = urllib.request.urlopen(keyless.url + path, timeout=30)
+    except urllib.error.HTTPError as refused:
+        answer = refused
+    with answer:
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.headers["permissions-policy"] == "microphone=(self)"
+        assert answer.headers["cross-origin-opener-policy"] == "same-origin"
+        policy = answer.headers["content-security-policy"].split("; ")
+        assert {"default-src 'none'", "script-src 'self'", "frame-ancestors 'none'", "base-uri 'none'"} <= set(policy)
+        assert answer.headers["content-type"]
+
+
+def test_the_files_of_the_page_are_of_their_kinds_and_asked_for_anew():
+    kinds = {"html": "text/html", "css": "text/css", "svg": "image/svg+xml", "js": "text/javascript"}
+    for name in app.PAGE:
+        answer = app._page_file(name)(None)
+        assert answer.headers["content-type"].partition(";")[0] == kinds[name.rpartition(".")[2]], name
+        assert answer.headers["cache-control"] == "no-cache"
+
+
+def test_a_client_that_leaves_its_post_is_no_fault():
+    async def left(*_):
+        raise ClientDisconnect
+
+    assert asyncio.run(app._post(left, None, None)(None)).status_code == 400
 
 
 def closing(url: str, *messages: bytes) -> tuple[list[dict], int | None]:

@@ -1,6 +1,7 @@
 """The server without a model: which engine a model gets, who is let in, what a session is counted as, how it ends."""
 
 import asyncio
+import dataclasses
 import itertools
 import math
 import threading
@@ -14,6 +15,7 @@ from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from dsm_jax.errors import AudioError, DsmError, FullError, SpeechError
 from dsm_jax.serving import sockets, uploads
+from dsm_jax.serving.access import Keys, allowed_host, allowed_origin
 from dsm_jax.serving.config import ServedModel, ServerConfig
 from dsm_jax.serving.hearing import Heard
 from dsm_jax.serving.outbox import Ended, Outbox, Started
@@ -43,6 +45,11 @@ def loaded(monkeypatch, *models: tuple[str, str, int], **settings) -> Server:
     server = Server(ServerConfig(models=tuple(served), **settings), "0")
     server.load(load)
     return server
+
+
+def connection(query: str = "", **headers: str) -> HTTPConnection:
+    given = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return HTTPConnection({"type": "http", "headers": given, "query_string": query.encode()})
 
 
 class Client:
@@ -89,15 +96,15 @@ def test_slots_are_reserved_for_live_sessions_but_recordings_keep_one(monkeypatc
 
 def test_a_server_whose_engine_has_ended_takes_no_sessions_and_says_so(monkeypatch):
     server = loaded(monkeypatch, ("stt", "ears", 2))
-    connection = HTTPConnection({"type": "http", "headers": [(b"host", b"localhost")], "query_string": b""})
-    refusal = server.refusal(connection, begins=True)
+    client = connection(host="localhost")
+    refusal = server.refusal(client, begins=True)
     assert refusal is not None
     assert (refusal.status, refusal.reason) == (503, "not ready")
     server.ready = True
-    assert server.refusal(connection, begins=True) is None
+    assert server.refusal(client, begins=True) is None
     server.models[0].engine.fault = RuntimeError("the device is gone")
-    assert (server.alive(), server.accepting, server.refusal(connection)) == (False, False, None)
-    refusal = server.refusal(connection, begins=True)
+    assert (server.alive(), server.accepting, server.refusal(client)) == (False, False, None)
+    refusal = server.refusal(client, begins=True)
     assert refusal is not None
     assert refusal.reason == "not ready"
 
@@ -108,7 +115,7 @@ def test_a_server_whose_engine_has_ended_takes_no_sessions_and_says_so(monkeypat
     with pytest.raises(FullError, match="the server takes no more sessions"):
         asyncio.run(begin())
     asyncio.run(server.drain(0.0))
-    refusal = server.refusal(connection, begins=True)
+    refusal = server.refusal(client, begins=True)
     assert refusal is not None
     assert refusal.reason == "draining"
 
@@ -129,6 +136,44 @@ def test_a_session_that_is_not_admitted_is_counted_and_leaves_nothing_behind(mon
     assert value(server, "dsm_sessions_started_total", model="ears", dialect="moshi") == 1.0
     assert value(server, "dsm_sessions", model="ears", dialect="moshi") == 0.0
     assert (len(server._tickets), len(engine._leaving)) == (0, 1)
+
+
+def test_a_key_lets_in_from_the_first_of_its_places_alone():
+    keys = Keys(["one", "right", "of a name that is no \udcff text"])
+    protocols = "realtime, openai-insecure-api-key.right"
+    for headers in ({"kyutai_api_key": "right"}, {"authorization": "bearer  right "}, {"x_api_key": "one"}):
+        assert keys.allow(connection(**headers))
+    assert keys.allow(connection(sec_websocket_protocol=protocols))
+    assert keys.allow(connection("auth_id=right"))
+    for headers in ({}, {"authorization": "Basic right"}, {"authorization": "right"}, {"x_api_key": "Right"}):
+        assert not keys.allow(connection(**headers))
+    assert not keys.allow(connection("auth_id=right", kyutai_api_key="", x_api_key="right"))
+    assert not keys.allow(connection("auth_id=right", x_api_key="", sec_websocket_protocol=protocols))
+    assert Keys([]).allow(connection())
+
+
+def test_pages_are_let_in_from_their_own_or_a_listed_origin_by_names_in_any_case():
+    listed = ("https://Listed.example",)
+    for origin, let_in in (
+        ("http://Here.example:80", True),
+        ("https://Listed.example", True),
+        ("http://here.example", False),
+        ("null", False),
+    ):
+        assert allowed_origin(connection(origin=origin, host="here.EXAMPLE:80"), listed) == let_in
+    assert allowed_origin(connection(), listed)
+    local = ServerConfig(host="127.0.0.1", origins=listed)
+    for host, let_in in (
+        ("LISTED.example", True),
+        ("localhost:1", True),
+        ("[::1]:1", True),
+        ("evil.example", False),
+        ("[::1", False),
+        ("", False),
+    ):
+        assert allowed_host(connection(host=host), local) == let_in, host
+    for other in (dataclasses.replace(local, host="0.0.0.0"), dataclasses.replace(local, keys=("key of this server",))):
+        assert allowed_host(connection(host="evil.example"), other)
 
 
 def ticket(server: Server, *, queued: bool = False, **session) -> Ticket:
@@ -324,6 +369,8 @@ def test_a_conversation_ends_with_its_session_or_its_client_and_leaves_no_task(m
         try:
             await forever()
         finally:
+            for _ in range(9):  # what it has to clean up
+                await asyncio.sleep(0)
             stopped.append(socket)
 
     async def leaves(socket: Socket) -> None:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from typing import IO, Any
 
 import numpy as np
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.websockets import WebSocket
 
@@ -150,8 +150,6 @@ async def transcribe_file(request: Request, server: Server, served: Served) -> R
     try:
         with await spooled(request.stream(), server.config.max_upload_mb) as file:
             told = await unless(_file_messages(server, served, file), client_leaves(request))
-    except ClientDisconnect:
-        return Response()  # for nobody
     except TooLargeError as error:
         return PlainTextResponse(str(error), 413)
     except AudioError as error:
@@ -298,8 +296,6 @@ async def speak_file(request: Request, server: Server, served: Served) -> Respon
     sound = sound_of(spoken(server, served, session, "moshi"))
     try:
         first_T = await unless(anext(sound, np.zeros(0, np.float32)), client_leaves(request))
-    except ClientDisconnect:
-        return Response()  # for nobody
     except FullError as error:
         return PlainTextResponse(str(error), 503, {"retry-after": "1"})
     except SpeechError as error:
