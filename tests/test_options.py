@@ -1,5 +1,8 @@
 """Options: numbers of every kind that they take, and those that they refuse."""
 
+import math
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +10,7 @@ import pytest
 from dsm_jax.csm import CsmOptions
 from dsm_jax.errors import ConfigError
 from dsm_jax.nn.sampling import key_of
+from dsm_jax.options import check_batch_size, check_one_each, slots_for
 from dsm_jax.stt import TranscribeOptions
 from dsm_jax.tts import SynthesizeOptions
 
@@ -25,14 +29,58 @@ def test_numpy_integers_are_integers(kind):
     ("name", "value", "message"),
     [
         ("top_k", 2**31, "top_k is 2147483648; expected a number of less than 32 bits"),
+        ("top_k", -(2**31), "top_k is -2147483648; expected a number of less than 32 bits"),
+        ("top_k", -1, "top_k is -1; expected 0, which keeps all tokens, or more"),
         ("top_k", 2.5, "top_k is 2.5; expected a whole number"),
+        ("temperature", -0.1, "temperature is -0.1; expected a number from 0, which is greedy"),
+        ("temperature", math.inf, "temperature is inf; expected a number from 0, which is greedy"),
+        ("temperature", math.nan, "temperature is nan; expected a number from 0, which is greedy"),
         ("seed", "x", "seed is 'x'; expected a whole number"),
         ("seed", 2**63, "the seed is 9223372036854775808; expected a number of 64 bits"),
+        ("seed", -(2**63) - 1, "the seed is -9223372036854775809; expected a number of 64 bits"),
     ],
 )
 def test_numbers_that_the_programs_cannot_hold_are_refused(kind, name, value, message):
     with pytest.raises(ConfigError, match=f"^{message}$"):
         kind(**{name: value})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ends_of_each_range_are_taken(kind):
+    for seed in (-(2**63), 2**63 - 1):
+        assert kind(seed=seed, top_k=0, temperature=0.0) == kind(seed=np.int64(seed), top_k=0, temperature=0)
+    assert kind(top_k=2**31 - 1).top_k == 2**31 - 1
+
+
+def test_zero_is_a_choice_and_none_leaves_it_to_the_checkpoint():
+    for given, kept in (((0.5, 25), (0.5, 25)), ((None, None), (0.0, 0))):
+        config = SimpleNamespace(sampling=SimpleNamespace(temp_text=given[0], top_k_text=given[1]))
+        assert TranscribeOptions().sampling(config) == kept
+        assert TranscribeOptions(temperature=0.0, top_k=0).sampling(config) == (0.0, 0)
+        assert TranscribeOptions(temperature=0.7, top_k=3).sampling(config) == (0.7, 3)
+    assert CsmOptions(temperature=0.7, top_k=3).depth_sampling == (0.7, 3)
+    assert CsmOptions(depth_temperature=0.0, depth_top_k=0).depth_sampling == (0.0, 0)
+    assert CsmOptions(max_frames=1).max_frames == 1
+
+
+def test_times_of_words_are_of_the_sound_or_of_the_reference():
+    with pytest.raises(ConfigError, match=r"^word_times is 'text'; expected 'sound' or 'reference'$"):
+        TranscribeOptions(word_times="text")
+
+
+def test_a_batch_has_one_input_or_more_and_few_inputs_share_their_slots():
+    check_batch_size(1)
+    with pytest.raises(ConfigError, match=r"^batch_size is 0; expected 1 or more$"):
+        check_batch_size(0)
+    assert [slots_for(count, 8) for count in (0, 1, 2, 3, 4, 5, 9)] == [1, 1, 2, 4, 4, 8, 8]
+    assert slots_for(9, 3) == 3
+
+
+def test_a_list_has_one_of_everything_for_each_input():
+    check_one_each(2, "texts", voices=["a", "b"], options=(1, 2))
+    for count in (1, 3):
+        with pytest.raises(ConfigError, match=f"^2 texts have {count} voices; give one for all, or one each$"):
+            check_one_each(2, "texts", options=(1, 2), voices=["a"] * count)
 
 
 @pytest.mark.parametrize("name", ["max_frames", "max_padding", "initial_padding", "final_padding", "padding_between"])

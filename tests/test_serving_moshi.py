@@ -372,6 +372,26 @@ def test_a_posted_text_that_is_none_or_too_large_is_refused(server, body, status
         assert answer.code == status
 
 
+def test_a_posted_text_that_is_not_said_to_its_end_is_refused_with_the_reason(server, monkeypatch):
+    async def failing(*_):
+        raise dsm_jax.SpeechError("the text cannot be said")
+        yield
+
+    monkeypatch.setattr(routes, "spoken", failing)
+    assert post(server.url + TTS, b'{"text": "one", "voice": ""}') == (400, "the text cannot be said")
+
+
+def test_a_client_that_wants_pauses_is_refused_by_a_model_without_them(server):
+    async def run():
+        async with connect(f"{server.socket_url}{ASR}?pauses=1") as socket:
+            return await receive(socket), socket.close_code
+
+    (error,), code = asyncio.run(run())
+    assert error["type"] == "Error"
+    assert error["message"].startswith("digits has no pause heads, which predict pauses; choose a model that has them")
+    assert code == 1008
+
+
 def test_an_end_without_text_ends_the_session(server):
     messages, code = asyncio.run(spoken(server.socket_url, [pack("Eos")]))
     assert (messages, code) == ([{"type": "Ready"}], 1000)
