@@ -764,7 +764,7 @@ class Models:
     """A server of models of some sample rates, named by them; no session can begin."""
 
     def __init__(self, *rates: int):
-        self.config, self.woken = ServerConfig(), []
+        self.config, self.woken, self.guests = ServerConfig(), [], []
         self.models = [
             SimpleNamespace(
                 name=str(rate),
@@ -781,7 +781,11 @@ class Models:
     def find(self, kind: str, name: str | None = None) -> SimpleNamespace | None:
         return next((model for model in self.models if name in (None, model.name)), None)
 
-    guest = contextlib.nullcontext
+    @contextlib.contextmanager
+    def guest(self):
+        self.guests.append("here")
+        yield
+        self.guests.append("gone")
 
     async def until_draining(self) -> None:
         await asyncio.Event().wait()
@@ -796,8 +800,10 @@ def test_a_server_that_does_not_transcribe_refuses_the_handshake():
 @pytest.mark.parametrize("events", [(), (update(),)], ids=["without a word", "before its answer"])
 def test_a_client_that_leaves_before_its_session_begins_is_no_fault(events, caplog):
     socket = Socket(*events)
-    asyncio.run(realtime.transcribe_socket(socket, Models(RATE)))
+    server = Models(RATE)
+    asyncio.run(realtime.transcribe_socket(socket, server))
     assert [event["type"] for event in socket.sent] == ["session.created"]
+    assert server.guests == ["here", "gone"], "a server that ends waits for its guests"
     assert caplog.records == []
 
 

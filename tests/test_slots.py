@@ -6,6 +6,7 @@ The program here is the least that has a state: a slot counts from its request's
 import dataclasses
 from collections.abc import Iterator
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from dsm_jax.errors import DsmError, FaultError, StreamError
 from dsm_jax.runtime.slots import Slots, grow, write_rows
+from dsm_jax.runtime.steps import Leave, step_limits, take_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,3 +259,35 @@ def _jax(tree):
     import jax.numpy as jnp
 
     return jax.tree.map(jnp.asarray, tree)
+
+
+def stepped(start: list[int], ends: list[int], *, allowed=(True, True), limit=8, room=8, waiting=False, stops=None):
+    """Count in each slot up to its end; return the number of steps, the counts before each and those after all."""
+    limits = step_limits([Leave() if one else None for one in allowed], limit, waiting=waiting)
+    count, columns, state = take_steps(
+        lambda count_B, active_B: (count_B, count_B + active_B.astype(jnp.int32)),
+        jnp.array(start),
+        jnp.zeros((room, len(start)), jnp.int32),
+        limits,
+        ended_B=lambda count_B: count_B >= jnp.array(ends),
+        waits_B=None if stops is None else lambda count_B: count_B == jnp.array(stops),
+    )
+    return int(count), columns.tolist(), state.tolist()
+
+
+def test_steps_go_on_while_a_slot_has_any_left():
+    assert stepped([0, 1], [2, 4], room=5) == (3, [[0, 1], [1, 2], [2, 3], [0, 0], [0, 0]], [2, 4])
+    assert stepped([0, 1], [2, 4], limit=1, room=2) == (1, [[0, 1], [0, 0]], [1, 2])
+    assert stepped([0, 1], [2, 4], room=2) == (2, [[0, 1], [1, 2]], [2, 3])
+    assert stepped([2, 4], [2, 4], room=1) == (0, [[0, 0]], [2, 4])
+
+
+def test_steps_leave_slots_alone_that_may_take_none_or_wait():
+    assert stepped([0, 0], [2, 4], allowed=(True, False))[::2] == (2, [2, 0])
+    assert stepped([0, 0], [2, 4], stops=[1, 3])[::2] == (3, [1, 3])
+
+
+def test_steps_end_for_a_request_that_waits_once_a_slot_is_free():
+    assert stepped([0, 0], [2, 4], waiting=True)[::2] == (2, [2, 2])
+    assert stepped([0, 9], [2, 4], waiting=True, allowed=(True, False))[::2] == (2, [2, 9])
+    assert stepped([0, 4], [2, 4], waiting=True)[::2] == (0, [0, 4])

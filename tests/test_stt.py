@@ -264,13 +264,37 @@ def test_the_batch_is_never_larger_than_asked(model, monkeypatch):
     init = Transcriber.__init__
 
     def spy(self: Transcriber, model, slots: int, *rest, **options) -> None:
-        made.append(slots)
+        made.append((slots, options["ahead"]))
         init(self, model, slots, *rest, **options)
 
     monkeypatch.setattr(Transcriber, "__init__", spy)
     results = dsm_jax.transcribe(model, [stt_model.recording()[: 9_000 + i] for i in range(5)], batch_size=3)
     assert len(results) == 5
-    assert made == [3]
+    dsm_jax.transcribe(model, stt_model.recording()[:9_000])
+    assert made == [(3, 1), (1, 4)], "few recordings take few slots, and what is left of a pass looks ahead"
+    with pytest.raises(ConfigError, match="batch_size is 0; expected 1 or more"):
+        next(transcribe_each(model, [], batch_size=0))
+
+
+def test_each_recording_has_options_progress_and_events_of_its_own(model):
+    recordings = [stt_model.RECORDING, *(stt_model.recording()[: 20_000 + 4_000 * i] for i in range(2))]
+    each = [TranscribeOptions(), SAMPLED, dataclasses.replace(SAMPLED, seed=4)]
+    seen, events = [], []
+    found = dsm_jax.transcribe(model, recordings, options=each, frames=True, progress=seen.append)
+    for recording, options, transcript in zip(recordings, each, found, strict=True):
+        assert tokens(dsm_jax.transcribe(model, recording, options=options, frames=True)) == tokens(transcript)
+    last = {progress.item: (progress.done, progress.total) for progress in seen}
+    totals = [pytest.approx(found[0].duration), None, None]  # a file's is known before it is read
+    assert last == {index: (pytest.approx(found[index].duration), total) for index, total in enumerate(totals)}
+    assert [transcript.audio for transcript in found] == [str(stt_model.RECORDING), None, None]
+    again = dict(transcribe_each(model, iter(recordings), options=each, on_event=lambda *event: events.append(event)))
+    for index, transcript in again.items():
+        assert transcript.text == found[index].text
+        words = [event.word for place, event in events if place == index and isinstance(event, WordEnded)]
+        assert words == list(transcript.words)
+    for several in (recordings, iter(recordings)):
+        with pytest.raises(ConfigError, match="3 recordings have 2 options; give one for all, or one each"):
+            dsm_jax.transcribe(model, several, options=each[:2])
 
 
 def test_a_silence_prefix_is_exact_in_samples_and_not_part_of_the_times(model):
