@@ -480,6 +480,18 @@ def test_noise_costs_only_the_session_that_sends_it(server, caplog, messages):
     assert not caplog.records
 
 
+def test_a_message_has_a_largest_size_and_is_not_compressed(server):
+    async def run():
+        async with connect(server.socket_url + ASR) as socket:
+            assert "sec-websocket-extensions" not in socket.response.headers
+            with contextlib.suppress(ConnectionClosed):  # while it is sent
+                await socket.send(bytes(4 * 2**20 + 1))
+            await receive(socket)
+            return socket.close_code
+
+    assert asyncio.run(run()) == 1009
+
+
 def test_after_all_noise_words_are_as_before(server, clips, wanted):
     assert words(asyncio.run(transcribed(server.socket_url, clips[0]))) == expected(wanted[0])
     wait_for(lambda: server.server.models[0].engine.used == 0)

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import json
+import logging
 import os
 import re
 import signal
@@ -183,6 +185,7 @@ def test_every_answer_keeps_a_page_to_what_the_server_gave_it(keyless, path):
         policy = answer.headers["content-security-policy"].split("; ")
         assert {"default-src 'none'", "script-src 'self'", "frame-ancestors 'none'", "base-uri 'none'"} <= set(policy)
         assert answer.headers["content-type"]
+        assert answer.headers["server"] is None
 
 
 def test_the_files_of_the_page_are_of_their_kinds_and_asked_for_anew():
@@ -517,6 +520,64 @@ def test_check_prints_what_the_machine_can_do_and_serves_nothing():
     )
     assert re.fullmatch(r"digits: 2 slots at \d+ ms a step; (keeps up|does not keep up .*)\n", done.stdout), done.stderr
     assert done.returncode == (0 if "keeps up" in done.stdout else 1)
+
+
+def test_the_check_fails_for_one_model_that_does_not_keep_up(monkeypatch):
+    models = [SimpleNamespace(capacity=lambda text=text: text, keeps_up=text == "quick") for text in ("quick", "slow")]
+    for count, code in ((2, 1), (1, 0)):
+        server, written = SimpleNamespace(load=lambda: None, models=models[:count]), []
+        monkeypatch.setattr(run, "Server", lambda *_, server=server: server)
+        assert run.check(ServerConfig(), written.append) == code
+        assert written == ["quick\n", "slow\n"][:count]
+
+
+def test_a_line_of_the_log_is_json_with_the_fields_of_its_message():
+    def line(message: str, fault=None) -> dict:
+        record = logging.LogRecord("dsm_jax.serving", logging.WARNING, "", 1, message, (), fault)
+        text = run.JsonLines().format(record)
+        assert text.isprintable()
+        assert "\\u" not in text
+        found = json.loads(text)
+        assert found.pop("time") == pytest.approx(record.created, abs=1e-3)
+        assert (found.pop("level"), found.pop("logger")) == ("warning", "dsm_jax.serving")
+        return found
+
+    assert line("café") == {"message": "café"}
+    assert line('{"event": "end", "frames": 2}') == {"event": "end", "frames": 2}
+    assert line("[1]") == {"message": "[1]"}
+    try:
+        raise RuntimeError("the cause")
+    except RuntimeError:
+        told = line("failed", sys.exc_info())
+    assert told["message"] == "failed"
+    assert told["error"].endswith("RuntimeError: the cause")
+
+
+def test_the_log_has_each_line_once_and_no_addresses(monkeypatch, capsys):
+    library, web, error, access = map(logging.getLogger, ("dsm_jax", "uvicorn", "uvicorn.error", "uvicorn.access"))
+    for logger in (library, web):
+        for name in ("handlers", "level", "propagate"):
+            monkeypatch.setattr(logger, name, getattr(logger, name))
+        monkeypatch.setattr(logger, "handlers", [])
+    for name in ("level", "filters"):
+        monkeypatch.setattr(error, name, list(error.filters) if name == "filters" else error.level)
+    monkeypatch.setattr(access, "disabled", access.disabled)
+    for form in ("text", "json"):
+        run.set_up_logs(form)
+    logging.getLogger("dsm_jax.serving").info("a session has begun")
+    error.info("127.0.0.1 - connection open")
+    error.error(f"{run._REFUSED}.")
+    error.error("a fault")
+    access.warning("GET /?auth_id=a-key")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["message"] for line in lines] == ["a session has begun", "a fault"]
+
+
+def test_a_socket_holds_little_audio_and_can_be_bound_again_at_once():
+    with run.listening_socket("127.0.0.1", 0) as listener:
+        for buffer in (sockets.SO_RCVBUF, sockets.SO_SNDBUF):
+            assert listener.getsockopt(sockets.SOL_SOCKET, buffer) <= 2 * run._KERNEL_BUFFER  # Linux doubles it
+        assert listener.getsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR)
 
 
 def test_a_port_that_is_taken_is_refused():
