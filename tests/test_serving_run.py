@@ -450,6 +450,9 @@ def test_a_second_sigterm_asks_for_last_words_and_a_third_one_ends_the_server(mo
             web.handle_exit(number, None)
         assert asked == wanted
         asked.clear()
+    server.ready = False
+    web.handle_exit(signal.SIGTERM, None)
+    assert asked == ["end"], "a server that is not ready has nobody to wait for"
 
 
 def test_a_second_sigterm_ends_sessions_with_their_last_words_and_uploads_with_503():
@@ -571,9 +574,11 @@ def test_the_log_has_each_line_once_and_no_addresses(monkeypatch, capsys):
     access.warning("GET /?auth_id=a-key")
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [line["message"] for line in lines] == ["a session has begun", "a fault"]
+    assert (library.propagate, web.propagate) == (False, False)
 
 
-def test_a_socket_holds_little_audio_and_can_be_bound_again_at_once():
+def test_a_socket_holds_little_audio_and_can_be_bound_again_at_once(monkeypatch):
+    monkeypatch.setattr(run, "_KERNEL_BUFFER", 8192)
     with run.listening_socket("127.0.0.1", 0) as listener:
         for buffer in (sockets.SO_RCVBUF, sockets.SO_SNDBUF):
             assert listener.getsockopt(sockets.SOL_SOCKET, buffer) <= 2 * run._KERNEL_BUFFER  # Linux doubles it
