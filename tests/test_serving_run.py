@@ -450,7 +450,8 @@ def test_a_second_sigterm_asks_for_last_words_and_a_third_one_ends_the_server(mo
             web.handle_exit(number, None)
         assert asked == wanted
         asked.clear()
-    server.ready = False
+    server.ready, web = False, run._Web(uvicorn.Config(None), server)
+    monkeypatch.setattr(web, "end_now", lambda: asked.append("end"))
     web.handle_exit(signal.SIGTERM, None)
     assert asked == ["end"], "a server that is not ready has nobody to wait for"
 
@@ -523,6 +524,14 @@ def test_check_prints_what_the_machine_can_do_and_serves_nothing():
     )
     assert re.fullmatch(r"digits: 2 slots at \d+ ms a step; (keeps up|does not keep up .*)\n", done.stdout), done.stderr
     assert done.returncode == (0 if "keeps up" in done.stdout else 1)
+
+
+@pytest.mark.parametrize("start", [run.serve, lambda config: run.check(config, print)], ids=["serve", "check"])
+def test_a_server_that_others_reach_without_keys_does_not_start(monkeypatch, start):
+    for name in ("listening_socket", "Server"):
+        monkeypatch.setattr(run, name, lambda *_: pytest.fail("it has started"))
+    with pytest.raises(dsm_jax.ConfigError, match=r"would listen on 0\.0\.0\.0 without keys"):
+        start(ServerConfig(host="0.0.0.0"))
 
 
 def test_the_check_fails_for_one_model_that_does_not_keep_up(monkeypatch):
