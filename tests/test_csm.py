@@ -117,6 +117,22 @@ def test_each_row_of_a_batch_is_as_alone(model, alone, batch_size):
         assert complete == alone[index][2]
 
 
+def test_few_turns_take_few_slots_and_tell_how_much_was_said(model, alone, monkeypatch):
+    made, seen, init = [], {}, ConversationSynthesizer.__init__
+
+    def spy(self: ConversationSynthesizer, model, slots: int, **options) -> None:
+        made.append(slots)
+        init(self, model, slots, **options)
+
+    monkeypatch.setattr(ConversationSynthesizer, "__init__", spy)
+    told = synthesize_each(model, REQUESTS[:1], options=GREEDY, progress=lambda one: seen.update({one.item: one.done}))
+    assert len(list(told)) == 1
+    assert made == [1]
+    assert seen == {0: pytest.approx(alone[0][1].size / model.sample_rate)}
+    with pytest.raises(dsm_jax.ConfigError, match="batch_size is 0; expected 1 or more"):
+        next(synthesize_each(model, [], batch_size=0))
+
+
 def test_sampling_depends_on_the_seed_alone(model):
     options = CsmOptions(seed=3, max_frames=6)
     requests = [dataclasses.replace(request, options=options) for request in REQUESTS[:3]]

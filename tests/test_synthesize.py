@@ -296,6 +296,23 @@ def test_the_batch_is_no_larger_than_asked_or_needed(model, monkeypatch, request
     assert made == [rows]
 
 
+def test_a_program_has_room_for_the_options_of_all_requests_that_it_can_say(model, monkeypatch):
+    made = []
+    monkeypatch.setattr("dsm_jax.tts.batch.Synthesizer", lambda model, slots, options: made.append(options))
+    monkeypatch.setattr("dsm_jax.tts.batch.speak_each", lambda *_: ())
+    default, own, unfit = (SynthesizeOptions(**options) for options in ({"seed": 1}, {"top_k": 3}, {"codebooks": 99}))
+    for requests, wanted in (
+        (["one"], [default]),
+        ([Request.of("one", None, own)], [own]),
+        ([Request.of("one", None, own), "two", Request.of("one", None, unfit)], [default, own]),
+        ([Request.of("one", None, unfit), SpeechError("no text")], [default]),
+    ):
+        assert list(synthesize_each(model, requests, options=default)) == []
+        assert made.pop() == wanted
+    with pytest.raises(ConfigError, match="batch_size is 0; expected 1 or more"):
+        list(synthesize_each(model, [], batch_size=0))
+
+
 def test_progress_counts_the_seconds_there_are(model, speech):
     seen = []
     dsm_jax.synthesize(model, TEXT, voice=VOICE, options=GREEDY, progress=lambda p: seen.append(p.done))

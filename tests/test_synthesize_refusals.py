@@ -201,6 +201,13 @@ def test_options_out_of_their_range(model, options, message):
     assert isinstance(refused.value, DsmError)
 
 
+def test_one_text_has_one_voice_and_one_of_the_options(model):
+    with pytest.raises(ConfigError, match="one text has a list of options; give one SynthesizeOptions, or a list of"):
+        dsm_jax.synthesize(model, "one", options=[SynthesizeOptions()])
+    with pytest.raises(ConfigError, match="one text has a list of voices; give one voice, or a Dialogue whose turns"):
+        dsm_jax.synthesize(model, "one", voice=["one", "other"])
+
+
 def test_two_recordings_to_go_on_from_are_refused(prefix_model):
     one = np.zeros(20 * FRAME, np.float32)
     with pytest.raises(SpeechError, match="2 voices were given; random goes on from the recording of one"):
