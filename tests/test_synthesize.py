@@ -297,18 +297,19 @@ def test_the_batch_is_no_larger_than_asked_or_needed(model, monkeypatch, request
 
 
 def test_a_program_has_room_for_the_options_of_all_requests_that_it_can_say(model, monkeypatch):
-    made = []
+    made, error = [], SpeechError("no text")
     monkeypatch.setattr("dsm_jax.tts.batch.Synthesizer", lambda model, slots, options: made.append(options))
-    monkeypatch.setattr("dsm_jax.tts.batch.speak_each", lambda *_: ())
+    monkeypatch.setattr("dsm_jax.tts.batch.speak_each", lambda _, session, read, *rest: [read[-1]])
     default, own, unfit = (SynthesizeOptions(**options) for options in ({"seed": 1}, {"top_k": 3}, {"codebooks": 99}))
     for requests, wanted in (
         (["one"], [default]),
         ([Request.of("one", None, own)], [own]),
         ([Request.of("one", None, own), "two", Request.of("one", None, unfit)], [default, own]),
-        ([Request.of("one", None, unfit), SpeechError("no text")], [default]),
+        ([Request.of("one", None, unfit), error], [default]),
     ):
-        assert list(synthesize_each(model, requests, options=default)) == []
+        (last,) = synthesize_each(model, requests, options=default)
         assert made.pop() == wanted
+    assert last is error
     with pytest.raises(ConfigError, match="batch_size is 0; expected 1 or more"):
         list(synthesize_each(model, [], batch_size=0))
 
