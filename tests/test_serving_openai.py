@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 
 import dsm_jax
 from dsm_jax import audio
+from dsm_jax.serving import uploads
 from dsm_jax.serving.encoding import SoundEncoder, _Pipe, pcm16, wav_header
 from dsm_jax.serving.openai import routes
 from dsm_jax.serving.openai.errors import ApiError, api_error, parse_object
@@ -174,15 +175,30 @@ def test_probabilities_are_those_of_the_words(client, expected):
     np.testing.assert_allclose([one.logprob for one in events[-1].logprobs], wanted, atol=1e-3)
 
 
-def test_a_prompt_steers_and_is_not_part_of_the_text(client):
+@pytest.fixture
+def options_heard(monkeypatch):
+    """Gather the options of the sessions that begin: clear recordings have the same text with any."""
+    heard, begin = [], uploads.LiveHearing
+
+    def beginning(service, outbox, utterance, **settings):
+        heard.append(utterance.options)
+        return begin(service, outbox, utterance, **settings)
+
+    monkeypatch.setattr(uploads, "LiveHearing", beginning)
+    return heard
+
+
+def test_a_prompt_steers_and_is_not_part_of_the_text(client, options_heard):
     options = TranscribeOptions(prompt=Prompt(text="seven eight", exclude_from_output=True))
     wanted = dsm_jax.transcribe(dsm_jax.load("digits"), RECORDING, options=options)
     assert transcribe(client, prompt="seven eight").text == wanted.text != ""
+    assert [heard.prompt for heard in options_heard] == [options.prompt]
 
 
-def test_a_temperature_is_that_of_the_library(client):
+def test_a_temperature_is_that_of_the_library(client, options_heard):
     wanted = dsm_jax.transcribe(dsm_jax.load("digits"), RECORDING, options=TranscribeOptions(temperature=1.0))
     assert transcribe(client, temperature=1.0).text == wanted.text
+    assert [heard.temperature for heard in options_heard] == [1.0]
 
 
 @pytest.mark.parametrize(
