@@ -12,7 +12,7 @@ SAY := @printf '==> %s\n'
 .PHONY: help demo serve-demo test test-fast test-lowest test-page parity test-targets lint soak bench
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.run ## transcribe real recordings of spoken digits, whole and live
 	@$(BIN)/python examples/demo.py
@@ -35,7 +35,7 @@ test-page: .venv/.page ## the server's page in a headless Chromium, which must b
 parity: .venv/.parity ## the PyTorch references, live, side by side with this library
 	@NO_TORCH_COMPILE=1 NO_CUDA_GRAPH=1 $(BIN)/python -m pytest tests/parity
 
-targets: .venv/.targets ## the programs compiled for a TPU and for a GPU that need not be there
+test-targets: .venv/.targets ## the programs compiled for a TPU and for a GPU that need not be there
 	@$(BIN)/python -m pytest -n auto --dist worksteal tests/targets
 
 lint: .venv/.dev ## ruff and pyright

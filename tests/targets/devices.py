@@ -25,7 +25,7 @@ def prepare() -> None:
         made = PLUGINS.with_name(".targets")
         raise FileNotFoundError(
             f"{PLUGINS} does not hold the compilers that the installed jax names; remove {made} and run "
-            "`make targets`, which fetches them"
+            "`make test-targets`, which fetches them"
         )
     sys.path.insert(0, str(PLUGINS))
     flags = [one for one in os.environ.get("XLA_FLAGS", "").split() if not one.startswith("--xla_cpu_use_fusion")]

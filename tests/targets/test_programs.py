@@ -24,8 +24,8 @@ PROGRAMS += [(model, program) for model in ("tts", "csm") for program in ("inser
 WEIGHTS = {"bfloat16": ("bfloat16", None), "int8": ("bfloat16", "int8"), "float32": ("float32", None)}
 SLOTS = 4
 CODEC = shortened_codec(MimiConfig())
-# Known copies on a GPU: a branch that may run the codec's decoder copies its caches, and int8 text to speech keeps some
-# caches transposed while a call lasts (docs/decisions/0026-devices-that-are-not-there.md).
+# Known copies on a GPU: a step without sound, whose branch leaves the caches of the codec's decoder alone, copies them,
+# and int8 text to speech keeps some caches transposed while a call lasts: docs/decisions/0026.
 COPIED = {
     ("tts", "step", "bfloat16"): {"f32[4,8,250,64]": 2 * LAYERS},
     ("csm", "step", "bfloat16"): {"f32[4,8,250,64]": 2 * LAYERS},
