@@ -115,6 +115,28 @@ def test_a_voice_of_the_clients_own_is_taken_before_the_first_word(script_servic
     np.testing.assert_allclose(sound(session), reference.pcm, atol=2e-6)
 
 
+def test_sound_after_a_recording_is_that_of_synthesize(tmp_path):
+    model, lengths = tts_model.random_model(tmp_path, tts_model.PREFIX), {"dora": 70, "emil": 5}
+    for name, frames in lengths.items():
+        pcm_T = np.random.default_rng(frames).normal(scale=0.1, size=frames * tts_model.FRAME).astype(np.float32)
+        dsm_jax.audio.write(tmp_path / f"{name}.wav", pcm_T, model.sample_rate)
+    options = dsm_jax.SynthesizeOptions(temperature=0.0, max_frames=400)
+    service = ScriptService(model, 2, folder=tmp_path, options=options)
+    engine, before = engine_of(service), compilations()
+    sessions = {name: service.session(Outbox(), voice=name) for name in lengths}
+    for session in sessions.values():
+        session.say(TEXT)
+        session.finish()
+        begin(engine, session)
+    run(engine)
+    assert compilations() == before
+    for name, session in sessions.items():
+        reference = dsm_jax.synthesize(model, TEXT, voice=tmp_path / f"{name}.wav", options=options)
+        np.testing.assert_allclose(sound(session), reference.pcm, atol=2e-6)
+        said = [message for message in messages(session) if isinstance(message, Said)]
+        assert [(one.text, one.start, one.stop) for one in said] == [(w.text, w.start, w.end) for w in reference.words]
+
+
 def test_voices_that_the_server_cannot_take_are_refused(script_service):
     session = script_service.session(Outbox())
     with pytest.raises(SpeechError, match="the voice has 200 steps; this server takes 125: give a shorter one"):
