@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.helpers.optimized import compile_optimized
+from tests.helpers.optimized import OPTIONS, compile_optimized
 
 
 def lowered() -> jax.stages.Lowered:
@@ -36,4 +36,6 @@ def test_an_optimized_program_is_that_of_a_process_without_the_settings_of_the_t
     code = "from tests.test_optimized import lowered, text; print(text(lowered().compile()))"
     users = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert users.stdout.count("fusion") > 1
-    assert text(compile_optimized(lowered())) == users.stdout.strip() != text(lowered().compile())
+    assert text(compile_optimized(lowered())) == users.stdout.strip()
+    if "xla_cpu_use_fusion_emitters" in OPTIONS:  # else the settings of the tests change nothing that the text shows
+        assert text(lowered().compile()) != users.stdout.strip()
