@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.environment import OLDER_EMITTERS
+
 # Kept between runs, and shared by the processes of one: most of a test's time is compiling.
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 # Without optimisations, as below, XLA's older emitters compile in half the time: docs/decisions/0016. Later versions of
@@ -16,7 +18,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=2",  # so that a test can shard
-        "--xla_cpu_use_fusion_emitters=false" if HAS_OLDER_EMITTERS else "",
+        OLDER_EMITTERS if HAS_OLDER_EMITTERS else "",
     )
 )
 os.environ.update(

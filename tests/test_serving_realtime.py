@@ -816,7 +816,7 @@ def test_an_update_changes_the_model_and_what_the_samples_are_read_for():
         session._hearing = hearing
         for rate, size in ((24_000, 12_000), (8_000, 4_000)):
             session._push(hearing, session._samples.read(append(np.ones(size, np.int16))["audio"]))
-            # What is left of the samples of one rate comes before those of the next.
+            # Samples that are left of one rate come before those of the next.
             await session._update(update(model="16000", rate=8_000), "session.update")
             session._push(hearing, session._samples.finish())
             assert sum(pcm_T.size for pcm_T in pushed) == 8_000, rate

@@ -12,10 +12,10 @@ Source: Zeghidour et al. 2025 (Delayed Streams Modeling); kyutai-labs/moshi@e6a5
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dsm_jax.configs import LMConfig
 from dsm_jax.streaming import taken_BT
@@ -58,19 +58,19 @@ def inputs_of(delayed_BMT: jax.Array, initial_M: jax.Array) -> jax.Array:
     return jnp.concatenate([start_BM1, delayed_BMT[:, :, :-1]], axis=2)
 
 
-def behind_text(codes_QT: np.ndarray, steps: int) -> np.ndarray:
+def behind_text(codes_QT: Any, steps: int) -> Any:
     """Shift the audio of a clip behind its text, in addition to the streams' own delays.
 
     Args:
-      codes_QT: integer codes [..., Q, T] of the audio.
+      codes_QT: integer codes [..., Q, T] of the audio, of numpy or JAX.
       steps: size of the shift; as many frames are dropped at the end.
 
     Returns:
       Codes of the same shape, absent (-1) in the first `steps` frames.
     """
-    shifted_QT = np.full_like(codes_QT, ZERO_TOKEN)
-    shifted_QT[..., steps:] = codes_QT[..., : max(codes_QT.shape[-1] - steps, 0)]
-    return shifted_QT
+    arrays, kept = codes_QT.__array_namespace__(), max(codes_QT.shape[-1] - steps, 0)
+    absent_QT = arrays.full_like(codes_QT[..., kept:], ZERO_TOKEN)
+    return arrays.concatenate([absent_QT, codes_QT[..., :kept]], axis=-1)
 
 
 @jax.tree_util.register_dataclass

@@ -28,7 +28,7 @@ from dsm_jax.errors import ConfigError
 from dsm_jax.models.conditioning import Conditions
 from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import CodecState, Mimi
-from dsm_jax.models.streams import ZERO_TOKEN, TokenRing, delay, inputs_of
+from dsm_jax.models.streams import ZERO_TOKEN, TokenRing, behind_text, delay, inputs_of
 from dsm_jax.nn.sampling import sample
 from dsm_jax.nn.transformer import TransformerState
 from dsm_jax.runtime.slots import write_rows
@@ -170,7 +170,7 @@ def _prefill(
     config, length_N, (count, _, room) = lm.config, requests.prefix_B, requests.prefix_BQT.shape
     made_NQ = jnp.arange(config.n_q) < jnp.minimum(requests.codebooks_B, config.dep_q)[:, None]
     codes_NQT = jnp.where(made_NQ[:, :, None], requests.prefix_BQT, ZERO_TOKEN)
-    behind_NQT = delay(codes_NQT, jnp.full((config.n_q,), ZERO_TOKEN), (settings.delay_steps,) * config.n_q)
+    behind_NQT = behind_text(codes_NQT, settings.delay_steps)
     frames_NKT = jnp.pad(behind_NQT, ((0, 0), (1, 0), (0, 0)), constant_values=ZERO_TOKEN)  # no text
     made_NKT = delay(frames_NKT, lm.initial_M, config.delays)
     step_NT = jnp.broadcast_to(jnp.arange(room), (count, room))

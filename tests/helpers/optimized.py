@@ -1,12 +1,12 @@
 """Compile programs with XLA's optimisations, as users do; tests compile without most of them (docs/decisions/0016)."""
 
-import os
-
 import jax
+
+from tests.helpers.environment import has_older_emitters
 
 # The values that XLA has without the settings of tests/conftest.py.
 OPTIONS: jax.stages.CompilerOptions = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-if "--xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"].split():
+if has_older_emitters():
     OPTIONS["xla_cpu_use_fusion_emitters"] = True
 
 

@@ -1,7 +1,5 @@
 """Compile with XLA's optimisations, as users do: other tests leave them out to save time."""
 
-import os
+from tests.helpers.environment import compile_as_users_do
 
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "false"
-_FLAGS = os.environ["XLA_FLAGS"].split()
-os.environ["XLA_FLAGS"] = " ".join(flag for flag in _FLAGS if not flag.startswith("--xla_cpu_use_fusion_emitters"))
+compile_as_users_do()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.environment import compile_as_users_do
 from tests.targets.plugins import requirements
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,13 +29,12 @@ def prepare() -> None:
             "`make test-targets`, which fetches them"
         )
     sys.path.insert(0, str(PLUGINS))
-    flags = [one for one in os.environ.get("XLA_FLAGS", "").split() if not one.startswith("--xla_cpu_use_fusion")]
+    compile_as_users_do()
     # Without autotuning, which would time kernels on the device.
-    flags += [f"--xla_gpu_cuda_data_dir={cuda}", "--xla_gpu_autotune_level=0"]
+    flags = os.environ["XLA_FLAGS"], f"--xla_gpu_cuda_data_dir={cuda}", "--xla_gpu_autotune_level=0"
     os.environ.update(
         JAX_PLATFORMS="cpu",
         JAX_ENABLE_COMPILATION_CACHE="false",  # a program for a device that is not there can be written, and not read
-        JAX_DISABLE_MOST_OPTIMIZATIONS="false",
         PATH=f"{cuda / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}",
         XLA_FLAGS=" ".join(flags),
         # libtpu would ask the metadata server of a cloud, and would refuse to be in two processes at once.
