@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -89,6 +90,14 @@ class Model:
     def quantize(self) -> str | None:
         """Form of the weights of the language model's layers where it is not that of `dtype`: "int8", or None."""
         return "int8" if any(isinstance(leaf, QuantizedArray) for leaf in self._weights) else None
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Digest of the first row of each weight, as it was loaded: it tells a model from a later training of it."""
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves(self.mimi_params if self.lm_params is None else self.lm_params):
+            digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)]).tobytes())  # a whole weight may be on many devices
+        return digest.hexdigest()[:16]
 
     @functools.cached_property
     def devices(self) -> tuple[Any, ...]:

@@ -236,6 +236,18 @@ def test_loading_reports_its_bytes_and_the_repr_describes_the_model(folders):
     assert model.codec.encoder is not None
 
 
+def test_a_fingerprint_is_of_the_weights_alone(folders):
+    model = checkpoints.load(folders["kyutai"])
+    again = checkpoints.load(folders["kyutai"], device=jax.devices()[1])
+    assert again.fingerprint == model.fingerprint
+    path, weight = next(pair for pair in flatten(model.lm_params).items() if pair[1].ndim == 3)
+    changed = jax.tree.map(lambda leaf: leaf + 1e-3 if leaf is weight else leaf, model.lm_params)
+    assert flatten(changed)[path].shape == weight.shape
+    assert dataclasses.replace(model, lm_params=changed, name="digits").fingerprint != model.fingerprint
+    codecs = [dataclasses.replace(m, lm_def=None, lm_params=None) for m in (model, again)]
+    assert codecs[0].fingerprint == codecs[1].fingerprint != model.fingerprint
+
+
 def test_a_forked_process_is_refused_with_what_to_do(folders):
     checkpoints.load(folders["kyutai"])
     script = f"""

@@ -25,7 +25,7 @@ from dsm_jax.evaluation.run import evaluate
 from dsm_jax.evaluation.transcription import TimedTranscript
 from dsm_jax.stt.options import Prompt
 
-MODEL = types.SimpleNamespace(name="a model", dtype="float32", quantize=None)
+MODEL = types.SimpleNamespace(name="a model", dtype="float32", quantize=None, fingerprint="f00d")
 WORDS = ("one", "two", "three", "four", "fort", "for", "l'été", "x")
 
 
@@ -313,14 +313,17 @@ def test_rows_of_another_run_are_refused(transcribed, tmp_path):
     transcripts["a"] = "one"
     path = tmp_path / "rows"
     evaluate(MODEL, samples(a="one"), resume=path)
-    other = types.SimpleNamespace(name="another", dtype="float32", quantize=None)
+    other = types.SimpleNamespace(**{**vars(MODEL), "name": "another"})
     with pytest.raises(
         EvaluationError, match=r"rows of another run, whose model was 'a model' and not 'another'; give a"
     ):
         evaluate(other, samples(a="one"), resume=path)
     with pytest.raises(EvaluationError, match="whose options was "):
         evaluate(MODEL, samples(a="one"), resume=path, options=transcription.TranscribeOptions(seed=1))
-    other = types.SimpleNamespace(name="a model", dtype="bfloat16", quantize=None)
+    other = types.SimpleNamespace(**{**vars(MODEL), "fingerprint": "beef"})
+    with pytest.raises(EvaluationError, match="rows of another run, whose weights was 'f00d' and not 'beef'; "):
+        evaluate(other, samples(a="one"), resume=path)
+    other = types.SimpleNamespace(**{**vars(MODEL), "dtype": "bfloat16"})
     with pytest.raises(EvaluationError, match="rows of another run, whose dtype was 'float32' and not 'bfloat16'; "):
         evaluate(other, samples(a="one"), resume=path)
     path.write_text("my only copy, without an end of line")

@@ -47,6 +47,21 @@ def loaded(monkeypatch, *models: tuple[str, str, int], **settings) -> Server:
     return server
 
 
+def test_every_model_is_loaded_before_the_first_is_warmed_up(monkeypatch):
+    done = []
+
+    def load(settings: ServedModel) -> None:
+        done.append(settings.model)
+        if settings.model == "wrong":
+            raise DsmError("wrong is of another kind")
+
+    monkeypatch.setattr("dsm_jax.serving.server.service_of", lambda *_: done.append("warm"))
+    models = tuple(ServedModel(kind="stt", model=name, path=f"/{name}") for name in ("right", "wrong"))
+    with pytest.raises(DsmError, match="wrong is of another kind"):
+        Server(ServerConfig(models=models), "0").load(load)
+    assert done == ["right", "wrong"]
+
+
 def connection(query: str = "", **headers: str) -> HTTPConnection:
     given = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     return HTTPConnection({"type": "http", "headers": given, "query_string": query.encode()})

@@ -67,10 +67,24 @@ def test_a_delay_that_is_not_the_models_is_refused(made, delay_s, right):
 
 def test_a_model_is_loaded_in_the_form_of_its_settings(monkeypatch):
     loaded = []
-    monkeypatch.setattr(services, "load", lambda name, **more: loaded.append((name, more)))
+    kinds = {"digits": "stt", "digits-tts": "tts"}
+    monkeypatch.setattr(services, "load", lambda name, **more: loaded.append((name, more)) or model(kinds[name]))
+    monkeypatch.setattr(services, "require", lambda model, kind: None)
     services.load_settings(served("stt", "digits", dtype="bfloat16"))
     services.load_settings(served("tts", "digits-tts", quantize="int8", revision="v2"))
     assert loaded == [
         ("digits", {"dtype": "bfloat16", "quantize": None, "stt_only": True, "revision": None}),
         ("digits-tts", {"dtype": None, "quantize": "int8", "stt_only": False, "revision": "v2"}),
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_a", "wanted"),
+    [("stt", "stt", "stt"), ("tts", "tts", "tts"), ("tts", "csm", "csm"), ("stt", "csm", "stt")],
+)
+def test_a_loaded_model_must_be_of_the_kind_of_its_settings(monkeypatch, kind, is_a, wanted):
+    asked = []
+    monkeypatch.setattr(services, "load", lambda name, **more: model(is_a))
+    monkeypatch.setattr(services, "require", lambda model, kind: asked.append(kind))
+    services.load_settings(served(kind, "talker"))
+    assert asked == [wanted]

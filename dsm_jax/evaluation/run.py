@@ -45,7 +45,7 @@ def evaluate(
       options: how to transcribe; None for the defaults.
       limit: evaluate only so many recordings, the first ones.
       resume: a file that a row is written to as each recording ends. Where it exists, recordings that are in it are
-        not transcribed again; it must be of the same model, dtype, data and options.
+        not transcribed again; it must be of the same weights, loaded in the same way, the same data and options.
       bootstrap: resamples of recordings for the intervals; 0 for none.
       seed: seed of the resampling.
       progress: called with the recordings that have ended.
@@ -83,6 +83,7 @@ def evaluate(
 
     run = {
         "model": model.name,
+        "weights": model.fingerprint,
         "dtype": model.dtype,
         "quantize": model.quantize,
         "source": dataset.name,

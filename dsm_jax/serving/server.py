@@ -103,8 +103,9 @@ class Server:
         Raises:
           DsmError: a model cannot be loaded or served as its settings say.
         """
-        for settings in self.config.models:
-            model = (load_model or load_settings)(settings)
+        # All of them first: one that cannot be served is told of before any is warmed up.
+        loaded = [(settings, (load_model or load_settings)(settings)) for settings in self.config.models]
+        for settings, model in loaded:
             start = time.perf_counter()
             service = service_of(settings, model)
             hearing = settings.kind == "stt"

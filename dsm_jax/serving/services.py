@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from dsm_jax.checkpoints import Model, load
 from dsm_jax.csm.options import CsmOptions
 from dsm_jax.errors import ConfigError
+from dsm_jax.models.family import require
 from dsm_jax.serving.config import ServedModel
 from dsm_jax.serving.hearing import HearingService
 from dsm_jax.serving.scripts import ScriptService
@@ -22,18 +23,21 @@ def load_settings(settings: ServedModel) -> Model:
 
     Raises:
       ConfigError: its folder of voices does not exist.
+      ModelKindError: the model is of another kind than the settings.
       As `load`.
     """
     if (folder := settings.voice_folder) is not None and not folder.is_dir():  # before weights are fetched
         raise ConfigError(f"the folder of voices {folder} does not exist; name one that does")
-    stt_only = settings.kind == "stt"
-    return load(
+    model = load(
         settings.model,
         dtype=settings.dtype,
         quantize=settings.quantize,
-        stt_only=stt_only,
+        stt_only=settings.kind == "stt",
         revision=settings.revision,
     )
+    has_turns = settings.kind == "tts" and model.config.model_type == "csm"
+    require(model, "csm" if has_turns else settings.kind)
+    return model
 
 
 def service_of(settings: ServedModel, model: Model) -> HearingService | SpeakingService:
