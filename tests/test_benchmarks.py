@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic: rows, ratios, tables and the search for what fits. What takes time is not tested here."""
 
+import dataclasses
 import json
 import math
 import os
@@ -10,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsm_jax.configs import presets
+import dsm_jax
+from dsm_jax.benchmark import run, speaking
+from dsm_jax.configs import ModelConfig, presets
+from dsm_jax.serving.load import Report, Tail
 from tests.benchmarks import __main__ as runner
-from tests.benchmarks import gpu, gpu_worker, rows, table, tasks, worker
+from tests.benchmarks import gpu, gpu_serving, gpu_worker, ours, rows, table, tasks, worker
+from tests.helpers import small
 
 ABOUT = {"device": "A CPU", "threads": 2, "date": "2026-01-02", "versions": {"jax": "0.10.0", "moshi": None}}
 README = table.ROOT / "README.md"
@@ -27,6 +32,60 @@ def measured(p50_ms: float, peak_rss_mb: float = 100.0, others_cores: float = 0.
 def run_of(task: str, figures: dict[str, rows.Row]) -> list[rows.Row]:
     found = [rows.contender_row(task, contender, [figure], ABOUT) for contender, figure in figures.items()]
     return found + rows.ratio_rows(task, found)
+
+
+# Steps of the library.
+
+TINY = {
+    "stt-tiny": ModelConfig(model_type="stt", lm=dataclasses.replace(small.STT, card=16), mimi=small.MIMI),
+    "tts-tiny": ours.TINY_TTS,
+    "csm-tiny": ours.TINY_CSM,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "quantize"), [("float32", None), ("bfloat16", None), ("float32", "int8")])
+def test_every_kind_of_step_runs_in_every_form_of_its_weights(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, quantize: str
+):
+    monkeypatch.setattr(run, "SIZES", TINY)
+    kinds = [kind for kind in run.KINDS if kind != "mimi"]  # whose only size is the published one
+    found = list(run.run(kinds, batches=(2,), dtype=dtype, quantize=quantize, steps=2))
+    names = [
+        "lm_step stt-tiny",
+        "stt_step stt-tiny",
+        "tts_frame tts-tiny",
+        "csm_prefill csm-tiny",
+        "csm_frame csm-tiny",
+    ]
+    assert [one["bench"] for one in found] == names
+    for one in found:
+        assert (one["batch"], one["dtype"], one["quantize"], one["steps"]) == (2, dtype, quantize, 2)
+        assert one["p50_ms"] > 0
+        assert ("keeps_up" in one) == ("prefill" not in one["bench"])  # a prompt has no sound to keep up with
+
+
+def test_a_kind_is_timed_with_its_first_size_unless_another_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    timed = []
+    monkeypatch.setattr(run, "time_steps", lambda step, state, steps, warm_up: timed.append((step, warm_up)) or [1.0])
+    makers = {kind: {f"{kind}_step": lambda config, *_: (config, None)} for kind in ("lm", "stt", "tts")}
+    steps = {kind: (run.STEPS[kind][0], made) for kind, made in makers.items()}
+    monkeypatch.setattr(run, "STEPS", steps)
+    list(run.run(["lm", "stt", "tts"], sizes=["stt-2.6b"], batches=[1]))
+    assert [step for step, _ in timed] == [presets.STT_2_6B, presets.STT_2_6B, presets.TTS_1_6B]
+    timed.clear()
+    list(run.run(["stt"], sizes=["stt-2.6b", "stt-1b"], batches=[1]))
+    assert [step for step, _ in timed] == [presets.STT_1B, presets.STT_2_6B]
+
+
+def test_a_frame_of_speech_is_timed_when_it_is_whole():
+    tts = presets.TTS_1_6B
+    assert tts.tts is not None
+    assert tts.lm is not None
+    behind = tts.tts.audio_delay * tts.mimi.frame_rate + max(tts.lm.delays)
+    assert run.WARM_UP["tts_frame"] >= behind
+    assert tasks.TASKS["tts_frame_b1"].warm_up >= behind
+    assert tasks.VOICE_STEPS == speaking.VOICE_STEPS  # the peers' voice is as long
 
 
 # Rows and ratios.
@@ -196,13 +255,26 @@ def test_peak_memory_has_a_line(tmp_path: Path):
     assert "| `transcribe_45s`, peak MB | 120 | – | 100 | – | – | **1.20** of moshi | 1.00 |" in shown
 
 
+def test_the_gpu_table_pairs_a_conversations_steps_with_those_of_transformers(tmp_path: Path):
+    found = [
+        {"bench": f"csm_{step}", "size": "csm-1b", "who": who, "batch": 8, **ABOUT} | gpu_worker.timing([seconds], 8)
+        for step, who, seconds in (
+            *(("frame", "ours", 0.1), ("frame", "transformers", 0.4)),
+            *(("prefill", "ours", 0.03), ("prefill", "transformers", 0.02), ("frame", "moshi", 0.1)),
+        )
+    ]
+    *_, prefill, frame = table.gpu_table(found).splitlines()
+    assert prefill == "| csm-1b, a prompt of 64, 8 | 30 (30) | 20 (20) | **1.50** of transformers | – | – |"
+    assert frame == "| csm-1b, 8 | 100 (100) | 400 (400) | **0.25** of transformers | no | – |"
+
+
 def test_the_gpu_table_pairs_ours_and_moshi(tmp_path: Path):
     head = {"bench": "stt_step", "size": "stt-1b", "share_of_limit": 0.5, **ABOUT}
     ours, moshi = ({"who": who} | head | gpu_worker.timing([s], 1) for who, s in (("ours", 0.01), ("moshi", 0.04)))
     found = [ours | {"batch": batch} for batch in (1, 64)] + [moshi | {"batch": 1}]
     found += [head | {"who": "moshi", "batch": 64, "error": "full"}, {"part": "check", "error": "late"}]
     shown = table.block([results(tmp_path, found)], tmp_path)
-    assert "| stt-1b, 1 | 10 (10) | 40 (40) | **0.25** | yes | 50 % |" in shown
+    assert "| stt-1b, 1 | 10 (10) | 40 (40) | **0.25** of moshi | yes | 50 % |" in shown
     assert "| stt-1b, 64 | 10 (10) | – | – | yes | 50 % |" in shown
     assert "\n\nA dash marks what was not measured.\n" in shown
 
@@ -304,6 +376,32 @@ def test_the_check_of_a_device_catches_a_wrong_code_a_wrong_sample_and_a_wrong_t
     assert not gpu_worker.codec_row("miniature", pair, {"cpu": pcm, "device": wrong_pcm})["passed"]
     assert gpu_worker.lm_row(pair)["passed"]
     assert not gpu_worker.lm_row(pair | {"device": wrong_codes})["passed"]
+
+
+@pytest.mark.parametrize(
+    ("p99", "errors", "dropped", "streams"), [(79, 0, 0, 4), (81, 0, 0, 0), (79, 1, 0, 0), (79, 0, 1, 0)]
+)
+def test_a_server_holds_its_streams_where_every_frame_is_answered_in_time(
+    p99: float, errors: int, dropped: int, streams: int
+):
+    none, tail = Tail.of([]), Tail(p50=10, p95=20, p99=p99, max=500)
+    failed = {"full": errors} if errors else {}
+    report = Report(4, 20, 1000, dropped, failed, tail, none, none, none, Tail(p50=1, p95=1, p99=1, max=1))
+    found = gpu_serving.row(report)
+    assert found == {
+        **{"batch": 4, "p50_ms": 10, "p95_ms": 20, "p99_ms": p99, "frames": 1000, "busy": False},
+        **{"dropped": dropped, "errors": errors, "streams": streams},
+    }
+    shown = table.gpu_table([{"bench": "serve", "size": "stt-1b", "who": "ours"} | ABOUT | found])
+    assert shown.endswith(f"| stt-1b served, 4 | 10 ({p99}) | – | – | {'yes' if streams else 'no'} | – |")
+
+
+@pytest.mark.slow
+def test_random_weights_that_are_served_pad_some_half_of_their_steps(tmp_path: Path):
+    saved = gpu_serving.save_random(dsm_jax.load("digits").config, tmp_path, "float32")
+    noise_T = 0.1 * np.random.default_rng(0).standard_normal(20 * 24_000).astype(np.float32)
+    tokens_T = dsm_jax.transcribe(dsm_jax.load(saved), noise_T, frames=True).frames.text_tokens
+    assert 0.25 < np.mean(np.asarray(tokens_T) == 3) < 0.75
 
 
 @pytest.mark.slow

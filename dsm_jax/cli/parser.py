@@ -306,8 +306,14 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(command="serve")
 
     p = commands.add_parser("bench", parents=[device, dtype], help="time the published sizes here, with random weights")
-    p.add_argument("what", nargs="*", metavar="lm|mimi|stt", help="default: lm mimi")
-    p.add_argument("--size", nargs="+", default=["stt-1b"], choices=("stt-1b", "stt-2.6b"), help="default: stt-1b")
+    p.add_argument("what", nargs="*", metavar="lm|mimi|stt|tts|csm", help="default: lm mimi")
+    p.add_argument(
+        "--size",
+        nargs="+",
+        default=[],
+        choices=("stt-1b", "stt-2.6b", "tts-1.6b", "csm-1b"),
+        help="default: stt-1b, tts-1.6b, csm-1b",
+    )
     p.add_argument("--batch", nargs="+", type=positive, default=[1, 8], metavar="N", help="default: 1 8")
     p.add_argument("--steps", type=positive, default=20, help="timed steps (default: %(default)s)")
     p.epilog = "dsm-jax bench serve --help: load a server with live streams"

@@ -1,7 +1,7 @@
-"""Time a frame of speech to text on one GPU, ours and moshi's, in one run: `python -m tests.benchmarks.gpu --out FILE`.
+"""Time frames on one GPU, ours and the references', in one run: `python -m tests.benchmarks.gpu --out FILE`.
 
 Parts run in order of importance, each in a process of its own with the GPU to itself, until the time is up; what has
-been measured by then is in the file. `--part` picks some, as in `--part largest-1b largest-2.6b`.
+been measured by then is in the file. `--part` picks some, as in `--part ours-csm-1b transformers-csm-1b`.
 """
 
 import argparse
@@ -18,20 +18,26 @@ from typing import Any
 
 from tests.benchmarks.rows import versions
 from tests.benchmarks.table import ROOT
-from tests.benchmarks.tasks import missing
+from tests.benchmarks.tasks import PEERS, missing
 
 Row = dict[str, Any]
 Attempt = Callable[[int], Row]  # maps a number of streams to its row
 
 BATCHES = (1, 64, 256, 512)
+SPEECH_BATCHES = (1, 8, 32)
 PARTS = {  # seconds that each process of a part may take
-    "ours-1b": 240,
-    "moshi-1b": 150,
+    "ours-stt-1b": 240,
+    "moshi-stt-1b": 150,
     "check": 120,
-    "ours-2.6b": 300,
-    "moshi-2.6b": 150,
-    "largest-1b": 100,
-    "largest-2.6b": 130,
+    "ours-csm-1b": 240,
+    "ours-tts-1.6b": 240,
+    "serve-stt-1b": 400,
+    "transformers-csm-1b": 150,
+    "moshi-tts-1.6b": 150,
+    "ours-stt-2.6b": 300,
+    "moshi-stt-2.6b": 150,
+    "largest-stt-1b": 100,
+    "largest-stt-2.6b": 130,
 }
 _MOST = 2**14  # streams: more than any device holds; ends the doubling for miniature models
 _LEAST_S = 20  # no process is started with less time left than this
@@ -111,10 +117,11 @@ class Run:
     def _common(self) -> list[str]:
         return ["--steps", str(self.args.steps), "--device", self.args.device, *(["--tiny"] if self.args.tiny else [])]
 
-    def part(self, part: str, batches: Sequence[int]) -> None:
+    def part(self, part: str) -> None:
         """Run one of `PARTS` and emit its rows."""
         what, _, size = part.partition("-")
-        if what == "moshi" and (why_not := missing("moshi")):
+        batches: Sequence[int] = self.args.batches if "stt" in size else self.args.speech_batches
+        if what in PEERS and (why_not := missing(what)):
             self.emit({"part": part, "error": why_not})
         elif what == "check":
             for row in self.work(part, "check"):
@@ -122,12 +129,12 @@ class Run:
         elif what == "largest":
 
             def attempt(batch: int) -> Row:
-                return list(self.work(part, "ours", "--size", f"stt-{size}", "--batches", str(batch)))[-1]
+                return list(self.work(part, "ours", "--size", size, "--batches", str(batch)))[-1]
 
             for row in largest(attempt, 2 * max(batches), max(batches) // 8):
-                self.emit({"size": f"stt-{size}"} | row)
+                self.emit({"size": size} | row)
         else:
-            for row in self.work(part, what, "--size", f"stt-{size}", "--batches", ",".join(map(str, batches))):
+            for row in self.work(part, what, "--size", size, "--batches", ",".join(map(str, batches))):
                 self.emit(row)
 
 
@@ -142,7 +149,8 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu", description=__doc__)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), help="streams that are heard")
+    parser.add_argument("--speech-batches", type=int, nargs="+", default=list(SPEECH_BATCHES), help="speeches at once")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--minutes", type=float, default=9, help="after these nothing is started and all is stopped")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -150,7 +158,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended")
     run = Run(args := parser.parse_args())
     for part in args.part:
-        run.part(part, args.batches)
+        run.part(part)
     run.say(f"done; rows are in {args.out}")
 
 

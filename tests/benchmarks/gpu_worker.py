@@ -1,4 +1,4 @@
-"""The worker processes of `tests.benchmarks.gpu`: a frame of speech to text, and GPU against CPU.
+"""The worker processes of `tests.benchmarks.gpu`: frames that are heard and spoken, and GPU against CPU.
 
 Each printed line that starts with a brace is a row.
 
@@ -22,7 +22,10 @@ import numpy as np
 FRAME_S = 0.08
 PUBLISHED = Path(__file__).resolve().parents[1] / "published"
 CONFIGS = {"stt-1b": "stt-1b-en_fr.config.json", "stt-2.6b": "stt-2.6b-en.config.json"}
+SIZES = (*CONFIGS, "tts-1.6b", "csm-1b")
 _CHECK_FRAMES = 40  # the miniature windows are 5 steps long, so most frames are past them
+# Named, so that a missing GPU is an error; the check compares with the CPU.
+_PLATFORMS = {"cuda": "cuda,cpu", "cpu": "cpu"}
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")
 
 
@@ -62,18 +65,46 @@ def each_batch(head: dict[str, Any], batches: Sequence[int], run: Callable[[int]
 
 
 def ours(args: argparse.Namespace) -> None:
-    """Time the library's `stt_step`, and compare it with the bandwidth of a plain copy on the same device."""
+    """Time the library's steps of a model."""
+    (_ours_heard if args.size in CONFIGS else _ours_spoken)(args)
+
+
+def _ours_spoken(args: argparse.Namespace) -> None:
+    """Time a frame of speech, and of conversations the prefill too."""
     import jax
     import jax.numpy as jnp
 
-    from dsm_jax import benchmark
+    from dsm_jax.benchmark import run
+    from tests.benchmarks import ours as of_cpu
 
-    config = _tiny_config() if args.tiny else benchmark.SIZES[args.size]
+    kind, tiny = args.size.partition("-")[0], {"tts-1.6b": of_cpu.TINY_TTS, "csm-1b": of_cpu.TINY_CSM}
+    config, dtype = (tiny if args.tiny else run.SIZES)[args.size], jnp.dtype("float32" if args.tiny else "bfloat16")
+    for name, make in run.STEPS[kind][1].items():
+
+        def measure(batch: int, name: str = name, make: run.Maker = make) -> dict[str, Any]:
+            seconds = run.time_steps(*make(config, batch, dtype, None), args.steps, run.WARM_UP.get(name, 3))
+            stats = jax.devices()[0].memory_stats() or {}
+            peak = round(stats.get("peak_bytes_in_use", 0) / 1e9, 2)
+            return timing(seconds, batch) | {"peak_gb": peak, "device": jax.devices()[0].device_kind}
+
+        head = {"bench": name, "who": "ours", "size": args.size, "dtype": dtype.name}
+        each_batch(head, args.batches, measure)
+
+
+def _ours_heard(args: argparse.Namespace) -> None:
+    """Time `stt_step`, and compare it with the bandwidth of a plain copy on the same device."""
+    import jax
+    import jax.numpy as jnp
+
+    from dsm_jax.benchmark.listening import stt_step
+    from dsm_jax.benchmark.run import SIZES, time_steps
+
+    config = _tiny_config() if args.tiny else SIZES[args.size]
     dtype = jnp.dtype("float32" if args.tiny else "bfloat16")
     bandwidth = copy_bandwidth(2**20 if args.tiny else 2**28)
 
     def run(batch: int) -> dict[str, Any]:
-        seconds = benchmark.time_steps(*benchmark.stt_step(config, batch, dtype), args.steps)
+        seconds = time_steps(*stt_step(config, batch, dtype), args.steps)
         limit_s = bytes_per_step(config, batch, dtype.itemsize) / bandwidth
         stats = jax.devices()[0].memory_stats() or {}
         return timing(seconds, batch) | {
@@ -128,8 +159,84 @@ def bytes_per_step(config: Any, batch: int, itemsize: int) -> int:
     return (lm + keys_values) * itemsize + 4 * mimi
 
 
+def serve(args: argparse.Namespace) -> None:
+    """Measure servers with a model's slots full of live streams."""
+    from dsm_jax.benchmark.run import SIZES
+    from dsm_jax.checkpoints import load
+    from tests.benchmarks import gpu_serving
+
+    # A miniature of 24 kHz, as clients send.
+    config, dtype = (load("digits").config, "float32") if args.tiny else (SIZES[args.size], "bfloat16")
+    head = {"bench": "serve", "who": "ours", "size": args.size, "dtype": dtype}
+    asked = {"dtype": dtype, "platforms": _PLATFORMS[args.device], "seconds": args.steps / 2}
+    for row in gpu_serving.served(config, args.batches, **asked):
+        emit(head | row)
+
+
 def moshi(args: argparse.Namespace) -> None:
-    """Time the reference on the same work: streaming `mimi.encode` and `LMGen.step`, with its CUDA graphs."""
+    """Time Kyutai's reference on the same work, with its CUDA graphs."""
+    (_moshi_heard if args.size in CONFIGS else _moshi_spoken)(args)
+
+
+def _moshi_spoken(args: argparse.Namespace) -> None:
+    """Time a frame of `tests.benchmarks.moshi_speech`."""
+    import torch
+
+    from dsm_jax.benchmark.run import WARM_UP
+    from tests.benchmarks import moshi_speech, ours
+
+    torch.set_grad_enabled(False)
+    config, _ = ours.speech_case("tts_frame_b1", args.tiny)
+    dtype = torch.float32 if args.tiny else torch.bfloat16
+
+    def run(batch: int) -> dict[str, Any]:
+        step = moshi_speech.make(config, batch, device=args.device, dtype=dtype)
+        return _timed_torch(step, args, batch, WARM_UP["tts_frame"])
+
+    each_batch(_torch_head("tts_frame", "moshi", args, dtype), args.batches, run)
+
+
+def transformers(args: argparse.Namespace) -> None:
+    """Time the prefill and a frame of CSM by the transformers package."""
+    import torch
+
+    from tests.benchmarks import transformers_peer
+
+    torch.set_grad_enabled(False)
+    dtype = torch.float32 if args.tiny else torch.bfloat16
+    model = transformers_peer.csm(args.tiny).to(args.device, dtype)
+    steps = {"csm_prefill": transformers_peer.csm_prefill, "csm_frame": transformers_peer.csm_frame}
+    for name, make in steps.items():
+
+        def run(batch: int, make: Callable[..., Callable[[], object]] = make) -> dict[str, Any]:
+            return _timed_torch(make(model, batch), args, batch, 3)
+
+        each_batch(_torch_head(name, "transformers", args, dtype), args.batches, run)
+
+
+def _torch_head(bench: str, who: str, args: argparse.Namespace, dtype: Any) -> dict[str, Any]:
+    return {"bench": bench, "who": who, "size": args.size, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _timed_torch(step: Callable[[], object], args: argparse.Namespace, batch: int, warm_up: int) -> dict[str, Any]:
+    """Time a step of torch, each to its end on the device."""
+    import torch
+
+    cuda, seconds = args.device == "cuda", []
+    for _ in range(args.steps + warm_up):
+        start = time.perf_counter()
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return timing(seconds[warm_up:], batch) | {
+        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else 0.0,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+    }
+
+
+def _moshi_heard(args: argparse.Namespace) -> None:
+    """Time streaming `mimi.encode` and `LMGen.step`."""
     import torch
     from moshi.models import LMGen
     from moshi.models.loaders import CheckpointInfo, get_mimi
@@ -153,20 +260,10 @@ def moshi(args: argparse.Namespace) -> None:
             LMGen(lm, use_sampling=False),
             0.1 * torch.randn(batch, 1, mimi.frame_size, device=device),
         )
-        seconds = []
         with mimi.streaming(batch), generator.streaming(batch):
-            for _ in range(args.steps + 5):
-                start = time.perf_counter()
-                tokens = generator.step(mimi.encode(frame_B1S))
-                tokens.cpu()  # waits for the device
-                seconds.append(time.perf_counter() - start)
-        return timing(seconds[5:], batch) | {
-            "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else 0.0,
-            "device": torch.cuda.get_device_name() if cuda else "cpu",
-        }
+            return _timed_torch(lambda: generator.step(mimi.encode(frame_B1S)).cpu(), args, batch, 5)
 
-    head = {"bench": "stt_step", "who": "moshi", "size": args.size, "dtype": str(dtype).removeprefix("torch.")}
-    each_batch(head, args.batches, run)
+    each_batch(_torch_head("stt_step", "moshi", args, dtype), args.batches, run)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -175,15 +272,15 @@ def check(args: argparse.Namespace) -> None:
     import jax.numpy as jnp
     from flax import nnx
 
-    from dsm_jax import benchmark
-    from dsm_jax.configs import MimiConfig
-    from dsm_jax.models.mimi import Mimi
+    from dsm_jax.benchmark.weights import random_model
+    from dsm_jax.configs import MimiConfig, ModelConfig
 
     places = {"cpu": jax.devices("cpu")[0], "device": jax.devices()[0]}
     tiny, float32 = _tiny_config(), jnp.dtype("float32")
     for name, config in {"miniature": tiny.mimi, **({} if args.tiny else {"published": MimiConfig()})}.items():
         with jax.default_device(places["cpu"]):
-            graph, params = benchmark.random_params(lambda config=config: Mimi(config, rngs=nnx.Rngs(0)), float32)
+            codec = random_model(ModelConfig(model_type="mimi", mimi=config), float32)
+        graph, params = codec.mimi_def, codec.mimi_params
         pcm_BTC = 0.3 * np.random.default_rng(0).standard_normal((1, _CHECK_FRAMES * config.frame_size, 1), np.float32)
         encode = jax.jit(lambda params, pcm_BTC, graph=graph: nnx.merge(graph, params).encode(pcm_BTC))
         decode = jax.jit(lambda params, codes_BQT, graph=graph: nnx.merge(graph, params).decode(codes_BQT))
@@ -217,23 +314,20 @@ def _tokens(config: Any, place: Any) -> np.ndarray:
     import jax.numpy as jnp
     from flax import nnx
 
-    from dsm_jax import benchmark
-    from dsm_jax.models.lm import DelayedStreamsLM
+    from dsm_jax.benchmark.weights import random_model
     from tests.helpers.greedy import greedy_tokens
 
     with jax.default_device(jax.devices("cpu")[0]):
-        graph, params = benchmark.random_params(
-            lambda: DelayedStreamsLM(config.lm, rngs=nnx.Rngs(0)), jnp.dtype("float32")
-        )
+        model = random_model(config, jnp.dtype("float32"))
     shape = 1, config.lm.n_q, _CHECK_FRAMES
     codes_BQT = np.random.default_rng(0).integers(config.lm.card, size=shape, dtype=np.int32)
 
     @jax.jit
     def run(params: nnx.State, codes_BQT: jax.Array) -> jax.Array:
-        return greedy_tokens(nnx.merge(graph, params), codes_BQT)
+        return greedy_tokens(nnx.merge(model.lm_def, params), codes_BQT)
 
     # No precision is set here, as the library itself must keep float32 from being rounded to TF32.
-    return np.asarray(run(*jax.device_put((params, codes_BQT), place)))
+    return np.asarray(run(*jax.device_put((model.lm_params, codes_BQT), place)))
 
 
 def _tiny_config() -> Any:
@@ -247,16 +341,16 @@ def _tiny_config() -> Any:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    what = {"ours": ours, "moshi": moshi, "check": check}
+    what = {"ours": ours, "moshi": moshi, "transformers": transformers, "serve": serve, "check": check}
     parser.add_argument("what", choices=what)
-    parser.add_argument("--size", choices=CONFIGS, default="stt-1b")
+    parser.add_argument("--size", choices=SIZES, default="stt-1b")
     parser.add_argument("--batches", type=lambda text: [int(batch) for batch in text.split(",")], default=[1])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
-    # The platforms are named, so that a missing GPU is an error; the check compares with the CPU.
-    os.environ["JAX_PLATFORMS"] = "cuda,cpu" if args.device == "cuda" else "cpu"
+    # A server has the GPU to itself.
+    os.environ["JAX_PLATFORMS"] = "cpu" if args.what == "serve" else _PLATFORMS[args.device]
     what[args.what](args)
 
 

@@ -21,15 +21,16 @@ from tests.benchmarks.worker import Step
 from tests.parity.references.kyutai import lm_config
 
 
-def make(config: ModelConfig, batch: int) -> Step:
-    """Make the step of `batch` rows, for a text that does not end, in float32."""
+def make(config: ModelConfig, batch: int, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Step:
+    """Make the step of `batch` rows, for a text that does not end; the codec is float32."""
     torch.manual_seed(0)
     files = kyutai_config.Files(kyutai_config.LM_NAME, kyutai_config.MIMI_NAME, None, None)
     assert config.lm is not None
     lm = loaders.get_moshi_lm(
-        None, lm_config(kyutai_config.write_config(config, config.lm, files)), dtype=torch.float32
+        None, lm_config(kyutai_config.write_config(config, config.lm, files)), device=device, dtype=dtype
     ).eval()
-    mimi = loaders.get_mimi(None, kyutai_config.write_mimi_config(config.mimi), num_codebooks=lm.dep_q).eval()
+    codec_config = kyutai_config.write_mimi_config(config.mimi)
+    mimi = loaders.get_mimi(None, codec_config, device=device, num_codebooks=lm.dep_q).eval()
     machine = StateMachine(
         TokenIds(lm.text_card + 1), second_stream_ahead=config.tts.second_stream_ahead, max_padding=8
     )
@@ -61,8 +62,8 @@ def start(lm: LMModel, mimi: MimiModel, machine: StateMachine, delay_steps: int,
     )
     generator.streaming_forever(batch)
     mimi.streaming_forever(batch)
-    none_BQ1 = torch.full((batch, lm.dep_q, 1), machine.token_ids.zero)
-    nothing_B01 = torch.zeros((batch, 0, 1), dtype=torch.long)
+    none_BQ1 = torch.full((batch, lm.dep_q, 1), machine.token_ids.zero, device=lm.device)
+    nothing_B01 = torch.zeros((batch, 0, 1), dtype=torch.long, device=lm.device)
     longest = max(lm.delays)
 
     def step() -> None:

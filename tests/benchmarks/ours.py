@@ -13,10 +13,9 @@ import numpy as np
 from flax import nnx
 
 import dsm_jax
-from dsm_jax import benchmark
+from dsm_jax.benchmark import listening, speaking
+from dsm_jax.benchmark.weights import random_model
 from dsm_jax.configs import MimiConfig, ModelConfig, TtsConfig, presets
-from dsm_jax.models.mimi import Mimi
-from tests.benchmarks import speech_steps
 from tests.benchmarks.worker import Step
 from tests.helpers import csm_model, small, tts_model
 
@@ -24,6 +23,7 @@ from tests.helpers import csm_model, small, tts_model
 _LM = dataclasses.replace(small.TTS, n_q=4, delays=(0, 0, 2, 2, 2), card=16)
 TINY_TTS = ModelConfig(model_type="tts", lm=_LM, mimi=small.MIMI, tts=TtsConfig(audio_delay=0.2, second_stream_ahead=2))
 
+FLOAT32 = jnp.dtype("float32")
 TINY_CSM = ModelConfig(
     model_type="csm",
     csm=dataclasses.replace(csm_model.CSM, backbone=dataclasses.replace(csm_model.CSM.backbone, context=2048)),
@@ -44,14 +44,14 @@ def make(task: str, folder: Path, threads: int, tiny: bool, *, quantize: str | N
     if task.startswith("lm_step_b"):
         config = ModelConfig(model_type="stt", lm=small.STT) if tiny else presets.STT_1B
         batch = int(task.removeprefix("lm_step_b"))
-        return _threaded(*benchmark.lm_step(config, batch, jnp.dtype("float32"), quantize))
+        return _threaded(*listening.lm_step(config, batch, FLOAT32, quantize))
     if task.startswith("tts_"):
-        return _threaded(*speech_steps.tts_step(*speech_case(task, tiny), quantize))
+        return _threaded(*speaking.tts_step(*speech_case(task, tiny), FLOAT32, quantize))
     if task.startswith("csm_"):
-        make_step = speech_steps.csm_step if "frame" in task else speech_steps.csm_prefill
+        make_step = speaking.csm_step if "frame" in task else speaking.csm_prefill
         config = TINY_CSM if tiny else presets.CSM_1B
-        return _threaded(*make_step(config, int(task.partition("_b")[2]), quantize))
-    return _threaded(*benchmark.mimi_step(1, task.split("_")[1]))
+        return _threaded(*make_step(config, int(task.partition("_b")[2]), FLOAT32, quantize))
+    return _threaded(*listening.mimi_step(1, task.split("_")[1]))
 
 
 def speech_case(task: str, tiny: bool) -> tuple[ModelConfig, int]:
@@ -59,7 +59,7 @@ def speech_case(task: str, tiny: bool) -> tuple[ModelConfig, int]:
     return TINY_TTS if tiny else presets.TTS_1_6B, int(task.partition("_b")[2])
 
 
-def _threaded(step: benchmark.Step, state: Any) -> Step:
+def _threaded(step: listening.Step, state: Any) -> Step:
     def run() -> None:
         nonlocal state
         output, state = step(state)
@@ -69,10 +69,10 @@ def _threaded(step: benchmark.Step, state: Any) -> Step:
 
 
 def _encode_10s(config: MimiConfig) -> Step:
-    graph, params = benchmark.random_params(lambda: Mimi(config, rngs=nnx.Rngs(0)), jnp.dtype("float32"))
-    encode = jax.jit(lambda params, pcm_BTC: nnx.merge(graph, params).encode(pcm_BTC))
+    model = random_model(ModelConfig(model_type="mimi", mimi=config), FLOAT32)
+    encode = jax.jit(lambda params, pcm_BTC: nnx.merge(model.mimi_def, params).encode(pcm_BTC))
     pcm_BTC = 0.1 * jax.random.normal(jax.random.key(1), (1, 10 * config.sample_rate, 1))
-    return lambda: jax.block_until_ready(encode(params, pcm_BTC))
+    return lambda: jax.block_until_ready(encode(model.mimi_params, pcm_BTC))
 
 
 def _transcribe(folder: Path, quantize: str | None) -> Step:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from dsm_jax.serving.load import Load, run
 from tests.benchmarks.mutations import attack
 
 SLOTS = 8
+MODELS = ("--stt", "digits", "--slots", str(SLOTS), "--tts", "digits-tts", "--tts-slots", str(SLOTS))
 CLIP = Path(__file__).resolve().parents[2] / "examples/audio/digits_jackson.flac"
 # By part, the most that each figure may be.
 BOUNDS: Mapping[str, Mapping[str, float]] = {
@@ -51,11 +52,10 @@ def faults(part: str, figures: Mapping[str, float | None]) -> list[str]:
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[tuple[str, int]]:
+def serving(models: Sequence[str] = MODELS, environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, int]]:
     """Run a server while the block runs; yield its address and the number of its process."""
-    models = ("--stt", "digits", "--slots", str(SLOTS), "--tts", "digits-tts", "--tts-slots", str(SLOTS))
     command = [sys.executable, "-m", "dsm_jax", "serve", "--port", "0", "--no-page", "--log-format", "json", *models]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         try:
             for line in process.stderr:

@@ -17,6 +17,14 @@ RESULTS = Path("tests", "benchmarks", "results")
 BEGIN, END = "<!-- benchmark -->", "<!-- /benchmark -->"
 _SOURCE = re.compile(r"\[rows\]\(([^)]+)\)")
 _MISSING = "–"
+# The timed steps on a GPU: the end of their title, and the peer.
+_GPU_STEPS = {
+    "stt_step": ("", "moshi"),
+    "serve": (" served", ""),
+    "tts_frame": ("", "moshi"),
+    "csm_prefill": (", a prompt of 64", "transformers"),
+    "csm_frame": ("", "transformers"),
+}
 _TITLES = {OURS: "dsm_jax", INT8: "with int8 layers"}
 
 
@@ -73,19 +81,21 @@ def cpu_table(rows: Sequence[Row]) -> str:
 
 
 def gpu_table(rows: Sequence[Row]) -> str:
-    """Make a line per model and number of streams: a frame of ours and of moshi, and ours over the lower bound."""
-    steps = [row for row in rows if row.get("bench") == "stt_step" and "p50_ms" in row]
-    pairs = sorted({(row["size"], row["batch"]) for row in steps})
-    found = {(row["size"], row["batch"], row["who"]): row for row in steps}
-    head = "model, streams", "dsm_jax, median ms (99 %)", "moshi", "ratio", "keeps up", "share of the bandwidth limit"
+    """Make a line per step and number of streams: the time of ours and of the peer, and ours over the lower bound."""
+    steps = [row for row in rows if row.get("bench") in _GPU_STEPS and "p50_ms" in row]
+    cases = sorted({(row["size"], list(_GPU_STEPS).index(row["bench"]), row["batch"]) for row in steps})
+    found = {(row["size"], row["bench"], row["batch"], row["who"]): row for row in steps}
+    head = "model, streams", "dsm_jax, median ms (99 %)", "peer", "ratio", "keeps up", "share of the bandwidth limit"
     lines = [_line(*head), "|---|--:|--:|--:|--:|--:|"]
-    for size, batch in pairs:
-        ours, moshi = found.get((size, batch, OURS), {}), found.get((size, batch, "moshi"), {})
-        times = (f"{_ms(row['p50_ms'])} ({_ms(row['p99_ms'])})" if row else _MISSING for row in (ours, moshi))
-        ratio = f"**{ours['p50_ms'] / moshi['p50_ms']:.2f}**" if ours and moshi else _MISSING
-        keeps_up = ("yes" if ours["streams"] else "no") if ours else _MISSING
-        share = f"{100 * ours['share_of_limit']:.0f} %" if ours else _MISSING
-        lines.append(_line(f"{size}, {batch}", *times, ratio, keeps_up, share))
+    for size, place, batch in cases:
+        bench, (title, who) = list(_GPU_STEPS.items())[place]
+        ours, peer = found.get((size, bench, batch, OURS), {}), found.get((size, bench, batch, who), {})
+        times = (f"{_ms(row['p50_ms'])} ({_ms(row['p99_ms'])})" if row else _MISSING for row in (ours, peer))
+        ratio = f"**{ours['p50_ms'] / peer['p50_ms']:.2f}** of {who}" if ours and peer else _MISSING
+        has_sound = ours and "prefill" not in bench
+        keeps_up = ("yes" if ours["streams"] else "no") if has_sound else _MISSING
+        share = f"{100 * ours['share_of_limit']:.0f} %" if "share_of_limit" in ours else _MISSING
+        lines.append(_line(f"{size}{title}, {batch}", *times, ratio, keeps_up, share))
     return _with_notes(lines, ["A dash marks what was not measured."] if any("error" in row for row in rows) else [])
 
 

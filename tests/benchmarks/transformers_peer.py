@@ -31,8 +31,8 @@ def make(task: str, folder: Path, threads: int, tiny: bool) -> Step:
     if task.startswith("lm_step_b"):
         return _lm_step(folder / "transformers", int(task.removeprefix("lm_step_b")))
     if task.startswith("csm_"):
-        model = _csm(tiny)
-        return (_csm_frame if "frame" in task else _csm_prefill)(model, int(task.partition("_b")[2]))
+        model = csm(tiny)
+        return (csm_frame if "frame" in task else csm_prefill)(model, int(task.partition("_b")[2]))
     mimi = MimiModel.from_pretrained(folder / "transformers_mimi", dtype=torch.float32)
     if task == "mimi_encode_10s":
         pcm_B1S = 0.1 * torch.randn(1, 1, 240_000)
@@ -83,7 +83,7 @@ def _transcribe(folder: Path, pcm_S: np.ndarray) -> Step:
     return lambda: run(pcm_S)
 
 
-def _csm(tiny: bool) -> CsmForConditionalGeneration:
+def csm(tiny: bool) -> CsmForConditionalGeneration:
     """Build a conversational speech model of the published sizes with random weights."""
     config = CsmConfig.from_pretrained(PUBLISHED / "csm-1b.config.json")
     if tiny:
@@ -93,7 +93,7 @@ def _csm(tiny: bool) -> CsmForConditionalGeneration:
     return CsmForConditionalGeneration(config).eval()
 
 
-def _csm_frame(model: CsmForConditionalGeneration, batch: int) -> Step:
+def csm_frame(model: CsmForConditionalGeneration, batch: int) -> Step:
     """Make the step from one frame of `generate` to the next, which waits in the streamer until it is asked for."""
     asked, made = threading.Semaphore(0), queue.SimpleQueue()
 
@@ -107,7 +107,7 @@ def _csm_frame(model: CsmForConditionalGeneration, batch: int) -> Step:
 
     def generate() -> None:
         asked.acquire()
-        ids_BT = torch.arange(64).repeat(batch, 1)
+        ids_BT = torch.arange(64, device=model.device).repeat(batch, 1)
         greedy = {"do_sample": False, "depth_decoder_do_sample": False}
         with torch.no_grad():
             model.generate(
@@ -124,8 +124,8 @@ def _csm_frame(model: CsmForConditionalGeneration, batch: int) -> Step:
     return step
 
 
-def _csm_prefill(model: CsmForConditionalGeneration, batch: int) -> Step:
-    ids_BT = torch.arange(64).repeat(batch, 1)
+def csm_prefill(model: CsmForConditionalGeneration, batch: int) -> Step:
+    ids_BT = torch.arange(64, device=model.device).repeat(batch, 1)
     return lambda: (
         model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=True, logits_to_keep=1).logits
     )
