@@ -50,6 +50,7 @@ def mimi_step(batch: int, way: str, config: MimiConfig = MimiConfig()) -> tuple[
     else:
         half, frame = model.codec.decoder, jax.random.randint(jax.random.key(2), (batch, books, 1), 0, bins)
         step = compiled(codec.decode_step, (model.mimi_def,), donate=(1,))
+    assert half is not None
     networks = plain(model.mimi_params)
     return lambda state: step(networks, frame, state), half.init_state(batch)
 
