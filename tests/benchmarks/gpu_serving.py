@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
 from dsm_jax import checkpoints
 from dsm_jax.benchmark.weights import random_model
@@ -28,18 +27,10 @@ TARGET_MS = 80.0  # a frame
 
 
 def save_random(config: ModelConfig, folder: Path, dtype: str) -> Path:
-    """Save a speech-to-text model of random weights that pads some half of its steps, as trained ones do in speech."""
-    lm = lm_config(config)
-    model = random_model(config, jnp.dtype(dtype))
-    assert model.lm_params is not None
-    weights = nnx.to_pure_dict(model.lm_params)
-    scores_VD = weights["text_linear"]["weight_VD"]
-    # With so large a row padding is chosen wherever its score is above zero.
-    pad, any_row = lm.existing_text_padding_id, lm.text_card // 2
-    weights["text_linear"]["weight_VD"] = scores_VD.at[pad].set(50 * scores_VD[any_row])
-    nnx.replace_by_pure_dict(model.lm_params, weights)
-    tokenizer = load_tokenizer(make_tokenizer(folder / "words.model", lm.text_card))
-    checkpoints.save(dataclasses.replace(model, tokenizer=tokenizer), folder / "random")
+    """Save a speech-to-text model of random weights with a tokenizer; how many words it hears is left to chance."""
+    tokenizer = load_tokenizer(make_tokenizer(folder / "words.model", lm_config(config).text_card))
+    model = dataclasses.replace(random_model(config, jnp.dtype(dtype)), tokenizer=tokenizer)
+    checkpoints.save(model, folder / "random")
     return folder / "random"
 
 
