@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -532,6 +533,24 @@ def test_a_server_that_others_reach_without_keys_does_not_start(monkeypatch, sta
         monkeypatch.setattr(run, name, lambda *_: pytest.fail("it has started"))
     with pytest.raises(dsm_jax.ConfigError, match=r"would listen on 0\.0\.0\.0 without keys"):
         start(ServerConfig(host="0.0.0.0"))
+
+
+def test_what_loading_has_made_is_not_looked_through_while_sessions_run(monkeypatch):
+    made, frozen = [], []
+
+    async def served(*_) -> int:
+        frozen.append(gc.get_freeze_count())
+        assert not any(made is one for one in gc.get_objects()), "a collection would look at it"
+        return 0
+
+    monkeypatch.setattr(run, "Server", lambda *_: SimpleNamespace(load=lambda: made.append([])))
+    monkeypatch.setattr(run, "_serve", served)
+    assert any(made is one for one in gc.get_objects())
+    try:
+        assert run.serve(ServerConfig(port=0)) == 0
+    finally:
+        gc.unfreeze()
+    assert frozen[0] > 0
 
 
 def test_the_check_fails_for_one_model_that_does_not_keep_up(monkeypatch):

@@ -1,6 +1,7 @@
 """Run a server: load and warm up, listen, drain on SIGTERM, log lines."""
 
 import asyncio
+import gc
 import json
 import logging
 import signal
@@ -103,6 +104,10 @@ def serve(config: ServerConfig, *, on_ready: Callable[[Server, str], None] = lam
     try:
         server = Server(config, metadata.version("dsm_jax"))
         server.load()
+        # Python would look through all that loading and compiling have made, again and again: 0.2 s in which no frame
+        # is heard.
+        gc.collect()
+        gc.freeze()
         return asyncio.run(_serve(server, listener, on_ready))
     finally:
         listener.close()
