@@ -20,6 +20,7 @@ from dsm_jax.convert import native
 from dsm_jax.convert.checkpoint import Checkpoint
 from dsm_jax.convert.layouts import open_checkpoint
 from dsm_jax.errors import CheckpointError, ConfigError
+from dsm_jax.garbage import no_collections
 from dsm_jax.hub import DEFAULT, HubOptions, expanded, find, title
 from dsm_jax.malloc import return_freed
 from dsm_jax.models.csm import CsmLM
@@ -120,6 +121,7 @@ class Model:
         return f"Model({self.name!r}: {kind}, {size}, {kept}, on {where}, {self.sample_rate} Hz)"
 
 
+@no_collections()
 def load(
     source: str | Path = DEFAULT,
     *,

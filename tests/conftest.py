@@ -1,5 +1,6 @@
 """Fixes what every test runs under, in the environment, before JAX is imported and for child processes too."""
 
+import gc
 import importlib.metadata
 import os
 from pathlib import Path
@@ -36,6 +37,9 @@ os.environ.update(
     NO_TORCH_COMPILE="1",
     NO_CUDA_GRAPH="1",
 )
+
+# Tracing makes and drops objects by the million: with Python's own threshold collections take a tenth of a run.
+gc.set_threshold(100_000, 50, 10)
 
 # Handed out first, or one process would be busy with them when the other has nothing left to do.
 LONGEST = (

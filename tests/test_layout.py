@@ -14,7 +14,7 @@ import dsm_jax
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (
-    ("errors", "malloc", "progress", "process", "files", "options", "configs"),
+    ("errors", "garbage", "malloc", "progress", "process", "files", "options", "configs"),
     ("streaming", "decoding", "audio", "hub", "tokenizers"),
     ("nn", "sharding"),
     ("models",),

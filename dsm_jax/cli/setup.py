@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dsm_jax.cli import terminal
 from dsm_jax.cli.parser import PLATFORMS, cache_folder
 from dsm_jax.errors import DsmError
+from dsm_jax.garbage import no_collections
 
 if TYPE_CHECKING:
     from dsm_jax.checkpoints import Model
@@ -56,7 +57,8 @@ def check_recordings(names: Sequence[str]) -> None:
 
 def set_up_jax(args: argparse.Namespace) -> None:
     """Choose the device and the compile cache, before JAX starts."""
-    import jax
+    with no_collections():
+        import jax
 
     if args.device:
         jax.config.update("jax_platforms", PLATFORMS[args.device])

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dsm_jax.garbage import no_collections
 from dsm_jax.malloc import return_freed
 from dsm_jax.process import check_process
 
@@ -65,6 +66,7 @@ class Compiled:
         check_process()
         return self._jitted(plain(*params), *args)
 
+    @no_collections()
     def compile(self, params: tuple[Params, ...], *args: Any) -> jax.stages.Compiled:
         """Compile before the first call, for arrays or their shapes.
 
