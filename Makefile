@@ -81,7 +81,7 @@ $(BIN)/python:
 .venv/.lowest: pyproject.toml | $(BIN)/python
 	$(SAY) 'installing the library and its development tools in their lowest versions into .lowest'
 	@$(INSTALL) 'uv>=0.8'
-	@$(BIN)/uv venv -q --clear --python $(BIN)/python .lowest
+	@$(BIN)/uv venv -q --clear --seed --python $(BIN)/python .lowest
 	@$(BIN)/uv pip install -q --python .lowest/bin/python --compile-bytecode --resolution lowest-direct -e '.[dev]'
 	@touch $@
 
