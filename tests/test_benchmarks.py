@@ -5,6 +5,8 @@ import json
 import math
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,6 +78,15 @@ def test_a_kind_is_timed_with_its_first_size_unless_another_is_asked_for(monkeyp
     timed.clear()
     list(run.run(["stt"], sizes=["stt-2.6b", "stt-1b"], batches=[1]))
     assert [step for step, _ in timed] == [presets.STT_1B, presets.STT_2_6B]
+
+
+def test_the_command_offers_every_size_and_kind():
+    shown = subprocess.run(
+        [sys.executable, "-m", "dsm_jax", "bench", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert f"{{{','.join(run.SIZES)}}}" in shown
+    assert "|".join(run.KINDS) in shown
+    assert {kind for kind in run.KINDS if kind != "mimi"} == set(run.STEPS)
 
 
 def test_a_frame_of_speech_is_timed_when_it_is_whole():

@@ -34,7 +34,7 @@ STEPS: Mapping[str, tuple[str, Mapping[str, Maker]]] = {
     "tts": ("tts", {"tts_frame": tts_step}),
     "csm": ("csm", {"csm_prefill": csm_prefill, "csm_frame": csm_step}),
 }
-KINDS = ("lm", "mimi", *[kind for kind in STEPS if kind != "lm"])
+KINDS = ("lm", "mimi", "stt", "tts", "csm")
 # The sound of tts-1.6b is 16 steps behind its text, and 2 more for the last codebooks: only then is a frame whole.
 WARM_UP = {"tts_frame": 20}
 
