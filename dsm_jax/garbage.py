@@ -10,7 +10,7 @@ def no_collections() -> Iterator[None]:
     """Run a block, or a function that is decorated with it, without collections of garbage.
 
     Tracing makes hundreds of thousands of objects that stay, and each collection looks through more of them: a tenth
-    of a `dsm-jax transcribe` of six seconds.
+    of a `dsm-jax transcribe` of six seconds (docs/decisions/0027-collections-of-garbage.md).
     """
     was_on = gc.isenabled()
     gc.disable()
