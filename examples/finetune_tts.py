@@ -9,8 +9,9 @@ The voices of `digits-tts` are one-hot vectors, so a new speaker has no embeddin
 vector, which is neither a voice of the model nor a blend of voices. For a published model, give the speaker's embedding
 with --voice.
 
-A few recordings make a model forget how its other words sound. So the model says the words of the recordings in its own
-voices first, and is trained on that speech too: as many rows of it as of the new voice.
+A few recordings make a model learn by heart which words follow each other, and forget its other voices. So it is
+trained on their words in random orders, half of them cut from the recordings and half of them said by the model itself
+in its own voices. That is for words that are spoken apart, as here; for sentences, --orders 0 takes the recordings.
 """
 
 import argparse
@@ -19,10 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import soundfile
 
 import dsm_jax
+from dsm_jax import audio
 from dsm_jax.evaluation import Evaluation, Sample
-from dsm_jax.training.data import WordSpan, read_recordings
+from dsm_jax.training.data import Recording, WordSpan, read_recordings
 from dsm_jax.training.finetune import FinetuneConfig, finetune
 from dsm_jax.training.loop import RunConfig
 from dsm_jax.training.lora import LoraConfig
@@ -41,11 +44,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="digits-tts")
     parser.add_argument("--voice", type=Path, help="safetensors file of the new voice; without it, a random vector")
     parser.add_argument("--output", type=Path, default=Path("out/new_voice"), help="checkpoints, curve and model")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--rank", type=int, default=32, help="rank of the adapters; 0 trains the whole model")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--rank", type=int, default=64, help="rank of the adapters; 0 trains the whole model")
     parser.add_argument("--sentences", type=int, default=100, help="utterances to count errors on")
-    parser.add_argument("--no-rehearsal", action="store_true", help="train on the new voice alone")
+    parser.add_argument("--orders", type=int, default=240, help="random orders of words of each kind; 0 for recordings")
     parser.add_argument("--resume", action="store_true")
     return parser.parse_args()
 
@@ -69,29 +72,55 @@ def say(model: dsm_jax.Model, requests: list[Request]) -> list[Speech]:
     return [speeches[number] for number in range(len(requests))]
 
 
-def rehearsed(model: dsm_jax.Model, data: Path, voice: Path, folder: Path) -> Path:
-    """List recordings of a new voice, and speech of the model with the same words in each of its own voices."""
-    own, listing = voices_of(model), folder / "recordings.jsonl"
-    if not own:
-        return data
+def reordered(model: dsm_jax.Model, data: Path, voice: Path, folder: Path, count: int) -> Path:
+    """List strings of words in random orders: `count` cut from recordings, and as many in the model's own voices."""
+    listing, random = folder / "recordings.jsonl", np.random.default_rng(0)
     if listing.exists():
         return listing
     folder.mkdir(parents=True, exist_ok=True)
     recordings = read_recordings(data, model.sample_rate)
-    requests = [
-        Request(" ".join(word.text for word in recording.words), (name,), seed=seed)
-        for seed, recording in enumerate(recordings)
-        for name in own
-    ]
+    clips: list[tuple[str, np.ndarray]] = []
+    for recording in recordings:
+        pcm_T = audio.read(recording.audio, model.sample_rate)
+        clips += [(word.text, _samples(pcm_T, word.start, word.end, model.sample_rate)) for word in recording.words]
     lines = []
-    for number, (request, speech) in enumerate(zip(requests, say(model, requests), strict=True)):
-        path = folder / f"{number}.wav"
+    for number in range(count):
+        chosen = [clips[index] for index in random.integers(len(clips), size=_length(random, recordings))]
+        path = folder / f"cut_{number}.wav"
+        lines.append(_line(path, joined(random, chosen, path, model.sample_rate), voice))
+    own = list(voices_of(model).items())
+    said = [" ".join(clips[i][0] for i in random.integers(len(clips), size=_length(random, recordings))) for _ in lines]
+    requests = [Request(text, (own[seed % len(own)][0],), seed=seed) for seed, text in enumerate(said)] if own else []
+    for number, speech in enumerate(say(model, requests)):
+        path = folder / f"said_{number}.wav"
         speech.save(path)
-        lines.append(_line(path, speech.words, own[str(request.voices[0])]))
-    # As many rows of the new voice as of all others.
-    lines += [_line(recording.audio, recording.words, voice) for recording in recordings] * len(own)
+        lines.append(_line(path, speech.words, own[number % len(own)][1]))
     listing.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return listing
+
+
+def joined(
+    random: np.random.Generator, clips: Sequence[tuple[str, np.ndarray]], path: Path, rate: int
+) -> list[WordSpan]:
+    """Write words one after the other with 0.05 to 0.4 s of silence around each; return their times."""
+    parts, words, at = [], [], 0
+    for text, clip_T in clips:
+        silence_T = np.zeros(round(random.uniform(0.05, 0.4) * rate), np.float32)
+        at += silence_T.size
+        words.append(WordSpan(text, at / rate, (at + clip_T.size) / rate))
+        parts += [silence_T, clip_T]
+        at += clip_T.size
+    soundfile.write(path, np.concatenate([*parts, np.zeros(round(0.3 * rate), np.float32)]), rate)
+    return words
+
+
+def _samples(pcm_T: np.ndarray, start: float, end: float, rate: int) -> np.ndarray:
+    return pcm_T[round(start * rate) : round(end * rate)]
+
+
+def _length(random: np.random.Generator, recordings: Sequence[Recording]) -> int:
+    """Draw the number of a string's words from those of the recordings."""
+    return len(recordings[random.integers(len(recordings))].words)
 
 
 def _line(audio: Path, words: Sequence[WordSpan | SpokenWord], voice: Path) -> dict[str, object]:
@@ -126,9 +155,9 @@ def main() -> None:
     voice = args.voice or draw_voice(args.output.with_name(f"{args.output.name}-voice"), model)
     print(f"the speaker's recordings, after the codec: {errors_of_recordings(model, args.validation).summary()}")
     print(f"before: {errors(model, voice, args.sentences).summary()}")
-    speech = args.output.with_name(f"{args.output.name}-rehearsal")
+    strings = args.output.with_name(f"{args.output.name}-strings")
     config = FinetuneConfig(
-        data=str(args.data if args.no_rehearsal else rehearsed(model, args.data, voice, speech)),
+        data=str(reordered(model, args.data, voice, strings, args.orders) if args.orders else args.data),
         validation=str(args.validation),
         output=str(args.output),
         model=args.model,
@@ -136,7 +165,8 @@ def main() -> None:
         voice=str(voice),
         run=RunConfig(steps=args.steps, log_every=10, save_every=20),
         optimizer=OptimizerConfig(learning_rate=args.learning_rate, warmup=10),
-        lora=LoraConfig(rank=args.rank) if args.rank else None,
+        # All matrices: how a voice sounds is also in the embeddings and in the heads.
+        lora=LoraConfig(rank=args.rank, alpha=float(args.rank), targets=(".",)) if args.rank else None,
     )
     tuned = finetune(config, resume=args.resume)
     print(f"after: {errors(tuned, voice, args.sentences).summary()}")

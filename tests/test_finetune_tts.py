@@ -361,6 +361,7 @@ def test_the_example_learns_a_voice_and_counts_errors(checkpoint, data, tmp_path
         "--steps": 2,
         "--rank": 4,
         "--sentences": 3,
+        "--orders": 2,
     }
     flat = [str(part) for pair in arguments.items() for part in pair]
     monkeypatch.setattr(sys, "argv", ["finetune_tts.py", str(data), *flat])
@@ -371,7 +372,15 @@ def test_the_example_learns_a_voice_and_counts_errors(checkpoint, data, tmp_path
     assert before.startswith("corpus WER ")
     assert after == before, "the same three texts, each transcribed as one word"
     assert {path.stem for path in (tmp_path / "run/model/voices").iterdir()} == {"ann", "bea"}
-    lines = [json.loads(line) for line in (tmp_path / "run-rehearsal/recordings.jsonl").read_text().splitlines()]
-    assert [Path(line["voice"]).stem for line in lines] == ["bea", "ann"]
-    (rehearsed, recorded) = ([word["text"] for word in line["words"]] for line in lines)
-    assert rehearsed == recorded
+    lines = [json.loads(line) for line in (tmp_path / "run-strings/recordings.jsonl").read_text().splitlines()]
+    assert [Path(line["voice"]).stem for line in lines] == ["ann", "ann", "bea", "bea"]
+    (recording,) = read_recordings(data, RATE)
+    spoken = audio.read(recording.audio, RATE)
+    clips = {w.text: spoken[round(w.start * RATE) : round(w.end * RATE)] for w in recording.words}
+    for line in lines[:2]:
+        cut = audio.read(line["audio"], RATE)
+        assert len(line["words"]) == len(recording.words)
+        for word in line["words"]:
+            found = cut[round(word["start"] * RATE) : round(word["end"] * RATE)]
+            np.testing.assert_allclose(found, clips[word["text"]], atol=2**-15)
+    assert all(word["text"] in clips for line in lines for word in line["words"])
