@@ -25,7 +25,7 @@ import soundfile
 import dsm_jax
 from dsm_jax import audio
 from dsm_jax.evaluation import Evaluation, Sample
-from dsm_jax.training.data import Recording, WordSpan, read_recordings
+from dsm_jax.training.data import WordSpan, read_recordings
 from dsm_jax.training.finetune import FinetuneConfig, finetune
 from dsm_jax.training.loop import RunConfig
 from dsm_jax.training.lora import LoraConfig
@@ -83,13 +83,17 @@ def reordered(model: dsm_jax.Model, data: Path, voice: Path, folder: Path, count
     for recording in recordings:
         pcm_T = audio.read(recording.audio, model.sample_rate)
         clips += [(word.text, _samples(pcm_T, word.start, word.end, model.sample_rate)) for word in recording.words]
+
+    def drawn() -> list[tuple[str, np.ndarray]]:
+        words = len(recordings[random.integers(len(recordings))].words)  # as many as a recording has
+        return [clips[index] for index in random.integers(len(clips), size=words)]
+
     lines = []
     for number in range(count):
-        chosen = [clips[index] for index in random.integers(len(clips), size=_length(random, recordings))]
         path = folder / f"cut_{number}.wav"
-        lines.append(_line(path, joined(random, chosen, path, model.sample_rate), voice))
+        lines.append(_line(path, joined(random, drawn(), path, model.sample_rate), voice))
     own = list(voices_of(model).items())
-    said = [" ".join(clips[i][0] for i in random.integers(len(clips), size=_length(random, recordings))) for _ in lines]
+    said = [" ".join(text for text, _ in drawn()) for _ in lines]
     requests = [Request(text, (own[seed % len(own)][0],), seed=seed) for seed, text in enumerate(said)] if own else []
     for number, speech in enumerate(say(model, requests)):
         path = folder / f"said_{number}.wav"
@@ -116,11 +120,6 @@ def joined(
 
 def _samples(pcm_T: np.ndarray, start: float, end: float, rate: int) -> np.ndarray:
     return pcm_T[round(start * rate) : round(end * rate)]
-
-
-def _length(random: np.random.Generator, recordings: Sequence[Recording]) -> int:
-    """Draw the number of a string's words from those of the recordings."""
-    return len(recordings[random.integers(len(recordings))].words)
 
 
 def _line(audio: Path, words: Sequence[WordSpan | SpokenWord], voice: Path) -> dict[str, object]:

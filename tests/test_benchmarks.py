@@ -1,6 +1,5 @@
 """The benchmarks' arithmetic: rows, ratios, tables and the search for what fits. What takes time is not tested here."""
 
-import dataclasses
 import json
 import math
 import os
@@ -14,12 +13,11 @@ import numpy as np
 import pytest
 
 import dsm_jax
-from dsm_jax.benchmark import run, speaking
-from dsm_jax.configs import ModelConfig, presets
+from dsm_jax.benchmark import run
+from dsm_jax.configs import presets
 from dsm_jax.serving.load import Report, Tail
 from tests.benchmarks import __main__ as runner
 from tests.benchmarks import gpu, gpu_serving, gpu_worker, ours, rows, table, tasks, worker
-from tests.helpers import small
 
 ABOUT = {"device": "A CPU", "threads": 2, "date": "2026-01-02", "versions": {"jax": "0.10.0", "moshi": None}}
 README = table.ROOT / "README.md"
@@ -39,7 +37,7 @@ def run_of(task: str, figures: dict[str, rows.Row]) -> list[rows.Row]:
 # Steps of the library.
 
 TINY = {
-    "stt-tiny": ModelConfig(model_type="stt", lm=dataclasses.replace(small.STT, card=16), mimi=small.MIMI),
+    "stt-tiny": gpu_worker.tiny_config(),
     "tts-tiny": ours.TINY_TTS,
     "csm-tiny": ours.TINY_CSM,
 }
@@ -70,7 +68,8 @@ def test_every_kind_of_step_runs_in_every_form_of_its_weights(
 def test_a_kind_is_timed_with_its_first_size_unless_another_is_asked_for(monkeypatch: pytest.MonkeyPatch):
     timed = []
     monkeypatch.setattr(run, "time_steps", lambda step, state, steps, warm_up: timed.append((step, warm_up)) or [1.0])
-    makers = {kind: {f"{kind}_step": lambda config, *_: (config, None)} for kind in ("lm", "stt", "tts")}
+    made = run.Timed(lambda config, *_: (config, None))
+    makers = {kind: {f"{kind}_step": made} for kind in ("lm", "stt", "tts")}
     steps = {kind: (run.STEPS[kind][0], made) for kind, made in makers.items()}
     monkeypatch.setattr(run, "STEPS", steps)
     list(run.run(["lm", "stt", "tts"], sizes=["stt-2.6b"], batches=[1]))
@@ -94,9 +93,8 @@ def test_a_frame_of_speech_is_timed_when_it_is_whole():
     assert tts.tts is not None
     assert tts.lm is not None
     behind = tts.tts.audio_delay * tts.mimi.frame_rate + max(tts.lm.delays)
-    assert run.WARM_UP["tts_frame"] >= behind
+    assert run.STEPS["tts"][1]["tts_frame"].warm_up >= behind
     assert tasks.TASKS["tts_frame_b1"].warm_up >= behind
-    assert tasks.VOICE_STEPS == speaking.VOICE_STEPS  # the peers' voice is as long
 
 
 # Rows and ratios.

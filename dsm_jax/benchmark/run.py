@@ -3,6 +3,7 @@
 The times exclude compilation. States are donated as in use, and every step waits for the device.
 """
 
+import dataclasses
 import datetime
 import platform
 import statistics
@@ -26,17 +27,32 @@ SIZES = {
     "csm-1b": presets.CSM_1B,
 }
 FRAME_S = 0.08
-Maker = Callable[[ModelConfig, int, jnp.dtype, str | None], tuple[Step, Any]]
-# The kinds of steps besides "mimi": the model type of their sizes, and the step of each row.
-STEPS: Mapping[str, tuple[str, Mapping[str, Maker]]] = {
-    "lm": ("stt", {"lm_step": lm_step}),
-    "stt": ("stt", {"stt_step": stt_step}),
-    "tts": ("tts", {"tts_frame": tts_step}),
-    "csm": ("csm", {"csm_prefill": csm_prefill, "csm_frame": csm_step}),
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """A step to time.
+
+    Attributes:
+      make: maps a config, a batch size, a dtype and a form of the weights to the step and its first state.
+      warm_up: steps before those that count.
+      frame_s: seconds of each row's sound that a step is for; None for a step that is for none.
+    """
+
+    make: Callable[[ModelConfig, int, jnp.dtype, str | None], tuple[Step, Any]]
+    warm_up: int = 3
+    frame_s: float | None = FRAME_S
+
+
+# The kinds of steps besides "mimi": the model type of their sizes, and the step of each row. The sound of tts-1.6b is
+# 16 steps behind its text, and 2 more for the last codebooks: only then is a frame whole.
+STEPS: Mapping[str, tuple[str, Mapping[str, Timed]]] = {
+    "lm": ("stt", {"lm_step": Timed(lm_step)}),
+    "stt": ("stt", {"stt_step": Timed(stt_step)}),
+    "tts": ("tts", {"tts_frame": Timed(tts_step, warm_up=20)}),
+    "csm": ("csm", {"csm_prefill": Timed(csm_prefill, frame_s=None), "csm_frame": Timed(csm_step)}),
 }
 KINDS = ("lm", "mimi", "stt", "tts", "csm")
-# The sound of tts-1.6b is 16 steps behind its text, and 2 more for the last codebooks: only then is a frame whole.
-WARM_UP = {"tts_frame": 20}
 
 
 def time_steps(step: Step, state: Any, steps: int, warm_up: int = 3) -> list[float]:
@@ -67,7 +83,7 @@ def row(
       dtype: of the weights.
       seconds: duration of each step.
       quantize: form of the weights of the layers, if it is another one.
-      frame_s: seconds of each row's sound that a step is for; None for a step that is for none.
+      frame_s: as in `Timed`.
     """
     median = statistics.median(seconds)
     tail = float(np.quantile(seconds, 0.99))
@@ -121,11 +137,10 @@ def run(
             for way in ("encode", "decode"):
                 yield row(f"mimi_{way}_frame", batch, "float32", time_steps(*mimi_step(batch, way), steps))
         for kind, size in asked:
-            for name, make in STEPS[kind][1].items():
+            for name, timed in STEPS[kind][1].items():
                 # No name holds the weights, so that they are freed before the next are drawn.
-                seconds = time_steps(*make(SIZES[size], batch, jnp.dtype(dtype), quantize), steps, WARM_UP.get(name, 3))
-                frame_s = None if name == "csm_prefill" else FRAME_S
-                yield row(f"{name} {size}", batch, dtype, seconds, quantize=quantize, frame_s=frame_s)
+                seconds = time_steps(*timed.make(SIZES[size], batch, jnp.dtype(dtype), quantize), steps, timed.warm_up)
+                yield row(f"{name} {size}", batch, dtype, seconds, quantize=quantize, frame_s=timed.frame_s)
 
 
 def _sizes_of(kind: str, sizes: Sequence[str]) -> list[str]:

@@ -32,11 +32,12 @@ def random_model(config: ModelConfig, dtype: jnp.dtype, quantize: str | None = N
 
 def _drawn(part: str, network: AbstractNetwork, dtype: jnp.dtype) -> nnx.State:
     """Draw a network's parameters on the device, one by one."""
-    inputs = {".".join(map(str, path)): fan_in(variable) for path, variable in nnx.to_flat_state(network.state)}
     wanted = with_dtype(part, network.parameters, dtype)
     keys = jax.random.split(jax.random.key(0), len(wanted))
+    variables = [variable for _, variable in nnx.to_flat_state(network.state)]  # in the order of `parameters`
+    each = zip(keys, wanted.items(), variables, strict=True)
     return network.unflatten(
-        {name: _draw(key, p.shape, p.dtype, inputs[name]) for key, (name, p) in zip(keys, wanted.items(), strict=True)}
+        {name: _draw(key, p.shape, p.dtype, fan_in(variable)) for key, (name, p), variable in each}
     )
 
 

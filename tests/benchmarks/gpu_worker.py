@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.benchmarks.worker import time_steps
+
 FRAME_S = 0.08
 PUBLISHED = Path(__file__).resolve().parents[1] / "published"
 CONFIGS = {"stt-1b": "stt-1b-en_fr.config.json", "stt-2.6b": "stt-2.6b-en.config.json"}
@@ -71,7 +73,6 @@ def ours(args: argparse.Namespace) -> None:
 
 def _ours_spoken(args: argparse.Namespace) -> None:
     """Time a frame of speech, and of conversations the prefill too."""
-    import jax
     import jax.numpy as jnp
 
     from dsm_jax.benchmark import run
@@ -79,13 +80,11 @@ def _ours_spoken(args: argparse.Namespace) -> None:
 
     kind, tiny = args.size.partition("-")[0], {"tts-1.6b": of_cpu.TINY_TTS, "csm-1b": of_cpu.TINY_CSM}
     config, dtype = (tiny if args.tiny else run.SIZES)[args.size], jnp.dtype("float32" if args.tiny else "bfloat16")
-    for name, make in run.STEPS[kind][1].items():
+    for name, timed in run.STEPS[kind][1].items():
 
-        def measure(batch: int, name: str = name, make: run.Maker = make) -> dict[str, Any]:
-            seconds = run.time_steps(*make(config, batch, dtype, None), args.steps, run.WARM_UP.get(name, 3))
-            stats = jax.devices()[0].memory_stats() or {}
-            peak = round(stats.get("peak_bytes_in_use", 0) / 1e9, 2)
-            return timing(seconds, batch) | {"peak_gb": peak, "device": jax.devices()[0].device_kind}
+        def measure(batch: int, timed: run.Timed = timed) -> dict[str, Any]:
+            seconds = run.time_steps(*timed.make(config, batch, dtype, None), args.steps, timed.warm_up)
+            return timing(seconds, batch) | _device_of_jax()
 
         head = {"bench": name, "who": "ours", "size": args.size, "dtype": dtype.name}
         each_batch(head, args.batches, measure)
@@ -93,29 +92,37 @@ def _ours_spoken(args: argparse.Namespace) -> None:
 
 def _ours_heard(args: argparse.Namespace) -> None:
     """Time `stt_step`, and compare it with the bandwidth of a plain copy on the same device."""
-    import jax
     import jax.numpy as jnp
 
+    from dsm_jax.benchmark import run as bench
     from dsm_jax.benchmark.listening import stt_step
-    from dsm_jax.benchmark.run import SIZES, time_steps
 
-    config = _tiny_config() if args.tiny else SIZES[args.size]
+    config = tiny_config() if args.tiny else bench.SIZES[args.size]
     dtype = jnp.dtype("float32" if args.tiny else "bfloat16")
     bandwidth = copy_bandwidth(2**20 if args.tiny else 2**28)
 
     def run(batch: int) -> dict[str, Any]:
-        seconds = time_steps(*stt_step(config, batch, dtype), args.steps)
+        seconds = bench.time_steps(*stt_step(config, batch, dtype), args.steps)
         limit_s = bytes_per_step(config, batch, dtype.itemsize) / bandwidth
-        stats = jax.devices()[0].memory_stats() or {}
-        return timing(seconds, batch) | {
+        limits = {
             "bandwidth_gb_s": round(bandwidth / 1e9, 1),
             "limit_ms": round(1e3 * limit_s, 3),
             "share_of_limit": round(limit_s / statistics.median(seconds), 3),
-            "peak_gb": round(stats.get("peak_bytes_in_use", 0) / 1e9, 2),
-            "device": jax.devices()[0].device_kind,
         }
+        return timing(seconds, batch) | limits | _device_of_jax()
 
     each_batch({"bench": "stt_step", "who": "ours", "size": args.size, "dtype": dtype.name}, args.batches, run)
+
+
+def _device_of_jax() -> dict[str, Any]:
+    """Return the name of JAX's device, and the most memory of it that was in use."""
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "peak_gb": round((device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9, 2),
+        "device": device.device_kind,
+    }
 
 
 def copy_bandwidth(size: int) -> float:
@@ -182,7 +189,7 @@ def _moshi_spoken(args: argparse.Namespace) -> None:
     """Time a frame of `tests.benchmarks.moshi_speech`."""
     import torch
 
-    from dsm_jax.benchmark.run import WARM_UP
+    from dsm_jax.benchmark.run import STEPS
     from tests.benchmarks import moshi_speech, ours
 
     torch.set_grad_enabled(False)
@@ -191,7 +198,7 @@ def _moshi_spoken(args: argparse.Namespace) -> None:
 
     def run(batch: int) -> dict[str, Any]:
         step = moshi_speech.make(config, batch, device=args.device, dtype=dtype)
-        return _timed_torch(step, args, batch, WARM_UP["tts_frame"])
+        return _timed_torch(step, args, batch, STEPS["tts"][1]["tts_frame"].warm_up)
 
     each_batch(_torch_head("tts_frame", "moshi", args, dtype), args.batches, run)
 
@@ -222,14 +229,14 @@ def _timed_torch(step: Callable[[], object], args: argparse.Namespace, batch: in
     """Time a step of torch, each to its end on the device."""
     import torch
 
-    cuda, seconds = args.device == "cuda", []
-    for _ in range(args.steps + warm_up):
-        start = time.perf_counter()
+    cuda = args.device == "cuda"
+
+    def to_its_end() -> None:
         step()
         if cuda:
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return timing(seconds[warm_up:], batch) | {
+
+    return timing(time_steps(to_its_end, warm_up, args.steps), batch) | {
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else 0.0,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
     }
@@ -276,7 +283,7 @@ def check(args: argparse.Namespace) -> None:
     from dsm_jax.configs import MimiConfig, ModelConfig
 
     places = {"cpu": jax.devices("cpu")[0], "device": jax.devices()[0]}
-    tiny, float32 = _tiny_config(), jnp.dtype("float32")
+    tiny, float32 = tiny_config(), jnp.dtype("float32")
     for name, config in {"miniature": tiny.mimi, **({} if args.tiny else {"published": MimiConfig()})}.items():
         with jax.default_device(places["cpu"]):
             codec = random_model(ModelConfig(model_type="mimi", mimi=config), float32)
@@ -330,7 +337,8 @@ def _tokens(config: Any, place: Any) -> np.ndarray:
     return np.asarray(run(*jax.device_put((model.lm_params, codes_BQT), place)))
 
 
-def _tiny_config() -> Any:
+def tiny_config() -> Any:
+    """Return the config of a miniature speech-to-text model."""
     from dsm_jax.configs import ModelConfig
     from tests.helpers import small
 

@@ -13,10 +13,10 @@ from moshi.conditioners import ConditionAttributes, TensorCondition
 from moshi.models import LMGen, LMModel, MimiModel, loaders
 from moshi.models.tts import Entry, StateMachine, TokenIds
 
+from dsm_jax.benchmark.speaking import VOICE_STEPS
 from dsm_jax.configs import ModelConfig
 from dsm_jax.convert import kyutai_config
 from dsm_jax.tts.voices import SLOTS
-from tests.benchmarks.tasks import VOICE_STEPS
 from tests.benchmarks.worker import Step
 from tests.parity.references.kyutai import lm_config
 

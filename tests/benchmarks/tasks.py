@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 
 OURS, INT8 = "ours", "ours-int8"  # the latter with the layers' weights in int8, where the peers' are in float32 too
-VOICE_STEPS = 125  # length of the published voices: 10 s
 PACKAGES = {OURS: "jax", INT8: "jax", "moshi": "moshi", "transformers": "transformers", "rustymimi": "rustymimi"}
 
 PEERS = tuple(name for name in PACKAGES if name not in (OURS, INT8))
