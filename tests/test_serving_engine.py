@@ -372,6 +372,45 @@ def test_an_engine_that_is_stuck_is_not_alive():
     assert engine.alive()
 
 
+def test_a_stuck_step_ends_its_sessions_and_the_engine_though_its_thread_still_waits():
+    faults, entered, released = [], threading.Event(), threading.Event()
+    engine, program, clock, _ = make(1, on_fault=faults.append)
+    session, waiting, step = Fake(1, 1), Fake(2, is_file=True), program.step
+    begin(engine, session, waiting)
+
+    def stuck(*args, **kwargs):
+        entered.set()
+        released.wait(30)
+        return step(*args, **kwargs)
+
+    program.step = stuck
+    engine.run()
+    assert entered.wait(10)
+    engine.give_up_if_stuck()
+    assert (faults, engine.stuck, session.got) == ([], False, [])
+    clock.now += LONGEST_STEP_S + 1
+    engine.give_up_if_stuck()
+    engine.give_up_if_stuck()
+    assert [str(fault) for fault in faults] == ["a step has taken over 30 s"]
+    for one in (session, waiting):
+        assert one.got[-1] == Ended(1011, "the server's engine has failed")
+    assert engine.stuck
+    engine.close()  # does not wait for the thread
+    assert engine._thread.is_alive()
+    released.set()
+    engine._thread.join(10)
+    assert not engine._thread.is_alive()
+    assert len(faults) == 1
+
+
+def test_an_engine_whose_server_took_long_to_start_is_not_stuck():
+    engine, _, clock, _ = make(1)
+    clock.now += LONGEST_STEP_S + 1
+    engine.run()
+    assert engine.alive()
+    engine.close()
+
+
 def test_the_thread_takes_steps_when_it_is_woken_and_ends_when_it_is_closed():
     done = threading.Event()
     engine, _, _, _ = make(1)

@@ -242,6 +242,38 @@ def test_restarting_begins_anew_and_keeps_audio_that_waits(bench, clips, wanted)
     same([m.word for m in messages(session)[at:] if isinstance(m, WordEnded)], wanted[1].words)
 
 
+def test_beginning_anew_keeps_markers_and_what_is_no_whole_frame(bench):
+    session = bench.begin()
+    session.push(np.zeros(20 * FRAME + 1000, np.float32))
+    session.mark(7)
+    bench.run(0.1)
+    bench.engine.restart(session)
+    bench.run(0.1)
+    session.push(np.zeros(FRAME - 1000, np.float32))
+    bench.run(1.0)
+    at = messages(session).index(Started(), 1)
+    assert [type(message) for message in messages(session)[at:]] == [Started, Heard, Marked]
+    assert messages(session)[-1] == Marked(7)
+    bench.end(session)
+
+
+def test_beginning_anew_drops_the_silence_of_a_marker(bench):
+    session = bench.begin()
+    session.push(np.zeros(10 * FRAME, np.float32))
+    session.mark(1, flush=True)
+    while len(of(session, Heard)) < 10:
+        bench.engine.turn()
+    bench.engine.turn()  # takes some of the silence
+    bench.engine.restart(session)
+    bench.run(1.0)
+    session.push(np.zeros(3 * FRAME, np.float32))
+    bench.run(1.0)
+    at = messages(session).index(Started(), 1)
+    assert [message.index for message in messages(session)[at:] if isinstance(message, Heard)] == [0, 1, 2]
+    assert of(session, Marked) == [Marked(1)]
+    bench.end(session)
+
+
 def test_a_client_ahead_of_its_slot_is_told_what_waits(bench, clips):
     session = bench.begin()
     session.push(clips[0])

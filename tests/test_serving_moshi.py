@@ -28,7 +28,7 @@ from dsm_jax import audio
 from dsm_jax.runtime.compile import compilations
 from dsm_jax.serving.encoding import pcm16, wav_header
 from dsm_jax.serving.moshi import routes, wire
-from dsm_jax.serving.outbox import Ended
+from dsm_jax.serving.outbox import Ended, Started
 from dsm_jax.serving.sockets import ClosedError
 from dsm_jax.serving.speaking import Said, Sound
 from dsm_jax.stt.events import Word, WordEnded, WordStarted
@@ -538,6 +538,14 @@ def test_the_rest_of_a_word_is_told_with_its_end_and_details_replace_it():
     assert words.ended(WordEnded(word("wor"))) == [wire.EndWord(0.9)]
     assert words.ended(WordEnded(word("again"))) == [wire.Word("again", 0.5), wire.EndWord(0.9)]
     assert routes.WordMessages(details=True).ended(WordEnded(word("one"))) == [wire.EndWord(0.9, "one", 0.5, 0.25)]
+
+
+def test_a_word_that_was_begun_before_the_session_began_anew_is_forgotten():
+    words = routes.WordMessages()
+    for message in (WordStarted("two", 0.5), Started()):
+        routes.heard_messages(None, words, message)
+    told = [routes.heard_messages(None, words, one) for one in (WordStarted("seven", 0.5), WordEnded(word("seven")))]
+    assert told == [[wire.Word("seven", 0.5)], [wire.EndWord(0.9)]]
 
 
 def test_messages_reach_the_session_as_they_were_meant(monkeypatch):

@@ -72,6 +72,10 @@ class Device:
 class Engine:
     """The slots of a model and the sessions of its clients.
 
+    Attributes:
+      fault: error that has ended the engine; None while it runs.
+      stuck: whether it has ended in a step that may never end.
+
     Args:
       name: name of the model, for messages.
       slots: slots of the program, all free, warmed up; made with `behind=0`.
@@ -84,7 +88,7 @@ class Engine:
       reserve: slots that sessions of files may not take.
       queue: sessions of files that may wait; None for twice the slots.
       on_step: called with the seconds of each step and the number of sessions that it had input for.
-      on_fault: called once, on the engine's thread, with an error that ends the engine.
+      on_fault: called once with an error that ends the engine.
       clock: seconds, monotonic.
     """
 
@@ -107,6 +111,7 @@ class Engine:
     ):
         self.name, self.total, self.min_step = name, slots.program.slots, min_step
         self.fault: BaseException | None = None
+        self.stuck = False
         slots.caught = Exception  # a fault in one session's handling costs the others nothing
         self._slots, self._post, self._plan, self._hurry, self._clock = slots, post, plan, hurry, clock
         self._device, self._urgent = device or Device(), urgent
@@ -146,6 +151,13 @@ class Engine:
     def alive(self) -> bool:
         """Tell whether the thread has looked at the clock lately."""
         return self.fault is None and self._clock() - self._beat < LONGEST_STEP_S
+
+    def give_up_if_stuck(self) -> None:
+        """End all sessions if a turn has taken too long: the device may never answer."""
+        if self.fault is None and not self.alive():
+            self.stuck = True
+            _log.error("the engine of %s is stuck: a step has taken over %.0f s", self.name, LONGEST_STEP_S)
+            self._fail(FaultError(f"a step has taken over {LONGEST_STEP_S:.0f} s"))
 
     def hold(self, session: Any) -> bool:
         """Take a slot for a session, or a place in the queue where the session is a file's.
@@ -206,6 +218,7 @@ class Engine:
 
     def run(self) -> None:
         """Start the thread."""
+        self._beat = self._clock()  # the models after this one may have taken a while to load
         self._thread = threading.Thread(target=self._loop, name=f"engine {self.name}", daemon=True)
         self._thread.start()
 
@@ -214,7 +227,7 @@ class Engine:
         with self._changed:
             self._closed = True
             self._wake()
-        if self._thread is not None:
+        if self._thread is not None and not self.stuck:
             self._thread.join(LONGEST_STEP_S)
 
     # The engine's own thread.
@@ -228,13 +241,14 @@ class Engine:
                         self._changed.wait(min(wait, _IDLE_S))
                     self._woken = False
         except BaseException as error:
-            _log.exception("the engine of %s has ended", self.name)
-            self._fail(error)
+            if not self.stuck:  # its end has been told
+                _log.exception("the engine of %s has ended", self.name)
+                self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         """End all sessions with an error of the server."""
         with self._changed:
-            self.fault = error
+            self.fault, self._closed = error, True
             ending = [*self._held, *self._queue]
             self._held.clear()
             self._queue.clear()

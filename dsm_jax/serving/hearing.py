@@ -235,14 +235,22 @@ class LiveHearing(RecordingSession):
     # The engine's side.
 
     def restart(self) -> None:
-        """Begin anew with a fresh model state; audio that was not transcribed is kept."""
-        kept_T = self.buffer.pop_frames(self.buffer.ready)
+        """Begin anew with a fresh model state; audio that was not transcribed is kept, and so are markers."""
+        size, first, marks = self.buffer.frame_size, self._popped * self.buffer.frame_size, self._marks
+        kept_T = self.buffer.pop_all()
+        # Neither silence that was added nor what comes before the audio is the client's.
+        for start, end in [*reversed(self._silence), (0, self._before)]:
+            kept_T = np.delete(kept_T, slice(max(0, start - first), max(0, end - first)))
+        passed = -(-max(first, self._before) // size)  # frames of the stream before what is kept
         transcriber, utterance = self.transcriber, self._utterance
         self._gone += max(0, self.buffer.samples - kept_T.size)
         self._arrived.clear()
         self.buffer, self.reader = transcriber.buffer(utterance), transcriber.reader(utterance)
         self.events.clear()
         self._fresh()
+        lead = -(-self._before // size)
+        self._marks.extend(dataclasses.replace(mark, due=lead + max(0, mark.due - passed)) for mark in marks)
+        self._flushes = sum(mark.flush for mark in self._marks)
         if kept_T.size:
             self.buffer.push(kept_T)
 

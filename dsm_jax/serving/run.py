@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -108,7 +109,12 @@ def serve(config: ServerConfig, *, on_ready: Callable[[Server, str], None] = lam
         # is heard.
         gc.collect()
         gc.freeze()
-        return asyncio.run(_serve(server, listener, on_ready))
+        code = asyncio.run(_serve(server, listener, on_ready))
+        if server.stuck:
+            # Python's own end would wait for the device. Whoever keeps the process running can start it again.
+            logging.shutdown()
+            os._exit(code)
+        return code
     finally:
         listener.close()
 

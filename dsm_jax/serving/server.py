@@ -26,8 +26,10 @@ from dsm_jax.serving.speaking import Said, Sound
 from dsm_jax.stt.events import WordEnded
 
 OUTBOX = 1_000  # messages to a listener, about 80 s of frames, after which a client reads too slowly
+QUEUED_S = 180.0  # of audio that may wait with a session that waits for a slot
 INBOX_S = 60.0  # of audio that may wait, after which a client is not read: Kyutai's scripts end with 40 s of silence
 QUEUE_S = 30.0  # that a recording waits for a slot
+_WATCH_S = 1.0  # between two looks at the engines
 FRAME_S = 0.080  # between live frames, within which a step must be over
 # The most of a frame's time that a step may take: with 71 of 80 ms, stt-1b in one slot lags behind one stream.
 _STEPS_SHARE = 0.8
@@ -94,6 +96,7 @@ class Server:
         self.loop: asyncio.AbstractEventLoop | None = None
         self._device, self._tickets = Device(), set[Ticket]()
         self.end: Callable[[], None] = lambda: None
+        self._watching: asyncio.Future[None] | None = None
 
     # Start and end.
 
@@ -141,13 +144,28 @@ class Server:
         self.loop = asyncio.get_running_loop()
         for served in self.models:
             served.engine.run()
+        self._watching = asyncio.ensure_future(self._watch())
         self.ready = True
 
     def stop(self) -> None:
         """End the engines."""
         self.ready = False
+        if self._watching is not None:
+            self._watching.cancel()
         for served in self.models:
             served.engine.close()
+
+    async def _watch(self) -> None:
+        """End the sessions of an engine that is stuck, and the server with them."""
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            for served in self.models:
+                served.engine.give_up_if_stuck()
+
+    @property
+    def stuck(self) -> bool:
+        """Tell whether an engine's thread is in a step that has not ended, so that the process would wait for it."""
+        return any(served.engine.stuck for served in self.models)
 
     async def drain(self, seconds: float) -> None:
         """Take no more sessions, let those that run end for some seconds, then end them with their last words."""
@@ -293,11 +311,13 @@ class Ticket:
       code: close code that the session ended with; None while it runs.
       reason: word for the reason of the end, for logs and metrics, such as "client", "finished", "idle" or "drain".
       is_whole: whether the client waits for all of a recording or text, of which a part would be a wrong answer.
+      told_at: time of the session's last message to the client, or of its start.
     """
 
     def __init__(self, server: Server, served: Served, session: Any, dialect: str, *, queued: bool):
         self.server, self.served, self.session, self.dialect = server, served, session, dialect
         self.id, self.began, self.queued = os.urandom(6).hex(), time.monotonic(), queued
+        self.told_at = self.began
         self.code: int | None = None
         self.reason = "client"
         self.frames = self.words = 0
@@ -334,6 +354,7 @@ class Ticket:
         outbox: Outbox = self.session.outbox
         while True:
             for message in await outbox.take():
+                self.told_at = time.monotonic()
                 self._count(message)
                 yield message
                 if isinstance(message, Ended):

@@ -14,7 +14,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from dsm_jax.errors import DsmError
 from dsm_jax.serving.access import Refusal
-from dsm_jax.serving.server import INBOX_S, Server, Ticket
+from dsm_jax.serving.server import INBOX_S, QUEUED_S, Server, Ticket
 
 LAST_WORDS_S = 4.0  # that a session has for its last words when the server drains
 _SEND_S = 60.0  # that a client may take to read a message
@@ -52,17 +52,27 @@ async def admitted(server: Server, socket: WebSocket, answer: Callable[[Refusal]
 async def received(socket: WebSocket, server: Server, ticket: Ticket) -> AsyncIterator[str | bytes]:
     """Yield a client's messages while it keeps up and is kept up with.
 
+    A session is idle once it has neither received nor sent anything for a while: a client that has sent all of its text
+    may listen to the speech for as long as that lasts, and one that waits for a slot may wait.
+
     Raises:
-      ClosedError: the client was idle, or its session has lasted as long as any may, or the server drains.
+      ClosedError: the session was idle, or has lasted as long as any may, or the server drains.
     """
     config, session, loop = server.config, ticket.session, asyncio.get_running_loop()
-    ends = loop.time() + config.max_session_s
+    ends, heard_at = loop.time() + config.max_session_s, loop.time()
     while True:
-        while getattr(session, "waiting", 0.0) > INBOX_S and not ticket.hurried and loop.time() < ends:
+        # Of a session that waits for a slot more is read, so that it is noticed when its client leaves.
+        while (
+            getattr(session, "waiting", 0.0) > (QUEUED_S if ticket.queued else INBOX_S)
+            and not ticket.hurried
+            and loop.time() < ends
+        ):
             await asyncio.sleep(0.05)
+            heard_at = loop.time()
+        idle_at = (loop.time() if ticket.queued else max(heard_at, ticket.told_at)) + config.idle_s
         try:
             # No task for each message: with many streams that would be most of the event loop's work.
-            async with asyncio.timeout_at(min(loop.time() + config.idle_s, ends)) as limit:
+            async with asyncio.timeout_at(min(idle_at, ends)) as limit:
                 ticket.reading = limit
                 if ticket.hurried:
                     limit.reschedule(loop.time())
@@ -72,9 +82,12 @@ async def received(socket: WebSocket, server: Server, ticket: Ticket) -> AsyncIt
                 raise ClosedError(1001, "the server is shutting down", "drain") from None
             if loop.time() >= ends:
                 raise ClosedError(1000, f"a session lasts at most {config.max_session_s:.0f} s", "limit") from None
+            if ticket.queued or ticket.told_at + config.idle_s > idle_at:
+                continue
             raise ClosedError(1000, f"nothing was received for {config.idle_s:.0f} s", "idle") from None
         finally:
             ticket.reading = None
+        heard_at = loop.time()
         if message["type"] == "websocket.disconnect":
             return
         data = message.get("bytes")

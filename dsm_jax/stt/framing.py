@@ -160,6 +160,12 @@ class FrameBuffer:
             wanted -= part.size
         return np.concatenate([np.zeros(0, np.float32), *parts])
 
+    def pop_all(self) -> np.ndarray:
+        """Return all samples that were not popped, with those of a frame that is not whole: [T]."""
+        held, self._size = [np.zeros(0, np.float32), *self._held], 0
+        self._held.clear()
+        return np.concatenate(held)
+
 
 def word_reader(
     config: ModelConfig,

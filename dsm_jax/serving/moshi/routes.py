@@ -50,6 +50,10 @@ class WordMessages:
         self._details = details
         self._told: list[tuple[str, float]] = []  # words that have begun and not ended
 
+    def restarted(self) -> None:
+        """Forget words that will never end, as the session has begun anew."""
+        self._told.clear()
+
     def started(self, event: WordStarted) -> list[wire.Outgoing]:
         """Return the messages for a word that begins."""
         self._told.append((event.text, event.start))
@@ -71,6 +75,7 @@ def heard_messages(session: LiveHearing, words: WordMessages, message: Any) -> l
     """Return moshi's messages for a message of a session."""
     match message:
         case Started():
+            words.restarted()
             return [wire.Ready()]
         case Heard():
             return [wire.Step(message.index, message.pauses or NO_PAUSES, message.buffered)]
