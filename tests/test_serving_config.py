@@ -201,6 +201,7 @@ def test_a_setting_that_moshi_server_has_not_is_refused_by_name(tmp_path, old, n
         ("[server]", "[serve]\n[server]", r"unknown tables \['serve'\]; expected \[server\] and \[models.NAME\]"),
         ('["$SECRET"]', '[""]', "a key is empty"),
         ("max_session_s = 60", "max_session_s = -1", "max_session_s is -1.0; expected a number from 0"),
+        ("max_session_s = 60", "reserve_live = -3", "server: reserve_live is -3; expected a number from 0"),
         ('["$SECRET"]', '["  "]', "a key is empty"),
         ('log_format = "json"', 'log_format = "xml"', "log_format is 'xml'; expected 'text' or 'json'"),
         ('quantize = "int8"', 'quantize = "int4"', "models.listener: quantize is 'int4'; expected 'int8'"),
@@ -266,7 +267,7 @@ def settings(*arguments):
     return serve.settings(parser().parse_args(["serve", *map(str, arguments)]))
 
 
-@pytest.mark.parametrize("name", ["max_session_s", "max_upload_mb", "drain_s", "idle_s", "min_step_ms"])
+@pytest.mark.parametrize("name", ["max_session_s", "max_upload_mb", "drain_s", "idle_s", "min_step_ms", "reserve_live"])
 def test_numbers_that_the_server_cannot_count_to_are_refused(name):
     assert getattr(ServerConfig(**{name: 0}), name) == 0
     for value in (-1, 1e9, math.nan):

@@ -128,7 +128,7 @@ class ServerConfig:
             raise ConfigError(f"the port is {self.port}; expected a number from 0, which takes a free one, to 65535")
         if any(not key.strip() for key in self.keys):
             raise ConfigError("a key is empty; give keys of some length, or none")
-        for name in ("max_session_s", "max_upload_mb", "drain_s", "idle_s", "min_step_ms"):
+        for name in ("max_session_s", "max_upload_mb", "drain_s", "idle_s", "min_step_ms", "reserve_live"):
             if not 0 <= getattr(self, name) < 1e9:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a number from 0")
         paths = [model.path for model in self.models]
