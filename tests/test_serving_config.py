@@ -1,6 +1,7 @@
 """Configuration files of a server: our own form and moshi-server's, strictly read."""
 
 import math
+import re
 
 import huggingface_hub
 import pytest
@@ -150,6 +151,33 @@ def test_our_form_is_read_and_the_environment_is_filled_in(tmp_path, monkeypatch
     assert config.models[2].voice_folder == tmp_path / "voices"
     assert [m.quantize for m in config.models] == ["int8", None, None]
     assert load_settings(config.models[0]).quantize == "int8"
+
+
+@pytest.mark.parametrize(
+    "written_as,value",
+    [
+        ("$SECRET", "s3cr$et9value$$"),
+        ("${SECRET}s", "s3cr$et9value$$s"),
+        ("$SECRET$SECRET", "s3cr$et9value$$" * 2),
+        ("$$SECRET", "$SECRET"),
+        ("a$$b$$", "a$b$"),
+        ("$$$SECRET", "$s3cr$et9value$$"),
+        ("a$-b$", "a$-b$"),
+    ],
+)
+def test_a_dollar_of_the_environments_value_stands_and_two_of_the_file_are_one(
+    tmp_path, monkeypatch, written_as, value
+):
+    monkeypatch.setenv("SECRET", "s3cr$et9value$$")
+    assert read_config(written(tmp_path, OURS.replace("$SECRET", written_as))).keys == (value,)
+
+
+@pytest.mark.parametrize("name", ["$SECRETS", "${SECRETS}", "${SECRET"])
+def test_a_variable_that_there_is_not_is_refused_as_it_is_written(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("SECRET", "s")
+    words = f"names {name}, which the environment has not; set it, or write $$ for a $"
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        read_config(written(tmp_path, OURS.replace("$SECRET", f"a{name}")))
 
 
 def test_a_path_and_a_temperature_are_those_of_the_file(tmp_path):

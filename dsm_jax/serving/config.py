@@ -18,6 +18,8 @@ from dsm_jax.errors import ConfigError
 
 ASR_PATH, TTS_PATH = "/api/asr-streaming", "/api/tts_streaming"
 _HUB = re.compile(r"hf://([^/]+/[^/@]+)(?:@([^/]+))?/.+")
+# A brace that is not closed is part of the name, so that no variable is found.
+_VARIABLE = re.compile(r"\$(?:\$|\{(?P<braced>\w+)\}|(?P<plain>\{?\w+))")
 _KINDS: Mapping[str, Literal["stt", "tts"]] = {
     "BatchedAsr": "stt",
     "PyBatchedAsr": "stt",
@@ -167,7 +169,7 @@ def default_path(kind: str, number: int) -> str:
 def read_config(path: Path) -> ServerConfig:
     """Read a configuration file, TOML: `[server]` and `[models.NAME]`, or moshi-server's `[modules.NAME]`.
 
-    `$NAME` and `${NAME}` in strings are taken from the environment.
+    `$NAME` and `${NAME}` in strings are taken from the environment; `$$` is a `$`.
 
     Raises:
       ConfigError: the file cannot be read, or holds an unknown key or a value that the server does not support.
@@ -215,17 +217,25 @@ def _model(table: Mapping[str, Any], where: str, folder: Path) -> ServedModel:
 
 
 def _expanded(value: Any) -> Any:
-    """Replace `$NAME` in all strings by the environment's values."""
+    """Replace `$NAME` in all strings by the environment's values, which may have a `$` themselves, and `$$` by `$`."""
     if isinstance(value, str):
-        expanded = os.path.expandvars(value)
-        if missing := re.search(r"\$\{?(\w+)", expanded):
-            raise ConfigError(f"the configuration names ${missing[1]}, which the environment has not; set it")
-        return expanded
+        return _VARIABLE.sub(_of_environment, value)
     if isinstance(value, list):
         return [_expanded(item) for item in value]
     if isinstance(value, dict):
         return {key: _expanded(item) for key, item in value.items()}
     return value
+
+
+def _of_environment(found: re.Match[str]) -> str:
+    if found[0] == "$$":
+        return "$"
+    name = found["braced"] or found["plain"]
+    if name not in os.environ:
+        raise ConfigError(
+            f"the configuration names {found[0]}, which the environment has not; set it, or write $$ for a $"
+        )
+    return os.environ[name]
 
 
 def _of_moshi(values: Mapping[str, Any], path: Path) -> ServerConfig:
