@@ -328,6 +328,26 @@ def test_keys_are_the_lines_of_a_file_and_the_parts_of_the_variable(tmp_path, mo
     assert settings("--api-key-file", path).keys == ("first", "second", "third", "fourth")
 
 
+def test_keys_beside_no_auth_are_refused_wherever_they_are(tmp_path, monkeypatch):
+    monkeypatch.delenv(serve.KEYS, raising=False)
+    config, path = written(tmp_path, '[server]\nkeys = ["first"]'), tmp_path / "keys"
+    path.write_text("second\n")
+    assert settings("--config", config, "--api-key-file", path).keys == ("first", "second")
+    open_to_all = settings("--no-auth")
+    assert (open_to_all.no_auth, open_to_all.keys) == (True, ())
+
+    def refused(*arguments, places: str) -> None:
+        words = f"keys are given by {places}; leave out --no-auth or the keys"
+        with pytest.raises(UsageError, match=re.escape(words)):
+            settings("--no-auth", *arguments)
+
+    refused("--api-key-file", path, places=f"--api-key-file {path}")
+    refused("--config", config, places=f"the configuration {config}")
+    monkeypatch.setenv(serve.KEYS, "third")
+    refused(places="the variable DSM_JAX_API_KEYS")
+    refused("--api-key-file", path, places=f"the variable DSM_JAX_API_KEYS and --api-key-file {path}")
+
+
 @pytest.mark.parametrize("line", ["# alice", "correct horse battery", "one\ttwo"])
 def test_a_key_with_white_space_is_refused_in_a_file_and_not_printed(tmp_path, monkeypatch, line):
     path = tmp_path / "keys"

@@ -57,9 +57,8 @@ def settings(args: argparse.Namespace) -> "ServerConfig":
         changes["origins"] = (*config.origins, *args.origin)
     changes |= {name: False for name in ("page", "metrics") if getattr(args, f"no_{name}")}
     if args.no_auth:
-        changes |= {"no_auth": True, "keys": ()}
-    elif keys := _keys(args):
-        changes["keys"] = (*config.keys, *keys)
+        changes["no_auth"] = True
+    changes["keys"] = _keys(args, config.keys)
     if named := _models(args):
         changes["models"] = named
     elif not config.models:
@@ -121,11 +120,22 @@ def _default_models(args: argparse.Namespace) -> tuple["ServedModel", ...]:
     return _models(chosen)
 
 
-def _keys(args: argparse.Namespace) -> list[str]:
-    """Return the keys of a file and of the environment."""
-    keys = os.environ.get(KEYS, "").split(",")
-    if args.api_key_file is not None:
-        keys += _lines(args.api_key_file)
+def _keys(args: argparse.Namespace, configured: Sequence[str]) -> tuple[str, ...]:
+    """Return the keys of the configuration, of the environment and of a file; with --no-auth there may be none."""
+    in_file = [] if args.api_key_file is None else _lines(args.api_key_file)
+    places = {
+        f"the configuration {args.config}": configured,
+        f"the variable {KEYS}": _filled(os.environ.get(KEYS, "").split(",")),
+        f"--api-key-file {args.api_key_file}": _filled(in_file),
+    }
+    if args.no_auth and (named := [place for place, keys in places.items() if keys]):
+        raise UsageError(
+            f"--no-auth lets everyone in, and keys are given by {' and '.join(named)}; leave out --no-auth or the keys"
+        )
+    return tuple(key for keys in places.values() for key in keys)
+
+
+def _filled(keys: Sequence[str]) -> list[str]:
     return [key.strip() for key in keys if key.strip()]
 
 
