@@ -283,6 +283,41 @@ def test_a_host_that_others_reach_needs_keys():
 
 
 @pytest.mark.parametrize(
+    "given,kept",
+    [
+        ("https://app.example", "https://app.example"),
+        ("HTTPS://App.Example/", "https://app.example"),
+        ("https://app.example:443", "https://app.example"),
+        ("http://app.example:443/", "http://app.example:443"),
+        ("http://[::1]:80", "http://[::1]"),
+        ("chrome-extension://abcdef", "chrome-extension://abcdef"),
+    ],
+)
+def test_an_origin_is_kept_as_browsers_write_it(given, kept):
+    assert ServerConfig(origins=(given,)).origins == (kept,)
+    assert settings("--origin", given).origins == (kept,)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "*",
+        "null",
+        "",
+        "app.example",
+        "https://",
+        "https://app.example/page",
+        "https://a@app.example",
+        "https://é.example",
+    ],
+)
+def test_an_origin_that_no_browser_sends_is_refused(origin):
+    words = f"the origin is {origin!r}; expected a scheme and a host alone, such as https://app.example"
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        ServerConfig(origins=(origin,))
+
+
+@pytest.mark.parametrize(
     "host,loopback",
     [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
      ("example.com", False), ("192.168.0.1", False), ("", False)],

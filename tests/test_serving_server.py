@@ -8,6 +8,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 from starlette.requests import HTTPConnection
@@ -16,6 +17,7 @@ from starlette.websockets import WebSocketDisconnect, WebSocketState
 from dsm_jax.errors import AudioError, DsmError, FullError, SpeechError
 from dsm_jax.serving import sockets, uploads
 from dsm_jax.serving.access import Keys, allowed_host, allowed_origin
+from dsm_jax.serving.app import make_app
 from dsm_jax.serving.config import ServedModel, ServerConfig
 from dsm_jax.serving.hearing import Heard
 from dsm_jax.serving.outbox import Ended, Outbox, Started
@@ -189,6 +191,51 @@ def test_pages_are_let_in_from_their_own_or_a_listed_origin_by_names_in_any_case
         assert allowed_host(connection(host=host), local) == let_in, host
     for other in (dataclasses.replace(local, host="0.0.0.0"), dataclasses.replace(local, keys=("key of this server",))):
         assert allowed_host(connection(host="evil.example"), other)
+
+
+LISTED, UNLISTED = "https://app.example", "https://evil.example"
+
+
+def asked(method: str, origin: str, *, origins: tuple[str, ...] = (LISTED,), **headers: str) -> httpx.Response:
+    """Return what a page of an origin gets from a server with a key."""
+
+    async def ask() -> httpx.Response:
+        server = Server(ServerConfig(keys=("right",), origins=origins), "0")
+        web = httpx.ASGITransport(make_app(server))
+        async with httpx.AsyncClient(transport=web, base_url="http://here.example") as client:
+            return await client.request(method, "/v1/models", headers={"origin": origin, **headers})
+
+    return asyncio.run(ask())
+
+
+PREFLIGHT = {
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization,content-type,x-stainless-lang",
+    "access-control-request-private-network": "true",
+}
+
+
+def test_a_page_of_a_listed_origin_may_ask_and_read_the_answer():
+    question = asked("OPTIONS", LISTED, **PREFLIGHT)
+    assert question.status_code == 200
+    assert question.headers["access-control-allow-origin"] == LISTED
+    assert "POST" in question.headers["access-control-allow-methods"]
+    assert question.headers["access-control-allow-headers"] == PREFLIGHT["access-control-request-headers"]
+    assert question.headers["access-control-allow-private-network"] == "true"
+    assert question.headers["x-content-type-options"] == "nosniff"
+    for key, code in (("right", 200), ("wrong", 401)):
+        answer = asked("GET", LISTED, authorization=f"Bearer {key}")
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (code, LISTED)
+        assert answer.headers["vary"] == "Origin"
+
+
+@pytest.mark.parametrize(("origin", "origins"), [(UNLISTED, (LISTED,)), (UNLISTED, ()), ("null", (LISTED,))])
+def test_a_page_of_another_origin_is_told_nothing(origin, origins):
+    question = asked("OPTIONS", origin, origins=origins, **PREFLIGHT)
+    answer = asked("GET", origin, origins=origins, authorization="Bearer right")
+    assert (question.status_code, answer.status_code) == (400 if origins else 403, 403)
+    for told in (question, answer):
+        assert "access-control-allow-origin" not in told.headers
 
 
 def ticket(server: Server, *, queued: bool = False, **session) -> Ticket:

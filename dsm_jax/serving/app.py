@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
@@ -95,6 +96,15 @@ def make_app(server: Server) -> Starlette:
             server.stop()
 
     app = Starlette(routes=routes, lifespan=lifespan)
+    if server.config.origins:
+        # Before the check of keys, as browsers send none with the question whether a page may send one.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=server.config.origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            allow_private_network=True,
+        )
     app.add_middleware(_WithHeaders)
     return app
 

@@ -20,6 +20,8 @@ ASR_PATH, TTS_PATH = "/api/asr-streaming", "/api/tts_streaming"
 _HUB = re.compile(r"hf://([^/]+/[^/@]+)(?:@([^/]+))?/.+")
 # A brace that is not closed is part of the name, so that no variable is found.
 _VARIABLE = re.compile(r"\$(?:\$|\{(?P<braced>\w+)\}|(?P<plain>\{?\w+))")
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]+))?/?")
+_OWN_PORTS = {"http": "80", "https": "443"}
 _KINDS: Mapping[str, Literal["stt", "tts"]] = {
     "BatchedAsr": "stt",
     "PyBatchedAsr": "stt",
@@ -93,8 +95,8 @@ class ServerConfig:
       host, port: where to listen.
       keys: keys of clients; empty for none.
       no_auth: let clients in without a key though the host is not loopback.
-      origins: web origins that may connect besides the server's own; without keys on the loopback, their hosts are also
-        the only names besides the loopback's by which the server may be reached.
+      origins: web origins whose pages may connect besides the server's own, kept as browsers write them; without keys
+        on the loopback, their hosts are also the only names besides the loopback's by which the server may be reached.
       max_session_s: seconds after which a session is ended.
       max_upload_mb: size of an uploaded recording, in 10^6 bytes.
       min_step_ms: milliseconds from one step's start to the next; more gathers more frames into one step.
@@ -130,6 +132,7 @@ class ServerConfig:
             raise ConfigError(f"the port is {self.port}; expected a number from 0, which takes a free one, to 65535")
         if any(not key.strip() for key in self.keys):
             raise ConfigError("a key is empty; give keys of some length, or none")
+        object.__setattr__(self, "origins", tuple(map(_origin, self.origins)))
         for name in ("max_session_s", "max_upload_mb", "drain_s", "idle_s", "min_step_ms", "reserve_live"):
             if not 0 <= getattr(self, name) < 1e9:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a number from 0")
@@ -148,6 +151,15 @@ class ServerConfig:
                 f"the server would listen on {self.host} without keys; give --api-key-file FILE or the variable "
                 "DSM_JAX_API_KEYS, or --no-auth if everyone may use it"
             )
+
+
+def _origin(text: str) -> str:
+    """Return an origin as browsers write it: in small letters, without a slash and without the scheme's own port."""
+    found = _ORIGIN.fullmatch(text.lower())
+    if found is None:
+        raise ConfigError(f"the origin is {text!r}; expected a scheme and a host alone, such as https://app.example")
+    scheme, host, port = found.groups()
+    return f"{scheme}://{host}" + (f":{port}" if port and port != _OWN_PORTS.get(scheme) else "")
 
 
 def is_loopback(host: str) -> bool:
