@@ -636,6 +636,23 @@ def test_a_language_is_one_of_those_in_the_models_name():
         assert caught.value.param == "language"
 
 
+@pytest.mark.parametrize(
+    ("known", "name"),
+    [
+        *(("en", name) for name in ("kyutai/stt-2.6b-en-trfs", "models/stt-2.6b-en", "stt-2.6b-en", "stt-2.6b-en-2")),
+        *((None, name) for name in ("digits-ft", "me/digits-hf", "stt-it", "stt-1b-v_ok", "me/stt-1b-en-ft", "asr-en")),
+    ],
+)
+def test_only_a_published_name_tells_languages(known, name):
+    model = SimpleNamespace(name=name)
+    assert check_language(None, model, "language") == known
+    if known is None:
+        assert check_language("de", model, "language") == "de"
+    else:
+        with pytest.raises(ApiError, match=f"language is 'de'; expected one of en, the languages of {name}"):
+            check_language("de", model, "language")
+
+
 @pytest.mark.parametrize("form", ["mp3", "opus", "flac", "wav", "pcm"])
 def test_an_encoder_gives_the_same_bytes_for_any_pieces(form):
     pcm_T = (0.3 * np.sin(np.arange(30_000) / 20)).astype(np.float32)

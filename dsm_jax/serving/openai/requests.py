@@ -28,7 +28,8 @@ GRANULARITIES = ("segment", "word")
 SPEEDS = (0.25, 4.0)
 _FORM_OVERHEAD = 1 << 20  # bytes of a form around its file
 _LANGUAGE = re.compile(r"([a-z]{2,3})(?:[-_][A-Za-z0-9]{2,8})*")
-_NAME_LANGUAGES = re.compile(r"-((?:[a-z]{2}_)*[a-z]{2})$")  # as in stt-1b-en_fr
+# Of Kyutai's names alone, as the end of another's may mean anything; the number is that of a model served twice.
+_NAME_LANGUAGES = re.compile(r"(?:.*/)?stt-[0-9.]+b-((?:en|fr)(?:_(?:en|fr))*)(?:-candle|-mlx|-trfs)?(?:-[0-9]+)?/?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +194,7 @@ def check_language(language: str | None, served: Served, param: str) -> str | No
     Raises:
       ApiError: no code of a language, or one that the model does not know.
     """
-    found = _NAME_LANGUAGES.search(served.name)
+    found = _NAME_LANGUAGES.fullmatch(served.name)
     known = found[1].split("_") if found else []
     if language is None:
         return known[0] if len(known) == 1 else None
