@@ -104,6 +104,12 @@ def test_moshi_servers_form_is_read_as_it_stands(tmp_path):
     )  # fmt: skip
 
 
+def test_keys_of_another_type_of_moshi_servers_modules_are_passed_over(tmp_path):
+    text = STT.replace("[modules.asr.model]", "[modules.asr.py]\ncfg_coef = 2.0\nn_q = 8\n[modules.asr.model]")
+    text = text.replace("text_bos_token = 1", "text_bos_token = 1\nasr_delay_in_tokens = 6")
+    assert read_config(written(tmp_path, text)) == read_config(written(tmp_path, STT))
+
+
 def test_a_revision_is_passed_on_from_either_form_and_the_command_line(tmp_path, monkeypatch):
     asked = []
 

@@ -52,6 +52,24 @@ def test_what_was_not_asked_for_is_the_familys_default_and_slots_are_of_the_devi
     assert made == [("ScriptService", 8, default), ("ScriptService", 64, default)]
 
 
+@pytest.mark.parametrize(
+    ("kind", "family", "settings"),
+    [
+        ("stt", "stt", {"guidance_scale": 2.0, "padding_bonus": 0.5}),
+        ("stt", "stt", {"codebooks": 3}),
+        ("stt", "stt", {"padding_between": 1}),
+        ("stt", "stt", {"default_voice": "nobody", "voice_folder": Path("v")}),
+        ("tts", "tts", {"asr_delay_in_tokens": 6}),
+        ("tts", "csm", {"asr_delay_in_tokens": 6, "codebooks": 3}),
+    ],
+)
+def test_a_setting_that_a_family_does_not_have_is_refused(made, kind, family, settings):
+    named = ", ".join(sorted(settings))
+    with pytest.raises(ConfigError, match=f"{named} was set for talker, which does not have it; remove it"):
+        services.service_of(served(kind, "talker", **settings), model(family))
+    assert made == []
+
+
 @pytest.mark.parametrize(("delay_s", "right"), [(0.5, (6, 7)), (0.48, (5, 6)), (2.5, (31, 32))])
 def test_a_delay_that_is_not_the_models_is_refused(made, delay_s, right):
     for asked in range(right[0] - 2, right[1] + 3):

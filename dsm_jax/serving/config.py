@@ -284,14 +284,19 @@ def _module(table: Mapping[str, Any], where: str, folder: Path) -> ServedModel:
         "slots": table.get("batch_size"),
         "path": table.get("path", default_path(kind, 0)),
         "temperature": table.get("temperature", py.get("temp")),
-        "asr_delay_in_tokens": table.get("asr_delay_in_tokens"),
-        "voice_folder": _folder(py.get("voice_folder"), folder),
-        "default_voice": py.get("default_voice"),
-        "guidance_scale": py.get("cfg_coef"),
-        "padding_between": py.get("padding_between"),
-        "padding_bonus": py.get("padding_bonus"),
-        "codebooks": py.get("n_q"),
     }
+    # Keys that a type has no use for are passed over, as a file that moshi-server takes is taken here too.
+    if kind == "stt":
+        settings["asr_delay_in_tokens"] = table.get("asr_delay_in_tokens")
+    else:
+        settings |= {
+            "voice_folder": _folder(py.get("voice_folder"), folder),
+            "default_voice": py.get("default_voice"),
+            "guidance_scale": py.get("cfg_coef"),
+            "padding_between": py.get("padding_between"),
+            "padding_bonus": py.get("padding_bonus"),
+            "codebooks": py.get("n_q"),
+        }
     return from_dict(ServedModel, {name: value for name, value in settings.items() if value is not None}, where)
 
 
