@@ -319,6 +319,8 @@ def test_samples_of_another_rate_are_resampled(server):
     ("message", "param", "code", "said"),
     [
         ("{", None, "invalid_json", "the event is not JSON"),
+        ("", None, "invalid_json", "the event is not JSON"),
+        (b"", None, "invalid_json", "a binary message was received; send JSON in text messages"),
         ("[1]", None, "invalid_json", "the event is JSON and no object"),
         (b"\x00", None, "invalid_json", "a binary message was received; send JSON in text messages"),
         ("[" * 100_000, None, "invalid_json", "the event is not JSON"),

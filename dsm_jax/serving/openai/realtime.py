@@ -98,8 +98,6 @@ class _Session:
             except Exception:
                 _log.exception("session %s failed", self._id)
                 return await self._end(1011, "fault", "the server has failed")
-        if first is None:
-            return
         self._hearing = hearing = LiveHearing(self._served.service, Outbox(OUTBOX), self._utterance)
         self._items = items = Items(self._mark, self._served.model.config.stt.audio_delay_seconds)
         self._use_settings(items)
@@ -127,20 +125,24 @@ class _Session:
         raise ClosedError(1001, "the server is shutting down", "drain")
 
     async def _first(self) -> str | bytes | None:
-        """Return the first message that is no update of the session, or "" after an update; None if the client left."""
+        """Return the first message if it is no update of the session, or None after an update.
+
+        Raises:
+          WebSocketDisconnect: the client has left.
+        """
         while True:
             message = await self._socket.receive()
             if message["type"] == "websocket.disconnect":
-                return None
+                raise WebSocketDisconnect(message.get("code", 1005))
             data = message["text"] if message.get("bytes") is None else message["bytes"]
             event = _parsed(data)
             if event is None or event.get("type") not in list(_UPDATES):
                 return data
             if await self._answered(data):
-                return ""
+                return None
 
-    async def _hear(self, ticket: Ticket, hearing: LiveHearing, first: str | bytes) -> None:
-        if first:
+    async def _hear(self, ticket: Ticket, hearing: LiveHearing, first: str | bytes | None) -> None:
+        if first is not None:
             await self._answered(first)
         async for data in received(self._socket, self._server, ticket):
             await self._answered(data)
