@@ -618,8 +618,16 @@ def test_a_port_that_is_taken_is_refused():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(dsm_jax.ConfigError, match=rf"127.0.0.1:{port} cannot be listened on \(Address already"):
+        words = rf"127.0.0.1:{port} cannot be listened on \(Address already in use\); choose another port"
+        with pytest.raises(dsm_jax.ConfigError, match=words):
             run.serve(ServerConfig(port=port))
+
+
+# An interface that is not here, an address of another machine, and no name at all; none of them is looked up.
+@pytest.mark.parametrize("host", ["fe80::1%nowhere", "192.0.2.1", "a..b"])
+def test_a_host_that_is_not_here_is_refused_as_the_host(host):
+    with pytest.raises(dsm_jax.ConfigError, match=rf"{host}:0 cannot be listened on \(.+\); choose another host"):
+        run.listening_socket(host, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Run a server: load and warm up, listen, drain on SIGTERM, log lines."""
 
 import asyncio
+import errno
 import gc
 import json
 import logging
@@ -83,8 +84,12 @@ def listening_socket(host: str, port: int) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except OSError as error:
-        raise ConfigError(f"{host}:{port} cannot be listened on ({error.strerror}); choose another port") from None
+    except (OSError, UnicodeError) as error:  # the latter of names that no DNS can hold
+        of_host = isinstance(error, (socket.gaierror, UnicodeError)) or error.errno == errno.EADDRNOTAVAIL
+        raise ConfigError(
+            f"{host}:{port} cannot be listened on ({getattr(error, 'strerror', error)}); "
+            f"choose another {'host' if of_host else 'port'}"
+        ) from None
     return listener
 
 
