@@ -274,6 +274,13 @@ def test_a_value_of_another_kind_is_refused_in_a_sentence(tmp_path, text, words)
         read_config(written(tmp_path, text))
 
 
+def test_a_file_that_there_is_not_or_that_is_a_folder_is_refused_as_such(tmp_path):
+    with pytest.raises(ConfigError, match=r"there is no configuration file .*nope\.toml; give the path of a TOML file"):
+        read_config(tmp_path / "nope.toml")
+    with pytest.raises(ConfigError, match=rf"{tmp_path} is not a configuration file \(.*Is a directory.*\); give"):
+        read_config(tmp_path)
+
+
 @pytest.mark.parametrize("text", [STT, OURS])
 def test_a_byte_order_mark_changes_nothing(tmp_path, monkeypatch, text):
     monkeypatch.setenv("SECRET", "s")

@@ -494,7 +494,7 @@ def test_our_clients_tell_what_a_bare_close_code_means():
     [
         (["--host", "0.0.0.0"], "would listen on 0.0.0.0 without keys; give --api-key-file FILE or the variable"),
         (["--api-key-file", "/no/file"], "the keys in /no/file cannot be read"),
-        (["--config", "/no/file.toml"], "/no/file.toml is not a configuration file"),
+        (["--config", "/no/file.toml"], "there is no configuration file /no/file.toml; give the path of a TOML file"),
         (["--stt", "digits-tts"], "digits-tts is a text-to-speech model; to transcribe, load"),
         (["--tts", "digits"], "digits is a speech-to-text model; to speak, load"),
         (["--slots", "5000", "--stt", "digits"], "digits has 5000 slots; expected 1 to 4096"),

@@ -188,6 +188,8 @@ def read_config(path: Path) -> ServerConfig:
     """
     try:
         values = tomllib.loads(files.read_text(path))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration file {path}; give the path of a TOML file") from None
     except (OSError, ValueError, RecursionError) as error:  # besides errors of TOML, numbers and depths beyond Python's
         raise ConfigError(f"{path} is not a configuration file ({error}); give a TOML file") from None
     values = _expanded(values)
