@@ -396,6 +396,21 @@ def test_keys_beside_no_auth_are_refused_wherever_they_are(tmp_path, monkeypatch
     refused("--api-key-file", path, places=f"the variable DSM_JAX_API_KEYS and --api-key-file {path}")
 
 
+@pytest.mark.parametrize("key", ["clé", "\udcff"])
+def test_a_key_that_no_header_holds_is_refused_wherever_it_is_and_not_printed(tmp_path, monkeypatch, key):
+    path = tmp_path / "keys"
+    path.write_bytes("clé".encode())
+    monkeypatch.setenv("SECRET", key)
+    for read in (
+        lambda: ServerConfig(keys=("good", key)),
+        lambda: read_config(written(tmp_path, OURS)),
+        lambda: settings("--api-key-file", path),
+    ):
+        with pytest.raises(ConfigError, match="a key has characters beyond ASCII, which no header") as refused:
+            read()
+        assert key not in str(refused.value)
+
+
 @pytest.mark.parametrize("line", ["# alice", "correct horse battery", "one\ttwo"])
 def test_a_key_with_white_space_is_refused_in_a_file_and_not_printed(tmp_path, monkeypatch, line):
     path = tmp_path / "keys"

@@ -132,6 +132,8 @@ class ServerConfig:
             raise ConfigError(f"the port is {self.port}; expected a number from 0, which takes a free one, to 65535")
         if any(not key.strip() for key in self.keys):
             raise ConfigError("a key is empty; give keys of some length, or none")
+        if not all(key.isascii() for key in self.keys):  # the key itself is not printed
+            raise ConfigError("a key has characters beyond ASCII, which no header carries as they are; choose another")
         object.__setattr__(self, "origins", tuple(map(_origin, self.origins)))
         for name in ("max_session_s", "max_upload_mb", "drain_s", "idle_s", "min_step_ms", "reserve_live"):
             if not 0 <= getattr(self, name) < 1e9:
