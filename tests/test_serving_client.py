@@ -129,6 +129,62 @@ def test_several_clients_share_a_server(server, wanted):
 # Failures.
 
 
+def plain_calls() -> list:
+    transcription, speech = client.Transcription("host"), client.Speech("host")
+    return [
+        lambda: transcription.send(np.zeros(1920, np.float32)),
+        transcription.mark,
+        transcription.finish,
+        transcription.ready,
+        lambda: list(transcription),
+        lambda: speech.say("one"),
+        speech.finish,
+        lambda: list(speech),
+    ]
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_a_plain_session_that_is_not_open_says_so(number):
+    with pytest.raises(ConfigError, match="the session is not open; use it in `async with`, or in `with`"):
+        plain_calls()[number]()
+
+
+def test_an_async_session_that_is_not_open_says_so_and_is_not_waited_for():
+    async def run():
+        session = client.AsyncTranscription("host")
+        for call in (session.send(np.zeros(1920, np.float32)), session.ready(), anext(aiter(session))):
+            with pytest.raises(ConfigError, match="the session is not open"):
+                await asyncio.wait_for(call, 5.0)
+
+    asyncio.run(run())
+
+
+def test_a_session_that_has_ended_is_not_open_and_is_not_opened_again(server, clip):
+    with client.Transcription(server.url) as session:
+        session.send(clip)
+        with pytest.raises(ConfigError, match="the session was opened before"):
+            session.__enter__()
+        session.finish()
+        assert list(session)
+    with pytest.raises(ConfigError, match="the session is not open"):
+        session.send(clip)
+    with pytest.raises(ConfigError, match="the session was opened before, and one is opened once; make another one"):
+        session.__enter__()
+
+
+def test_a_session_that_was_refused_may_be_opened_later(clip, wanted):
+    with running(served("stt", "digits", slots=1), page=False) as found:
+        second = client.Transcription(found.url)
+        with client.Transcription(found.url), pytest.raises(ServerError, match="has no free slot"):
+            second.__enter__()
+        found.wait_until_idle()
+        with second:
+            second.send(clip)
+            second.finish()
+            assert list(second)
+            assert heard(second.transcript.words) == heard(wanted.words)
+
+
 def fails(call, *words: str) -> None:
     with pytest.raises(ServerError) as refused:
         call()

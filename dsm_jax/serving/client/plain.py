@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
-from dsm_jax.serving.client.session import Session
+from dsm_jax.errors import ConfigError
+from dsm_jax.serving.client.session import NOT_OPEN, Session
 
 _T = TypeVar("_T")
 _Item = TypeVar("_Item")
@@ -15,6 +16,9 @@ _Item = TypeVar("_Item")
 class Loop:
     """An event loop in a thread, so that plain calls work where a loop runs already, as in a notebook."""
 
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+
     def __enter__(self) -> Self:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="dsm_jax client", daemon=True)
@@ -22,7 +26,14 @@ class Loop:
         return self
 
     def run(self, call: Coroutine[Any, Any, _T]) -> _T:
-        """Wait for a call in the loop; Ctrl-C cancels it."""
+        """Wait for a call in the loop; Ctrl-C cancels it.
+
+        Raises:
+          ConfigError: the loop does not run.
+        """
+        if self._loop is None:
+            call.close()  # else Python would complain that it was never awaited
+            raise ConfigError(NOT_OPEN)
         future = asyncio.run_coroutine_threadsafe(call, self._loop)
         try:
             return future.result()
@@ -31,17 +42,19 @@ class Loop:
             raise
 
     def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._settle(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        loop, self._loop = self._loop, None
+        assert loop is not None
+        asyncio.run_coroutine_threadsafe(self._settle(loop), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
         self._thread.join()
-        self._loop.close()
+        loop.close()
 
-    async def _settle(self) -> None:
+    async def _settle(self, loop: asyncio.AbstractEventLoop) -> None:
         """Let what was cancelled end."""
         left = asyncio.all_tasks() - {asyncio.current_task()}
         if left:
             await asyncio.wait(left, timeout=5.0)
-        await self._loop.shutdown_default_executor()
+        await loop.shutdown_default_executor()
 
 
 class PlainSession(Generic[_Item]):
@@ -57,6 +70,7 @@ class PlainSession(Generic[_Item]):
         return self._session.model
 
     def __enter__(self) -> Self:
+        self._session.check_new()  # before the loop, as one within the block would replace the loop that runs
         self._loop.__enter__()
         try:
             self._loop.run(self._session.__aenter__())

@@ -14,6 +14,7 @@ from websockets.exceptions import ConnectionClosed
 from dsm_jax.errors import ConfigError, ServerError, ServerFullError
 from dsm_jax.serving.client import links
 
+NOT_OPEN = "the session is not open; use it in `async with`, or in `with` for the plain one"
 READY_S = 60.0  # in which a server that is not full is ready; also the longest wait of a recording in its queue
 _Item = TypeVar("_Item")
 _Message = TypeVar("_Message")
@@ -43,11 +44,21 @@ class Session(abc.ABC, Generic[_Message, _Item]):
         self._ended = False
         self._error: ServerError | None = None
 
+    def check_new(self) -> None:
+        """Refuse a session that was opened before.
+
+        Raises:
+          ConfigError: it was.
+        """
+        if self._socket is not None:
+            raise ConfigError("the session was opened before, and one is opened once; make another one")
+
     async def __aenter__(self) -> Self:
+        self.check_new()
         path = await self._path()
         opening = links.socket(self.server, path, query=self._query, api_key=self._api_key)
         async with contextlib.AsyncExitStack() as stack:
-            self._socket = socket = await stack.enter_async_context(opening)
+            socket = await stack.enter_async_context(opening)
             try:
                 async with asyncio.timeout(READY_S):
                     await self._begin(socket, path)
@@ -57,6 +68,7 @@ class Session(abc.ABC, Generic[_Message, _Item]):
                     f"{self.server}{path} said nothing for {READY_S:.0f} s; try again, or another server"
                 ) from None
             self._stack = stack.pop_all()
+        self._socket = socket
         self._reading = asyncio.create_task(self._read(socket))
         return self
 
@@ -73,6 +85,7 @@ class Session(abc.ABC, Generic[_Message, _Item]):
         return self
 
     async def __anext__(self) -> _Item:
+        self._open_socket()
         while not self._items:
             if self._error is not None:
                 raise self._error
@@ -86,19 +99,25 @@ class Session(abc.ABC, Generic[_Message, _Item]):
         """Return what was received since it was last taken, without waiting.
 
         Raises:
+          ConfigError: the session was not opened.
           ServerError: nothing was received, and the session has failed.
         """
+        self._open_socket()
         if not self._items and self._error is not None:
             raise self._error
         items = list(self._items)
         self._items.clear()
         return items
 
-    async def _send_data(self, data: str | bytes) -> None:
+    def _open_socket(self) -> ClientConnection:
         if self._socket is None:
-            raise ConfigError("the session is not open; use it in `async with`, or in `with` for the plain one")
+            raise ConfigError(NOT_OPEN)
+        return self._socket
+
+    async def _send_data(self, data: str | bytes) -> None:
+        socket = self._open_socket()
         try:
-            await self._socket.send(data)
+            await socket.send(data)
         except ConnectionClosed:
             await self._wait_for_end()
             raise self._error or ServerError(f"{self.server} has ended the session; open another one") from None
