@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import doctest
+import json
 import socket
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -280,6 +282,21 @@ def test_a_full_server_and_unknown_models_and_voices_are_named(server):
     with pytest.raises(TextError, match="half of a character at 0"):
         client.synthesize(server.url, "one", voice="\udcff")
     fails(lambda: client.synthesize(server.url, "one \U0001f600"), "ended the session:", "encodes as")
+
+
+def test_aliases_name_models_and_voices_as_in_openais_dialect(wanted):
+    aliases = {"whisper-1": "digits", "tts-1": "digits-tts", "alloy": "lucas"}
+    with running(served("stt", "digits"), served("tts", "digits-tts"), page=False, aliases=aliases) as found:
+        assert client.transcribe(found.url, RECORDING, model="whisper-1").to_dict() == wanted.to_dict()
+        speech = client.synthesize(found.url, "three", model="tts-1", voice="alloy", seed=4)
+        np.testing.assert_array_equal(speech.pcm, client.synthesize(found.url, "three", voice="lucas", seed=4).pcm)
+        sounds = []
+        for voice in ("alloy", "lucas"):
+            body = json.dumps({"text": "three", "voice": voice}).encode()
+            with urllib.request.urlopen(f"{found.url}/api/tts_streaming", body, timeout=60) as answer:
+                sounds.append(answer.read())
+        assert sounds[0] == sounds[1]
+        fails(lambda: transcribe(found.url, model="tts-1"), "has no model 'tts-1' that transcribes", ": digits")
 
 
 @pytest.mark.parametrize("text", ["", " ", '<break time="0.5s"/>'])

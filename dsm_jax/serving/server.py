@@ -271,8 +271,12 @@ class Server:
         of_kind = [served for served in self.models if served.kind == kind]
         if name is None:
             return of_kind[0] if of_kind else None
-        name = self.config.aliases.get(name, name)
+        name = self.own_name(name)
         return next((served for served in of_kind if name in (served.name, served.settings.model)), None)
+
+    def own_name(self, name: str) -> str:
+        """Return the name here of a model or voice, of which a client may have named an alias."""
+        return self.config.aliases.get(name, name)
 
     @contextlib.asynccontextmanager
     async def session(self, served: Served, session: Any, dialect: str) -> AsyncIterator["Ticket"]:

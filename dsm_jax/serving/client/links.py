@@ -7,7 +7,7 @@ import http.client
 from collections.abc import AsyncIterator, Iterator, Mapping
 from socket import SO_SNDBUF, SOL_SOCKET
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI, WebSocketException
@@ -253,12 +253,12 @@ def parsed(server: Address, path: str, body: bytes) -> Any:
 
 
 async def find_path(server: Address, kind: str, model: str | None, *, api_key: str | None) -> tuple[str, str]:
-    """Return the path and the name of a model on a server.
+    """Return the path and the server's own name of a model on a server.
 
     Args:
       server: address of the server.
       kind: "stt" or "tts".
-      model: name of the model; None for the server's first.
+      model: name of the model, or an alias of it; None for the server's first.
       api_key: key of the client.
 
     Raises:
@@ -273,9 +273,18 @@ async def find_path(server: Address, kind: str, model: str | None, *, api_key: s
     except (TypeError, AttributeError, KeyError):
         raise ServerError(f"{server} does not list its models as expected; it is another kind of server") from None
     name = next(iter(found), None) if model is None else model
+    if name is not None and name not in found:
+        name = await asyncio.to_thread(_own_name, server, name, api_key=api_key)
     if name is None or name not in found:
         does = "transcribes" if kind == "stt" else "speaks"
         there = ", ".join(found) or "none"
-        asked = f"no model {name!r} that {does}" if name is not None else f"no model that {does}"
+        asked = f"no model {model!r} that {does}" if model is not None else f"no model that {does}"
         raise ServerError(f"{server} has {asked}; those there are: {there}")
     return found[name], name
+
+
+def _own_name(server: Address, name: str, *, api_key: str | None) -> str:
+    """Return a server's own name of a model that may be named by an alias; the same name if the server knows none."""
+    with contextlib.suppress(ServerError, TypeError, KeyError):
+        return str(read_json(server, f"/v1/models/{quote(name, errors='replace')}", api_key=api_key)["id"])
+    return name

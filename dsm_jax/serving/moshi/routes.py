@@ -203,7 +203,7 @@ async def speak_socket(socket: WebSocket, server: Server, served: Served) -> Non
 
     await socket.accept()
     try:
-        voice = socket.query_params.get("voice")
+        voice = server.own_name(socket.query_params.get("voice", ""))
         writer = OpusWriter(served.model.sample_rate) if form.startswith("OggOpus") else None
         session = await asyncio.to_thread(served.service.session, Outbox(), voice=voice or None, seed=number)
         async with server.session(served, session, "moshi") as ticket:
@@ -290,6 +290,7 @@ async def speak_file(request: Request, server: Server, served: Served) -> Respon
         text, voice = body["text"], body["voice"]
         if not isinstance(text, str) or not isinstance(voice, str):
             raise TypeError
+        voice = server.own_name(voice)
     except TooLargeError:
         return PlainTextResponse(f"the body is larger than {_TEXT_MB:g} MB; send a shorter text", 413)
     except (ValueError, KeyError, TypeError, RecursionError):

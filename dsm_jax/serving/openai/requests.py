@@ -305,7 +305,7 @@ def _voice(voice: object, server: Server, served: Served) -> str:
         raise ApiError(
             "no voice is named; name one of GET /v1/audio/voices", param="voice", code="missing_required_parameter"
         )
-    name = server.config.aliases.get(name, name)
+    name = server.own_name(name)
     if not served.service.knows(name):
         known = ", ".join(served.service.voices) or "none"
         raise invalid_value("voice", name, f"one of {served.name}'s: {known}")
