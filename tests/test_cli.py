@@ -232,6 +232,15 @@ def test_a_mistake_is_told_in_a_line_before_a_model_is_loaded(capsys, tmp_path, 
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    "command", ["transcribe a.wav b.wav --server", "speak one a.wav --server", "bench serve --url"]
+)
+def test_an_empty_address_of_a_server_is_refused_once_and_stands_for_no_model_here(capsys, monkeypatch, command):
+    monkeypatch.setattr("dsm_jax.checkpoints.open_checkpoint", None)
+    said = "dsm-jax: the address of the server is empty; give one such as http://127.0.0.1:8080\n"
+    assert run(capsys, *command.split(), "") == (2, "", said)
+
+
 def test_a_model_that_cannot_be_read(capsys, tmp_path):
     code, out, err = run(capsys, "transcribe", CLIP, "--model", tmp_path / "nowhere", "--no-cache")
     assert (code, out) == (2, "")

@@ -16,7 +16,7 @@ from dsm_jax.errors import DsmError
 
 
 def _transcribe(args: argparse.Namespace) -> int:
-    if args.server:
+    if args.server is not None:
         from dsm_jax.cli import remote
 
         return remote.transcribe(args)
@@ -26,7 +26,7 @@ def _transcribe(args: argparse.Namespace) -> int:
 
 
 def _speak(args: argparse.Namespace) -> int:
-    if args.server:
+    if args.server is not None:
         from dsm_jax.cli import remote
 
         return remote.speak(args)

@@ -71,6 +71,9 @@ def transcribe(args: argparse.Namespace) -> int:
     from dsm_jax.cli.transcribe import check, output_files
 
     client = _clients()
+    from dsm_jax.serving.client import links
+
+    links.address(args.server)  # refused once, and not for each recording
     names = check(args)
     _refuse_local(args, _LOCAL_STT)
     outputs = output_files(names, args.output_dir, args.format)

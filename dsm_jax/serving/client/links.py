@@ -65,6 +65,8 @@ def address(url: str) -> Address:
     Raises:
       ConfigError: it is none.
     """
+    if not url.strip():
+        raise ConfigError("the address of the server is empty; give one such as http://127.0.0.1:8080")
     parts = None
     with contextlib.suppress(ValueError):
         found = urlsplit(url if "://" in url else f"http://{url}")
