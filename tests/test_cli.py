@@ -182,6 +182,7 @@ MISTAKES = {
     "no number": ("transcribe x.wav --batch-size few", "argument --batch-size: 'few' is no whole number above 0"),
     "no address": ("bench serve", "arguments are required: --url; dsm-jax bench serve --help lists"),
     "a missing recording": ("transcribe lost.wav", "lost.wav does not exist; check the path"),
+    "a name with an emoji's code": ("transcribe lost:smile:.wav", "lost:smile:.wav does not exist"),
     "missing recordings": ("transcribe a.wav talks", "none of the 2 recordings can be opened: a.wav does not exist"),
     "a folder of recordings": ("transcribe talks", "talks is a folder; name the files in it"),
     "a missing prompt": ("transcribe here.wav --prompt-audio lost.wav", "lost.wav does not exist"),

@@ -27,7 +27,7 @@ def console() -> "Console":
     """Return the console of standard error: one, or messages would not be printed above the bars."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, emoji=False)
 
 
 @contextlib.contextmanager
@@ -178,7 +178,8 @@ class Bars:
         from rich.progress import Progress as RichProgress
 
         amount = TextColumn(f"{{task.completed:.0f}} {unit}")
-        columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+        # Names of files are shown as they are: in rich's markup, brackets and colons mean something.
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount, TimeRemainingColumn())
         # Standard output is for the text alone: rich would send what is printed meanwhile to its own console, wrapped.
         self.shown = not quiet and console().is_terminal
         self._scale = scale
