@@ -67,6 +67,15 @@ def test_speech_is_measured_by_its_sound(server):
     assert f"real-time factor of a stream: {factor:.3f}, of the slowest {factor:.3f}\n" in alone.text()
 
 
+def test_speech_goes_on_until_the_time_is_over_and_its_rows_say_what_they_are(server):
+    found = asyncio.run(load.run(Load(url=server.url, streams=2, seconds=6.0, tts=True)))  # 2 streams in 2 slots
+    assert found.errors == {}
+    assert found.seconds >= 6.0
+    assert "frame to frame" in found.text()
+    assert "text to first sound" in found.text()
+    assert "frame to step" not in found.text()
+
+
 def test_streams_beyond_the_slots_are_errors_and_the_search_ends_at_the_slots(server):
     found = asyncio.run(load.run(Load(url=server.url, streams=SLOTS + 1, seconds=0.5)))
     assert found.errors == {"no free channels": 1}

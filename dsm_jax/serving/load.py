@@ -5,16 +5,17 @@ little; its own lag is reported, as a busy generator must not be taken for a slo
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from dsm_jax import audio
-from dsm_jax.errors import ConfigError, ServerError
+from dsm_jax.errors import ConfigError, ServerError, ServerFullError
 from dsm_jax.serving.client import links
 from dsm_jax.serving.client import wire as wire_client
 from dsm_jax.serving.client.moshi_sessions import FRAME
@@ -25,6 +26,7 @@ FRAME_S = FRAME / SAMPLE_RATE
 BUSY_MS = 10.0  # of the generator's lag, beyond which its figures say little of the server
 _PATIENCE_S = 30.0  # for answers after the last frame
 _READY_S = 60.0
+_FREE_S = 5.0  # in which the slot of a stream's last text is free for its next one
 _TEXT = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 _STEP, _WORD, _MARKER, _ERROR, _READY, _AUDIO = (
     b"\xa4type" + bytes([0xA0 | len(name)]) + name.encode()
@@ -39,7 +41,7 @@ class Load:
     Attributes:
       url: address of the server.
       streams: how many.
-      seconds: of audio in each stream; for speech, after which no further text begins.
+      seconds: of audio in each stream; for speech, after which no further text begins: texts follow each other.
       recording: what is sent, again and again; None for quiet noise.
       tts: let the server speak, in place of transcribing.
       model: name of the model; None for the server's first.
@@ -96,10 +98,11 @@ class Report:
       dropped: frames that were not answered.
       errors: number of streams that failed, by reason.
       latency: from the send of a frame to its step; of speech, from one frame of sound to the next.
-      first: from the first frame to the first word; of speech, from the text to the first sound.
+      first: from the first frame to the first word; of speech, from each text to its first sound.
       marker: from the last marker to its answer.
       real_time_factor: of speech, seconds of computation over seconds of sound, by stream.
       lag: of the generator itself, behind its schedule.
+      tts: whether the server spoke.
     """
 
     streams: int
@@ -112,6 +115,7 @@ class Report:
     marker: Tail
     real_time_factor: Tail
     lag: Tail
+    tts: bool = False
 
     @property
     def busy(self) -> bool:
@@ -129,7 +133,8 @@ class Report:
 
     def text(self) -> str:
         """Return the figures as a table."""
-        rows = [("frame to step", self.latency), ("first word or sound", self.first), ("marker", self.marker)]
+        names = ("frame to frame", "text to first sound") if self.tts else ("frame to step", "first word")
+        rows = [*zip(names, (self.latency, self.first), strict=True), ("marker", self.marker)]
         rows.append(("generator's own lag", self.lag))
         lines = [f"{self.streams} streams, {self.seconds:.1f} s, {self.frames} frames, {self.dropped} dropped"]
         lines.append(f"{'milliseconds':<22}{'p50':>9}{'p95':>9}{'p99':>9}{'max':>9}")
@@ -184,17 +189,38 @@ async def run(load: Load) -> Report:
     ready = [asyncio.Event() for _ in range(load.streams)]
     begin: asyncio.Future[float] = asyncio.get_running_loop().create_future()
 
-    async def stream(number: int) -> None:
+    @contextlib.asynccontextmanager
+    async def opened() -> AsyncIterator[links.ClientConnection]:
         query = {"format": "PcmMessagePack"} if load.tts else {}
+        async with links.socket(server, path, query=query, api_key=load.api_key) as socket:
+            _check(await asyncio.wait_for(socket.recv(), _READY_S), _READY)
+            yield socket
+
+    async def speak_again() -> tuple[float, int]:
+        ends = time.perf_counter() + _FREE_S
+        while True:
+            try:
+                async with opened() as socket:
+                    return await _speak(socket, load.seconds, found)
+            except ServerFullError:  # the slot of the last text is free some milliseconds after its end
+                if time.perf_counter() > ends:
+                    raise
+                await asyncio.sleep(0.02)
+
+    async def stream(number: int) -> None:
         try:
-            async with links.socket(server, path, query=query, api_key=load.api_key) as socket:
-                _check(await asyncio.wait_for(socket.recv(), _READY_S), _READY)
+            async with opened() as socket:
                 ready[number].set()
                 start = await begin + number * FRAME_S / load.streams
-                if load.tts:
-                    await _speak(socket, start, load.seconds, found)
-                else:
-                    await _listen(socket, start, round(load.seconds / FRAME_S), frames, found)
+                if not load.tts:
+                    return await _listen(socket, start, round(load.seconds / FRAME_S), frames, found)
+                await asyncio.sleep(max(0.0, start - time.perf_counter()))
+                found.lag.append(time.perf_counter() - start)
+                spoken = [await _speak(socket, load.seconds, found)]
+            while time.perf_counter() < start + load.seconds:
+                spoken.append(await speak_again())
+            if count := sum(frames for _, frames in spoken):
+                found.factors.append(sum(seconds for seconds, _ in spoken) / (count * FRAME_S))
         except (ServerError, TimeoutError) as error:
             found.errors[str(error) or "no answer came in time"] += 1
         finally:
@@ -221,13 +247,15 @@ async def run(load: Load) -> Report:
         Tail.of(found.marker),
         Tail.of(found.factors, scale=1.0, digits=5),
         Tail.of(found.lag),
+        load.tts,
     )
 
 
 def _check(data: str | bytes, expected: bytes) -> None:
     """Refuse a first message that is another one, an error above all."""
     if isinstance(data, str) or not data.startswith(expected, 1):
-        raise ServerError(_reason(data))
+        reason = _reason(data)
+        raise (ServerFullError if reason.startswith("no free channels") else ServerError)(reason)
 
 
 def _reason(data: str | bytes) -> str:
@@ -283,11 +311,9 @@ async def _listen(socket: links.ClientConnection, start: float, count: int, fram
         await asyncio.gather(receiving, return_exceptions=True)
 
 
-async def _speak(socket: links.ClientConnection, start: float, seconds: float, found: _Found) -> None:
-    """Send a text, and measure its sound."""
-    await asyncio.sleep(max(0.0, start - time.perf_counter()))
+async def _speak(socket: links.ClientConnection, seconds: float, found: _Found) -> tuple[float, int]:
+    """Send a text, and measure its sound; return the seconds up to its last frame, and the number of frames."""
     began = last = time.perf_counter()
-    found.lag.append(began - start)
     text = " ".join(_TEXT[: max(1, round(seconds))])
     await socket.send(wire_client.encode(wire.Text(text)))
     await socket.send(wire_client.encode(wire.Eos()))
@@ -302,8 +328,7 @@ async def _speak(socket: links.ClientConnection, start: float, seconds: float, f
             last, count = now, count + 1
     found.frames += count
     found.answered += count
-    if count:
-        found.factors.append((last - began) / (count * FRAME_S))
+    return last - began, count
 
 
 async def find_highest(load: Load, target_ms: float, percentile: str = "p95") -> tuple[int, list[Report]]:
