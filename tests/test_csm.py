@@ -9,7 +9,7 @@ import pytest
 
 import dsm_jax
 from dsm_jax import audio, checkpoints, csm, synthesis
-from dsm_jax.csm import CsmOptions, Request, Segment
+from dsm_jax.csm import CsmOptions, Request, Segment, host
 from dsm_jax.csm.batch import synthesize_each
 from dsm_jax.csm.host import ConversationRequest, CsmProgram, bucket, room
 from dsm_jax.csm.program import CsmSettings
@@ -454,6 +454,25 @@ def test_a_conversation_is_as_it_was_after_a_turn_that_failed(model, caplog, mon
         conversation.say("no")
     assert conversation._synthesizer.slots_for().free == [0]
     assert (conversation.turns, conversation.forgotten, caplog.text) == (turns, 0, "")
+
+
+def test_a_program_whose_growth_was_interrupted_grows_at_the_next_request(model, monkeypatch):
+    small, large = (ConversationSynthesizer(model, 1).prepare(REQUESTS[index], GREEDY) for index in (0, 6))
+    program = CsmProgram(model, small.fitted(CsmSettings(slots=1, positions=1), CSM.backbone.context))
+    state, settings = program.init(), program.settings
+
+    def interrupted(*_, **_options):
+        raise KeyboardInterrupt
+
+    for function in ("compiled", "step_limits"):  # before the functions are made, and before the step is compiled
+        with monkeypatch.context() as patched:
+            patched.setattr(host, function, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                program.fit(state, [large])
+        assert program.settings == settings
+    grown = jax.tree.map(lambda leaf: leaf.shape, program.fit(state, [large]))
+    assert grown == jax.tree.map(lambda leaf: leaf.shape, program.init())
+    assert program.settings.positions >= large.positions
 
 
 def test_a_streams_error_carries_all_of_its_sound_marked(model):

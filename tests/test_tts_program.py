@@ -21,7 +21,7 @@ from dsm_jax.models.mimi import Mimi
 from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.runtime.compile import compilations
 from dsm_jax.runtime.steps import Leave, step_limits
-from dsm_jax.tts import program
+from dsm_jax.tts import host, program
 from dsm_jax.tts.host import SpeechRequest
 from dsm_jax.tts.script import NEW_WORD, PAD, Entry
 from dsm_jax.tts.state import TtsSettings
@@ -391,6 +391,23 @@ def test_a_request_larger_than_the_room_makes_the_program_grow_and_the_others_go
     wide = Loop(*build(5), loop.settings)
     calmly, _ = wide.go_on(wide.start([request(0), request(1), None]))
     assert said[1].end_step == calmly[1].end_step
+
+
+def test_a_program_whose_growth_was_interrupted_grows_at_the_next_request(monkeypatch):
+    loop = Loop(*build(5), dataclasses.replace(CALMLY, entries=2, tokens=2), [])
+    state, large = loop.program.init(), request(2, prefix_QT=prefix(2))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(host, "compiled", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.program.fit(state, large)
+    assert loop.settings.prefix_frames == 0
+    grown = jax.tree.map(lambda leaf: leaf.shape, loop.program.fit(state, large))
+    assert grown == jax.tree.map(lambda leaf: leaf.shape, loop.program.init())
+    assert loop.settings.prefix_frames == 64
 
 
 def test_nothing_leaves_or_enters_the_device_in_a_call():

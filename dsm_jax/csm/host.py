@@ -102,13 +102,14 @@ class CsmProgram:
 
     def _compile(self, settings: CsmSettings) -> None:
         """Compile before any state is allocated, so that the two peaks of memory do not add up."""
-        self.settings = settings
-        self._init, self._insert, self._step = (
+        functions = [
             compiled(function, self._graphs, settings, donate)
             for function, donate in ((init_state, ()), (insert, (0,)), (step, (0,)))
-        )
-        state = self._init.shapes(self._params)
-        self._step.compile(self._params, state, step_limits([None] * self.slots, self.limit, waiting=False))
+        ]
+        state = functions[0].shapes(self._params)
+        functions[-1].compile(self._params, state, step_limits([None] * self.slots, self.limit, waiting=False))
+        # Taken over last: a compilation that fails or is interrupted leaves the program as it was.
+        self.settings, (self._init, self._insert, self._step) = settings, functions
 
     def fit(self, state: CsmState, requests: Sequence[ConversationRequest]) -> CsmState:
         """Make room for requests that are larger than those before."""

@@ -117,13 +117,14 @@ class TtsProgram:
 
     def _compile(self, settings: TtsSettings) -> None:
         """Compile the program before any state is allocated, so that the two peaks of memory do not add up."""
-        self.settings = settings
-        self._init, self._insert, self._extend, self._step = (
+        functions = [
             compiled(function, self._graphs, settings, donate)
             for function, donate in ((init_state, ()), (insert, (0,)), (extend, (0,)), (step, (0,)))
-        )
-        state = self._init.shapes(self._params)
-        self._step.compile(self._params, state, step_limits([None] * self.slots, self.limit, waiting=False))
+        ]
+        state = functions[0].shapes(self._params)
+        functions[-1].compile(self._params, state, step_limits([None] * self.slots, self.limit, waiting=False))
+        # Taken over last: a compilation that fails or is interrupted leaves the program as it was.
+        self.settings, (self._init, self._insert, self._extend, self._step) = settings, functions
 
     def fit(self, state: TtsState, request: SpeechRequest) -> TtsState:
         """Make room for a request that is larger than those before it."""
