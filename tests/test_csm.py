@@ -456,6 +456,27 @@ def test_a_conversation_is_as_it_was_after_a_turn_that_failed(model, caplog, mon
     assert (conversation.turns, conversation.forgotten, caplog.text) == (turns, 0, "")
 
 
+@pytest.mark.parametrize("call", ["insert", "step"])
+def test_after_an_interrupt_that_loses_the_state_the_next_turn_is_as_in_a_new_conversation(model, monkeypatch, call):
+    def said(conversation: csm.Conversation) -> np.ndarray:
+        try:
+            return conversation.say("no", 1).frames
+        except dsm_jax.IncompleteSpeechError as error:
+            return error.speech.frames
+
+    conversation, run = csm.Conversation(model, [HI], options=GREEDY), getattr(CsmProgram, call)
+
+    def interrupted(program, *arguments, **options):
+        run(program, *arguments, **options)  # which takes the old state, and whose new one nobody keeps
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CsmProgram, call, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            conversation.say("no", 1)
+    np.testing.assert_array_equal(said(conversation), said(csm.Conversation(model, [HI], options=GREEDY)))
+
+
 def test_a_program_whose_growth_was_interrupted_grows_at_the_next_request(model, monkeypatch):
     small, large = (ConversationSynthesizer(model, 1).prepare(REQUESTS[index], GREEDY) for index in (0, 6))
     program = CsmProgram(model, small.fitted(CsmSettings(slots=1, positions=1), CSM.backbone.context))

@@ -7,7 +7,7 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.csm.options import CsmOptions
 from dsm_jax.csm.requests import Request, Segment
 from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
-from dsm_jax.errors import ConfigError, SpeechError
+from dsm_jax.errors import ConfigError, DsmError, SpeechError
 from dsm_jax.speech import Speech
 
 _log = logging.getLogger("dsm_jax")
@@ -54,7 +54,7 @@ class Conversation:
         """Speak the next turn and add it to the conversation.
 
         The oldest turns are left out, with a warning in the log, as many as it takes to leave room for `max_frames`, or
-        for half of the model's context if that is less. After an error the conversation is as it was.
+        for half of the model's context if that is less. After an error or Ctrl-C the conversation is as it was.
 
         Args:
           text: of the turn.
@@ -78,10 +78,16 @@ class Conversation:
             for done in slots.run([session]):
                 if done.error is not None:
                     raise done.error
-        finally:  # after an interrupt too, the slot is free for the next turn
+        except DsmError:
             slots.cancel(session)
-        self._forget(len(self.turns) - len(kept))
+            raise
+        except BaseException:
+            # Ctrl-C or an error of the device may come while no state is held: the old one is donated, and the next
+            # one is not taken over yet. The next turn makes the slots anew.
+            synthesizer.drop_slots()
+            raise
         speech = session.speech()
+        self._forget(len(self.turns) - len(kept))
         self.turns.append(Segment(text, speaker, speech))
         return speech
 

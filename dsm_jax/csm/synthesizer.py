@@ -128,6 +128,10 @@ class ConversationSynthesizer:
             self._slots = Slots(program, behind=self._behind)
         return self._slots
 
+    def drop_slots(self) -> None:
+        """Drop the slots, whose state may be lost; the next requests make them anew."""
+        self._slots = None
+
 
 class ConversationSession(SpeakingSession[ConversationRequest]):
     """One request while it has a slot; the arguments are those of `SpeakingSession`."""
