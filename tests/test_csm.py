@@ -307,9 +307,20 @@ def test_speech_is_the_next_turns_context_without_encoding_it_again(model, alone
     positions_MT = synthesizer.positions_of(Segment("no", 1, speech))
     np.testing.assert_array_equal(positions_MT[1:, -1 - codes_QT.shape[1] : -1], codes_QT)
     assert not positions_MT[1:, -1].any()
-    foreign = dataclasses.replace(speech, model="another")
-    encoded_MT = synthesizer.positions_of(Segment("no", 1, foreign))
-    np.testing.assert_array_equal(encoded_MT[1:, -1 - codes_QT.shape[1] : -1], dsm_jax.encode(model, pcm_T)[: CSM.n_q])
+    for other in (
+        dataclasses.replace(speech, model="another"),
+        dataclasses.replace(speech, pcm=pcm_T[: 2 * FRAME]),
+        dataclasses.replace(speech, pcm=pcm_T[:-1]),
+        dataclasses.replace(speech, frames=np.full_like(codes_QT, MIMI.quantizer.bins)),
+        dataclasses.replace(speech, frames=codes_QT - codes_QT.max() - 1),
+        dataclasses.replace(speech, frames=codes_QT[:, :0]),
+    ):
+        encoded_QT = dsm_jax.encode(model, other.pcm, codebooks=CSM.n_q)
+        encoded_MT = synthesizer.positions_of(Segment("no", 1, other))
+        np.testing.assert_array_equal(encoded_MT[1:, len("[1]no") + 2 : -1], encoded_QT)
+    empty = dataclasses.replace(speech, pcm=pcm_T[:0], frames=codes_QT[:, :0])
+    with pytest.raises(dsm_jax.AudioError, match=r"the context's turn 'no': the array is empty \(shape \(0,\)\)"):
+        synthesizer.positions_of(Segment("no", 1, empty))
 
 
 def test_conversation_goes_on_from_its_own_turns(model, caplog):

@@ -72,14 +72,20 @@ class ConversationSynthesizer:
         """Return the codes [Q, T] of a turn's recording."""
         recording = segment.audio
         assert recording is not None
-        own = self.model.name, self.config.n_q
-        if isinstance(recording, Speech) and (recording.model, recording.frames.shape[0]) == own:
+        if isinstance(recording, Speech) and recording.model == self.model.name and self._are_codes_of(recording):
             return recording.frames
         try:
             pcm_T = audio.read(recording, self.model.sample_rate)
         except AudioError as error:
             raise AudioError(f"the context's turn {segment.text!r}: {error}") from None
         return codec.encode(self.model, pcm_T, codebooks=self.config.n_q)
+
+    def _are_codes_of(self, speech: Speech) -> bool:
+        """Return whether a speech's frames are codes of this model for the samples that it has now."""
+        codes_QT, mimi = speech.frames, self.model.config.mimi
+        if codes_QT.size == 0 or codes_QT.shape != (self.config.n_q, speech.pcm.size / mimi.frame_size):
+            return False  # such as a speech that was trimmed
+        return codes_QT.min() >= 0 and codes_QT.max() < mimi.quantizer.bins
 
     def prompt(self, request: Request) -> np.ndarray:
         """Return the positions of a request's conversation, int32 [M, T].
