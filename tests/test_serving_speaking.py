@@ -12,6 +12,7 @@ from dsm_jax import csm, synthesis
 from dsm_jax.csm.synthesizer import ConversationSession
 from dsm_jax.errors import ConfigError, SpeechError
 from dsm_jax.runtime.compile import compilations
+from dsm_jax.serving import turns
 from dsm_jax.serving.engine import Engine
 from dsm_jax.serving.outbox import Ended, Outbox, Started, put_all
 from dsm_jax.serving.scripts import LiveSpeech, ScriptService
@@ -286,6 +287,43 @@ def test_a_voice_without_its_words_is_refused(talker, tmp_path):
     dsm_jax.audio.write(tmp_path / "dora.wav", np.full(2000, 0.1, np.float32), talker.sample_rate)
     with pytest.raises(ConfigError, match=r"has no words; write what is said in it to dora.txt beside it"):
         TurnService(talker, 1, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("café".encode("latin-1"), r"dora\.txt cannot be read as text \(.*0xe9.*\); write it in UTF-8"),
+        (b"\xef\xbb\xbf \n", r"dora\.txt is empty; write what is said in dora\.wav to it"),
+        (
+            b"b" * 300,
+            r"the voice .*dora\.wav takes 317 positions with the shortest turn, one for each token of text and each "
+            "frame of audio; random takes up to 256: cut the recording and its words",
+        ),
+    ],
+)
+def test_words_of_a_voice_that_cannot_be_are_refused_before_anything_is_compiled(
+    talker, tmp_path, monkeypatch, written, message
+):
+    dsm_jax.audio.write(tmp_path / "dora.wav", np.full(5 * tts_model.FRAME, 0.1, np.float32), talker.sample_rate)
+    (tmp_path / "dora.txt").write_bytes(written)
+    monkeypatch.setattr(turns.ConversationSynthesizer, "slots_for", None)
+    with pytest.raises(ConfigError, match=message):
+        TurnService(talker, 1, folder=tmp_path)
+
+
+def test_two_recordings_of_one_voice_are_refused(talker, tmp_path):
+    for name in ("dora.flac", "dora.wav"):
+        dsm_jax.audio.write(tmp_path / name, np.full(2000, 0.1, np.float32), talker.sample_rate)
+    (tmp_path / "dora.txt").write_text("so so.")
+    with pytest.raises(ConfigError, match=r"dora\.wav has the name of .*dora\.flac; rename one, or remove it"):
+        TurnService(talker, 1, folder=tmp_path)
+
+
+def test_a_byte_order_mark_is_no_word_of_a_voice(tmp_path, talker):
+    dsm_jax.audio.write(tmp_path / "dora.wav", np.full(2000, 0.1, np.float32), talker.sample_rate)
+    (tmp_path / "dora.txt").write_bytes("\ufeffso so.\n".encode())
+    ((segment,),) = turns._segments(tmp_path).values()
+    assert segment.text == "so so."
 
 
 def test_the_family_of_a_model_decides_on_its_service_and_on_its_settings(script_service, talker, voices):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dsm_jax import audio
+from dsm_jax import audio, files
 from dsm_jax.checkpoints import Model
 from dsm_jax.csm.host import ConversationRequest, bucket
 from dsm_jax.csm.options import CsmOptions
@@ -41,7 +41,8 @@ class TurnService(SpeakingService):
       clock: seconds, monotonic.
 
     Raises:
-      ConfigError: a recording without its words, or no voice of the default's name.
+      ConfigError: a recording without its words, two of one name, or one that is too long.
+      SpeechError: no voice of the default's name.
       As `ConversationSynthesizer`.
     """
 
@@ -63,9 +64,9 @@ class TurnService(SpeakingService):
         self._context_length = csm_config(model.config).backbone.context
         # The other half is for the answer.
         self.longest_prompt = self._context_length // 2
+        for voice in self._contexts:
+            self._check_length(voice)
         self._slots = self.synthesizer.slots_for(self._of_length(self.longest_prompt))
-        for segment in (segment for context in self._contexts.values() for segment in context):
-            self.synthesizer.positions_of(segment)  # encodes the recording, and compiles the codec for its length
         self.step_seconds: dict[int, float] = {}
         self._warm_up()
 
@@ -85,6 +86,20 @@ class TurnService(SpeakingService):
             known = ", ".join(self._contexts)
             raise SpeechError(f"the voice {voice!r} is unknown; {self.model.name} has {known}")
         return self._contexts[voice]
+
+    def _check_length(self, voice: str) -> None:
+        """Check that a voice leaves room for a turn: encode its recording, which compiles the codec for its length.
+
+        Raises:
+          ConfigError: it does not.
+        """
+        context = self._contexts[voice]
+        if (length := self.synthesizer.prompt(TurnRequest("a", 0, context)).shape[1]) > self.longest_prompt:
+            raise ConfigError(
+                f"the voice {context[0].audio} takes {length} positions with the shortest turn, one for each token of "
+                f"text and each frame of audio; {self.model.name} takes up to {self.longest_prompt}: cut the recording "
+                "and its words"
+            )
 
     def _of_length(self, length: int) -> ConversationRequest:
         """Return a request with a prompt of so many positions."""
@@ -124,7 +139,11 @@ class TurnService(SpeakingService):
 
 
 def _segments(folder: Path | None) -> dict[str, tuple[Segment, ...]]:
-    """Read the voices of a folder: recordings with their words."""
+    """Read the voices of a folder: recordings with their words.
+
+    Raises:
+      ConfigError: a recording without its words, or two of one name.
+    """
     found: dict[str, tuple[Segment, ...]] = {}
     for path in sorted(folder.iterdir()) if folder is not None else ():
         if path.suffix not in audio.SUFFIXES:
@@ -132,7 +151,15 @@ def _segments(folder: Path | None) -> dict[str, tuple[Segment, ...]]:
         words = path.with_suffix(".txt")
         if not words.is_file():
             raise ConfigError(f"the voice {path} has no words; write what is said in it to {words.name} beside it")
-        found[path.stem] = (Segment(words.read_text(encoding="utf-8").strip(), 0, path),)
+        if path.stem in found:
+            raise ConfigError(f"the voice {path} has the name of {found[path.stem][0].audio}; rename one, or remove it")
+        try:
+            text = files.read_text(words).strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{words} cannot be read as text ({error}); write it in UTF-8") from None
+        if not text:
+            raise ConfigError(f"{words} is empty; write what is said in {path.name} to it")
+        found[path.stem] = (Segment(text, 0, path),)
     return found
 
 
