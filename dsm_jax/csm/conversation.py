@@ -16,8 +16,10 @@ _log = logging.getLogger("dsm_jax")
 class Conversation:
     """A conversation between a model and others, whose turns are the context of the next one.
 
-    The program stays compiled, and a recording is encoded once, however many turns follow. A conversation takes one
-    turn at a time: threads that share it have to wait for each other; a model may be shared.
+    A recording is encoded once, however many turns follow. The program is compiled at the first turn, and again when a
+    turn needs more room than those before it: for up to 256, 512, 1,024 and so on positions, prompt and `max_frames`
+    together. Each prompt's bucket is compiled when it first comes. A conversation takes one turn at a time: threads
+    that share it have to wait for each other; a model may be shared.
 
     Args:
       model: a conversational speech model, from `dsm_jax.load`.
