@@ -208,6 +208,14 @@ FAULTS = {
         [message({**FIRST, "speaker": "user"})],
         "message 1 has the role 'user'; expected the number",
     ),
+    "a role of too many digits": (
+        [message(FIRST) | {"role": "7" * 5_000}],
+        "expected the number of a speaker, such as '0'",
+    ),
+    "a part whose type is a list": (
+        [{"role": "0", "content": [{"type": ["text"], "text": "hello"}]}],
+        r"message 1 has a part of type \['text'\]; expected 'text' or 'audio'",
+    ),
     "a message without sound": ([{"role": "0", "content": "hello"}], "the audio of turn 1 is None; expected the path"),
 }
 

@@ -141,6 +141,10 @@ TEXT = {"type": "text", "text": "hi"}
             "^message 1 has the role 'user'; expected the number of a speaker, such ",
         ),
         ([{"role": "²", "content": [TEXT]}], "^message 1 has the role '²'; expected the number of a speaker, such "),
+        (
+            [{"role": "7" * 5_000, "content": [TEXT]}],
+            r"^message 1 has the role '7+\.\.\.7+'; expected the number of a speaker, such as '0'$",
+        ),
         ([{"role": "0", "content": 3}], "^message 1 has the content 3; expected a list of objects, as in "),
         (
             [{"role": "0", "content": [TEXT, TEXT]}],
@@ -166,6 +170,10 @@ TEXT = {"type": "text", "text": "hi"}
         (
             [{"role": "0", "content": [TEXT, part(array=[[1], "a"])]}, {"role": "0", "content": [TEXT]}],
             r"^message 1 has audio that is a list of other things than numbers; give samples$",
+        ),
+        (
+            [{"role": "0", "content": [{"type": ["text"]}]}],
+            r"^message 1 has a part of type \['text'\]; expected 'text' or",
         ),
         ([{"role": "0", "content": [{"type": "image"}]}], "^message 1 has a part of type 'image'; expected 'text' or"),
         (
@@ -206,6 +214,16 @@ def test_a_conversation_of_another_form_is_refused(messages, message):
         ),
         ({"text": 3.0}, SpeechError, "^the text is float; expected a str, a conversation, or several of these$"),
         ({"text": "a", "speaker": "0"}, SpeechError, r"^the speaker of 'a' is '0'; expected a number: 0, 1 and so on$"),
+        (
+            {"text": "a", "speaker": 10**5_000},
+            SpeechError,
+            "^the speaker of 'a' has more than 9 digits; number the speak",
+        ),
+        (
+            {"text": [{"role": -(10**9), "content": "a"}]},
+            SpeechError,
+            "^the speaker of 'a' has more than 9 digits; num",
+        ),
         ({"text": ["a", 3]}, BatchError, "the text is int; expected a str, a conversation, or several of these$"),
         ({"text": ["a", "b"], "speaker": [0]}, ConfigError, "^2 texts have 1 speakers; give one for all, or one each$"),
         ({"text": ["a"], "context": [[], []]}, ConfigError, "^1 texts have 2 contexts; give one for all, or one each$"),

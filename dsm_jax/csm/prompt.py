@@ -18,6 +18,8 @@ from dsm_jax.errors import SpeechError, TextError
 from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.tokenizers import Tokenizer
 
+SPEAKER_DIGITS = 9  # at most: Python does not write a number of thousands of digits
+
 
 def text_ids(config: CsmConfig, tokenizer: Tokenizer, text: str, speaker: int) -> list[int]:
     """Return the tokens of a turn's text, with those that begin and end a text.
@@ -34,6 +36,8 @@ def text_ids(config: CsmConfig, tokenizer: Tokenizer, text: str, speaker: int) -
     """
     if not isinstance(text, str) or not text.strip():
         raise SpeechError(f"the text of a turn is {text!r}; expected some words")
+    if isinstance(speaker, int | np.integer) and abs(int(speaker)) >= 10**SPEAKER_DIGITS:
+        raise SpeechError(f"the speaker of {text!r} has more than {SPEAKER_DIGITS} digits; number the speakers from 0")
     if isinstance(speaker, bool) or not isinstance(speaker, int | np.integer) or speaker < 0:
         raise SpeechError(f"the speaker of {text!r} is {speaker!r}; expected a number: 0, 1 and so on")
     try:

@@ -4,6 +4,7 @@ Shape letters: Q codebooks, T frames or samples.
 """
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from dsm_jax import audio as sound
 from dsm_jax.csm.options import CsmOptions
+from dsm_jax.csm.prompt import SPEAKER_DIGITS
 from dsm_jax.errors import ConfigError, SpeechError
 from dsm_jax.options import check_one_each
 from dsm_jax.speaking import read_or_error
@@ -103,14 +105,16 @@ def segment_of(message: object, number: int) -> Segment:
         found = sorted(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
         raise SpeechError(f"{where} has {found}; expected a message like {_FORMAT}")
     role, content = message["role"], message["content"]
-    if not str(role).isdecimal():
-        raise SpeechError(f"{where} has the role {role!r}; expected the number of a speaker, such as '0'")
+    numbered = isinstance(role, str) and role.isdecimal() and len(role) <= SPEAKER_DIGITS
+    if not numbered and not isinstance(role, int | np.integer):
+        found = reprlib.repr(role)
+        raise SpeechError(f"{where} has the role {found}; expected the number of a speaker, such as '0'")
     content = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(content, Sequence) or not all(isinstance(part, Mapping) for part in content):
         raise SpeechError(f"{where} has the content {content!r}; expected a list of objects, as in {_FORMAT}")
     parts: dict[str, list[Any]] = {"text": [], "audio": []}
     for part in content:
-        if (kind := part.get("type")) not in parts:
+        if not isinstance(kind := part.get("type"), str) or kind not in parts:
             raise SpeechError(f"{where} has a part of type {kind!r}; expected 'text' or 'audio'")
         parts[kind].append(part.get("text") if kind == "text" else _audio(part, where))
     texts, recordings = parts["text"], parts["audio"]
