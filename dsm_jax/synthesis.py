@@ -101,7 +101,7 @@ def synthesize(
       ModelKindError: the model does not speak.
       SpeechError: text that cannot be said, or voices or a context that the model cannot take.
     """
-    alone = _is_one(text) or not isinstance(text, Iterable)
+    alone = _is_one(text)
     texts: list[Any] = [text] if alone else list(text)  # pyright: ignore[reportArgumentType]
     requests = _requests(model, texts, alone, voice, speaker, context, options)
     results: list[Speech | None] = [None] * len(requests)
@@ -218,6 +218,8 @@ def _is_one(text: object) -> bool:
     """Tell whether a value is one text, and not several."""
     if isinstance(text, str | Dialogue | tts.Request | csm.Request):
         return True
+    if isinstance(text, bytes | Mapping) or not isinstance(text, Iterable):
+        return True  # no text, which its reader says better than a reader of its items would
     return isinstance(text, Sequence) and len(text) > 0 and all(isinstance(message, Mapping) for message in text)
 
 

@@ -224,6 +224,17 @@ def test_a_conversation_of_another_form_is_refused(messages, message):
             SpeechError,
             "^the speaker of 'a' has more than 9 digits; num",
         ),
+        (
+            {"text": {"role": "0", "content": "a"}},
+            SpeechError,
+            "^the text is one message of a conversation; give the conversation, a list of its messages$",
+        ),
+        ({"text": b"hello"}, SpeechError, "^the text is bytes; expected a str, a conversation, or several of these$"),
+        (
+            {"text": iter([{"role": "0", "content": "a"}])},
+            BatchError,
+            "the text is one message of a conversation; give the conversation, a list of its messages",
+        ),
         ({"text": ["a", 3]}, BatchError, "the text is int; expected a str, a conversation, or several of these$"),
         ({"text": ["a", "b"], "speaker": [0]}, ConfigError, "^2 texts have 1 speakers; give one for all, or one each$"),
         ({"text": ["a"], "context": [[], []]}, ConfigError, "^1 texts have 2 contexts; give one for all, or one each$"),

@@ -186,6 +186,8 @@ def _request(text: Any, speaker: int | None, context: Sequence[Segment] | None, 
         raise ConfigError("a speaker or a context was given beside a conversation that has its own; give them once")
     if isinstance(text, Request):
         return text if text.options is not None else Request(text.text, text.speaker, text.context, options)
-    if isinstance(text, Sequence):
+    if isinstance(text, Sequence) and not isinstance(text, bytes):
         return Request.of_messages(text, options)
+    if isinstance(text, Mapping):
+        raise SpeechError("the text is one message of a conversation; give the conversation, a list of its messages")
     raise SpeechError(f"the text is {type(text).__name__}; expected a str, a conversation, or several of these")
