@@ -192,7 +192,7 @@ def synthesize_stream(
     else:
         _refuse(model, speaker=speaker, context=context)
         own = _options(model, SynthesizeOptions, options)
-        sound = tts_live.synthesize_stream(model, text, voice=voice, options=own)  # pyright: ignore[reportArgumentType]
+        sound = tts_live.synthesize_stream(model, _pieces(text), voice=voice, options=own)
     try:
         for pcm_T in sound:
             yield pcm_T if watermark is None else _mark(pcm_T, model.sample_rate, watermark)
@@ -225,7 +225,22 @@ def _is_one(text: object) -> bool:
 
 def _whole(text: Any) -> Any:
     """Join the pieces of a text."""
-    return text if _is_one(text) else "".join(text)
+    return text if _is_one(text) else "".join(_pieces(text))
+
+
+def _pieces(text: Any) -> Iterator[str]:
+    """Yield the pieces of a text that arrives.
+
+    Raises:
+      SpeechError: a piece is no str.
+    """
+    for piece in [text] if _is_one(text) else text:
+        if not isinstance(piece, str):
+            kind = type(piece).__name__
+            raise SpeechError(
+                f"the text of a stream has a value of type {kind}; expected one text: a str, or pieces of it"
+            )
+        yield piece
 
 
 def _requests(

@@ -263,6 +263,26 @@ def test_arguments_that_do_not_fit_are_refused(model, arguments, error, message)
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (3.0, "^the text is float; expected a str, a conversation, or several of these$"),
+        (None, "^the text is NoneType; expected a str"),
+        (b"hello", "^the text is bytes; expected a str"),
+        ({"role": "0", "content": "a"}, "^the text is one message of a conversation; give the conversation, a list of"),
+        (
+            iter([{"role": "0", "content": "a"}]),
+            "^the text of a stream has a value of type dict; expected one text: a str, or pieces of it$",
+        ),
+        ([[{"role": "0", "content": "a"}]], "^the text of a stream has a value of type list; expected one text"),
+        (["a", 3], "^the text of a stream has a value of type int; expected one text"),
+    ],
+)
+def test_a_stream_says_one_text_or_pieces_of_it(model, text, message):
+    with pytest.raises(SpeechError, match=message):
+        next(dsm_jax.synthesize_stream(model, text))
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"temperature": -1.0}, "^temperature is -1.0; expected a number from 0"),

@@ -148,6 +148,16 @@ def test_a_text_that_has_ended_takes_no_more(model):
             list(live.finish())
 
 
+@pytest.mark.parametrize(
+    ("text", "kind"), [(3.0, "float"), (None, "NoneType"), (b"good", "bytes"), (["good", 3], "int")]
+)
+def test_a_stream_says_one_text_or_pieces_of_it(model, text, kind):
+    with pytest.raises(
+        SpeechError, match=f"^the text of a stream has a value of type {kind}; expected one text: a str"
+    ):
+        list(dsm_jax.synthesize_stream(model, text, voice=voice(0), options=GREEDY))
+
+
 def test_a_text_that_does_not_fit_into_the_frames_is_refused(model):
     def say(max_frames: int) -> dsm_jax.Speech:
         options = dataclasses.replace(GREEDY, max_frames=max_frames)
