@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dsm_jax.cli import speak as command
-from dsm_jax.cli.requests import Job, Voices, read_jobs
+from dsm_jax.cli.requests import Job, Turns, Voices, read_jobs
+from dsm_jax.csm import CsmOptions, Segment
 from dsm_jax.errors import SpeechError
 from dsm_jax.tts import Dialogue, Request, SynthesizeOptions, Turn
 from tests.helpers import tts_model
@@ -122,6 +123,37 @@ def test_a_line_that_is_no_request_is_refused(tmp_path, row, message):
     )
     with pytest.raises(SpeechError, match=message):
         read_jobs(str(path), Voices())
+
+
+def test_a_json_file_is_a_conversation_with_recordings_beside_it(tmp_path):
+    text = {"type": "text", "text": "hi"}
+    audio = [{"type": "audio", "path": "hi.wav"}, {"type": "audio", "array": [0.5, 0.5], "sampling_rate": 8_000}]
+    turns = [{"role": "1", "content": [text, sound]} for sound in audio]
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps([*turns, {"role": "2", "content": "no"}]), encoding="utf-8-sig")
+    options = CsmOptions(seed=3)
+    (job,) = read_jobs(str(path), Turns(options=options))
+    assert (job.name, job.request.text, job.request.speaker, job.request.options) == (None, "no", 2, options)
+    first, second = job.request.context
+    assert (first.text, first.speaker, first.audio) == ("hi", 1, tmp_path / "hi.wav")
+    assert (second.text, second.audio.sample_rate) == ("hi", 8_000)
+
+
+@pytest.mark.parametrize(
+    ("content", "form", "message"),
+    [
+        ("[", Turns(), r"talk.json: this is no JSON \(.* at line 1, column 2\); expected a list of messages$"),
+        ("{}", Turns(), "talk.json has dict; expected a list of messages$"),
+        ('[{"role": "0"}]', Turns(), r"talk.json: message 1 has \['role'\]; expected a message like"),
+        ("[]", Turns(1), "talk.json is a conversation with speakers and a context of its own; leave out yours$"),
+        ("[]", Turns(0, [Segment("a")]), "talk.json is a conversation with speakers and a context of its own; leave"),
+        ("[]", Voices(), "talk.json is JSON, which a text-to-speech model takes as requests: name it .jsonl, or .txt"),
+    ],
+)
+def test_a_json_file_that_is_no_conversation_is_refused(tmp_path, content, form, message):
+    (tmp_path / "talk.json").write_text(content)
+    with pytest.raises(SpeechError, match=message):
+        read_jobs(str(tmp_path / "talk.json"), form)
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):

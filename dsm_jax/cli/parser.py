@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "text",
         help="the text, a file of it, - for standard input, or requests.jsonl: id, text and voice on each line, or for "
-        "conversations id, text, speaker and context",
+        "conversations id, text, speaker and context; or conversation.json in the published chat format",
     )
     p.add_argument("output", help="a wav, flac, ogg, opus or mp3 file, - to play or pipe it, or for requests a folder")
     p.add_argument(

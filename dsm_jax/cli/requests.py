@@ -1,4 +1,4 @@
-"""Read the requests of `dsm-jax speak`: a text, a file of text, or a file with a JSON object a line."""
+"""Read the requests of `dsm-jax speak`: a text, a file of text, of a conversation or of a JSON object a line."""
 
 import dataclasses
 import functools
@@ -46,6 +46,19 @@ class RequestForm(Protocol):
         """Return the request of a text alone."""
         ...
 
+    def of_conversation(self, messages: Any, where: str, folder: Path) -> tts.Request | csm.Request:
+        """Return the request of a conversation in the published chat format.
+
+        Args:
+          messages: values of the file.
+          where: the file, for errors.
+          folder: of the file, to which paths in it are relative.
+
+        Raises:
+          SpeechError: the family takes no conversations, or the values are none.
+        """
+        ...
+
     def of_row(self, row: Mapping[str, Any], where: str, folder: Path, options: Any) -> tts.Request | csm.Request:
         """Return the request of a row.
 
@@ -79,6 +92,10 @@ class Voices:
     def of_text(self, text: str) -> tts.Request:
         """Return the request of a text alone."""
         return tts.Request(text, tuple(self.voices), options=self.options)
+
+    def of_conversation(self, messages: Any, where: str, folder: Path) -> tts.Request:
+        """Refuse a conversation; see `RequestForm`."""
+        raise SpeechError(f"{where} is JSON, which a text-to-speech model takes as requests: name it .jsonl, or .txt")
 
     def of_row(self, row: Mapping[str, Any], where: str, folder: Path, options: SynthesizeOptions) -> tts.Request:
         """Return the request of a row; see `RequestForm`."""
@@ -122,6 +139,22 @@ class Turns:
     def of_text(self, text: str) -> csm.Request:
         """Return the request of a text alone."""
         return csm.Request(text, self.speaker, self.context, self.options)
+
+    def of_conversation(self, messages: Any, where: str, folder: Path) -> csm.Request:
+        """Return the request of a conversation; see `RequestForm`."""
+        if self.speaker or self.context:
+            raise SpeechError(f"{where} is a conversation with speakers and a context of its own; leave out yours")
+        if not isinstance(messages, list):
+            raise SpeechError(f"{where} has {type(messages).__name__}; expected a list of messages")
+        try:
+            request = csm.Request.of_messages(messages, self.options)
+        except SpeechError as error:
+            raise SpeechError(f"{where}: {error}") from None
+        context = [
+            dataclasses.replace(turn, audio=folder / turn.audio) if isinstance(turn.audio, str) else turn
+            for turn in request.context
+        ]
+        return dataclasses.replace(request, context=context)
 
     def of_row(self, row: Mapping[str, Any], where: str, folder: Path, options: CsmOptions) -> csm.Request:
         """Return the request of a row; see `RequestForm`."""
@@ -188,7 +221,7 @@ def holds_requests(source: str) -> bool:
 
 
 def _is_file(source: str) -> bool:
-    looks_like_file = not any(c.isspace() for c in source) and Path(source).suffix in (".txt", ".jsonl")
+    looks_like_file = not any(c.isspace() for c in source) and Path(source).suffix in (".txt", ".json", ".jsonl")
     # A text may be longer than a file's name can be: os.path says no where pathlib raises.
     return source != "-" and (looks_like_file or os.path.isfile(source))
 
@@ -197,8 +230,9 @@ def read_jobs(source: str, form: RequestForm) -> list[Job]:
     """Read the requests that a command names.
 
     Args:
-      source: "-" for standard input; a file of requests, one JSON object a line, named `.jsonl`; a file of text; or
-        else the text itself. A request has `id` and the keys of its form; any option of its form may be added.
+      source: "-" for standard input; a file of requests, one JSON object a line, named `.jsonl`; a conversation
+        in the published chat format, named `.json`; a file of text; or else the text itself. A request has `id` and the
+        keys of its form; any option of its form may be added.
       form: of the requests.
 
     Raises:
@@ -211,6 +245,12 @@ def read_jobs(source: str, form: RequestForm) -> list[Job]:
         return [Job(form.of_text(_text(sys.stdin.buffer.read(), "standard input")))]
     if not _is_file(source):
         return [Job(form.of_text(source))]
+    if Path(source).suffix == ".json":
+        try:
+            messages = files.parse_json(_content(source), "a list of messages", line=False)
+        except ValueError as error:
+            raise SpeechError(f"{source}: {error}") from None
+        return [Job(form.of_conversation(messages, source, Path(source).parent))]
     if not holds_requests(source):
         return [Job(form.of_text(_text(_content(source), source)))]
     jobs = [_job(line, where, Path(source).parent, form) for where, line in _lines(source)]
