@@ -13,6 +13,7 @@ from dsm_jax import csm, tts
 from dsm_jax.checkpoints import Model
 from dsm_jax.csm import CsmOptions, Segment
 from dsm_jax.csm import batch as csm_batch
+from dsm_jax.csm.requests import is_several
 from dsm_jax.csm.requests import requests_of as csm_requests
 from dsm_jax.errors import BatchError, ConfigError, DsmError, SpeechError
 from dsm_jax.models.family import require
@@ -250,7 +251,7 @@ def _requests(
     if _is_conversational(model):
         _refuse(model, voice=voice)
         _check_options(model, CsmOptions, options)
-        if alone and (isinstance(speaker, list | tuple) or isinstance(options, Sequence)):
+        if alone and (is_several(speaker) or isinstance(options, Sequence)):
             raise ConfigError("one text has a list of speakers or options; give one of each, or a list of texts")
         return list(csm_requests(texts, speaker, context, options))
     _refuse(model, speaker=speaker, context=context)

@@ -403,6 +403,11 @@ def test_each_of_several_texts_has_its_own_speaker_context_and_options():
 
     own = read(["a", "b"], (1, 2), [[HI], [SHORT]], [one, two])
     assert own == [("a", 1, (HI,), one), ("b", 2, (SHORT,), two)]
+    for speakers in (range(1, 3), np.array([1, 2])):
+        for contexts in ([[HI], [SHORT]], [iter([HI]), iter([SHORT])], (each for each in [(HI,), (SHORT,)])):
+            assert read(["a", "b"], speakers, contexts, [one, two]) == own
+    assert read(["a", "b"], np.array(1), [None, [SHORT]], one) == [("a", 1, (), one), ("b", 1, (SHORT,), one)]
+    assert read(["a", "b"], None, [None, None], one) == [("a", 0, (), one), ("b", 0, (), one)]
     assert read(["a", "b"], None, [HI], None) == [("a", 0, (HI,), None), ("b", 0, (HI,), None)]
     assert read([Request("a", 3, [HI], two), Request("b", 3, [HI])], None, None, one) == [
         ("a", 3, (HI,), two),

@@ -238,6 +238,7 @@ def test_a_conversation_of_another_form_is_refused(messages, message):
         ({"text": ["a", 3]}, BatchError, "the text is int; expected a str, a conversation, or several of these$"),
         ({"text": ["a", "b"], "speaker": [0]}, ConfigError, "^2 texts have 1 speakers; give one for all, or one each$"),
         ({"text": ["a"], "context": [[], []]}, ConfigError, "^1 texts have 2 contexts; give one for all, or one each$"),
+        ({"text": "a", "speaker": range(1)}, ConfigError, "^one text has a list of speakers or options; give one of"),
         ({"text": "a", "speaker": [0]}, ConfigError, "^one text has a list of speakers or options; give one of each"),
         (
             {"text": "a", "context": Segment("b", 0, PCM)},

@@ -5,7 +5,7 @@ Shape letters: Q codebooks, T frames or samples.
 
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,29 +151,33 @@ def _audio(part: Mapping[str, Any], where: str) -> Any:
     return sound.Recorded(value, int(rate))
 
 
+def is_several(value: object) -> bool:
+    """Tell whether a value is several speakers or turns, and not one of them."""
+    return isinstance(value, Iterable) and not isinstance(value, str | Mapping) and getattr(value, "ndim", 1) > 0
+
+
 def requests_of(
     texts: Sequence[Any],
-    speaker: int | Sequence[int] | None,
-    context: Sequence[Any] | None,
+    speaker: Any,
+    context: Any,
     options: CsmOptions | Sequence[CsmOptions] | None,
 ) -> list[Request | SpeechError]:
     """Return the requests of several texts; of a text or a conversation that cannot be read, the error.
 
     Args:
       texts: strings, conversations in the chat format, and `Request`s.
-      speaker: one for all, or a list, one each; None is 0.
-      context: segments for all, or a list of lists, one each.
+      speaker: one for all, or several, one each; None is 0.
+      context: segments for all, or a list of several or None, one each.
       options: one for all, or a list, one each.
 
     Raises:
       ConfigError: not as many speakers, contexts or options as texts.
     """
     count = len(texts)
-    if context is not None and not isinstance(context, Segment):
-        context = list(context)
-    ragged = isinstance(context, list) and any(isinstance(one, list | tuple) for one in context)
-    speakers: list[Any] = list(speaker) if isinstance(speaker, list | tuple) else [speaker] * count
-    contexts: list[Any] = list(context or ()) if ragged else [context] * count
+    given = list(context) if isinstance(context, Iterable) else context
+    ragged = isinstance(given, list) and any(one is None or is_several(one) for one in given)
+    speakers: list[Any] = list(speaker) if is_several(speaker) else [speaker] * count
+    contexts: list[Any] = given if ragged else [given] * count
     each = list(options) if isinstance(options, Sequence) else [options] * count
     check_one_each(count, "texts", speakers=speakers, contexts=contexts, options=each)
     return [read_or_error(_request, *one) for one in zip(texts, speakers, contexts, each, strict=True)]
