@@ -68,9 +68,9 @@ def check_batch_size(batch_size: int) -> None:
     """Check the number of inputs at a time.
 
     Raises:
-      ConfigError: it is below 1.
+      ConfigError: it is no whole number, or below 1.
     """
-    if batch_size < 1:
+    if whole_number("batch_size", batch_size) < 1:
         raise ConfigError(f"batch_size is {batch_size}; expected 1 or more")
 
 

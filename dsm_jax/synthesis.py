@@ -143,6 +143,7 @@ def synthesize_each(
       watermark: as for `synthesize`.
       progress: called with the seconds of each speech that were made so far.
     """
+    _check_watermark(watermark)
     if _is_conversational(model):
         read = [one if isinstance(one, DsmError) else csm_requests([one], None, None, None)[0] for one in requests]
         own = _options(model, CsmOptions, options)
@@ -185,6 +186,7 @@ def synthesize_stream(
     Raises:
       As `synthesize`; an error in the text is raised once the text before it has been said.
     """
+    _check_watermark(watermark)
     if _is_conversational(model):
         (request,) = _requests(model, [_whole(text)], True, voice, speaker, context, None)
         if isinstance(request, DsmError):
@@ -286,13 +288,28 @@ def _options(model: Model, kind: type, options: Any) -> Any:
     return kind() if options is None else options
 
 
+def _check_watermark(watermark: object) -> None:
+    """Refuse a watermark that cannot be called.
+
+    Raises:
+      ConfigError: it is another object.
+    """
+    if watermark is not None and not callable(watermark):
+        raise ConfigError(f"the watermark is {watermark!r}; expected a function of samples and their rate")
+
+
 def _mark(pcm_T: np.ndarray, sample_rate: int, watermark: Watermark) -> np.ndarray:
     """Return marked samples.
 
     Raises:
-      SpeechError: the watermark has changed their number.
+      SpeechError: the watermark has changed their number, or returned no samples.
     """
-    marked_T = np.asarray(watermark(pcm_T, sample_rate), np.float32)
+    marked = watermark(pcm_T, sample_rate)
+    try:
+        marked_T = np.asarray(marked, np.float32)
+    except (TypeError, ValueError):
+        kind = type(marked).__name__
+        raise SpeechError(f"the watermark made {kind} of {pcm_T.size} samples; return as many") from None
     if marked_T.shape != pcm_T.shape:
         raise SpeechError(f"the watermark made {list(marked_T.shape)} of {list(pcm_T.shape)} samples; return as many")
     return marked_T

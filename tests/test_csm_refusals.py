@@ -255,6 +255,17 @@ def test_a_conversation_of_another_form_is_refused(messages, message):
             ConfigError,
             "^a speaker or a context was given beside a conversation that has its own; give them once$",
         ),
+        (
+            {"text": "a", "context": 5},
+            SpeechError,
+            r"^the context is 5; expected a list of dsm_jax\.csm\.Segment\(text",
+        ),
+        (
+            {"text": "a", "watermark": 3},
+            ConfigError,
+            "^the watermark is 3; expected a function of samples and their rate$",
+        ),
+        ({"text": ["a"], "batch_size": 1.5}, ConfigError, r"^batch_size is 1\.5; expected a whole number$"),
         ({"text": ["a"], "batch_size": 0}, ConfigError, "^batch_size is 0; expected 1 or more$"),
     ],
 )
@@ -364,6 +375,17 @@ def test_a_conversation_refuses_what_is_no_turn_and_options_of_another_kind(mode
     with pytest.raises(ConfigError, match=r"^options are SynthesizeOptions; expected CsmOptions$"):
         conversation.say("hello", options=dsm_jax.SynthesizeOptions())
     assert conversation.turns == []
+    with pytest.raises(SpeechError, match=r"^the context is one Segment; give a list of them$"):
+        csm.Conversation(model, Segment("hello", 0, PCM))
+    with pytest.raises(SpeechError, match=r"^the context is 5; expected a list of dsm_jax\.csm\.Segment"):
+        Request("z", 0, 5)
+
+
+def test_a_watermark_of_no_samples_is_refused(model):
+    with pytest.raises(SpeechError, match=r"^the watermark made str of 3 samples; return as many$"):
+        dsm_jax.synthesis._mark(PCM[:3], 1_600, lambda pcm_T, rate: "marked")
+    with pytest.raises(ConfigError, match=r"^the watermark is 3; expected a function of samples and their rate$"):
+        next(dsm_jax.synthesize_stream(model, "z", watermark=3))
 
 
 def test_a_number_of_codebooks_that_is_not_whole_is_refused_and_the_next_call_works(model):

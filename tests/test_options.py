@@ -72,6 +72,8 @@ def test_a_batch_has_one_input_or_more_and_few_inputs_share_their_slots():
     check_batch_size(1)
     with pytest.raises(ConfigError, match=r"^batch_size is 0; expected 1 or more$"):
         check_batch_size(0)
+    with pytest.raises(ConfigError, match=r"^batch_size is 1\.5; expected a whole number$"):
+        check_batch_size(1.5)
     assert [slots_for(count, 8) for count in (0, 1, 2, 3, 4, 5, 9)] == [1, 1, 2, 4, 4, 8, 8]
     assert slots_for(9, 3) == 3
 

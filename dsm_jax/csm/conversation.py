@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from dsm_jax.checkpoints import Model
 from dsm_jax.csm.options import CsmOptions
-from dsm_jax.csm.requests import Request, Segment
+from dsm_jax.csm.requests import Request, Segment, turns_of
 from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
 from dsm_jax.errors import ConfigError, DsmError, SpeechError
 from dsm_jax.speech import Speech
@@ -31,13 +31,14 @@ class Conversation:
       forgotten: number of turns that were left out, oldest first, so that the conversation fits the model's context.
 
     Raises:
+      AudioError, SpeechError: as for `add`.
       ModelKindError: the model is of another family.
     """
 
     def __init__(self, model: Model, turns: Sequence[Segment] = (), *, options: CsmOptions = CsmOptions()):
         self._synthesizer = ConversationSynthesizer(model, 1)
         self._options, self.turns, self.forgotten = options, [], 0
-        for turn in turns:
+        for turn in turns_of(turns):
             self.add(turn)
 
     def add(self, turn: Segment) -> None:

@@ -38,6 +38,19 @@ class Segment:
     audio: sound.Source | None = None
 
 
+def turns_of(context: Any) -> tuple[Any, ...]:
+    """Return the turns of a context, which may be any iterable.
+
+    Raises:
+      SpeechError: the context is one turn, or no iterable.
+    """
+    if isinstance(context, Segment):
+        raise SpeechError("the context is one Segment; give a list of them")
+    if not isinstance(context, Iterable):
+        raise SpeechError(f"the context is {context!r}; expected a list of dsm_jax.csm.Segment(text, speaker, audio)")
+    return tuple(context)
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """A text to say in a conversation, as the runtime reads it.
@@ -55,9 +68,7 @@ class Request:
     options: CsmOptions | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.context, Segment):
-            raise SpeechError("the context is one Segment; give a list of them")
-        object.__setattr__(self, "context", tuple(self.context))
+        object.__setattr__(self, "context", turns_of(self.context))
         for segment in self.context:
             if not isinstance(segment, Segment):
                 kind = f"{type(segment).__module__}.{type(segment).__name__}"
