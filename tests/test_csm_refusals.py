@@ -159,6 +159,20 @@ TEXT = {"type": "text", "text": "hi"}
             [{"role": "0", "content": [TEXT, part(array=PCM, sampling_rate="fast")]}, {"role": "0", "content": [TEXT]}],
             r"^message 1 has audio with the sampling_rate 'fast'; expected a number of Hz$",
         ),
+        ([{"role": "0", "content": [{"type": "text"}]}], "^message 1 has the text None; expected words$"),
+        ([{"role": "0", "content": [{"type": "text", "text": 5}]}], "^message 1 has the text 5; expected words$"),
+        (
+            [{"role": "0", "content": [TEXT, part(path="hi.wav", sampling_rate=1600)]}, {"role": "0", "content": "a"}],
+            "^message 1 has a sampling_rate beside a file, which has its own; leave the sampling_rate out$",
+        ),
+        (
+            [{"role": "0", "content": [TEXT, part(array=[10**400])]}, {"role": "0", "content": "a"}],
+            r"^message 1 has audio that is a list of other things than numbers; give samples$",
+        ),
+        (
+            [{"role": "0", "content": [TEXT, part(array=PCM, sampling_rate=-1)]}, {"role": "0", "content": "a"}],
+            r"^message 1 has audio with the sampling_rate -1; expected a number of Hz$",
+        ),
         (
             [{"role": "0", "content": [TEXT, part(array=PCM, sampling_rate=math.nan)]}, {"role": "0", "content": "a"}],
             r"^message 1 has audio with the sampling_rate nan; expected a number of Hz$",
@@ -264,6 +278,11 @@ def test_a_conversation_of_another_form_is_refused(messages, message):
             {"text": "a", "watermark": 3},
             ConfigError,
             "^the watermark is 3; expected a function of samples and their rate$",
+        ),
+        (
+            {"text": "z" * 507},
+            SpeechError,
+            "^the conversation takes 512 positions, .*; random has 512, the answer included: cut the text$",
         ),
         ({"text": ["a"], "batch_size": 1.5}, ConfigError, r"^batch_size is 1\.5; expected a whole number$"),
         ({"text": ["a"], "batch_size": 0}, ConfigError, "^batch_size is 0; expected 1 or more$"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsm_jax.cli import speak as command
-from dsm_jax.cli.requests import Job, Turns, Voices, read_jobs
+from dsm_jax.cli.requests import Job, Turns, Voices, read_context, read_jobs
 from dsm_jax.csm import CsmOptions, Segment
 from dsm_jax.errors import SpeechError
 from dsm_jax.tts import Dialogue, Request, SynthesizeOptions, Turn
@@ -106,8 +106,9 @@ def test_a_byte_order_mark_is_read_over(tmp_path):
             {"id": "x", "turns": [{"text": "a", "to": "b"}]},
             r"2 has the turn \{.*'to': 'b'\}; expected an object of text",
         ),
-        ({"id": "x", "text": "a", "seed": "b"}, "2 has seed = 'b'; expected a number"),
-        ({"id": "x", "text": "a", "top_k": 2.5}, r"2 has top_k = 2\.5; expected a number"),
+        ({"id": "x", "text": "a", "seed": "b"}, "2 has seed = 'b'; expected a whole number$"),
+        ({"id": "x", "text": "a", "top_k": 2.5}, r"2 has top_k = 2\.5; expected a whole number$"),
+        ({"id": "x", "text": "a", "temperature": "hot"}, "2 has temperature = 'hot'; expected a number$"),
         ({"id": "x", "text": "a", "temperature": -1}, "2: temperature is -1; expected a number from 0"),
         ({"id": "\ud800", "text": "a"}, "2 has an id that cannot name files: the text has half of a character at 0"),
         ({"id": "", "turns": ["a"]}, "2 has the id ''; it names files, so give a text without slashes"),
@@ -154,6 +155,24 @@ def test_a_json_file_that_is_no_conversation_is_refused(tmp_path, content, form,
     (tmp_path / "talk.json").write_text(content)
     with pytest.raises(SpeechError, match=message):
         read_jobs(str(tmp_path / "talk.json"), form)
+
+
+def test_null_is_the_default_of_an_option_that_has_none(tmp_path):
+    path = tts_model.write_requests(tmp_path, {"id": "a", "text": "b", "depth_top_k": None})
+    (job,) = read_jobs(str(path), Turns(options=CsmOptions(depth_top_k=3)))
+    assert job.request.options == CsmOptions()
+    path = tts_model.write_requests(tmp_path, {"id": "a", "text": "b", "top_k": None})
+    with pytest.raises(SpeechError, match=r"1 has top_k = None; expected a whole number$"):
+        read_jobs(str(path), Turns())
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("none.jsonl", r"none\.jsonl cannot be read \(No such"), ("", r"a file without a name cannot be read \(Is a dir")],
+)
+def test_a_context_that_cannot_be_read_is_refused(name, why):
+    with pytest.raises(SpeechError, match=f"^{why}.*; give a file with a JSON object a line: text, speaker and audio$"):
+        read_context(name)
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path):

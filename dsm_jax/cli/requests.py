@@ -15,6 +15,9 @@ from dsm_jax.tokenizers import check_characters
 from dsm_jax.tts import Dialogue, SynthesizeOptions, Turn
 from dsm_jax.tts.voices import Voice
 
+_TEXT = "a text, or a file of one"
+_TURNS = "a file with a JSON object a line: text, speaker and audio"
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -196,9 +199,9 @@ def read_context(path: str | os.PathLike[str]) -> list[Segment]:
     Raises:
       SpeechError: the file cannot be read, or a line is no turn.
     """
-    turns = [_segment(_object(line, where), where, Path(path).parent) for where, line in _lines(str(path))]
+    turns = [_segment(_object(line, where), where, Path(path).parent) for where, line in _lines(str(path), _TURNS)]
     if not turns:
-        raise SpeechError(f"{path} has no turns; write one JSON object a line: text, speaker and audio")
+        raise SpeechError(f"{path} has no turns; expected {_TURNS}")
     return turns
 
 
@@ -262,16 +265,17 @@ def read_jobs(source: str, form: RequestForm) -> list[Job]:
     return jobs
 
 
-def _content(source: str) -> bytes:
+def _content(source: str, expected: str = _TEXT) -> bytes:
     try:
         return Path(source).read_bytes()
     except OSError as error:
-        raise SpeechError(f"{source} cannot be read ({error.strerror}); give a text, or a file of one") from None
+        name = source or "a file without a name"
+        raise SpeechError(f"{name} cannot be read ({error.strerror}); give {expected}") from None
 
 
-def _lines(source: str) -> Iterator[tuple[str, bytes]]:
+def _lines(source: str, expected: str = _TEXT) -> Iterator[tuple[str, bytes]]:
     """Yield the file and number of each line that is not blank, for errors, and the line."""
-    for number, line in files.json_lines(_content(source)):
+    for number, line in files.json_lines(_content(source, expected)):
         yield f"{source}:{number}", line
 
 
@@ -280,7 +284,7 @@ def _text(content: bytes, where: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise SpeechError(f"{where} cannot be read (it is not UTF-8 text); give a text, or a file of one") from None
+        raise SpeechError(f"{where} cannot be read (it is not UTF-8 text); give {_TEXT}") from None
 
 
 def _object(line: bytes, where: str) -> Any:
@@ -318,7 +322,11 @@ def _job(line: bytes, where: str, folder: Path, form: RequestForm) -> Job:
 
 def _option(value: Any, key: str, kind: str, where: str) -> Any:
     """Check the kind of an option's value."""
-    kinds = str if key == "on_unsayable" else int if "int" in kind else (int, float)
+    kinds, expected = ((int, float), "a number") if "float" in kind else (int, "a whole number")
+    if key == "on_unsayable":
+        kinds, expected = str, "a text"
+    if value is None and "None" in kind:
+        return None
     if not isinstance(value, kinds) or isinstance(value, bool):
-        raise SpeechError(f"{where} has {key} = {value!r}; expected {'a text' if kinds is str else 'a number'}")
+        raise SpeechError(f"{where} has {key} = {value!r}; expected {expected}")
     return value

@@ -4,6 +4,7 @@ Shape letters: Q codebooks, T frames or samples.
 """
 
 import math
+import os
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -127,14 +128,22 @@ def segment_of(message: object, number: int) -> Segment:
     for part in content:
         if not isinstance(kind := part.get("type"), str) or kind not in parts:
             raise SpeechError(f"{where} has a part of type {kind!r}; expected 'text' or 'audio'")
-        parts[kind].append(part.get("text") if kind == "text" else _audio(part, where))
+        parts[kind].append(_text(part, where) if kind == "text" else _audio(part, where))
     texts, recordings = parts["text"], parts["audio"]
-    if len(texts) != 1 or len(recordings) > 1 or not isinstance(texts[0], str):
+    if len(texts) != 1 or len(recordings) > 1:
         raise SpeechError(
             f"{where} has {len(texts)} texts and {len(recordings)} recordings; expected one text, and one recording "
             "at most"
         )
     return Segment(texts[0], int(role), recordings[0] if recordings else None)
+
+
+def _text(part: Mapping[str, Any], where: str) -> str:
+    """Return the text of a message."""
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise SpeechError(f"{where} has the text {reprlib.repr(text)}; expected words")
+    return text
 
 
 def _audio(part: Mapping[str, Any], where: str) -> Any:
@@ -153,11 +162,13 @@ def _audio(part: Mapping[str, Any], where: str) -> Any:
     if isinstance(value, list | tuple):
         try:
             value = np.asarray(value, np.float32)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise SpeechError(f"{where} has audio that is a list of other things than numbers; give samples") from None
     if rate is None:
         return value
-    if not isinstance(rate, int | float | np.number) or not math.isfinite(rate):
+    if isinstance(value, str | os.PathLike) or hasattr(value, "read"):
+        raise SpeechError(f"{where} has a sampling_rate beside a file, which has its own; leave the sampling_rate out")
+    if not isinstance(rate, int | float | np.number) or not 0 < rate < math.inf:
         raise SpeechError(f"{where} has audio with the sampling_rate {rate!r}; expected a number of Hz")
     return sound.Recorded(value, int(rate))
 

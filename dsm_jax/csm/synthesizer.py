@@ -112,9 +112,10 @@ class ConversationSynthesizer:
         options = options if request.options is None else request.options
         prompt_MT, context = self.prompt(request), self.config.backbone.context
         if (length := prompt_MT.shape[1]) >= context:
+            remedy = "leave out its oldest turns, or shorten them" if request.context else "cut the text"
             raise SpeechError(
                 f"the conversation takes {length} positions, one for each token of text and each frame of audio; "
-                f"{self.model.name} has {context}, the answer included: leave out its oldest turns, or shorten them"
+                f"{self.model.name} has {context}, the answer included: {remedy}"
             )
         return ConversationRequest(
             text=request.text,
