@@ -5,6 +5,7 @@ Shape letters: Q codebooks, T frames or samples.
 
 import math
 import os
+import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from dsm_jax.options import check_one_each
 from dsm_jax.speaking import read_or_error
 
 _FORMAT = '{"role": "0", "content": [{"type": "text", "text": TEXT}, {"type": "audio", "path": FILE}]}'
+_ROLE = re.compile(rf"0|[1-9][0-9]{{,{SPEAKER_DIGITS - 1}}}")
 _AUDIO_KEYS = ("path", "audio", "array", "url")
 
 
@@ -117,7 +119,8 @@ def segment_of(message: object, number: int) -> Segment:
         found = sorted(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
         raise SpeechError(f"{where} has {found}; expected a message like {_FORMAT}")
     role, content = message["role"], message["content"]
-    numbered = isinstance(role, str) and role.isdecimal() and len(role) <= SPEAKER_DIGITS
+    # The published template writes a role as it stands, which a number does not keep of "00" or of other digits.
+    numbered = isinstance(role, str) and _ROLE.fullmatch(role) is not None
     if not numbered and not isinstance(role, int | np.integer):
         found = reprlib.repr(role)
         raise SpeechError(f"{where} has the role {found}; expected the number of a speaker, such as '0'")
