@@ -44,7 +44,8 @@ def end_id(path: Path) -> int:
             raise CheckpointError(f"{path / name} is missing; fetch the whole repository again")
     token = files.read_json(path / _SETTINGS).get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
-    found = [i for i, name in _control_tokens(files.read_json(path / TOKENIZER)).items() if name == token]
+    tokens = _control_tokens(files.read_json(path / TOKENIZER), path / TOKENIZER)
+    found = [i for i, name in tokens.items() if name == token]
     if not found:
         raise CheckpointError(
             f"{path / _SETTINGS} has the eos_token {token!r}, which is no control token of {TOKENIZER}; fetch both "
@@ -77,7 +78,7 @@ def write(source: Path | None, csm: CsmConfig, mimi: MimiConfig, folder: Path, n
     source = _checked(source, name)
     values = files.read_json(source)
     wanted = {csm.audio_id: AUDIO, csm.audio_end_id: AUDIO_END}
-    tokens = _control_tokens(values)
+    tokens = _control_tokens(values, source)
     if missing := [i for i in (csm.begin_id, csm.end_id, *wanted) if i not in tokens]:
         raise CheckpointError(
             f"the tokenizer of {name} has no control tokens with the ids {missing}; use the one that was published "
@@ -141,8 +142,13 @@ def _checked(source: Path | None, name: str) -> Path:
     return source
 
 
-def _control_tokens(values: Mapping[str, Any]) -> dict[int, str]:
-    return {token["id"]: token["content"] for token in values.get("added_tokens", []) if token["special"]}
+def _control_tokens(values: Mapping[str, Any], path: Path) -> dict[int, str]:
+    try:
+        return {token["id"]: token["content"] for token in values.get("added_tokens", []) if token["special"]}
+    except (KeyError, TypeError):
+        raise CheckpointError(
+            f"{path} has added_tokens that are no list of objects with id, content and special; fetch it again"
+        ) from None
 
 
 def _as_published(values: dict[str, Any], csm: CsmConfig) -> str:

@@ -477,6 +477,17 @@ def test_transformers_layout_needs_the_token_that_ends_a_text(folders, tmp_path)
         checkpoints.load(folder)
 
 
+@pytest.mark.parametrize("added", [None, 3, ["<|end_of_text|>"], [{"id": 1, "content": "a"}], [{"special": True}]])
+def test_a_tokenizer_whose_control_tokens_are_damaged_is_refused(tmp_path, added):
+    files.write_json(tmp_path / "tokenizer.json", {"added_tokens": added})
+    files.write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<|end_of_text|>"})
+    message = (
+        r"tokenizer\.json has added_tokens that are no list of objects with id, content and special; fetch it again$"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        csm_files.end_id(tmp_path)
+
+
 def test_weights_alone_are_refused_with_a_sentence(folders, tmp_path):
     for layout in ("transformers", "sesame"):
         path = Path(shutil.copyfile(folders[layout] / "model.safetensors", tmp_path / f"{layout}.safetensors"))
