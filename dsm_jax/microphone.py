@@ -64,6 +64,7 @@ class Microphone:
     def __init__(self, sample_rate: int, *, device: str | None = None):
         self._sounddevice = _sounddevice()
         self._queue: queue.Queue[np.ndarray] = queue.Queue()
+        self._is_ending = False
         about = find_input(device)
         self.name = str(about["name"])
         self._rate, self._sample_rate, self._device = round(about["default_samplerate"]), sample_rate, device
@@ -87,13 +88,22 @@ class Microphone:
     def _heard(self, samples_TC: np.ndarray, *_: object) -> None:
         self._queue.put(samples_TC[:, 0].copy())
 
+    def end(self) -> None:
+        """Stop the recording soon; `chunks` yields what has been recorded until then, and ends.
+
+        It sets a flag and no more, so a handler of signals may call it.
+        """
+        self._is_ending = True
+
     def chunks(self) -> Iterator[np.ndarray]:
-        """Yield float32 samples [T] at `sample_rate` as they are recorded, until the stream stops."""
+        """Yield float32 samples [T] at `sample_rate` as they are recorded, until `end` or until the stream stops."""
         return audio.resampled(self._recorded(), self._rate, self._sample_rate)
 
     def _recorded(self) -> Iterator[np.ndarray]:
         """Yield samples [T] at the microphone's own rate."""
         while True:
+            if self._is_ending and self._stream.active:
+                self._stream.stop()  # once the last block has come
             try:
                 # A wait without an end would not be woken by Ctrl-C on every system.
                 yield self._queue.get(timeout=0.2)

@@ -1,6 +1,8 @@
 """The microphone, by a fake device: its words are those of the file, and Ctrl-C ends with the transcript."""
 
+import itertools
 import json
+import signal
 import sys
 import types
 from pathlib import Path
@@ -11,6 +13,7 @@ import soxr
 
 from dsm_jax import audio, cli, microphone
 from dsm_jax.errors import AudioError
+from dsm_jax.stt.program import SttProgram
 
 pytestmark = pytest.mark.slow
 
@@ -18,11 +21,11 @@ CLIP = Path(__file__).resolve().parents[1] / "examples/audio/digits_jackson.flac
 
 
 class Device(types.ModuleType):
-    """A stand-in for `sounddevice` with one input that plays a recording."""
+    """A stand-in for `sounddevice` with one input that plays a recording, and then stays open or ends."""
 
-    def __init__(self, pcm_T: np.ndarray, rate: int):
+    def __init__(self, pcm_T: np.ndarray, rate: int, stays_open: bool):
         super().__init__("sounddevice")
-        self.pcm_T, self.rate, self.played = pcm_T, rate, []
+        self.pcm_T, self.rate, self.stays_open, self.played = pcm_T, rate, stays_open, []
 
     def query_devices(self, device=None, kind=None):
         about = {"name": "fake", "max_input_channels": 1, "default_samplerate": float(self.rate)}
@@ -48,10 +51,10 @@ class Stream:
         for start in range(0, self.device.pcm_T.size, self.blocksize):
             block_T = self.device.pcm_T[start : start + self.blocksize]
             self.callback(block_T[:, None], block_T.size, None, None)
-        self.active = False
+        self.active = self.device.stays_open
 
     def stop(self) -> None:
-        pass
+        self.active = False
 
     def close(self) -> None:
         pass
@@ -59,8 +62,8 @@ class Stream:
 
 @pytest.fixture
 def device(monkeypatch):
-    def install(pcm_T: np.ndarray, rate: int) -> Device:
-        made = Device(pcm_T, rate)
+    def install(pcm_T: np.ndarray, rate: int, stays_open: bool = False) -> Device:
+        made = Device(pcm_T, rate, stays_open)
         monkeypatch.setitem(sys.modules, "sounddevice", made)
         return made
 
@@ -75,20 +78,36 @@ def test_the_words_of_a_microphone_are_those_of_the_file(device, capsys, rate):
     assert capsys.readouterr().out.split() == ["three", "one", "four", "one", "five", "nine", "two", "six", "five"]
 
 
-def test_ctrl_c_ends_with_the_transcript(device, capsys, monkeypatch):
-    device(audio.read(CLIP), 24_000)
-    chunks = microphone.Microphone.chunks
+def interrupt_at_steps(monkeypatch, *numbers: int) -> None:
+    """Press Ctrl-C inside these steps, where the state of the step before is gone and the new one not yet kept."""
+    step, count = SttProgram.step, itertools.count()
 
-    def interrupted(self):
-        yield from list(chunks(self))[:40]
-        raise KeyboardInterrupt
+    def interrupted(*args, **settings):
+        made = step(*args, **settings)
+        if next(count) in numbers:
+            signal.raise_signal(signal.SIGINT)
+        return made
 
-    monkeypatch.setattr(microphone.Microphone, "chunks", interrupted)
+    monkeypatch.setattr(SttProgram, "step", interrupted)
+
+
+@pytest.mark.parametrize("rate", [24_000, 48_000])
+def test_ctrl_c_ends_with_the_transcript_of_all_that_was_recorded(device, capsys, monkeypatch, rate):
+    pcm_T = audio.read(CLIP)
+    device(soxr.resample(pcm_T, 24_000, rate).astype(np.float32), rate, stays_open=True)
+    interrupt_at_steps(monkeypatch, 40)
     assert cli.main(["transcribe", "--mic", "--model", "digits", "--no-cache", "--format", "json"]) == 0
     transcript = json.loads(capsys.readouterr().out)
-    assert transcript["duration"] == pytest.approx(3.2)
-    assert "three one four one five nine two six five".startswith(transcript["text"])
-    assert transcript["words"]
+    assert transcript["duration"] == pytest.approx(pcm_T.size / 24_000, abs=1e-3)
+    assert transcript["text"] == "three one four one five nine two six five"
+
+
+def test_a_second_ctrl_c_ends_at_once(device, capsys, monkeypatch):
+    device(audio.read(CLIP), 24_000, stays_open=True)
+    interrupt_at_steps(monkeypatch, 40, 41)
+    monkeypatch.setattr(cli, "_forget_output", lambda: None)  # it would close what pytest holds
+    assert cli.main(["transcribe", "--mic", "--model", "digits", "--no-cache"]) == 130
+    assert "five" not in capsys.readouterr().out
 
 
 def test_an_input_that_does_not_exist_names_those_that_do(device):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -248,8 +249,13 @@ def test_the_microphone_is_transcribed_over_a_server(server, capsys, monkeypatch
 
         def chunks(self):
             for first in range(0, pcm_T.size, 1920):
+                if first == 1920 * 10:
+                    signal.raise_signal(signal.SIGINT)
                 yield pcm_T[first : first + 1920]
 
-    monkeypatch.setattr("dsm_jax.microphone.Microphone", Microphone)
+        def end(self):
+            self.is_ending = True
+
+    monkeypatch.setattr("dsm_jax.microphone.Microphone", Microphone)  # its chunks go on: they were recorded before
     code, out, _ = told(capsys, "transcribe", "--server", server.url, "--mic")
     assert (code, out.split()) == (0, wanted[0].text.split())

@@ -141,6 +141,7 @@ def _listen(args: argparse.Namespace, client: Any) -> int:
     with (
         client.Transcription(args.server, model=_model(args), api_key=api_key(args), needs_pauses=args.vad) as session,
         microphone.Microphone(SAMPLE_RATE, device=args.input_device) as source,
+        terminal.first_interrupt_calls(source.end),
     ):
         terminal.say(f"listening to {source.name}; Ctrl-C ends", style="dim")
         level = terminal.Level(quiet=args.quiet or (args.format == "text" and sys.stdout.isatty()))
@@ -149,8 +150,6 @@ def _listen(args: argparse.Namespace, client: Any) -> int:
                 level.show(chunk_T)
                 session.send(chunk_T)
                 shown.events(session.ready())
-        except KeyboardInterrupt:
-            terminal.interrupt_was_handled()
         finally:
             level.clear()
         session.finish()

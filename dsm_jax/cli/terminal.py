@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, TextIO
 from dsm_jax.progress import Progress
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     import numpy as np
     from rich.console import Console
 
@@ -74,9 +76,6 @@ def refuse(reason: object) -> None:
     say(reason, style="red")
 
 
-_ending: threading.Timer | None = None
-
-
 @contextlib.contextmanager
 def ended_by_one_interrupt() -> Iterator[None]:
     """Make one Ctrl-C enough: where nothing comes of it, the process ends a second later.
@@ -84,15 +83,14 @@ def ended_by_one_interrupt() -> Iterator[None]:
     Python raises an exception, and may drop it, in a callback of the garbage collector for example. It raises none
     while a library runs, such as XLA's compiler for seconds, but writes the signal's number to a pipe even then.
     """
-    raised = -math.inf
+    raised, ending = -math.inf, None
 
     def interrupt(*_: object) -> None:
-        global _ending
-        nonlocal raised
+        nonlocal raised, ending
         raised = time.monotonic()
-        _ending = threading.Timer(_GRACE_S, os._exit, [INTERRUPTED])
-        _ending.daemon = True
-        _ending.start()
+        ending = threading.Timer(_GRACE_S, os._exit, [INTERRUPTED])
+        ending.daemon = True
+        ending.start()
         raise KeyboardInterrupt
 
     def watch() -> None:
@@ -122,17 +120,39 @@ def ended_by_one_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
-        interrupt_was_handled()
+        if ending is not None:
+            ending.cancel()
         sys.unraisablehook = hook
         signal.signal(signal.SIGINT, before)
         signal.set_wakeup_fd(pipe_before)
         os.close(writing)
 
 
-def interrupt_was_handled() -> None:
-    """Let the process go on after a Ctrl-C, as a microphone's transcript is still to be written."""
-    if _ending is not None:
-        _ending.cancel()
+@contextlib.contextmanager
+def first_interrupt_calls(action: Callable[[], None]) -> Iterator[None]:
+    """Call a function at the first Ctrl-C, in place of an exception; the second Ctrl-C is as it was before.
+
+    An exception may leave a step of a model half done, and its state unusable; the function is called between two
+    instructions of any code, so it should set no more than a flag.
+    """
+    is_first = True
+
+    def interrupt(number: int, frame: "FrameType | None") -> None:
+        nonlocal is_first
+        if is_first or not callable(before):
+            is_first = False
+            action()
+        else:
+            before(number, frame)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Level:

@@ -123,19 +123,20 @@ def listen(args: argparse.Namespace, model: "Model", options: "TranscribeOptions
     from dsm_jax.stt import StreamingTranscriber
 
     transcriber, shown = StreamingTranscriber(model, options=options), Shown(args)
-    with microphone.Microphone(model.sample_rate, device=args.input_device) as source:
+    with (
+        microphone.Microphone(model.sample_rate, device=args.input_device) as source,
+        terminal.first_interrupt_calls(source.end),
+    ):
         terminal.say(f"listening to {source.name}; Ctrl-C ends", style="dim")
         level = terminal.Level(quiet=args.quiet or (args.format == "text" and sys.stdout.isatty()))
         try:
             for chunk_T in source.chunks():
                 level.show(chunk_T)
                 shown.events(transcriber.feed(chunk_T))
-        except KeyboardInterrupt:
-            terminal.interrupt_was_handled()
         finally:
             level.clear()
-    shown.events(transcriber.finish())
-    shown.end(transcriber.transcript)
+        shown.events(transcriber.finish())
+        shown.end(transcriber.transcript)
     return 0
 
 
