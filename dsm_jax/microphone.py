@@ -43,11 +43,11 @@ def find_input(device: str | None) -> Any:
     sounddevice = _sounddevice()
     try:
         return sounddevice.query_devices(device, "input")
-    except ValueError as error:
+    except (ValueError, sounddevice.PortAudioError) as error:
         known = [found["name"] for found in sounddevice.query_devices() if found["max_input_channels"] > 0]
         found = f"there is no input {device!r}" if device else f"there is no microphone ({error})"
-        names = ", ".join(known) or "none"
-        raise AudioError(f"{found}; expected one of: {names}") from None
+        wanted = f"expected one of: {', '.join(known)}" if known else "this machine has none; connect one"
+        raise AudioError(f"{found}; {wanted}") from None
 
 
 class Microphone:
@@ -58,7 +58,7 @@ class Microphone:
       device: name or part of the name of an input; None takes the system's default.
 
     Raises:
-      AudioError: there is no `sounddevice`, or no such input.
+      AudioError: there is no `sounddevice`, or no such input; or, as the block begins, the input cannot be opened.
     """
 
     def __init__(self, sample_rate: int, *, device: str | None = None):
@@ -70,15 +70,19 @@ class Microphone:
         self._rate, self._sample_rate, self._device = round(about["default_samplerate"]), sample_rate, device
 
     def __enter__(self) -> "Microphone":
-        self._stream = self._sounddevice.InputStream(
-            samplerate=self._rate,
-            blocksize=round(BLOCK_S * self._rate),
-            device=self._device,
-            channels=1,
-            dtype="float32",
-            callback=self._heard,
-        )
-        self._stream.start()
+        try:
+            self._stream = self._sounddevice.InputStream(
+                samplerate=self._rate,
+                blocksize=round(BLOCK_S * self._rate),
+                device=self._device,
+                channels=1,
+                dtype="float32",
+                callback=self._heard,
+            )
+            self._stream.start()
+        except self._sounddevice.PortAudioError as error:
+            reason = f"{self.name} cannot be recorded from ({error})"
+            raise AudioError(f"{reason}; close the programs that use it, or choose another input") from None
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -23,6 +23,9 @@ CLIP = Path(__file__).resolve().parents[1] / "examples/audio/digits_jackson.flac
 class Device(types.ModuleType):
     """A stand-in for `sounddevice` with one input that plays a recording, and then stays open or ends."""
 
+    class PortAudioError(Exception):
+        """An error of PortAudio, which is no ValueError there either."""
+
     def __init__(self, pcm_T: np.ndarray, rate: int, stays_open: bool):
         super().__init__("sounddevice")
         self.pcm_T, self.rate, self.stays_open, self.played = pcm_T, rate, stays_open, []
@@ -114,6 +117,34 @@ def test_an_input_that_does_not_exist_names_those_that_do(device):
     device(np.zeros(9, np.float32), 24_000)
     with pytest.raises(AudioError, match=r"there is no input 'usb'; expected one of: fake"):
         microphone.Microphone(24_000, device="usb")
+
+
+def test_a_machine_without_a_microphone_is_told_before_a_model_is_loaded(device, monkeypatch, capsys):
+    fake = device(np.zeros(9, np.float32), 24_000)
+
+    def none(device=None, kind=None):
+        if kind is None:
+            return []
+        raise fake.PortAudioError("Error querying device -1")
+
+    monkeypatch.setattr(fake, "query_devices", none)
+    monkeypatch.setattr("dsm_jax.checkpoints.open_checkpoint", None)
+    assert cli.main(["transcribe", "--mic", "--model", "digits", "--no-cache"]) == 2
+    message = "there is no microphone (Error querying device -1); this machine has none; connect one"
+    assert capsys.readouterr().err == f"dsm-jax: {message}\n"
+
+
+@pytest.mark.parametrize("fails", ["InputStream", "start"])
+def test_a_microphone_that_another_program_holds_is_an_error_that_says_so(device, monkeypatch, fails):
+    fake = device(np.zeros(9, np.float32), 24_000)
+
+    def busy(*_, **settings):
+        raise fake.PortAudioError("Device unavailable")
+
+    monkeypatch.setattr(fake if fails == "InputStream" else Stream, fails, busy)
+    message = r"fake cannot be recorded from \(Device unavailable\); close the programs that use it, or choose another"
+    with pytest.raises(AudioError, match=message), microphone.Microphone(24_000):
+        pass
 
 
 def test_without_the_package_the_error_names_the_extra_and_comes_before_a_model_is_loaded(monkeypatch, capsys):
