@@ -242,6 +242,22 @@ def test_an_empty_address_of_a_server_is_refused_once_and_stands_for_no_model_he
     assert run(capsys, *command.split(), "") == (2, "", said)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("transcribe here.wav", "nothing can be printed; open it, or name a folder with --output-dir"),
+        ("speak one -", "the sound has no place; open it, or name a file"),
+    ],
+)
+def test_a_closed_standard_output_is_told_of_before_a_model_is_loaded(capsys, tmp_path, monkeypatch, line, message):
+    (tmp_path / "here.wav").write_bytes(b"RIFF" + bytes(40))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dsm_jax.checkpoints.open_checkpoint", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main([*line.split(), "--no-cache"]) == 2
+    assert capsys.readouterr().err == f"dsm-jax: standard output is closed, so {message}\n"
+
+
 def test_a_model_that_cannot_be_read(capsys, tmp_path):
     code, out, err = run(capsys, "transcribe", CLIP, "--model", tmp_path / "nowhere", "--no-cache")
     assert (code, out) == (2, "")

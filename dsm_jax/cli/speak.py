@@ -99,7 +99,8 @@ def check_output(output: str, *, named: bool, save_frames: bool) -> None:
       save_frames: whether codes are written beside the recordings.
 
     Raises:
-      SpeechError: several requests for one file, a folder that cannot be made, or a suffix that is no sound.
+      SpeechError: several requests for one file, a folder that cannot be made, a suffix that is no sound, or a
+        standard output that is closed.
     """
     path = Path(output)
     if named:
@@ -110,6 +111,8 @@ def check_output(output: str, *, named: bool, save_frames: bool) -> None:
         except OSError as error:
             raise SpeechError(f"{output} cannot be made ({error.strerror}); name another folder") from None
     elif output == "-":
+        if sys.stdout is None:
+            raise SpeechError("standard output is closed, so the sound has no place; open it, or name a file")
         if save_frames:
             raise SpeechError("--save-frames writes files beside the recording; name one in place of -")
     elif path.suffix.lower() not in audio.SUFFIXES or not path.parent.is_dir():

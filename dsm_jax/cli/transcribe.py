@@ -55,6 +55,10 @@ def check(args: argparse.Namespace) -> list[str]:
         raise UsageError("--input-device names a microphone; add --mic")
     if args.mic and (args.output_dir or args.frames):
         raise UsageError("--mic prints its transcript; leave out --output-dir and --frames")
+    if sys.stdout is None and not args.output_dir:
+        raise UsageError(
+            "standard output is closed, so nothing can be printed; open it, or name a folder with --output-dir"
+        )
     names = expand(args.audio)
     if args.frames and args.format != "json":
         raise UsageError(f"--frames is part of the JSON, and --format is {args.format}; add --format json")
