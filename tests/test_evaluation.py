@@ -628,6 +628,23 @@ def test_the_command_compares(capsys, tmp_path):
         ([], "there is nothing to evaluate; give recordings, or --compare A.json B.json"),
         (["x", "--compare", "a", "b"], "--compare reads results that are there, and a source was given too; leave one"),
         (
+            [
+                "--compare",
+                "a",
+                "b",
+                "--output",
+                "z.json",
+                "--plot",
+                "z.png",
+                "--streaming",
+                "--limit",
+                "1",
+                "--no-cache",
+            ],
+            "--compare prints what it finds in two results, and does nothing with --no-cache, --streaming, --limit, "
+            "--output, --plot; leave that out",
+        ),
+        (
             ["--compare", "nosuch.json", "b"],
             "nosuch.json cannot be read (No such file or directory); give what --output",
         ),

@@ -6,6 +6,7 @@ import sys
 
 from dsm_jax import files, malloc
 from dsm_jax.cli import terminal
+from dsm_jax.cli.parser import parser
 from dsm_jax.cli.setup import UsageError, check_folder_of, check_recordings, load, set_up_jax
 
 
@@ -97,6 +98,13 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.compare and args.source:
         raise UsageError("--compare reads results that are there, and a source was given too; leave one of them out")
     if args.compare:
+        defaults = parser().parse_args(["evaluate"])
+        used = {"compare", "worst", "quiet", "verbose"}
+        if idle := [name for name in vars(args) if name not in used and vars(args)[name] != vars(defaults)[name]]:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            raise UsageError(
+                f"--compare prints what it finds in two results, and does nothing with {flags}; leave that out"
+            )
         terminal.write(command.compare(*args.compare, worst=args.worst) + "\n")
         return 0
     if not args.source:
