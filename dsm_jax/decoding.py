@@ -32,6 +32,7 @@ _PIPE_BUFFER = 4096  # bytes
 # WAV's formats whose byte rate is exact: PCM, floats, A-law, u-law, and PCM or floats in the extensible form.
 _CONSTANT_RATE = (1, 3, 6, 7, 0xFFFE)
 _UNKNOWN_SIZE = 0x7FFF0000  # programs that write a WAV to a pipe leave a size this large or larger in its header
+_ID3V1 = 128  # bytes of that tag
 _OGG_PAGE = 65_307  # bytes of the largest page
 _PADDING_FRAMES = 3  # of an mp3, at most, that are no sound
 _TOLERANCE_S = 0.06  # containers round their duration to milliseconds, and count the encoder's padding or do not
@@ -213,12 +214,13 @@ def _open(file: BinaryIO, name: str, stack: ExitStack) -> Any:
 def _size_without_tag(file: BinaryIO) -> int:
     """Return the size of a seekable file without an APE tag at its end, which FFmpeg would decode as mp3."""
     size = file.seek(0, os.SEEK_END)
-    if size >= 32:
-        file.seek(size - 32)
-        footer = file.read(32)
-        if footer.startswith(b"APETAGEX"):
+    for behind in (0, _ID3V1):  # an ID3v1 tag may follow the APE tag
+        file.seek(max(0, size - behind - 32))
+        tail = file.read(32 + behind)
+        whole = len(tail) == 32 + behind
+        if whole and tail.startswith(b"APETAGEX") and tail[32:35] == b"TAG"[:behind]:
             # A header of 32 bytes before the tag stays, in which no decoder finds sound.
-            size -= min(size, struct.unpack("<I", footer[12:16])[0])
+            return max(0, size - behind - struct.unpack("<I", tail[12:16])[0])
     return size
 
 

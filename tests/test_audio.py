@@ -200,6 +200,8 @@ def test_joined_and_tagged_files_are_decoded_through_all_their_parts(tmp_path, c
     tagged = tmp_path / "tagged.mp3"
     tagged.write_bytes((tmp_path / "one.mp3").read_bytes() + tag + footer)
     np.testing.assert_array_equal(audio.read(tagged), audio.read(tmp_path / "one.mp3"))
+    tagged.write_bytes(tagged.read_bytes() + b"TAG" + b"a title".ljust(125, b"\0"))  # an ID3v1 tag behind it
+    np.testing.assert_array_equal(audio.read(tagged), audio.read(tmp_path / "one.mp3"))
     footer_alone = footer[:20] + bytes(4) + footer[24:]
     tagged.write_bytes((tmp_path / "one.mp3").read_bytes() + tag[32:] + footer_alone)
     np.testing.assert_array_equal(audio.read(tagged), audio.read(tmp_path / "one.mp3"))
@@ -310,6 +312,7 @@ def test_an_hour_streams_in_constant_memory(tmp_path):
         (b"", r"is empty \(0 bytes\); expected audio\. Record or fetch it again"),
         (b"these are words, not samples" * 9, r"is not audio that can be decoded: its first bytes are b'these are wo'"),
         (b"RIFF", r"is not audio that can be decoded: its first bytes are b'RIFF'"),
+        (b"APETAGEX", r"is not audio that can be decoded: its first bytes are b'APETAGEX'"),
         (b"\x00\x00\x00\x18ftypM4A " * 9, r"is an MP4 without its index, as a recorder that was interrupted"),
         (
             b"\x1aE\xdf\xa3" * 9,
