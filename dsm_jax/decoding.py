@@ -32,6 +32,7 @@ _PIPE_BUFFER = 4096  # bytes
 # WAV's formats whose byte rate is exact: PCM, floats, A-law, u-law, and PCM or floats in the extensible form.
 _CONSTANT_RATE = (1, 3, 6, 7, 0xFFFE)
 _UNKNOWN_SIZE = 0x7FFF0000  # programs that write a WAV to a pipe leave a size this large or larger in its header
+_LEFTOVER = 4096  # bytes behind the samples of a WAV that may be anything
 _ID3V1 = 128  # bytes of that tag
 _OGG_PAGE = 65_307  # bytes of the largest page
 _PADDING_FRAMES = 3  # of an mp3, at most, that are no sound
@@ -197,8 +198,9 @@ def _open(file: BinaryIO, name: str, stack: ExitStack) -> Any:
     try:
         if file.seekable():
             shown = _Bytes(file, size=_size_without_tag(file))
+            options = {"ignore_length": "1"} if _outgrew_its_header(file) else {}
             file.seek(0)
-            return av.open(shown)
+            return av.open(shown, options=options)
         return av.open(_Bytes(file, head=head), options=_PIPE_OPTIONS, buffer_size=_PIPE_BUFFER)
     except (av.error.FFmpegError, ValueError, IndexError) as error:
         if head[4:8] == b"ftyp":
@@ -284,28 +286,52 @@ class _Missing:
         return f"lacks its end, after {seconds:.1f} s: it was cut short" if self._open_end else None
 
 
-def _wav_end(file: BinaryIO) -> tuple[float | None, bool]:
-    """Return the length that a WAV's header says, and whether the file ends before its compressed samples do.
+def _wav_data(file: BinaryIO) -> tuple[int, int, int] | None:
+    """Find the samples of a WAV: where they begin, how many bytes its header gives them, and their bytes a second.
 
-    The length is None where the header does not say, or where its byte rate is nominal, as that of ADPCM.
+    Bytes a second are 0 where they are nominal, as those of ADPCM; the result is None where the header does not say.
     """
-    size_of_file = file.seek(0, os.SEEK_END)
-    file.seek(12)
-    format_tag = byte_rate = 0
+    file.seek(0)
+    head = file.read(12)
+    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+        return None
+    byte_rate = 0
     while len(header := file.read(8)) == 8:
         kind, size = struct.unpack("<4sI", header)
         if kind == b"fmt ":
             content = file.read(size + size % 2)
-            format_tag, byte_rate = struct.unpack("<H6xI", content[:12]) if len(content) >= 12 else (0, 0)
+            format_tag, nominal_rate = struct.unpack("<H6xI", content[:12]) if len(content) >= 12 else (0, 0)
+            byte_rate = nominal_rate if format_tag in _CONSTANT_RATE else 0
         elif kind == b"data":
-            if size >= _UNKNOWN_SIZE:
-                return None, False
-            if format_tag in _CONSTANT_RATE:
-                return (size / byte_rate if byte_rate else None), False
-            return None, file.tell() + size > size_of_file
+            return None if size >= _UNKNOWN_SIZE else (file.tell(), size, byte_rate)
         else:
             file.seek(size + size % 2, os.SEEK_CUR)
-    return None, False
+    return None
+
+
+def _wav_end(file: BinaryIO) -> tuple[float | None, bool]:
+    """Return the length that a WAV's header says, and whether the file ends before its compressed samples do."""
+    found = _wav_data(file)
+    if found is None:
+        return None, False
+    start, size, byte_rate = found
+    if byte_rate:
+        return size / byte_rate, False
+    return None, start + size > file.seek(0, os.SEEK_END)
+
+
+def _outgrew_its_header(file: BinaryIO) -> bool:
+    """Tell whether a WAV has samples behind those that its header counts, as one whose recorder was killed has."""
+    found = _wav_data(file)
+    if found is None or not found[1]:
+        return False
+    end = found[0] + found[1]
+    left = file.seek(0, os.SEEK_END) - end
+    file.seek(end)
+    behind = file.read(5)
+    # A chunk begins here, or after a byte of padding, with a name of four letters.
+    chunk = any(all(32 <= byte < 127 for byte in name) for name in (behind[:4], behind[1:]))
+    return left > _LEFTOVER and not chunk and not behind.startswith(b"ID3")
 
 
 def _has_last_page(file: BinaryIO) -> bool:

@@ -258,6 +258,27 @@ def test_a_wav_of_unknown_size_is_read_to_its_end(tmp_path, caplog, size):
     assert not caplog.messages
 
 
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "IMA_ADPCM"])
+def test_a_wav_is_read_past_the_length_of_a_header_that_was_not_updated(tmp_path, caplog, subtype):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(2.0, 24_000), 24_000, subtype=subtype)
+    whole, content = audio.read(path), bytearray(path.read_bytes())
+    data = content.index(b"data")
+    half = struct.unpack_from("<I", content, data + 4)[0] // 2 // 1024 * 1024  # whole blocks of ADPCM
+    struct.pack_into("<I", content, 4, data + half)
+    struct.pack_into("<I", content, data + 4, half)
+    np.testing.assert_array_equal(audio.read(io.BytesIO(content)), whole)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("behind", [b"LIST", b"\0LIST", b"ID3\3", b"TAGs", b"RIFF"])
+def test_what_follows_the_samples_of_a_wav_is_no_sound(tmp_path, behind):
+    soundfile.write(tmp_path / "a.wav", tone(1.0, 24_000), 24_000)
+    whole = (tmp_path / "a.wav").read_bytes()
+    pcm_T = audio.read(io.BytesIO(whole + behind + np.random.default_rng(0).bytes(50_000)))
+    np.testing.assert_array_equal(pcm_T, audio.read(tmp_path / "a.wav"))
+
+
 def test_channels_that_cancel_out_are_not_averaged(tmp_path):
     pcm = tone(2.0, 24_000)
     np.testing.assert_array_equal(audio.read(np.stack([pcm, -pcm])), pcm)
