@@ -35,6 +35,10 @@ _UNKNOWN_SIZE = 0x7FFF0000  # programs that write a WAV to a pipe leave a size t
 _LEFTOVER = 4096  # bytes behind the samples of a WAV that may be anything
 _ID3V1 = 128  # bytes of that tag
 _OGG_PAGE = 65_307  # bytes of the largest page
+_MP4, _MATROSKA = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"  # names of formats that write when a sound is heard
+_GAP_S = 0.1  # a shorter gap is rounding, or an uneven clock
+_LATE_S = 0.3  # a sound that starts sooner may follow the encoder's padding, which is left out
+_LONGEST_GAP_S = 3600.0
 _PADDING_FRAMES = 3  # of an mp3, at most, that are no sound
 _TOLERANCE_S = 0.06  # containers round their duration to milliseconds, and count the encoder's padding or do not
 
@@ -42,8 +46,9 @@ _TOLERANCE_S = 0.06  # containers round their duration to milliseconds, and coun
 def decode(file: BinaryIO, name: str, *, strict: bool = False) -> Iterator[tuple[int, np.ndarray]]:
     """Decode the first audio stream of a file to its end.
 
-    Chained and joined files are decoded through all of their parts. Where the sound ends before the header says, or
-    where packets cannot be decoded, the log gets a warning that says how much is missing.
+    Chained and joined files are decoded through all of their parts. Where the sound of an MP4, WebM or Matroska file
+    starts late or has a gap, silence stands there. Where the sound ends before the header says, or where packets cannot
+    be decoded, the log gets a warning that says how much is missing; so it does for audio streams that are left out.
 
     Args:
       file: opened at its start; it need not be seekable.
@@ -67,8 +72,16 @@ def decode(file: BinaryIO, name: str, *, strict: bool = False) -> Iterator[tuple
                 f"{name} has a header that says neither codec nor sample rate; expected a recording. Fetch it again."
             )
         stream.codec_context.options = {"err_detect": "crccheck+explode"}  # else a damaged flac is silent about it
-        missing = _Missing(file, container, stream)
-        seconds = 0.0
+        tracks = container.streams.audio
+        if len(tracks) > 1:
+            others = [at for at, other in enumerate(tracks) if other is not stream]
+            _log.warning(
+                "%s holds %d audio streams and number %d is used; for another one: ffmpeg -i INPUT -map 0:a:%d OUT.wav",
+                *(name, len(tracks), tracks.index(stream), others[0]),
+            )
+        origin = _origin(container, stream)
+        missing = _Missing(file, container, stream, origin)
+        seconds, clock = 0.0, origin
         packets = container.demux(stream)
         while True:
             try:
@@ -82,14 +95,23 @@ def decode(file: BinaryIO, name: str, *, strict: bool = False) -> Iterator[tuple
             except av.error.FFmpegError as error:
                 raise broken(name, seconds, str(error.strerror)) from error
             for frame in frames:
-                seconds += frame.samples / frame.sample_rate
-                yield frame.sample_rate, _floats(frame)
+                rate, pcm_CT = frame.sample_rate, _floats(frame)
+                if clock is not None:
+                    start = clock if frame.time is None else frame.time
+                    shortest = _GAP_S if seconds else _LATE_S
+                    for silence_CT in _silence(start - clock, shortest, rate, len(pcm_CT)):
+                        seconds += silence_CT.shape[1] / rate
+                        yield rate, silence_CT
+                    clock = start + frame.samples / rate
+                seconds += frame.samples / rate
+                yield rate, pcm_CT
         if not seconds and missing.damages:
             raise AudioError(
                 f"{name} has {missing.damages} packets and none can be decoded; expected a recording. "
                 f"If a player plays it, convert it: {_repair(name)}"
             )
-        reason = missing.reason(seconds)
+        # Gaps too short to be filled are not missing.
+        reason = missing.reason(seconds if clock is None else max(seconds, clock - (origin or 0.0)))
         if reason and strict:
             raise AudioError(f"{name} {reason}; fetch it again, or repair it: {_repair(name)}")
         if reason:
@@ -238,6 +260,25 @@ def _floats(frame: av.AudioFrame) -> np.ndarray:
     return array.astype(np.float32)
 
 
+def _origin(container: Any, stream: Any) -> float | None:
+    """Return the time at which the recording starts by its container's clock; None for one without timestamps."""
+    kind = container.format.name
+    if kind not in (_MP4, _MATROSKA):
+        return None
+    start = (container.start_time or 0) / av.time_base
+    # A fragment of a longer recording has the clock of the whole, and no index or length that counts from 0.
+    whole = stream.frames > 0 if kind == _MP4 else (container.duration or 0) / av.time_base > start
+    return 0.0 if whole else start
+
+
+def _silence(seconds: float, shortest: float, rate: int, channels: int) -> Iterator[np.ndarray]:
+    """Yield a gap's silence [C, T] in pieces; none for a shorter one, or one so long that a timestamp is damaged."""
+    left = round(seconds * rate) if shortest < seconds < _LONGEST_GAP_S else 0
+    while left > 0:
+        yield np.zeros((channels, min(left, rate)), np.float32)
+        left -= rate
+
+
 class _Missing:
     """Count the sound that a file should have and has not.
 
@@ -245,9 +286,10 @@ class _Missing:
       file: the file or pipe; a pipe's end says nothing.
       container: opened from the file.
       stream: the audio stream.
+      origin: from `_origin`.
     """
 
-    def __init__(self, file: BinaryIO, container: Any, stream: Any):
+    def __init__(self, file: BinaryIO, container: Any, stream: Any, origin: float | None):
         self.damages, self._damaged_at = 0, 0.0
         kind = container.format.name
         self._expected: float | None = None
@@ -263,6 +305,8 @@ class _Missing:
             self._expected = _mp3_seconds(file, stream.codec_context.sample_rate)
         elif kind not in _GUESSED:
             length = stream.duration and float(stream.duration * stream.time_base)
+            if length and origin is not None:
+                length += float((stream.start_time or 0) * stream.time_base) - origin
             whole = container.duration and container.duration / av.time_base
             self._expected = length or whole
         file.seek(position)

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -38,16 +39,26 @@ def write_tone(file: str | io.BytesIO, codec: str, seconds: float, format: str |
     write_sound(file, codec, tone(seconds, 48_000), format)
 
 
-def write_sound(file: str | io.BytesIO, codec: str, pcm_T: np.ndarray, format: str | None = None) -> None:
-    """Write samples at 48 kHz to a container."""
+def write_sound(
+    file: str | io.BytesIO,
+    codec: str,
+    pcm_T: np.ndarray,
+    format: str | None = None,
+    delay: Callable[[float], float] = lambda at_s: 0.0,
+    options: dict[str, str] | None = None,
+) -> None:
+    """Write samples at 48 kHz to a container, each packet as many seconds late as `delay` says for its time."""
     rate = 48_000
-    with av.open(file, "w", format=format) as container:
+    with av.open(file, "w", format=format, options=options) as container:
         stream = container.add_stream(codec, rate=rate, layout="mono")
         frame = av.AudioFrame.from_ndarray(pcm_T[None], format="fltp", layout="mono")
-        frame.sample_rate = rate
+        frame.sample_rate, frame.pts = rate, 0
         resampler = av.AudioResampler(format=stream.codec_context.format, layout="mono", rate=rate)
         for out in [*resampler.resample(frame), *resampler.resample(None), None]:
-            container.mux(stream.encode(out))
+            for packet in stream.encode(out):
+                packet.pts += round(delay(float(packet.pts * packet.time_base)) / packet.time_base)
+                packet.dts = packet.pts
+                container.mux(packet)
 
 
 class Pipe(io.BytesIO):
@@ -237,6 +248,72 @@ def test_recordings_of_phones_and_meetings_are_read(tmp_path, caplog, name, code
         content = (tmp_path / name).read_bytes()
         audio.read(io.BytesIO(content[: len(content) // 2]))
         assert re.search(r"lacks 1\.\d s of its 3\.\d s: it was cut short or is damaged", caplog.text)
+
+
+@pytest.mark.parametrize(("kind", "codec"), [("mp4", "aac"), ("webm", "libopus"), ("matroska", "aac")])
+def test_words_stand_where_the_container_has_their_sound(caplog, kind, codec):
+    """A recorder leaves out what it could not hear, and a microphone may start after its camera."""
+    file = io.BytesIO()
+    write_sound(file, codec, tone(2.0, 48_000), kind, lambda at_s: 3.0 if at_s < 1.0 else 13.0)
+    for opened in (io.BytesIO, Pipe):
+        pcm_T = audio.read(opened(file.getvalue()))
+        assert pcm_T.size / 24_000 == pytest.approx(15.0, abs=0.1)
+        for start_s, end_s, level in ((0.0, 2.9, 0.0), (3.1, 3.9, 0.35), (4.1, 12.9, 0.0), (14.1, 14.9, 0.35)):
+            part_T = pcm_T[round(start_s * 24_000) : round(end_s * 24_000)]
+            assert part_T.std() == pytest.approx(level, abs=0.05), start_s
+    assert not caplog.messages
+    if kind != "mp4":  # an MP4 that is cut short has no index
+        audio.read(io.BytesIO(file.getvalue()[: len(file.getvalue()) * 3 // 4]))
+        assert re.search(r"lacks 0\.\d s of its 15\.\d s: it was cut short or is damaged", caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec", "rate"),
+    [("mp4", "aac", 8_000), ("matroska", "aac", 8_000), ("matroska", "libmp3lame", 8_000), ("webm", "libopus", 48_000)],
+)
+def test_padding_of_an_encoder_and_uneven_clocks_are_no_gaps(monkeypatch, kind, codec, rate):
+    file = io.BytesIO()
+    with av.open(file, "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=rate, layout="mono")
+        resampler = av.AudioResampler(format=stream.codec_context.format, layout="mono", rate=rate)
+        frame = av.AudioFrame.from_ndarray(tone(4.0, rate)[None], format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = rate, 0
+        frames = [*resampler.resample(frame), *resampler.resample(None), None]
+        packets = [packet for out in frames for packet in stream.encode(out)]
+        first = packets[0].pts or 0  # negative: the padding
+        for packet in packets:
+            packet.pts = packet.dts = ((packet.pts or 0) - first) * 21 // 20  # 0.2 s late at its end
+            container.mux(packet)
+    pcm_T = audio.read(file)
+    monkeypatch.setattr(decoding, "_origin", lambda container, stream: None)
+    np.testing.assert_array_equal(pcm_T, audio.read(file))
+
+
+def test_a_timestamp_that_cannot_be_true_and_the_clock_of_a_fragment_give_no_silence():
+    file = io.BytesIO()
+    write_sound(file, "libopus", tone(2.0, 48_000), "webm", lambda at_s: 0.0 if at_s < 1.0 else 9_000.0)
+    assert audio.read(file).size / 24_000 == pytest.approx(2.0, abs=0.1)
+    file = io.BytesIO()
+    flags = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "frag_duration": "500000"}
+    write_sound(file, "aac", tone(4.0, 48_000), "mp4", options=flags)
+    content = file.getvalue()
+    places = [found.start() - 4 for found in re.finditer(b"moof", content)]
+    half = content[: places[0]] + content[places[len(places) // 2] :]
+    assert audio.read(io.BytesIO(half)).size / 24_000 == pytest.approx(2.0, abs=0.3)
+
+
+def test_audio_streams_that_are_left_out_are_told(caplog):
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        streams = [container.add_stream("pcm_s16le", rate=24_000, layout="mono") for _ in range(3)]
+        for stream in streams:
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 24_000), np.int16), format="s16", layout="mono")
+            frame.sample_rate = 24_000
+            container.mux(stream.encode(frame))
+    assert audio.read(file).size == 24_000
+    assert re.search(
+        r"holds 3 audio streams and number 0 is used; for another one: ffmpeg -i INPUT -map 0:a:1 OUT", caplog.text
+    )
 
 
 def test_nothing_is_missed_of_a_length_that_was_guessed(tmp_path, caplog):
