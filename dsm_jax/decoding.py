@@ -34,7 +34,9 @@ _CONSTANT_RATE = (1, 3, 6, 7, 0xFFFE)
 _UNKNOWN_SIZE = 0x7FFF0000  # programs that write a WAV to a pipe leave a size this large or larger in its header
 _LEFTOVER = 4096  # bytes behind the samples of a WAV that may be anything
 _ID3V1 = 128  # bytes of that tag
+_LONGEST = 1 << 40  # bytes of a file; a size in 64 bits that is larger is damaged, or unknown
 _OGG_PAGE = 65_307  # bytes of the largest page
+_KEPT_START = 1 << 20  # bytes of a pipe that are kept to look for a header; there may be a picture before it
 _MP4, _MATROSKA = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"  # names of formats that write when a sound is heard
 _GAP_S = 0.1  # a shorter gap is rounding, or an uneven clock
 _LATE_S = 0.3  # a sound that starts sooner may follow the encoder's padding, which is left out
@@ -62,7 +64,8 @@ def decode(file: BinaryIO, name: str, *, strict: bool = False) -> Iterator[tuple
       AudioError: the file holds no audio, or its container cannot be read to its end; with `strict`, sound is missing.
     """
     with ExitStack() as stack:
-        container: Any = stack.enter_context(_open(file, name, stack))
+        shown, container = _open(file, name, stack)
+        stack.enter_context(container)
         if not container.streams.audio:
             kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
             raise AudioError(f"{name} holds no audio ({kinds} alone); expected a recording. Check the file.")
@@ -80,7 +83,7 @@ def decode(file: BinaryIO, name: str, *, strict: bool = False) -> Iterator[tuple
                 *(name, len(tracks), tracks.index(stream), others[0]),
             )
         origin = _origin(container, stream)
-        missing = _Missing(file, container, stream, origin)
+        missing = _Missing(shown, container, stream, origin)
         seconds, clock = 0.0, origin
         packets = container.demux(stream)
         while True:
@@ -171,16 +174,32 @@ class _Bytes(io.RawIOBase):
 
     def __init__(self, file: BinaryIO, *, head: bytes = b"", size: int | None = None):
         self._file, self._head, self._size = file, head, size
+        self._heard, self._kept_start, self._kept_end = 0, bytearray(), b""
 
     def read(self, size: int = -1) -> bytes:
-        if self._head:
-            first, self._head = self._head[:size], self._head[size:]
-            return first
         if self._size is not None:
             return self._file.read(max(0, min(size, self._size - self._file.tell())))
-        # A buffered pipe would wait until it has all bytes that were asked for.
-        read: Any = getattr(self._file, "read1", self._file.read)
-        return read(size)
+        if self._head:
+            read, self._head = self._head[:size], self._head[size:]
+        else:
+            # A buffered pipe would wait until it has all bytes that were asked for.
+            read_some: Any = getattr(self._file, "read1", self._file.read)
+            read = read_some(size)
+        self._heard += len(read)
+        self._kept_start += read[: _KEPT_START - len(self._kept_start)]
+        self._kept_end = (self._kept_end + read)[-_OGG_PAGE:]
+        return read
+
+    def start(self) -> BinaryIO:
+        """Return the file, or what is kept of a pipe's start, which holds its header."""
+        return io.BytesIO(self._kept_start) if self._size is None else self._file
+
+    def end(self) -> tuple[int, bytes]:
+        """Return how many bytes there are, and the last of them; for a pipe that has been read, what came out of it."""
+        if self._size is None:
+            return self._heard, self._kept_end
+        self._file.seek(max(0, self._size - _OGG_PAGE))
+        return self._size, self._file.read(_OGG_PAGE)
 
     def readable(self) -> bool:
         return True
@@ -202,8 +221,8 @@ class _Bytes(io.RawIOBase):
         """Leave the file open: whoever opened it closes it."""
 
 
-def _open(file: BinaryIO, name: str, stack: ExitStack) -> Any:
-    """Open a file's container.
+def _open(file: BinaryIO, name: str, stack: ExitStack) -> tuple[_Bytes, Any]:
+    """Open a file's container, and return its bytes too.
 
     Raises:
       AudioError: the file is empty, or FFmpeg does not know its format.
@@ -222,8 +241,9 @@ def _open(file: BinaryIO, name: str, stack: ExitStack) -> Any:
             shown = _Bytes(file, size=_size_without_tag(file))
             options = {"ignore_length": "1"} if _outgrew_its_header(file) else {}
             file.seek(0)
-            return av.open(shown, options=options)
-        return av.open(_Bytes(file, head=head), options=_PIPE_OPTIONS, buffer_size=_PIPE_BUFFER)
+            return shown, av.open(shown, options=options)
+        shown = _Bytes(file, head=head)
+        return shown, av.open(shown, options=_PIPE_OPTIONS, buffer_size=_PIPE_BUFFER)
     except (av.error.FFmpegError, ValueError, IndexError) as error:
         if head[4:8] == b"ftyp":
             found = "an MP4 without its index, as a recorder that was interrupted leaves it"
@@ -283,33 +303,19 @@ class _Missing:
     """Count the sound that a file should have and has not.
 
     Args:
-      file: the file or pipe; a pipe's end says nothing.
-      container: opened from the file.
+      shown: the bytes of the file or pipe.
+      container: opened from them.
       stream: the audio stream.
       origin: from `_origin`.
     """
 
-    def __init__(self, file: BinaryIO, container: Any, stream: Any, origin: float | None):
+    def __init__(self, shown: _Bytes, container: Any, stream: Any, origin: float | None):
         self.damages, self._damaged_at = 0, 0.0
-        kind = container.format.name
-        self._expected: float | None = None
-        self._open_end = False
-        if not file.seekable():
-            return
-        position = file.tell()
-        if kind == "wav":
-            self._expected, self._open_end = _wav_end(file)
-        elif kind == "ogg":
-            self._open_end = not _has_last_page(file)
-        elif kind == "mp3":
-            self._expected = _mp3_seconds(file, stream.codec_context.sample_rate)
-        elif kind not in _GUESSED:
-            length = stream.duration and float(stream.duration * stream.time_base)
-            if length and origin is not None:
-                length += float((stream.start_time or 0) * stream.time_base) - origin
-            whole = container.duration and container.duration / av.time_base
-            self._expected = length or whole
-        file.seek(position)
+        self._shown, self._kind, self._rate = shown, container.format.name, stream.codec_context.sample_rate
+        length = stream.duration and float(stream.duration * stream.time_base)
+        if length and origin is not None:
+            length += float((stream.start_time or 0) * stream.time_base) - origin
+        self._length: float | None = length or (container.duration and container.duration / av.time_base)
 
     def damaged(self, seconds: float) -> None:
         """Count a packet that cannot be decoded."""
@@ -318,56 +324,89 @@ class _Missing:
 
     def reason(self, seconds: float) -> str | None:
         """Describe the missing part of a file that gave so many seconds; return None if nothing is missing."""
-        if self._expected is not None and seconds < self._expected - _TOLERANCE_S:
-            missing = self._expected - seconds
+        expected, open_end = self._end()
+        if expected is not None and seconds < expected - _TOLERANCE_S:
+            missing = expected - seconds
             # FFmpeg leaves out damaged parts of a flac without an error.
             where = (
                 f"it is damaged from {self._damaged_at:.1f} s on" if self.damages else "it was cut short or is damaged"
             )
-            return f"lacks {missing:.1f} s of its {self._expected:.1f} s: {where}"
+            return f"lacks {missing:.1f} s of its {expected:.1f} s: {where}"
         if self.damages:
             return f"is damaged from {self._damaged_at:.1f} s on: {self.damages} packets were left out"
-        return f"lacks its end, after {seconds:.1f} s: it was cut short" if self._open_end else None
+        return f"lacks its end, after {seconds:.1f} s: it was cut short" if open_end else None
+
+    def _end(self) -> tuple[float | None, bool]:
+        """Return the length that the header says, None where it does not, and whether the end of the file is missing.
+
+        A pipe has to be read to its end before.
+        """
+        size, tail = self._shown.end()
+        if self._kind in ("wav", "w64", "caf"):
+            return _header_end(self._shown.start(), size)
+        if self._kind == "ogg":
+            return None, not _has_last_page(tail)
+        if self._kind == "mp3":
+            return _mp3_seconds(self._shown.start(), self._rate), False
+        return (None if self._kind in _GUESSED else self._length), False
 
 
-def _wav_data(file: BinaryIO) -> tuple[int, int, int] | None:
-    """Find the samples of a WAV: where they begin, how many bytes its header gives them, and their bytes a second.
+def _data(file: BinaryIO) -> tuple[int, int, float] | None:
+    """Find the samples of a WAV, RF64, W64 or CAF: where they begin, their bytes by the header, and bytes a second.
 
     Bytes a second are 0 where they are nominal, as those of ADPCM; the result is None where the header does not say.
     """
     file.seek(0)
     head = file.read(12)
-    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+    # Where the first chunk begins, its header, bytes of the header that its size counts, and what sizes are rounded to.
+    if head[:4] in (b"RIFF", b"RF64", b"BW64") and head[8:] == b"WAVE":
+        first, layout, counted, even = 12, struct.Struct("<4sI"), 0, 2
+    elif head == b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb":
+        first, layout, counted, even = 40, struct.Struct("<4s12xQ"), 24, 8
+    elif head[:4] == b"caff":
+        first, layout, counted, even = 8, struct.Struct(">4sq"), 0, 1
+    else:
         return None
-    byte_rate = 0
-    while len(header := file.read(8)) == 8:
-        kind, size = struct.unpack("<4sI", header)
-        if kind == b"fmt ":
-            content = file.read(size + size % 2)
-            format_tag, nominal_rate = struct.unpack("<H6xI", content[:12]) if len(content) >= 12 else (0, 0)
-            byte_rate = nominal_rate if format_tag in _CONSTANT_RATE else 0
-        elif kind == b"data":
-            return None if size >= _UNKNOWN_SIZE else (file.tell(), size, byte_rate)
-        else:
-            file.seek(size + size % 2, os.SEEK_CUR)
+    file.seek(first)
+    byte_rate, long_size, unknown = 0.0, 0, _UNKNOWN_SIZE if head[:4] == b"RIFF" else _LONGEST
+    while len(header := file.read(layout.size)) == layout.size:
+        kind, size = layout.unpack(header)
+        size -= counted
+        place = file.tell()
+        if kind == b"data":
+            size = long_size if head[:4] in (b"RF64", b"BW64") and size == 0xFFFFFFFF else size
+            return (place, size, byte_rate) if 0 <= size < unknown else None
+        content = file.read(min(max(size, 0), 28))
+        if kind == b"ds64" and len(content) >= 16:
+            (long_size,) = struct.unpack("<8xQ", content[:16])
+        elif kind == b"fmt " and len(content) >= 12:
+            format_tag, nominal_rate = struct.unpack("<H6xI", content[:12])
+            byte_rate = nominal_rate if format_tag in _CONSTANT_RATE else 0.0
+        elif kind == b"desc" and len(content) >= 24:
+            rate, packet_bytes, packet_frames = struct.unpack(">d8xII", content[:24])
+            byte_rate = rate * packet_bytes / max(1, packet_frames)
+        if size < 0 or place + size >= _LONGEST:
+            return None
+        file.seek(place + size + -size % even)
     return None
 
 
-def _wav_end(file: BinaryIO) -> tuple[float | None, bool]:
-    """Return the length that a WAV's header says, and whether the file ends before its compressed samples do."""
-    found = _wav_data(file)
+def _header_end(file: BinaryIO, size_of_file: int) -> tuple[float | None, bool]:
+    """Return the length that a header with chunks says, and whether the file ends before its compressed samples do."""
+    found = _data(file)
     if found is None:
         return None, False
     start, size, byte_rate = found
-    if byte_rate:
+    if byte_rate > 0:
         return size / byte_rate, False
-    return None, start + size > file.seek(0, os.SEEK_END)
+    return None, start + size > size_of_file
 
 
 def _outgrew_its_header(file: BinaryIO) -> bool:
     """Tell whether a WAV has samples behind those that its header counts, as one whose recorder was killed has."""
-    found = _wav_data(file)
-    if found is None or not found[1]:
+    found = _data(file)
+    file.seek(0)
+    if found is None or not found[1] or file.read(4) != b"RIFF":
         return False
     end = found[0] + found[1]
     left = file.seek(0, os.SEEK_END) - end
@@ -378,11 +417,8 @@ def _outgrew_its_header(file: BinaryIO) -> bool:
     return left > _LEFTOVER and not chunk and not behind.startswith(b"ID3")
 
 
-def _has_last_page(file: BinaryIO) -> bool:
-    """Tell whether an Ogg file ends with the page that is marked as its last."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - _OGG_PAGE))
-    tail = file.read()
+def _has_last_page(tail: bytes) -> bool:
+    """Tell whether an Ogg file that ends so ends with the page that is marked as its last."""
     start = tail.rfind(b"OggS")
     if start < 0 or len(tail) < start + 27:
         return False
