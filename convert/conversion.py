@@ -42,7 +42,7 @@ def convert(
     Raises:
       CheckpointError: the source is incomplete or damaged, the layout is unknown, or the destination exists or cannot
         be written.
-      ConfigError: the library or the destination's layout does not support the config.
+      ConfigError: the library or the destination's layout does not support the config, or the dtype is unknown.
       ForkError: the process was forked from one that uses JAX, and this library's own layout is read or written.
     """
     if to not in (names := layout_names()):

@@ -164,8 +164,8 @@ def load(
 
     Raises:
       CheckpointError: nothing of that name, a layout that is not known, or weights that are not those of the config.
-      ConfigError: a config that the library does not understand, a device that is not there, or a form of weights that
-        `quantize` does not know or the model does not have.
+      ConfigError: a config that the library does not understand, a device that is not there, another dtype than a
+        language model may have, or a form of weights that `quantize` does not know or the model does not have.
       ForkError: the process was forked from one that uses JAX.
     """
     check_process()

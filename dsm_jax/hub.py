@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsm_jax.errors import CheckpointError
+from dsm_jax.errors import CheckpointError, ConfigError
 from dsm_jax.files import decode_json, read_text
 
 _log = logging.getLogger("dsm_jax")
@@ -53,9 +53,12 @@ def find(source: str | Path, options: HubOptions = HubOptions()) -> Path:
       A folder or file that exists.
 
     Raises:
+      ConfigError: the source is neither a text nor a path.
       CheckpointError: there is nothing of that name, it cannot be fetched, or a revision is asked of what is not on
         the hub.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise ConfigError(f"the model is {source!r}; expected a folder, a file, or the name of a model")
     path, name = expanded(source), str(source)
     if not os.path.exists(path) and "/" not in name and os.path.isdir(_ASSETS / name):
         path = _ASSETS / name

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dsm_jax.errors import ConfigError
@@ -35,23 +36,48 @@ def whole_number(name: str, value: Any) -> int:
         raise ConfigError(f"{name} is {value!r}; expected a whole number") from None
 
 
-def check_whole_numbers(options: Any) -> None:
-    """Check the fields of a frozen dataclass that are whole numbers, and make Python's integers of numpy's.
+def check_numbers(options: Any) -> None:
+    """Check the fields of a frozen dataclass that are numbers, and make Python's integers of numpy's.
 
     Args:
       options: an instance of the dataclass. A `seed` may have 64 bits, the other fields have less than 32.
 
     Raises:
-      ConfigError: a field is no whole number, or is too large.
+      ConfigError: a field is no number, is no whole number where one is expected, or is too large.
     """
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if field.type not in (int, int | None) or value is None:
+        if value is None and field.type in (int | None, float | None):
+            continue
+        if field.type in (float, float | None) and not isinstance(value, numbers.Real):
+            raise ConfigError(f"{field.name} is {value!r}; expected a number")
+        if field.type not in (int, int | None):
             continue
         whole = whole_number(field.name, value)
         if field.name != "seed" and abs(whole) >= 2**31:
             raise ConfigError(f"{field.name} is {whole}; expected a number of less than 32 bits")
         object.__setattr__(options, field.name, whole)
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Check the class of one value.
+
+    Raises:
+      ConfigError: it is of another.
+    """
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} is {value!r}; expected {kind.__name__}")
+
+
+def check_options(model: str, options: Iterable[Any], kind: type) -> None:
+    """Check the class of options for a model.
+
+    Raises:
+      ConfigError: some are of another, such as those of another family.
+    """
+    for one in options:
+        if not isinstance(one, kind):
+            raise ConfigError(f"options are {type(one).__name__}; {model} takes {kind.__name__}")
 
 
 def check_temperature(name: str, temperature: float | None) -> None:

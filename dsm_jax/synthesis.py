@@ -17,6 +17,7 @@ from dsm_jax.csm.requests import is_several
 from dsm_jax.csm.requests import requests_of as csm_requests
 from dsm_jax.errors import BatchError, ConfigError, DsmError, SpeechError
 from dsm_jax.models.family import require
+from dsm_jax.options import check_options
 from dsm_jax.progress import ProgressCallback
 from dsm_jax.speech import IncompleteSpeechError, Speech
 from dsm_jax.tts import Dialogue, SynthesizeOptions
@@ -275,9 +276,8 @@ def _check_options(model: Model, kind: type, options: Any) -> None:
     Raises:
       ConfigError: options of another family.
     """
-    for one in options if isinstance(options, Sequence) else [options]:
-        if one is not None and not isinstance(one, kind):
-            raise ConfigError(f"options are {type(one).__name__}; {model.name} takes {kind.__name__}")
+    each = options if isinstance(options, Sequence) else [options]
+    check_options(model.name, [one for one in each if one is not None], kind)
 
 
 def _options(model: Model, kind: type, options: Any) -> Any:

@@ -417,6 +417,11 @@ def test_a_name_that_no_file_can_have_is_refused(name):
         checkpoints.load(name)
 
 
+def test_a_name_is_a_text_or_a_path():
+    with pytest.raises(ConfigError, match=r"^the model is None; expected a folder, a file, or the name of a model$"):
+        checkpoints.load(None)
+
+
 def test_a_model_of_a_relative_path_is_saved_from_another_folder(folders, tmp_path, monkeypatch):
     folder = copy_of(folders["kyutai"], tmp_path / "in")
     monkeypatch.chdir(tmp_path)

@@ -395,6 +395,19 @@ def test_a_sample_whose_id_or_reference_is_no_string_is_refused():
         Sample("a", None, "a.wav")
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (5, "the data set is 5; expected its name, a folder, a file, or samples"),
+        (["a.wav"], r"samples hold 'a\.wav'; expected dsm_jax\.evaluation\.Sample\(id, reference, audio\)"),
+    ],
+    ids=["number", "names"],
+)
+def test_what_holds_no_samples_is_refused(source, message):
+    with pytest.raises(EvaluationError, match=f"^{message}$"):
+        evaluate(MODEL, source)
+
+
 def test_a_missing_library_is_an_error_of_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "jiwer", None)
     with pytest.raises(EvaluationError, match=r"^evaluation needs jiwer, .*; run: pip install 'dsm-jax\[evaluate\]'$"):

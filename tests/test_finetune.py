@@ -21,7 +21,7 @@ import dsm_jax
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.configs.json import from_dict
-from dsm_jax.errors import CheckpointError, ConfigError, TrainingError
+from dsm_jax.errors import ConfigError, TrainingError
 from dsm_jax.evaluation import transcription
 from dsm_jax.evaluation.transcription import TimedTranscript
 from dsm_jax.models.parameters import flatten
@@ -405,8 +405,13 @@ def test_settings_that_do_not_fit_the_model_are_refused(settings, tmp_path, chan
         finetune(dataclasses.replace(settings, output=str(tmp_path / "run"), **changes))
 
 
+def test_settings_are_a_finetune_config():
+    with pytest.raises(ConfigError, match=r"^config is \{'data': 'here'\}; expected FinetuneConfig$"):
+        finetune({"data": "here"})
+
+
 def test_an_unknown_compute_dtype_is_refused(settings, tmp_path):
-    with pytest.raises(CheckpointError, match="dtype is 'int8'; choose one of"):
+    with pytest.raises(ConfigError, match=r"^dtype is 'int8'; choose one of"):
         finetune(dataclasses.replace(settings, output=str(tmp_path / "run"), compute_dtype="int8"))
 
 

@@ -11,7 +11,7 @@ from dsm_jax.csm import CsmOptions
 from dsm_jax.errors import ConfigError
 from dsm_jax.nn.sampling import key_of
 from dsm_jax.options import check_batch_size, check_one_each, slots_for
-from dsm_jax.stt import TranscribeOptions
+from dsm_jax.stt import Prompt, TranscribeOptions, VadOptions
 from dsm_jax.tts import SynthesizeOptions
 
 KINDS = (TranscribeOptions, SynthesizeOptions, CsmOptions)
@@ -35,6 +35,8 @@ def test_numpy_integers_are_integers(kind):
         ("temperature", -0.1, "temperature is -0.1; expected a number from 0, which is greedy"),
         ("temperature", math.inf, "temperature is inf; expected a number from 0, which is greedy"),
         ("temperature", math.nan, "temperature is nan; expected a number from 0, which is greedy"),
+        ("temperature", "0.5", "temperature is '0.5'; expected a number"),
+        ("seed", None, "seed is None; expected a whole number"),
         ("seed", "x", "seed is 'x'; expected a whole number"),
         ("seed", 2**63, "the seed is 9223372036854775808; expected a number of 64 bits"),
         ("seed", -(2**63) - 1, "the seed is -9223372036854775809; expected a number of 64 bits"),
@@ -66,6 +68,21 @@ def test_zero_is_a_choice_and_none_leaves_it_to_the_checkpoint():
 def test_times_of_words_are_of_the_sound_or_of_the_reference():
     with pytest.raises(ConfigError, match=r"^word_times is 'text'; expected 'sound' or 'reference'$"):
         TranscribeOptions(word_times="text")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TranscribeOptions(prompt="seven"), "prompt is 'seven'; expected Prompt"),
+        (lambda: TranscribeOptions(vad=True), "vad is True; expected VadOptions"),
+        (lambda: Prompt(text=5), "the text of the prompt is 5; expected str"),
+        (lambda: VadOptions(threshold="x"), "threshold is 'x'; expected a number"),
+    ],
+    ids=["prompt", "vad", "text", "threshold"],
+)
+def test_options_of_another_class_are_refused_when_they_are_made(make, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        make()
 
 
 def test_a_batch_has_one_input_or_more_and_few_inputs_share_their_slots():

@@ -14,6 +14,7 @@ from dsm_jax.errors import AudioError, BatchError, CheckpointError, ConfigError,
 from dsm_jax.sharding import Sharding
 from dsm_jax.stt import Prompt, TranscribeOptions, WordEnded, WordStarted, transcribe_each
 from dsm_jax.stt.transcriber import Transcriber
+from dsm_jax.tts import SynthesizeOptions
 from tests.helpers import stt_model
 
 pytestmark = pytest.mark.slow
@@ -248,6 +249,22 @@ def test_models_that_do_not_transcribe_are_refused(model):
     speaker = dataclasses.replace(model, config=dataclasses.replace(model.config, lm=lm))
     with pytest.raises(ConfigError, match="model_type is 'stt' and dep_q 4; such a model generates no audio: 0"):
         dsm_jax.transcribe(speaker, stt_model.recording())
+
+
+@pytest.mark.parametrize("options", [None, SynthesizeOptions(), [None], {"seed": 1}])
+def test_options_of_another_class_are_refused(model, options):
+    kind = type(options[0] if isinstance(options, list) else options).__name__
+    message = f"^options are {kind}; {model.name} takes TranscribeOptions$"
+    with pytest.raises(ConfigError, match=message):
+        dsm_jax.transcribe(model, stt_model.recording(), options=options)
+    if not isinstance(options, list):
+        with pytest.raises(ConfigError, match=message):
+            dsm_jax.StreamingTranscriber(model, options=options)
+
+
+def test_nothing_is_no_recording(model):
+    with pytest.raises(AudioError, match=r"^audio was given as NoneType; expected a path"):
+        dsm_jax.transcribe(model, None)
 
 
 def test_models_that_are_not_whole_are_refused(model):

@@ -8,7 +8,7 @@ import pytest
 import dsm_jax
 from dsm_jax.configs import ModelConfig
 from dsm_jax.errors import AudioError, CheckpointError, ConfigError, DsmError, SpeechError, StreamError
-from dsm_jax.tts import Request, SynthesizeOptions
+from dsm_jax.tts import Dialogue, Request, SynthesizeOptions, Turn
 from tests.helpers import tts_model
 from tests.helpers.tts_model import FRAME, voice
 
@@ -132,6 +132,18 @@ def test_faults_of_live_text_are_raised_when_it_arrives(model):
     heard = dsm_jax.synthesize_stream(model, iter(["good ", "<b> ", "never asked for"]), voice=voice(0), options=GREEDY)
     with pytest.raises(SpeechError, match="turn 1 has '<b>', an unknown tag"):
         list(heard)
+
+
+@pytest.mark.parametrize("text", [Dialogue([Turn("good")]), [1, 2], None])
+def test_live_text_is_one_turn_of_text(model, text):
+    kind = "int" if isinstance(text, list) else type(text).__name__
+    with pytest.raises(SpeechError, match=f"^a piece of the text is {kind}; expected str$"):
+        list(dsm_jax.synthesize_stream(model, text, voice=voice(0), options=GREEDY))
+
+
+def test_options_of_another_class_are_refused(model):
+    with pytest.raises(ConfigError, match=f"^options are NoneType; {model.name} takes SynthesizeOptions$"):
+        dsm_jax.StreamingSynthesizer(model, options=None)
 
 
 def test_a_text_that_has_ended_takes_no_more(model):

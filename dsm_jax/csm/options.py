@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dsm_jax.errors import ConfigError
-from dsm_jax.options import check_sampling, check_temperature, check_whole_numbers
+from dsm_jax.options import check_numbers, check_sampling, check_temperature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class CsmOptions:
     max_frames: int = 1125
 
     def __post_init__(self) -> None:
-        check_whole_numbers(self)
+        check_numbers(self)
         check_sampling(temperature=self.temperature, top_k=self.top_k, depth_top_k=self.depth_top_k, seed=self.seed)
         check_temperature("depth_temperature", self.depth_temperature)
         if self.max_frames < 1:

@@ -110,6 +110,8 @@ def gather(name: str, found: Iterable[Sample | Failure]) -> Dataset:
     for one in found:
         if isinstance(one, Failure):
             failures.append(one)
+        elif not isinstance(one, Sample):
+            raise EvaluationError(f"{name} hold {one!r}; expected dsm_jax.evaluation.Sample(id, reference, audio)")
         elif one.id in seen:
             failures.append(Failure(one.id, "another recording before it has this id; give each its own"))
         else:

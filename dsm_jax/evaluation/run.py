@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ def evaluate(
     normalize, options = normalizers.normalizer(normalizer), options or TranscribeOptions()
     if isinstance(source, str | Path):
         source = datasets.read(source)
+    if not isinstance(source, Dataset | Iterable):
+        raise EvaluationError(f"the data set is {source!r}; expected its name, a folder, a file, or samples")
     dataset = source if isinstance(source, Dataset) else datasets.gather("samples", source)
     references: dict[str, str] = {}
     samples, skipped = [], []

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dsm_jax.errors import CheckpointError
+from dsm_jax.errors import ConfigError
 from dsm_jax.nn.quant import PackedBfloat16, QuantizedArray
 from dsm_jax.sharding import Sharding, set_sharding
 
@@ -64,14 +64,14 @@ def read_dtype(dtype: Any) -> np.dtype:
     """Parse a dtype for a language model, given by name or as a jax or numpy dtype.
 
     Raises:
-      CheckpointError: the dtype is not one of `LM_DTYPES`.
+      ConfigError: the dtype is not one of `LM_DTYPES`.
     """
     try:
         read = jnp.dtype(dtype)
     except TypeError:
         read = None
     if read is None or read.name not in LM_DTYPES:
-        raise CheckpointError(f"dtype is {dtype!r}; choose one of {', '.join(LM_DTYPES)}")
+        raise ConfigError(f"dtype is {dtype!r}; choose one of {', '.join(LM_DTYPES)}")
     return read
 
 

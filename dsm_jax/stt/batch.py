@@ -1,7 +1,7 @@
 """Whole recordings, any number of them, of any length: clients of the slots that they share."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from dsm_jax import audio
@@ -38,8 +38,9 @@ def transcribe_each(
     and pauses as they are found.
     """
     check_batch_size(batch_size)
-    known = [options] if isinstance(options, TranscribeOptions) else list(options)
-    each = None if isinstance(options, TranscribeOptions) else known
+    several = isinstance(options, Iterable) and not isinstance(options, Mapping)
+    known: list[TranscribeOptions] = list(options) if several else [options]  # pyright: ignore[reportAssignmentType]
+    each = known if several else None
     if each is not None and not isinstance(sources, Sequence):
         sources = list(sources)
     if isinstance(sources, Sequence):
@@ -118,10 +119,10 @@ def transcribe(
       BatchError: some of several cannot; it carries the transcripts of the others.
       ModelKindError: the model does not transcribe.
       CheckpointError: the model has no tokenizer, or pause heads of another number than the published ones.
-      ConfigError: not as many options as recordings, or `batch_size` is less than 1.
+      ConfigError: not as many options as recordings, options of another class, or `batch_size` is less than 1.
       PromptError: the model cannot follow the prompt.
     """
-    several = not audio.is_source(recordings)
+    several = isinstance(recordings, Iterable) and not audio.is_source(recordings)
     sources: Any = recordings if several else [recordings]
     results: dict[int, Transcript | None] = {}
     errors: dict[int, DsmError] = {}

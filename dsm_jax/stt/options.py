@@ -6,7 +6,7 @@ from typing import Literal
 from dsm_jax.audio import Source
 from dsm_jax.configs import ModelConfig
 from dsm_jax.errors import ConfigError
-from dsm_jax.options import check_sampling, check_whole_numbers
+from dsm_jax.options import check_kind, check_numbers, check_sampling
 from dsm_jax.stt.words import VadOptions
 
 
@@ -21,11 +21,18 @@ class Prompt:
       text: words that the model is made to produce first, in this spelling.
       audio: a recording that comes before: a path, or samples at the model's rate.
       exclude_from_output: leave the text that belongs to the prompt out of the transcript.
+
+    Raises:
+      ConfigError: the text is none.
     """
 
     text: str | None = None
     audio: Source | None = None
     exclude_from_output: bool = False
+
+    def __post_init__(self) -> None:
+        if self.text is not None:
+            check_kind("the text of the prompt", self.text, str)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +49,7 @@ class TranscribeOptions:
         word lasts until the next one begins.
 
     Raises:
-      ConfigError: a value out of its range.
+      ConfigError: a value out of its range, or of another class.
     """
 
     prompt: Prompt = Prompt()
@@ -53,7 +60,9 @@ class TranscribeOptions:
     word_times: Literal["sound", "reference"] = "sound"
 
     def __post_init__(self) -> None:
-        check_whole_numbers(self)
+        check_kind("prompt", self.prompt, Prompt)
+        check_kind("vad", self.vad, VadOptions)
+        check_numbers(self)
         check_sampling(temperature=self.temperature, top_k=self.top_k, seed=self.seed)
         if self.word_times not in ("sound", "reference"):
             raise ConfigError(f"word_times is {self.word_times!r}; expected 'sound' or 'reference'")

@@ -14,6 +14,7 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.errors import CheckpointError, DsmError
 from dsm_jax.models.family import require
 from dsm_jax.nn.sampling import key_of, top_k_capacity
+from dsm_jax.options import check_options
 from dsm_jax.process import check_process
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.stt.events import PAUSE_HORIZONS, Event, Pause, WordEnded
@@ -58,7 +59,7 @@ class Transcriber:
     Raises:
       AudioError: an audio prompt cannot be read.
       CheckpointError: the model does not transcribe.
-      ConfigError: a temperature or a top-k below 0.
+      ConfigError: options of another class.
       PromptError: the model cannot follow a prompt.
     """
 
@@ -75,6 +76,7 @@ class Transcriber:
     ):
         check_process()
         require(model, "stt")
+        check_options(model.name, options, TranscribeOptions)
         lm, name = model.config.lm, model.name
         assert lm is not None
         assert model.tokenizer is not None

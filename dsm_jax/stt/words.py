@@ -20,6 +20,7 @@ import math
 import numpy as np
 
 from dsm_jax.errors import ConfigError
+from dsm_jax.options import check_numbers
 from dsm_jax.stt.events import PAUSE_HORIZONS, Event, Pause, Word, WordEnded, WordStarted
 from dsm_jax.stt.levels import SILENCE_S, SoundLevels
 from dsm_jax.tokenizers import SPACE, Tokenizer
@@ -66,6 +67,7 @@ class VadOptions:
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.horizon not in PAUSE_HORIZONS:
             raise ConfigError(f"a pause of {self.horizon} s was asked for; the heads know {PAUSE_HORIZONS} s")
         if not 0 <= self.threshold <= 1:

@@ -31,6 +31,7 @@ from dsm_jax.errors import CheckpointError, ConfigError, TrainingError
 from dsm_jax.models.family import FAMILIES
 from dsm_jax.models.parameters import read_dtype
 from dsm_jax.nn.precision import set_compute_dtype
+from dsm_jax.options import check_kind
 from dsm_jax.progress import ProgressCallback
 from dsm_jax.sharding import Sharding
 from dsm_jax.training import lora
@@ -132,6 +133,7 @@ def finetune(
       TrainingError: the data cannot be trained on, a loss is not finite, a checkpoint or the model cannot be written,
         there is no run to resume, or a run would be overwritten.
     """
+    check_kind("config", config, FinetuneConfig)
     for source in filter(None, (config.data, config.validation)):
         if not Path(source).exists():  # known before the model is fetched and loaded
             raise TrainingError(f"{source} does not exist; give {EXPECTED}")

@@ -7,7 +7,7 @@ from dsm_jax import hub
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import ConfigError
 from dsm_jax.models.family import FAMILIES
-from dsm_jax.options import check_whole_numbers
+from dsm_jax.options import check_numbers
 from dsm_jax.training.loop import RunConfig
 from dsm_jax.training.lora import LoraConfig
 from dsm_jax.training.losses.csm import CsmObjective
@@ -81,7 +81,7 @@ class FinetuneConfig:
     lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
-        check_whole_numbers(self)
+        check_numbers(self)
         for what, seconds in (("a row has", self.seconds), ("a prefix has", self.prefix_seconds)):
             if not 1 <= seconds <= LONGEST_ROW_S:
                 raise ConfigError(f"{what} {seconds} seconds of a recording; give 1 to {LONGEST_ROW_S}")

@@ -22,7 +22,7 @@ import numpy as np
 from dsm_jax import files
 from dsm_jax.convert import native
 from dsm_jax.errors import ConfigError, TrainingError
-from dsm_jax.options import check_whole_numbers
+from dsm_jax.options import check_numbers
 from dsm_jax.progress import Progress, ProgressCallback
 from dsm_jax.training.curve import Record, draw_curve
 from dsm_jax.training.data import batches
@@ -51,9 +51,9 @@ class RunConfig:
     keep: int = 2
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0 <= self.seed < 2**32:  # JAX takes more, and drops the bits beyond 32
             raise ConfigError(f"the seed of a run is {self.seed}; give a number from 0 to {2**32 - 1}")
-        check_whole_numbers(self)
         for name in ("steps", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} of a run is {getattr(self, name)}; give 1 or more")

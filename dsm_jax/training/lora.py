@@ -18,7 +18,7 @@ from flax import nnx
 
 from dsm_jax.errors import ConfigError
 from dsm_jax.nn.linear import fan_in
-from dsm_jax.options import check_whole_numbers
+from dsm_jax.options import check_numbers
 
 # (A [..., *in, rank], B [..., rank, *out]), float32, by the dotted path of the adapted parameter.
 Adapters = dict[str, tuple[jax.Array, jax.Array]]
@@ -40,7 +40,7 @@ class LoraConfig:
     targets: tuple[str, ...] = ("self_attn", "feedforward")
 
     def __post_init__(self) -> None:
-        check_whole_numbers(self)
+        check_numbers(self)
         if self.rank < 1:
             raise ConfigError(f"the rank of the adapters is {self.rank}; give at least 1")
         if not 0 < self.alpha < math.inf:

@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 from dsm_jax.errors import ConfigError
-from dsm_jax.options import check_whole_numbers
+from dsm_jax.options import check_numbers
 
 Metrics = dict[str, jax.Array]
 # (params, frozen, aux, batch, key) -> float32 loss, (aux after the step, metrics)
@@ -64,7 +64,7 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        check_whole_numbers(self)
+        check_numbers(self)
         for name, right, expected in (
             ("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0"),
             ("warmup", self.warmup >= 0, "a number of steps, or 0 for none"),

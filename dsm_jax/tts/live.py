@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from dsm_jax.checkpoints import Model
-from dsm_jax.errors import StreamError, UnsayableError
+from dsm_jax.errors import SpeechError, StreamError, UnsayableError
 from dsm_jax.speaking import sound
 from dsm_jax.tts.script import Entry
 from dsm_jax.tts.speech import Request, SynthesizeOptions
@@ -46,11 +46,14 @@ class StreamingSynthesizer:
 
         Raises:
           IncompleteSpeechError: `max_frames` were made before the text was said.
+          SpeechError: the piece is no text.
           UnsayableError: a word that cannot be said; the words before it are said first.
           StreamError: the text has been finished.
         """
         if self._finished:
             raise StreamError("text was fed to a stream that has been finished; make a new StreamingSynthesizer")
+        if not isinstance(text, str):
+            raise SpeechError(f"a piece of the text is {type(text).__name__}; expected str")
         self._text += text
         ready = _whole_words(self._text)
         if ready != self._known and _TAGS.sub("", ready).strip():
@@ -130,7 +133,7 @@ def synthesize_stream(
       As `synthesize`; what is wrong with the text is raised once the text before it has been said.
     """
     synthesizer = StreamingSynthesizer(model, voice=voice, options=options)
-    for piece in [text] if isinstance(text, str) else text:
+    for piece in text if isinstance(text, Iterable) and not isinstance(text, str) else [text]:
         yield from synthesizer.feed(piece)
     yield from synthesizer.finish()
 

@@ -10,7 +10,7 @@ from typing import Literal
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import CheckpointError, ConfigError, DsmError, SpeechError
 from dsm_jax.models.family import require
-from dsm_jax.options import check_sampling, check_whole_numbers
+from dsm_jax.options import check_numbers, check_sampling
 from dsm_jax.speech import SpokenWord
 from dsm_jax.tts.script import Entry
 from dsm_jax.tts.state import TtsSettings
@@ -58,7 +58,7 @@ class SynthesizeOptions:
     on_unsayable: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
-        check_whole_numbers(self)
+        check_numbers(self)
         check_sampling(temperature=self.temperature, top_k=self.top_k, top_k_text=self.top_k_text, seed=self.seed)
         least = {
             "guidance_scale": 1,

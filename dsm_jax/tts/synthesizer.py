@@ -10,8 +10,10 @@ import numpy as np
 from dsm_jax import audio, codec
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import DsmError, SpeechError
+from dsm_jax.models.family import require
 from dsm_jax.models.streams import ZERO_TOKEN, behind_text
 from dsm_jax.nn.sampling import top_k_capacity
+from dsm_jax.options import check_options
 from dsm_jax.process import check_process
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.runtime.steps import Leave
@@ -51,6 +53,8 @@ class Synthesizer:
         behind: int = 1,
     ):
         check_process()
+        require(model, "tts")
+        check_options(model.name, options, SynthesizeOptions)
         each = [one.checked(model) for one in options]
         assert model.config.lm is not None
         assert model.tokenizer is not None

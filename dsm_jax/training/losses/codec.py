@@ -22,7 +22,7 @@ from dsm_jax.models.mimi import Mimi
 from dsm_jax.nn.conv import CausalConv1d
 from dsm_jax.nn.precision import full_precision
 from dsm_jax.nn.seanet import Chain
-from dsm_jax.options import check_whole_numbers
+from dsm_jax.options import check_numbers
 from dsm_jax.training.codebooks import Averages, CodebookRule, init_averages, quantize, set_entries
 from dsm_jax.training.losses.checks import check_shares, check_weights
 
@@ -54,7 +54,7 @@ class CodecObjective:
     codebooks: CodebookRule = CodebookRule()
 
     def __post_init__(self) -> None:
-        check_whole_numbers(self)
+        check_numbers(self)
         check_weights(self, "waveform", "commitment", "semantic")
         check_shares(self, "codebook_dropout")
         if self.look_ahead < 0 or self.decoded_frames < 1:
