@@ -4,13 +4,14 @@ import json
 import re
 from dataclasses import FrozenInstanceError, replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsm_jax.errors import DsmError
+from dsm_jax.errors import ConfigError, DsmError
 from dsm_jax.stt.events import Pause, Word
 from dsm_jax.stt.subtitles import MAX_CUE_MS, MAX_LINE_CHARACTERS, MAX_LINES, Cue, cues
 from dsm_jax.stt.transcript import SUFFIXES, Frames, Transcript
@@ -101,6 +102,15 @@ def test_a_suffix_of_any_case_chooses_the_format_of_a_file(tmp_path):
         assert (tmp_path / f"a{suffix}").read_text(encoding="utf-8") == HELLO.render(suffix[1:].lower())
     with pytest.raises(DsmError, match=r"a\.docx ends in '\.docx'; expected one of \.txt, \.json, \.srt, \.vtt, \.tsv"):
         HELLO.save(tmp_path / "a.docx")
+
+
+def test_a_place_that_cannot_be_written_is_named_as_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^nope/x\.srt cannot be written: there is no folder nope\. Create it"):
+        HELLO.save("nope/x.srt")
+    Path("taken.srt").mkdir()
+    with pytest.raises(ConfigError, match=r"^taken\.srt cannot be written \(Is a directory\)\. Choose another"):
+        HELLO.save("taken.srt")
 
 
 def test_a_pause_stands_behind_the_words_that_ended_before_it():

@@ -132,13 +132,17 @@ class Transcript:
           path: ends in .txt, .json, .srt, .vtt or .tsv. A file already there is replaced once the new one is whole.
 
         Raises:
-          ConfigError: the suffix is another one.
-          OSError: the place cannot be written.
+          ConfigError: the suffix is another one, the folder does not exist, or the place cannot be written.
         """
         formats = {suffix: name for name, suffix in SUFFIXES.items()}
         if (suffix := Path(path).suffix.lower()) not in formats:
             raise ConfigError(f"{path} ends in {suffix!r}; expected one of {', '.join(formats)}")
-        files.write_text(path, self.render(formats[suffix]))
+        if not (folder := Path(path).parent).is_dir():
+            raise ConfigError(f"{path} cannot be written: there is no folder {folder}. Create it first.")
+        try:
+            files.write_text(path, self.render(formats[suffix]))
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written ({error.strerror}). Choose another place.") from error
 
     def text_with_pauses(self) -> str:
         """Return the words in order, with "[pause]" wherever the model predicted that nobody would speak."""
