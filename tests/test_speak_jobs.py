@@ -71,6 +71,26 @@ def test_requests_may_have_options_and_turns_their_voices(tmp_path):
     ]
 
 
+def test_voices_of_requests_may_be_files_relative_to_the_file(tmp_path, monkeypatch):
+    for name in ("my.safetensors", "his.safetensors"):
+        (tmp_path / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    rows = [
+        {"id": "a", "text": "x", "voice": "my.safetensors"},
+        {"id": "b", "turns": [{"text": "x", "voice": "his.safetensors"}, {"text": "y", "voice": "ann"}]},
+        {"id": "c", "text": "x"},
+    ]
+    path = tts_model.write_requests(tmp_path, *rows)
+    mine, his = str(tmp_path / "my.safetensors"), str(tmp_path / "his.safetensors")
+    # A voice of the command line is not relative to the file.
+    assert read_jobs(str(path), Voices(["my.safetensors"])) == [
+        Job(Request(("x",), (mine,), options=OPTIONS), "a"),
+        Job(Request.of(Dialogue([Turn("x", his), Turn("y", "ann")]), "my.safetensors", OPTIONS), "b"),
+        Job(Request(("x",), ("my.safetensors",), options=OPTIONS), "c"),
+    ]
+
+
 def test_a_byte_order_mark_is_read_over(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfGood morning.")
     (job,) = read_jobs(str(tmp_path / "a.txt"), Voices())
@@ -97,7 +117,15 @@ def test_a_byte_order_mark_is_read_over(tmp_path):
         ({"id": 3, "turns": ["a"]}, "2 has the id 3; it names files, so give a text without slashes"),
         ({"id": "x", "turns": 3}, "2 has the turns 3; expected a list of texts, or of objects"),
         ({"id": "x", "turns": "a"}, "2 has the turns 'a'; expected a list"),
-        ({"id": "x", "text": 3}, r"2 has the turns \[3\]; expected a list of texts"),
+        ({"id": "x", "text": 3}, r"2 has text 3; expected a text$"),
+        (
+            {"id": "x", "turns": [{"text": None}]},
+            "2 has the turn {'text': None}; expected an object of text",
+        ),
+        (
+            {"id": "x", "turns": [{"text": "a", "voice": 5}]},
+            "2 has the turn {.*}; expected an object of text and",
+        ),
         ({"id": "x", "turns": ["a"], "voices": [None]}, r"2 has the voices \[None\]; expected a text, or a list"),
         ({"id": "x", "text": "a", "voice": "b", "voices": ["c"]}, "2 has voice and voices; give one of them"),
         ({"id": "x", "text": "a", "voices": ["b", "c", "d"]}, "2 has 3 voices; the models know two speakers"),

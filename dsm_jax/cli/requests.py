@@ -105,21 +105,32 @@ class Voices:
         if "voice" in row and "voices" in row:
             raise SpeechError(f"{where} has voice and voices; give one of them")
         given = [row["voice"]] if "voice" in row else row.get("voices", list(self.voices))
+        if "text" in row and not isinstance(row["text"], str):
+            raise SpeechError(f"{where} has text {row['text']!r}; expected a text")
         turns = [row["text"]] if "text" in row else row["turns"]
         if not isinstance(given, list) or not all(isinstance(voice, str | os.PathLike) for voice in given):
             raise SpeechError(f"{where} has the voices {given!r}; expected a text, or a list of texts")
         if len(given) > 2:
             raise SpeechError(f"{where} has {len(given)} voices; the models know two speakers, so give two at most")
+        if "voice" in row or "voices" in row:  # those of the command line are not relative to the file
+            given = [_beside(folder, voice) for voice in given]
         if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
-            if wrong := [turn for turn in turns if set(turn) - {"text", "voice"} or "text" not in turn]:
-                raise SpeechError(f"{where} has the turn {wrong[0]!r}; expected an object of text and voice")
-            dialogue = Dialogue([Turn(str(turn["text"]), turn.get("voice")) for turn in turns])
+            for turn in turns:
+                texts = isinstance(turn.get("text"), str) and isinstance(turn.get("voice"), str | None)
+                if not texts or set(turn) - {"text", "voice"}:
+                    raise SpeechError(f"{where} has the turn {turn!r}; expected an object of text and voice")
+            dialogue = Dialogue([Turn(turn["text"], _beside(folder, turn.get("voice"))) for turn in turns])
             return tts.Request.of(dialogue, given[0] if given else None, options)
         if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
             raise SpeechError(
                 f"{where} has the turns {turns!r}; expected a list of texts, or of objects of text and voice"
             )
         return tts.Request(tuple(turns), tuple(given), options=options)
+
+
+def _beside(folder: Path, voice: Any) -> Any:
+    """Return the path of a voice's file relative to a folder, or the voice as it is where no such file is there."""
+    return str(folder / voice) if isinstance(voice, str) and os.path.isfile(folder / voice) else voice
 
 
 @dataclasses.dataclass(frozen=True)
