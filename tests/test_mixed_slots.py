@@ -137,7 +137,7 @@ def test_cancelling_transcriptions_at_random_changes_no_other(listener):
     recordings, options = zip(*map(transcription, range(24)), strict=True)
     wanted = dsm_jax.transcribe(listener, list(recordings), options=options, batch_size=SLOTS)
     transcriber, random = Transcriber(listener, SLOTS, (CHUNK_FRAMES,), options), np.random.default_rng(0)
-    waiting = [FileSession(transcriber, transcriber.utterances[n], n, recordings[n]) for n in range(24)]
+    waiting = [FileSession(transcriber, transcriber.utterance(n), n, recordings[n]) for n in range(24)]
     slots, done, cancelled = transcriber.slots, [], 0
     while waiting or any(slots.sessions):
         free = len(slots.free)

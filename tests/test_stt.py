@@ -223,6 +223,21 @@ def test_one_bad_file_costs_only_itself(model, tmp_path):
     stt_model.check_same(results[0].words, good[0].words)
 
 
+def test_options_that_cannot_be_read_cost_only_their_recording(model):
+    bad = [TranscribeOptions(prompt=prompt) for prompt in (Prompt(audio="missing.wav"), Prompt(text="語"))]
+    sources = [clips()[0], *clips()[2:]]
+    with pytest.raises(BatchError, match=r"2 of 4 inputs failed") as caught:
+        dsm_jax.transcribe(model, sources, options=[None, bad[0], SAMPLED, bad[1]])
+    assert "missing.wav does not exist" in str(caught.value.errors[1])
+    assert "cannot spell" in str(caught.value.errors[3])
+    for index, options in ((0, TranscribeOptions()), (2, SAMPLED)):
+        assert caught.value.results[index].text == dsm_jax.transcribe(model, sources[index], options=options).text
+    with pytest.raises(AudioError, match=r"missing\.wav does not exist"):
+        dsm_jax.transcribe(model, sources, options=bad[0])
+    with pytest.raises(AudioError, match=r"missing\.wav does not exist"):
+        dsm_jax.StreamingTranscriber(model, options=bad[0])
+
+
 def test_a_single_bad_file_raises_its_own_error(model, tmp_path):
     with pytest.raises(AudioError, match="missing"):
         dsm_jax.transcribe(model, tmp_path / "missing.flac")
@@ -251,7 +266,7 @@ def test_models_that_do_not_transcribe_are_refused(model):
         dsm_jax.transcribe(speaker, stt_model.recording())
 
 
-@pytest.mark.parametrize("options", [None, SynthesizeOptions(), [None], {"seed": 1}])
+@pytest.mark.parametrize("options", [SynthesizeOptions(), [SynthesizeOptions()], {"seed": 1}])
 def test_options_of_another_class_are_refused(model, options):
     kind = type(options[0] if isinstance(options, list) else options).__name__
     message = f"^options are {kind}; {model.name} takes TranscribeOptions$"

@@ -129,7 +129,7 @@ class HearingService:
         slots, size = self.slots, self.model.config.mimi.frame_size
         silence_T = np.zeros(2 * frames * size, np.float32)
         self.transcriber.chunk = frames
-        sessions = [RecordingSession(self.transcriber, self.transcriber.utterances[0]) for _ in slots.free]
+        sessions = [RecordingSession(self.transcriber, self.transcriber.utterance(0)) for _ in slots.free]
         slots.admit(sessions)
         seconds = []
         for _ in range(4):
@@ -179,7 +179,7 @@ class LiveHearing(RecordingSession):
     def __init__(
         self, service: HearingService, outbox: Outbox, utterance: Utterance | None = None, *, is_file: bool = False
     ):
-        super().__init__(service.transcriber, service.transcriber.utterances[0] if utterance is None else utterance)
+        super().__init__(service.transcriber, service.transcriber.utterance(0) if utterance is None else utterance)
         self.outbox, self.is_file, self.received = outbox, is_file, 0
         self.latencies: list[float] = []  # of the frames of the last step, seconds from the arrival of their samples
         self._service, self._clock, self._rate = service, service.clock, service.model.sample_rate

@@ -25,7 +25,7 @@ def transcribe_each(
     model: Model,
     sources: Iterable[audio.Source],
     *,
-    options: TranscribeOptions | Sequence[TranscribeOptions] = TranscribeOptions(),
+    options: TranscribeOptions | Sequence[TranscribeOptions | None] = TranscribeOptions(),
     batch_size: int = 8,
     frames: bool = False,
     progress: ProgressCallback | None = None,
@@ -33,13 +33,13 @@ def transcribe_each(
 ) -> Iterator[tuple[int, Transcript | DsmError]]:
     """Transcribe recordings and yield each as it ends, with its place in `sources`.
 
-    A recording that cannot be read yields its error, and the others go on. Otherwise as `transcribe`. An iterator's
-    recordings are taken as slots become free; `on_event` is called with the place of a recording and each of its words
-    and pauses as they are found.
+    A recording that cannot be read, or whose own options cannot, yields its error, and the others go on. Otherwise as
+    `transcribe`. An iterator's recordings are taken as slots become free; `on_event` is called with the place of a
+    recording and each of its words and pauses as they are found.
     """
     check_batch_size(batch_size)
     several = isinstance(options, Iterable) and not isinstance(options, Mapping)
-    known: list[TranscribeOptions] = list(options) if several else [options]  # pyright: ignore[reportAssignmentType]
+    known: list[TranscribeOptions | None] = list(options) if several else [options]  # pyright: ignore[reportAssignmentType]
     each = known if several else None
     if each is not None and not isinstance(sources, Sequence):
         sources = list(sources)
@@ -50,13 +50,15 @@ def transcribe_each(
     transcriber = Transcriber(model, batch_size, (CHUNK_FRAMES,), known, ahead=max(1, ROWS_OF_A_PASS // batch_size))
 
     def session(index: int, source: audio.Source) -> FileSession:
-        chosen = transcriber.utterances[0 if each is None else index]
+        chosen = transcriber.utterance(0 if each is None else index)
         report = None if progress is None else functools.partial(_report, progress, index, audio.duration(source))
         found = None if on_event is None else functools.partial(on_event, index)
         return FileSession(transcriber, chosen, index, source, keep_frames=frames, progress=report, on_event=found)
 
+    refused = {} if each is None else transcriber.errors
+    yield from refused.items()
     slots: Slots[FileSession] = transcriber.slots
-    for done in slots.run(session(index, source) for index, source in enumerate(sources)):
+    for done in slots.run(session(index, source) for index, source in enumerate(sources) if index not in refused):
         name = audio.path_of(done.source)
         yield done.index, done.transcript(name) if done.error is None else done.error
 
@@ -82,7 +84,7 @@ def transcribe(
     model: Model,
     recordings: Iterable[audio.Source],
     *,
-    options: TranscribeOptions | Sequence[TranscribeOptions] = ...,
+    options: TranscribeOptions | Sequence[TranscribeOptions | None] = ...,
     batch_size: int = ...,
     frames: bool = ...,
     progress: ProgressCallback | None = ...,
@@ -93,7 +95,7 @@ def transcribe(
     model: Model,
     recordings: audio.Source | Iterable[audio.Source],
     *,
-    options: TranscribeOptions | Sequence[TranscribeOptions] = TranscribeOptions(),
+    options: TranscribeOptions | Sequence[TranscribeOptions | None] = TranscribeOptions(),
     batch_size: int = 8,
     frames: bool = False,
     progress: ProgressCallback | None = None,
@@ -106,7 +108,7 @@ def transcribe(
         model's rate, `dsm_jax.Recorded` samples with another rate, or a `Speech`; or a list or another iterable of
         these, transcribed together. Files may be whatever FFmpeg decodes, of any rate, number of channels and length.
       options: prompt, sampling and pauses of the transcription; for several recordings, one for all or a list, one
-        each.
+        each; None in the list is the default.
       batch_size: at most how many recordings at a time. Each gives what it gives alone.
       frames: keep the text token and the pause probabilities of every 80 ms frame.
       progress: called with the seconds of each recording that were read so far.
@@ -115,8 +117,8 @@ def transcribe(
       A transcript, or for several recordings, a list in the same order.
 
     Raises:
-      AudioError: the one recording cannot be read, or an audio prompt.
-      BatchError: some of several cannot; it carries the transcripts of the others.
+      AudioError: the one recording cannot be read, or the audio prompt of all.
+      BatchError: some of several cannot, or their own prompts; it carries the transcripts of the others.
       ModelKindError: the model does not transcribe.
       CheckpointError: the model has no tokenizer, or pause heads of another number than the published ones.
       ConfigError: not as many options as recordings, options of another class, or `batch_size` is less than 1.

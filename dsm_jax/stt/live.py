@@ -27,7 +27,7 @@ class StreamingTranscriber:
 
     def __init__(self, model: Model, *, options: TranscribeOptions = TranscribeOptions()):
         self._transcriber = Transcriber(model, 1, (1,), [options], behind=0)
-        self._session = RecordingSession(self._transcriber, self._transcriber.utterances[0])
+        self._session = RecordingSession(self._transcriber, self._transcriber.utterance(0))
         self._transcriber.slots.start(self._session)
 
     def feed(self, samples: ArrayLike) -> list[Event]:

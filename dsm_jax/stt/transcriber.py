@@ -47,20 +47,18 @@ class Transcriber:
       model: from `checkpoints.load`.
       slots: recordings at a time.
       chunks: frames of a device call, in ascending order; each call takes the least that holds its inputs.
-      options: options of recordings to come, for the largest top-k and prompt that the program needs room for.
+      options: options of recordings to come, None for the default ones; for the largest top-k and prompt that the program needs room for.
       prompt_tokens: room for prompts of at least so many tokens.
       ahead: the most steps that one pass of the language model runs, see `stt.program`.
       behind: calls whose outputs may be left unread, see `Slots`.
 
     Attributes:
-      utterances: the options as they were read, in the same order.
+      errors: why some of the options could not be read, by their place.
       chunk: frames that a session gives at most to a device call.
 
     Raises:
-      AudioError: an audio prompt cannot be read.
       CheckpointError: the model does not transcribe.
       ConfigError: options of another class.
-      PromptError: the model cannot follow a prompt.
     """
 
     def __init__(
@@ -68,7 +66,7 @@ class Transcriber:
         model: Model,
         slots: int,
         chunks: Sequence[int],
-        options: Sequence[TranscribeOptions],
+        options: Sequence[TranscribeOptions | None],
         *,
         prompt_tokens: int = 0,
         ahead: int = 1,
@@ -76,7 +74,9 @@ class Transcriber:
     ):
         check_process()
         require(model, "stt")
-        check_options(model.name, options, TranscribeOptions)
+        default = TranscribeOptions()
+        known = [default if one is None else one for one in options]
+        check_options(model.name, known, TranscribeOptions)
         lm, name = model.config.lm, model.name
         assert lm is not None
         assert model.tokenizer is not None
@@ -91,7 +91,9 @@ class Transcriber:
                 f"each of the pauses of {PAUSE_HORIZONS} s"
             )
         self.model, self.lm, self.tokenizer, self.chunk = model, lm, model.tokenizer, max(chunks)
-        self.utterances = read = self._read_all(options)
+        self._read = self._read_all(known)
+        self.errors = {place: one for place, one in enumerate(self._read) if isinstance(one, DsmError)}
+        read = [one for one in self._read if isinstance(one, Utterance)]
         self.program = SttProgram(
             model,
             slots,
@@ -102,16 +104,35 @@ class Transcriber:
         )
         self.slots: Slots[Any] = Slots(self.program, behind=behind)
 
-    def _read_all(self, options: Sequence[TranscribeOptions]) -> list[Utterance]:
+    def _read_all(self, options: Sequence[TranscribeOptions]) -> list[Utterance | DsmError]:
         """Read options, each object once: many recordings may share a long audio prompt."""
-        read: dict[int, Utterance] = {}
+        read: dict[int, Utterance | DsmError] = {}
         for one in options:
             if id(one) not in read:
-                read[id(one)] = self.read(one)
+                try:
+                    read[id(one)] = self.read(one)
+                except DsmError as error:
+                    read[id(one)] = error
         return [read[id(one)] for one in options]
 
+    def utterance(self, place: int) -> Utterance:
+        """Return the options at a place as they were read.
+
+        Raises:
+          AudioError: their audio prompt cannot be read.
+          PromptError: the model cannot follow their prompt.
+        """
+        found = self._read[place]
+        if isinstance(found, DsmError):
+            raise found
+        return found
+
     def read(self, options: TranscribeOptions) -> Utterance:
-        """Read options: load the audio prompt, encode the text prompt."""
+        """Read options: load the audio prompt, encode the text prompt.
+
+        Raises:
+          As `utterance`.
+        """
         temperature, top_k = options.sampling(self.model.config)
         prompt = options.prompt
         prompt_T = None if prompt.audio is None else audio.read(prompt.audio, self.model.config.mimi.sample_rate)
