@@ -170,6 +170,19 @@ def test_a_stream_says_one_text_or_pieces_of_it(model, text, kind):
         list(dsm_jax.synthesize_stream(model, text, voice=voice(0), options=GREEDY))
 
 
+def test_live_text_is_taken_whether_or_not_its_sound_is_read(model):
+    live = dsm_jax.StreamingSynthesizer(model, voice=voice(0), options=GREEDY)
+    live.feed("good morn")
+    live.feed("ing everyone ")
+    rest = live.finish()
+    with pytest.raises(StreamError, match="the text has been finished already; make a new StreamingSynthesizer"):
+        live.finish()
+    with pytest.raises(StreamError, match="text was fed to a stream that has been finished; make a new Streaming"):
+        live.feed("again")
+    whole = dsm_jax.synthesize(model, "good morning everyone ", voice=voice(0), options=GREEDY)
+    np.testing.assert_array_equal(np.concatenate(list(rest)), whole.pcm)
+
+
 def test_a_text_that_does_not_fit_into_the_frames_is_refused(model):
     def say(max_frames: int) -> dsm_jax.Speech:
         options = dataclasses.replace(GREEDY, max_frames=max_frames)

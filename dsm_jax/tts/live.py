@@ -39,15 +39,18 @@ class StreamingSynthesizer:
         self._text, self._known, self._finished = "", "", False
 
     def feed(self, text: str) -> Iterator[np.ndarray]:
-        """Take more text, and yield the sound that it allows: float32 samples [T], whole frames of 80 ms.
+        """Take more text at once, and return an iterator over the sound that it allows, which is made as it is read.
 
         Args:
           text: a piece of any size: words need not be whole.
 
+        Returns:
+          float32 samples [T], whole frames of 80 ms. Sound that is not read comes with that of later calls.
+
         Raises:
-          IncompleteSpeechError: `max_frames` were made before the text was said.
+          IncompleteSpeechError: `max_frames` were made before the text was said; raised by the iterator.
           SpeechError: the piece is no text.
-          UnsayableError: a word that cannot be said; the words before it are said first.
+          UnsayableError: a word that cannot be said; the words before it are said first; raised by the iterator.
           StreamError: the text has been finished.
         """
         if self._finished:
@@ -55,12 +58,10 @@ class StreamingSynthesizer:
         if not isinstance(text, str):
             raise SpeechError(f"a piece of the text is {type(text).__name__}; expected str")
         self._text += text
-        ready = _whole_words(self._text)
-        if ready != self._known and _TAGS.sub("", ready).strip():
-            yield from self._say(ready, complete=False)
+        return self._sound()
 
     def finish(self) -> Iterator[np.ndarray]:
-        """End the text, and yield the rest of its sound.
+        """End the text at once, and return an iterator over the rest of its sound.
 
         Raises:
           As `feed`.
@@ -68,7 +69,16 @@ class StreamingSynthesizer:
         if self._finished:
             raise StreamError("the text has been finished already; make a new StreamingSynthesizer")
         self._finished = True
-        yield from self._say(self._text, complete=True)
+        return self._sound()
+
+    def _sound(self) -> Iterator[np.ndarray]:
+        """Yield the sound that the text taken so far allows."""
+        if self._finished:
+            yield from self._say(self._text, complete=True)
+            return
+        ready = _whole_words(self._text)
+        if ready != self._known and _TAGS.sub("", ready).strip():
+            yield from self._say(ready, complete=False)
 
     def _say(self, text: str, *, complete: bool) -> Iterator[np.ndarray]:
         """Give the session the text so far, and yield its sound until it waits for more text or has ended."""
