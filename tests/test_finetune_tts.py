@@ -287,6 +287,56 @@ def test_recordings_whose_speakers_do_not_fit_are_left_out_before_encoding(check
     assert maker.rows(kept)[0]["values"] is not None
 
 
+def test_the_length_of_most_voices_is_kept_wherever_another_one_stands(checkpoint, tmp_path, caplog):
+    """Leave out the first two recordings only: neither a refused nor an odd one decides for the others."""
+    for name, steps in (("ann", 2), ("long", 3)):
+        tts_model.write_voice(tmp_path / f"{name}.safetensors", tts_model.voice(0, steps=steps))
+    path = write_recording(tmp_path, "a", 0)
+    words = json.loads(path.with_suffix(".json").read_text())["words"]
+    spoken = [word | {"speaker": name} for word, name in zip(words, "xyy", strict=True)]
+    path.with_suffix(".json").write_text(json.dumps({"words": spoken, "voices": {"x": "long.safetensors"}}))
+    write_recording(tmp_path, "b", 1, voice="long.safetensors")
+    for name in "cd":
+        write_recording(tmp_path, name, 2, voice="ann.safetensors")
+    maker = TtsRows(dsm_jax.load(checkpoint), MESH, seconds=SECONDS, batch_size=1)
+    kept = maker.read(tmp_path, skip_bad=True)
+    assert [recording.audio.stem for recording in kept] == ["c", "d"]
+    assert "a.json: " in caplog.messages[0]
+    assert "names no voice for the speaker 'y'" in caplog.messages[0]
+    assert "b.json: the voices are [2, 3] steps long; give voices of one length" in caplog.messages[1]
+    assert len(caplog.messages) == 2
+
+
+def silent_in_the_middle(folder: Path, **keys: object) -> Path:
+    """Write a recording of 6 s whose only words, by ann, are in its first and last two seconds."""
+    path = folder / "pause.wav"
+    audio.write(path, 0.3 * np.random.default_rng(0).normal(size=6 * RATE), RATE)
+    spans = [{"text": "on", "start": start, "end": start + 0.3, "speaker": "ann"} for start in (0.5, 5.0)]
+    path.with_suffix(".json").write_text(json.dumps({"words": spans, **keys}))
+    return path
+
+
+def test_a_part_without_words_has_the_voice_of_the_recordings_speaker(checkpoint, tmp_path):
+    tts_model.write_voice(tmp_path / "ann.safetensors", tts_model.voice(0))
+    ann = {"voices": {"ann": "ann.safetensors"}}
+    silent_in_the_middle(tmp_path, **ann)
+    write_recording(tmp_path, "wordless", 1, **ann).with_suffix(".json").write_text(json.dumps({"words": [], **ann}))
+    maker = TtsRows(dsm_jax.load(checkpoint), MESH, seconds=SECONDS, batch_size=4, guidance=2.0)
+    rows = maker.rows(maker.read(tmp_path, skip_bad=False))
+    assert len(rows) == 4
+    for row in rows:
+        np.testing.assert_array_equal(row["values"][voices.WAVS], rows[0]["values"][voices.WAVS])
+
+
+def test_a_part_without_words_has_a_prefix_and_is_none(prefix_checkpoint, tmp_path):
+    silent_in_the_middle(tmp_path)
+    maker = TtsRows(dsm_jax.load(prefix_checkpoint), MESH, seconds=SECONDS, batch_size=4, prefix_seconds=1.0)
+    first, silent, last = (row["codes_BMT"] for row in maker.rows(maker.read(tmp_path, skip_bad=False)))
+    prefix = slice(DELAY_STEPS, DELAY_STEPS + maker.prefix_frames)
+    np.testing.assert_array_equal(first[1, prefix], silent[1, prefix])  # both go on from the last part
+    assert not np.array_equal(first[1, prefix], last[1, prefix])
+
+
 def test_a_voice_of_the_config_that_cannot_be_read_is_one_error(checkpoint):
     with pytest.raises(CheckpointError, match=r"^the voice nosuch\.safetensors is not a file"):
         TtsRows(dsm_jax.load(checkpoint), MESH, seconds=SECONDS, batch_size=1, voice="nosuch.safetensors")

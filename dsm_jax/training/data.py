@@ -88,6 +88,7 @@ def read_recordings(
     *,
     check: Callable[[str], object] | None = None,
     check_recording: Callable[[Recording], object] | None = None,
+    check_all: Callable[[Mapping[int, Recording]], Mapping[int, DsmError]] | None = None,
     skip_bad: bool = False,
 ) -> list[Recording]:
     """Read a manifest or a folder.
@@ -97,6 +98,7 @@ def read_recordings(
       sample_rate: sample rate of the training audio, Hz.
       check: called with the text of each word; raises a DsmError for a word that the model cannot learn.
       check_recording: called with each recording; raises a DsmError for one that the model cannot learn.
+      check_all: as for `read_examples`.
       skip_bad: leave out faulty recordings, with a logged warning for each, instead of raising.
 
     Returns:
@@ -117,11 +119,16 @@ def read_recordings(
         return recording
 
     readers = [(entry.place, functools.partial(read, entry)) for entry in entries]
-    return read_examples(readers, source, "recordings", skip_bad=skip_bad)
+    return read_examples(readers, source, "recordings", check_all=check_all, skip_bad=skip_bad)
 
 
 def read_examples(
-    readers: Sequence[tuple[str, Callable[[], Example]]], source: Path, noun: str, *, skip_bad: bool
+    readers: Sequence[tuple[str, Callable[[], Example]]],
+    source: Path,
+    noun: str,
+    *,
+    check_all: Callable[[Mapping[int, Example]], Mapping[int, DsmError]] | None = None,
+    skip_bad: bool,
 ) -> list[Example]:
     """Read all examples of a data set, and list the faults of all together.
 
@@ -129,27 +136,37 @@ def read_examples(
       readers: pairs of an example's place, for errors, and the function that reads the example.
       source: the data set, for errors.
       noun: word for several examples, for errors.
+      check_all: called with the examples that could be read, by their place; returns the errors of those that do not
+        fit the others.
       skip_bad: leave out faulty examples, with a logged warning for each, instead of raising.
 
     Raises:
       TrainingError: all examples are faulty, or any is and `skip_bad` is false.
     """
-    examples, faults = [], []
-    for place, read in readers:
+    examples: dict[int, Example] = {}
+    faults: dict[int, str] = {}
+
+    def leave_out(number: int, error: DsmError) -> None:
+        faults[number] = f"{readers[number][0]}: {error}"
+        if skip_bad:
+            _log.warning("left out: %s", faults[number])
+
+    for number, (_, read) in enumerate(readers):
         try:
-            examples.append(read())
+            examples[number] = read()
         except DsmError as error:
-            faults.append(f"{place}: {error}")
-            if skip_bad:
-                _log.warning("left out: %s", faults[-1])
+            leave_out(number, error)
+    for number, error in ({} if check_all is None else check_all(examples)).items():
+        del examples[number]
+        leave_out(number, error)
     if faults and not (skip_bad and examples):
-        listed = "".join(f"\n  {fault}" for fault in faults[:LISTED])
+        listed = "".join(f"\n  {faults[number]}" for number in sorted(faults)[:LISTED])
         more = f"\n  and {len(faults) - LISTED} more" if len(faults) > LISTED else ""
         remedy = "fix them, or set skip_bad to leave them out" if examples else "fix them"
         raise TrainingError(
             f"{len(faults)} of the {len(readers)} {noun} of {source} cannot be trained on; {remedy}:{listed}{more}"
         )
-    return examples
+    return list(examples.values())
 
 
 def lines_of(source: Path, expected: str) -> Iterator[tuple[str, bytes]]:

@@ -16,7 +16,7 @@ import collections
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsm_jax.checkpoints import Model
-from dsm_jax.errors import SpeechError, TrainingError
+from dsm_jax.errors import DsmError, SpeechError, TrainingError
 from dsm_jax.models.family import require
 from dsm_jax.models.streams import ZERO_TOKEN, behind_text
 from dsm_jax.stt.framing import FrameBuffer, word_reader
@@ -124,16 +124,25 @@ class SttRows:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A part of a recording: its words, timed from the part's start, and its number of frames."""
+    """A part of a recording: its words, timed from the part's start, the number of words before it, and its frames."""
 
     recording: Recording
     words: Sequence[WordSpan]
+    before: int
     frames: int
 
     @property
     def speaker(self) -> str:
-        """The speaker of the first word."""
-        return self.words[0].speaker if self.words else ""
+        """The speaker of the first word; of a part without words, of the next word or the last one."""
+        spoken = self.recording.words
+        if not spoken:
+            return next((speaker for speaker, _ in self.recording.voices), "")
+        return spoken[min(self.before, len(spoken) - 1)].speaker
+
+    @property
+    def is_prefix(self) -> bool:
+        """Tell whether the speaker can be heard in the part, for other parts to go on from."""
+        return bool(self.words) and self.frames > CUT_FRAMES
 
 
 class TtsRows:
@@ -191,6 +200,7 @@ class TtsRows:
             self.model.sample_rate,
             check=self.check,
             check_recording=self.check_speakers,
+            check_all=self.check_lengths,
             skip_bad=skip_bad,
         )
         # A recording that is left out may have been the only prefix of another one.
@@ -215,11 +225,25 @@ class TtsRows:
         Raises:
           CheckpointError: a voice cannot be read.
           SpeechError: a voice is of another width.
-          TrainingError: a speaker has no voice or one of another length, or a part has more than two speakers.
+          TrainingError: a speaker has no voice, or a part has more than two speakers.
         """
         if self.lm.conditioners:
             for part in self._parts(recording):
                 self._conditions(part, 0)
+
+    def check_lengths(self, recordings: Mapping[int, Recording]) -> dict[int, DsmError]:
+        """Return an error for each recording whose voices are not as long as those of most recordings."""
+        lengths = {
+            number: {len(self.steps[name]) for part in self._parts(recording) for name in self._voices(part)}
+            for number, recording in recordings.items()
+        }
+        counts = collections.Counter(length for own in lengths.values() for length in own)
+        usual = {length for length, _ in counts.most_common(1)}
+        return {
+            number: TrainingError(f"the voices are {sorted(own | usual)} steps long; give voices of one length")
+            for number, own in lengths.items()
+            if own != usual
+        }
 
     def rows(self, recordings: Sequence[Recording]) -> list[dict[str, Any]]:
         """Make the rows of recordings, in order, for `batches` and `losses.tts.tts_batch_loss`.
@@ -234,13 +258,17 @@ class TtsRows:
         """
         for recording in recordings:
             self.check_speakers(recording)
+        for error in self.check_lengths(dict(enumerate(recordings))).values():
+            raise error
         _report(recordings)
         parts: list[_Part] = []
 
         def clips() -> Iterator[np.ndarray]:
             for recording in recordings:
+                before = 0
                 for pcm_T, words in parts_of(recording, self.model.sample_rate, self.longest):
-                    parts.append(_Part(recording, words, -(-pcm_T.size // self.frame_size)))
+                    parts.append(_Part(recording, words, before, -(-pcm_T.size // self.frame_size)))
+                    before += len(words)
                     yield pcm_T
 
         codes_NQT = self.codec.encode(clips(), self.frames * self.frame_size)
@@ -298,10 +326,9 @@ class TtsRows:
             return codes_NQT[number, :, :0]
         speaker = parts[number].speaker
         for other in (*range(number + 1, len(parts)), *range(number)):
-            frames = parts[other].frames
             # As in inference, without the last frames, which were encoded without the audio after them.
-            if parts[other].speaker == speaker and frames > CUT_FRAMES:
-                return codes_NQT[other, :, : min(self.prefix_frames, frames - CUT_FRAMES)]
+            if parts[other].speaker == speaker and parts[other].is_prefix:
+                return codes_NQT[other, :, : min(self.prefix_frames, parts[other].frames - CUT_FRAMES)]
         raise self._no_prefix(speaker)
 
     def _no_prefix(self, speaker: str) -> TrainingError:
@@ -313,16 +340,20 @@ class TtsRows:
     def _parts(self, recording: Recording) -> list[_Part]:
         rate = self.model.sample_rate
         spans = spans_of(recording.words, round(recording.seconds * rate), rate, self.longest)
-        return [_Part(recording, words, -(-(end - first) // self.frame_size)) for first, end, words in spans]
+        parts, before = [], 0
+        for first, end, words in spans:
+            parts.append(_Part(recording, words, before, -(-(end - first) // self.frame_size)))
+            before += len(words)
+        return parts
 
     def _with_prefixes(self, recordings: Sequence[Recording], source: Path, skip_bad: bool) -> list[Recording]:
         """Return the recordings of which every part has another one to use as prefix."""
         parts = [self._parts(recording) for recording in recordings]
-        prefixes = collections.Counter(part.speaker for own in parts for part in own if part.frames > CUT_FRAMES)
+        prefixes = collections.Counter(part.speaker for own in parts for part in own if part.is_prefix)
 
         def check(recording: Recording, own: Sequence[_Part]) -> Recording:
             for part in own:
-                if prefixes[part.speaker] - (part.frames > CUT_FRAMES) < 1:
+                if prefixes[part.speaker] - part.is_prefix < 1:
                     raise self._no_prefix(part.speaker)
             return recording
 
@@ -331,6 +362,13 @@ class TtsRows:
             for recording, own in zip(recordings, parts, strict=True)
         ]
         return read_examples(readers, source, "recordings", skip_bad=skip_bad)
+
+    def _voices(self, part: "_Part") -> tuple[str, ...]:
+        """Find the voices of the speakers of a part, in the order of their first words, and read them."""
+        if not self.has_speakers:
+            return ()
+        speakers = speaker_prefixes(part.words)[1] or [part.speaker]
+        return tuple(self._voice(part.recording, speaker) for speaker in speakers)
 
     def _voice(self, recording: Recording, speaker: str) -> str:
         """Find the voice of a speaker in a recording, and read it."""
@@ -344,19 +382,13 @@ class TtsRows:
         return voice
 
     def _read_voice(self, voice: str) -> None:
-        """Read a voice [X, C], unless it has been read; all voices must have one length."""
-        if voice in self.steps:
-            return
-        steps_XC = voices.read_voice(voice, self.model)
-        lengths = sorted({len(steps_XC), *map(len, self.steps.values())})
-        if len(lengths) > 1:
-            raise TrainingError(f"the voices are {lengths} steps long; give voices of one length")
-        self.steps[voice] = steps_XC
+        """Read a voice [X, C], unless it has been read."""
+        if voice not in self.steps:
+            self.steps[voice] = voices.read_voice(voice, self.model)
 
     def _conditions(self, part: "_Part", number: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Make the conditioner values and masks of a row, as in inference; rows with the same ones share them."""
-        speakers = speaker_prefixes(part.words)[1] or [""]
-        names = tuple(self._voice(part.recording, speaker) for speaker in speakers) if self.has_speakers else ()
+        names = self._voices(part)
         known, guidance = voices.guidance_values(self.lm), self.guidance
         if known and guidance is None:
             guidance = float(np.random.default_rng((self.seed, number)).choice(known))
