@@ -225,6 +225,12 @@ def test_speakers_and_voices_are_read_and_voice_files_are_relative_to_the_data(d
     assert [w.speaker for w in neither.words] == ["", ""]
 
 
+@pytest.mark.parametrize("voice", ["v" * 5_000, "a\0b"])
+def test_a_voice_that_no_file_can_be_called_stays_a_name(data, voice):
+    (recording,) = read_recordings(write(data, row(HELLO, voice=voice)), RATE)
+    assert recording.voice_of("") == voice
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
