@@ -9,6 +9,7 @@ from dsm_jax import files
 from dsm_jax.checkpoints import Model
 from dsm_jax.configs.json import from_dict
 from dsm_jax.errors import ConfigError
+from dsm_jax.hub import expanded
 
 # Name of a task -> its config class, and the function that runs it: (config, *, resume, progress) -> the trained model.
 Tasks = Mapping[str, tuple[type, Callable[..., Model]]]
@@ -47,5 +48,5 @@ def read_config(path: Path, tasks: Tasks) -> tuple[Any, Callable[..., Model]]:
         raise ConfigError(f"{path}: the task is {found!r}; choose one of {sorted(tasks)}")
     kind, run = tasks[values.pop("task")]
     config = from_dict(kind, values, str(path), like=kind)
-    folders = {name: str(path.parent / values[name]) for name in PATHS if values.get(name) is not None}
+    folders = {name: str(path.parent / expanded(values[name])) for name in PATHS if values.get(name) is not None}
     return dataclasses.replace(config, **folders), run

@@ -415,6 +415,20 @@ def test_an_unknown_compute_dtype_is_refused(settings, tmp_path):
         finetune(dataclasses.replace(settings, output=str(tmp_path / "run"), compute_dtype="int8"))
 
 
+def test_paths_may_be_in_the_home_folder(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "talks").mkdir()
+    config = dataclasses.replace(settings, data="~/talks", output="~/run")
+    with pytest.raises(TrainingError, match=rf"{tmp_path}/talks lists no recordings"):
+        finetune(config)
+    assert (tmp_path / "run/checkpoints").is_dir()
+    (tmp_path / "held").mkdir()
+    with pytest.raises(TrainingError, match=rf"{tmp_path}/held lists no recordings"):
+        finetune(dataclasses.replace(config, data=settings.data, validation="~/held"))
+    assert not Path("~").exists()
+
+
 def test_the_example_learns_from_a_folder_and_counts_errors(checkpoint, data, stopped, monkeypatch, capsys):
     output = Path(stopped(4).output)
     arguments = {"--test": data, "--model": checkpoint, "--output": output, "--steps": 4, "--rank": 4}

@@ -34,6 +34,13 @@ def test_settings_are_read_and_paths_are_relative_to_the_file(tmp_path):
     assert (config.run.steps, config.lora) == (3, LoraConfig(rank=2))
 
 
+def test_a_path_in_the_home_folder_is_not_relative_to_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    values = {"task": "finetune", "data": "~/a", "output": "~/b", "run": {"steps": 3}}
+    config, _ = read_config(write(tmp_path, json.dumps(values)), library_tasks())
+    assert (config.data, config.output) == (str(tmp_path / "home/a"), str(tmp_path / "home/b"))
+
+
 def test_a_config_given_in_part_takes_the_defaults_of_the_task(tmp_path):
     values = {"task": "finetune", "data": "a", "output": "b", "run": {"steps": 3}, "optimizer": {"clip": 0.5}}
     config, _ = read_config(write(tmp_path, json.dumps(values)), library_tasks())

@@ -28,6 +28,7 @@ from dsm_jax.configs.json import to_dict
 from dsm_jax.convert import convert
 from dsm_jax.convert.files import VOICES
 from dsm_jax.errors import CheckpointError, ConfigError, TrainingError
+from dsm_jax.hub import expanded
 from dsm_jax.models.family import FAMILIES
 from dsm_jax.models.parameters import read_dtype
 from dsm_jax.nn.precision import set_compute_dtype
@@ -135,9 +136,9 @@ def finetune(
     """
     check_kind("config", config, FinetuneConfig)
     for source in filter(None, (config.data, config.validation)):
-        if not Path(source).exists():  # known before the model is fetched and loaded
+        if not expanded(source).exists():  # known before the model is fetched and loaded
             raise TrainingError(f"{source} does not exist; give {EXPECTED}")
-    run = Run(Path(config.output), config.run, progress)
+    run = Run(expanded(config.output), config.run, progress)
     _check_output(run, resume)
     for unfinished in run.folder.glob(".model.*"):  # by a process that was killed while it wrote the model
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -221,8 +222,10 @@ def _read_data(
 
     All data is checked before any is encoded.
     """
-    examples = rows.read(Path(config.data), skip_bad=config.skip_bad)
-    held_out = None if config.validation is None else rows.read(Path(config.validation), skip_bad=config.skip_bad)
+    examples = rows.read(expanded(config.data), skip_bad=config.skip_bad)
+    held_out = None
+    if config.validation is not None:
+        held_out = rows.read(expanded(config.validation), skip_bad=config.skip_bad)
     source = rows.rows(examples)
     drawn = batches(source, batch_size=config.batch_size, seed=config.run.seed, first_step=first_step)
     shared = rows_place(mesh)
