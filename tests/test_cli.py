@@ -135,6 +135,10 @@ def test_prompts(capsys, tmp_path, result):
         (["nothing*.wav"], r"nothing\*.wav matches no file"),
         (["-", "-"], "standard input"),
         ([CLIP, "--output-dir", "out"], "several recordings would be written to librispeech"),
+        (
+            [f"{stt_model.RECORDING.stem}.json", "--output-dir", "out"],
+            r"librispeech.*\.json is no recording; leave",
+        ),
         (["--vad", "--format", "srt"], "--vad marks pauses in text, and --format is srt"),
         (["--output-dir", CLIP], "cannot be made"),
         (["--prompt-text", "語"], "cannot spell"),

@@ -198,6 +198,9 @@ def output_files(names: list[str], folder: Path | None, kind: str) -> list[Path]
         return []
     stems = ["stdin" if name == "-" else Path(name).stem for name in names]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        written = [name for name in names if Path(name).stem == twice[0] and Path(name).suffix in SUFFIXES.values()]
+        if written:  # by this command, which a pattern such as folder/* then takes for a recording
+            raise UsageError(f"{written[0]} is no recording; leave it out, for example by a pattern that ends in .wav")
         raise UsageError(f"several recordings would be written to {twice[0]}{SUFFIXES[kind]}; transcribe them apart")
     try:
         folder.mkdir(parents=True, exist_ok=True)
