@@ -1,6 +1,11 @@
 """Errors of the library: every error that a user can put right is one of these."""
 
 
+def plural(count: int, noun: str) -> str:
+    """Write a number of things, for a sentence."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 class DsmError(Exception):
     """Base of the library's own errors. The message says what was found, what was expected and what to do."""
 

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dsm_jax.errors import ConfigError
+from dsm_jax.errors import ConfigError, plural
 
 
 def check_sampling(*, temperature: float | None, seed: int, **top_k: int | None) -> None:
@@ -110,12 +110,13 @@ def check_one_each(count: int, inputs: str, **given: Sequence[object]) -> None:
 
     Args:
       count: number of the inputs.
-      inputs: the inputs' name, for the error.
-      **given: what was given, by its name.
+      inputs: the inputs' name, for the error; a plural with s.
+      **given: what was given, by its name; a plural too.
 
     Raises:
       ConfigError: there are more or fewer.
     """
     for name, values in given.items():
         if len(values) != count:
-            raise ConfigError(f"{count} {inputs} have {len(values)} {name}; give one for all, or one each")
+            have = f"{plural(count, inputs[:-1])} {'has' if count == 1 else 'have'} {plural(len(values), name[:-1])}"
+            raise ConfigError(f"{have}; give one for all, or one each")

@@ -363,8 +363,12 @@ def test_conversation_forgets_its_oldest_turns_and_says_so(model, caplog):
     assert conversation._kept("z", 2, dataclasses.replace(room, max_frames=context - length + 1)) == turns[3:8]
     most = [len(conversation._kept("z", 2, dataclasses.replace(room, max_frames=n))) for n in (context // 2, context)]
     assert most[0] == most[1] > 0, "half of the context is room enough for any answer"
-    conversation._forget(1)
-    assert conversation.forgotten == 3
+    with caplog.at_level("WARNING", logger="dsm_jax"):
+        conversation._forget(1)
+        conversation._forget(len(conversation.turns) - 1)
+    assert conversation.forgotten == 7
+    assert "left out the oldest turn of the conversation and kept 5 turns, so that" in caplog.text
+    assert "left out the oldest 4 turns of the conversation and kept 1 turn, so that" in caplog.text
 
 
 def messages(**changes) -> list[dict]:

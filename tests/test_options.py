@@ -97,9 +97,11 @@ def test_a_batch_has_one_input_or_more_and_few_inputs_share_their_slots():
 
 def test_a_list_has_one_of_everything_for_each_input():
     check_one_each(2, "texts", voices=["a", "b"], options=(1, 2))
-    for count in (1, 3):
-        with pytest.raises(ConfigError, match=f"^2 texts have {count} voices; give one for all, or one each$"):
+    for count, said in ((1, "1 voice"), (3, "3 voices")):
+        with pytest.raises(ConfigError, match=f"^2 texts have {said}; give one for all, or one each$"):
             check_one_each(2, "texts", options=(1, 2), voices=["a"] * count)
+    with pytest.raises(ConfigError, match=r"^1 recording has 0 options; give one for all, or one each$"):
+        check_one_each(1, "recordings", options=())
 
 
 @pytest.mark.parametrize("name", ["max_frames", "max_padding", "initial_padding", "final_padding", "padding_between"])

@@ -194,7 +194,7 @@ def test_any_iterable_is_a_batch_with_voices_and_options_of_its_own(model, speec
     assert_same(failed.value.results[0], speech)
     assert failed.value.results[1] is None
     for wrong, message in (
-        ({"voice": [VOICE]}, "2 texts have 1 voices; give one for all, or one each"),
+        ({"voice": [VOICE]}, "2 texts have 1 voice; give one for all, or one each"),
         ({"options": [GREEDY] * 3}, "2 texts have 3 options; give one for all, or one each"),
     ):
         with pytest.raises(ConfigError, match=message):

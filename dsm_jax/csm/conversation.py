@@ -7,7 +7,7 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.csm.options import CsmOptions
 from dsm_jax.csm.requests import Request, Segment, turns_of
 from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
-from dsm_jax.errors import ConfigError, DsmError, SpeechError
+from dsm_jax.errors import ConfigError, DsmError, SpeechError, plural
 from dsm_jax.speech import Speech
 
 _log = logging.getLogger("dsm_jax")
@@ -113,9 +113,9 @@ class Conversation:
         self.forgotten += count
         if count:
             _log.warning(
-                "left out the oldest %d turns of the conversation, so that the answer fits the model's %d positions; "
-                "%d turns are left",
-                count,
+                "left out the oldest %s of the conversation and kept %s, so that the answer fits the model's %d "
+                "positions",
+                "turn" if count == 1 else f"{count} turns",
+                plural(len(self.turns), "turn"),
                 self._synthesizer.config.backbone.context,
-                len(self.turns),
             )

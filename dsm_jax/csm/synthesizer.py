@@ -14,7 +14,7 @@ from dsm_jax.csm.options import CsmOptions
 from dsm_jax.csm.program import CsmOutputs, CsmSettings
 from dsm_jax.csm.prompt import text_ids, turn_MT
 from dsm_jax.csm.requests import Request, Segment
-from dsm_jax.errors import AudioError, DsmError, SpeechError
+from dsm_jax.errors import AudioError, DsmError, SpeechError, plural
 from dsm_jax.models.family import csm_config, require
 from dsm_jax.process import check_process
 from dsm_jax.runtime.slots import Slots
@@ -181,11 +181,12 @@ class ConversationSession(SpeakingSession[ConversationRequest]):
         if frames < wanted:
             context = csm_config(self.model.config).backbone.context
             return (
-                f"the turn did not end in the {frames} frames that {prepared.prompt_MT.shape[1]} positions of prompt "
-                f"leave of the model's {context}; leave out the oldest turns of the context, or cut the text"
+                f"the turn did not end in {plural(frames, 'frame')}: {prepared.prompt_MT.shape[1]} positions of prompt "
+                f"leave no more of the model's {context}; leave out the oldest turns of the context, or cut the text"
             )
         return (
-            f"the turn did not end in {frames} frames; allow more with max_frames, cut the text, or give another seed"
+            f"the turn did not end in {plural(frames, 'frame')}; allow more with max_frames, cut the text, or give "
+            "another seed"
         )
 
     def take_pcm(self) -> np.ndarray:

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any
 
-from dsm_jax.errors import EvaluationError
+from dsm_jax.errors import EvaluationError, plural
 from dsm_jax.evaluation import metrics
 from dsm_jax.evaluation.metrics import Interval
 from dsm_jax.evaluation.results import Evaluation, FileResult
-from dsm_jax.evaluation.tables import aligned, percent, plural
+from dsm_jax.evaluation.tables import aligned, percent
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from dsm_jax.errors import EvaluationError
+from dsm_jax.errors import EvaluationError, plural
 from dsm_jax.evaluation import metrics
 from dsm_jax.evaluation.datasets import Failure
 from dsm_jax.evaluation.files import encoded, replaced
 from dsm_jax.evaluation.metrics import Errors, Interval, Intervals
-from dsm_jax.evaluation.tables import aligned, percent, plural
+from dsm_jax.evaluation.tables import aligned, percent
 from dsm_jax.evaluation.transcription import TimedTranscript
 from dsm_jax.files import decode_json
 

@@ -20,8 +20,3 @@ def aligned(rows: Sequence[Sequence[str]], sides: str) -> str:
 def percent(fraction: float) -> str:
     """Write a fraction as a percentage."""
     return f"{100 * fraction:.2f} %"
-
-
-def plural(count: int, noun: str) -> str:
-    """Write a number of things."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
