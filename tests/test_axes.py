@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 from dsm_jax.csm import program as csm_program
 from dsm_jax.models.csm import CsmLM
@@ -16,7 +18,8 @@ from dsm_jax.models.lm import DelayedStreamsLM
 from dsm_jax.models.mimi import Mimi
 from dsm_jax.nn.linear import Linear
 from dsm_jax.runtime.compile import compiled
-from dsm_jax.sharding import RULES, letters_of
+from dsm_jax.runtime.steps import step_limits
+from dsm_jax.sharding import RULES, Sharding, letters_of
 from dsm_jax.stt import program as stt_program
 from dsm_jax.tts import program as tts_program
 from dsm_jax.tts.state import TtsSettings
@@ -70,19 +73,29 @@ def test_names_of_the_codec_end_in_axis_letters():
 
 
 @pytest.mark.slow
-def test_names_of_the_programs_states_end_in_axis_letters():
-    def state(program, config, settings, network=DelayedStreamsLM):
+def test_names_of_the_programs_states_and_outputs_end_in_axis_letters():
+    def shapes(program, config, settings, inputs, network=DelayedStreamsLM):
         makers = lambda: network(config, rngs=nnx.Rngs(0)), lambda: Mimi(small.MIMI, rngs=nnx.Rngs(0))
         graphs, params = zip(*(nnx.split(nnx.eval_shape(make)) for make in makers), strict=True)
-        return compiled(program.init_state, graphs, settings).shapes(params)
+        state = compiled(program.init_state, graphs, settings).shapes(params)
+        outputs, _ = compiled(program.step, graphs, settings).shapes(params, state, inputs)
+        return state, outputs
 
-    stt = state(stt_program, small.STT, stt_program.SttSettings(3, 64))
+    limits = step_limits([None] * 3, 4, waiting=False)
+    chunk = stt_program.SttInputs(np.zeros((3, 2 * small.MIMI.frame_size, 1), np.float32), np.zeros(3, np.int32))
+    stt = shapes(stt_program, small.STT, stt_program.SttSettings(3, 64), chunk)
     machine = WordMachine(small.TTS.text_card + 1)
     settings = TtsSettings(slots=3, machine=machine, delay_steps=2, guided=True, prefix_frames=64)
-    tts = state(tts_program, small.TTS, settings)
+    tts, said = shapes(tts_program, small.TTS, settings, limits)
     conditions = dataclasses.replace(tts, conditions=None)  # tuples of keys and values, whose letters the layers know
-    csm = state(csm_program, csm_model.CSM, csm_program.CsmSettings(slots=3, positions=64), CsmLM)
-    assert axis_faults((stt, conditions, csm)) == []
+    csm = shapes(csm_program, csm_model.CSM, csm_program.CsmSettings(slots=3, positions=64), limits, CsmLM)
+    assert axis_faults((stt, conditions, said, csm)) == []
+
+
+def test_frames_of_outputs_are_on_every_device_of_their_rows():
+    outputs = stt_program.FrameOutputs(*(jax.ShapeDtypeStruct((2, 4, 2)[:axes], jnp.float32) for axes in (2, 2, 3)))
+    places = Sharding(Mesh(jax.devices()[:2], ("model",))).places(outputs)
+    assert all(place.is_fully_replicated for place in jax.tree.leaves(places))
 
 
 def test_the_glossary_and_the_sharding_agree():

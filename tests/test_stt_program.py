@@ -48,14 +48,14 @@ def test_a_row_without_frames_is_untouched(parts):
     for before, now in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(before[1], now[1])
     assert not np.array_equal(state.decoder.lm.position_B[0], after.decoder.lm.position_B[0])
-    assert np.isfinite(outputs.probabilities_BF).all()
+    assert np.isfinite(outputs.probabilities_BT).all()
 
 
 def test_vmap_over_recordings_equals_a_batch(parts):
     lm, mimi, pcm = parts
     batch, _ = run(lm, mimi, pcm, jnp.array([8, 8]))
     one_by_one = jax.vmap(lambda clip: run(lm, mimi, clip[None], jnp.array([8]))[0])(pcm)
-    np.testing.assert_array_equal(batch.tokens_BF, one_by_one.tokens_BF[:, 0])
+    np.testing.assert_array_equal(batch.tokens_BT, one_by_one.tokens_BT[:, 0])
 
 
 def often_padding(lm):
@@ -95,10 +95,10 @@ def test_passes_of_several_steps_give_the_tokens_of_single_steps(model, ahead):
     whole = transcribed(1, [(64, [64] * 5)])
     ragged = transcribed(ahead, [(48, [48, 48, 48, 48, 5]), (16, [16, 16, 3, 0, 0])])
     for row, frames in enumerate([64, 64, 51, 48, 5]):
-        for name in ("tokens_BF", "probabilities_BF", "pauses_BFH"):
+        for name in ("tokens_BT", "probabilities_BT", "pauses_BTA"):
             wanted, found = (getattr(outputs[row], name)[:frames] for outputs in (whole, ragged))
             np.testing.assert_allclose(found, wanted, atol=2e-5, err_msg=f"{name} of row {row}")
-    padding = np.mean([outputs.tokens_BF == lm.config.existing_text_padding_id for outputs in whole])
+    padding = np.mean([outputs.tokens_BT == lm.config.existing_text_padding_id for outputs in whole])
     assert 0.2 < padding < 0.8, "a model that never pads, or only pads, would prove little"
 
 
@@ -149,7 +149,7 @@ def test_a_text_prompt_is_chosen_by_the_model_or_forced_by_its_deadline(best, pr
     step = jax.jit(lambda state: program._text_steps(lm, state, request, jnp.array([most]), settings, most))  # pyright: ignore
     while len(found) < len(wanted):
         made, taken_B, state = step(state)
-        found += made.tokens_BF[0, : int(taken_B[0])].tolist()
+        found += made.tokens_BT[0, : int(taken_B[0])].tolist()
     assert found[: len(wanted)] == wanted
 
 

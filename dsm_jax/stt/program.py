@@ -8,8 +8,9 @@ Most of these tokens are padding. The loop therefore runs several steps at once,
 were padding, and keeps those up to the first that is not: the same tokens as one step at a time gives, as each step
 that is kept had its own inputs, from fewer passes over the weights (docs/decisions/0025-steps-ahead.md).
 
-Shape letters: B slots, N requests, T samples or prompt tokens, C audio channels, F frames of the chunk, A steps of a
-pass, M streams, Q codebooks, V vocabulary, H pause horizons.
+Shape letters: B slots, N requests, T samples, prompt tokens or frames of outputs, C audio channels, F frames of the
+chunk, A steps of a pass, and in outputs the extra heads, one for each pause horizon, M streams, Q codebooks,
+V vocabulary.
 """
 
 import dataclasses
@@ -121,9 +122,9 @@ class SttInputs:
 class FrameOutputs:
     """The model's outputs for every frame of a chunk; meaningless beyond a slot's `frames_B`."""
 
-    tokens_BF: jax.Array  # int32
-    probabilities_BF: jax.Array  # of the token, before temperature and prompt
-    pauses_BFH: jax.Array  # of a pause over the next 0.5, 1, 2 and 3 s; H is 0 for models without pause heads
+    tokens_BT: jax.Array  # int32
+    probabilities_BT: jax.Array  # of the token, before temperature and prompt
+    pauses_BTA: jax.Array  # of a pause over the next 0.5, 1, 2 and 3 s; A is 0 for models without pause heads
 
 
 def init_state(lm: DelayedStreamsLM, mimi: Mimi, settings: SttSettings) -> SttState:

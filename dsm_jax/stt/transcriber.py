@@ -194,7 +194,7 @@ class RecordingSession:
         if self.buffer.ended:
             self.reader.duration = self.buffer.samples / self.transcriber.model.sample_rate
         frames = part.pcm_T.reshape(-1, self.buffer.frame_size)
-        columns = (outputs.tokens_BF, outputs.probabilities_BF, outputs.pauses_BFH)
+        columns = (outputs.tokens_BT, outputs.probabilities_BT, outputs.pauses_BTA)
         rows = zip(*(a[slot, : len(frames)].tolist() for a in columns), frames, strict=True)
         for token, probability, pauses, samples_T in rows:
             self.read_frame(token, probability, tuple(pauses), samples_T)
