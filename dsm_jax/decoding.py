@@ -22,7 +22,7 @@ import av
 import av.error
 import numpy as np
 
-from dsm_jax.errors import AudioError
+from dsm_jax.errors import AudioError, plural
 
 _log = logging.getLogger("dsm_jax")
 
@@ -333,7 +333,8 @@ class _Missing:
             )
             return f"lacks {missing:.1f} s of its {expected:.1f} s: {where}"
         if self.damages:
-            return f"is damaged from {self._damaged_at:.1f} s on: {self.damages} packets were left out"
+            lost = f"{plural(self.damages, 'packet')} {'was' if self.damages == 1 else 'were'} left out"
+            return f"is damaged from {self._damaged_at:.1f} s on: {lost}"
         return f"lacks its end, after {seconds:.1f} s: it was cut short" if open_end else None
 
     def _end(self) -> tuple[float | None, bool]:

@@ -107,7 +107,8 @@ class BatchError(DsmError):
 
     def __init__(self, results: list, errors: dict[int, DsmError]):
         reasons = "; ".join(str(errors[index]) for index in sorted(errors))
-        super().__init__(f"{len(errors)} of {len(results)} inputs failed, the others are in `.results`: {reasons}")
+        others = "" if len(errors) == len(results) else ", the others are in `.results`"
+        super().__init__(f"{len(errors)} of {plural(len(results), 'input')} failed{others}: {reasons}")
         self.results, self.errors = results, errors
 
     def __reduce__(self) -> tuple:  # by default an exception is made anew from its message alone

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dsm_jax import audio
-from dsm_jax.errors import SpeechError
+from dsm_jax.errors import SpeechError, plural
 
 
 def no_words(turns: int) -> SpeechError:
     """Return the error for a script of so many turns without a word."""
-    return SpeechError(f"the text ({turns} turns) has no word in it, and at least one is needed: give a text to say")
+    return SpeechError(
+        f"the text ({plural(turns, 'turn')}) has no word in it, and at least one is needed: give a text to say"
+    )
 
 
 @dataclass(frozen=True)

@@ -499,7 +499,7 @@ def test_compressed_wavs_are_whole_whatever_byte_rate_their_header_says(tmp_path
     assert len(audio.read(path, 24_000, strict=True)) == pytest.approx(48_000, abs=1_100)  # the last block is full
     assert caplog.text == ""
     path.write_bytes(content[: len(content) * 3 // 4])
-    end = r"(lacks its end, after 1\.[45] s: it was cut short|is damaged from 1\.5 s on: 1 packets were left out)"
+    end = r"(lacks its end, after 1\.[45] s: it was cut short|is damaged from 1\.5 s on: 1 packet was left out)"
     with pytest.raises(AudioError, match=rf"a\.wav {end}; fetch it again"):
         audio.read(path, 24_000, strict=True)
     assert len(audio.read(path, 24_000)) == pytest.approx(36_000, abs=1_500)

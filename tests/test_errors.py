@@ -31,6 +31,11 @@ def test_a_batch_error_keeps_its_results():
     assert str(other.errors[1]) == "it is empty"
 
 
+def test_a_batch_error_says_others_only_where_there_are_some():
+    assert str(ERRORS[0]) == "1 of 2 inputs failed, the others are in `.results`: it is empty"
+    assert str(BatchError([None], {0: AudioError("it is empty")})) == "1 of 1 input failed: it is empty"
+
+
 def test_speech_is_compared_by_identity():
     assert SPEECH == SPEECH
     assert copy.copy(SPEECH) not in [SPEECH]

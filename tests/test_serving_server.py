@@ -73,7 +73,7 @@ class Client:
     """A session that takes a slot and does nothing."""
 
     def __init__(self, *, is_file: bool = False):
-        self.is_file, self.outbox, self.first_sound = is_file, Outbox(), None
+        self.is_file, self.outbox, self.first_sound, self.waiting = is_file, Outbox(), None, 0.0
 
 
 def value(server: Server, name: str, **labels: str) -> float:
@@ -103,6 +103,30 @@ def test_engines_that_hear_gather_frames_and_go_first_and_those_that_speak_do_no
     ears._on_step(0.5, 2)
     assert value(server, "dsm_step_seconds_sum", model="ears") == 0.5
     assert value(server, "dsm_step_seconds_count", model="mouth") == 0.0
+
+
+def test_moshis_numbers_of_steps_are_those_of_all_models_of_a_kind(monkeypatch):
+    server = loaded(monkeypatch, ("stt", "ears", 2), ("stt", "more ears", 2), ("tts", "mouth", 2))
+    ears, more, mouth = server.models
+
+    async def run() -> None:
+        for served, frames in ((ears, 3), (more, 30), (mouth, 200)):
+            async with server.session(served, Client(), "moshi") as ticket:
+                ticket.frames = frames
+                served.engine._on_step(0.5, 1)
+                served.engine._on_step(0.5, 1)
+
+    server.ready = True
+    monkeypatch.setattr(server, "alive", lambda: True)
+    asyncio.run(run())
+    assert value(server, "asr_connection_num_steps_sum") == 33
+    bounds = {"2.0": 0, "25.0": 1, "125.0": 2, "+Inf": 2}
+    assert {le: value(server, "asr_connection_num_steps_bucket", le=le) for le in bounds} == bounds
+    assert value(server, "py_model_connection_num_steps_sum") == 200
+    assert value(server, "asr_model_step_duration_bucket", le="+Inf") == 4
+    assert value(server, "asr_model_step_duration_sum") == 2.0
+    assert value(server, "py_total_steps", handler="all") == value(server, "py_active_steps", handler="all") == 2
+    assert value(server, "dsm_session_frames_sum", model="more ears") == 30
 
 
 @pytest.mark.parametrize(("slots", "reserve", "begin"), [(4, 1, 3), (4, 0, 4), (2, 9, 1), (1, 1, 1)])

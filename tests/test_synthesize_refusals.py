@@ -114,8 +114,8 @@ def test_voices_that_the_model_cannot_take(model, speaker, error, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"the text \(1 turns\) has no word in it"),
-        (' \n<break time="1s"/>', r"the text \(1 turns\) has no word in it"),
+        ("", r"the text \(1 turn\) has no word in it"),
+        (' \n<break time="1s"/>', r"the text \(1 turn\) has no word in it"),
         ("good \udcff", r"turn 1 has the word '\\udcff', which words.model encodes as"),
         ("good ÿ morning", "turn 1 has the word 'ÿ', which words.model encodes as"),
         ("good < morning", "turn 1 has a '<' that belongs to no tag"),
@@ -238,6 +238,8 @@ def test_one_text_has_one_voice_and_one_of_the_options(model):
         dsm_jax.synthesize(model, "one", options=[SynthesizeOptions()])
     with pytest.raises(ConfigError, match="one text has a list of voices; give one voice, or a Dialogue whose turns"):
         dsm_jax.synthesize(model, "one", voice=["one", "other"])
+    with pytest.raises(SpeechError, match=r"^the voice given is int64 \[\]; expected finite numbers \[steps, width\]$"):
+        dsm_jax.synthesize(model, "one", voice=5)
 
 
 def test_two_recordings_to_go_on_from_are_refused(prefix_model):

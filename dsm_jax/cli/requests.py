@@ -107,7 +107,7 @@ class Voices:
         given = [row["voice"]] if "voice" in row else row.get("voices", list(self.voices))
         if "text" in row and not isinstance(row["text"], str):
             raise SpeechError(f"{where} has text {row['text']!r}; expected a text")
-        turns = [row["text"]] if "text" in row else row["turns"]
+        turns: Any = [row["text"]] if "text" in row else row["turns"]
         if not isinstance(given, list) or not all(isinstance(voice, str | os.PathLike) for voice in given):
             raise SpeechError(f"{where} has the voices {given!r}; expected a text, or a list of texts")
         if len(given) > 2:

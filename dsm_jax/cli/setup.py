@@ -100,7 +100,7 @@ def _replace_damaged_entries(folder: Path) -> None:
         if not text.startswith(_UNREADABLE):
             shown(message, *args, **kwargs)
         elif removed := remove_damaged(folder, text.removeprefix(_UNREADABLE + " for ").split("'")[1]):
-            terminal.say(f"{removed} damaged entries of the compile cache in {folder} are replaced", style="yellow")
+            terminal.say(f"damaged entries of the compile cache in {folder} are replaced: {removed}", style="yellow")
 
     warnings.showwarning = show
 

@@ -1,7 +1,7 @@
 """Count what the server does, for Prometheus: moshi-server's names, and our own."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,10 @@ from dsm_jax.runtime.compile import compilations
 
 _STEP_S = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.12, 0.2, 0.5)
 _LATENCY_S = (0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)
+_SESSION_FRAMES = (2, 25, 125, 250, 500, 750, 1125, 1500, 2250, 3000, 4500)  # as moshi-server has them
 # The names of moshi-server's metrics begin with the kind of the module.
 _MOSHI = {"stt": "asr", "tts": "py"}
+_MOSHI_FRAMES = {"asr": "asr_connection_num_steps", "py": "py_model_connection_num_steps"}
 
 
 class Metrics:
@@ -41,6 +43,7 @@ class Metrics:
         self.latency = histogram("dsm_frame_latency_seconds", "arrival of a frame's samples to its output")
         self.first_sound = histogram("dsm_first_audio_seconds", "start of a session in its slot to its first sound")
         self.queue = histogram("dsm_queue_seconds", "wait of a recording for a slot")
+        self.frames = histogram("dsm_session_frames", "frames that a session heard or made", _SESSION_FRAMES)
         self.audio = Counter("dsm_audio_seconds", "audio heard or made", ("model",), registry=self.registry)
         self.words = Counter("dsm_words", "words heard or said", ("model",), registry=self.registry)
         self.models: list[Any] = []
@@ -51,18 +54,19 @@ class Metrics:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def seconds_of(self, histogram: Any, model: str) -> tuple[float, list[tuple[str, float]]]:
-        """Return the sum of a histogram of a model, and pairs of each bucket's upper bound and its cumulative count."""
-        total, buckets = 0.0, []
+    def merged(self, histogram: Any, models: Container[str]) -> tuple[float, dict[str, float]]:
+        """Return the sum of a histogram over models, and the cumulative count of each bucket by its upper bound."""
+        total, buckets = 0.0, {"+Inf": 0.0}
         for metric in histogram.collect():
             for sample in metric.samples:
-                if sample.labels.get("model") != model:
+                if sample.labels.get("model") not in models:
                     continue
                 if sample.name.endswith("_sum"):
-                    total = sample.value
+                    total += sample.value
                 elif sample.name.endswith("_bucket"):
-                    buckets.append((sample.labels["le"], sample.value))
-        return total, buckets
+                    bound = sample.labels["le"]
+                    buckets[bound] = buckets.get(bound, 0.0) + sample.value
+        return total, dict(sorted(buckets.items(), key=lambda bucket: float(bucket[0])))
 
 
 class _Live(Collector):
@@ -113,12 +117,16 @@ class _Live(Collector):
         connect = GaugeMetricFamily(f"{kind}_connect", "sessions that were admitted", labels=("handler",))
         connect.add_metric(["all"], started)
         yield connect
-        total, merged = 0.0, {}
-        for name in names:
-            seconds, buckets = self._metrics.seconds_of(self._metrics.step, name)
-            total += seconds
-            for bound, count in buckets:
-                merged[bound] = merged.get(bound, 0.0) + count
+        seconds, steps = self._metrics.merged(self._metrics.step, names)
         duration = HistogramMetricFamily(f"{kind}_model_step_duration", "duration of a step")
-        duration.add_metric([], buckets=list(merged.items()) or [("+Inf", 0)], sum_value=total)
+        duration.add_metric([], buckets=list(steps.items()), sum_value=seconds)
         yield duration
+        total, frames = self._metrics.merged(self._metrics.frames, names)
+        of_session = HistogramMetricFamily(_MOSHI_FRAMES[kind], "frames that a session heard or made")
+        of_session.add_metric([], buckets=list(frames.items()), sum_value=total)
+        yield of_session
+        if kind == "py":
+            for name in ("py_total_steps", "py_active_steps"):  # a step is taken for sessions alone
+                family = GaugeMetricFamily(name, "steps", labels=("handler",))
+                family.add_metric(["all"], steps["+Inf"])
+                yield family

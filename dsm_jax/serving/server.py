@@ -304,6 +304,7 @@ class Server:
             self._tickets.discard(ticket)
             self.metrics.sessions.labels(served.name, dialect).dec()
             self.metrics.ended.labels(served.name, ticket.reason).inc()
+            self.metrics.frames.labels(served.name).observe(ticket.frames)
             _line("session", ticket, event="end")
 
 

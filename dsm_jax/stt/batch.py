@@ -38,8 +38,9 @@ def transcribe_each(
     recording and each of its words and pauses as they are found.
     """
     check_batch_size(batch_size)
-    several = isinstance(options, Iterable) and not isinstance(options, Mapping)
-    known: list[TranscribeOptions | None] = list(options) if several else [options]  # pyright: ignore[reportAssignmentType]
+    given: Any = options
+    several = isinstance(given, Iterable) and not isinstance(given, Mapping)
+    known: list[Any] = list(given) if several else [given]
     each = known if several else None
     if each is not None and not isinstance(sources, Sequence):
         sources = list(sources)

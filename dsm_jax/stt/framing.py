@@ -14,7 +14,7 @@ from collections import deque
 import numpy as np
 
 from dsm_jax.configs import LMConfig, ModelConfig
-from dsm_jax.errors import PromptError, TextError
+from dsm_jax.errors import PromptError, TextError, plural
 from dsm_jax.stt.levels import SoundLevels
 from dsm_jax.stt.words import Timing, VadOptions, WordReader
 from dsm_jax.tokenizers import Tokenizer
@@ -96,7 +96,7 @@ def prompt_tokens(text: str | None, tokenizer: Tokenizer, lm: LMConfig) -> tuple
         raise PromptError("the text prompt has no words; give some, or leave it out")
     if unknown := sum(i <= lm.existing_text_padding_id for i in ids):
         raise PromptError(
-            f"the text prompt {text!r} has {unknown} places that the model's tokenizer cannot spell; "
+            f"the text prompt {text!r} has {plural(unknown, 'place')} that the model's tokenizer cannot spell; "
             "use letters of the model's languages"
         )
     return tuple(ids)

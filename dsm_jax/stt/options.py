@@ -46,7 +46,7 @@ class TranscribeOptions:
       seed: seed of the sampling. A recording's noise depends on its own progress only, never on the rest of its batch.
       vad: rule by which pauses are reported, for models with pause heads.
       word_times: "sound" ends a word where its sound ends; "reference" takes the published script's times, by which a
-        word lasts until the next one begins.
+        word lasts until the next one begins, and may end after the recording.
 
     Raises:
       ConfigError: a value out of its range, or of another class.

@@ -47,8 +47,7 @@ class Transcriber:
       model: from `checkpoints.load`.
       slots: recordings at a time.
       chunks: frames of a device call, in ascending order; each call takes the least that holds its inputs.
-      options: options of recordings to come, None for the default ones; the program has room for their largest top-k and
-        prompt.
+      options: options of recordings to come, None for the default ones; there is room for their top-k and prompts.
       prompt_tokens: room for prompts of at least so many tokens.
       ahead: the most steps that one pass of the language model runs, see `stt.program`.
       behind: calls whose outputs may be left unread, see `Slots`.

@@ -1,7 +1,7 @@
 """Whole texts to speech, any number of them: clients of the slots that they share."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dsm_jax.checkpoints import Model
@@ -48,7 +48,7 @@ def synthesize_each(
 
 def _is_list(value: object) -> bool:
     """Tell whether a value is several voices or options, and not a name, a file or an array."""
-    return not (value is None or isinstance(value, str | os.PathLike) or hasattr(value, "__array__"))
+    return isinstance(value, Iterable) and not (isinstance(value, str | os.PathLike) or hasattr(value, "__array__"))
 
 
 def requests_of(texts: Sequence[Text], alone: bool, voice: Any, options: Any) -> list[Request | SpeechError]:
