@@ -17,6 +17,7 @@ import pytest
 
 from dsm_jax import audio
 from dsm_jax.errors import AudioError, TrainingError
+from dsm_jax.progress import Progress
 from dsm_jax.training.loop import Run
 from dsm_jax.training.step import TrainState, init
 from tests.helpers.small_run import (
@@ -97,6 +98,23 @@ def test_a_checkpoint_larger_than_the_free_disk_is_not_started(tmp_path, monkeyp
     with pytest.raises(TrainingError, match=r"\(it needs 0 MB and the disk has 0 MB free\); there is none before it"):
         Run(tmp_path, CONFIG).train(STEP, start(), data())
     assert checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (3, "there is none before it; start again"),
+        (6, "the last one is of step 4; continue with --resume"),
+    ],
+)
+def test_a_run_that_is_stopped_by_hand_says_how_to_go_on(tmp_path, caplog, step, message):
+    def interrupted(progress: Progress) -> None:
+        if progress.done == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Run(tmp_path, CONFIG, interrupted).train(STEP, start(), data())
+    assert caplog.messages[-1] == f"{tmp_path.name}: stopped at step {step}. Of the checkpoints, {message}"
 
 
 def test_a_run_that_fails_before_its_first_checkpoint_is_to_start_again(tmp_path):

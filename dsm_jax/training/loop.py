@@ -217,26 +217,34 @@ class Run:
         pending: list[Metrics] = []
         began = time.perf_counter()
         self._report(first)
-        for number in range(first + 1, last + 1):
-            state, metrics = step(state, self._next(data, number))
-            pending.append(metrics)
-            self._report(number)
-            saves = number % self.config.save_every == 0 or number == last
-            if number % self.config.log_every and not saves:
-                continue
-            record = self._mean(pending, number)
-            record["seconds_per_step"] = (time.perf_counter() - began) / len(pending)
-            pending = []
-            place = self._write(record)
-            if saves:
-                self.save(state)
-                if evaluate is not None:  # may take long: a run that is stopped meanwhile goes on after this record
-                    record |= {name: float(value) for name, value in evaluate(state).items()}
-                    self._write(record, place)
-            began = time.perf_counter()
-            records.append(_finite(record))
-            values = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")
-            _log.info("%s: step %d of %d: %s", self.folder.absolute().name, number, last, values)
+        number = first
+        try:
+            for number in range(first + 1, last + 1):
+                state, metrics = step(state, self._next(data, number))
+                pending.append(metrics)
+                self._report(number)
+                saves = number % self.config.save_every == 0 or number == last
+                if number % self.config.log_every and not saves:
+                    continue
+                record = self._mean(pending, number)
+                record["seconds_per_step"] = (time.perf_counter() - began) / len(pending)
+                pending = []
+                place = self._write(record)
+                if saves:
+                    self.save(state)
+                    if evaluate is not None:  # may take long: a run that is stopped meanwhile goes on after this record
+                        record |= {name: float(value) for name, value in evaluate(state).items()}
+                        self._write(record, place)
+                began = time.perf_counter()
+                records.append(_finite(record))
+                values = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")
+                _log.info("%s: step %d of %d: %s", self.folder.absolute().name, number, last, values)
+        except KeyboardInterrupt:
+            name = self.folder.absolute().name
+            _log.warning(
+                "%s: stopped at step %d. Of the checkpoints, %s; %s", name, number, self._have(), self._again()
+            )
+            raise
         picture = self.folder / "curve.png"
         with _writing(picture):
             draw_curve(records, picture)
