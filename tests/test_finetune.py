@@ -141,6 +141,20 @@ def test_training_changes_only_targets_and_the_written_model_is_merged(adapted, 
     ]
 
 
+def test_a_finished_run_is_written_anew_with_a_share_of_what_it_has_learnt(adapted, settings, checkpoint, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(adapted[0], output)
+    (output / "model").rename(output / "whole")
+    half = finetune(dataclasses.replace(settings, output=str(output), strength=0.5), resume=True)
+    before, whole, found = (arrays_of(one) for one in (dsm_jax.load(checkpoint), adapted[1], half))
+    assert metrics(output) == metrics(adapted[0])
+    assert changed(half, checkpoint) == changed(adapted[1], checkpoint)
+    for name in before:
+        between = (np.float64(before[name]) + np.float64(whole[name])) / 2
+        np.testing.assert_allclose(found[name], between, rtol=1e-5, atol=1e-6)  # float32 against float64
+    assert_same_weights(dsm_jax.load(output / "model"), half)
+
+
 def test_the_parameters_are_on_every_device(adapted):
     for p in jax.tree.leaves(adapted[1].lm_params):
         assert len(p.devices()) == 2

@@ -47,6 +47,8 @@ from dsm_jax.training.step import OptimizerConfig
         ({"batch_size": 0}, "batch_size is 0, accumulate 1 and encode_batch 8; give at least 1"),
         ({"batch_size": 8, "accumulate": 3}, "a batch_size that is a multiple of accumulate"),
         ({"lora": {"rank": 0}}, "the rank of the adapters is 0"),
+        ({"lora": {}, "strength": 0.0}, r"the strength of the adapters is 0\.0; give a number above 0"),
+        ({"strength": 0.5}, r"strength is 0\.5, and the whole model is trained; leave it out, or give lora"),
         ({"leraning_rate": 1.0}, "unknown keys"),
     ],
 )

@@ -164,7 +164,7 @@ def finetune(
     else:  # only the model is still to be written
         data, evaluate = iter(()), None
     state = run.train(step, state, data, evaluate=evaluate)
-    params = trained.merged(state.params, state.frozen)
+    params = trained.merged(state.params, state.frozen, strength=config.strength)
     result = dataclasses.replace(model, lm_params=params, name=run.folder.absolute().name)
     write_model(result, run.folder / "model", _voices_to_write(result, config), layout=task.layout)
     return result
@@ -266,11 +266,11 @@ class _Trained:
             return others, heads
         return lora.init(params, self.adapters, jax.random.PRNGKey(self._seed)), params
 
-    def merged(self, params: Any, frozen: Any) -> nnx.State:
+    def merged(self, params: Any, frozen: Any, *, strength: float = 1.0) -> nnx.State:
         """Return the language model's parameters, with adapters merged if there are any."""
         if self.adapters is None:
             return nnx.merge_state(params, frozen)
-        return lora.merge(frozen, params, self.adapters)
+        return lora.merge(frozen, params, self.adapters, strength=strength)
 
     def _network(self, params: Any, frozen: Any) -> Any:
         cast = jax.tree.map(lambda p: p.astype(self._dtype), self.merged(params, frozen))

@@ -1,6 +1,7 @@
 """Settings of fine-tuning, and their checks: alone, and against the model that is to be trained."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from dsm_jax import hub
@@ -56,6 +57,8 @@ class FinetuneConfig:
       prefix_seconds: for text-to-speech without speaker conditioning, the longest prefix, in seconds: each row starts
         with the beginning of another recording of the same speaker; up to an hour.
       lora: adapters to train in place of the whole model.
+      strength: share of what the adapters have learnt that the written model has: less keeps more of what the model
+        could do before. A finished run may be resumed with another one, its model moved away, and only writes it anew.
     """
 
     data: str
@@ -79,6 +82,7 @@ class FinetuneConfig:
     guidance: float | None = None
     prefix_seconds: float = 10.0
     lora: LoraConfig | None = None
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -91,6 +95,12 @@ class FinetuneConfig:
             raise ConfigError(
                 f"batch_size is {self.batch_size}, accumulate {self.accumulate} and encode_batch {self.encode_batch}; "
                 "give at least 1, and a batch_size that is a multiple of accumulate"
+            )
+        if not 0 < self.strength < math.inf:
+            raise ConfigError(f"the strength of the adapters is {self.strength}; give a number above 0")
+        if self.lora is None and self.strength != 1:
+            raise ConfigError(
+                f"strength is {self.strength}, and the whole model is trained; leave it out, or give lora"
             )
 
 

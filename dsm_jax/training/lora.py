@@ -107,13 +107,14 @@ def _axes(variable: nnx.Variable) -> tuple[tuple[int, ...], tuple[int, ...], tup
     return shape[:stacked], shape[-inputs:], shape[stacked:-inputs]
 
 
-def merge(params: nnx.State, adapters: Adapters, config: LoraConfig) -> nnx.State:
+def merge(params: nnx.State, adapters: Adapters, config: LoraConfig, *, strength: float = 1.0) -> nnx.State:
     """Add the adapters to the parameters, in float32, and cast the sums to the parameters' dtypes.
 
     Args:
       params: the same as for `init`.
       adapters: adapters of these parameters.
       config: settings of the adapters.
+      strength: share of the additions that is added.
 
     Raises:
       ConfigError: an adapter belongs to no parameter.
@@ -136,6 +137,6 @@ def merge(params: nnx.State, adapters: Adapters, config: LoraConfig) -> nnx.Stat
         (left, left_rank), (right, right_rank) = factors
         dimensions = ((left_rank,), (right_rank,)), (stack, stack)
         added = jax.lax.dot_general(left, right, dimensions, precision="highest")
-        return variable.replace((weight.astype(jnp.float32) + config.scale * added).astype(weight.dtype))
+        return variable.replace((weight.astype(jnp.float32) + strength * config.scale * added).astype(weight.dtype))
 
     return nnx.from_flat_state([(path, adapted(name, variable)) for name, path, variable in flat])
