@@ -49,7 +49,8 @@ def check_numbers(options: Any) -> None:
         value = getattr(options, field.name)
         if value is None and field.type in (int | None, float | None):
             continue
-        if field.type in (float, float | None) and not isinstance(value, numbers.Real):
+        # An array stands for a number for each row.
+        if field.type in (float, float | None) and not isinstance(value, numbers.Real) and not hasattr(value, "dtype"):
             raise ConfigError(f"{field.name} is {value!r}; expected a number")
         if field.type not in (int, int | None):
             continue

@@ -78,6 +78,10 @@ def talk(desk):
         soundfile.write(folder / name, pcm_T, rate)  # short enough for the miniature
     turn = {"text": "I was there last week.", "speaker": 0, "audio": "first.wav"}
     (folder / "talk.jsonl").write_text(json.dumps(turn) + "\n")
+    said = [{"type": "text", "text": turn["text"]}, {"type": "audio", "path": turn["audio"]}]
+    answer = [{"type": "text", "text": "And what did you say?"}]
+    chat = [{"role": "0", "content": said}, {"role": "1", "content": answer}]
+    (folder / "conversation.json").write_text(json.dumps(chat))
     request = {"id": "one", "text": "And what did you say?", "speaker": 1, "context": [turn]}
     (folder / "requests.jsonl").write_text(json.dumps(request) + "\n")
     (literal,) = re.findall(r"^conversation = \[\n.*?^\]\n", page("conversational-speech.md"), re.MULTILINE | re.DOTALL)

@@ -125,7 +125,7 @@ def test_padding_between_counts_every_token_of_the_word(read):
             ["the", "café 12"],
             r"turn 2 has the word '12', which t.model encodes as \[\d+, 0\], and every word must become",
         ),
-        (["\u200b"], r"the text \(1 turns\) has no word in it"),
+        (["\u200b"], r"the text \(1 turn\) has no word in it"),
         (["one tw\ud800"], r"turn 1 has the word 'tw\\ud800', which t.model encodes as \[\], and every word must"),
         (["one < two"], "turn 1 has a '<' that belongs to no tag, and a tag has both '<' and '>': remove it"),
         (["one", "two> three"], "turn 2 has a '>' that belongs to no tag"),

@@ -543,7 +543,7 @@ def test_what_loading_has_made_is_not_looked_through_while_sessions_run(monkeypa
         assert not any(made is one for one in gc.get_objects()), "a collection would look at it"
         return 0
 
-    monkeypatch.setattr(run, "Server", lambda *_: SimpleNamespace(load=lambda: made.append([])))
+    monkeypatch.setattr(run, "Server", lambda *_: SimpleNamespace(load=lambda: made.append([]), stuck=False))
     monkeypatch.setattr(run, "_serve", served)
     assert any(made is one for one in gc.get_objects())
     try:

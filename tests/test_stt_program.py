@@ -97,7 +97,8 @@ def test_passes_of_several_steps_give_the_tokens_of_single_steps(model, ahead):
     for row, frames in enumerate([64, 64, 51, 48, 5]):
         for name in ("tokens_BT", "probabilities_BT", "pauses_BTA"):
             wanted, found = (getattr(outputs[row], name)[:frames] for outputs in (whole, ragged))
-            np.testing.assert_allclose(found, wanted, atol=2e-5, err_msg=f"{name} of row {row}")
+            # The row of padding is 50 times as large, and so is its rounding: 2.4e-5 without AVX-512.
+            np.testing.assert_allclose(found, wanted, atol=5e-5, err_msg=f"{name} of row {row}")
     padding = np.mean([outputs.tokens_BT == lm.config.existing_text_padding_id for outputs in whole])
     assert 0.2 < padding < 0.8, "a model that never pads, or only pads, would prove little"
 

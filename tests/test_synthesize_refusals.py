@@ -137,8 +137,10 @@ def test_faults_of_live_text_are_raised_when_it_arrives(model):
 @pytest.mark.parametrize("text", [Dialogue([Turn("good")]), [1, 2], None])
 def test_live_text_is_one_turn_of_text(model, text):
     kind = "int" if isinstance(text, list) else type(text).__name__
-    with pytest.raises(SpeechError, match=f"^a piece of the text is {kind}; expected str$"):
+    with pytest.raises(SpeechError, match=f"^the text of a stream has a value of type {kind}; expected one text: a"):
         list(dsm_jax.synthesize_stream(model, text, voice=voice(0), options=GREEDY))
+    with pytest.raises(SpeechError, match=f"^a piece of the text is {type(text).__name__}; expected str$"):
+        dsm_jax.StreamingSynthesizer(model, voice=voice(0), options=GREEDY).feed(text)
 
 
 def test_options_of_another_class_are_refused(model):
