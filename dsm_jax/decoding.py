@@ -359,7 +359,7 @@ def _data(file: BinaryIO) -> tuple[int, int, float] | None:
     """
     file.seek(0)
     head = file.read(12)
-    # Where the first chunk begins, its header, bytes of the header that its size counts, and what sizes are rounded to.
+    # Place of the first chunk, form of its header, bytes of the header that its size counts, and rounding of sizes.
     if head[:4] in (b"RIFF", b"RF64", b"BW64") and head[8:] == b"WAVE":
         first, layout, counted, even = 12, struct.Struct("<4sI"), 0, 2
     elif head == b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb":

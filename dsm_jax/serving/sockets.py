@@ -61,7 +61,7 @@ async def received(socket: WebSocket, server: Server, ticket: Ticket) -> AsyncIt
     config, session, loop = server.config, ticket.session, asyncio.get_running_loop()
     ends, heard_at = loop.time() + config.max_session_s, loop.time()
     while True:
-        # Of a session that waits for a slot more is read, so that it is noticed when its client leaves.
+        # A session in the queue is read further ahead, or its client's leaving would not be noticed.
         while (
             getattr(session, "waiting", 0.0) > (QUEUED_S if ticket.queued else INBOX_S)
             and not ticket.hurried

@@ -28,7 +28,7 @@ GRANULARITIES = ("segment", "word")
 SPEEDS = (0.25, 4.0)
 _FORM_OVERHEAD = 1 << 20  # bytes of a form around its file
 _LANGUAGE = re.compile(r"([a-z]{2,3})(?:[-_][A-Za-z0-9]{2,8})*")
-# Of Kyutai's names alone, as the end of another's may mean anything; the number is that of a model served twice.
+# Kyutai's names alone: the end of another name may mean anything. The number is that of a model served twice.
 _NAME_LANGUAGES = re.compile(r"(?:.*/)?stt-[0-9.]+b-((?:en|fr)(?:_(?:en|fr))*)(?:-candle|-mlx|-trfs)?(?:-[0-9]+)?/?")
 
 
