@@ -188,3 +188,22 @@ def test_the_state_is_updated_where_it_lies(model):
         lowered = made._step._jitted.lower(made._params, state, made._inputs([None] * 2, frames))
         memory = compile_optimized(lowered).memory_analysis()
         assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def test_a_program_whose_growth_was_interrupted_grows_at_the_next_request(model, monkeypatch):
+    grower = SttProgram(model, 1, (1,))
+    state, settings = grower.init(), grower.settings
+    fresh = jax.tree.map(lambda leaf: leaf[0], state.request)
+    longer = dataclasses.replace(fresh, prompt_BT=jnp.array([1, 4, 8]))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SttProgram, "_inputs", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            grower.insert(state, [0], [longer])
+    assert grower.settings == settings
+    grown = grower.insert(state, [0], [longer])
+    assert grower.settings.prompt_tokens >= 3
+    assert jax.tree.map(lambda leaf: leaf.shape, grown) == jax.tree.map(lambda leaf: leaf.shape, grower.init())

@@ -401,7 +401,7 @@ def test_a_program_whose_growth_was_interrupted_grows_at_the_next_request(monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(host, "compiled", interrupted)
+        patched.setattr(host, "compiled_over_state", interrupted)
         with pytest.raises(KeyboardInterrupt):
             loop.program.fit(state, large)
     assert loop.settings.prefix_frames == 0

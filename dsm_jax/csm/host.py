@@ -15,7 +15,7 @@ from dsm_jax.csm.program import CsmOutputs, CsmRequest, CsmSettings, CsmState, i
 from dsm_jax.models.family import csm_config
 from dsm_jax.models.streams import ZERO_TOKEN
 from dsm_jax.nn.sampling import key_of, top_k_capacity
-from dsm_jax.runtime.compile import compiled, plain
+from dsm_jax.runtime.compile import compiled_over_state, plain
 from dsm_jax.runtime.slots import grow
 from dsm_jax.runtime.steps import Leave, step_limits
 
@@ -102,12 +102,9 @@ class CsmProgram:
 
     def _compile(self, settings: CsmSettings) -> None:
         """Compile before any state is allocated, so that the two peaks of memory do not add up."""
-        functions = [
-            compiled(function, self._graphs, settings, donate)
-            for function, donate in ((init_state, ()), (insert, (0,)), (step, (0,)))
-        ]
-        state = functions[0].shapes(self._params)
-        functions[-1].compile(self._params, state, step_limits([None] * self.slots, self.limit, waiting=False))
+        functions = init, _, stepping = compiled_over_state(self._graphs, settings, init_state, insert, step)
+        limits = step_limits([None] * self.slots, self.limit, waiting=False)
+        stepping.compile(self._params, init.shapes(self._params), limits)
         # Taken over last: a compilation that fails or is interrupted leaves the program as it was.
         self.settings, (self._init, self._insert, self._step) = settings, functions
 

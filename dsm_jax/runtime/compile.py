@@ -113,3 +113,17 @@ def compiled(
     """
     check_process()
     return Compiled(function, graphs, settings, donate)
+
+
+def compiled_over_state(
+    graphs: tuple[nnx.GraphDef, ...], settings: Hashable, init: Callable, *changes: Callable
+) -> tuple[Compiled, ...]:
+    """Make the compiled functions of a program over a state.
+
+    Args:
+      graphs: the structure of each network.
+      settings: static settings.
+      init: makes the state.
+      *changes: take a state as their first array, which they are donated.
+    """
+    return compiled(init, graphs, settings), *(compiled(change, graphs, settings, (0,)) for change in changes)

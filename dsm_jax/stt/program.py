@@ -29,7 +29,7 @@ from dsm_jax.models.mimi import CodecState, Mimi
 from dsm_jax.models.streams import TokenRing
 from dsm_jax.nn.sampling import sample_or_greedy
 from dsm_jax.nn.transformer import TransformerState
-from dsm_jax.runtime.compile import compiled, plain
+from dsm_jax.runtime.compile import compiled_over_state, plain
 from dsm_jax.runtime.slots import grow, write_rows
 from dsm_jax.streaming import reset_rows, taken_BT
 
@@ -321,16 +321,14 @@ class SttProgram:
 
     def _compile(self, settings: SttSettings) -> None:
         """Compile before any state is allocated, so that the two peaks of memory do not add up."""
-        self.settings = settings
-        self._init, self._insert, self._step = (
-            compiled(function, self._graphs, settings, donate)
-            for function, donate in ((init_state, ()), (insert, (0,)), (step, (0,)))
-        )
-        state = self._init.shapes(self._params)
+        functions = init, inserting, stepping = compiled_over_state(self._graphs, settings, init_state, insert, step)
+        state = init.shapes(self._params)
         requests = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state.request)
-        self._insert.compile(self._params, state, np.zeros(self.slots, np.int32), requests)
+        inserting.compile(self._params, state, np.zeros(self.slots, np.int32), requests)
         for frames in self.chunks:
-            self._step.compile(self._params, state, self._inputs([None] * self.slots, frames))
+            stepping.compile(self._params, state, self._inputs([None] * self.slots, frames))
+        # Taken over last: a compilation that fails or is interrupted leaves the program as it was.
+        self.settings, (self._init, self._insert, self._step) = settings, functions
 
     def add_chunk(self, frames: int) -> None:
         """Compile for chunks of one more size, larger than those before."""

@@ -12,7 +12,7 @@ from flax import nnx
 
 from dsm_jax.checkpoints import Model
 from dsm_jax.nn.sampling import key_of
-from dsm_jax.runtime.compile import compiled, plain
+from dsm_jax.runtime.compile import compiled_over_state, plain
 from dsm_jax.runtime.slots import grow
 from dsm_jax.runtime.steps import Leave, step_limits
 from dsm_jax.tts import voices
@@ -117,12 +117,9 @@ class TtsProgram:
 
     def _compile(self, settings: TtsSettings) -> None:
         """Compile the program before any state is allocated, so that the two peaks of memory do not add up."""
-        functions = [
-            compiled(function, self._graphs, settings, donate)
-            for function, donate in ((init_state, ()), (insert, (0,)), (extend, (0,)), (step, (0,)))
-        ]
-        state = functions[0].shapes(self._params)
-        functions[-1].compile(self._params, state, step_limits([None] * self.slots, self.limit, waiting=False))
+        functions = init, _, _, stepping = compiled_over_state(self._graphs, settings, init_state, insert, extend, step)
+        limits = step_limits([None] * self.slots, self.limit, waiting=False)
+        stepping.compile(self._params, init.shapes(self._params), limits)
         # Taken over last: a compilation that fails or is interrupted leaves the program as it was.
         self.settings, (self._init, self._insert, self._extend, self._step) = settings, functions
 
