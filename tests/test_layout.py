@@ -15,7 +15,7 @@ import dsm_jax
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (
     ("errors", "garbage", "malloc", "progress", "process", "files", "options", "configs"),
-    ("streaming", "decoding", "audio", "hub", "tokenizers"),
+    ("streaming", "headers", "decoding", "audio", "hub", "tokenizers"),
     ("nn", "sharding"),
     ("models",),
     ("convert",),
