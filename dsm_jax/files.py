@@ -58,6 +58,12 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return Path(path).read_text(encoding="utf-8-sig")
 
 
+def file_in(folder: Path, name: str) -> str:
+    """Return the path of a file by its name in a folder; the name as it is where no such file is there."""
+    path = folder / name
+    return str(path) if os.path.isfile(path) else name  # says no to names that pathlib raises at
+
+
 def json_lines(content: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield the number, from 1, and the bytes of each line of a JSON Lines file that is not blank.
 

@@ -113,24 +113,20 @@ class Voices:
         if len(given) > 2:
             raise SpeechError(f"{where} has {len(given)} voices; the models know two speakers, so give two at most")
         if "voice" in row or "voices" in row:  # those of the command line are not relative to the file
-            given = [_beside(folder, voice) for voice in given]
+            given = [files.file_in(folder, voice) for voice in given]
         if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
             for turn in turns:
                 texts = isinstance(turn.get("text"), str) and isinstance(turn.get("voice"), str | None)
                 if not texts or set(turn) - {"text", "voice"}:
                     raise SpeechError(f"{where} has the turn {turn!r}; expected an object of text and voice")
-            dialogue = Dialogue([Turn(turn["text"], _beside(folder, turn.get("voice"))) for turn in turns])
+            voices = [turn.get("voice") and files.file_in(folder, turn["voice"]) for turn in turns]
+            dialogue = Dialogue([Turn(turn["text"], voice) for turn, voice in zip(turns, voices, strict=True)])
             return tts.Request.of(dialogue, given[0] if given else None, options)
         if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
             raise SpeechError(
                 f"{where} has the turns {turns!r}; expected a list of texts, or of objects of text and voice"
             )
         return tts.Request(tuple(turns), tuple(given), options=options)
-
-
-def _beside(folder: Path, voice: Any) -> Any:
-    """Return the path of a voice's file relative to a folder, or the voice as it is where no such file is there."""
-    return str(folder / voice) if isinstance(voice, str) and os.path.isfile(folder / voice) else voice
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,6 @@ All data is checked, and every recording decoded to its end, before training sta
 import dataclasses
 import functools
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
@@ -277,8 +276,7 @@ def _voices(values: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]
             f'the voices are {voices!r}; expected "voice": VOICE, or "voices": {{SPEAKER: VOICE, ...}}, files or names'
         )
     for speaker, voice in voices.items():
-        path = folder / voice
-        yield speaker, str(path) if os.path.isfile(path) else voice  # says no to names that pathlib raises at
+        yield speaker, files.file_in(folder, voice)
 
 
 def _words(values: Any, check: Callable[[str], object] | None) -> Iterator[WordSpan]:

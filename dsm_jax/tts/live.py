@@ -120,7 +120,7 @@ class StreamingSynthesizer:
 
 def synthesize_stream(
     model: Model,
-    text: str | Iterable[str],
+    text: Iterable[str],
     *,
     voice: Voice | None = None,
     options: SynthesizeOptions = SynthesizeOptions(),
@@ -143,7 +143,7 @@ def synthesize_stream(
       As `synthesize`; what is wrong with the text is raised once the text before it has been said.
     """
     synthesizer = StreamingSynthesizer(model, voice=voice, options=options)
-    for piece in text if isinstance(text, Iterable) and not isinstance(text, str) else [text]:
+    for piece in text:
         yield from synthesizer.feed(piece)
     yield from synthesizer.finish()
 
