@@ -34,7 +34,7 @@ from dsm_jax.serving import app, run
 from dsm_jax.serving.client import links
 from dsm_jax.serving.config import ServerConfig
 from dsm_jax.serving.encoding import pcm16, wav_header
-from dsm_jax.serving.server import Served
+from dsm_jax.serving.services import Served
 from tests.helpers.serving import post, running, served
 
 pytestmark = pytest.mark.slow

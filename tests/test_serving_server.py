@@ -21,9 +21,10 @@ from dsm_jax.serving.app import make_app
 from dsm_jax.serving.config import ServedModel, ServerConfig
 from dsm_jax.serving.hearing import Heard
 from dsm_jax.serving.outbox import Ended, Outbox, Started
-from dsm_jax.serving.server import INBOX_S, Server, Ticket
+from dsm_jax.serving.server import INBOX_S, Server
 from dsm_jax.serving.sockets import ClosedError
 from dsm_jax.serving.speaking import Said, Sound
+from dsm_jax.serving.tickets import Ticket
 from dsm_jax.stt.events import Word, WordEnded
 
 FRAME_S = 0.08
@@ -263,7 +264,7 @@ def test_a_page_of_another_origin_is_told_nothing(origin, origins):
 
 
 def ticket(server: Server, *, queued: bool = False, **session) -> Ticket:
-    return Ticket(server, server.models[0], SimpleNamespace(outbox=Outbox(), **session), "moshi", queued=queued)
+    return Ticket(server.metrics, server.models[0], SimpleNamespace(outbox=Outbox(), **session), "moshi", queued=queued)
 
 
 def test_frames_words_and_waits_are_each_counted_once(monkeypatch):
@@ -366,7 +367,7 @@ def reading(monkeypatch, *messages: dict, waiting=(), hurried: bool = False, **s
         def waiting(self) -> float:
             return left.pop(0) if len(left) > 1 else left[0] if left else 0.0
 
-    one = Ticket(server, server.models[0], Session(), "moshi", queued=False)
+    one = Ticket(server.metrics, server.models[0], Session(), "moshi", queued=False)
     one.hurried = hurried
 
     async def read() -> list[str | bytes]:

@@ -18,7 +18,8 @@ from dsm_jax.serving.access import Refusal
 from dsm_jax.serving.moshi import routes as moshi
 from dsm_jax.serving.openai import realtime
 from dsm_jax.serving.openai import routes as openai
-from dsm_jax.serving.server import Served, Server
+from dsm_jax.serving.server import Server
+from dsm_jax.serving.services import Served
 
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; media-src blob:; "

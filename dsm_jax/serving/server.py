@@ -2,11 +2,8 @@
 
 import asyncio
 import contextlib
-import dataclasses
-import json
 import logging
 import math
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -18,60 +15,19 @@ from dsm_jax.errors import FullError
 from dsm_jax.serving.access import Keys, Refusal, allowed_host, allowed_origin
 from dsm_jax.serving.config import ServedModel, ServerConfig
 from dsm_jax.serving.engine import Device, Engine
-from dsm_jax.serving.hearing import Heard, HearingService
+from dsm_jax.serving.hearing import HearingService
 from dsm_jax.serving.metrics import Metrics
-from dsm_jax.serving.outbox import Ended, Outbox, Posted, Started, put_all
-from dsm_jax.serving.services import load_settings, service_of
-from dsm_jax.serving.speaking import Said, Sound
-from dsm_jax.stt.events import WordEnded
+from dsm_jax.serving.outbox import Posted, put_all
+from dsm_jax.serving.services import Served, load_settings, service_of
+from dsm_jax.serving.tickets import Ticket
 
 OUTBOX = 1_000  # messages to a listener, about 80 s of frames, after which a client reads too slowly
 QUEUED_S = 180.0  # of audio that may wait with a session that waits for a slot
 INBOX_S = 60.0  # of audio that may wait, after which a client is not read: Kyutai's scripts end with 40 s of silence
 QUEUE_S = 30.0  # that a recording waits for a slot
 _WATCH_S = 1.0  # between two looks at the engines
-FRAME_S = 0.080  # between live frames, within which a step must be over
-# The most of a frame's time that a step may take: with 71 of 80 ms, stt-1b in one slot lags behind one stream.
-_STEPS_SHARE = 0.8
 
 _log = logging.getLogger("dsm_jax.serving")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Served:
-    """A model that is served: its name, its service and its engine."""
-
-    settings: ServedModel
-    name: str
-    kind: str
-    service: Any
-    engine: Engine
-
-    @property
-    def model(self) -> Model:
-        """The model."""
-        return self.service.model
-
-    @property
-    def keeps_up(self) -> bool:
-        """Tell whether all slots together are served in real time, with time left for the connections."""
-        frames, seconds = min(self.service.step_seconds.items())
-        return seconds < _STEPS_SHARE * frames * FRAME_S
-
-    def capacity(self) -> str:
-        """Return a sentence on the slots and the time of a step."""
-        frames, seconds = min(self.service.step_seconds.items())
-        verdict = "keeps up"
-        if not self.keeps_up:
-            remedy = "use fewer" if self.engine.total > 1 else "use a smaller model or a faster device"
-            if self.model.quantize is None and self.model.devices[0].platform == "cpu":
-                remedy += ", or int8 weights (--quantize int8)"
-            verdict = f"does not keep up with {FRAME_S * 1000:.0f} ms a frame: {remedy}"
-        if self.kind == "tts":
-            verdict += f", {self.engine.total * frames * FRAME_S / seconds:.1f} times real time in all"
-        steps = "a step" if frames == 1 else f"for {frames} steps"
-        slots = f"{self.engine.total} slot" + "s" * (self.engine.total != 1)
-        return f"{self.name}: {slots} at {seconds * 1000:.0f} ms {steps}; {verdict}"
 
 
 class Server:
@@ -292,11 +248,11 @@ class Server:
         except FullError:
             self.metrics.refused.labels("full").inc()
             raise
-        ticket = Ticket(self, served, session, dialect, queued=not holds)
+        ticket = Ticket(self.metrics, served, session, dialect, queued=not holds)
         self._tickets.add(ticket)
         self.metrics.started.labels(served.name, dialect).inc()
         self.metrics.sessions.labels(served.name, dialect).inc()
-        _line("session", ticket, event="start")
+        ticket.log("start")
         try:
             yield ticket
         finally:
@@ -305,117 +261,4 @@ class Server:
             self.metrics.sessions.labels(served.name, dialect).dec()
             self.metrics.ended.labels(served.name, ticket.reason).inc()
             self.metrics.frames.labels(served.name).observe(ticket.frames)
-            _line("session", ticket, event="end")
-
-
-class Ticket:
-    """One client's session in the server's books.
-
-    Attributes:
-      id: for the log.
-      code: close code that the session ended with; None while it runs.
-      reason: word for the reason of the end, for logs and metrics, such as "client", "finished", "idle" or "drain".
-      is_whole: whether the client waits for all of a recording or text, of which a part would be a wrong answer.
-      told_at: time of the session's last message to the client, or of its start.
-    """
-
-    def __init__(self, server: Server, served: Served, session: Any, dialect: str, *, queued: bool):
-        self.server, self.served, self.session, self.dialect = server, served, session, dialect
-        self.id, self.began, self.queued = os.urandom(6).hex(), time.monotonic(), queued
-        self.told_at = self.began
-        self.code: int | None = None
-        self.reason = "client"
-        self.frames = self.words = 0
-        self.hurried = self.is_whole = False
-        self._begun = queued  # a session from the queue begins by itself
-        self.reading: asyncio.Timeout | None = None  # of the wait for the client's next message
-        metrics = server.metrics
-        # Looked up once: a label is searched for under a lock.
-        self._audio, self._words = metrics.audio.labels(served.name), metrics.words.labels(served.name)
-        self._latency = metrics.latency.labels(served.name)
-
-    def start(self) -> None:
-        """Put the session into its slot, unless it has begun."""
-        if not self._begun:
-            self._begun = True
-            self.served.engine.start(self.session)
-
-    def hurry(self) -> None:
-        """Ask the session to end: what was heard is transcribed, and no more is taken.
-
-        Whole recordings and texts are given up.
-        """
-        self.reason, self.hurried = "drain", True
-        if self.is_whole:
-            self.session.outbox.put([Ended(1013, "the server is shutting down; send the request again, or to another")])
-        if self.reading is not None:
-            self.reading.reschedule(asyncio.get_running_loop().time())
-
-    async def messages(self) -> AsyncIterator[Any]:
-        """Yield the session's messages up to `Ended`, which is the last; count them on the way.
-
-        The messages of a client that does not read them are limited: `Ended` with 1008 comes early then.
-        """
-        outbox: Outbox = self.session.outbox
-        while True:
-            for message in await outbox.take():
-                self.told_at = time.monotonic()
-                self._count(message)
-                yield message
-                if isinstance(message, Ended):
-                    return
-            if outbox.overflowed:
-                self.end(1008, "slow")
-                yield Ended(1008, "the client reads too slowly")
-                return
-            self.served.engine.wake()  # a listener that lagged may have caught up
-
-    def end(self, code: int, reason: str) -> None:
-        """Note how the session ends; a drain counts as the reason though the session's own end comes before."""
-        if self.code is None or reason == "drain":
-            self.code = code
-            self.reason = self.reason if self.reason == "drain" else reason
-
-    def _count(self, message: Any) -> None:
-        metrics, name = self.server.metrics, self.served.name
-        match message:
-            case Started():
-                if self.queued:
-                    metrics.queue.labels(name).observe(time.monotonic() - self.began)
-                    self.queued = False
-            case Heard():
-                self.frames += 1
-                self._audio.inc(FRAME_S)
-                latencies, self.session.latencies = self.session.latencies, []
-                for seconds in latencies:
-                    self._latency.observe(seconds)
-            case Sound():
-                if self.frames == 0 and self.session.first_sound is not None:
-                    metrics.first_sound.labels(name).observe(self.session.first_sound)
-                self.frames += 1
-                self._audio.inc(FRAME_S)
-            case WordEnded() | Said():
-                self.words += 1
-                self._words.inc()
-            case Ended():
-                self.end(message.code, "finished" if message.reason is None else "error")
-
-
-def _line(kind: str, ticket: Ticket, *, event: str) -> None:
-    """Log the start or the end of a session: numbers alone, never what was said, nor a key."""
-    facts: dict[str, Any] = {
-        "kind": kind,
-        "event": event,
-        "id": ticket.id,
-        "model": ticket.served.name,
-        "dialect": ticket.dialect,
-    }
-    if event == "end":
-        facts |= {
-            "seconds": round(time.monotonic() - ticket.began, 3),
-            "frames": ticket.frames,
-            "words": ticket.words,
-            "code": ticket.code,
-            "reason": ticket.reason,
-        }
-    _log.info(json.dumps(facts))
+            ticket.log("end")

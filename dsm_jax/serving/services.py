@@ -1,4 +1,4 @@
-"""Load the models that a configuration names, and make their services."""
+"""Load the models that a configuration names, make their services, and tell whether these keep up."""
 
 import dataclasses
 from typing import Any, TypeVar
@@ -8,6 +8,7 @@ from dsm_jax.csm.options import CsmOptions
 from dsm_jax.errors import ConfigError
 from dsm_jax.models.family import require
 from dsm_jax.serving.config import ServedModel
+from dsm_jax.serving.engine import Engine
 from dsm_jax.serving.hearing import HearingService
 from dsm_jax.serving.scripts import ScriptService
 from dsm_jax.serving.speaking import SpeakingService
@@ -15,10 +16,50 @@ from dsm_jax.serving.turns import TurnService
 from dsm_jax.stt.options import TranscribeOptions
 from dsm_jax.tts.speech import SynthesizeOptions
 
+FRAME_S = 0.080  # between live frames, within which a step must be over
+# The most of a frame's time that a step may take: with 71 of 80 ms, stt-1b in one slot lags behind one stream.
+_STEPS_SHARE = 0.8
 Options = TypeVar("Options", CsmOptions, SynthesizeOptions, TranscribeOptions)
 _OF_OPTIONS = ("temperature", "guidance_scale", "padding_between", "padding_bonus", "codebooks")
 _OF_VOICES = ("voice_folder", "default_voice")
 _OF_DELAY = ("asr_delay_in_tokens",)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Served:
+    """A model that is served: its name, its service and its engine."""
+
+    settings: ServedModel
+    name: str
+    kind: str
+    service: Any
+    engine: Engine
+
+    @property
+    def model(self) -> Model:
+        """The model."""
+        return self.service.model
+
+    @property
+    def keeps_up(self) -> bool:
+        """Tell whether all slots together are served in real time, with time left for the connections."""
+        frames, seconds = min(self.service.step_seconds.items())
+        return seconds < _STEPS_SHARE * frames * FRAME_S
+
+    def capacity(self) -> str:
+        """Return a sentence on the slots and the time of a step."""
+        frames, seconds = min(self.service.step_seconds.items())
+        verdict = "keeps up"
+        if not self.keeps_up:
+            remedy = "use fewer" if self.engine.total > 1 else "use a smaller model or a faster device"
+            if self.model.quantize is None and self.model.devices[0].platform == "cpu":
+                remedy += ", or int8 weights (--quantize int8)"
+            verdict = f"does not keep up with {FRAME_S * 1000:.0f} ms a frame: {remedy}"
+        if self.kind == "tts":
+            verdict += f", {self.engine.total * frames * FRAME_S / seconds:.1f} times real time in all"
+        steps = "a step" if frames == 1 else f"for {frames} steps"
+        slots = f"{self.engine.total} slot" + "s" * (self.engine.total != 1)
+        return f"{self.name}: {slots} at {seconds * 1000:.0f} ms {steps}; {verdict}"
 
 
 def load_settings(settings: ServedModel) -> Model:

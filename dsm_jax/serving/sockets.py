@@ -14,7 +14,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from dsm_jax.errors import DsmError
 from dsm_jax.serving.access import Refusal
-from dsm_jax.serving.server import INBOX_S, QUEUED_S, Server, Ticket
+from dsm_jax.serving.server import INBOX_S, QUEUED_S, Server
+from dsm_jax.serving.tickets import Ticket
 
 LAST_WORDS_S = 4.0  # that a session has for its last words when the server drains
 _SEND_S = 60.0  # that a client may take to read a message

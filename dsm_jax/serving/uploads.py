@@ -12,8 +12,10 @@ from dsm_jax import audio
 from dsm_jax.errors import AudioError, DsmError, FullError, SpeechError
 from dsm_jax.serving.hearing import LiveHearing
 from dsm_jax.serving.outbox import Ended, Outbox
-from dsm_jax.serving.server import INBOX_S, QUEUE_S, Served, Server, Ticket
+from dsm_jax.serving.server import INBOX_S, QUEUE_S, Server
+from dsm_jax.serving.services import Served
 from dsm_jax.serving.speaking import LiveVoice, Sound
+from dsm_jax.serving.tickets import Ticket
 from dsm_jax.stt.transcriber import Utterance
 
 _BLOCK_S = 1.0
@@ -96,7 +98,7 @@ async def _begun(ticket: Ticket) -> AsyncIterator[Any]:
         first = await asyncio.wait_for(anext(messages), QUEUE_S)
     except TimeoutError:
         ticket.end(1013, "full")
-        ticket.server.metrics.refused.labels("queue").inc()
+        ticket.metrics.refused.labels("queue").inc()
         raise FullError(f"no slot has become free in {QUEUE_S:.0f} s; try again later") from None
     if isinstance(first, Ended):  # the engine has failed meanwhile, or the server is ending
         raise FullError(first.reason)

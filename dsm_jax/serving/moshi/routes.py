@@ -23,9 +23,11 @@ from dsm_jax.serving.moshi import wire
 from dsm_jax.serving.moshi.opus import OpusReader, OpusWriter
 from dsm_jax.serving.outbox import Ended, Outbox, Started
 from dsm_jax.serving.scripts import LiveSpeech
-from dsm_jax.serving.server import OUTBOX, Served, Server, Ticket
+from dsm_jax.serving.server import OUTBOX, Server
+from dsm_jax.serving.services import Served
 from dsm_jax.serving.sockets import ClosedError, admitted, close, converse, received, send, send_last
 from dsm_jax.serving.speaking import LiveVoice, Said, Sound
+from dsm_jax.serving.tickets import Ticket
 from dsm_jax.serving.uploads import TooLargeError, heard, sound_of, spoken, spooled
 from dsm_jax.serving.waiting import client_leaves, unless
 from dsm_jax.stt.events import WordEnded, WordStarted

@@ -20,8 +20,10 @@ from dsm_jax.serving.openai.realtime_settings import Settings
 from dsm_jax.serving.openai.realtime_turns import Items
 from dsm_jax.serving.openai.requests import check_language, find_model, read_options
 from dsm_jax.serving.outbox import Ended, Outbox
-from dsm_jax.serving.server import OUTBOX, Served, Server, Ticket
+from dsm_jax.serving.server import OUTBOX, Server
+from dsm_jax.serving.services import Served
 from dsm_jax.serving.sockets import ClosedError, admitted, close, converse, received, send, send_last
+from dsm_jax.serving.tickets import Ticket
 from dsm_jax.serving.waiting import unless
 from dsm_jax.stt.events import WordEnded, WordStarted
 from dsm_jax.stt.transcriber import Utterance

@@ -14,7 +14,8 @@ from starlette.requests import Request
 
 from dsm_jax.serving.encoding import CONTENT_TYPES
 from dsm_jax.serving.openai.errors import ApiError, invalid_value, parse_object, unknown_model
-from dsm_jax.serving.server import Served, Server
+from dsm_jax.serving.server import Server
+from dsm_jax.serving.services import Served
 from dsm_jax.serving.uploads import TooLargeError
 from dsm_jax.stt.options import Prompt
 from dsm_jax.stt.transcriber import Utterance

@@ -35,7 +35,8 @@ from dsm_jax.serving.openai.formats import (
 )
 from dsm_jax.serving.openai.requests import SpeechRequest, TranscriptionRequest, speech_request, transcription_request
 from dsm_jax.serving.outbox import Outbox
-from dsm_jax.serving.server import Served, Server
+from dsm_jax.serving.server import Server
+from dsm_jax.serving.services import Served
 from dsm_jax.serving.uploads import heard, sound_of, spoken
 from dsm_jax.serving.waiting import client_leaves, unless
 from dsm_jax.stt.events import WordEnded, WordStarted
