@@ -1,17 +1,20 @@
 """Word ends come from the sound: close to it, never over a pause, and as soon as they are known."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
+from dsm_jax.configs import MimiConfig
 from dsm_jax.stt.events import WordEnded, WordStarted
-from dsm_jax.stt.levels import SoundLevels
+from dsm_jax.stt.levels import SoundLevels, _tenth, hops_of_frame, levels_of
 from dsm_jax.stt.words import COMPLETE_FRAMES, Timing, VadOptions, WordReader
 from tests.helpers import stt_model
 
 RATE = 24_000
 FRAME = RATE * 80 // 1000
+CODEC = MimiConfig()
 DELAYED = Timing(frame_rate=12.5, text_offset=0.56, audio_offset=0.0)  # the text is seven frames late
 
 
@@ -23,10 +26,15 @@ def sound(*spans: tuple[float, float], seconds: float, background: float = 1e-3)
     return (random.normal(size=time_T.size) * (background + 0.2 * loud_T)).astype(np.float32)
 
 
-def levels(pcm_T: np.ndarray, piece: int = 1_000) -> SoundLevels:
-    made = SoundLevels(RATE)
-    for start in range(0, pcm_T.size, piece):
-        made.push(pcm_T[start : start + piece])
+def levels_FH(pcm_T: np.ndarray) -> np.ndarray:
+    whole_T = np.pad(pcm_T, (0, -pcm_T.size % FRAME))
+    return np.asarray(levels_of(whole_T[None, :, None], CODEC)[0])
+
+
+def levels(pcm_T: np.ndarray, frames: int = 1) -> SoundLevels:
+    made, all_H = SoundLevels(CODEC), levels_FH(pcm_T).ravel()
+    for start in range(0, all_H.size, 8 * frames):
+        made.push(all_H[start : start + 8 * frames])
     return made
 
 
@@ -37,14 +45,13 @@ def ids(text: str) -> list[int]:
 def read(tokens: list[int], pcm_T: np.ndarray, timing: Timing = DELAYED) -> list[tuple[int, object]]:
     """Read tokens with the sound of their frames; return each event with the frame at which it came."""
     reader = WordReader(
-        stt_model.model().tokenizer, timing, padding=3, boundary=0, pauses=VadOptions(), levels=SoundLevels(RATE)
+        stt_model.model().tokenizer, timing, padding=3, boundary=0, pauses=VadOptions(), levels=SoundLevels(CODEC)
     )
     reader.duration = None
-    pcm_T = np.pad(pcm_T, (0, max(0, len(tokens) * FRAME - pcm_T.size)))
+    all_FH = levels_FH(np.pad(pcm_T, (0, max(0, len(tokens) * FRAME - pcm_T.size))))
     events = []
-    for frame, token in enumerate(tokens):
-        samples_T = pcm_T[frame * FRAME : (frame + 1) * FRAME]
-        events += [(frame, event) for event in reader.read(token, 0.5, None, samples_T)]
+    for frame, (token, levels_H) in enumerate(zip(tokens, all_FH, strict=False)):
+        events += [(frame, event) for event in reader.read(token, 0.5, None, levels_H)]
     return events + [(len(tokens), event) for event in reader.finish()]
 
 
@@ -67,11 +74,31 @@ def stream(frames: int, *parts: dict[int, int]) -> list[int]:
     return [placed.get(frame, 3) for frame in range(frames)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("piece", [1, 240, 1_000, 100_000])
-def test_the_end_of_a_sound_is_where_the_silence_after_it_begins(piece):
-    pcm_T = sound((1.0, 1.4), (3.0, 3.5), seconds=5.0)[: None if piece > 1 else RATE * 3]
-    found = levels(pcm_T, piece).end_of_sound(1.0, 2.9)
+def test_a_level_is_the_mean_power_of_a_hop_of_all_channels_in_decibels():
+    pcm_BTC = np.random.default_rng(1).normal(size=(2, 3 * FRAME, 2)).astype(np.float32)
+    hops = pcm_BTC.astype(np.float64).reshape(2, 3, 8, 480)
+    np.testing.assert_allclose(levels_of(pcm_BTC, CODEC), 10 * np.log10((hops**2).mean(axis=-1)), atol=1e-4)
+    assert (levels_of(np.zeros((1, FRAME, 1), np.float32), CODEC) == -100).all()
+
+
+@pytest.mark.parametrize(
+    ("rate", "frame_rate", "hops"), [(24_000, 12.5, 8), (8_000, 40, 2), (22_050, 12.5, 7), (400, 200, 1)]
+)
+def test_a_frame_is_a_whole_number_of_hops_of_ten_milliseconds_or_more(rate, frame_rate, hops):
+    seanet = dataclasses.replace(CODEC.seanet, ratios=(2,))
+    config = dataclasses.replace(CODEC, sample_rate=rate, frame_rate=frame_rate, seanet=seanet)
+    assert hops_of_frame(config) == hops
+
+
+@pytest.mark.parametrize("size", [1, 2, 11, 997, 1_000])
+def test_the_background_is_the_tenth_percentile(size):
+    levels_H = np.random.default_rng(size).normal(size=size).astype(np.float32)
+    assert _tenth(levels_H) == pytest.approx(np.percentile(levels_H, 10), abs=1e-6)
+
+
+@pytest.mark.parametrize("frames", [1, 3, 100])
+def test_the_end_of_a_sound_is_where_the_silence_after_it_begins(frames):
+    found = levels(sound((1.0, 1.4), (3.0, 3.5), seconds=5.0), frames).end_of_sound(1.0, 2.9)
     assert found is not None
     assert found[0] == pytest.approx(1.42, abs=0.011)
     assert found[1] == pytest.approx(1.5, abs=0.02)
@@ -97,13 +124,13 @@ def test_without_contrast_the_sound_goes_on_to_the_limit():
 
 
 def test_only_the_last_minutes_are_kept():
-    made = levels(np.zeros(RATE * 400, np.float32), RATE)
-    made.push(sound((0.5, 1.0), seconds=3.0))
-    assert made.seconds == pytest.approx(403.0)
+    made = levels(np.concatenate([np.zeros(RATE * 400, np.float32), sound((0.5, 1.0), seconds=3.0)]), 7)
+    assert made.seconds == pytest.approx(403.0, abs=0.08)
     found = made.end_of_sound(400.5, 402.9)
     assert found is not None
     assert found[0] == pytest.approx(401.02, abs=0.021)
-    assert made._levels_H.size <= 12_001
+    assert made._kept_H.size == 12_000
+    assert made.end_of_sound(0.0, 280.0) is None, "forgotten"
 
 
 def test_a_word_before_a_pause_ends_with_its_sound_and_is_reported_within_a_second():
@@ -168,15 +195,15 @@ def test_words_that_follow_at_once_end_where_the_next_begins():
 
 def test_nothing_is_later_than_the_recording():
     reader = WordReader(
-        stt_model.model().tokenizer, DELAYED, padding=3, boundary=0, pauses=VadOptions(), levels=SoundLevels(RATE)
+        stt_model.model().tokenizer, DELAYED, padding=3, boundary=0, pauses=VadOptions(), levels=SoundLevels(CODEC)
     )
-    pcm_T = sound((1.0, 1.5), seconds=1.5)
+    all_FH = levels_FH(np.pad(sound((1.0, 1.5), seconds=1.5), (0, RATE * 5)))
     tokens = stream(60, said("the", 1.44))
     reader.duration = 1.5
     events = []
     for frame, token in enumerate(tokens):
         pause = (0.0, 0.0, 0.9, 0.0) if frame > 40 else None
-        events += reader.read(token, 0.5, pause, np.pad(pcm_T, (0, RATE * 5))[frame * FRAME : (frame + 1) * FRAME])
+        events += reader.read(token, 0.5, pause, all_FH[frame])
     events += reader.finish()
     times = [getattr(e, "time", None) or getattr(e, "start", None) or e.word.end for e in events]
     assert len(times) == 3
@@ -208,10 +235,10 @@ def test_an_unfinished_character_is_held_back():
 
 
 def test_words_whose_pieces_do_not_tell_where_they_begin_are_told_with_the_sound_too():
-    levels = SoundLevels(RATE)
+    levels = SoundLevels(CODEC)
     reader = WordReader(SpeltInBytes(), DELAYED, padding=3, boundary=0, pauses=VadOptions(), levels=levels)  # pyright: ignore
-    silence_T, tokens = np.zeros(FRAME, np.float32), (0, 10, 11, 12, 13, 11, 12, 0)
-    events = [event for token in tokens for event in reader.read(token, 0.5, None, silence_T)]
+    silence_H, tokens = np.full(8, -100.0, np.float32), (0, 10, 11, 12, 13, 11, 12, 0)
+    events = [event for token in tokens for event in reader.read(token, 0.5, None, silence_H)]
     assert [event.word.text for event in events if isinstance(event, WordEnded)] == ["é", "é"]
 
 

@@ -138,7 +138,7 @@ class FrameBuffer:
 
     def _append(self, samples: np.ndarray) -> None:
         if samples.size:
-            self._held.append(samples)
+            self._held.append(np.ascontiguousarray(samples, np.float32))
             self._size += samples.size
             self.total += samples.size
 
@@ -158,7 +158,7 @@ class FrameBuffer:
                 part = part[:wanted]
             parts.append(part)
             wanted -= part.size
-        return np.concatenate([np.zeros(0, np.float32), *parts])
+        return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.float32), *parts])
 
     def pop_all(self) -> np.ndarray:
         """Return all samples that were not popped, with those of a frame that is not whole: [T]."""
@@ -198,5 +198,5 @@ def word_reader(
         boundary=lm.existing_text_end_padding_id,
         pauses=pauses,
         skip=lead.skip if exclude_prompt else 0,
-        levels=None if reference_times else SoundLevels(rate),
+        levels=None if reference_times else SoundLevels(config.mimi),
     )

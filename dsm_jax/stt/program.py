@@ -9,8 +9,8 @@ were padding, and keeps those up to the first that is not: the same tokens as on
 that is kept had its own inputs, from fewer passes over the weights (docs/decisions/0025-steps-ahead.md).
 
 Shape letters: B slots, N requests, T samples, prompt tokens or frames of outputs, C audio channels, F frames of the
-chunk, A steps of a pass, and in outputs the extra heads, one for each pause horizon, M streams, Q codebooks,
-V vocabulary.
+chunk, A steps of a pass, and in outputs the extra heads, one for each pause horizon, H hops of a frame, M streams,
+Q codebooks, V vocabulary.
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ from dsm_jax.nn.transformer import TransformerState
 from dsm_jax.runtime.compile import compiled_over_state, plain
 from dsm_jax.runtime.slots import grow, write_rows
 from dsm_jax.streaming import reset_rows, taken_BT
+from dsm_jax.stt.levels import levels_of
 
 Array = Any  # of jax or numpy: the host fills requests and inputs, the device holds them
 
@@ -119,12 +120,20 @@ class SttInputs:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FrameOutputs:
-    """The model's outputs for every frame of a chunk; meaningless beyond a slot's `frames_B`."""
+class TextOutputs:
+    """The language model's outputs for every frame of a chunk; meaningless beyond a slot's `frames_B`."""
 
     tokens_BT: jax.Array  # int32
     probabilities_BT: jax.Array  # of the token, before temperature and prompt
     pauses_BTA: jax.Array  # of a pause over the next 0.5, 1, 2 and 3 s; A is 0 for models without pause heads
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FrameOutputs(TextOutputs):
+    """All outputs for every frame of a chunk: the language model's, and the sound level of each hop in decibels."""
+
+    levels_BTH: jax.Array
 
 
 def init_state(lm: DelayedStreamsLM, mimi: Mimi, settings: SttSettings) -> SttState:
@@ -186,7 +195,7 @@ def step(
     state = dataclasses.replace(state, codec=codec)
     frames, most = codes_BQF.shape[2], min(settings.ahead, codes_BQF.shape[2])
 
-    def take_pass(carry: tuple[jax.Array, DecoderState, FrameOutputs]) -> tuple[jax.Array, DecoderState, FrameOutputs]:
+    def take_pass(carry: tuple[jax.Array, DecoderState, TextOutputs]) -> tuple[jax.Array, DecoderState, TextOutputs]:
         frame_B, decoder, outputs = carry
         frame_BA = frame_B[:, None] + jnp.arange(most)
         codes_BQA = jnp.take_along_axis(codes_BQF, jnp.minimum(frame_BA, frames - 1)[:, None], axis=2)
@@ -201,7 +210,7 @@ def step(
         return frame_B + taken_B, decoder, outputs
 
     shape = (settings.slots, frames)
-    outputs = FrameOutputs(
+    outputs = TextOutputs(
         jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros((*shape, lm.config.extra_heads_num_heads))
     )
     carry = jnp.zeros((settings.slots,), jnp.int32), state.decoder, outputs
@@ -209,7 +218,8 @@ def step(
         carry = take_pass(carry)
     else:
         carry = jax.lax.while_loop(lambda carry: (carry[0] < inputs.frames_B).any(), take_pass, carry)
-    _, decoder, outputs = carry
+    _, decoder, text = carry
+    outputs = FrameOutputs(**vars(text), levels_BTH=levels_of(inputs.pcm_BTC, mimi.config))
     return outputs, dataclasses.replace(state, decoder=decoder)
 
 
@@ -220,7 +230,7 @@ def _text_steps(
     left_B: jax.Array,
     settings: SttSettings,
     most: int,
-) -> tuple[FrameOutputs, jax.Array, DecoderState]:
+) -> tuple[TextOutputs, jax.Array, DecoderState]:
     """Take up to `left_B` steps of the language model, as far as all tokens but the last are padding.
 
     Returns:
@@ -258,7 +268,7 @@ def _text_steps(
     ring = decoder.ring.with_made(tokens_BA[:, None], first_B, taken_B)
     prompted_B = decoder.prompted_B + (matched_BA & taken_BT(taken_B, most)).any(axis=1).astype(jnp.int32)
     probability_BA = jnp.take_along_axis(jax.nn.softmax(logits_BAV), tokens_BA[:, :, None], axis=-1)[:, :, 0]
-    made = FrameOutputs(tokens_BA, probability_BA, lm.extra_probabilities(hidden_BAD)[..., 0])
+    made = TextOutputs(tokens_BA, probability_BA, lm.extra_probabilities(hidden_BAD)[..., 0])
     return made, taken_B, DecoderState(after, ring, prompted_B)
 
 
@@ -360,13 +370,13 @@ class SttProgram:
         return self._step(self._params, state, self._inputs(parts, frames))
 
     def _inputs(self, parts: Sequence["Samples | None"], frames: int) -> SttInputs:
-        pcm_BT = np.zeros((self.slots, frames * self._frame_size), np.float32)
-        frames_B = np.zeros(self.slots, np.int32)
-        for slot, part in enumerate(parts):
-            if part is not None:
-                pcm_BT[slot, : part.pcm_T.size] = part.pcm_T
-                frames_B[slot] = part.pcm_T.size // self._frame_size
-        return SttInputs(pcm_BT[:, :, None], frames_B)
+        silence_T = np.zeros(frames * self._frame_size, np.float32)
+        rows = [silence_T[:0] if part is None else part.pcm_T for part in parts]
+        # One copy for all rows. NumPy gives up the interpreter's lock at each row, and waits to have it back where a
+        # server's event loop takes it.
+        pcm = b"".join(piece.data for row_T in rows for piece in (row_T, silence_T[row_T.size :]))
+        frames_B = np.array([row_T.size for row_T in rows], np.int32) // self._frame_size
+        return SttInputs(np.frombuffer(pcm, np.float32).reshape(self.slots, -1, 1), frames_B)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Speech to text on slots: the program of a model, and the sessions that transcribe recordings in it.
 
-Shape letters: T samples.
+Shape letters: T samples, H hops of a frame.
 """
 
 import dataclasses
@@ -192,18 +192,18 @@ class RecordingSession:
         """Turn the outputs of a chunk into events."""
         if self.buffer.ended:
             self.reader.duration = self.buffer.samples / self.transcriber.model.sample_rate
-        frames = part.pcm_T.reshape(-1, self.buffer.frame_size)
+        frames = part.pcm_T.size // self.buffer.frame_size
         columns = (outputs.tokens_BT, outputs.probabilities_BT, outputs.pauses_BTA)
-        rows = zip(*(a[slot, : len(frames)].tolist() for a in columns), frames, strict=True)
-        for token, probability, pauses, samples_T in rows:
-            self.read_frame(token, probability, tuple(pauses), samples_T)
+        rows = zip(*(a[slot, :frames].tolist() for a in columns), outputs.levels_BTH[slot, :frames], strict=True)
+        for token, probability, pauses, levels_H in rows:
+            self.read_frame(token, probability, tuple(pauses), levels_H)
         if part.last:
             self.events += self.reader.finish()
             self.ended = True
 
-    def read_frame(self, token: int, probability: float, pauses: tuple[float, ...], samples_T: np.ndarray) -> None:
+    def read_frame(self, token: int, probability: float, pauses: tuple[float, ...], levels_H: np.ndarray) -> None:
         """Turn the outputs of one frame into events."""
-        self.events += self.reader.read(token, probability, pauses, samples_T)
+        self.events += self.reader.read(token, probability, pauses, levels_H)
 
     def take_events(self) -> list[Event]:
         """Return the events since the last call."""
@@ -289,9 +289,9 @@ class FileSession(RecordingSession):
         if self.progress is not None:
             self.progress(self.buffer.samples / self.transcriber.model.sample_rate)
 
-    def read_frame(self, token: int, probability: float, pauses: tuple[float, ...], samples_T: np.ndarray) -> None:
+    def read_frame(self, token: int, probability: float, pauses: tuple[float, ...], levels_H: np.ndarray) -> None:
         """Turn the outputs of one frame into events, and keep them where that was asked for."""
-        super().read_frame(token, probability, pauses, samples_T)
+        super().read_frame(token, probability, pauses, levels_H)
         if self._tokens is not None:
             self._tokens.append(token)
             self._pauses.append(pauses)

@@ -106,6 +106,7 @@ class WordReader:
         self.text_ids: list[int] = []
         self.duration: float | None = None  # of the audio, once it is known: nothing is later
         self._pieces: list[_Piece] = []
+        self._words: list[str] | None = None  # of the pieces, once they are decoded
         self._start: int | None = None  # frame at which the segment starts
         self._end_of_stream: int | None = None
         self._told: list[float] = []  # starts of those words of the segment whose start was returned
@@ -117,13 +118,13 @@ class WordReader:
         token: int,
         probability: float,
         pauses: tuple[float, ...] | None = None,
-        samples: np.ndarray | None = None,
+        levels_H: np.ndarray | None = None,
     ) -> list[Event]:
-        """Read one frame: its text token, the token's probability, the pause heads, and the frame's samples [T]."""
+        """Read one frame: its text token, the token's probability, the pause heads, and the levels of its hops."""
         events: list[Event] = []
         frame, self.frame = self.frame, self.frame + 1
-        if self.levels is not None and samples is not None:
-            self.levels.push(samples)
+        if self.levels is not None and levels_H is not None:
+            self.levels.push(levels_H)
         if frame >= self.skip:
             if token == self.boundary:
                 events += self._close(frame)
@@ -133,6 +134,7 @@ class WordReader:
                 if self._start is None or (self.levels is not None and not self._pieces):
                     self._start = frame
                 self._pieces.append(_Piece(token, probability, frame))
+                self._words = None
                 self.text_ids.append(token)
                 self._paused = False
             else:
@@ -171,7 +173,9 @@ class WordReader:
 
     def _segment(self) -> list[str]:
         """Return the words of the segment."""
-        return self.tokenizer.decode([piece.token for piece in self._pieces]).split()
+        if self._words is None:
+            self._words = self.tokenizer.decode([piece.token for piece in self._pieces]).split()
+        return self._words
 
     def _within(self, seconds: float) -> float:
         """Return a time of the audio, no later than its end; the published script's times may be later."""
@@ -262,7 +266,7 @@ class WordReader:
         starts, ends, sures = self._starts(words), self._ends(words, end), self._probabilities(len(words))
         for word, start, stop, sure in zip(words, starts, ends, sures, strict=True):
             events.append(WordEnded(Word(word, start, max(start, stop), sure)))
-        self._pieces, self._told, self._end_of_stream, self._start = [], [], None, None
+        self._pieces, self._words, self._told, self._end_of_stream, self._start = [], None, [], None, None
         self._told_pieces = 0
         return events
 

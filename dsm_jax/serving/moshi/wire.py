@@ -264,8 +264,10 @@ def plain_audio(data: bytes, *, exact: bool = False) -> np.ndarray | None:
     end = start + count * _FLOAT32.itemsize
     if len(data) < end or (exact and len(data) > end):
         return None
-    elements = np.frombuffer(data, _FLOAT32, count, start)
-    return elements["value"].astype(np.float32) if (elements["tag"] == _FLOAT32_TAG).all() else None
+    # The tags as bytes, as NumPy takes twice the time for them.
+    if data[start : end : _FLOAT32.itemsize] != bytes([_FLOAT32_TAG]) * count:
+        return None
+    return np.frombuffer(data, _FLOAT32, count, start)["value"].astype(np.float32)
 
 
 def _numbers(value: Any, name: str) -> np.ndarray:
