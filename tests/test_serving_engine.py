@@ -96,7 +96,8 @@ class Fake:
         return [message for message in self.got if isinstance(message, int)]
 
 
-def make(slots: int, *, seconds: float = 0.0, **settings):
+def make(slots: int, *, groups: int = 1, seconds: float = 0.0, **settings):
+    """Return an engine of groups of so many slots, their program, the clock and what is posted."""
     clock = Clock()
     program = Counting(slots, clock, seconds)
     posted = []
@@ -106,7 +107,8 @@ def make(slots: int, *, seconds: float = 0.0, **settings):
         for outbox, messages in batch:
             outbox.put(messages)
 
-    engine = Engine("counter", Slots(program, behind=0), post=post, clock=clock, **settings)
+    together = [Slots(program, behind=0) for _ in range(groups)]
+    engine = Engine("counter", together, post=post, clock=clock, **settings)
     return engine, program, clock, posted
 
 
@@ -253,6 +255,86 @@ def test_steps_start_no_sooner_than_the_least_time_apart():
     clock.now += 0.015
     engine.turn()
     assert [(round(at, 3), rows) for at, rows in program.steps] == [(0.0, 1), (0.02, 2)]
+
+
+def test_groups_are_filled_one_after_the_other_and_those_without_sessions_take_no_steps():
+    engine, program, _, _ = make(2, groups=3)
+    assert (engine.groups, engine.total) == (3, 6)
+    begin(engine, *(sessions := [Fake(10 * n, 1) for n in (1, 2, 3)]))
+    while engine.turn() == 0:
+        pass
+    assert [rows for _, rows in program.steps] == [2, 1]
+    assert [session.got for session in sessions] == [[Started(), 10], [Started(), 20], [Started(), 30]]
+    engine.leave(sessions[0])
+    engine.turn()
+    begin(engine, again := Fake(40, 1))
+    sessions[1].ready = 1
+    while engine.turn() == 0:
+        pass
+    assert [rows for _, rows in program.steps] == [2, 1, 2], "the place in the first group is free, and is taken"
+    assert (again.numbers, sessions[1].numbers) == ([40], [20, 21])
+
+
+def test_fewer_sessions_than_slots_may_be_taken():
+    engine, _, _, _ = make(2, groups=2, total=3)
+    begin(engine, *(Fake(n) for n in range(3)))
+    with pytest.raises(FullError, match="no free channels"):
+        engine.hold(Fake(3))
+
+
+def test_groups_step_in_turn_so_that_none_waits_for_two_steps_of_another():
+    engine, program, clock, _ = make(1, groups=2, seconds=0.03, min_step=0.02)
+    one, two = Fake(10, 9), Fake(20, 2)
+    begin(engine, one, two)
+    for _ in range(3):
+        engine.turn()
+    assert (one.numbers, two.numbers) == ([10, 11], [20])
+    clock.now += 1.0
+    two.ready = 0
+    engine.turn()
+    two.ready = 1  # comes in that step
+    engine.turn()
+    assert (one.numbers, two.numbers) == ([10, 11, 12], [20, 21])
+    assert len(program.steps) == 5
+
+
+def test_the_least_time_between_steps_is_that_of_each_group():
+    engine, program, clock, _ = make(1, groups=2, min_step=0.02)
+    one, two = Fake(10, 1), Fake(20, 0)
+    begin(engine, one, two)
+    assert engine.turn() == pytest.approx(0.02)
+    clock.now += 0.005
+    one.ready = two.ready = 1
+    assert engine.turn() == pytest.approx(0.015), "until the first group's next step"
+    clock.now += 0.015
+    engine.turn()
+    assert [(round(at, 3), rows) for at, rows in program.steps] == [(0.0, 1), (0.005, 1), (0.02, 1)]
+    assert (one.numbers, two.numbers) == ([10, 11], [20])
+
+
+def test_the_plan_is_made_for_the_group_that_steps():
+    planned = []
+    engine, _, _, _ = make(1, groups=2, plan=planned.append)
+    begin(engine, one := Fake(10, 1), two := Fake(20, 1))
+    while engine.turn() == 0:
+        pass
+    assert planned == [[one], [two]]
+
+
+def test_sessions_of_any_group_leave_begin_anew_and_fail_alone():
+    engine, _, _, _ = make(1, groups=3)
+    gone, again, bad = Fake(10, 9), Fake(20, 9), Fake(-1, 1)
+    begin(engine, gone, again, bad)
+    for _ in range(3):
+        engine.turn()
+    engine.leave(gone)
+    engine.restart(again)
+    for _ in range(2):
+        engine.turn()
+    assert gone.numbers == [10]
+    assert again.got == [Started(), 20, Started(), 20, 21]
+    assert bad.got == [Started(), Ended(1007, "a negative session cannot be read")]
+    assert engine.used == 1
 
 
 def test_a_step_is_planned_and_taken_in_the_engines_turn_on_the_device():

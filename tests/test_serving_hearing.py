@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from dsm_jax import audio
 from dsm_jax.errors import PromptError
 from dsm_jax.runtime.compile import compilations
 from dsm_jax.serving.engine import Engine
-from dsm_jax.serving.hearing import STARVED_S, Heard, HearingService, LiveHearing, Marked
+from dsm_jax.serving.hearing import STARVED_S, Heard, HearingService, LiveHearing, Marked, groups_of
 from dsm_jax.serving.outbox import Ended, Outbox, Started, put_all
 from dsm_jax.stt import Prompt, TranscribeOptions, WordEnded, WordStarted
 from dsm_jax.stt.transcriber import RecordingSession
@@ -39,7 +40,7 @@ class Bench:
         self.service = HearingService(model, slots, clock=self.clock)
         self.engine = Engine(
             "digits",
-            self.service.slots,
+            self.service.groups,
             post=put_all,
             plan=self.service.plan,
             hurry=lambda session: session.behind,
@@ -77,7 +78,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def bench(model):
-    return Bench(model, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsm_jax.serving.hearing._cores", lambda: 1)
+        patch.setattr("dsm_jax.serving.hearing._SLOTS_PER_CORE", 2)
+        return Bench(model, 4)  # in two groups
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +300,40 @@ def test_a_prompt_is_followed_and_one_that_is_too_long_is_refused(bench, model, 
     assert len(heard) == math.ceil(clips[0].size / FRAME)  # the prompt's frames are not the client's
     with pytest.raises(PromptError, match=r"the prompt has .* tokens; this server takes up to 64: shorten it"):
         bench.service.read(TranscribeOptions(prompt=Prompt(text="seven " * 40)))
+
+
+@pytest.mark.parametrize(
+    ("slots", "platform", "cores", "groups"),
+    [(1, "cpu", 1, 1), (16, "cpu", 1, 1), (17, "cpu", 1, 2), (64, "cpu", 2, 2), (64, "cpu", 8, 1), (512, "gpu", 2, 1)],
+)
+def test_a_cpu_steps_so_many_slots_at_a_time_for_each_core(monkeypatch, slots, platform, cores, groups):
+    monkeypatch.setattr("dsm_jax.serving.hearing._cores", lambda: cores)
+    assert groups_of(slots, platform) == groups
+
+
+def test_equal_groups_take_no_more_sessions_than_there_are_to_be(model, monkeypatch):
+    monkeypatch.setattr("dsm_jax.serving.hearing.groups_of", lambda slots, platform: 2)
+    service = HearingService(model, 3)
+    assert [slots.program.slots for slots in service.groups] == [2, 2]
+    assert (service.total, service.groups[0].program) == (3, service.groups[1].program)
+
+
+def test_a_larger_chunk_is_taken_once_it_takes_more_frames_a_second(bench, monkeypatch):
+    service = bench.service
+    monkeypatch.setattr(service.transcriber.program, "chunks", (1, 4))
+    monkeypatch.setattr(service, "step_seconds", {1: 0.01, 4: 0.025})
+
+    def chunk(*ready: int) -> int:
+        sessions = [SimpleNamespace(buffer=SimpleNamespace(ready=frames)) for frames in ready]
+        service.plan(sessions)
+        return service.transcriber.chunk
+
+    assert [chunk(), chunk(1), chunk(2), chunk(3), chunk(9), chunk(3, 1), chunk(9, 1), chunk(9, 1, 1)] == [
+        *(1, 1, 1, 4),
+        *(4, 1, 1, 1),
+    ]
+    assert chunk(9, 9, 1) == 4
+    service.plan(())
 
 
 def test_a_warm_up_that_fails_is_an_error(model, monkeypatch):

@@ -349,7 +349,7 @@ def test_an_engine_that_fails_ends_its_sessions_with_a_code_and_the_server_with_
     def broken(*_, **__):
         raise RuntimeError("the device is gone")
 
-    server.models[0].service.slots.program.step = broken
+    server.models[0].service.transcriber.program.step = broken
     messages, code = closing(url.replace("http", "ws") + ASR, pack("Audio", pcm=[0.0] * 1920))
     thread.join(30)
     assert messages[-1] == {"type": "Error", "message": "the server's engine has failed"}
@@ -631,23 +631,31 @@ def test_a_host_that_is_not_here_is_refused_as_the_host(host):
 
 
 @pytest.mark.parametrize(
-    ("kind", "slots", "step", "sentence"),
+    ("kind", "slots", "groups", "step", "sentence"),
     [
-        ("stt", 8, {1: 0.063}, "m: 8 slots at 63 ms a step; keeps up"),
-        ("stt", 8, {1: 0.071}, "m: 8 slots at 71 ms a step; does not keep up with 80 ms a frame: use fewer, or int8 "),
+        ("stt", 8, 1, {1: 0.063}, "m: 8 slots at 63 ms a step; keeps up"),
         (
             "stt",
+            8,
             1,
+            {1: 0.071},
+            "m: 8 slots at 71 ms a step; does not keep up with 80 ms a frame: use fewer, or int8",
+        ),
+        (
+            "stt",
+            *(1, 1),
             {1: 0.071, 4: 0.1},
             "m: 1 slot at 71 ms a step; does not keep up with 80 ms a frame: use a smaller model or a faster ",
         ),
-        ("tts", 2, {4: 0.1}, "m: 2 slots at 100 ms for 4 steps; keeps up, 6.4 times real time in all"),
+        ("stt", 64, 2, {1: 0.031}, "m: 64 slots at 62 ms a step; keeps up"),
+        ("stt", 64, 2, {1: 0.036}, "m: 64 slots at 72 ms a step; does not keep up with 80 ms a frame: use fewer"),
+        ("tts", 2, 1, {4: 0.1}, "m: 2 slots at 100 ms for 4 steps; keeps up, 6.4 times real time in all"),
     ],
 )
-def test_the_capacity_leaves_time_for_the_connections(kind, slots, step, sentence):
+def test_the_capacity_leaves_time_for_the_connections(kind, slots, groups, step, sentence):
     def served(**model) -> Served:
         model = SimpleNamespace(**{"quantize": None, "devices": jax.devices("cpu")} | model)
-        service, engine = SimpleNamespace(step_seconds=step, model=model), SimpleNamespace(total=slots)
+        service, engine = SimpleNamespace(step_seconds=step, model=model), SimpleNamespace(total=slots, groups=groups)
         return Served(None, "m", kind, service, engine)
 
     assert served().capacity().startswith(sentence)

@@ -35,7 +35,7 @@ def loaded(monkeypatch, *models: tuple[str, str, int], **settings) -> Server:
 
     def service_of(settings: ServedModel, model: SimpleNamespace) -> SimpleNamespace:
         slots = SimpleNamespace(program=SimpleNamespace(slots=settings.slots), sessions=[])
-        return SimpleNamespace(slots=slots, model=model, step_seconds={1: 0.01})
+        return SimpleNamespace(groups=[slots], total=settings.slots, model=model, step_seconds={1: 0.01})
 
     def load(settings: ServedModel) -> SimpleNamespace:
         return SimpleNamespace(name=settings.model.rpartition("/")[2], quantize="int8", devices=[])

@@ -28,7 +28,7 @@ TALK = csm.CsmOptions(temperature=0.0, max_frames=16)
 
 
 def engine_of(service) -> Engine:
-    return Engine("speaker", service.slots, post=put_all, urgent=False)
+    return Engine("speaker", service.groups, post=put_all, urgent=False)
 
 
 def run(engine: Engine) -> None:

@@ -1,5 +1,8 @@
 """Run the slots of one model in a thread of their own, for sessions that come and go.
 
+The slots may be in several groups, which take their steps in turn: a session waits for the steps of its own group and
+for the one that runs when its input comes, and groups without input cost nothing.
+
 The thread alone touches the model's state. The event loop admits and cancels sessions and fills their inboxes; each
 step's messages go back to it together. A session that has left is known to nobody but its handler, so nothing of it
 can reach the session that has its slot next.
@@ -8,6 +11,7 @@ can reach the session that has its slot next.
 the test's own.
 """
 
+import dataclasses
 import logging
 import math
 import threading
@@ -69,21 +73,37 @@ class Device:
                 self._condition.notify_all()
 
 
+@dataclasses.dataclass(eq=False)
+class _Group:
+    """Slots that step together, and the time of their last step's start."""
+
+    slots: Slots[Any]
+    last_start: float = -math.inf
+
+    @property
+    def sessions(self) -> list[Any]:
+        """The sessions in the slots."""
+        return [session for session in self.slots.sessions if session is not None]
+
+
 class Engine:
     """The slots of a model and the sessions of its clients.
 
     Attributes:
+      groups: number of the groups that the slots are in.
       fault: error that has ended the engine; None while it runs.
       stuck: whether it has ended in a step that may never end.
 
     Args:
       name: name of the model, for messages.
-      slots: slots of the program, all free, warmed up; made with `behind=0`.
+      groups: slots of the program in one group or more, all free, warmed up; made with `behind=0`.
       post: called on the engine's thread with the messages of a turn.
-      plan: called before each step with the sessions, for example to choose the size of the chunk.
+      total: sessions at a time; None for as many as there are slots.
+      plan: called before each step with its sessions, for example to choose the size of the chunk.
       device: shared with the other engines of the process.
       urgent: whether this engine goes before others on the device.
-      min_step: seconds from one step's start to the next, which gathers frames of several sessions into one step.
+      min_step: seconds from the start of a group's step to that of its next one, which gathers frames of several
+        sessions into one step.
       hurry: whether a session is behind, so that the next step need not wait.
       reserve: slots that sessions of files may not take.
       queue: sessions of files that may wait; None for twice the slots.
@@ -95,9 +115,10 @@ class Engine:
     def __init__(
         self,
         name: str,
-        slots: Slots[Any],
+        groups: Sequence[Slots[Any]],
         *,
         post: Callable[[Posted], None],
+        total: int | None = None,
         plan: Callable[[Sequence[Any]], None] = lambda sessions: None,
         device: Device | None = None,
         urgent: bool = True,
@@ -109,11 +130,14 @@ class Engine:
         on_fault: Callable[[BaseException], None] = lambda error: None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.name, self.total, self.min_step = name, slots.program.slots, min_step
+        self.name, self.groups, self.min_step = name, len(groups), min_step
+        self.total = sum(slots.program.slots for slots in groups) if total is None else total
         self.fault: BaseException | None = None
         self.stuck = False
-        slots.caught = Exception  # a fault in one session's handling costs the others nothing
-        self._slots, self._post, self._plan, self._hurry, self._clock = slots, post, plan, hurry, clock
+        for slots in groups:
+            slots.caught = Exception  # a fault in one session's handling costs the others nothing
+        self._groups = [_Group(slots) for slots in groups]
+        self._post, self._plan, self._hurry, self._clock = post, plan, hurry, clock
         self._device, self._urgent = device or Device(), urgent
         self._reserve, self._queue_limit = reserve, 2 * self.total if queue is None else queue
         self._on_step, self._on_fault = on_step, on_fault
@@ -126,7 +150,6 @@ class Engine:
         self._queue: deque[Any] = deque()
         self._woken = self._closed = False
         self._posted: Posted = []
-        self._last_start = -math.inf
         self._beat = clock()
         self._thread: threading.Thread | None = None
 
@@ -256,7 +279,7 @@ class Engine:
         self._on_fault(error)
 
     def turn(self) -> float:
-        """Do all that is due: end and start sessions, and take one step if a session can.
+        """Do all that is due: end and start sessions, and take one step of a group in which a session can.
 
         Returns:
           Seconds until something may be due without a further `wake`; infinity if nothing is.
@@ -264,20 +287,25 @@ class Engine:
         self._beat = self._clock()
         self._come_and_go()
         now = self._clock()
-        sessions = [session for session in self._slots.sessions if session is not None]
-        due = min((session.due(now) for session in sessions), default=math.inf)
-        earliest = self._last_start + self.min_step
-        if due <= now < earliest and not any(map(self._hurry, sessions)):
-            due = earliest
-        if due <= now:
-            self._last_start = now
-            self._plan(sessions)
-            self._device.run(self._step, urgent=self._urgent)
-            due = now + self.min_step
+        due = {one: self._due(one, now) for one in self._groups}
+        # Of the groups that are due, the one whose turn is longest ago.
+        first = min(self._groups, key=lambda one: (due[one], one.last_start))
+        if due[first] <= now:
+            first.last_start = now
+            due[first] = now + self.min_step
+            self._plan(first.sessions)
+            self._device.run(lambda: self._step(first), urgent=self._urgent)
         if self._posted:
             posted, self._posted = self._posted, []
             self._post(posted)
-        return max(0.0, due - self._clock())
+        return max(0.0, min(due.values()) - self._clock())
+
+    def _due(self, one: _Group, now: float) -> float:
+        """Return the time at which a group takes its next step: `now`, or later."""
+        sessions = one.sessions
+        due = min((session.due(now) for session in sessions), default=math.inf)
+        earliest = one.last_start + self.min_step
+        return earliest if due <= now < earliest and not any(map(self._hurry, sessions)) else max(due, now)
 
     def _come_and_go(self) -> None:
         """Free the slots of sessions that leave, and fill free ones."""
@@ -289,17 +317,21 @@ class Engine:
                 session = self._queue.popleft()
                 self._held.add(session)
                 starting.append(session)
+        running: dict[Any, Slots[Any]] = {}
+        if leaving or restarting:
+            running = {session: one.slots for one in self._groups for session in one.sessions}
         for session in leaving:
-            self._slots.cancel(session)
+            if session in running:
+                running.pop(session).cancel(session)
         gone = set(leaving)
-        again: list[Any] = [session for session in restarting if session in self._slots.sessions]
+        again: list[Any] = [session for session in restarting if session in running]
         for session in again:
-            self._slots.cancel(session)
+            running[session].cancel(session)
             session.restart()
         new: list[Any] = [session for session in (*again, *starting) if session not in gone]
         restarting = [session for session in restarting if session not in again]
         if new:
-            failed = self._device.run(lambda: self._slots.admit(new), urgent=self._urgent)
+            failed = self._device.run(lambda: self._admit(new), urgent=self._urgent)
             # A session in `restarting` was to begin anew before it had a slot: it is told `Started` for that, too.
             self._posted += [
                 (session.outbox, [Started()])
@@ -308,9 +340,18 @@ class Engine:
             ]
             self._end(failed)
 
-    def _step(self) -> None:
-        start, running = self._clock(), [session for session in self._slots.sessions if session is not None]
-        done = self._slots.step()
+    def _admit(self, new: Sequence[Any]) -> list[Any]:
+        """Fill the groups one after the other, so that few of them take steps; return the sessions that failed."""
+        waiting, failed = deque(new), []
+        for one in self._groups:
+            if taken := [waiting.popleft() for _ in one.slots.free[: len(waiting)]]:
+                failed += one.slots.admit(taken)
+        assert not waiting  # each holds a slot
+        return failed
+
+    def _step(self, one: _Group) -> None:
+        start, running = self._clock(), one.sessions
+        done = one.slots.step()
         self._on_step(self._clock() - start, len(running))
         for session in running:
             if messages := session.take_messages():

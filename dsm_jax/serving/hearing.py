@@ -4,11 +4,12 @@ A client's marker asks when all audio before it has been transcribed. The marker
 much more as the text is late. A slot that has a marker and no audio for a while is given silence for that, which counts
 neither in `Heard` nor in the times of later words.
 
-Shape letters: T samples.
+Shape letters: T samples, H hops of a frame.
 """
 
 import dataclasses
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import PromptError
+from dsm_jax.runtime.slots import Slots
 from dsm_jax.serving.outbox import Outbox
 from dsm_jax.stt.options import TranscribeOptions
 from dsm_jax.stt.program import Samples
@@ -29,6 +31,9 @@ _MESSAGES = 10_000  # that may wait: empty ones and markers take memory too
 PROMPT_TOKENS = 64  # room for a text prompt
 BACKLOG_S = 0.040  # of a step for sessions that are behind: live sessions wait for it
 _LARGER_CHUNKS = (8, 4, 2)  # frames
+# Slots that step together, for each core of a CPU. From so many on, a CPU takes twice as long for twice the rows:
+# smaller steps cost no more in all, and a live frame waits less for the step before its own.
+_SLOTS_PER_CORE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +79,9 @@ class HearingService:
       clock: seconds, monotonic.
 
     Attributes:
-      step_seconds: measured duration of a step, by frames of its chunk.
+      groups: slots that step together, in one group or more.
+      total: sessions at a time; equal groups may have a few slots more.
+      step_seconds: measured duration of a step of one group, by frames of its chunk.
 
     Raises:
       DsmError: a session of the warm-up has failed.
@@ -91,9 +98,12 @@ class HearingService:
     ):
         sampled = options if options.sampling(model.config)[0] > 0 else dataclasses.replace(options, temperature=1.0)
         prompt = PROMPT_TOKENS if options.prompt.text is None else 0
-        self.transcriber = Transcriber(model, slots, (1,), [options, sampled], prompt_tokens=prompt, behind=0)
-        self.model, self.options, self.clock = model, options, clock
-        self.slots = self.transcriber.slots
+        groups = groups_of(slots, model.devices[0].platform)
+        each = math.ceil(slots / groups)
+        self.transcriber = Transcriber(model, each, (1,), [options, sampled], prompt_tokens=prompt, behind=0)
+        self.model, self.options, self.clock, self.total = model, options, clock, slots
+        more = [Slots(self.transcriber.program, behind=0) for _ in range(groups - 1)]
+        self.groups: list[Slots[Any]] = [self.transcriber.slots, *more]
         # The last text of a marker's audio comes so many frames after it.
         self.late = math.ceil(model.config.stt.audio_delay_seconds * model.config.mimi.frame_rate) + 1
         self.step_seconds: dict[int, float] = {}
@@ -121,12 +131,12 @@ class HearingService:
         self.plan(())
 
     def _time(self, frames: int) -> None:
-        """Measure a step of all slots with chunks of so many frames.
+        """Measure a step of a group with chunks of so many frames.
 
         Raises:
           DsmError: a session has failed.
         """
-        slots, size = self.slots, self.model.config.mimi.frame_size
+        slots, size = self.groups[0], self.model.config.mimi.frame_size
         silence_T = np.zeros(2 * frames * size, np.float32)
         self.transcriber.chunk = frames
         sessions = [RecordingSession(self.transcriber, self.transcriber.utterance(0)) for _ in slots.free]
@@ -159,9 +169,13 @@ class HearingService:
         return utterance
 
     def plan(self, sessions: Sequence["LiveHearing"]) -> None:
-        """Choose the chunk of the next step: the larger one while a session is behind."""
-        behind = any(session.behind for session in sessions)
-        self.transcriber.chunk = self.transcriber.program.chunks[-1 if behind else 0]
+        """Choose the chunk of the next step of sessions: the one that takes more frames a second."""
+        ready = [session.buffer.ready for session in sessions]
+
+        def pace(frames: int) -> float:
+            return sum(min(frames, one) for one in ready) / self.step_seconds[frames]
+
+        self.transcriber.chunk = max(self.transcriber.program.chunks, key=pace)
 
 
 class LiveHearing(RecordingSession):
@@ -312,9 +326,9 @@ class LiveHearing(RecordingSession):
             self._marks.clear()
             self._flushes = 0
 
-    def read_frame(self, token: int, probability: float, pauses: tuple[float, ...], samples_T: np.ndarray) -> None:
+    def read_frame(self, token: int, probability: float, pauses: tuple[float, ...], levels_H: np.ndarray) -> None:
         """Turn the outputs of a frame into messages: the frame, its words, and the markers that it answers."""
-        super().read_frame(token, probability, pauses, samples_T)
+        super().read_frame(token, probability, pauses, levels_H)
         size = self.buffer.frame_size
         first, last = self._frame * size, (self._frame + 1) * size
         self._frame += 1
@@ -368,3 +382,13 @@ class LiveHearing(RecordingSession):
         """Return the messages since the last call."""
         messages, self._messages = self._messages, []
         return messages
+
+
+def groups_of(slots: int, platform: str) -> int:
+    """Return the number of groups in which slots take their steps in turn on a platform, such as `cpu`."""
+    return math.ceil(slots / (_SLOTS_PER_CORE * _cores())) if platform == "cpu" else 1
+
+
+def _cores() -> int:
+    """Return the number of cores that the process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

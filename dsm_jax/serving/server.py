@@ -71,14 +71,15 @@ class Server:
             name = self._free_name(model.name)
             engine = Engine(
                 name,
-                service.slots,
+                service.groups,
+                total=service.total,
                 post=self._post,
                 plan=service.plan if isinstance(service, HearingService) else lambda sessions: None,
                 device=self._device,
                 urgent=hearing,
                 min_step=self.config.min_step_ms / 1000 if hearing else 0.0,
                 hurry=(lambda session: session.behind) if hearing else (lambda session: False),
-                reserve=min(self.config.reserve_live, service.slots.program.slots - 1),
+                reserve=min(self.config.reserve_live, service.total - 1),
                 on_step=lambda seconds, rows, name=name: self._count_step(name, seconds, rows),
                 on_fault=self._fault,
             )

@@ -43,12 +43,18 @@ class Served:
     @property
     def keeps_up(self) -> bool:
         """Tell whether all slots together are served in real time, with time left for the connections."""
-        frames, seconds = min(self.service.step_seconds.items())
+        frames, seconds = self._step
         return seconds < _STEPS_SHARE * frames * FRAME_S
+
+    @property
+    def _step(self) -> tuple[int, float]:
+        """The frames and the seconds of the shortest step of all slots."""
+        frames, seconds = min(self.service.step_seconds.items())
+        return frames, seconds * self.engine.groups
 
     def capacity(self) -> str:
         """Return a sentence on the slots and the time of a step."""
-        frames, seconds = min(self.service.step_seconds.items())
+        frames, seconds = self._step
         verdict = "keeps up"
         if not self.keeps_up:
             remedy = "use fewer" if self.engine.total > 1 else "use a smaller model or a faster device"

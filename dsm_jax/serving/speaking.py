@@ -131,6 +131,16 @@ class SpeakingService(ABC):
         """The slots of the program."""
 
     @property
+    def groups(self) -> list[Slots[Any]]:
+        """The slots as the one group that steps together: a step is several frames long, for which nobody waits."""
+        return [self.slots]
+
+    @property
+    def total(self) -> int:
+        """Sessions at a time."""
+        return self.slots.program.slots
+
+    @property
     @abstractmethod
     def voices(self) -> Sequence[str]:
         """The names of the voices that are known."""
