@@ -128,8 +128,7 @@ def write(path: str | os.PathLike[str], pcm: ArrayLike, sample_rate: int) -> Non
     path = Path(path)
     if path.suffix.lower() not in _WRITABLE:
         raise AudioError(f"{path} ends in {path.suffix!r}; expected one of {', '.join(SUFFIXES)}. Rename the output.")
-    if not path.parent.is_dir():
-        raise AudioError(f"{path} cannot be written: there is no folder {path.parent}. Create it first.")
+    files.check_folder_of(path, AudioError)
     _check_rate(sample_rate, "sample_rate")
     pcm_TC = np.clip(_channels(pcm, f"the audio for {path}", sample_rate), -1.0, 1.0).T
     kind, subtype = _WRITABLE[path.suffix.lower()]

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dsm_jax.errors import DsmError
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
@@ -40,6 +42,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def check_folder_of(path: str | os.PathLike[str], error: type[DsmError]) -> None:
+    """Refuse an output that could not be written, before the work for it is done.
+
+    Args:
+      path: path of the output.
+      error: class of the error to raise.
+
+    Raises:
+      DsmError: of that class; the output's folder does not exist.
+    """
+    if not (folder := Path(path).parent).is_dir():
+        raise error(f"{path} cannot be written: there is no folder {folder}; make it first")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -670,7 +670,7 @@ def test_places_that_cannot_be_written_are_refused(tmp_path):
         AudioError, match=r"a\.aac ends in '\.aac'; expected one of \.wav, \.flac, \.ogg, \.opus, \.mp3\. Rename"
     ):
         audio.write(tmp_path / "a.aac", np.zeros(9), 24_000)
-    with pytest.raises(AudioError, match=r"there is no folder .*absent\. Create it first"):
+    with pytest.raises(AudioError, match=r"there is no folder .*absent; make it first"):
         audio.write(tmp_path / "absent" / "a.wav", np.zeros(9), 24_000)
     (tmp_path / "folder.wav").mkdir()
     with pytest.raises(AudioError, match=r"folder\.wav cannot be written \(Is a directory\)\. Choose"):

@@ -93,7 +93,7 @@ def test_names_of_the_programs_states_and_outputs_end_in_axis_letters():
 
 
 def test_frames_of_outputs_are_on_every_device_of_their_rows():
-    outputs = stt_program.FrameOutputs(*(jnp.zeros((2, 4, 2)[:axes]) for axes in (2, 2, 3)))
+    outputs = stt_program.FrameOutputs(*(jnp.zeros((2, 4, 2)[:axes]) for axes in (2, 2, 3, 3)))
     places = Sharding(Mesh(jax.devices()[:2], ("model",))).places(outputs)
     assert all(place.is_fully_replicated for place in jax.tree.leaves(places))
 

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from dsm_jax import files
+from dsm_jax.errors import AudioError
 
 
 def test_a_failure_leaves_what_was_there_and_nothing_new(tmp_path):
@@ -97,3 +98,11 @@ def test_json_beyond_what_python_reads_is_an_error_of_json():
         for given in (text, text.encode()):
             with pytest.raises(json.JSONDecodeError, match=words):
                 files.decode_json(given)
+
+
+def test_an_output_whose_folder_is_not_there_is_refused_with_the_error_of_its_kind(tmp_path):
+    files.check_folder_of(tmp_path / "talk.txt", AudioError)
+    with pytest.raises(
+        AudioError, match=r"^nowhere/talk\.wav cannot be written: there is no folder nowhere; make it first$"
+    ):
+        files.check_folder_of("nowhere/talk.wav", AudioError)

@@ -106,7 +106,7 @@ def test_a_suffix_of_any_case_chooses_the_format_of_a_file(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named_as_it_was_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"^nope/x\.srt cannot be written: there is no folder nope\. Create it"):
+    with pytest.raises(ConfigError, match=r"^nope/x\.srt cannot be written: there is no folder nope; make it first$"):
         HELLO.save("nope/x.srt")
     Path("taken.srt").mkdir()
     with pytest.raises(ConfigError, match=r"^taken\.srt cannot be written \(Is a directory\)\. Choose another"):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsm_jax import files
 from dsm_jax.cli import terminal
 from dsm_jax.cli.parser import PLATFORMS, cache_folder
 from dsm_jax.errors import DsmError
@@ -30,8 +31,7 @@ def check_folder_of(path: Path) -> None:
     Raises:
       UsageError: its folder does not exist, or it is a folder itself.
     """
-    if not path.parent.is_dir():
-        raise UsageError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+    files.check_folder_of(path, UsageError)
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a file in it")
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
+from dsm_jax import files
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import EvaluationError
 from dsm_jax.evaluation import comparison, datasets, normalizers, report, results
@@ -50,8 +51,8 @@ class Job:
         for path in (self.output, self.rows, self.plot):
             if path is not None and path.resolve() == Path(self.source).resolve():
                 raise EvaluationError(f"{path} is the source, and would be overwritten; name another file")
-            if path is not None and not path.parent.is_dir():
-                raise EvaluationError(f"{path} cannot be written: there is no folder {path.parent}; make it first")
+            if path is not None:
+                files.check_folder_of(path, EvaluationError)
         _ = self.dataset
 
     @property

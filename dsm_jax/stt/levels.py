@@ -9,10 +9,10 @@ import numpy as np
 
 from dsm_jax.configs import MimiConfig
 
-HOP_S = 0.01  # about, as a frame is a whole number of hops
 SILENCE_S = 0.25  # so long is no sound, where a word has ended: longer than the closure of a stop
 MEMORY_S = 60.0  # of the levels that are kept; a word is looked for in the last seconds alone
 
+_HOP_S = 0.01  # about, as a frame is a whole number of hops
 _PEAK_S = 0.6  # the loudest part of a word lies within so much of its start
 _FLOOR_S = 10.0  # the background is measured over the seconds before
 _RANGE_DB = 45.0  # below its peak, a word is not heard any more
@@ -23,7 +23,7 @@ _CONTRAST_DB = 12.0  # the least distance between the peak and what counts as si
 
 def hops_of_frame(config: MimiConfig) -> int:
     """Return the number of hops in a frame: 8 in the published codec."""
-    most = max(1, round(1 / (config.frame_rate * HOP_S)))
+    most = max(1, round(1 / (config.frame_rate * _HOP_S)))
     return next(hops for hops in range(most, 0, -1) if config.frame_size % hops == 0)
 
 

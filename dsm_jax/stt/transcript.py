@@ -137,8 +137,7 @@ class Transcript:
         formats = {suffix: name for name, suffix in SUFFIXES.items()}
         if (suffix := Path(path).suffix.lower()) not in formats:
             raise ConfigError(f"{path} ends in {suffix!r}; expected one of {', '.join(formats)}")
-        if not (folder := Path(path).parent).is_dir():
-            raise ConfigError(f"{path} cannot be written: there is no folder {folder}. Create it first.")
+        files.check_folder_of(path, ConfigError)
         try:
             files.write_text(path, self.render(formats[suffix]))
         except OSError as error:
