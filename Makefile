@@ -9,7 +9,7 @@ SAY := @printf '==> %s\n'
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo serve-demo test test-fast test-lowest test-page parity test-targets lint soak bench
+.PHONY: help demo serve-demo test test-all test-fast test-lowest test-page parity test-targets lint soak bench
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,11 +20,14 @@ demo: .venv/.run ## transcribe real recordings of spoken digits, whole and live
 serve-demo: .venv/.serve ## a server of the embedded models on this machine, with a page
 	@$(BIN)/dsm-jax serve
 
-test: .venv/.dev ## the tests: no network, no GPU, no torch
+test: .venv/.dev ## nine tenths of the tests, in four minutes: no network, no GPU, no torch
+	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not long and not gpu and not browser'
+
+test-all: .venv/.dev ## these and the tests that take more than two seconds each
 	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not gpu and not browser'
 
 test-fast: .venv/.dev ## the tests that take a second or less each
-	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not gpu and not browser'
+	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not long and not gpu and not browser'
 
 test-lowest: .venv/.lowest ## the tests with the lowest versions of all packages that pyproject.toml allows
 	@.lowest/bin/python -m pytest -n auto --dist worksteal -m 'not gpu and not browser'

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import durations
 from tests.helpers.environment import OLDER_EMITTERS
 
 # Kept between runs, and shared by the processes of one: most of a test's time is compiling.
@@ -41,12 +42,6 @@ os.environ.update(
 # Tracing makes and drops objects by the million: with Python's own threshold collections take a tenth of a run.
 gc.set_threshold(100_000, 50, 10)
 
-# Handed out first, or one process would be busy with them when the other has nothing left to do.
-LONGEST = (
-    *("test_readme.py", "test_mixed_slots.py", "test_tts_program.py", "test_synthesize.py", "test_stt.py"),
-    *("test_finetune.py", "test_finetune_csm.py", "test_sharding.py"),
-)
-
 
 def pytest_configure(config: pytest.Config) -> None:
     """Remove entries of the compile cache that a killed run left unfinished, before any process reads the cache."""
@@ -57,9 +52,24 @@ def pytest_configure(config: pytest.Config) -> None:
         remove_unfinished_entries(CACHE / "dsm_jax/compiled")
 
 
+@pytest.hookimpl(tryfirst=True)  # before items are left out by their markers
 def pytest_collection_modifyitems(items: list) -> None:
-    """Put the files that take longest first, then other slow tests."""
-    items.sort(key=lambda item: (item.path.name not in LONGEST, item.get_closest_marker("slow") is None))
+    """Mark the tests that take long, and put them and other slow tests first, those of the longest files before others.
+
+    One process would be busy with them otherwise when the other has nothing left to do.
+    """
+    root = CACHE.parent
+    known = durations.read_list()
+    files = durations.of_files(known)
+    for item in items:
+        if f"{item.path.relative_to(root).as_posix()}::{item.name}" in known:
+            item.add_marker("long")
+    items.sort(
+        key=lambda item: (
+            item.get_closest_marker("slow") is None,
+            -files.get(item.path.relative_to(root).as_posix(), 0.0),
+        )
+    )
 
 
 @pytest.fixture

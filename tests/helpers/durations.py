@@ -1,0 +1,55 @@
+"""Keep the tests that take long in a list, so that `make test` leaves them out and `make test-all` begins with them.
+
+To write the list anew: `PYTEST_ADDOPTS=--junitxml=run.xml make test-all && python -m tests.helpers.durations run.xml`.
+"""
+
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[2]
+LIST = ROOT / "tests/durations.txt"
+LONG_S = 2.0  # seconds of a test that is in the list
+
+
+def read_list(path: Path = LIST) -> dict[str, float]:
+    """Return the seconds of each test that takes long, by its file and name."""
+    lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if not line.startswith("#")]
+    return {name: float(seconds) for seconds, name in lines}
+
+
+def of_files(durations: Mapping[str, float]) -> dict[str, float]:
+    """Return the seconds of each file's tests together."""
+    total: dict[str, float] = defaultdict(float)
+    for name, seconds in durations.items():
+        total[name.partition("::")[0]] += seconds
+    return total
+
+
+def lines_of(report: Path) -> list[str]:
+    """Return the lines of the list for a run's report in JUnit's format, the longest first."""
+    found = []
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        seconds, module = float(case.get("time", 0)), case.get("classname", "").replace(".", "/")
+        if seconds > LONG_S:
+            found.append((seconds, f"{module}.py::{case.get('name')}"))
+    return [f"{seconds:.0f} {name}" for seconds, name in sorted(found, key=lambda one: (-one[0], one[1]))]
+
+
+def missing(names: Mapping[str, float], root: Path = ROOT) -> list[str]:
+    """Return the tests of the list that are not there."""
+    gone = []
+    for name in names:
+        file, _, test = name.partition("::")
+        defined = rf"^(async )?def {re.escape(test.partition('[')[0])}\("
+        if not (root / file).is_file() or not re.search(defined, (root / file).read_text(encoding="utf-8"), re.M):
+            gone.append(name)
+    return gone
+
+
+if __name__ == "__main__":
+    head = f"# Seconds of each test that takes more than {LONG_S:.0f}: written by tests/helpers/durations.py."
+    LIST.write_text("\n".join([head, *lines_of(Path(sys.argv[1]))]) + "\n")
