@@ -20,10 +20,10 @@ demo: .venv/.run ## transcribe real recordings of spoken digits, whole and live
 serve-demo: .venv/.serve ## a server of the embedded models on this machine, with a page
 	@$(BIN)/dsm-jax serve
 
-test: .venv/.dev ## nine tenths of the tests, in four minutes: no network, no GPU, no torch
+test: .venv/.dev ## most of the tests, in some four minutes: no network, no GPU, no torch
 	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not long and not gpu and not browser'
 
-test-all: .venv/.dev ## these and the tests that take more than two seconds each
+test-all: .venv/.dev ## these and the tests that take more than a second each
 	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not gpu and not browser'
 
 test-fast: .venv/.dev ## the tests that take a second or less each

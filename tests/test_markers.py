@@ -26,6 +26,9 @@ def test_gpu(): pass
 @pytest.mark.browser
 def test_browser(): pass
 
+@pytest.mark.long
+def test_long(): pass
+
 @pytest.mark.slow
 @pytest.mark.gpu
 def test_both(): pass
@@ -42,7 +45,7 @@ def test_every_marker_is_registered():
     paths = [path for folder in PYTEST["testpaths"] for path in (ROOT / folder).rglob("*.py")]
     used = {path.name: markers(path.read_text(encoding="utf-8")) for path in paths if path != Path(__file__)}
     assert {name: found - registered for name, found in used.items() if found - registered} == {}
-    assert "slow" in set().union(*used.values()) <= registered == {"slow", "gpu", "browser"}
+    assert "slow" in set().union(*used.values()) <= registered == {"slow", "long", "gpu", "browser"}
     assert "--strict-markers" in PYTEST["addopts"]
 
 
@@ -52,7 +55,13 @@ def test_a_marker_that_is_not_registered_is_found():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "selected"), [("test-fast", ["plain"]), ("test", ["plain", "slow"]), ("test-page", ["browser"])]
+    ("target", "selected"),
+    [
+        ("test-fast", ["plain"]),
+        ("test", ["plain", "slow"]),
+        ("test-all", ["plain", "slow", "long"]),
+        ("test-page", ["browser"]),
+    ],
 )
 def test_the_targets_select_by_the_markers(tmp_path, target, selected):
     asked = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -1,6 +1,8 @@
 """Keep the tests that take long in a list, so that `make test` leaves them out and `make test-all` begins with them.
 
-To write the list anew: `PYTEST_ADDOPTS=--junitxml=run.xml make test-all && python -m tests.helpers.durations run.xml`.
+To write the list anew, run `PYTEST_ADDOPTS=--junitxml=all.xml make test-all` and `python -m tests.helpers.durations
+all.xml`; then once more with the report of `make test` beside the first, as a test may have to make what a longer one
+has made before.
 """
 
 import re
@@ -12,7 +14,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
 LIST = ROOT / "tests/durations.txt"
-LONG_S = 2.0  # seconds of a test that is in the list
+LONG_S = 1.0  # seconds of a test that is in the list
 
 
 def read_list(path: Path = LIST) -> dict[str, float]:
@@ -29,13 +31,14 @@ def of_files(durations: Mapping[str, float]) -> dict[str, float]:
     return total
 
 
-def lines_of(report: Path) -> list[str]:
-    """Return the lines of the list for a run's report in JUnit's format, the longest first."""
-    found = []
-    for case in ElementTree.parse(report).getroot().iter("testcase"):
-        seconds, module = float(case.get("time", 0)), case.get("classname", "").replace(".", "/")
-        if seconds > LONG_S:
-            found.append((seconds, f"{module}.py::{case.get('name')}"))
+def lines_of(*reports: Path) -> list[str]:
+    """Return the lines of the list for reports of runs in JUnit's format, the longest first."""
+    longest: dict[str, float] = defaultdict(float)
+    for report in reports:
+        for case in ElementTree.parse(report).getroot().iter("testcase"):
+            name = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+            longest[name] = max(longest[name], float(case.get("time", 0)))
+    found = [(seconds, name) for name, seconds in longest.items() if seconds > LONG_S]
     return [f"{seconds:.0f} {name}" for seconds, name in sorted(found, key=lambda one: (-one[0], one[1]))]
 
 
@@ -51,5 +54,5 @@ def missing(names: Mapping[str, float], root: Path = ROOT) -> list[str]:
 
 
 if __name__ == "__main__":
-    head = f"# Seconds of each test that takes more than {LONG_S:.0f}: written by tests/helpers/durations.py."
-    LIST.write_text("\n".join([head, *lines_of(Path(sys.argv[1]))]) + "\n")
+    head = f"# Seconds of each test that takes more than {LONG_S:.0f} s: written by tests/helpers/durations.py."
+    LIST.write_text("\n".join([head, *lines_of(*map(Path, sys.argv[1:]))]) + "\n")
