@@ -58,18 +58,17 @@ def pytest_collection_modifyitems(items: list) -> None:
 
     One process would be busy with them otherwise when the other has nothing left to do.
     """
-    root = CACHE.parent
     known = durations.read_list()
     files = durations.of_files(known)
     for item in items:
-        if f"{item.path.relative_to(root).as_posix()}::{item.name}" in known:
+        if durations.name_of(item) in known:
             item.add_marker("long")
-    items.sort(
-        key=lambda item: (
-            item.get_closest_marker("slow") is None,
-            -files.get(item.path.relative_to(root).as_posix(), 0.0),
-        )
-    )
+
+    def order(item: pytest.Item) -> tuple[bool, float]:
+        file = durations.name_of(item).partition("::")[0]
+        return item.get_closest_marker("slow") is None, -files.get(file, 0.0)
+
+    items.sort(key=order)
 
 
 @pytest.fixture

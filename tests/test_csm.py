@@ -505,10 +505,8 @@ def test_a_program_whose_growth_was_interrupted_grows_at_the_next_request(model,
     def interrupted(*_, **_options):
         raise KeyboardInterrupt
 
-    for function in (
-        "compiled_over_state",
-        "step_limits",
-    ):  # before the functions are made, and before the step is compiled
+    # Before the functions are made, and before the step is compiled.
+    for function in ("compiled_over_state", "step_limits"):
         with monkeypatch.context() as patched:
             patched.setattr(host, function, interrupted)
             with pytest.raises(KeyboardInterrupt):

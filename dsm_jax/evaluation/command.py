@@ -48,11 +48,10 @@ class Job:
             raise EvaluationError(f"--output is {self.output}; name a .json file")
         if self.plot is not None:
             report.check_plot(self.plot)
-        for path in (self.output, self.rows, self.plot):
-            if path is not None and path.resolve() == Path(self.source).resolve():
+        for path in filter(None, (self.output, self.rows, self.plot)):
+            if path.resolve() == Path(self.source).resolve():
                 raise EvaluationError(f"{path} is the source, and would be overwritten; name another file")
-            if path is not None:
-                files.check_folder_of(path, EvaluationError)
+            files.check_folder_of(path, EvaluationError)
         _ = self.dataset
 
     @property

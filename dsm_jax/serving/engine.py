@@ -288,7 +288,7 @@ class Engine:
         self._come_and_go()
         now = self._clock()
         due = {one: self._due(one, now) for one in self._groups}
-        # Of the groups that are due, the one whose turn is longest ago.
+        # Take the group whose last step is longest ago among those that are due.
         first = min(self._groups, key=lambda one: (due[one], one.last_start))
         if due[first] <= now:
             first.last_start = now

@@ -138,6 +138,7 @@ class FrameBuffer:
 
     def _append(self, samples: np.ndarray) -> None:
         if samples.size:
+            # The program joins the bytes of all slots' frames.
             self._held.append(np.ascontiguousarray(samples, np.float32))
             self._size += samples.size
             self.total += samples.size

@@ -30,7 +30,8 @@ def hops_of_frame(config: MimiConfig) -> int:
 def levels_of(pcm_BTC: jax.Array, config: MimiConfig) -> jax.Array:
     """Compute the level of each hop, in decibels: [B, F, H], with the hops of each frame.
 
-    A server would spend as much time on these as on a small model if it computed them slot by slot.
+    The program computes these for all slots, as a server would give the interpreter's lock up at each call of NumPy
+    (docs/decisions/0022-server.md).
 
     Args:
       pcm_BTC: whole frames of samples.
@@ -106,7 +107,7 @@ class SoundLevels:
 
 
 def _tenth(levels_H: np.ndarray) -> float:
-    """Return the level below which a tenth of the hops are: NumPy's percentile, in a sixth of its time."""
+    """Return the level below which a tenth of the hops are: NumPy's percentile, in 6 in place of 68 µs."""
     place = 0.1 * (levels_H.size - 1)
     below = int(place)
     above = min(below + 1, levels_H.size - 1)

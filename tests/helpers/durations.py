@@ -5,11 +5,13 @@ all.xml`; then once more with the report of `make test` beside the first, as a t
 has made before.
 """
 
+import functools
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,8 +21,15 @@ LONG_S = 1.0  # seconds of a test that is in the list
 
 def read_list(path: Path = LIST) -> dict[str, float]:
     """Return the seconds of each test that takes long, by its file and name."""
-    lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if not line.startswith("#")]
+    lines = [
+        line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")
+    ]
     return {name: float(seconds) for seconds, name in lines}
+
+
+def name_of(item: Any) -> str:
+    """Return the file and name of a collected test, as the list has them."""
+    return f"{item.path.relative_to(ROOT).as_posix()}::{item.name}"
 
 
 def of_files(durations: Mapping[str, float]) -> dict[str, float]:
@@ -44,13 +53,14 @@ def lines_of(*reports: Path) -> list[str]:
 
 def missing(names: Mapping[str, float], root: Path = ROOT) -> list[str]:
     """Return the tests of the list that are not there."""
-    gone = []
-    for name in names:
-        file, _, test = name.partition("::")
-        defined = rf"^(async )?def {re.escape(test.partition('[')[0])}\("
-        if not (root / file).is_file() or not re.search(defined, (root / file).read_text(encoding="utf-8"), re.M):
-            gone.append(name)
-    return gone
+
+    @functools.cache
+    def defined(file: str) -> set[str]:
+        path = root / file
+        source = path.read_text(encoding="utf-8") if path.is_file() else ""
+        return set(re.findall(r"^(?:async )?def (\w+)\(", source, re.MULTILINE))
+
+    return [name for name in names if name.partition("::")[2].partition("[")[0] not in defined(name.partition("::")[0])]
 
 
 if __name__ == "__main__":
