@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsm_jax.nn import sampling
 from dsm_jax.nn.sampling import sample, sample_or_greedy, top_k_capacity
 
 LOGITS_V = np.log([0.1, 0.4, 0.05, 0.3, 0.15]).astype(np.float32)
@@ -91,6 +92,31 @@ def test_a_larger_max_top_k_changes_no_token():
     among_best = np.asarray(logits_BV)[np.arange(500), free] >= np.sort(logits_BV, axis=1)[:, -3]
     assert 100 < among_best.sum() < 500
     np.testing.assert_array_equal(exact[among_best], free[among_best])
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    # Few values, so that tokens are equally probable, some of them not at all.
+    logits_BV=st.lists(
+        st.lists(st.sampled_from([-np.inf, 0.0, 1.0, 2.0, 9.0]), min_size=7, max_size=7), min_size=3, max_size=3
+    ),
+    limit_B=st.lists(st.integers(1, 7), min_size=3, max_size=3),
+)
+def test_the_choice_by_rejection_is_that_by_sorting(seed, logits_BV, limit_B):
+    scaled_BV, limit_B = np.array(logits_BV, np.float32), np.array(limit_B, np.int32)
+    scaled_BV[:, 3] = np.maximum(scaled_BV[:, 3], 0.5)  # a row without any probable token has no choice to compare
+    noise_BV = jax.random.gumbel(jax.random.key(seed), scaled_BV.shape)
+    arguments = scaled_BV, noise_BV, limit_B, np.argmax(scaled_BV + noise_BV, axis=-1)
+    by_sorting_B = sampling._by_sorting(*arguments, max_top_k=7)
+    np.testing.assert_array_equal(jax.jit(sampling._by_rejection)(*arguments), by_sorting_B)
+
+
+def test_rejection_ends_where_scores_are_not_finite():
+    scaled_BV = jnp.array([[np.nan] * 5, [-np.inf] * 5, [1.0, np.nan, 2.0, -np.inf, 0.0]])
+    arguments = scaled_BV, jnp.zeros((3, 5)), jnp.ones(3, jnp.int32), jnp.array([0, 0, 4])
+    assert sampling._by_rejection(*arguments).tolist()[:2] == [0, 0]
 
 
 @pytest.mark.slow

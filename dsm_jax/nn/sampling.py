@@ -6,6 +6,8 @@ logits / temperature. With the same noise both choose the same token, except bet
 here the lower ids are kept, torch.topk leaves it open.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,13 +43,50 @@ def sample(
     scaled_BV = logits_BV / jnp.where(temperature_B > 0, temperature_B, 1.0)[:, None]
     chosen_B = jnp.argmax(scaled_BV + noise_BV, axis=-1)
     if max_top_k:
-        top_BK, index_BK = jax.lax.top_k(scaled_BV, max_top_k)
-        noisy_BK = top_BK + jnp.take_along_axis(noise_BV, index_BK, axis=-1)
-        kept_BK = jnp.arange(max_top_k) < top_k_B[:, None]
-        choice_B1 = jnp.argmax(jnp.where(kept_BK, noisy_BK, -jnp.inf), axis=-1)[:, None]
-        of_top_B = jnp.take_along_axis(index_BK, choice_B1, axis=-1)[:, 0]
-        chosen_B = jnp.where((top_k_B > 0) & (top_k_B < vocabulary), of_top_B, chosen_B)
+        limited_B = (temperature_B > 0) & (top_k_B > 0) & (top_k_B < vocabulary)
+        limit_B = jnp.where(limited_B, top_k_B, vocabulary)
+        sorting = functools.partial(_by_sorting, max_top_k=max_top_k)
+        chosen_B = jax.lax.platform_dependent(
+            scaled_BV, noise_BV, limit_B, chosen_B, cpu=_by_rejection, default=sorting
+        )
     return jnp.where(temperature_B > 0, chosen_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+
+
+def _by_sorting(
+    scaled_BV: jax.Array, noise_BV: jax.Array, limit_B: jax.Array, free_B: jax.Array, *, max_top_k: int
+) -> jax.Array:
+    """Choose the token with the highest noisy score of the `limit_B` most probable ones; `free_B` is that of all."""
+    top_BK, index_BK = jax.lax.top_k(scaled_BV, max_top_k)
+    noisy_BK = top_BK + jnp.take_along_axis(noise_BV, index_BK, axis=-1)
+    kept_BK = jnp.arange(max_top_k) < limit_B[:, None]
+    choice_B1 = jnp.argmax(jnp.where(kept_BK, noisy_BK, -jnp.inf), axis=-1)[:, None]
+    of_top_B = jnp.take_along_axis(index_BK, choice_B1, axis=-1)[:, 0]
+    return jnp.where(limit_B < scaled_BV.shape[-1], of_top_B, free_B)
+
+
+def _by_rejection(scaled_BV: jax.Array, noise_BV: jax.Array, limit_B: jax.Array, free_B: jax.Array) -> jax.Array:
+    """Choose as `_by_sorting` does, without sorting: draw again where a token is none of the most probable.
+
+    All tokens that may be chosen are more probable than a refused one, so the choice is the same; most often nothing is
+    refused. With 8 rows on a CPU core `sample` takes 0.11 in place of 0.47 ms for 250 of 256 tokens, and 0.32 to 0.46
+    in place of 0.68 to 0.74 ms for 250 of 2,048. A GPU would wait for the condition in every turn of the loop.
+    """
+    index_V = jnp.arange(scaled_BV.shape[-1])
+
+    def above(token_B: jax.Array) -> jax.Array:
+        score_B1 = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=-1)
+        return (scaled_BV > score_B1) | ((scaled_BV == score_B1) & (index_V < token_B[:, None]))
+
+    def refused(token_B: jax.Array) -> jax.Array:
+        return above(token_B).sum(axis=-1, dtype=jnp.int32) >= limit_B
+
+    def draw_again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        token_B, refused_B = carry
+        noisy_BV = jnp.where(above(token_B), scaled_BV + noise_BV, -jnp.inf)
+        token_B = jnp.where(refused_B, jnp.argmax(noisy_BV, axis=-1), token_B)
+        return token_B, refused(token_B)
+
+    return jax.lax.while_loop(lambda carry: carry[1].any(), draw_again, (free_B, refused(free_B)))[0]
 
 
 def sample_or_greedy(

@@ -1,6 +1,7 @@
-"""Time many texts of very different lengths through few slots; one JSON row. Runs with any version of the library.
+"""Time many texts of very different lengths through few slots; one JSON row.
 
-To compare two versions, run `python throughput.py` in turns with the interpreter of each.
+To compare two versions, run `python throughput.py` in turns with the interpreter of each. It runs with any version,
+but the first ones call `SynthesizeOptions` `SpeechOptions`.
 """
 
 import argparse
