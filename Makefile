@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests of a file share what takes long to make; the files that take longest come first.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 # moshi stays beside a newer torch (--no-deps), which pip would otherwise report as a conflict on every later install.
 INSTALL := $(BIN)/python -m pip install -qq --no-warn-conflicts --disable-pip-version-check
 SAY := @printf '==> %s\n'
@@ -21,16 +23,16 @@ serve-demo: .venv/.serve ## a server of the embedded models on this machine, wit
 	@$(BIN)/dsm-jax serve
 
 test: .venv/.dev ## five of six tests, in four to five minutes: no network, no GPU, no torch
-	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not long and not gpu and not browser'
+	@$(BIN)/python -m pytest $(PARALLEL) -m 'not long and not gpu and not browser'
 
 test-all: .venv/.dev ## these and the tests that take more than a second each
-	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not gpu and not browser'
+	@$(BIN)/python -m pytest $(PARALLEL) -m 'not gpu and not browser'
 
 test-fast: .venv/.dev ## the tests that take a second or less each
-	@$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not long and not gpu and not browser'
+	@$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not long and not gpu and not browser'
 
 test-lowest: .venv/.lowest ## the tests with the lowest versions of all packages that pyproject.toml allows
-	@.lowest/bin/python -m pytest -n auto --dist worksteal -m 'not gpu and not browser'
+	@.lowest/bin/python -m pytest $(PARALLEL) -m 'not gpu and not browser'
 
 test-page: .venv/.page ## the server's page in a headless Chromium, which must be there with its driver
 	@$(BIN)/python -m pytest -m browser

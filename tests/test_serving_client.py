@@ -31,7 +31,7 @@ RECORDING = AUDIO / "digits_jackson.flac"
 
 @pytest.fixture(scope="module")
 def server():
-    with running(served("stt", "digits"), served("tts", "digits-tts", slots=2), page=False) as found:
+    with running(served("stt", "digits"), served("tts", "digits-tts"), page=False) as found:
         yield found
 
 

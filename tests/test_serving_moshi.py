@@ -43,7 +43,7 @@ SLOTS = 4
 
 @pytest.fixture(scope="module")
 def server():
-    models = served("stt", "digits", slots=SLOTS), served("tts", "digits-tts", slots=2)
+    models = served("stt", "digits", slots=SLOTS), served("tts", "digits-tts")
     with running(*models, idle_s=20.0, page=False) as found:
         yield found
 

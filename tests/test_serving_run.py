@@ -243,7 +243,7 @@ def test_a_session_has_a_longest_time(guarded):
 def test_a_client_that_does_not_finish_its_request_is_closed_and_one_that_waits_is_not(monkeypatch, caplog):
     monkeypatch.setattr(run.PatientProtocol, "patience_s", 0.5)
     head = b"POST /api/asr-streaming HTTP/1.1\r\nHost: here\r\n"
-    with running(served("stt", "digits", slots=2), page=False) as server, contextlib.ExitStack() as stack:
+    with running(served("stt", "digits"), page=False) as server, contextlib.ExitStack() as stack:
         address = server.url.removeprefix("http://").split(":")
         halves = []
         for data in (
@@ -285,7 +285,7 @@ def test_a_client_that_does_not_read_is_closed_and_others_go_on(monkeypatch):
     monkeypatch.setattr("dsm_jax.serving.run._PING_S", 300.0)  # pings would find the client out too
     clip = audio.read(AUDIO / "digits_jackson.flac")
     wanted = dsm_jax.transcribe(dsm_jax.load("digits"), clip).text
-    with running(served("stt", "digits", slots=2), page=False) as server:
+    with running(served("stt", "digits"), page=False) as server:
         host, _, port = server.address.partition(":")
         slow = sockets.socket()
         slow.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 2048)
@@ -340,7 +340,7 @@ def test_an_engine_that_fails_ends_its_sessions_with_a_code_and_the_server_with_
         found.extend((server, url))
         ready.set()
 
-    config = ServerConfig(models=(served("stt", "digits", slots=2),), port=0, page=False)
+    config = ServerConfig(models=(served("stt", "digits"),), port=0, page=False)
     thread = threading.Thread(target=lambda: codes.append(run.serve(config, on_ready=on_ready)))
     thread.start()
     assert ready.wait(300)
