@@ -30,12 +30,15 @@ def noise(*shape: int) -> np.ndarray:
     dilation=st.integers(1, 3),
     replicate=st.booleans(),
     steps=st.integers(1, 4),
+    group=st.integers(1, 4),
 )
-def test_a_convolution_is_a_sum_over_the_past(channels, kernel, stride, dilation, replicate, steps):
+def test_a_convolution_is_a_sum_over_the_past(channels, kernel, stride, dilation, replicate, steps, group):
     reach = (kernel - 1) * dilation
     stride = min(stride, reach + 1)  # a kernel shorter than its stride would skip input
+    group = group if stride == 1 else 1
+    steps *= group
     channels_in, channels_out = channels
-    options = {"kernel": kernel, "stride": stride, "dilation": dilation, "replicate": replicate}
+    options = {"kernel": kernel, "stride": stride, "dilation": dilation, "replicate": replicate, "group": group}
     conv = CausalConv1d(channels_in, channels_out, **options, rngs=nnx.Rngs(kernel))
     bias_D = np.arange(1.0, 1 + channels_out)
     conv.bias_O[...] = jnp.array(bias_D)
@@ -52,10 +55,11 @@ def test_a_convolution_is_a_sum_over_the_past(channels, kernel, stride, dilation
     assert y_BTD.shape == (2, steps, channels_out)
 
 
+@pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("channels", [(2, 3), (1, 3), (3, 1), (1, 1)])
-def test_the_gradient_of_a_convolution_is_the_gradient_of_a_sum_over_the_past(channels):
+def test_the_gradient_of_a_convolution_is_the_gradient_of_a_sum_over_the_past(channels, group):
     channels_in, channels_out = channels
-    conv = CausalConv1d(channels_in, channels_out, kernel=3, dilation=2, rngs=nnx.Rngs(0))
+    conv = CausalConv1d(channels_in, channels_out, kernel=3, dilation=2, group=group, rngs=nnx.Rngs(0))
     kernel_KCD, x_BTC, weight_BTD = conv.kernel_RCO[...], noise(2, 6, channels_in), noise(2, 6, channels_out)
 
     def loss(kernel_KCD, x_BTC):
@@ -113,9 +117,10 @@ def test_the_depthwise_upsample_is_a_transposed_convolution_with_a_diagonal_kern
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
-def test_a_chunk_must_be_a_positive_multiple_of_the_stride(steps):
-    conv = CausalConv1d(3, 4, kernel=8, stride=4, rngs=nnx.Rngs(0))
-    message = f"a convolution of stride 4 got a chunk of {steps} steps; send a positive multiple of 4, and pad the end"
+@pytest.mark.parametrize("options", [{"stride": 4}, {"group": 4}])
+def test_a_chunk_must_be_a_positive_multiple_of_the_stride_and_of_the_group(options, steps):
+    conv = CausalConv1d(3, 4, kernel=8, **options, rngs=nnx.Rngs(0))
+    message = f"a convolution that takes 4 steps at a time got a chunk of {steps}; send a positive multiple of 4, and"
     with pytest.raises(StreamError, match=re.escape(message)):
         conv(noise(1, steps, 3))
 

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from dsm_jax.configs import SeanetConfig
-from dsm_jax.nn.seanet import elu, seanet_decoder, seanet_encoder
+from dsm_jax.nn.seanet import ResidualBlock, elu, seanet_decoder, seanet_encoder
 from tests.helpers import small
 
 LISTING = (Path(__file__).parent / "published/mimi.tensors.tsv").read_text().splitlines()
@@ -35,6 +35,25 @@ def test_the_published_seanet_has_a_hop_of_960_samples():
 
     latents_BTC, audio_BTC = jax.eval_shape(round_trip, jnp.zeros((1, 1920, 1)))
     assert (latents_BTC.shape, audio_BTC.shape) == ((1, 2, 512), (1, 1920, 1))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (SeanetConfig(), [1, 1, 1, 1]),
+        (SeanetConfig(n_filters=8), [4, 2, 1, 1]),
+        (SeanetConfig(n_filters=8, ratios=(5, 5, 5, 4)), [4, 1, 1, 1]),  # 125 steps are no multiple of 2
+        (SeanetConfig(n_filters=8, ratios=(8, 6, 2, 2)), [1, 1, 1, 1]),  # 192 steps are 48 groups of 4
+        (small.MIMI.seanet, [1, 1]),
+    ],
+)
+def test_narrow_blocks_convolve_in_groups_where_the_shortest_chunk_has_many(config, expected):
+    def groups(make) -> list[int]:
+        layers = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0))).layers
+        return [layer.wide.group for layer in layers if isinstance(layer, ResidualBlock)]
+
+    assert groups(seanet_encoder) == expected
+    assert groups(seanet_decoder) == expected[::-1]
 
 
 def test_a_latent_does_not_depend_on_samples_after_its_hop():

@@ -4,6 +4,7 @@ Shape letters: B batch rows, T time steps, C channels, D latent width.
 Source: Moshi (Défossez et al. 2024), section 3.3; kyutai-labs/moshi@e6a55d2 moshi/modules/seanet.py.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -60,11 +61,23 @@ class Chain(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """x + narrow(elu(wide(elu(x)))), where `wide` has the config's residual kernel and `narrow` a kernel of 1."""
+    """x + narrow(elu(wide(elu(x)))), where `wide` has the config's residual kernel and `narrow` a kernel of 1.
 
-    def __init__(self, channels: int, config: SeanetConfig, *, dilation: int, rngs: nnx.Rngs):
-        hidden = channels // config.compress
-        self.wide = CausalConv1d(channels, hidden, kernel=config.residual_kernel_size, dilation=dilation, rngs=rngs)
+    Args:
+      channels: of input and output.
+      config: of the network.
+      dilation: of `wide`.
+      steps: steps of the shortest chunk; the length of every chunk is a multiple of it.
+      rngs: for the parameters.
+    """
+
+    def __init__(self, channels: int, config: SeanetConfig, *, dilation: int, steps: int = 1, rngs: nnx.Rngs):
+        hidden, kernel = channels // config.compress, config.residual_kernel_size
+        # Where groups are few, XLA on a CPU rounds in another way for every length of a chunk, which may change codes.
+        group = max(1, 32 // channels)
+        if steps % group or steps < 64 * group:
+            group = 1
+        self.wide = CausalConv1d(channels, hidden, kernel=kernel, dilation=dilation, group=group, rngs=rngs)
         self.narrow = CausalConv1d(hidden, channels, kernel=1, rngs=rngs)
 
     def init_state(self, batch_size: int) -> tuple:
@@ -82,32 +95,32 @@ class ResidualBlock(nnx.Module):
         return self.step(x_BTC, self.init_state(x_BTC.shape[0]))[0]
 
 
-def _residuals(channels: int, config: SeanetConfig, rngs: nnx.Rngs) -> list[Any]:
+def _residuals(channels: int, config: SeanetConfig, steps: int, rngs: nnx.Rngs) -> list[Any]:
     return [
-        ResidualBlock(channels, config, dilation=config.dilation_base**j, rngs=rngs)
+        ResidualBlock(channels, config, dilation=config.dilation_base**j, steps=steps, rngs=rngs)
         for j in range(config.n_residual_layers)
     ]
 
 
 def seanet_encoder(config: SeanetConfig, *, rngs: nnx.Rngs) -> Chain:
     """Make the encoder: samples [B, T, channels] to latents [B, T / hop, dimension]."""
-    width = config.n_filters
+    width, steps = config.n_filters, math.prod(config.ratios)
     layers: list[Any] = [CausalConv1d(config.channels, width, kernel=config.kernel_size, rngs=rngs)]
     for ratio in reversed(config.ratios):
-        layers += _residuals(width, config, rngs)
+        layers += _residuals(width, config, steps, rngs)
         layers.append(CausalConv1d(width, 2 * width, kernel=2 * ratio, stride=ratio, rngs=rngs))
-        width *= 2
+        width, steps = 2 * width, steps // ratio
     layers.append(CausalConv1d(width, config.dimension, kernel=config.last_kernel_size, rngs=rngs))
     return Chain(layers)
 
 
 def seanet_decoder(config: SeanetConfig, *, rngs: nnx.Rngs) -> Chain:
     """Make the decoder: latents [B, T, dimension] to samples [B, T * hop, channels]."""
-    width = config.n_filters * 2 ** len(config.ratios)
+    width, steps = config.n_filters * 2 ** len(config.ratios), 1
     layers: list[Any] = [CausalConv1d(config.dimension, width, kernel=config.kernel_size, rngs=rngs)]
     for ratio in config.ratios:
         layers.append(CausalConvTranspose1d(width, width // 2, stride=ratio, rngs=rngs))
-        width //= 2
-        layers += _residuals(width, config, rngs)
+        width, steps = width // 2, steps * ratio
+        layers += _residuals(width, config, steps, rngs)
     layers.append(CausalConv1d(width, config.channels, kernel=config.last_kernel_size, rngs=rngs))
     return Chain(layers)
