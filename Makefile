@@ -22,7 +22,7 @@ demo: .venv/.run ## transcribe real recordings of spoken digits, whole and live
 serve-demo: .venv/.serve ## a server of the embedded models on this machine, with a page
 	@$(BIN)/dsm-jax serve
 
-test: .venv/.dev ## five of six tests, in four to five minutes: no network, no GPU, no torch
+test: .venv/.dev ## most tests, in less than four minutes: no network, no GPU, no torch
 	@$(BIN)/python -m pytest $(PARALLEL) -m 'not long and not gpu and not browser'
 
 test-all: .venv/.dev ## these and the tests that take more than a second each
