@@ -61,8 +61,8 @@ def speech_request(number: int) -> Request:
 def transcription(number: int) -> tuple[np.ndarray, TranscribeOptions]:
     """Return a recording of 0.1 to 1.9 s, with a prompt or without, by a temperature and a seed of its own.
 
-    Two entries of a codebook are nearly as near nowhere in them: latents differ by 3e-6 between a row alone and in a
-    batch, which from 1,500 samples a number took another code where the distances differed by 4e-5.
+    Recordings that start 1,500 samples apart have a frame nearly midway between two codebook entries (the distances
+    differ by 4e-5), and the rounding of a batch (3e-6 of the latents) takes the other one.
     """
     pcm, start = stt_model.recording(), 1_400 * number
     options = TranscribeOptions(

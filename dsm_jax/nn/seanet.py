@@ -73,7 +73,7 @@ class ResidualBlock(nnx.Module):
 
     def __init__(self, channels: int, config: SeanetConfig, *, dilation: int, steps: int = 1, rngs: nnx.Rngs):
         hidden, kernel = channels // config.compress, config.residual_kernel_size
-        # Where groups are few, XLA on a CPU rounds in another way for every length of a chunk, which may change codes.
+        # Ask for many groups: XLA on a CPU rounds few by the length of the chunk, which may change codes.
         group = max(1, 32 // channels)
         if steps % group or steps < 64 * group:
             group = 1
