@@ -259,7 +259,7 @@ def test_steps_start_no_sooner_than_the_least_time_apart():
 
 def test_groups_are_filled_one_after_the_other_and_those_without_sessions_take_no_steps():
     engine, program, _, _ = make(2, groups=3)
-    assert (engine.groups, engine.total) == (3, 6)
+    assert (engine.group_count, engine.total) == (3, 6)
     begin(engine, *(sessions := [Fake(10 * n, 1) for n in (1, 2, 3)]))
     while engine.turn() == 0:
         pass

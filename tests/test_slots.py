@@ -6,6 +6,7 @@ The program here is the least that has a state: a slot counts from its request's
 import dataclasses
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -206,6 +207,24 @@ def test_a_cancelled_sessions_slot_is_free_at_once_and_its_outputs_are_dropped()
         slots.drain()
     assert new.seen == new.wanted
     assert old.seen == [1]
+
+
+def test_outputs_that_were_waited_for_when_an_interrupt_came_are_read_by_the_next_step(monkeypatch):
+    slots, session = Slots(Counting(1), behind=0), Count(5, 3)
+    slots.start(session)
+    slots.step()
+    get = jax.device_get
+
+    def interrupted(outputs):
+        get(outputs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "device_get", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            slots.step()
+    assert slots.step() == [session]
+    assert session.seen == session.wanted
 
 
 def test_more_sessions_than_free_slots_are_refused():

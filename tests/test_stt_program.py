@@ -1,6 +1,7 @@
 """The pure functions of the speech-to-text program, under the caller's own transformations."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,35 @@ def test_a_row_without_frames_is_untouched(parts):
         np.testing.assert_array_equal(before[1], now[1])
     assert not np.array_equal(state.decoder.lm.position_B[0], after.decoder.lm.position_B[0])
     assert np.isfinite(outputs.probabilities_BT).all()
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_insert_and_the_first_chunk_take_the_same_first_step(parts, ahead, frames):
+    lm, mimi, pcm = parts
+    chunks = [pcm[:, first * 1_920 : (first + frames) * 1_920] for first in range(0, 4 * frames, frames)]
+
+    @functools.partial(jax.jit, static_argnums=4)
+    def step(lm, mimi, state, inputs, settings):
+        return program.step(lm, mimi, state, inputs, settings)
+
+    def transcribed(insert_steps):
+        settings = SttSettings(2, ahead=ahead, insert_steps=insert_steps)
+        state = program.init_state(lm, mimi, settings)
+        made = []
+        for number, pcm_BTC in enumerate(chunks):
+            if number in (0, 2):  # slot 1 begins beside slot 0, which goes on; before, it is idle
+                request = jax.tree.map(lambda leaf: leaf[:1], state.request)
+                state = program.insert(lm, mimi, state, jnp.array([number // 2]), request, settings)
+            frames_B = jnp.array([frames, frames if number >= 2 else 0])
+            outputs, state = step(lm, mimi, state, SttInputs(pcm_BTC, frames_B), settings)
+            made += [outputs.tokens_BT[0], outputs.tokens_BT[1] if number >= 2 else None]
+        return made, state.decoder
+
+    (before, decoder), (after, same) = transcribed(True), transcribed(False)
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    np.testing.assert_array_equal(decoder.lm.position_B, [4 * frames + 1, 2 * frames + 1])
+    np.testing.assert_array_equal(same.lm.position_B, decoder.lm.position_B)
 
 
 def test_vmap_over_recordings_equals_a_batch(parts):

@@ -84,8 +84,7 @@ def transcribe(args: argparse.Namespace) -> int:
 
 async def _transcribe_files(args: argparse.Namespace, client: Any, names: list[str], outputs: list[Path]) -> int:
     """Transcribe recordings, several at a time; print or write each in order."""
-    from dsm_jax import files
-    from dsm_jax.cli.transcribe import end_line, event_line, render
+    from dsm_jax.cli.transcribe import deliver, event_line
 
     room, key = asyncio.Semaphore(args.batch_size), api_key(args)
 
@@ -101,34 +100,24 @@ async def _transcribe_files(args: argparse.Namespace, client: Any, names: list[s
                     name,
                     model=_model(args),
                     api_key=key,
-                    on_event=found if as_lines else None,
+                    on_event=found if args.format == "jsonl" else None,
                     patience_s=math.inf,
                     needs_pauses=args.vad,
                 )
             except DsmError as error:
                 return error
 
-    as_lines, failed = args.format == "jsonl", 0
+    failed = False
     tasks = [asyncio.create_task(one(name)) for name in names]
     try:
         for index, task in enumerate(tasks):
-            done = await task
-            if isinstance(done, DsmError):
-                failed += 1
-                terminal.refuse(done)
-            elif outputs:
-                try:
-                    files.write_text(outputs[index], render(done, args, several=len(names) > 1))
-                except OSError as error:
-                    failed += 1
-                    terminal.refuse(f"{outputs[index]} cannot be written ({error.strerror}); choose another folder")
-            else:
-                terminal.write(end_line(done) if as_lines else render(done, args, several=len(names) > 1))
+            output = outputs[index] if outputs else None
+            failed |= not deliver(await task, output, args, several=len(names) > 1, write=terminal.write)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    return 1 if failed else 0
+    return int(failed)
 
 
 def _listen(args: argparse.Namespace, client: Any) -> int:

@@ -5,7 +5,7 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,11 +77,9 @@ def transcribe_files(
     args: argparse.Namespace, model: "Model", options: "TranscribeOptions", names: list[str], outputs: list[Path]
 ) -> int:
     """Transcribe recordings; print or write each in order, and return the exit code."""
-    from dsm_jax import files
     from dsm_jax.stt import transcribe_each
 
-    failed, finished, shown = 0, {}, 0
-    as_lines = args.format == "jsonl"
+    failed, finished, shown = False, {}, 0
     with terminal.Bars(quiet=args.quiet) as bars:
         for item, name in enumerate(names):
             bars.name(item, Path(name).name)
@@ -96,29 +94,52 @@ def transcribe_files(
             batch_size=args.batch_size,
             frames=args.frames,
             progress=bars.update if bars.shown else None,  # it costs another opening of each recording
-            on_event=found if as_lines else None,
+            on_event=found if args.format == "jsonl" else None,
         )
         for index, result in results:
             finished[index] = result
             bars.remove(index)
             while shown in finished:
-                done = finished.pop(shown)
-                if isinstance(done, DsmError):
-                    failed += 1
-                    terminal.refuse(done)
-                elif outputs:
-                    try:
-                        files.write_text(outputs[shown], render(done, args, several=len(names) > 1))
-                    except OSError as error:
-                        failed += 1
-                        reason = f"{outputs[shown]} cannot be written ({error.strerror}); choose another folder"
-                        terminal.refuse(reason)
-                elif as_lines:
-                    bars.print(end_line(done))
-                else:
-                    bars.print(render(done, args, several=len(names) > 1))
+                done, output = finished.pop(shown), outputs[shown] if outputs else None
+                failed |= not deliver(done, output, args, several=len(names) > 1, write=bars.print)
                 shown += 1
-    return 1 if failed else 0
+    return int(failed)
+
+
+def deliver(
+    result: "Transcript | DsmError",
+    output: Path | None,
+    args: argparse.Namespace,
+    *,
+    several: bool,
+    write: Callable[[str], None],
+) -> bool:
+    """Write a transcript to its file, or print it; report an error.
+
+    Args:
+      result: a transcript, or the error in its place.
+      output: the file; None to print.
+      args: of the command.
+      several: whether other recordings are printed too.
+      write: prints a line.
+
+    Returns:
+      Whether there is a transcript, printed or written.
+    """
+    from dsm_jax import files
+
+    if isinstance(result, DsmError):
+        terminal.refuse(result)
+        return False
+    if output is None:
+        write(end_line(result) if args.format == "jsonl" else render(result, args, several=several))
+        return True
+    try:
+        files.write_text(output, render(result, args, several=several))
+    except OSError as error:
+        terminal.refuse(f"{output} cannot be written ({error.strerror}); choose another folder")
+        return False
+    return True
 
 
 def listen(args: argparse.Namespace, model: "Model", options: "TranscribeOptions") -> int:

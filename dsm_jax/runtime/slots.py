@@ -226,8 +226,9 @@ class Slots(Generic[AnySession]):
         return done
 
     def _read(self) -> list[AnySession]:
+        # An interrupt while the device computes leaves the outputs for the next step to read.
+        outputs = jax.device_get(self._unread[0].outputs)
         dispatched = self._unread.popleft()
-        outputs = jax.device_get(dispatched.outputs)
         done = []
         for slot, session, part in dispatched.parts:
             if session.ended:  # its end was read from an earlier chunk, after this chunk was dispatched

@@ -90,7 +90,7 @@ class Engine:
     """The slots of a model and the sessions of its clients.
 
     Attributes:
-      groups: number of the groups that the slots are in.
+      group_count: number of the groups that the slots are in.
       fault: error that has ended the engine; None while it runs.
       stuck: whether it has ended in a step that may never end.
 
@@ -130,7 +130,7 @@ class Engine:
         on_fault: Callable[[BaseException], None] = lambda error: None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.name, self.groups, self.min_step = name, len(groups), min_step
+        self.name, self.group_count, self.min_step = name, len(groups), min_step
         self.total = sum(slots.program.slots for slots in groups) if total is None else total
         self.fault: BaseException | None = None
         self.stuck = False
@@ -228,7 +228,7 @@ class Engine:
                 self._wake()
 
     def wake(self) -> None:
-        """Say that an inbox was filled."""
+        """Wake the thread, as an inbox was filled."""
         with self._changed:
             self._wake()
 

@@ -50,7 +50,7 @@ class Served:
     def _step(self) -> tuple[int, float]:
         """The frames and the seconds of the shortest step of all slots."""
         frames, seconds = min(self.service.step_seconds.items())
-        return frames, seconds * self.engine.groups
+        return frames, seconds * self.engine.group_count
 
     def capacity(self) -> str:
         """Return a sentence on the slots and the time of a step."""

@@ -1,8 +1,9 @@
 """Speech to text as a program over slots: audio in, text tokens out, one state, nothing leaves the device.
 
-`insert` makes slots fresh, writes their requests into the state, and takes the model's first step, which precedes the
-first frame. `step` takes a chunk of audio: Mimi encodes all of it, and a loop feeds its frames to the language model,
-which chooses a text token for each.
+`insert` makes slots fresh and writes their requests into the state. `step` takes a chunk of audio: Mimi encodes all of
+it, and a loop feeds its frames to the language model, which chooses a text token for each. The model's first step, on
+initial tokens alone, precedes the first frame: `insert` takes it for chunks of one frame, and the loop for longer ones
+(docs/decisions/0010-memory-of-transcription.md).
 
 Most of these tokens are padding. The loop therefore runs several steps at once, as if all of their tokens but the last
 were padding, and keeps those up to the first that is not: the same tokens as one step at a time gives, as each step
@@ -48,12 +49,15 @@ class SttSettings:
       prompt_tokens: room for the tokens of a text prompt.
       max_top_k: the largest top-k that a request may choose, see `sample`.
       ahead: the most steps that one pass of the language model runs.
+      insert_steps: whether `insert` takes the first step, so that chunks of one frame need no loop; the loop takes it
+        otherwise, and the language model is in one program in place of two.
     """
 
     slots: int
     prompt_tokens: int = 0
     max_top_k: int = 0
     ahead: int = 1
+    insert_steps: bool = True
 
 
 @jax.tree_util.register_dataclass
@@ -154,7 +158,7 @@ def init_state(lm: DelayedStreamsLM, mimi: Mimi, settings: SttSettings) -> SttSt
 def insert(
     lm: DelayedStreamsLM, mimi: Mimi, state: SttState, slot_N: jax.Array, requests: SttRequest, settings: SttSettings
 ) -> SttState:
-    """Make slots fresh, put a request into each, and take their first step, on initial tokens alone.
+    """Make slots fresh and put a request into each; take their first step if the settings say so.
 
     Args:
       lm: the language model.
@@ -170,6 +174,8 @@ def insert(
     filled_B = jnp.zeros((settings.slots,), bool).at[slot_N].set(True, mode="drop")
     state = reset_rows(state, filled_B, init_state(lm, mimi, settings))
     state = dataclasses.replace(state, request=write_rows(state.request, slot_N, requests))
+    if not settings.insert_steps:
+        return state
     _, _, decoder = _text_steps(lm, state.decoder, state.request, filled_B.astype(jnp.int32), settings, 1)
     return dataclasses.replace(state, decoder=decoder)
 
@@ -198,13 +204,14 @@ def step(
     def take_pass(carry: tuple[jax.Array, DecoderState, TextOutputs]) -> tuple[jax.Array, DecoderState, TextOutputs]:
         frame_B, decoder, outputs = carry
         frame_BA = frame_B[:, None] + jnp.arange(most)
-        codes_BQA = jnp.take_along_axis(codes_BQF, jnp.minimum(frame_BA, frames - 1)[:, None], axis=2)
+        codes_BQA = jnp.take_along_axis(codes_BQF, jnp.clip(frame_BA, 0, frames - 1)[:, None], axis=2)
         left_B = jnp.clip(inputs.frames_B - frame_B, 0, most)
-        # The frame before step t is number t - 1.
+        # The frame before step t is number t - 1. Step 0 has none before it: what is written there is never an input.
         ring = decoder.ring.with_frames(codes_BQA, decoder.lm.position_B - 1, left_B, lm.config)
         decoder = dataclasses.replace(decoder, ring=ring)
         made, taken_B, decoder = _text_steps(lm, decoder, state.request, left_B, settings, most)
-        place_BA = jnp.where(taken_BT(taken_B, most), frame_BA, frames)  # out of range: nothing is written
+        has_frame_BA = taken_BT(taken_B, most) & (frame_BA >= 0)
+        place_BA = jnp.where(has_frame_BA, frame_BA, frames)  # out of range: nothing is written
         rows_B1 = jnp.arange(settings.slots)[:, None]
         outputs = jax.tree.map(lambda all, new: all.at[rows_B1, place_BA].set(new, mode="drop"), outputs, made)
         return frame_B + taken_B, decoder, outputs
@@ -213,8 +220,9 @@ def step(
     outputs = TextOutputs(
         jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros((*shape, lm.config.extra_heads_num_heads))
     )
-    carry = jnp.zeros((settings.slots,), jnp.int32), state.decoder, outputs
-    if frames == 1:
+    fresh_B = (state.decoder.lm.position_B == 0) & (inputs.frames_B > 0)
+    carry = -fresh_B.astype(jnp.int32), state.decoder, outputs
+    if frames == 1 and settings.insert_steps:  # no loop, in which a GPU would copy the caches of int8 models
         carry = take_pass(carry)
     else:
         carry = jax.lax.while_loop(lambda carry: (carry[0] < inputs.frames_B).any(), take_pass, carry)
@@ -327,7 +335,7 @@ class SttProgram:
         self._graphs: tuple[nnx.GraphDef, nnx.GraphDef] = model.lm_def, model.mimi_def
         self._params = plain(model.lm_params, model.mimi_params)
         self._frame_size = model.config.mimi.frame_size
-        self._compile(SttSettings(slots, _rounded_up(prompt_tokens), max_top_k, ahead))
+        self._compile(SttSettings(slots, _rounded_up(prompt_tokens), max_top_k, ahead, insert_steps=chunks[0] == 1))
 
     def _compile(self, settings: SttSettings) -> None:
         """Compile before any state is allocated, so that the two peaks of memory do not add up."""
