@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=64, help="rank of the adapters; 0 trains the whole model")
     parser.add_argument(
-        "--strength", type=float, default=0.7, help="share of what the adapters have learnt that is kept"
+        "--strength", type=float, default=0.4, help="share of what the adapters have learnt that is kept"
     )
     parser.add_argument("--sentences", type=int, default=100, help="utterances to count errors on")
     parser.add_argument("--orders", type=int, default=240, help="random orders of words of each kind; 0 for recordings")
