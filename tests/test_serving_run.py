@@ -655,7 +655,8 @@ def test_a_host_that_is_not_here_is_refused_as_the_host(host):
 def test_the_capacity_leaves_time_for_the_connections(kind, slots, groups, step, sentence):
     def served(**model) -> Served:
         model = SimpleNamespace(**{"quantize": None, "devices": jax.devices("cpu")} | model)
-        service, engine = SimpleNamespace(step_seconds=step, model=model), SimpleNamespace(total=slots, group_count=groups)
+        service = SimpleNamespace(step_seconds=step, model=model)
+        engine = SimpleNamespace(total=slots, group_count=groups)
         return Served(None, "m", kind, service, engine)
 
     assert served().capacity().startswith(sentence)
