@@ -72,8 +72,8 @@ def set_pieces_aside() -> None:
 def set_pieces_aside_after_compiling() -> None:
     """Set pieces aside whenever JAX has traced and compiled a program for over half a second.
 
-    A program of a compilation cache counts too: tracing it leaves pieces, and 300 MB of the memory of a training step
-    of `digits`.
+    A program of a compilation cache counts too, as tracing it leaves pieces: a step of the language model of `digits`
+    took 1.1 times as long with them.
     """
     import jax.monitoring
 
