@@ -13,7 +13,7 @@ import soxr
 
 from dsm_jax import audio, cli, microphone
 from dsm_jax.errors import AudioError
-from dsm_jax.stt.program import SttProgram
+from dsm_jax.stt.host import SttProgram
 
 pytestmark = pytest.mark.slow
 

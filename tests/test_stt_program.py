@@ -12,7 +12,8 @@ from flax import nnx
 from dsm_jax.models.streams import TokenRing
 from dsm_jax.nn.transformer import TransformerState
 from dsm_jax.stt import program
-from dsm_jax.stt.program import DecoderState, SttInputs, SttProgram, SttRequest, SttSettings
+from dsm_jax.stt.host import SttProgram
+from dsm_jax.stt.program import DecoderState, SttInputs, SttRequest, SttSettings
 from tests.helpers import small, stt_model
 from tests.helpers.optimized import compile_optimized
 

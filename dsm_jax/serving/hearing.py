@@ -21,8 +21,8 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.errors import PromptError
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.serving.outbox import Outbox
+from dsm_jax.stt.host import Samples
 from dsm_jax.stt.options import TranscribeOptions
-from dsm_jax.stt.program import Samples
 from dsm_jax.stt.transcriber import RecordingSession, Transcriber, Utterance
 
 STARVED_S = 0.3  # without audio, after which a slot with a marker is given silence

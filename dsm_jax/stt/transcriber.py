@@ -19,8 +19,9 @@ from dsm_jax.process import check_process
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.stt.events import PAUSE_HORIZONS, Event, Pause, WordEnded
 from dsm_jax.stt.framing import FrameBuffer, LeadIn, lead_in, word_reader
+from dsm_jax.stt.host import Samples, SttProgram
 from dsm_jax.stt.options import TranscribeOptions
-from dsm_jax.stt.program import FrameOutputs, Samples, SttProgram, SttRequest
+from dsm_jax.stt.program import FrameOutputs, SttRequest
 from dsm_jax.stt.transcript import Frames, Transcript
 from dsm_jax.stt.words import WordReader
 
