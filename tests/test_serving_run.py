@@ -35,7 +35,7 @@ from dsm_jax.serving.client import links
 from dsm_jax.serving.config import ServerConfig
 from dsm_jax.serving.encoding import pcm16, wav_header
 from dsm_jax.serving.services import Served
-from tests.helpers.serving import post, running, served
+from tests.helpers.serving import post, running, served, wait_for
 
 pytestmark = pytest.mark.slow
 AUDIO = Path(__file__).resolve().parents[1] / "examples/audio"
@@ -459,14 +459,20 @@ def test_a_second_sigterm_asks_for_last_words_and_a_third_one_ends_the_server(mo
 
 def test_a_second_sigterm_ends_sessions_with_their_last_words_and_uploads_with_503():
     long = wav_header(24_000) + pcm16(np.resize(audio.read(AUDIO / "digits_jackson.flac"), 1200 * 24_000))
-    with command("--stt", "digits", "--slots", "2", "--drain-s", "60") as (process, address, lines):
+    arguments = ("--stt", "digits", "--slots", "2", "--drain-s", "60", "--log-format", "json", "--verbose")
+    with command(*arguments) as (process, address, lines):
+
+        def counted(words: str, count: int):
+            wait_for(lambda: sum(words in line for line in lines) == count)
 
         async def held():
             async with connect(f"ws://{address}{ASR}") as socket:
                 await socket.recv()
                 upload = asyncio.ensure_future(asyncio.to_thread(post, f"http://{address}{ASR}", long))
-                await asyncio.sleep(0.5)
+                # A server that is ending refuses a recording that is still on its way.
+                await asyncio.to_thread(counted, '"event": "start"', 2)
                 process.send_signal(signal.SIGTERM)
+                await asyncio.to_thread(counted, "ending: sessions have 60 s left", 1)
                 await asyncio.sleep(0.3)
                 assert process.poll() is None
                 assert not upload.done()
