@@ -147,3 +147,18 @@ def test_keeping_steps_that_ran_updates_the_caches_in_place():
         return y_BTD, transformer.commit(state, chunk, (y_BTD[:, 0] > 0).sum(axis=1) % 4)
 
     check_in_place(step, jnp.zeros((2, 3, 16)), transformer.init_state(2))
+
+
+@pytest.mark.slow
+def test_a_prefill_gives_each_rows_last_output_and_runs_the_last_feed_forward_for_it_alone():
+    config = TransformerConfig(d_model=16, num_heads=4, num_layers=2, dim_feedforward=24, context=8)
+    transformer = small.build(lambda rngs: Transformer(config, rngs=rngs))
+    x_BTD, lengths_B = jnp.asarray(noise(3, 7, 16)), jnp.array([7, 1, 0])
+    _, state = transformer.step(x_BTD[:, :5], transformer.init_state(3), jnp.array([5, 2, 0]))
+    compiled = [jax.jit(run).lower(x_BTD, state, lengths_B).compile() for run in (transformer.step, transformer.prefill)]
+    (wanted_BTD, wanted), (last_BD, after) = (run(x_BTD, state, lengths_B) for run in compiled)
+    np.testing.assert_allclose(last_BD[:2], jnp.stack([wanted_BTD[0, 6], wanted_BTD[1, 0]]), rtol=0, atol=1e-5)
+    for found, expected in zip(jax.tree.leaves(after), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    saved = np.subtract(*(run.cost_analysis()["flops"] for run in compiled))
+    assert saved >= 2 * 3 * 6 * 2 * 16 * 24  # two products of the six other steps of three rows

@@ -170,11 +170,14 @@ def insert(
     def run(
         tokens_NTM: jax.Array, state: TransformerState, lengths_N: jax.Array | None
     ) -> tuple[jax.Array, TransformerState]:
-        return lm.step(tokens_NTM.swapaxes(1, 2), state, lengths_N)
+        assert lengths_N is not None
+        hidden_ND, state = lm.prefill(tokens_NTM.swapaxes(1, 2), state, lengths_N)
+        return hidden_ND[:, None], state
 
     tokens_NTM = tokens_NMT.swapaxes(1, 2)
+    # One hidden state for each block of a row's positions.
     hidden_NTD, prefilled = step_in_blocks(run, tokens_NTM, lm.init_state(rows, room), length_N, PREFILL_BLOCK)
-    last_ND = jnp.take_along_axis(hidden_NTD, length_N[:, None, None] - 1, axis=1)[:, 0]
+    last_ND = jnp.take_along_axis(hidden_NTD, (length_N[:, None, None] - 1) // PREFILL_BLOCK, axis=1)[:, 0]
     filled_B = jnp.zeros((settings.slots,), bool).at[slot_N].set(True)
     return CsmState(
         lm=place_rows(state.lm, slot_N, prefilled),

@@ -71,7 +71,16 @@ class CsmLM(nnx.Module):
 
     @full_precision
     def embed(self, tokens_BMT: jax.Array) -> jax.Array:
-        """Sum the embeddings of all streams; a token of -1 adds exactly nothing."""
+        """Sum the embeddings of all streams; a token of -1 adds exactly nothing.
+
+        Raises:
+          StreamError: the number of streams is not `n_q` + 1.
+        """
+        if tokens_BMT.shape[1] != self.config.n_q + 1:
+            raise StreamError(
+                f"the model got {tokens_BMT.shape[1]} streams; it has {self.config.n_q + 1}: text, then "
+                f"{self.config.n_q} of audio, [batch, streams, positions]"
+            )
         audio_BTD = self.audio_emb(tokens_BMT[:, 1:].swapaxes(1, 2)).sum(2)
         return audio_BTD + self.text_emb(tokens_BMT[:, 0])
 
@@ -87,13 +96,21 @@ class CsmLM(nnx.Module):
         Raises:
           StreamError: the number of streams is not `n_q` + 1.
         """
-        if tokens_BMT.shape[1] != self.config.n_q + 1:
-            raise StreamError(
-                f"the model got {tokens_BMT.shape[1]} streams; it has {self.config.n_q + 1}: text, then "
-                f"{self.config.n_q} of audio, [batch, streams, positions]"
-            )
         x_BTD, state = self.backbone.step(self.embed(tokens_BMT), state, lengths_B)
         return self.backbone_norm(x_BTD), state
+
+    def prefill(
+        self, tokens_BMT: jax.Array, state: TransformerState, lengths_B: jax.Array
+    ) -> tuple[jax.Array, TransformerState]:
+        """Feed T positions to the backbone; return each row's last hidden state [B, D] and the new state.
+
+        See `Transformer.prefill`.
+
+        Raises:
+          StreamError: the number of streams is not `n_q` + 1.
+        """
+        x_BD, state = self.backbone.prefill(self.embed(tokens_BMT), state, lengths_B)
+        return self.backbone_norm(x_BD), state
 
     @full_precision
     def first_logits(self, hidden: jax.Array) -> jax.Array:

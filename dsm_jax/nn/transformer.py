@@ -85,10 +85,13 @@ class TransformerLayer(nnx.Module):
         cross_length_B: jax.Array | None,
         *,
         write: bool = True,
+        wanted_B: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Run one chunk; see `Attention.step`."""
+        """Run one chunk; see `Attention.step`. With `wanted_B`, return that step of each row alone, [B, 1, D]."""
         y_BTD, cache = self.self_attn.step(self.norm1(x_BTD), cache, position_B, lengths_B, write=write)
         x_BTD = x_BTD + _scaled(y_BTD, self.layer_scale_1_D)
+        if wanted_B is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, wanted_B[:, None, None], axis=1)
         if self.cross_attention is not None and self.norm_cross is not None and cross is not None:
             x_BTD = x_BTD + self.cross_attention(self.norm_cross(x_BTD), *cross, cross_length_B)
         return x_BTD + _scaled(self.feedforward(self.norm2(x_BTD)), self.layer_scale_2_D), cache
@@ -176,17 +179,45 @@ class Transformer(nnx.Module):
         cross_length_B: jax.Array | None,
         *,
         write: bool = True,
+        wanted_B: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[KVCache | None, ...]]:
-        """Run a chunk of at most a window through all layers; see `Attention.step`."""
+        """Run a chunk of at most a window through all layers; see `TransformerLayer.step`."""
         if self.config.positional_embedding in ("sin", "sin_rope"):
             position_BT = state.position_B[:, None] + jnp.arange(x_BTD.shape[1])
             x_BTD = x_BTD + sinusoids(position_BT, x_BTD.shape[2], self.config.max_period).astype(x_BTD.dtype)
         caches = []
         for i, (layer, cache) in enumerate(zip(self.layers, state.caches, strict=True)):
-            source = None if cross is None else cross[i]
-            x_BTD, cache = layer.step(x_BTD, cache, state.position_B, lengths_B, source, cross_length_B, write=write)
+            source, last = None if cross is None else cross[i], i == len(self.layers) - 1
+            x_BTD, cache = layer.step(
+                x_BTD,
+                cache,
+                state.position_B,
+                lengths_B,
+                source,
+                cross_length_B,
+                write=write,
+                wanted_B=wanted_B if last else None,
+            )
             caches.append(cache)
         return x_BTD, tuple(caches)
+
+    @full_precision
+    def prefill(
+        self, x_BTD: jax.Array, state: TransformerState, lengths_B: jax.Array
+    ) -> tuple[jax.Array, TransformerState]:
+        """Run T steps and return the output of each row's last one; the last feed-forward runs for that step alone.
+
+        Args:
+          x_BTD: the chunk, at most as many steps as a cache has slots.
+          state: from `init_state`, or from the step before.
+          lengths_B: int32, steps of the chunk that each row takes.
+
+        Returns:
+          The outputs [B, D], without meaning for rows that take no step, and the new state.
+        """
+        wanted_B = jnp.maximum(lengths_B - 1, 0)
+        y_BTD, caches = self._layers(x_BTD, state, lengths_B, None, None, wanted_B=wanted_B)
+        return y_BTD[:, 0], TransformerState(caches, state.position_B + lengths_B)
 
     @full_precision
     def peek(self, x_BTD: jax.Array, state: TransformerState) -> tuple[jax.Array, tuple[KVCache, ...]]:
