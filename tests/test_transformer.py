@@ -155,7 +155,9 @@ def test_a_prefill_gives_each_rows_last_output_and_runs_the_last_feed_forward_fo
     transformer = small.build(lambda rngs: Transformer(config, rngs=rngs))
     x_BTD, lengths_B = jnp.asarray(noise(3, 7, 16)), jnp.array([7, 1, 0])
     _, state = transformer.step(x_BTD[:, :5], transformer.init_state(3), jnp.array([5, 2, 0]))
-    compiled = [jax.jit(run).lower(x_BTD, state, lengths_B).compile() for run in (transformer.step, transformer.prefill)]
+    compiled = [
+        jax.jit(run).lower(x_BTD, state, lengths_B).compile() for run in (transformer.step, transformer.prefill)
+    ]
     (wanted_BTD, wanted), (last_BD, after) = (run(x_BTD, state, lengths_B) for run in compiled)
     np.testing.assert_allclose(last_BD[:2], jnp.stack([wanted_BTD[0, 6], wanted_BTD[1, 0]]), rtol=0, atol=1e-5)
     for found, expected in zip(jax.tree.leaves(after), jax.tree.leaves(wanted), strict=True):
