@@ -30,6 +30,7 @@ from dsm_jax.models.mimi import Mimi
 from dsm_jax.models.parameters import AbstractNetwork, dtype_of, flatten, read_dtype, with_dtype
 from dsm_jax.nn import quant
 from dsm_jax.nn.quant import PackedBfloat16, QuantizedArray
+from dsm_jax.options import check_functions
 from dsm_jax.process import check_process
 from dsm_jax.progress import Progress, ProgressCallback
 from dsm_jax.sharding import Sharding
@@ -165,10 +166,12 @@ def load(
     Raises:
       CheckpointError: nothing of that name, a layout that is not known, or weights that are not those of the config.
       ConfigError: a config that the library does not understand, a device that is not there, another dtype than a
-        language model may have, or a form of weights that `quantize` does not know or the model does not have.
+        language model may have, a form of weights that `quantize` does not know or the model does not have, or a
+        `progress` that is no function.
       ForkError: the process was forked from one that uses JAX.
     """
     check_process()
+    check_functions(progress=progress)
     if quantize not in (None, "int8"):
         raise ConfigError(f"quantize is {quantize!r}; choose 'int8', or None for weights that are not rounded")
     place = _placement(device, sharding)

@@ -70,6 +70,17 @@ def check_kind(name: str, value: Any, kind: type) -> None:
         raise ConfigError(f"{name} is {value!r}; expected {kind.__name__}")
 
 
+def check_functions(**functions: Any) -> None:
+    """Check functions that the caller gave by name, each of which may be None.
+
+    Raises:
+      ConfigError: one cannot be called.
+    """
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise ConfigError(f"{name} is {function!r}; give a function, or None")
+
+
 def check_options(model: str, options: Iterable[Any], kind: type) -> None:
     """Check the class of options for a model.
 

@@ -17,7 +17,7 @@ from dsm_jax.csm.requests import is_several
 from dsm_jax.csm.requests import requests_of as csm_requests
 from dsm_jax.errors import BatchError, ConfigError, DsmError, SpeechError
 from dsm_jax.models.family import require
-from dsm_jax.options import check_options
+from dsm_jax.options import check_functions, check_options
 from dsm_jax.progress import ProgressCallback
 from dsm_jax.speech import IncompleteSpeechError, Speech
 from dsm_jax.tts import Dialogue, SynthesizeOptions
@@ -145,6 +145,7 @@ def synthesize_each(
       progress: called with the seconds of each speech that were made so far.
     """
     _check_watermark(watermark)
+    check_functions(progress=progress)
     if _is_conversational(model):
         read = [one if isinstance(one, DsmError) else csm_requests([one], None, None, None)[0] for one in requests]
         own = _options(model, CsmOptions, options)

@@ -7,11 +7,15 @@ import jax
 import numpy as np
 import pytest
 
+import dsm_jax
 from dsm_jax.csm import CsmOptions
 from dsm_jax.errors import ConfigError
 from dsm_jax.nn.sampling import key_of
 from dsm_jax.options import check_batch_size, check_one_each, slots_for
-from dsm_jax.stt import Prompt, TranscribeOptions, VadOptions
+from dsm_jax.stt import Prompt, TranscribeOptions, VadOptions, transcribe_each
+from dsm_jax.synthesis import synthesize_each
+from dsm_jax.training.finetune_config import FinetuneConfig
+from dsm_jax.training.loop import RunConfig
 from dsm_jax.tts import SynthesizeOptions
 
 KINDS = (TranscribeOptions, SynthesizeOptions, CsmOptions)
@@ -102,6 +106,27 @@ def test_a_list_has_one_of_everything_for_each_input():
             check_one_each(2, "texts", options=(1, 2), voices=["a"] * count)
     with pytest.raises(ConfigError, match=r"^1 recording has 0 options; give one for all, or one each$"):
         check_one_each(1, "recordings", options=())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: dsm_jax.load("digits", progress=True),
+        lambda: next(transcribe_each(None, [], progress=True)),
+        lambda: next(synthesize_each(None, [], progress=True)),
+        lambda: dsm_jax.evaluate(None, [], progress=True),
+        lambda: dsm_jax.finetune(FinetuneConfig(data="data", output="out", run=RunConfig(steps=1)), progress=True),
+    ],
+    ids=["load", "transcribe", "synthesize", "evaluate", "finetune"],
+)
+def test_progress_goes_to_a_function(use):
+    with pytest.raises(ConfigError, match=r"^progress is True; give a function, or None$"):
+        use()
+
+
+def test_events_go_to_a_function():
+    with pytest.raises(ConfigError, match=r"^on_event is 'print'; give a function, or None$"):
+        next(transcribe_each(None, [], on_event="print"))
 
 
 @pytest.mark.parametrize("name", ["max_frames", "max_padding", "initial_padding", "final_padding", "padding_between"])

@@ -15,6 +15,7 @@ from dsm_jax.evaluation.datasets import Dataset, Failure, Sample
 from dsm_jax.evaluation.files import Journal
 from dsm_jax.evaluation.results import Evaluation, FileResult, timed_from, typed
 from dsm_jax.evaluation.transcription import TimedTranscript, TranscribeOptions
+from dsm_jax.options import check_functions
 from dsm_jax.progress import Progress, ProgressCallback
 
 
@@ -56,10 +57,11 @@ def evaluate(
 
     Raises:
       CheckpointError: the model does not transcribe.
-      ConfigError: a size, limit or number of resamples that is too small.
+      ConfigError: a size, limit or number of resamples that is too small, or a `progress` that is no function.
       EvaluationError: there is no such data set, no recording of it can be evaluated, a library is missing, or `resume`
         is a file of another run.
     """
+    check_functions(progress=progress)
     for name, value, least in (("batch_size", batch_size, 1), ("limit", limit, 1), ("bootstrap", bootstrap, 0)):
         if value is not None and value < least:
             raise ConfigError(f"{name} is {value}; give {least} or more")

@@ -7,7 +7,7 @@ from typing import Any, overload
 from dsm_jax import audio
 from dsm_jax.checkpoints import Model
 from dsm_jax.errors import BatchError, DsmError
-from dsm_jax.options import check_batch_size, check_one_each, slots_for
+from dsm_jax.options import check_batch_size, check_functions, check_one_each, slots_for
 from dsm_jax.progress import Progress, ProgressCallback
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.stt.events import Event
@@ -38,6 +38,7 @@ def transcribe_each(
     recording and each of its words and pauses as they are found.
     """
     check_batch_size(batch_size)
+    check_functions(progress=progress, on_event=on_event)
     given: Any = options
     several = isinstance(given, Iterable) and not isinstance(given, Mapping)
     known: list[Any] = list(given) if several else [given]
@@ -122,7 +123,8 @@ def transcribe(
       BatchError: some of several cannot, or their own prompts; it carries the transcripts of the others.
       ModelKindError: the model does not transcribe.
       CheckpointError: the model has no tokenizer, or pause heads of another number than the published ones.
-      ConfigError: not as many options as recordings, options of another class, or `batch_size` is less than 1.
+      ConfigError: not as many options as recordings, options of another class, `batch_size` is less than 1, or
+        `progress` is no function.
       PromptError: the model cannot follow the prompt.
     """
     several = isinstance(recordings, Iterable) and not audio.is_source(recordings)

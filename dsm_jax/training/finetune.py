@@ -32,7 +32,7 @@ from dsm_jax.hub import expanded
 from dsm_jax.models.family import FAMILIES
 from dsm_jax.models.parameters import read_dtype
 from dsm_jax.nn.precision import set_compute_dtype
-from dsm_jax.options import check_kind
+from dsm_jax.options import check_functions, check_kind
 from dsm_jax.progress import ProgressCallback
 from dsm_jax.sharding import Sharding
 from dsm_jax.training import lora
@@ -130,11 +130,12 @@ def finetune(
 
     Raises:
       CheckpointError: the model cannot be loaded, or is of a family that is not trained.
-      ConfigError: a setting does not fit the model or the devices.
+      ConfigError: a setting does not fit the model or the devices, or `progress` is no function.
       TrainingError: the data cannot be trained on, a loss is not finite, a checkpoint or the model cannot be written,
         there is no run to resume, or a run would be overwritten.
     """
     check_kind("config", config, FinetuneConfig)
+    check_functions(progress=progress)
     for source in filter(None, (config.data, config.validation)):
         if not expanded(source).exists():  # known before the model is fetched and loaded
             raise TrainingError(f"{source} does not exist; give {EXPECTED}")

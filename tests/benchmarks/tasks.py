@@ -50,8 +50,8 @@ TASKS = {
     # After a prompt of 64; ours with the frame's samples, transformers' without.
     "csm_frame_b1": Task((OURS, INT8, "transformers"), steps=8, warm_up=3, target=0.55, rounds=1, checkpoint=False),
     "csm_frame_b4": Task((OURS, INT8, "transformers"), steps=8, warm_up=3, target=0.40, rounds=1, checkpoint=False),
-    "csm_prefill_b1": Task((OURS, "transformers"), steps=5, warm_up=2, target=0.60, rounds=1, checkpoint=False),
-    "csm_prefill_b4": Task((OURS, "transformers"), steps=5, warm_up=2, target=0.60, rounds=1, checkpoint=False),
+    "csm_prefill_b1": Task((OURS, "transformers"), steps=5, warm_up=2, target=0.60, checkpoint=False),
+    "csm_prefill_b4": Task((OURS, "transformers"), steps=5, warm_up=2, target=0.60, checkpoint=False),
     "train_lm_step": Task((OURS, "moshi"), steps=10, warm_up=3, target=0.80, checkpoint=False),
     "train_codec_step": Task((OURS, "moshi"), steps=10, warm_up=8, target=0.80, checkpoint=False),
 }
