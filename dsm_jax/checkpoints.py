@@ -146,8 +146,9 @@ def load(
       dtype: dtype of the language model, by name or as jax has it; None is bfloat16 on GPU and TPU, float32 on CPU.
         The codec and the conditioning are always float32.
       quantize: "int8" rounds the weights of the language model's layers, and the activations that they are multiplied
-        with, to 8 bits; on CPU a step takes about half of the time, and the layers a quarter of the memory
-        (docs/decisions/0003-int8-products.md has the measured errors). None keeps them. Such a model cannot be saved.
+        with, to 8 bits; the layers take a quarter of the memory, and a step on a CPU with AVX-512 about half of the
+        time (docs/decisions/0003-int8-products.md has times and measured errors). None keeps them. Such a model cannot
+        be saved.
       device: one of `jax.devices()`, or "cpu", "gpu" or "tpu" for the first of its kind; None is JAX's default.
       sharding: the devices to spread the language model over, and how, in place of `device`. The codec is on all of
         them.
