@@ -181,7 +181,7 @@ class Transformer(nnx.Module):
         write: bool = True,
         wanted_B: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[KVCache | None, ...]]:
-        """Run a chunk of at most a window through all layers; see `TransformerLayer.step`."""
+        """Run a chunk of at most a window through all layers; `wanted_B` is for the last. See `TransformerLayer`."""
         if self.config.positional_embedding in ("sin", "sin_rope"):
             position_BT = state.position_B[:, None] + jnp.arange(x_BTD.shape[1])
             x_BTD = x_BTD + sinusoids(position_BT, x_BTD.shape[2], self.config.max_period).astype(x_BTD.dtype)
