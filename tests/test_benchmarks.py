@@ -163,11 +163,12 @@ def test_checkpoints_are_made_only_for_tasks_that_read_them():
     assert not runner.checkpoints_needed(["lm_step_b1"], ["ours", "ours-int8"])
 
 
-def test_a_processor_is_named_with_its_widest_vectors_as_they_decide_which_products_are_fast():
+def test_a_processor_is_named_with_its_family_and_widest_vectors_as_they_decide_which_products_are_fast():
     head = "processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fpu "
     assert rows.cpu_name(head + "avx avx2 avx512f avx512bw") == "AMD EPYC with AVX-512"
     assert rows.cpu_name(head + "avx avx2") == "AMD EPYC with AVX2"
     assert rows.cpu_name(head + "avx") == "AMD EPYC"
+    assert rows.cpu_name("cpu family\t: 25\n" + head + "avx2 avx512f") == "AMD EPYC of family 25 with AVX-512"
     assert rows.cpu_name("")
 
 

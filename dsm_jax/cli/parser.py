@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     dtype.add_argument(
         "--quantize",
         choices=("int8",),
-        help="round the layers' weights: less memory, and with AVX-512 half of the time on a CPU",
+        help="round the layers' weights: less memory, and with AVX-512 about half of the time on a CPU",
     )
     stored = _dtype("of the language model's weights; default: as they are stored")
     revision = Parser(add_help=False)
