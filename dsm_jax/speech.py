@@ -76,7 +76,7 @@ class Speech(audio.Recorded):
 
 
 class IncompleteSpeechError(SpeechError):
-    """A text that was not said to its end within `max_frames`.
+    """A text that was not said to its end, within `max_frames` or before a server broke off.
 
     Attributes:
       speech: the part that was said.

@@ -1,6 +1,7 @@
 """The load generator, and the commands that use a server."""
 
 import asyncio
+import dataclasses
 import json
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import soundfile
 
@@ -15,8 +17,8 @@ import dsm_jax
 from dsm_jax import audio
 from dsm_jax.cli import main
 from dsm_jax.errors import ConfigError, ServerError, ServerFullError
-from dsm_jax.serving import load
-from dsm_jax.serving.client import moshi
+from dsm_jax.serving import load, scripts, services
+from dsm_jax.serving.client import moshi, openai
 from dsm_jax.serving.load import Load, Report, Tail
 from tests.helpers.serving import running, served
 
@@ -213,6 +215,33 @@ def test_speak_over_a_server_writes_the_speech_of_the_library(server, capsys, tm
     pcm, rate = soundfile.read(path, dtype="float32")
     assert rate == 24_000
     assert abs(pcm - reference.pcm.clip(-0.99, 0.99)).max() < 1e-4
+
+
+def test_a_speech_that_breaks_off_is_kept_as_far_as_it_came(monkeypatch, capsys, tmp_path):
+    def brief(*arguments, options, **others):
+        return scripts.ScriptService(*arguments, options=dataclasses.replace(options, max_frames=40), **others)
+
+    text, path = "three one four " * 9, tmp_path / "a.wav"
+    speaker, options = dsm_jax.load("digits-tts"), dsm_jax.SynthesizeOptions(max_frames=40)
+    with pytest.raises(dsm_jax.IncompleteSpeechError) as here:
+        dsm_jax.synthesize(speaker, text, voice="lucas", options=options)
+    part_T = here.value.speech.pcm.clip(-0.99, 0.99)
+    monkeypatch.setattr(services, "ScriptService", brief)
+    with running(served("tts", "digits-tts"), page=False) as found:
+        calls = {
+            2e-6: lambda: moshi.synthesize(found.url, text, voice="lucas"),
+            1e-4: lambda: openai.synthesize(found.url, text, model="digits-tts", voice="lucas"),
+        }
+        for error, call in calls.items():
+            with pytest.raises(ServerError) as broken:
+                call()
+            assert isinstance(broken.value, dsm_jax.IncompleteSpeechError)
+            assert not broken.value.speech.complete
+            np.testing.assert_allclose(broken.value.speech.pcm, part_T, atol=error)
+        code, _, err = told(capsys, "speak", "--server", found.url, text, str(path), "--voice", "lucas")
+    assert code == 1
+    assert "ended the session: the text was not said to its end in 40 frames" in " ".join(err.split())
+    np.testing.assert_allclose(soundfile.read(path, dtype="float32")[0], part_T, atol=1e-4)
 
 
 def test_a_key_comes_from_a_file_or_the_environment(capsys, monkeypatch, tmp_path):

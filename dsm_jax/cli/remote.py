@@ -149,8 +149,9 @@ def _listen(args: argparse.Namespace, client: Any) -> int:
 
 
 def speak(args: argparse.Namespace) -> int:
-    """Say a text over a server; return the exit code."""
+    """Say a text over a server; return the exit code. A speech that broke off is written as far as it came."""
     from dsm_jax import audio
+    from dsm_jax.speech import IncompleteSpeechError
 
     client = _clients()
     _refuse_local(args, _LOCAL_TTS)
@@ -163,9 +164,14 @@ def speak(args: argparse.Namespace) -> int:
             "in a folder that there is"
         )
     voice = args.voice[0] if args.voice else None
-    speech = client.synthesize(
-        args.server, _text(args.text), voice=voice, seed=args.seed, model=_model(args), api_key=api_key(args)
-    )
+    try:
+        speech = client.synthesize(
+            args.server, _text(args.text), voice=voice, seed=args.seed, model=_model(args), api_key=api_key(args)
+        )
+    except IncompleteSpeechError as error:
+        error.speech.save(path)
+        terminal.refuse(error)
+        return 1
     speech.save(path)
     if not args.quiet:
         terminal.note(f"{path}: {speech.duration:.2f} s")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dsm_jax import audio
-from dsm_jax.errors import ServerFullError
+from dsm_jax.errors import ServerError, ServerFullError
 from dsm_jax.serving.client.moshi_sessions import AsyncSpeech, AsyncTranscription
 from dsm_jax.serving.client.plain import Loop, PlainSession
 from dsm_jax.serving.client.sound import SAMPLE_RATE, joined_speech
@@ -137,23 +137,28 @@ async def synthesize_async(
       The speech, as `dsm_jax.synthesize` makes it, but clipped to 0.99 and without frames.
 
     Raises:
-      ServerError: the server cannot be reached, refuses the text or the voice, or fails.
+      ServerError: the server cannot be reached, refuses the text or the voice, or fails; if some sound came before, the
+        error is an `IncompleteSpeechError` too, which carries that.
       SpeechError: the text has no word.
       TextError: the text has half of a character in it.
     """
     pieces: list[np.ndarray] = []
     words: list[SpokenWord] = []
+    ended_by: ServerError | None = None
     async with AsyncSpeech(url, voice=voice, seed=seed, model=model, api_key=api_key) as session:
         await session.say(text)
         await session.finish()
-        async for item in session:
-            if isinstance(item, SpokenWord):
-                words.append(item)
-            else:
-                pieces.append(item)
-    if not pieces:  # a session over which no word was sent ends well
+        try:
+            async for item in session:
+                if isinstance(item, SpokenWord):
+                    words.append(item)
+                else:
+                    pieces.append(item)
+        except ServerError as error:
+            ended_by = error
+    if not pieces and ended_by is None:  # a session over which no word was sent ends well
         raise no_words(1)
-    return joined_speech(pieces, " ".join(word.text for word in words), session.model or "", words)
+    return joined_speech(pieces, " ".join(word.text for word in words), session.model or "", words, error=ended_by)
 
 
 def transcribe(

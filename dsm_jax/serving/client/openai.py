@@ -201,9 +201,18 @@ def synthesize(url: str, text: str, *, model: str, voice: str, api_key: str | No
 
     Returns:
       The speech in 16 bits, without words and frames.
+
+    Raises:
+      ServerError: as for `synthesize_stream`; if some sound came before, the error is an `IncompleteSpeechError` too,
+        which carries that.
     """
-    pieces = list(synthesize_stream(url, text, model=model, voice=voice, api_key=api_key))
-    return joined_speech(pieces, text, model)
+    pieces: list[np.ndarray] = []
+    ended_by: ServerError | None = None
+    try:
+        pieces.extend(synthesize_stream(url, text, model=model, voice=voice, api_key=api_key))  # keeps what came
+    except ServerError as error:
+        ended_by = error
+    return joined_speech(pieces, text, model, error=ended_by)
 
 
 async def synthesize_async(url: str, text: str, *, model: str, voice: str, api_key: str | None = None) -> Speech:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dsm_jax import audio
-from dsm_jax.speech import Speech, SpokenWord
+from dsm_jax.errors import ServerError
+from dsm_jax.speech import IncompleteSpeechError, Speech, SpokenWord
 
 SAMPLE_RATE = 24_000  # Hz, of both dialects
 _NO_FRAMES = np.zeros((0, 0), np.int32)  # a server does not send the codes
@@ -28,7 +29,33 @@ def live_samples(pcm: ArrayLike) -> np.ndarray:
     return audio.read(samples, SAMPLE_RATE) if samples.size else np.zeros(0, np.float32)
 
 
-def joined_speech(pieces: Sequence[np.ndarray], text: str, model: str, words: Sequence[SpokenWord] = ()) -> Speech:
-    """Return the speech of a server from the pieces [T] of its sound."""
+class BrokenSpeechError(ServerError, IncompleteSpeechError):
+    """A speech that ended before its text, over a server; `speech` is the part that came."""
+
+
+def joined_speech(
+    pieces: Sequence[np.ndarray],
+    text: str,
+    model: str,
+    words: Sequence[SpokenWord] = (),
+    *,
+    error: ServerError | None = None,
+) -> Speech:
+    """Return the speech of a server from the pieces [T] of its sound.
+
+    Args:
+      pieces: all that came.
+      text: of the words.
+      model: name of the model.
+      words: with their times, where the dialect tells them.
+      error: why no more came; None if the speech is whole.
+
+    Raises:
+      BrokenSpeechError: there is an error, and some sound came before it.
+      ServerError: the error itself, if none came.
+    """
     pcm_T = np.concatenate([np.zeros(0, np.float32), *pieces])
-    return Speech(pcm_T, SAMPLE_RATE, tuple(words), _NO_FRAMES, model, True, text)
+    speech = Speech(pcm_T, SAMPLE_RATE, tuple(words), _NO_FRAMES, model, error is None, text)
+    if error is not None:
+        raise BrokenSpeechError(str(error), speech) if pcm_T.size else error
+    return speech
