@@ -184,6 +184,8 @@ MISTAKES = {
     ),
     "one folder for two": ("convert digits", "arguments are required: destination; dsm-jax convert --help"),
     "no number": ("transcribe x.wav --batch-size few", "argument --batch-size: 'few' is no whole number above 0"),
+    "no number of a speaker": ("speak no x.wav --speaker ann", "argument --speaker: 'ann' is no whole number; dsm"),
+    "no temperature": ("transcribe x.wav --temperature warm", "argument --temperature: 'warm' is no number; dsm-jax"),
     "no address": ("bench serve", "arguments are required: --url; dsm-jax bench serve --help lists"),
     "a missing recording": ("transcribe lost.wav", "lost.wav does not exist; check the path"),
     "a name with an emoji's code": ("transcribe lost:smile:.wav", "lost:smile:.wav does not exist"),

@@ -6,8 +6,10 @@ Standard library only, so that `--help` is instant.
 import argparse
 import difflib
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
+
+_Number = TypeVar("_Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,6 +22,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.branches: dict[str, argparse.ArgumentParser] = {}
+        # In place of argparse's "invalid int value".
+        self.register("type", int, lambda text: _read(int, text, "whole number"))
+        self.register("type", float, lambda text: _read(float, text, "number"))
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Parse arguments; refuse those that their command does not take."""
@@ -76,6 +81,13 @@ class Version(argparse.Action):
 
         print(f"dsm-jax {metadata.version('dsm_jax')}")
         parser.exit()
+
+
+def _read(kind: Callable[[str], _Number], text: str, name: str) -> _Number:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no {name}") from None
 
 
 def positive(text: str) -> int:
