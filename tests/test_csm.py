@@ -17,6 +17,7 @@ from dsm_jax.csm.requests import requests_of
 from dsm_jax.csm.synthesizer import ConversationSession, ConversationSynthesizer
 from dsm_jax.nn import quant
 from dsm_jax.runtime.compile import compilations
+from dsm_jax.runtime.slots import Slots
 from dsm_jax.runtime.steps import Leave, step_limits
 from tests.helpers.csm_model import CSM, greedy_codes, random_model, score_shortfall
 from tests.helpers.optimized import compile_optimized
@@ -101,6 +102,44 @@ def test_in_bfloat16_every_code_is_the_likeliest_but_for_rounding(model, tmp_pat
         assert score_shortfall(light, prompt_MT, found[index][0]) < 0.1
         other_QT = np.roll(found[index][0], 1, axis=0)  # codes of other codebooks
         assert score_shortfall(light, prompt_MT, other_QT) > 0.2
+
+
+def test_scores_are_float32_in_bfloat16_too(model, tmp_path):
+    checkpoints.save(random_model(tmp_path), tmp_path / "saved")
+    lm, scores = checkpoints.load(tmp_path / "saved", dtype="bfloat16").lm, []
+
+    def choose(_, logits_BV):
+        scores.append(logits_BV)
+        return jax.numpy.zeros(logits_BV.shape[:1], int)
+
+    jax.eval_shape(lambda hidden_BD: lm.walk(hidden_BD, choose), jax.ShapeDtypeStruct((2, 16), lm.dtype))
+    scores += jax.tree.leaves(jax.eval_shape(lm, jax.ShapeDtypeStruct((2, CSM.n_q + 1, 6), jax.numpy.int32)))
+    assert str(lm.dtype) == "bfloat16"
+    assert [str(score.dtype) for score in scores] == ["float32"] * 5  # three of the walk, one of which is its scan's
+
+
+def test_another_number_of_streams_is_refused(model):
+    with pytest.raises(dsm_jax.StreamError, match=r"^the model got 3 streams; it has 5: text, then 4 of audio"):
+        model.lm.embed(np.zeros((1, 3, 2), np.int32))
+
+
+def test_choices_of_each_request_of_a_batch_are_its_own(model):
+    choices = (
+        GREEDY,
+        CsmOptions(seed=5, max_frames=9),
+        CsmOptions(seed=6, max_frames=9),
+        CsmOptions(seed=5, max_frames=12, temperature=1.5, depth_top_k=3),
+        CsmOptions(seed=5, max_frames=14, top_k=2, depth_temperature=0.5),
+    )
+    requests = [Request("a cat", 0, (), options) for options in choices]
+    together = spoken(model, requests)
+    for index, request in enumerate(requests):
+        codes_QT, pcm_T, complete = spoken(model, [request])[0]
+        np.testing.assert_array_equal(together[index][0], codes_QT)
+        np.testing.assert_allclose(together[index][1], pcm_T, atol=1e-6)
+        assert together[index][2] == complete
+        assert complete or codes_QT.shape[1] == choices[index].max_frames
+    assert len({codes_QT[:, :2].tobytes() for codes_QT, _, _ in together.values()}) == len(choices)
 
 
 def test_samples_are_those_of_the_codec_over_the_codes(model, alone):
@@ -216,14 +255,18 @@ def test_streamed_sound_is_the_whole_sound(model, alone):
         np.testing.assert_allclose(np.concatenate(pieces), whole_T, atol=1e-6)
 
 
-def test_first_sound_comes_after_prefill_and_one_frame(model):
-    synthesizer = ConversationSynthesizer(model, 1, limit=1, behind=0)
-    prepared = synthesizer.prepare(REQUESTS[0], GREEDY)
-    session = ConversationSession(model, prepared)
-    slots = synthesizer.slots_for(prepared)
-    slots.admit([session])
-    slots.step()
-    assert session.take_pcm().size == FRAME
+def test_first_sound_comes_after_prefill_and_one_frame(model, monkeypatch):
+    calls, step = [], Slots.step
+
+    def counted(slots):
+        calls.append(slots.program)
+        return step(slots)
+
+    monkeypatch.setattr(Slots, "step", counted)
+    request = REQUESTS[0]
+    stream = dsm_jax.synthesize_stream(model, request.text, speaker=request.speaker, options=GREEDY)
+    assert next(iter(stream)).size == FRAME
+    assert [program.limit for program in calls] == [1]
 
 
 def test_slots_grow_for_a_longer_conversation_while_others_speak(model, alone):

@@ -140,6 +140,7 @@ TEXT = {"type": "text", "text": "hi"}
             [{"role": "user", "content": [TEXT]}],
             "^message 1 has the role 'user'; expected the number of a speaker, such ",
         ),
+        ([{"role": True, "content": [TEXT]}], "^message 1 has the role True; expected the number of a speaker, such "),
         ([{"role": "00", "content": [TEXT]}], "^message 1 has the role '00'; expected the number of a speaker, such "),
         ([{"role": "٣", "content": [TEXT]}], "^message 1 has the role '٣'; expected the number of a speaker, such "),
         ([{"role": "²", "content": [TEXT]}], "^message 1 has the role '²'; expected the number of a speaker, such "),

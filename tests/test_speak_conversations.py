@@ -38,6 +38,17 @@ def speak(desk, monkeypatch, tmp_path):
     return lambda *arguments: cli.main(["speak", *map(str, [*given, *arguments])])
 
 
+def test_a_text_has_the_speaker_and_the_context_of_the_arguments(speak, desk, tmp_path):
+    assert speak("no", "a.wav", "--speaker", "2", "--context", desk / "talk.jsonl", "--save-frames") in (0, 1)
+    model, hi = dsm_jax.load(desk / "csm"), Segment("hi", 1, desk / "hi.wav")
+    requests = [Request("no", 2, [hi]), Request("no", 0, [hi]), Request("no", 2)]
+    results = [result for _, result in sorted(synthesize_each(model, requests, options=GREEDY), key=lambda one: one[0])]
+    wanted, *others = (r.speech if isinstance(r, dsm_jax.IncompleteSpeechError) else r for r in results)
+    frames_QT = load_file(tmp_path / "a.safetensors")["frames"]
+    np.testing.assert_array_equal(frames_QT, wanted.frames)
+    assert all(frames_QT.tobytes() != other.frames.tobytes() for other in others)
+
+
 def test_requests_with_contexts_are_written_with_their_frames(speak, desk, capsys, tmp_path):
     rows = [
         {"id": "alone", "text": "z", "speaker": 1},

@@ -121,7 +121,7 @@ def segment_of(message: object, number: int) -> Segment:
     role, content = message["role"], message["content"]
     # The published template writes a role as it stands, which a number does not keep of "00" or of other digits.
     numbered = isinstance(role, str) and _ROLE.fullmatch(role) is not None
-    if not numbered and not isinstance(role, int | np.integer):
+    if not numbered and (not isinstance(role, int | np.integer) or isinstance(role, bool)):
         found = reprlib.repr(role)
         raise SpeechError(f"{where} has the role {found}; expected the number of a speaker, such as '0'")
     content = [{"type": "text", "text": content}] if isinstance(content, str) else content
