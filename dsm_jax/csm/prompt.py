@@ -21,6 +21,11 @@ from dsm_jax.tokenizers import Tokenizer
 SPEAKER_DIGITS = 9  # at most: Python does not write a number of thousands of digits
 
 
+def is_whole(value: object) -> bool:
+    """Tell whether a value is a whole number; True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def text_ids(config: CsmConfig, tokenizer: Tokenizer, text: str, speaker: int) -> list[int]:
     """Return the tokens of a turn's text, with those that begin and end a text.
 
@@ -38,7 +43,7 @@ def text_ids(config: CsmConfig, tokenizer: Tokenizer, text: str, speaker: int) -
         raise SpeechError(f"the text of a turn is {text!r}; expected some words")
     if isinstance(speaker, int | np.integer) and abs(int(speaker)) >= 10**SPEAKER_DIGITS:
         raise SpeechError(f"the speaker of {text!r} has more than {SPEAKER_DIGITS} digits; number the speakers from 0")
-    if isinstance(speaker, bool) or not isinstance(speaker, int | np.integer) or speaker < 0:
+    if not is_whole(speaker) or speaker < 0:
         raise SpeechError(f"the speaker of {text!r} is {speaker!r}; expected a number: 0, 1 and so on")
     try:
         ids = tokenizer.encode(f"[{speaker}]{text}")

@@ -15,7 +15,7 @@ import numpy as np
 
 from dsm_jax import audio as sound
 from dsm_jax.csm.options import CsmOptions
-from dsm_jax.csm.prompt import SPEAKER_DIGITS
+from dsm_jax.csm.prompt import SPEAKER_DIGITS, is_whole
 from dsm_jax.errors import ConfigError, SpeechError
 from dsm_jax.options import check_one_each
 from dsm_jax.speaking import read_or_error
@@ -121,7 +121,7 @@ def segment_of(message: object, number: int) -> Segment:
     role, content = message["role"], message["content"]
     # The published template writes a role as it stands, which a number does not keep of "00" or of other digits.
     numbered = isinstance(role, str) and _ROLE.fullmatch(role) is not None
-    if not numbered and (not isinstance(role, int | np.integer) or isinstance(role, bool)):
+    if not numbered and not is_whole(role):
         found = reprlib.repr(role)
         raise SpeechError(f"{where} has the role {found}; expected the number of a speaker, such as '0'")
     content = [{"type": "text", "text": content}] if isinstance(content, str) else content

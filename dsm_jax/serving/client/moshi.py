@@ -18,7 +18,7 @@ from dsm_jax import audio
 from dsm_jax.errors import ServerError, ServerFullError
 from dsm_jax.serving.client.moshi_sessions import AsyncSpeech, AsyncTranscription
 from dsm_jax.serving.client.plain import Loop, PlainSession
-from dsm_jax.serving.client.sound import SAMPLE_RATE, joined_speech
+from dsm_jax.serving.client.sound import SAMPLE_RATE, joined_speech, with_part
 from dsm_jax.speech import Speech as FinishedSpeech
 from dsm_jax.speech import SpokenWord, no_words
 from dsm_jax.stt.events import Event
@@ -144,7 +144,12 @@ async def synthesize_async(
     """
     pieces: list[np.ndarray] = []
     words: list[SpokenWord] = []
-    ended_by: ServerError | None = None
+
+    def said(*, complete: bool) -> FinishedSpeech:
+        return joined_speech(
+            pieces, " ".join(word.text for word in words), session.model or "", words, complete=complete
+        )
+
     async with AsyncSpeech(url, voice=voice, seed=seed, model=model, api_key=api_key) as session:
         await session.say(text)
         await session.finish()
@@ -155,10 +160,10 @@ async def synthesize_async(
                 else:
                     pieces.append(item)
         except ServerError as error:
-            ended_by = error
-    if not pieces and ended_by is None:  # a session over which no word was sent ends well
+            raise with_part(error, said(complete=False)) from None
+    if not pieces:  # a session over which no word was sent ends well
         raise no_words(1)
-    return joined_speech(pieces, " ".join(word.text for word in words), session.model or "", words, error=ended_by)
+    return said(complete=True)
 
 
 def transcribe(

@@ -30,7 +30,7 @@ from dsm_jax.serving.client.openai_sessions import (
     TurnEnded,
     server_address,
 )
-from dsm_jax.serving.client.sound import SAMPLE_RATE, joined_speech
+from dsm_jax.serving.client.sound import SAMPLE_RATE, joined_speech, with_part
 from dsm_jax.speech import Speech
 from dsm_jax.stt.events import Word
 from dsm_jax.stt.transcript import Transcript
@@ -207,12 +207,11 @@ def synthesize(url: str, text: str, *, model: str, voice: str, api_key: str | No
         which carries that.
     """
     pieces: list[np.ndarray] = []
-    ended_by: ServerError | None = None
     try:
         pieces.extend(synthesize_stream(url, text, model=model, voice=voice, api_key=api_key))  # keeps what came
     except ServerError as error:
-        ended_by = error
-    return joined_speech(pieces, text, model, error=ended_by)
+        raise with_part(error, joined_speech(pieces, text, model, complete=False)) from None
+    return joined_speech(pieces, text, model)
 
 
 async def synthesize_async(url: str, text: str, *, model: str, voice: str, api_key: str | None = None) -> Speech:

@@ -34,28 +34,13 @@ class BrokenSpeechError(ServerError, IncompleteSpeechError):
 
 
 def joined_speech(
-    pieces: Sequence[np.ndarray],
-    text: str,
-    model: str,
-    words: Sequence[SpokenWord] = (),
-    *,
-    error: ServerError | None = None,
+    pieces: Sequence[np.ndarray], text: str, model: str, words: Sequence[SpokenWord] = (), *, complete: bool = True
 ) -> Speech:
-    """Return the speech of a server from the pieces [T] of its sound.
-
-    Args:
-      pieces: all that came.
-      text: of the words.
-      model: name of the model.
-      words: with their times, where the dialect tells them.
-      error: why no more came; None if the speech is whole.
-
-    Raises:
-      BrokenSpeechError: there is an error, and some sound came before it.
-      ServerError: the error itself, if none came.
-    """
+    """Return the speech of a server from the pieces [T] of its sound."""
     pcm_T = np.concatenate([np.zeros(0, np.float32), *pieces])
-    speech = Speech(pcm_T, SAMPLE_RATE, tuple(words), _NO_FRAMES, model, error is None, text)
-    if error is not None:
-        raise BrokenSpeechError(str(error), speech) if pcm_T.size else error
-    return speech
+    return Speech(pcm_T, SAMPLE_RATE, tuple(words), _NO_FRAMES, model, complete, text)
+
+
+def with_part(error: ServerError, part: Speech) -> ServerError:
+    """Return the error of a speech that has ended early, with the part that came before, if there is sound in it."""
+    return BrokenSpeechError(str(error), part) if part.pcm.size else error
