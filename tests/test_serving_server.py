@@ -342,6 +342,13 @@ class Socket:
             await self.refuses()
         self.sent.append(data)
 
+    async def send(self, message: dict) -> None:
+        assert message.pop(sockets.LAST), "it would wait for a client that does not read"
+        assert message.pop("type") == "websocket.send"
+        if self.refuses is not None:
+            await self.refuses()
+        self.sent += message.values()
+
     async def close(self, code: int, reason: str) -> None:
         assert self.closed is None
         self.closed = code, reason
@@ -503,13 +510,13 @@ async def refuse(error: Exception) -> None:
 
 
 def test_a_client_that_does_not_read_or_has_left_holds_nothing_up(monkeypatch):
-    monkeypatch.setattr(sockets, "_SEND_S", 0.02)
+    monkeypatch.setattr(sockets, "SEND_S", 0.02)
     with pytest.raises(ClosedError, match="the client reads too slowly") as closed:
         asyncio.run(soon(sockets.send(Socket(refuses=forever), "message")))
     assert (closed.value.code, closed.value.kind) == (1008, "slow")
     gone = WebSocketDisconnect(), RuntimeError("the socket is closed"), OSError("broken pipe")
-    for refuses in (forever, *(lambda error=error: refuse(error) for error in gone)):
-        asyncio.run(soon(sockets.send_last(Socket(refuses=refuses), "message")))
+    for error in gone:
+        asyncio.run(soon(sockets.send_last(Socket(refuses=lambda error=error: refuse(error)), "message")))
     for state in ("client_state", "application_state"):
         closed = Socket()
         setattr(closed, state, WebSocketState.DISCONNECTED)

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from dsm_jax.serving.access import Refusal
 from dsm_jax.serving.moshi import routes as moshi
@@ -96,7 +96,10 @@ def make_app(server: Server) -> Starlette:
         finally:
             server.stop()
 
-    app = Starlette(routes=routes, lifespan=lifespan)
+    async def left(socket: Any, error: Exception) -> None:
+        """Do nothing for a websocket whose client has left before its session began."""
+
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={WebSocketDisconnect: left})
     if server.config.origins:
         # Before the check of keys, as browsers send none with the question whether a page may send one.
         app.add_middleware(

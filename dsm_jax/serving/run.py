@@ -15,20 +15,19 @@ from importlib import metadata
 from types import FrameType
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dsm_jax.errors import ConfigError
 from dsm_jax.serving.app import make_app
 from dsm_jax.serving.config import ServerConfig
+from dsm_jax.serving.connections import MESSAGE_BYTES, PING_S, PONG_S, PatientHttp, PatientSocket
 from dsm_jax.serving.server import Server
 
-MESSAGE_BYTES = 4 << 20  # 35 s of samples as MessagePack
 _KERNEL_BUFFER = 256 << 10  # of each socket: megabytes of audio in it would hide that a client is not read
 
 _SWITCH_S = 0.0005
-_PING_S = 10.0  # between pings; a client that does not answer one for twice as long has gone
-# What uvicorn says, as an error, of each handshake that is answered by another status.
-_REFUSED = "ASGI callable returned without completing handshake"
+# What uvicorn says, as errors, of each handshake that is answered by another status, and of each answer that could not
+# be finished, of which the library has its own line.
+_KNOWN = ("ASGI callable returned without completing handshake", "ASGI callable returned without completing response")
 
 _log = logging.getLogger("dsm_jax.serving")
 
@@ -63,7 +62,7 @@ def set_up_logs(log_format: str, level: int = logging.INFO) -> None:
     # Lines below warnings hold addresses, and keys stand in some of these.
     web = logging.getLogger("uvicorn.error")
     web.setLevel(logging.WARNING)
-    web.addFilter(lambda record: _REFUSED not in record.getMessage())
+    web.addFilter(lambda record: not record.getMessage().startswith(_KNOWN))
     logging.getLogger("uvicorn.access").disabled = True
 
 
@@ -141,11 +140,11 @@ def check(config: ServerConfig, write: Callable[[str], None]) -> int:
 async def _serve(server: Server, listener: socket.socket, on_ready: Callable[[Server, str], None]) -> int:
     settings = uvicorn.Config(
         make_app(server),
-        http=PatientProtocol,
-        ws="websockets-sansio",
+        http=PatientHttp,
+        ws=PatientSocket,
         ws_max_size=MESSAGE_BYTES,
-        ws_ping_interval=_PING_S,
-        ws_ping_timeout=2 * _PING_S,
+        ws_ping_interval=PING_S,
+        ws_ping_timeout=PONG_S,
         ws_per_message_deflate=False,
         access_log=False,
         log_config=None,
@@ -163,42 +162,6 @@ async def _serve(server: Server, listener: socket.socket, on_ready: Callable[[Se
         on_ready(server, f"http://{address}:{port}")
     await running
     return 1 if server.faulty else 0
-
-
-class PatientProtocol(H11Protocol):
-    """uvicorn's HTTP connection, closed where a client does not finish its request.
-
-    uvicorn itself waits for the rest of a request for ever, so that clients that send nothing could hold all of the
-    process's files.
-    """
-
-    patience_s = 30.0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start to look at the client."""
-        super().connection_made(transport)
-        self._heard_at = self.loop.time()
-        self._looking = self.loop.call_later(self.patience_s, self._look)
-
-    def data_received(self, data: bytes) -> None:
-        """Note the time of the client's bytes."""
-        self._heard_at = self.loop.time()
-        super().data_received(data)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Look no more."""
-        self._looking.cancel()
-        super().connection_lost(exc)
-
-    def _look(self) -> None:
-        if self.transport.get_protocol() is not self:
-            return  # a websocket now, which has limits of its own
-        cycle, left_s = self.cycle, self._heard_at + self.patience_s - self.loop.time()
-        waits = cycle is None or cycle.response_complete or cycle.more_body
-        if waits and left_s <= 0:
-            self.transport.close()
-            return
-        self._looking = self.loop.call_later(left_s if left_s > 0 else self.patience_s, self._look)
 
 
 class _Web(uvicorn.Server):

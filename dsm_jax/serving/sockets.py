@@ -6,7 +6,7 @@ A socket that the server ends gets a message of its dialect and a close code, ne
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -18,7 +18,10 @@ from dsm_jax.serving.server import INBOX_S, QUEUED_S, Server
 from dsm_jax.serving.tickets import Ticket
 
 LAST_WORDS_S = 4.0  # that a session has for its last words when the server drains
-_SEND_S = 60.0  # that a client may take to read a message
+SEND_S = 60.0  # that a client may take to read a message
+# Keys of messages between a handler and its connection: a close code, sentence and kind of a fault that the connection
+# has found, and a message after which comes the close, which waits for no client that does not read.
+FAULT, LAST = "dsm_jax.fault", "dsm_jax.last"
 _log = logging.getLogger("dsm_jax.serving")
 
 
@@ -91,8 +94,19 @@ async def received(socket: WebSocket, server: Server, ticket: Ticket) -> AsyncIt
         heard_at = loop.time()
         if message["type"] == "websocket.disconnect":
             return
-        data = message.get("bytes")
-        yield message["text"] if data is None else data
+        yield data_of(message)
+
+
+def data_of(message: Mapping[str, Any]) -> str | bytes:
+    """Return the data of a received message.
+
+    Raises:
+      ClosedError: the connection has found a fault.
+    """
+    if (fault := message.get(FAULT)) is not None:
+        raise ClosedError(*fault)
+    data = message.get("bytes")
+    return message["text"] if data is None else data
 
 
 async def send(socket: WebSocket, data: str | bytes) -> None:
@@ -104,7 +118,7 @@ async def send(socket: WebSocket, data: str | bytes) -> None:
     """
     sent = socket.send_text(data) if isinstance(data, str) else socket.send_bytes(data)
     try:
-        async with asyncio.timeout(_SEND_S):
+        async with asyncio.timeout(SEND_S):
             await sent
     except TimeoutError:
         raise ClosedError(1008, "the client reads too slowly", "slow") from None
@@ -182,7 +196,8 @@ async def converse(
 
 
 async def send_last(socket: WebSocket, message: str | bytes | None) -> None:
-    """Send the message before a close to a client that may have left; None sends nothing."""
+    """Send the message before a close, without waiting for a client that does not read; None sends nothing."""
     if message is not None:
-        with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError, ClosedError):
-            await send(socket, message)
+        kind = "text" if isinstance(message, str) else "bytes"
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError):
+            await socket.send({"type": "websocket.send", kind: message, LAST: True})

@@ -7,16 +7,17 @@ differences are listed in docs/serving.md.
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import IO, Any
 
 import numpy as np
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.websockets import WebSocket
 
 from dsm_jax.errors import AudioError, DsmError, FullError, SpeechError, WireError
 from dsm_jax.serving.access import Refusal
+from dsm_jax.serving.answers import begun
 from dsm_jax.serving.encoding import pcm16, wav_header
 from dsm_jax.serving.hearing import Heard, LiveHearing, Marked
 from dsm_jax.serving.moshi import wire
@@ -301,14 +302,12 @@ async def speak_file(request: Request, server: Server, served: Served) -> Respon
         session = await asyncio.to_thread(_whole_speech, served, text, voice or None)
     except DsmError as error:
         return PlainTextResponse(str(error), 400)
-    sound = sound_of(spoken(server, served, session, "moshi"))
     try:
-        first_T = await unless(anext(sound, np.zeros(0, np.float32)), client_leaves(request))
+        return await begun(request, _wav(server, served, session), "audio/wav")
     except FullError as error:
         return PlainTextResponse(str(error), 503, {"retry-after": "1"})
     except SpeechError as error:
         return PlainTextResponse(str(error), 400)
-    return StreamingResponse(_wav(first_T, sound, served.model.sample_rate), media_type="audio/wav")
 
 
 def _whole_speech(served: Served, text: str, voice: str | None) -> LiveVoice:
@@ -319,10 +318,15 @@ def _whole_speech(served: Served, text: str, voice: str | None) -> LiveVoice:
     return session
 
 
-async def _wav(first_T: np.ndarray, sound: AsyncIterator[np.ndarray], rate: int) -> AsyncIterator[bytes]:
-    yield wav_header(rate) + pcm16(_clipped(first_T))
-    async for pcm_T in sound:
-        yield pcm16(_clipped(pcm_T))
+async def _wav(server: Server, served: Served, session: LiveVoice) -> AsyncGenerator[bytes, None]:
+    """Yield a wav file as its sound is made; its header comes with the first sound."""
+    head = wav_header(served.model.sample_rate)
+    async with contextlib.aclosing(spoken(server, served, session, "moshi")) as messages:
+        async for pcm_T in sound_of(messages):
+            yield head + pcm16(_clipped(pcm_T))
+            head = b""
+    if head:
+        yield head
 
 
 def _clipped(pcm_T: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from dsm_jax.serving.openai.requests import check_language, find_model, read_opt
 from dsm_jax.serving.outbox import Ended, Outbox
 from dsm_jax.serving.server import OUTBOX, Server
 from dsm_jax.serving.services import Served
-from dsm_jax.serving.sockets import ClosedError, admitted, close, converse, received, send, send_last
+from dsm_jax.serving.sockets import ClosedError, admitted, close, converse, data_of, received, send, send_last
 from dsm_jax.serving.tickets import Ticket
 from dsm_jax.serving.waiting import unless
 from dsm_jax.stt.events import WordEnded, WordStarted
@@ -114,7 +114,7 @@ class _Session:
                     lambda reason: error_event(ApiError(reason, status=500, code="session_ended")),
                 )
         except FullError as error:
-            await send(self._socket, error_event(api_error(error)))
+            await send_last(self._socket, error_event(api_error(error)))
             await close(self._socket, 1013, "no free channels")
 
     async def _end(self, code: int, kind: str, reason: str) -> None:
@@ -131,12 +131,13 @@ class _Session:
 
         Raises:
           WebSocketDisconnect: the client has left.
+          ClosedError: the connection has found a fault.
         """
         while True:
             message = await self._socket.receive()
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message.get("code", 1005))
-            data = message["text"] if message.get("bytes") is None else message["bytes"]
+            data = data_of(message)
             event = _parsed(data)
             if event is None or event.get("type") not in list(_UPDATES):
                 return data

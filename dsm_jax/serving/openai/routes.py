@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from dsm_jax.errors import DsmError
+from dsm_jax.serving.answers import begun
 from dsm_jax.serving.encoding import CONTENT_TYPES, SoundEncoder
 from dsm_jax.serving.hearing import LiveHearing
 from dsm_jax.serving.openai.errors import (
@@ -109,47 +110,6 @@ class _Endpoint:
         return await handler(request, self._server)
 
 
-class _Stream(StreamingResponse):
-    """An answer that is sent as it is made.
-
-    Args:
-      first: first piece.
-      content: makes the others; it is closed in the end, whoever ended the answer.
-      media_type: of the answer.
-    """
-
-    def __init__(self, first: bytes, content: AsyncGenerator[bytes, None], media_type: str):
-        # A proxy that gathered the pieces would hold up the first sound.
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        super().__init__(_joined(first, content), headers=headers, media_type=media_type)
-        self._content = content
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all pieces; an answer that cannot be finished is cut off, which its client can tell from an end."""
-        try:
-            await super().__call__(scope, receive, send)
-        except DsmError as error:
-            _log.warning("an answer was cut off: %s", type(error).__name__)
-        finally:
-            await self._content.aclose()
-
-
-async def _joined(first: bytes, content: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    if first:
-        yield first
-    async for piece in content:
-        yield piece
-
-
-async def _begun(request: Request, content: AsyncGenerator[bytes, None], media_type: str) -> Response:
-    """Return an answer whose first piece, which may be empty, is made: an error before it still has a status."""
-    try:
-        return _Stream(await unless(anext(content), client_leaves(request)), content, media_type)
-    except BaseException:
-        await content.aclose()
-        raise
-
-
 # Transcription.
 
 
@@ -158,7 +118,7 @@ async def transcribe(request: Request, server: Server) -> Response:
     stack = contextlib.AsyncExitStack()
     asked = await stack.enter_async_context(transcription_request(request, server))
     if asked.stream:
-        return await _begun(request, _text_events(server, asked, stack), "text/event-stream")
+        return await begun(request, _text_events(server, asked, stack), "text/event-stream")
     async with stack:
         return transcript_response(
             await unless(_transcript(server, asked), client_leaves(request)),
@@ -223,8 +183,8 @@ async def speak(request: Request, server: Server) -> Response:
     asked = await speech_request(request, server)
     speech = await asyncio.to_thread(_Speech, server, asked)  # a voice may have to be fetched
     if asked.as_events:
-        return await _begun(request, speech.events(), "text/event-stream")
-    return await _begun(request, speech.pieces(), CONTENT_TYPES[asked.format])
+        return await begun(request, speech.events(), "text/event-stream")
+    return await begun(request, speech.pieces(), CONTENT_TYPES[asked.format])
 
 
 class _Speech:
