@@ -597,9 +597,6 @@ def test_sound_is_clipped_as_moshi_clips_it_and_words_are_told_in_messages_alone
             for message in (Sound(loud_T), Said("one", 0.1, 0.4), Ended(1007, "why")):
                 yield message
 
-    async def pieces():
-        yield loud_T
-
     async def run(packed: bool, writer: SimpleNamespace | None = None) -> list[bytes]:
         sent = []
 
@@ -619,7 +616,15 @@ def test_sound_is_clipped_as_moshi_clips_it_and_words_are_told_in_messages_alone
     assert (ready, text) == ({"type": "Ready"}, {"type": "Text", "text": "one", "start_s": 0.1, "stop_s": 0.4})
     np.testing.assert_array_equal(np.array(sound["pcm"], np.float32), clipped_T)
 
-    async def wav() -> list[bytes]:
-        return [data async for data in routes._wav(loud_T, pieces(), 24_000)]
+    async def spoken(_server, _served, count: int, _dialect):
+        for _ in range(count):
+            yield Sound(loud_T)
+            yield Said("one", 0.1, 0.4)
 
-    assert asyncio.run(wav()) == [wav_header(24_000) + pcm16(clipped_T), pcm16(clipped_T)]
+    async def wav(count: int) -> list[bytes]:
+        model = SimpleNamespace(model=SimpleNamespace(sample_rate=24_000))
+        return [data async for data in routes._wav(None, model, count)]
+
+    monkeypatch.setattr(routes, "spoken", spoken)
+    head, piece = wav_header(24_000), pcm16(clipped_T)
+    assert [asyncio.run(wav(count)) for count in (2, 1, 0)] == [[head + piece, piece], [head + piece], [head]]
