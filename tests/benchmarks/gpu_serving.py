@@ -21,7 +21,7 @@ from dsm_jax.configs import ModelConfig
 from dsm_jax.models.family import lm_config
 from dsm_jax.serving.load import Load, Report, run
 from dsm_jax.tokenizers import load_tokenizer
-from tests.benchmarks.serving import serving
+from tests.benchmarks.server import serving
 from tests.helpers.tokenizer_maker import make_tokenizer
 
 
@@ -41,8 +41,8 @@ def served(
         model = save_random(config, Path(folder), dtype)
         for slots in streams:
             command = ("--stt", str(model), "--slots", str(slots), "--dtype", dtype)
-            with serving(command, {**os.environ, "JAX_PLATFORMS": platforms}) as (url, _):
-                report = asyncio.run(run(Load(url=url, streams=slots, seconds=seconds)))
+            with serving(command, {**os.environ, "JAX_PLATFORMS": platforms}) as server:
+                report = asyncio.run(run(Load(url=server.url, streams=slots, seconds=seconds)))
             found = row(report)
             yield found
             if not found["streams"]:

@@ -98,23 +98,24 @@ async def _converse(url: str, path: str, chance: random.Random, counts: collecti
     """Send a websocket some messages, most of them mutated, and read until the server or the turn ends."""
     try:
         async with connect(url.replace("http", "ws", 1) + path, open_timeout=PATIENCE_S, max_size=None) as socket:
-            reading = asyncio.ensure_future(_until_closed(socket))
+            reading, aborted = asyncio.ensure_future(_last_message(socket)), False
             try:
                 for _ in range(chance.randint(1, 12)):
                     data = chance.choice(SOCKETS[path])
                     data = mutated(data, chance) if chance.random() < 0.8 else data
                     counts["messages"] += 1
-                    await socket.send(data.decode(errors="replace") if path.startswith("/v1") else data)
+                    await socket.send(data, text=path.startswith("/v1"))  # text that may be none
                 await asyncio.sleep(chance.random() * 0.1)
             except ConnectionClosed:
                 pass
             finally:
-                if not reading.done() and chance.random() < 0.5:
+                aborted = not reading.done() and chance.random() < 0.5
+                if aborted:
                     socket.transport.abort()
                 await socket.close()
-                await asyncio.wait_for(reading, PATIENCE_S)
-        if socket.protocol.close_rcvd is not None and socket.protocol.close_rcvd.code == 1011:
-            counts["faults"] += 1
+                last = await asyncio.wait_for(reading, PATIENCE_S)
+        if not aborted:
+            _judge(socket.protocol, last, counts)
     except TimeoutError:
         counts["unanswered"] += 1
     except InvalidHandshake as error:
@@ -123,12 +124,34 @@ async def _converse(url: str, path: str, chance: random.Random, counts: collecti
         pass
 
 
-async def _until_closed(socket: Any) -> None:
+def _judge(protocol: Any, last: str | bytes | None, counts: collections.Counter[str]) -> None:
+    """Count an end by the server that is none of its own: without a close frame, by its fault, or without a word."""
+    received = protocol.close_rcvd
+    if received is None:
+        counts["dropped"] += 1
+    elif received.code == 1011:
+        counts["faults"] += 1
+    elif protocol.close_rcvd_then_sent and received.code != 1000:
+        counts["refused"] += 1
+        counts["silent"] += not _is_error(last)
+
+
+def _is_error(message: str | bytes | None) -> bool:
+    """Tell whether a message is an error of either dialect."""
+    if isinstance(message, str):
+        return json.loads(message)["type"] == "error"
+    return message is not None and msgpack.unpackb(message)["type"] == "Error"
+
+
+async def _last_message(socket: Any) -> str | bytes | None:
+    """Read until the end; return the last message."""
+    last = None
     try:
-        async for _ in socket:
-            pass
+        async for message in socket:
+            last = message
     except ConnectionClosed:
         pass
+    return last
 
 
 def _post(url: str, path: str, data: bytes) -> int:
@@ -162,8 +185,9 @@ async def attack(url: str, messages: int, good: Callable[[], Any], *, seed: int 
       seed: of the faults.
 
     Returns:
-      Figures: `messages`, `faults` (a status of 500, or a close code of 1011), `unanswered`, and the good client's
-      results as `good`, of which `differ` from the first.
+      Figures: `messages`, `faults` (a status of 500, or a close code of 1011), `unanswered`, connections that were
+      `dropped` without a close frame, refusals as `refused`, of which `silent` ones came without an error's message,
+      and the good client's results as `good`, of which `differ` from the first.
     """
     chance, counts, wanted = random.Random(seed), collections.Counter[str](), await good()
     while counts["messages"] < messages:
@@ -174,4 +198,4 @@ async def attack(url: str, messages: int, good: Callable[[], Any], *, seed: int 
         heard, *_ = await asyncio.gather(good(), *ways)
         counts["good"] += 1
         counts["differ"] += heard != wanted
-    return {name: counts[name] for name in ("faults", "unanswered", "differ")} | dict(counts)
+    return {name: counts[name] for name in ("faults", "unanswered", "dropped", "silent", "differ")} | dict(counts)
