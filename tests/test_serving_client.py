@@ -19,9 +19,8 @@ from dsm_jax.errors import ConfigError, ServerError, SpeechError, TextError, Wir
 from dsm_jax.serving import client
 from dsm_jax.serving.client import links
 from dsm_jax.serving.client import wire as wire_client
-from dsm_jax.serving.client.moshi_sessions import _Pauses
 from dsm_jax.serving.moshi import wire
-from dsm_jax.stt.events import Pause, WordEnded
+from dsm_jax.stt.events import WordEnded
 from tests.helpers.serving import answering, running, served
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("idle")]
@@ -367,14 +366,6 @@ def test_a_message_that_is_cut_or_followed_by_another_is_refused(message, data):
 # Pauses.
 
 
-def test_a_pause_is_told_once_until_a_word_comes_and_at_its_frame():
-    pauses = _Pauses(2.0, 0.5)
-    quiet, loud = (0.0, 0.0, 0.9, 0.0), (0.9, 0.9, 0.1, 0.9)
-    assert pauses.step(loud) is None
-    assert pauses.step(quiet) == Pause(0.16, 2.0, 0.9)
-    assert pauses.step(quiet) is None
-    assert pauses.word_began() == Pause(0.24, 2.0, 0.9)
-    assert pauses.word_began() == Pause(0.24, 2.0, 0.9)
-    assert pauses.step(()) is None
+def test_a_rule_of_pauses_that_cannot_be_is_refused():
     with pytest.raises(ConfigError, match=r"a horizon of \(0.5, 1.0, 2.0, 3.0\) s"):
         client.AsyncTranscription("host", horizon=4.0)

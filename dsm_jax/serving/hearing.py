@@ -21,12 +21,14 @@ from dsm_jax.checkpoints import Model
 from dsm_jax.errors import PromptError
 from dsm_jax.runtime.slots import Slots
 from dsm_jax.serving.outbox import Outbox
+from dsm_jax.stt.events import Pause
 from dsm_jax.stt.host import Samples
 from dsm_jax.stt.options import TranscribeOptions
 from dsm_jax.stt.transcriber import RecordingSession, Transcriber, Utterance
+from dsm_jax.stt.words import VadOptions
 
 STARVED_S = 0.3  # without audio, after which a slot with a marker is given silence
-PATIENCE_S = 1.0  # of audio after a marker is due, in which the last word before it may still end
+PATIENCE_S = 1.0  # of audio after a marker is due, or of more silence, in which the last word before it may still end
 _MESSAGES = 10_000  # that may wait: empty ones and markers take memory too
 PROMPT_TOKENS = 64  # room for a text prompt
 BACKLOG_S = 0.040  # of a step for sessions that are behind: live sessions wait for it
@@ -106,6 +108,7 @@ class HearingService:
         self.groups: list[Slots[Any]] = [self.transcriber.slots, *more]
         # The last text of a marker's audio comes so many frames after it.
         self.late = math.ceil(model.config.stt.audio_delay_seconds * model.config.mimi.frame_rate) + 1
+        self.patience = math.ceil(PATIENCE_S * model.config.mimi.frame_rate)
         self.step_seconds: dict[int, float] = {}
         self._warm_up()
 
@@ -167,6 +170,11 @@ class HearingService:
                 f"{self.transcriber.program.settings.prompt_tokens}: shorten it"
             )
         return utterance
+
+    def with_pauses(self, rule: VadOptions) -> Utterance:
+        """Return the options of a session that asks for no others than the rule of its pauses."""
+        utterance = self.transcriber.utterance(0)
+        return dataclasses.replace(utterance, options=dataclasses.replace(utterance.options, vad=rule))
 
     def plan(self, sessions: Sequence["LiveHearing"]) -> None:
         """Choose the chunk of the next step of sessions: the one that takes more frames a second."""
@@ -328,31 +336,47 @@ class LiveHearing(RecordingSession):
 
     def read_frame(self, token: int, probability: float, pauses: tuple[float, ...], levels_H: np.ndarray) -> None:
         """Turn the outputs of a frame into messages: the frame, its words, and the markers that it answers."""
+        size, known = self.buffer.frame_size, len(self.events)
         super().read_frame(token, probability, pauses, levels_H)
-        size = self.buffer.frame_size
         first, last = self._frame * size, (self._frame + 1) * size
         self._frame += 1
-        if last > self._before and not self._is_added(first, last):
+        if self._is_silence(first, last):  # what the model predicts after silence of the engine's own says nothing
+            self.events[known:] = [event for event in self.events[known:] if not isinstance(event, Pause)]
+        elif last > self._before and not self._is_after(first):
             self._tell_frame(pauses, last)
-        flushed = bool(self._silence) and last >= self._silence[0][1]
+        flushed = self._is_flushed(last, in_text=token > self.reader.padding)
         if flushed:
             start, end = self._silence.popleft()
             self.events += self.reader.finish()
             self._shift_times((end - start) / self._rate)
         self._tell_events()
-        patience = math.ceil(PATIENCE_S * self._service.model.config.mimi.frame_rate)
-        while self._marks and self._frame >= self._marks[0].due:
-            if not flushed and self.reader.in_word and self._frame < self._marks[0].due + patience:
+        # Markers of a session that has ended are answered after its last words.
+        while self._marks and not self.buffer.ended and self._frame >= self._marks[0].due:
+            if not flushed and self.reader.in_word and self._frame < self._marks[0].due + self._service.patience:
                 break
             mark = self._marks.popleft()
             self._flushes -= mark.flush
             self._messages.append(Marked(mark.id))
 
-    def _is_added(self, first: int, last: int) -> bool:
-        """Tell whether samples of the stream are all silence that the engine has added."""
-        return any(start <= first and last <= end for start, end in self._silence) or (
-            self.buffer.ended and first >= self._before + self._added + self.buffer.samples
-        )
+    def _is_silence(self, first: int, last: int) -> bool:
+        """Tell whether samples of the stream are all silence that the engine has added for a marker."""
+        return any(start <= first and last <= end for start, end in self._silence)
+
+    def _is_after(self, first: int) -> bool:
+        """Tell whether samples of the stream are all behind the end of the client's audio."""
+        return self.buffer.ended and first >= self._before + self._added + self.buffer.samples
+
+    def _is_flushed(self, last: int, *, in_text: bool) -> bool:
+        """Tell whether silence that was added ends here; a word that the model still writes is given more of it."""
+        if not self._silence or last < self._silence[0][1]:
+            return False
+        start, end = self._silence[0]
+        size = self.buffer.frame_size
+        if in_text and not self.buffer.ended and end - start < (self._service.late + self._service.patience) * size:
+            self.buffer.add_silence(size)
+            self._silence[0] = start, end + size
+            return False
+        return True
 
     def _tell_frame(self, pauses: tuple[float, ...], last: int) -> None:
         heard = last - self._before - self._added

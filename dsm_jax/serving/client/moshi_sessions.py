@@ -4,8 +4,6 @@ Shape letters: T samples.
 """
 
 import asyncio
-import math
-from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -104,8 +102,8 @@ class AsyncTranscription(_MoshiSession[Event]):
                 f"{PAUSE_HORIZONS} s and a probability"
             )
         query = {"details": "1", "wait": "1" if wait else None, "pauses": "1" if needs_pauses else None}
+        query |= {"horizon": str(horizon), "threshold": str(threshold)}
         super().__init__(url, query, model=model, api_key=api_key)
-        self._pauses = _Pauses(horizon, threshold)
         self._samples = 0
         self._words: list[Word] = []
         self._found_pauses: list[Pause] = []
@@ -158,9 +156,9 @@ class AsyncTranscription(_MoshiSession[Event]):
     async def finish(self) -> None:
         """End the audio: the iteration ends after its last word."""
         self._last_mark = self._next_mark
-        await self._mark(flush=True)
+        await self._mark(flush=True, end=True)
 
-    async def _mark(self, *, flush: bool) -> "asyncio.Future[None]":
+    async def _mark(self, *, flush: bool, end: bool = False) -> "asyncio.Future[None]":
         number, self._next_mark = self._next_mark, self._next_mark + 1
         self._marks[number] = answered = asyncio.get_running_loop().create_future()
         # Looked at, as nobody may await it, and asyncio would log its error.
@@ -168,21 +166,21 @@ class AsyncTranscription(_MoshiSession[Event]):
         if self._error is not None:
             answered.set_exception(self._error)
         else:
-            await self._send(wire.Marker(number, flush))
+            await self._send(wire.Marker(number, flush, end))
         return answered
 
     def _take(self, message: wire.Outgoing) -> None:
         match message:
             case wire.Word(text, start):
                 self._items.append(WordStarted(text, start))
-                self._add_pause(self._pauses.word_began())
             case wire.EndWord(end, text, start, probability):
                 if text is None or start is None or probability is None:
                     raise ServerError(f"{self.server} does not tell a word's details; it is another kind of server")
                 self._words.append(Word(text, start, end, probability))
                 self._items.append(WordEnded(self._words[-1]))
-            case wire.Step(_, prs, _):
-                self._add_pause(self._pauses.step(prs))
+            case wire.Pause(time, horizon, probability):
+                self._found_pauses.append(Pause(time, horizon, probability))
+                self._items.append(self._found_pauses[-1])
             case wire.Marker(number):
                 if (answered := self._marks.pop(number, None)) is not None and not answered.done():
                     answered.set_result(None)
@@ -190,49 +188,12 @@ class AsyncTranscription(_MoshiSession[Event]):
             case wire.Error(reason):
                 raise self._refused(reason)
 
-    def _add_pause(self, pause: Pause | None) -> None:
-        if pause is None:
-            return
-        pause = Pause(min(pause.time, self.duration), pause.horizon, pause.probability)  # the last frame may be short
-        self._found_pauses.append(pause)
-        self._items.append(pause)
-
     def _close(self, error: ServerError) -> None:
         super()._close(error)
         for answered in self._marks.values():
             if not answered.done():
                 answered.set_exception(self._error or error)
         self._marks.clear()
-
-
-class _Pauses:
-    """Find pauses in a model's predictions: one for each stretch without words, as `dsm_jax.transcribe` does.
-
-    Args:
-      horizon: seconds, one of `PAUSE_HORIZONS`.
-      threshold: probability above which there is a pause.
-    """
-
-    def __init__(self, horizon: float, threshold: float):
-        self._horizon, self._head, self._threshold = horizon, PAUSE_HORIZONS.index(horizon), threshold
-        self._frames, self._last, self._paused = 0, -math.inf, False
-
-    def step(self, prs: Sequence[float]) -> Pause | None:
-        """Return the pause that a frame begins, if any."""
-        self._frames += 1
-        self._last = prs[self._head] if len(prs) > self._head else -math.inf
-        return self._check()
-
-    def word_began(self) -> Pause | None:
-        """Return the pause that the last frame begins, now that a word came before it, if any."""
-        self._paused = False
-        return self._check()
-
-    def _check(self) -> Pause | None:
-        if self._paused or self._last <= self._threshold:
-            return None
-        self._paused = True
-        return Pause(self._frames * FRAME / SAMPLE_RATE, self._horizon, self._last)
 
 
 class AsyncSpeech(_MoshiSession[np.ndarray | SpokenWord]):

@@ -19,6 +19,7 @@ _FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
     "Ready": {},
     "Word": {"text": _TEXT, "start_time": _REAL},
     "EndWord": {"stop_time": _REAL, "text": _TEXT, "start_time": _REAL, "probability": _REAL},
+    "Pause": {"time": _REAL, "horizon": _REAL, "probability": _REAL},
     "Marker": {"id": _WHOLE},
     "Step": {"step_idx": _WHOLE, "prs": (list,), "buffered_pcm": _WHOLE},
     "Error": {"message": _TEXT},
@@ -33,8 +34,9 @@ _KINDS = {_REAL: "a real number", _WHOLE: "a whole number", _TEXT: "a string", (
 def encode(message: wire.Incoming) -> bytes:
     """Return the bytes of a message to a server."""
     match message:
-        case wire.Marker(id, flush):
-            return wire.packed_map("Marker", [("id", _packed(id)), *([("flush", _packed(True))] if flush else ())])
+        case wire.Marker(id):
+            asked = [name for name in ("flush", "end") if getattr(message, name)]
+            return wire.packed_map("Marker", [("id", _packed(id)), *((name, _packed(True)) for name in asked)])
         case wire.Text(text):
             return wire.packed_map("Text", [("text", _packed(text))])
         case wire.Voice(values, shape):
@@ -89,6 +91,8 @@ def _message(name: str, fields: dict[str, Any]) -> wire.Outgoing:
             return wire.Word(**_finite(name, fields))
         case "EndWord":
             return wire.EndWord(**_finite(name, fields))
+        case "Pause":
+            return wire.Pause(**_finite(name, fields))
         case "Marker":
             return wire.Marker(fields["id"])
         case "Step":

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.websockets import WebSocket
 
-from dsm_jax.errors import AudioError, DsmError, FullError, SpeechError, WireError
+from dsm_jax.errors import AudioError, ConfigError, DsmError, FullError, SpeechError, WireError
 from dsm_jax.serving.access import Refusal
 from dsm_jax.serving.answers import begun
 from dsm_jax.serving.encoding import pcm16, wav_header
@@ -31,7 +31,9 @@ from dsm_jax.serving.speaking import LiveVoice, Said, Sound
 from dsm_jax.serving.tickets import Ticket
 from dsm_jax.serving.uploads import TooLargeError, heard, sound_of, spoken, spooled
 from dsm_jax.serving.waiting import client_leaves, unless
-from dsm_jax.stt.events import WordEnded, WordStarted
+from dsm_jax.stt.events import Pause, WordEnded, WordStarted
+from dsm_jax.stt.transcriber import Utterance
+from dsm_jax.stt.words import VadOptions
 
 FORMATS = ("Pcm", "PcmMessagePack", "OggOpus", "OggOpusMessagePack")
 NO_PAUSES = (0.0, 0.0, 0.0, 0.0)  # of a model without pause heads: clients read four numbers
@@ -73,6 +75,10 @@ class WordMessages:
             messages.append(wire.Word(rest, word.start))
         return [*messages, wire.EndWord(word.end)]
 
+    def paused(self, event: Pause) -> list[wire.Outgoing]:
+        """Return the messages for a pause, of which other clients read in the steps."""
+        return [wire.Pause(event.time, event.horizon, event.probability)] if self._details else []
+
 
 def heard_messages(session: LiveHearing, words: WordMessages, message: Any) -> list[wire.Outgoing]:
     """Return moshi's messages for a message of a session."""
@@ -88,6 +94,8 @@ def heard_messages(session: LiveHearing, words: WordMessages, message: Any) -> l
             return words.started(message)
         case WordEnded():
             return words.ended(message)
+        case Pause():
+            return words.paused(message)
     return []
 
 
@@ -101,12 +109,18 @@ async def transcribe_socket(socket: WebSocket, server: Server, served: Served) -
     """Transcribe a live stream."""
     if not await admitted(server, socket, refusal_response):
         return
+    try:
+        utterance = _utterance(served, socket)
+    except ConfigError as error:
+        await socket.send_denial_response(PlainTextResponse(str(error), 400))
+        return
     await socket.accept()
     if socket.query_params.get("pauses") == "1" and not has_pause_heads(served):
         reason = f"{served.name} has no pause heads, which predict pauses; choose a model that has them, or do without"
         await send_last(socket, wire.encode(wire.Error(reason)))
         return await close(socket, 1008, reason)
-    session = LiveHearing(served.service, Outbox(OUTBOX), is_file=socket.query_params.get("wait") == "1")
+    waits = socket.query_params.get("wait") == "1"
+    session = LiveHearing(served.service, Outbox(OUTBOX), utterance, is_file=waits)
     try:
         async with server.session(served, session, "moshi") as ticket:
             ticket.start()
@@ -122,6 +136,20 @@ async def transcribe_socket(socket: WebSocket, server: Server, served: Served) -
         await close(socket, 1013, "no free channels")
 
 
+def _utterance(served: Served, socket: WebSocket) -> Utterance | None:
+    """Read the rule of a client's pauses; None where it names none.
+
+    Raises:
+      ConfigError: a rule that cannot be.
+    """
+    given = {name: socket.query_params[name] for name in ("horizon", "threshold") if name in socket.query_params}
+    try:
+        rule = {name: float(value) for name, value in given.items()}
+    except ValueError:
+        raise ConfigError(f"the rule of pauses is {str(given)[:80]}; expected numbers") from None
+    return served.service.with_pauses(VadOptions(**rule)) if rule else None
+
+
 async def _hear(socket: WebSocket, server: Server, ticket: Ticket, session: LiveHearing) -> None:
     engine, opus = ticket.served.engine, None
     async for data in received(socket, server, ticket):
@@ -134,8 +162,10 @@ async def _hear(socket: WebSocket, server: Server, ticket: Ticket, session: Live
                 opus = opus or OpusReader(session.transcriber.model.sample_rate)
                 for pcm in opus.read(pages):
                     session.push(pcm)
-            case wire.Marker(id, flush):
-                session.mark(id, flush=flush)
+            case wire.Marker(id, flush, end):
+                session.mark(id, flush=flush and not end)  # the end has more silence of its own
+                if end:
+                    session.finish()
             case wire.Init():
                 engine.restart(session)
         engine.wake()

@@ -63,10 +63,21 @@ class Marker:
     Attributes:
       id: the client's own number.
       flush: in a client's marker, whether to transcribe what is there without waiting for more audio.
+      end: in a client's marker, whether no more audio comes: the session ends with the marker's answer.
     """
 
     id: int
     flush: bool = False
+    end: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Pause:
+    """The model predicts a pause, for a client that asked for details: the time and the horizon are in seconds."""
+
+    time: float
+    horizon: float
+    probability: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +143,7 @@ class Eos:
     """A client has sent all of its text."""
 
 
-Outgoing = Ready | Word | EndWord | Marker | Step | Error | Text | Audio | OggOpus
+Outgoing = Ready | Word | EndWord | Pause | Marker | Step | Error | Text | Audio | OggOpus
 Incoming = Init | Audio | OggOpus | Marker | Text | Voice | Eos
 # Fields that a client's message must have, in the order of a list of its values.
 _FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -228,7 +239,7 @@ def decode(data: bytes, known: Sequence[str]) -> Incoming:
         case "OggOpus":
             return OggOpus(_bytes(fields["data"]))
         case "Marker":
-            return Marker(_marker_id(fields["id"]), flush=fields.get("flush") is True)
+            return Marker(_marker_id(fields["id"]), flush=fields.get("flush") is True, end=fields.get("end") is True)
         case "Text":
             if not isinstance(fields["text"], str):
                 raise WireError(f"the text is {_kind(fields['text'])}; expected a string")
