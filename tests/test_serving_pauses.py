@@ -113,8 +113,8 @@ def test_a_flush_waits_for_a_word_that_the_model_still_writes(server, clips):
         while tokens[last - 1] > padding:
             last += 1
         written = model.tokenizer.decode([token for token in tokens[:last] if token > padding])
-        told = words(asyncio.run(heard(server, clip_T, FRAME)))
-        assert "".join(told) == written.replace(" ", "")
+        told = asyncio.run(heard(server, clip_T, FRAME, query="?details=1"))
+        assert "".join(message["text"] for message in told if message["type"] == "EndWord") == written.replace(" ", "")
         found += 1
         if found == 3:
             return
