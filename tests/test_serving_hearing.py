@@ -373,3 +373,26 @@ def test_many_markers_are_answered_in_their_order(bench):
     assert [mark.id for mark in of(session, Marked)] == list(range(20_000))
     assert not session._flushes
     bench.end(session)
+
+
+@pytest.mark.parametrize("size", [FRAME, 701, 24_000])
+def test_audio_that_waits_is_copied_once_however_much_there_is(bench, monkeypatch, size):
+    """Joining all that waits for each frame would copy ten minutes of audio some thousand times."""
+    session, joined = LiveHearing(bench.service, Outbox()), []
+
+    def concatenate(parts, *arguments, **settings):
+        made = join(parts, *arguments, **settings)
+        joined.append(made.size)
+        return made
+
+    join = np.concatenate
+    monkeypatch.setattr("dsm_jax.stt.framing.np.concatenate", concatenate)
+    samples = 600 * 24_000
+    for _ in range(samples // size):
+        session.push(np.ones(size, np.float32))
+    heard = 0
+    while (part := session.take_input()) is not None:
+        assert part.pcm_T.all()
+        heard += part.pcm_T.size
+    assert heard >= samples - size - FRAME
+    assert sum(joined) <= samples
