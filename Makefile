@@ -48,7 +48,7 @@ lint: .venv/.dev ## ruff and pyright
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
-soak: .venv/.dev ## a server under load for some 25 minutes; fails where it breaks a promise
+soak: .venv/.dev ## a server under load for some 35 minutes; fails where it breaks a promise
 	@$(BIN)/python -m tests.benchmarks.serving
 
 bench: .venv/.parity ## speed against the references on this machine, as JSON lines

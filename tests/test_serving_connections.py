@@ -22,6 +22,7 @@ import dsm_jax
 from dsm_jax import audio
 from dsm_jax.serving import connections
 from dsm_jax.serving.connections import PatientHttp, PatientSocket
+from dsm_jax.serving.moshi import routes as moshi
 from tests.helpers.serving import running, served, wait_for
 
 pytestmark = pytest.mark.slow
@@ -412,6 +413,23 @@ def test_messages_before_one_that_cannot_be_read_are_answered(server):
         raw.sendall(masked(update, Opcode.TEXT) + b"\xff" * 32)  # in one piece
         kinds = [json.loads(content)["type"] for opcode, content in frames(read_to_close(raw)) if opcode == Opcode.TEXT]
     assert kinds == ["session.created", "session.updated", "error"]
+
+
+def test_what_breaks_the_protocol_before_the_handshakes_answer_is_told_after_it(server, monkeypatch):
+    async def later(*arguments) -> bool:
+        await asyncio.sleep(0.5)
+        return await admitted(*arguments)
+
+    admitted = moshi.admitted
+    monkeypatch.setattr(moshi, "admitted", later)
+    with connected(server) as raw:
+        raw.sendall(handshake(server, ASR))
+        time.sleep(0.2)
+        raw.sendall(b"\xff" * 32)
+        told = read_all(raw)
+    head, _, rest = told.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 101")
+    assert end_of(rest) == ({"type": "Error", "message": "the websocket's protocol was broken"}, 1002)
 
 
 @pytest.mark.parametrize("reads", [False, True])

@@ -54,6 +54,11 @@ class PatientHttp(H11Protocol):
         self._received += len(data)
         super().data_received(data)
 
+    def handle_websocket_upgrade(self, event: Any) -> None:
+        """Leave the client to its websocket, which has limits of its own."""
+        self._looking.cancel()
+        super().handle_websocket_upgrade(event)
+
     def on_response_complete(self) -> None:
         """Wait for the client's next request."""
         self._wait()
@@ -82,8 +87,6 @@ class PatientHttp(H11Protocol):
         super().connection_lost(exc)
 
     def _look(self) -> None:
-        if self.transport.get_protocol() is not self:
-            return  # a websocket now, which has limits of its own
         cycle, closing = self.cycle, self.transport.is_closing()
         if closing and self._was_closing:
             self.transport.abort()  # what is left to send is not read
@@ -183,7 +186,7 @@ class PatientSocket(WebSocketsSansIOProtocol):
             self.writable.set()
         text, data = message.get("text"), message.get("bytes") or b""
         self._sent += len(text or data)
-        if not self._broken or self.disconnected:
+        if not self._broken or self.disconnected or not self.handshake_complete:
             await super().send(message)
         elif message["type"] == "websocket.close":
             closed = Close(message.get("code", 1000), message.get("reason") or "")
