@@ -396,3 +396,32 @@ def test_audio_that_waits_is_copied_once_however_much_there_is(bench, monkeypatc
         heard += part.pcm_T.size
     assert heard >= samples - size - FRAME
     assert sum(joined) <= samples
+
+
+@pytest.mark.parametrize("behind", ["nothing", "audio", "the end"])
+def test_silence_is_added_for_a_word_unless_audio_or_the_end_has_come_behind_it(bench, behind):
+    session = LiveHearing(bench.service, Outbox())
+    session.push(np.zeros(FRAME, np.float32))
+    session.mark(1)
+    bench.clock.now += 2 * STARVED_S
+    while (part := session.take_input()) is not None and not session._silence:
+        assert part.pcm_T.size
+    ((start, end),) = session._silence
+    if behind == "audio":
+        session.push(np.ones(FRAME, np.float32))
+    elif behind == "the end":
+        session.finish()
+    session._collect()
+    total, most = session.buffer.total, (bench.service.late + bench.service.patience) * FRAME
+    assert not session._is_flushed(end - FRAME, in_text=True)
+    assert session._is_flushed(end, in_text=False)
+    if behind != "nothing":
+        assert session._is_flushed(end, in_text=True)
+        assert (session.buffer.total, list(session._silence)) == (total, [(start, end)])
+        return
+    for added in range(FRAME, most, FRAME):
+        if session._is_flushed(end + added - FRAME, in_text=True):
+            break
+        assert list(session._silence) == [(start, end + added)]
+        assert session.buffer.total == total + added
+    assert session._silence[0][1] - start == most, "it was not as much as a word may be given"

@@ -367,12 +367,15 @@ class LiveHearing(RecordingSession):
         return self.buffer.ended and first >= self._before + self._added + self.buffer.samples
 
     def _is_flushed(self, last: int, *, in_text: bool) -> bool:
-        """Tell whether silence that was added ends here; a word that the model still writes is given more of it."""
+        """Tell whether silence that was added ends here; a word that the model still writes is given more of it.
+
+        Audio that has come behind the silence brings the rest of the word otherwise.
+        """
         if not self._silence or last < self._silence[0][1]:
             return False
-        start, end = self._silence[0]
-        size = self.buffer.frame_size
-        if in_text and not self.buffer.ended and end - start < (self._service.late + self._service.patience) * size:
+        (start, end), size = self._silence[0], self.buffer.frame_size
+        waits = in_text and end == self.buffer.total and not self.buffer.ended
+        if waits and end - start < (self._service.late + self._service.patience) * size:
             self.buffer.add_silence(size)
             self._silence[0] = start, end + size
             return False
