@@ -91,7 +91,7 @@ def test_the_server_reads_the_page_s_other_messages():
     [
         *(wire.Ready(), wire.Word("it’s", 1.25), wire.EndWord(2.0), wire.Marker(2**40), wire.Error("no free channels")),
         *(wire.Step(300, (0.25, 0.5, 0.75, 1.0), 1920), wire.Text("one", 0.5, 0.75), wire.OggOpus(bytes(range(256)))),
-        wire.Audio(RNG.standard_normal(1920).astype(np.float32)),
+        *(wire.Audio(RNG.standard_normal(1920).astype(np.float32)), wire.Pause(1.5, 2.0, 0.75)),
     ],
     ids=lambda message: type(message).__name__,
 )
