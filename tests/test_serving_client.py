@@ -317,7 +317,7 @@ ids = st.integers(-(2**63), 2**63 - 1)
 incoming = st.one_of(
     st.builds(wire.Init),
     st.builds(wire.Eos),
-    st.builds(wire.Marker, ids, st.booleans()),
+    st.builds(wire.Marker, ids, st.booleans(), st.booleans()),
     st.builds(wire.Audio, samples),
     st.builds(wire.OggOpus, st.binary()),
     st.builds(wire.Text, st.text(st.characters(codec="utf-8"))),
@@ -328,6 +328,7 @@ outgoing = st.one_of(
     st.builds(wire.Word, st.text(st.characters(codec="utf-8")), real),
     st.builds(wire.EndWord, real),
     st.builds(wire.EndWord, real, st.text(st.characters(codec="utf-8")), real, real),
+    st.builds(wire.Pause, real, real, real),
     st.builds(wire.Marker, ids),
     st.builds(wire.Step, st.integers(0, 2**40), st.lists(finite, max_size=5).map(tuple), st.integers(0, 2**40)),
     st.builds(wire.Error, st.text(st.characters(codec="utf-8"))),
