@@ -24,6 +24,7 @@ from dsm_jax import audio
 from dsm_jax.serving import connections
 from dsm_jax.serving.connections import PatientHttp, PatientSocket
 from dsm_jax.serving.moshi import routes as moshi
+from tests.benchmarks.server import handshake
 from tests.helpers.serving import running, served, wait_for
 
 pytestmark = pytest.mark.slow
@@ -81,18 +82,11 @@ def connected(found, *, buffer: int | None = None) -> Iterator[sockets.socket]:
         yield raw
 
 
-def handshake(found, path: str) -> bytes:
-    return (
-        f"GET {path} HTTP/1.1\r\nHost: {found.address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-    ).encode()
-
-
 @contextlib.contextmanager
 def opened(found, path: str, *, buffer: int | None = None) -> Iterator[sockets.socket]:
     """Connect a websocket without a client's library."""
     with connected(found, buffer=buffer) as raw:
-        raw.sendall(handshake(found, path))
+        raw.sendall(handshake(found.address, path))
         head = b""
         while not head.endswith(b"\r\n\r\n"):
             head += raw.recv(1)  # what comes behind is for whoever reads on
@@ -217,7 +211,7 @@ def test_a_client_that_sends_its_request_a_byte_at_a_time_is_closed(server, monk
     first, rest = {
         "nothing": (b"", begun),
         "request": (begun, b"X-Header: " + b"x" * 1000),
-        "handshake": (b"", handshake(server, ASR)),
+        "handshake": (b"", handshake(server.address, ASR)),
         "body": (begun + b"Content-Length: 1000\r\n\r\n", b"x" * 1000),
         "second request": (head(server, "GET /livez") + b"\r\n", begun + b"x" * 1000),
     }[slow]
@@ -440,7 +434,7 @@ def test_what_breaks_the_protocol_before_the_handshakes_answer_is_told_after_it(
     admitted = moshi.admitted
     monkeypatch.setattr(moshi, "admitted", later)
     with connected(server) as raw:
-        raw.sendall(handshake(server, ASR))
+        raw.sendall(handshake(server.address, ASR))
         time.sleep(0.2)
         raw.sendall(b"\xff" * 32)
         told = read_all(raw)

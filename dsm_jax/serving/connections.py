@@ -134,7 +134,7 @@ class PatientSocket(WebSocketsSansIOProtocol):
         if not self.disconnected:
             self._leaving = self.loop.call_later(self.linger_s, self.transport.abort)
 
-    # What the client sends.
+    # Receiving.
 
     def data_received(self, data: bytes) -> None:
         """Take messages, up to one that cannot be read."""
@@ -178,7 +178,7 @@ class PatientSocket(WebSocketsSansIOProtocol):
         told: Any = {"type": "websocket.receive", FAULT: (code, sentence, kind)}
         self.queue.put_nowait(told)
 
-    # What the client is sent.
+    # Sending.
 
     async def send(self, message: Any) -> None:
         """Send a message; the last ones at once."""
@@ -212,7 +212,7 @@ class PatientSocket(WebSocketsSansIOProtocol):
         """Write a frame on a connection for which the library writes no more."""
         self.transport.write(frame.serialize(mask=False))
 
-    # Whether the client is there, and reads.
+    # Keepalive.
 
     def handle_pong(self, event: Frame) -> None:
         """Note that the client has read all up to the ping."""

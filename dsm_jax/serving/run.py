@@ -25,8 +25,8 @@ from dsm_jax.serving.server import Server
 _KERNEL_BUFFER = 256 << 10  # of each socket: megabytes of audio in it would hide that a client is not read
 
 _SWITCH_S = 0.0005
-# What uvicorn says, as errors, of each handshake that is answered by another status, and of each answer that could not
-# be finished, of which the library has its own line.
+# Errors that uvicorn logs for a handshake that is answered by another status, and for an answer that is cut off, for
+# which the library has a line of its own.
 _KNOWN = ("ASGI callable returned without completing handshake", "ASGI callable returned without completing response")
 
 _log = logging.getLogger("dsm_jax.serving")

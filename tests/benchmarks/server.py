@@ -33,6 +33,11 @@ class ServerProcess:
     log: Path
 
     @property
+    def address(self) -> str:
+        """Its address without the scheme, such as 127.0.0.1:1234."""
+        return self.url.rpartition("//")[2]
+
+    @property
     def socket_url(self) -> str:
         """Its address for websockets."""
         return self.url.replace("http", "ws", 1)
@@ -59,6 +64,19 @@ class ServerProcess:
         """Return the number of errors in the log, and of tracebacks outside it."""
         lines = self.log.read_text(errors="replace").splitlines()
         return sum('"level": "error"' in line or line.startswith("Traceback") for line in lines)
+
+
+def handshake(address: str, path: str) -> bytes:
+    """Return the request by which a client without a library opens a websocket.
+
+    Args:
+      address: of the server, such as 127.0.0.1:8080.
+      path: of the websocket.
+    """
+    return (
+        f"GET {path} HTTP/1.1\r\nHost: {address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    ).encode()
 
 
 @contextlib.contextmanager

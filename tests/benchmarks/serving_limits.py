@@ -17,7 +17,7 @@ from websockets.frames import Frame, Opcode
 from dsm_jax import audio
 from dsm_jax.serving import client
 from dsm_jax.serving.load import Load, packed_frames, run
-from tests.benchmarks.server import CLIP, MODELS, SLOTS, ServerProcess, serving
+from tests.benchmarks.server import CLIP, MODELS, SLOTS, ServerProcess, handshake, serving
 
 Figures = Mapping[str, float | None]
 _ASR = "/api/asr-streaming"
@@ -60,18 +60,11 @@ async def full(server: ServerProcess) -> Figures:
 
 
 async def _open(server: ServerProcess, sent: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    host, _, port = server.url.rpartition("//")[2].partition(":")
+    host, _, port = server.address.partition(":")
     # With a small limit, what the client does not read stays in the kernel's buffers.
     reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 12)
     writer.write(sent)
     return reader, writer
-
-
-def _handshake(server: ServerProcess) -> bytes:
-    return (
-        f"GET {_ASR} HTTP/1.1\r\nHost: {server.url.rpartition('//')[2]}\r\nUpgrade: websocket\r\n"
-        "Connection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-    ).encode()
 
 
 async def _until(condition, start: float) -> float | None:
@@ -86,7 +79,7 @@ async def _until(condition, start: float) -> float | None:
 async def _slow_reader(server: ServerProcess) -> tuple[float | None, int]:
     """Send audio in real time and read nothing until the server has ended the session; return seconds and code."""
     start, frames = time.monotonic(), packed_frames(str(CLIP))
-    reader, writer = await _open(server, _handshake(server))
+    reader, writer = await _open(server, handshake(server.address, _ASR))
     await reader.readuntil(b"\r\n\r\n")
     reader._transport.pause_reading()  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -144,8 +137,7 @@ async def _slow_writer(server: ServerProcess, first: bytes, rest: bytes) -> floa
 async def _unread_speech(server: ServerProcess) -> float | None:
     """Ask for a long speech and read nothing of it; return the seconds until its slot is free."""
     body = b'{"model": "digits-tts", "input": "%s", "voice": "jackson", "response_format": "wav"}' % (b"seven " * 600)
-    host = server.url.rpartition("//")[2]
-    head = f"POST /v1/audio/speech HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = f"POST /v1/audio/speech HTTP/1.1\r\nHost: {server.address}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     start = time.monotonic()
     reader, writer = await _open(server, head + body)
     await reader.readuntil(b"\r\n\r\n")
@@ -162,7 +154,7 @@ async def slow(server: ServerProcess) -> Figures:
     frame = Frame(Opcode.BINARY, bytes(4_000)).serialize(mask=True)
     (reader_s, code), writer_s, request_s, speech_s, report = await asyncio.gather(
         _slow_reader(server),
-        _slow_writer(server, _handshake(server), frame),
+        _slow_writer(server, handshake(server.address, _ASR), frame),
         _slow_writer(server, b"", b"POST / HTTP/1.1\r\nx: " + b"x" * 2_000),
         _unread_speech(server),
         live,
